@@ -1,0 +1,134 @@
+"""Blocks of work shared by any number of workers, without a coordinator.
+
+A worker claims a block by creating its claim file exclusively and renews the claim while it works. A worker that
+dies stops renewing, so its lease runs out and another takes the block. The block is finished when its output has its
+final name: outputs are deterministic and renamed into place, so even two workers on one block do no harm.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_LEASE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class BlockClaims:
+    """Claims on the named blocks of one directory. `is_done(block)` says that its output is in place."""
+
+    directory: Path
+    blocks: Sequence[str]
+    is_done: Callable[[str], bool]
+    lease_seconds: float = DEFAULT_LEASE_SECONDS
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield blocks to do, each under a claim held while the caller works on it; ends when all are done.
+
+        Blocks that others hold are waited for, and taken over if their worker dies.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        while True:
+            waiting = False
+            for block in self.blocks:
+                if self.is_done(block):
+                    continue
+                with self._claim(block) as held:
+                    if held and not self.is_done(block):
+                        yield block
+                    elif not held:
+                        waiting = True
+            if not waiting:
+                return
+            time.sleep(min(1.0, self.lease_seconds / 10))
+
+    def remaining(self) -> list[str]:
+        """Blocks whose output is not in place yet."""
+        return [block for block in self.blocks if not self.is_done(block)]
+
+    def _path(self, block: str) -> Path:
+        return self.directory / f"{block}.claim"
+
+    @contextmanager
+    def _claim(self, block: str) -> Iterator[bool]:
+        path = self._path(block)
+        token = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
+        self._drop_expired(path)
+        if not _create_exclusively(path, token):
+            yield False
+            return
+        stop = threading.Event()
+        renewer = threading.Thread(target=self._renew, args=(path, stop), daemon=True)
+        renewer.start()
+        try:
+            yield True
+        finally:
+            stop.set()
+            renewer.join()
+            if _content(path) == token:
+                path.unlink(missing_ok=True)
+
+    def _renew(self, path: Path, stop: threading.Event) -> None:
+        while not stop.wait(self.lease_seconds / 4):
+            try:
+                os.utime(path)
+            except FileNotFoundError:
+                return
+
+    def _drop_expired(self, path: Path) -> None:
+        """Remove a claim that its worker no longer renews; the rename lets one remover win."""
+        content = _content(path)
+        if content is None or not self._expired(path, content):
+            return
+        stale = path.with_name(f"{path.name}.stale-{uuid.uuid4().hex[:8]}")
+        try:
+            os.rename(path, stale)
+        except FileNotFoundError:
+            return
+        if _content(stale) != content:
+            _restore(stale, path)
+        stale.unlink(missing_ok=True)
+
+    def _expired(self, path: Path, content: str) -> bool:
+        host, process = (content.split() + ["", ""])[:2]
+        if host == socket.gethostname() and process.isdigit() and not Path(f"/proc/{process}").exists():
+            return True
+        try:
+            return time.time() - path.stat().st_mtime > self.lease_seconds
+        except FileNotFoundError:
+            return False
+
+
+def _create_exclusively(path: Path, content: str) -> bool:
+    """Create `path` with its content in one step (a hard link to a finished file), unless it exists."""
+    draft = path.with_name(f"{path.name}.draft-{uuid.uuid4().hex[:8]}")
+    draft.write_text(content)
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    finally:
+        draft.unlink()
+    return True
+
+
+def _restore(stale: Path, path: Path) -> None:
+    """Put back a fresh claim that was renamed by mistake, unless a newer one stands there."""
+    try:
+        os.link(stale, path)
+    except FileExistsError:
+        return
+
+
+def _content(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return None

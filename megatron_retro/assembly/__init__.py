@@ -1,0 +1,1 @@
+"""Where a model meets parallelism and a run is built."""

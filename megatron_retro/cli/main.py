@@ -1,0 +1,93 @@
+"""`megatron-retro VERB ...`: finds the verb, reads its settings, turns errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from types import ModuleType
+
+from megatron_retro import __version__
+from megatron_retro.cli.verbs import VERBS, Verb
+from megatron_retro.config.command_line import parse_settings
+from megatron_retro.config.sections import ALL_SECTIONS
+from megatron_retro.config.toml_files import nearest, render_toml
+from megatron_retro.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, ConfigError, MegatronRetroError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(words)
+    except MegatronRetroError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_INTERNAL
+    except Exception:
+        traceback.print_exc()
+        print("this is a fault of megatron_retro, not of your input; please report the lines above", file=sys.stderr)
+        return EXIT_INTERNAL
+
+
+def run_verb(name: str) -> None:
+    """The entry of `tools/NAME.py`."""
+    sys.exit(main([name, *sys.argv[1:]]))
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        print(f"megatron_retro {__version__}")
+        return 0
+    verb = _find(words[0])
+    module: ModuleType = importlib.import_module(f"megatron_retro.cli.{verb.module}")
+    settings, namespace = parse_settings(
+        f"megatron-retro {verb.name}",
+        module.SECTIONS,
+        words[1:],
+        all_sections=ALL_SECTIONS,
+        description=module.DESCRIPTION,
+        positional=module.POSITIONAL,
+    )
+    if namespace.print_config:
+        print(render_toml(settings))
+        return 0
+    positional = getattr(namespace, module.POSITIONAL.name) if module.POSITIONAL else []
+    return int(module.run(settings, positional) or 0)
+
+
+def _find(name: str) -> Verb:
+    by_name = {verb.name: verb for verb in VERBS}
+    if name not in by_name:
+        raise ConfigError(f"there is no verb {name!r}{nearest(name, by_name)}", expected=", ".join(by_name))
+    return by_name[name]
+
+
+def _overview() -> str:
+    width = max(len(verb.name) for verb in VERBS)
+    lines = [f"  {verb.name:<{width}}  {verb.summary}" for verb in VERBS]
+    return "\n".join(
+        [
+            "usage: megatron-retro VERB [--config FILE.toml] [flags]",
+            "",
+            "Train language models that retrieve: from a corpus to text.",
+            "",
+            *lines,
+            "",
+            "megatron-retro VERB --help lists the flags of a verb.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Flags -> settings. Precedence: preset < TOML < flags; everything wrong is reported at once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_retro.config.fields import FieldSpec
+from megatron_retro.config.settings import Settings, build_settings, section_name, specs_by_name
+from megatron_retro.config.toml_files import nearest, preset_names, preset_path, read_recipe
+from megatron_retro.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Positional:
+    """Words of a verb that stand without a flag; `count` is argparse's nargs."""
+
+    name: str
+    count: str
+    help: str
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse with our kind of error: named, with the nearest flag, raised instead of exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, fix=f"see {self.prog} --help")
+
+
+def add_section_flags(parser: argparse.ArgumentParser, sections: Sequence[type]) -> None:
+    """One flag per field, one help group per section."""
+    specs_by_name(sections)
+    for section in sections:
+        title = (section.__doc__ or section_name(section)).strip().splitlines()[0]
+        group = parser.add_argument_group(f"[{section_name(section)}] {title}")
+        for name, (owner, spec) in specs_by_name([section]).items():
+            if owner is section:
+                _add_flag(group, name, spec)
+
+
+def _add_flag(group: argparse._ArgumentGroup, name: str, spec: FieldSpec) -> None:
+    notes = "" if spec.default is None else f" [{spec.default}]"
+    help_text = (spec.help + notes + (" (ours)" if spec.ours else "")).replace("%", "%%")
+    if spec.kind is bool:
+        group.add_argument(
+            spec.flag, dest=name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text
+        )
+        return
+    metavar = "{" + ",".join(spec.choices) + "}" if spec.choices else spec.kind.__name__.upper()
+    group.add_argument(
+        spec.flag,
+        dest=name,
+        type=_converter(spec),
+        nargs="+" if spec.repeated else None,
+        metavar=metavar,
+        default=argparse.SUPPRESS,
+        help=help_text,
+    )
+
+
+def _converter(spec: FieldSpec) -> Callable[[str], Any]:
+    """Text -> the field's type; a text that does not convert stays text, for the check that names it."""
+
+    def convert(text: str) -> Any:
+        try:
+            return spec.kind(text)
+        except ValueError:
+            return text
+
+    return convert
+
+
+def parse_settings(
+    prog: str,
+    sections: Sequence[type],
+    arguments: Sequence[str],
+    *,
+    all_sections: Sequence[type],
+    description: str = "",
+    positional: Positional | None = None,
+) -> tuple[Settings, argparse.Namespace]:
+    """The settings of a verb, and what is left of its namespace (`config`, `preset`, `print_config`)."""
+    parser = FlagParser(
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    general = parser.add_argument_group("settings files")
+    general.add_argument("--config", type=Path, metavar="FILE", help="a recipe in TOML; flags win over it")
+    general.add_argument("--preset", metavar="NAME", help="a built-in recipe: " + ", ".join(preset_names()))
+    general.add_argument(
+        "--print-config", action="store_true", help="print the effective TOML with the origin of each value, and stop"
+    )
+    if positional is not None:
+        parser.add_argument(positional.name, nargs=positional.count, help=positional.help)
+    add_section_flags(parser, sections)
+    namespace, unknown = parser.parse_known_args(list(arguments))
+    _refuse_unknown(unknown, sections)
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, path in _recipe_files(namespace):
+        found = read_recipe(path, sections, all_sections)
+        values.update(found)
+        origins.update(dict.fromkeys(found, origin))
+    flags = {name: value for name, value in vars(namespace).items() if name in specs_by_name(sections)}
+    _refuse_illegal(flags, sections)
+    values.update(flags)
+    origins.update(dict.fromkeys(flags, "flag"))
+    return build_settings(sections, values, origins), namespace
+
+
+def _recipe_files(namespace: argparse.Namespace) -> list[tuple[str, Path]]:
+    files = []
+    if namespace.preset is not None:
+        files.append((f"preset {namespace.preset}", preset_path(namespace.preset)))
+    if namespace.config is not None:
+        files.append((str(namespace.config), namespace.config))
+    return files
+
+
+def _refuse_unknown(unknown: Sequence[str], sections: Sequence[type]) -> None:
+    flags = [spec.flag for _, spec in specs_by_name(sections).values()]
+    flags += ["--no-" + flag.removeprefix("--") for flag in flags]
+    problems = [
+        f"{word} is no flag of this command{nearest(word.split('=')[0], flags)}"
+        if word.startswith("-")
+        else f"{word!r} stands alone; values follow a flag"
+        for word in unknown
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems), fix="--help lists every flag")
+
+
+def _refuse_illegal(values: dict[str, Any], sections: Sequence[type]) -> None:
+    known = specs_by_name(sections)
+    problems = [
+        f"{known[name][1].flag} {value}: expected {expected}"
+        for name, value in values.items()
+        if (expected := known[name][1].problem(value)) is not None
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))

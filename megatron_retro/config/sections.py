@@ -1,0 +1,24 @@
+"""Every section that a recipe may hold."""
+
+from __future__ import annotations
+
+from megatron_retro.config.checkpoint import CheckpointConfig
+from megatron_retro.config.data import DataConfig, TokenizerConfig
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.observability import ObservabilityConfig
+from megatron_retro.config.optimizer import OptimizerConfig
+from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.training import TrainingConfig
+
+ALL_SECTIONS: tuple[type, ...] = (
+    ModelConfig,
+    RetroConfig,
+    ParallelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    TokenizerConfig,
+    DataConfig,
+    CheckpointConfig,
+    ObservabilityConfig,
+)

@@ -1,0 +1,1 @@
+"""The mathematics of GPT and Retro on plain local tensors."""

@@ -1,0 +1,1 @@
+"""What every program needs while it runs: console, events, worker numbers, processes, seeds, signals."""

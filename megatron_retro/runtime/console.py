@@ -1,0 +1,121 @@
+"""One console style: messages on standard error, a progress bar on a terminal, the same facts as lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TextIO, TypeVar
+
+Item = TypeVar("Item")
+_LINE_SECONDS = 10.0
+_BAR_SECONDS = 0.1
+_BAR_WIDTH = 24
+
+
+def say(message: str) -> None:
+    """Tell the person who started the program."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """Tell something that must not be overlooked."""
+    rule = "!" * 78
+    say(f"{rule}\nWARNING: {message}\n{rule}")
+
+
+def readable_count(value: float) -> str:
+    """`1234567` -> `1.23M`."""
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def readable_bytes(value: float) -> str:
+    """`1234567` -> `1.2 MB`."""
+    for limit, suffix in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(value) >= limit:
+            return f"{value / limit:.1f} {suffix}"
+    return f"{value:.0f} B"
+
+
+def readable_seconds(value: float) -> str:
+    """`3725` -> `1h02m`."""
+    seconds = round(value)
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    if seconds >= 60:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{value:.1f}s" if value < 10 else f"{seconds}s"
+
+
+class Progress:
+    """What is done of how much, at which rate, for how much longer."""
+
+    def __init__(self, what: str, total: float | None, unit: str, stream: TextIO | None = None) -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self.done = 0.0
+        self._stream = stream or sys.stderr
+        self._terminal = self._stream.isatty()
+        self._start = self._last = time.monotonic()
+
+    def advance(self, amount: float, note: str = "") -> None:
+        """Add to what is done, and show it when it is time to."""
+        self.done += amount
+        now = time.monotonic()
+        if now - self._last >= (_BAR_SECONDS if self._terminal else _LINE_SECONDS):
+            self._last = now
+            self._show(note, end="")
+
+    def close(self, note: str = "") -> None:
+        """Show the end."""
+        self._show(note, end="\n")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def facts(self) -> str:
+        """Amount, rate and remaining time as text."""
+        elapsed = max(time.monotonic() - self._start, 1e-9)
+        rate = self.done / elapsed
+        of_total = f"/{readable_count(self.total)}" if self.total else ""
+        text = f"{readable_count(self.done)}{of_total} {self.unit}  {readable_count(rate)}/s"
+        if self.total and rate and self.done < self.total:
+            return f"{text}  {readable_seconds((self.total - self.done) / rate)} left"
+        return f"{text}  {readable_seconds(elapsed)}"
+
+    def _show(self, note: str, end: str) -> None:
+        text = f"{self.what}: {self.facts()}" + (f"  {note}" if note else "")
+        if not self._terminal:
+            print(text, file=self._stream, flush=True)
+            return
+        filled = round(_BAR_WIDTH * min(self.done / self.total, 1.0)) if self.total else 0
+        bar = "#" * filled + "-" * (_BAR_WIDTH - filled)
+        print(f"\r\x1b[K[{bar}] {text}", file=self._stream, end=end, flush=True)
+
+
+def track(items: Iterable[Item], what: str, total: float | None, unit: str) -> Iterator[Item]:
+    """Pass items through and show how many went by."""
+    with Progress(what, total, unit) as progress:
+        for item in items:
+            yield item
+            progress.advance(1)
+
+
+def render_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A plain text table; numbers to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in [list(header), *cells]) for column in range(len(header))]
+    numeric = [
+        bool(rows) and all(isinstance(row[column], (int, float)) for row in rows) for column in range(len(header))
+    ]
+
+    def line(row: Sequence[str]) -> str:
+        pairs = zip(row, widths, numeric, strict=True)
+        return "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in pairs).rstrip()
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, cells)])

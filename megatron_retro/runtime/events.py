@@ -1,0 +1,53 @@
+"""The event log: one JSON object per line, appended, readable while it grows."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class EventLog:
+    """Appends events to a file; without a path, forgets them."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._stream = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, event: str, **facts: Any) -> None:
+        """Add one event."""
+        if self._stream is not None:
+            record = {"event": event, "time": round(time.time(), 3), **facts}
+            self._stream.write(json.dumps(_finite(record)) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._stream is not None:
+            self._stream.close()
+
+
+def read_events(path: Path, event: str | None = None) -> Iterator[dict[str, Any]]:
+    """The events of a log; a last line that was cut by a kill is passed over."""
+    with path.open(encoding="utf-8") as stream:
+        for line in stream:
+            if not line.endswith("\n"):
+                return
+            record = json.loads(line)
+            if event is None or record["event"] == event:
+                yield record
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: text stands for it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
