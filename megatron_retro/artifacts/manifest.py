@@ -105,9 +105,7 @@ def write_manifest(
     """Describe an artifact. Without `files`, every file of the directory is hashed; give records made while writing."""
     path = manifest_path(artifact)
     if files is None:
-        names = [
-            str(file.relative_to(artifact)) for file in artifact.rglob("*") if file.is_file() and file != path
-        ]
+        names = [str(file.relative_to(artifact)) for file in artifact.rglob("*") if file.is_file() and file != path]
         files = file_records(artifact, names)
     manifest = Manifest(
         kind=kind,

@@ -27,6 +27,7 @@ class FlagParser(argparse.ArgumentParser):
     """argparse with our kind of error: named, with the nearest flag, raised instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise what argparse found."""
         raise ConfigError(message, fix=f"see {self.prog} --help")
 
 

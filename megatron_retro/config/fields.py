@@ -85,9 +85,10 @@ class FieldSpec:
             return False
         if self.choices and item not in self.choices:
             return False
-        if self.minimum is not None and not item >= self.minimum:
-            return False
-        return not (self.maximum is not None and not item <= self.maximum)
+        if isinstance(item, str):
+            return True
+        above = self.minimum is None or item >= self.minimum
+        return above and (self.maximum is None or item <= self.maximum)
 
     def converted(self, value: Any) -> Any:
         """`value` in the field's own type (a list becomes a tuple, a whole number a float)."""

@@ -40,9 +40,7 @@ class RetroConfig:
     retro_random_retrieval_probability: float = option(
         0.0, "training: share of samples with another sample's neighbours", minimum=0.0, maximum=1.0, ours=True
     )
-    retro_zero_init_output: bool = option(
-        False, "start cross-attention at zero, so that step 0 is the GPT", ours=True
-    )
+    retro_zero_init_output: bool = option(False, "start cross-attention at zero, so that step 0 is the GPT", ours=True)
     retro_legacy_checkpoint: bool = option(
         False, "compute as the published Megatron-LM Retro checkpoints were trained to", ours=True
     )

@@ -46,7 +46,7 @@ class Settings:
             sections.append(dataclasses.replace(section, **{name: left.pop(name) for name in names}))
         if left:
             raise KeyError(f"no section here has {sorted(left)}")
-        return Settings(sections, {**self._origins, **{name: "code" for name in changes}})
+        return Settings(sections, {**self._origins, **dict.fromkeys(changes, "code")})
 
     def values(self) -> dict[str, dict[str, Any]]:
         """Plain nested values: section name -> field -> value."""
@@ -70,9 +70,7 @@ def specs_by_name(sections: Sequence[type]) -> dict[str, tuple[type, FieldSpec]]
     return found
 
 
-def build_settings(
-    sections: Sequence[type], values: Mapping[str, Any], origins: Mapping[str, str]
-) -> Settings:
+def build_settings(sections: Sequence[type], values: Mapping[str, Any], origins: Mapping[str, str]) -> Settings:
     """Sections filled with `values` (flat: field -> value), defaults elsewhere."""
     by_section: dict[type, dict[str, Any]] = {section: {} for section in sections}
     for name, (section, spec) in specs_by_name(sections).items():

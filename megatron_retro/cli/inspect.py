@@ -1,0 +1,71 @@
+"""`megatron-retro inspect PATH`: explain any artifact: what, made from what, by which settings, intact or where not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_retro.artifacts.files import TEMPORARY_MARK
+from megatron_retro.artifacts.manifest import MANIFEST_NAME, Manifest, damage, load_manifest, manifest_path
+from megatron_retro.config.command_line import Positional
+from megatron_retro.config.settings import Settings
+from megatron_retro.errors import ArtifactError
+from megatron_retro.runtime.console import readable_bytes
+
+DESCRIPTION = "Explain files and directories of ours: what, made from what, by which settings, intact or where not."
+SECTIONS: tuple[type, ...] = ()
+POSITIONAL: Positional | None = Positional("paths", "+", "artifact, prefix of a token file, or a folder of artifacts")
+
+
+def run(settings: Settings, positional: Sequence[str]) -> None:
+    """Explain each path; fail if anything is damaged."""
+    faults: list[str] = []
+    for path in (Path(word) for word in positional):
+        for artifact in _artifacts(path):
+            manifest = load_manifest(artifact)
+            problems = damage(artifact, manifest)
+            print("\n".join(_explanation(artifact, manifest, problems)))
+            faults += [f"{artifact}: {problem}" for problem in problems]
+    if faults:
+        raise ArtifactError("not intact:\n  " + "\n  ".join(faults), fix="rebuild what is damaged from its inputs")
+
+
+def _artifacts(path: Path) -> Iterator[Path]:
+    """The artifacts that a path names: itself, the group of files it belongs to, or all that it holds."""
+    if path.is_dir() and not (path / MANIFEST_NAME).exists():
+        found = sorted(file for file in path.rglob(f"*{MANIFEST_NAME}") if TEMPORARY_MARK not in str(file))
+        if not found:
+            raise ArtifactError(f"{path} holds nothing of ours", expected=f"a {MANIFEST_NAME} somewhere below")
+        for file in found:
+            yield file.parent if file.name == MANIFEST_NAME else _prefix_of(file)
+    elif path.is_file():
+        yield path.parent if (path.parent / MANIFEST_NAME).exists() else _prefix_of(path)
+    elif path.exists() or manifest_path(path).exists():
+        yield path
+    else:
+        raise ArtifactError(f"there is nothing at {path}", fix="give the path of an artifact, or a folder of artifacts")
+
+
+def _prefix_of(file: Path) -> Path:
+    """`corpus_text_document.bin` -> `corpus_text_document`."""
+    name = file.name.removesuffix("." + MANIFEST_NAME)
+    prefix = file.with_name(name)
+    return prefix if manifest_path(prefix).exists() else file.with_suffix("")
+
+
+def _explanation(artifact: Path, manifest: Manifest, problems: Sequence[str]) -> list[str]:
+    lines = [
+        f"{artifact}",
+        f"  what         {manifest.kind}, format version {manifest.version}",
+        f"  written      {manifest.written_at} by {manifest.written_by}",
+        f"  fingerprint  {manifest.fingerprint}",
+    ]
+    for title, values in (("made from", manifest.inputs), ("settings", manifest.config), ("counts", manifest.counts)):
+        lines += [
+            f"  {title if number == 0 else '':<11}  {key} = {value}"
+            for number, (key, value) in enumerate(sorted(values.items()))
+        ]
+    total = sum(record.bytes for record in manifest.files.values())
+    lines.append(f"  files        {len(manifest.files)}, {readable_bytes(total)}")
+    lines.append("  state        " + ("intact" if not problems else f"DAMAGED: {'; '.join(problems)}"))
+    return lines
