@@ -1,0 +1,161 @@
+"""Runs a function on N forked gloo ranks: a tenth of a second to start, one traceback on failure, never a hang.
+
+`run_ranks(function, 4, argument)` calls `function(argument)` in four processes that already share a default process
+group, and returns their results in rank order. Closures work (the ranks are forks). The first failure in time is the
+one that is raised, because the ranks that fail after it only lost their peer. What every rank prints goes where the
+caller's output goes. Killing a rank on purpose belongs in the function: `os.kill(os.getpid(), signal.SIGKILL)`.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
+
+_GRACE_SECONDS = 3.0
+_POLL_SECONDS = 0.01
+
+
+class RankFailure(AssertionError):
+    """A rank raised, died or hung; the message carries its traceback."""
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *arguments: Any,
+    timeout: float = 60.0,
+    initialize: bool = True,
+) -> list[Any]:
+    """Call `function(*arguments)` on every rank; results in rank order.
+
+    `initialize=False` leaves the process group to the function, which finds RANK, WORLD_SIZE, MASTER_ADDR and
+    MASTER_PORT as a launcher would set them.
+    """
+    with tempfile.TemporaryDirectory(prefix="ranks-") as name:
+        room = Path(name)
+        port = _free_port() if not initialize else 0
+        processes = {
+            _fork(room, rank, world_size, port, timeout, lambda: function(*arguments)): rank
+            for rank in range(world_size)
+        }
+        try:
+            _wait(processes, room, timeout)
+        finally:
+            _kill(processes)
+        return [torch.load(room / f"{rank}.result", weights_only=False) for rank in range(world_size)]
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _fork(room: Path, rank: int, world_size: int, port: int, timeout: float, call: Callable[[], Any]) -> int:
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        code = _rank_main(room, rank, world_size, port, timeout, call)
+    finally:
+        os._exit(code)  # neither pytest's nor any other cleanup of the parent may run here
+
+
+def _rank_main(room: Path, rank: int, world_size: int, port: int, timeout: float, call: Callable[[], Any]) -> int:
+    torch.set_num_threads(1)
+    with open(room / f"{rank}.stack", "w", encoding="utf-8") as stacks:
+        faulthandler.register(signal.SIGUSR2, file=stacks)
+        try:
+            if port:
+                names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+                os.environ.update({key: str(value) for key, value in names.items()})
+                os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+            else:
+                store = FileStore(str(room / "store"), world_size)
+                dist.init_process_group(
+                    "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+                )
+            result = call()
+            torch.save(result, room / f"{rank}.result")
+            if not port:
+                dist.barrier()  # nobody leaves while a peer still reads from it
+            return 0
+        except BaseException:
+            failure = {"at": time.time(), "traceback": traceback.format_exc()}
+            (room / f"{rank}.part").write_text(json.dumps(failure), encoding="utf-8")
+            (room / f"{rank}.part").rename(room / f"{rank}.failure")
+            return 1
+
+
+def _wait(processes: dict[int, int], room: Path, timeout: float) -> None:
+    """Until all ranks are done; after the first failure the others get a moment, then the end."""
+    deadline = time.monotonic() + timeout
+    ended: dict[int, int] = {}
+    while len(ended) < len(processes):
+        for process, rank in processes.items():
+            if rank not in ended and os.waitpid(process, os.WNOHANG)[0]:
+                ended[rank] = len(ended)
+        died = [rank for rank in ended if not (room / f"{rank}.result").exists()]
+        if died:
+            deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+            if not any((room / f"{rank}.failure").exists() for rank in died) or len(ended) == len(processes):
+                break
+        if time.monotonic() > deadline:
+            break
+        time.sleep(_POLL_SECONDS)
+    _raise_first(processes, room, ended, timeout)
+
+
+def _raise_first(processes: dict[int, int], room: Path, ended: dict[int, int], timeout: float) -> None:
+    failures = {int(path.stem): json.loads(path.read_text(encoding="utf-8")) for path in room.glob("*.failure")}
+    silent = [rank for rank in ended if rank not in failures and not (room / f"{rank}.result").exists()]
+    if silent:
+        raise RankFailure(f"rank {silent[0]} of {len(processes)} died without a word (killed?)")
+    if failures:
+        rank = min(failures, key=lambda failed: failures[failed]["at"])
+        raise RankFailure(f"rank {rank} of {len(processes)} failed:\n{failures[rank]['traceback']}")
+    hung = [rank for rank in processes.values() if rank not in ended]
+    if hung:
+        raise RankFailure(f"ranks {hung} of {len(processes)} did not end in {timeout:g} s:\n{_stacks(processes, room)}")
+
+
+def _stacks(processes: dict[int, int], room: Path) -> str:
+    for process in processes:
+        _signal(process, signal.SIGUSR2)
+    time.sleep(0.2)
+    texts = {rank: (room / f"{rank}.stack").read_text(encoding="utf-8") for rank in processes.values()}
+    return "\n".join(f"--- rank {rank}\n{text}" for rank, text in texts.items() if text)
+
+
+def _kill(processes: dict[int, int]) -> None:
+    for process in processes:
+        if _signal(process, signal.SIGKILL):
+            os.waitpid(process, 0)
+
+
+def _signal(process: int, number: signal.Signals) -> bool:
+    """Whether the process was still there (a child that was waited for is not)."""
+    try:
+        done, _ = os.waitpid(process, os.WNOHANG)
+    except ChildProcessError:
+        return False
+    if done:
+        return False
+    os.kill(process, number)
+    return True
