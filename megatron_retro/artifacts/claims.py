@@ -97,7 +97,7 @@ class BlockClaims:
         stale.unlink(missing_ok=True)
 
     def _expired(self, path: Path, content: str) -> bool:
-        host, process = (content.split() + ["", ""])[:2]
+        host, process = [*content.split(), "", ""][:2]
         if host == socket.gethostname() and process.isdigit() and not Path(f"/proc/{process}").exists():
             return True
         try:

@@ -64,7 +64,7 @@ def _canonical(content: Mapping[str, Any]) -> bytes:
 
 
 def _seal(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_canonical({key: value for key, value in content.items() if key != "seal"})).hexdigest()
+    return hashlib.sha256(_canonical(content)).hexdigest()
 
 
 def file_record(path: Path) -> FileRecord:
@@ -139,10 +139,11 @@ def load_manifest(artifact: Path) -> Manifest:
     """The manifest of any artifact, its own checksum verified."""
     path = manifest_path(artifact)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
         files = {name: FileRecord(**record) for name, record in content["files"].items()}
-        seal, fingerprint = content.pop("seal"), content.pop("fingerprint")
-        manifest = Manifest(**{**content, "files": files})
+        known = {name: value for name, value in content.items() if name not in ("seal", "fingerprint")}
+        manifest = Manifest(**{**known, "files": files})
     except FileNotFoundError:
         raise ArtifactError(
             f"{artifact} has no manifest: it is not ours or was never finished",
@@ -151,7 +152,7 @@ def load_manifest(artifact: Path) -> Manifest:
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is damaged", got=error, fix="rebuild the artifact") from None
-    if seal != _seal({**content, "fingerprint": fingerprint}) or fingerprint != manifest.fingerprint:
+    if text != manifest.to_json():
         raise ArtifactError(f"{path} was edited or damaged: its checksum does not match", fix="rebuild the artifact")
     return manifest
 

@@ -1,0 +1,191 @@
+"""Artifacts are old or new, never half; one changed byte is noticed; any number of workers share blocks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from megatron_retro.artifacts import files
+from megatron_retro.artifacts.claims import BlockClaims
+from megatron_retro.artifacts.files import new_directory, publish_directory, recover_directory, remove_leftovers
+from megatron_retro.artifacts.manifest import damage, load_manifest, read_manifest, require_same, write_manifest
+from megatron_retro.errors import ArtifactError, EnvironmentProblem
+
+KIND = "test"
+
+
+def write_artifact(path: Path, generation: int, size: int = 50_000) -> None:
+    with new_directory(path, replace=True) as work:
+        for name in ("a.bin", "b.bin"):
+            (work / name).write_bytes(bytes([generation % 256]) * size)
+        write_manifest(work, kind=KIND, version=1, counts={"generation": generation})
+
+
+def run_until_killed(work: Callable[[], None], seconds: float) -> None:
+    """Run in a forked process that is killed at a random moment."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def rewrite_forever(path: Path, start: int) -> None:
+    for generation in range(start, start + 10_000):
+        write_artifact(path, generation)
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
+def test_a_kill_leaves_the_old_or_the_new(
+    tmp_path: Path, exchange: bool, count: Callable[[int, int], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+    path = tmp_path / "artifact"
+    write_artifact(path, 0)
+    chance = random.Random(7)
+    last = 0
+    for _ in range(count(40, 200)):
+        run_until_killed(partial(rewrite_forever, path, last), chance.uniform(0.002, 0.03))
+        recover_directory(path)
+        manifest = read_manifest(path, kind=KIND, version=1)
+        assert damage(path, manifest) == []
+        assert manifest.counts["generation"] >= last
+        last = manifest.counts["generation"]
+        remove_leftovers(tmp_path)
+    assert last > 0
+    assert [entry.name for entry in tmp_path.iterdir() if files.TEMPORARY_MARK in entry.name] == []
+
+
+def test_any_changed_byte_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "artifact"
+    write_artifact(path, 1, size=300)
+    for file in path.iterdir():
+        good = file.read_bytes()
+        for place in range(len(good)):
+            bad = bytearray(good)
+            bad[place] ^= 1 << place % 8
+            file.write_bytes(bad)
+            assert is_noticed(path), f"{file.name} byte {place}"
+        file.write_bytes(good[:-1])
+        assert is_noticed(path)
+        file.write_bytes(good)
+    assert not is_noticed(path)
+    (path / "extra").write_text("x")
+    assert is_noticed(path)
+
+
+def is_noticed(path: Path) -> bool:
+    try:
+        return bool(damage(path, load_manifest(path)))
+    except ArtifactError:
+        return True
+
+
+def test_refusals_name_what_and_both_values(tmp_path: Path) -> None:
+    path = tmp_path / "artifact"
+    write_artifact(path, 1, size=10)
+    with pytest.raises(ArtifactError, match=r"got: +test\n +expected: other"):
+        read_manifest(path, kind="other", version=1)
+    with pytest.raises(ArtifactError, match="newer format"):
+        read_manifest(path, kind=KIND, version=0)
+    with pytest.raises(ArtifactError, match="no manifest"):
+        read_manifest(tmp_path, kind=KIND, version=1)
+    with pytest.raises(ArtifactError, match="corpus does not match"):
+        require_same(path, "corpus", "a", "b", rebuild="build it")
+    with pytest.raises(ArtifactError, match="exists already"), new_directory(path):
+        pass
+
+
+def test_fingerprint_covers_content_and_not_the_date(tmp_path: Path) -> None:
+    for name, generation in (("a", 1), ("b", 1), ("c", 2)):
+        write_artifact(tmp_path / name, generation, size=10)
+    first, same, other = (load_manifest(tmp_path / name).fingerprint for name in "abc")
+    assert first == same != other
+
+
+def test_full_disk_keeps_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "artifact"
+    write_artifact(path, 1)
+
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(EnvironmentProblem, match="disk is full"):
+        patch.setattr(files, "flush_file", full)
+        write_artifact(path, 2)
+    assert read_manifest(path, kind=KIND, version=1).counts["generation"] == 1
+    assert os.listdir(tmp_path) == ["artifact"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_full_device_is_one_sentence() -> None:
+    with pytest.raises(EnvironmentProblem, match="disk is full"), files.named_disk_errors(Path("/dev/full")):
+        Path("/dev/full").write_bytes(b"x" * 100)
+
+
+def test_publish_over_an_unfinished_directory(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "file").write_text("new")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "file").write_text("old")
+    publish_directory(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old" / "file").read_text() == "new"
+    assert os.listdir(tmp_path) == ["old"]
+
+
+def work_on_blocks(directory: Path, blocks: list[str], lease: float, pause: float) -> None:
+    claims = BlockClaims(directory / "claims", blocks, lambda block: (directory / block).exists(), lease)
+    for block in claims:
+        time.sleep(pause)
+        with (directory / "log").open("a") as log:
+            log.write(f"{block}\n")
+        files.write_file(directory / block, f"content of {block}")
+
+
+def test_killed_workers_lose_their_blocks(tmp_path: Path) -> None:
+    blocks = [f"block-{number}" for number in range(12)]
+    for seconds in (0.05, 0.08, 0.11):
+        run_until_killed(lambda: work_on_blocks(tmp_path, blocks, 5.0, 0.03), seconds)
+    children = []
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            work_on_blocks(tmp_path, blocks, 5.0, 0.002)
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        assert os.waitpid(child, 0)[1] == 0
+    assert all((tmp_path / block).read_text() == f"content of {block}" for block in blocks)
+    assert os.listdir(tmp_path / "claims") == []
+
+
+def test_a_silent_worker_of_another_host_loses_its_lease(tmp_path: Path) -> None:
+    claims = BlockClaims(tmp_path / "claims", ["only"], lambda block: (tmp_path / block).exists(), 0.4)
+    claims.directory.mkdir()
+    (claims.directory / "only.claim").write_text("elsewhere 1 token")
+    start = time.monotonic()
+    for block in claims:
+        files.write_file(tmp_path / block, "done")
+    assert time.monotonic() - start > 0.3
+    assert (tmp_path / "only").exists()
+
+
+def test_manifest_is_plain_json(tmp_path: Path) -> None:
+    write_artifact(tmp_path / "artifact", 1, size=10)
+    content = json.loads((tmp_path / "artifact" / "manifest.json").read_text())
+    assert content["kind"] == KIND
+    assert set(content["files"]) == {"a.bin", "b.bin"}

@@ -1,0 +1,104 @@
+"""Exit codes, messages, help, and that `python -O` changes nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_retro.artifacts.manifest import write_manifest
+from megatron_retro.cli import main as entry
+from megatron_retro.cli.verbs import VERBS
+from megatron_retro.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USER
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("verb", [verb.name for verb in VERBS])
+def test_help_of_every_verb_needs_no_torch(verb: str) -> None:
+    code = (
+        "import sys; from megatron_retro.cli.main import main\n"
+        f"try: main(['{verb}', '--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(bool({'torch', 'faiss', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"megatron-retro {verb}" in done.stdout
+
+
+def test_help_is_fast() -> None:
+    start = time.process_time()
+    subprocess.run([sys.executable, "-m", "megatron_retro.cli.main", "--help"], check=True, capture_output=True)
+    assert time.process_time() - start < 60  # a bound on hanging only; the figure is in benchmarks/
+
+
+@pytest.mark.parametrize("flag", [[], ["-O"]], ids=["python", "python -O"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["inspekt"], "did you mean inspect"),
+        (["inspect"], "the following arguments are required: paths"),
+        (["inspect", "/nowhere/at/all"], "there is nothing at /nowhere/at/all"),
+        (["inspect", "x", "--colour"], "--colour is no flag"),
+        (["environment", "--config", "/nowhere.toml"], "cannot read /nowhere.toml"),
+        (["environment", "--preset", "retro-9000b"], "there is no preset 'retro-9000b'"),
+    ],
+)
+def test_user_errors_are_one_message_and_exit_2(flag: list[str], words: list[str], message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *flag, "-m", "megatron_retro.cli.main", *words], capture_output=True, text=True
+    )
+    assert done.returncode == EXIT_USER
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_internal_errors_keep_their_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: list[str]) -> int:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(entry, "_dispatch", fail)
+    assert entry.main(["inspect"]) == EXIT_INTERNAL
+    assert "ZeroDivisionError: ours" in capsys.readouterr().err
+
+
+def test_interrupted_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entry, "_dispatch", interrupt)
+    assert entry.main(["inspect"]) == EXIT_INTERRUPTED
+
+
+def test_inspect_explains_and_notices_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = tmp_path / "things" / "one"
+    artifact.mkdir(parents=True)
+    (artifact / "data").write_text("content")
+    write_manifest(artifact, kind="thing", version=3, inputs={"corpus": "abc"}, config={"seed": 5}, counts={"rows": 7})
+    assert entry.main(["inspect", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    for part in ("thing, format version 3", "corpus = abc", "seed = 5", "rows = 7", "intact"):
+        assert part in shown
+    (artifact / "data").write_text("c0ntent")
+    assert entry.main(["inspect", str(artifact / "data")]) == EXIT_USER
+    assert "data has changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.name)
+def test_every_tool_answers_help(tool: Path) -> None:
+    done = subprocess.run([sys.executable, str(tool), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--config" in done.stdout
+
+
+def test_environment_reports_every_optional_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert entry.main(["environment"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("torch", "faiss", "transformer_engine", "apex", "mpi4py"):
+        assert name in shown

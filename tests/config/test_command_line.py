@@ -1,0 +1,110 @@
+"""Flags, TOML and presets: precedence, every fault at once, the nearest name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_retro.config.command_line import parse_settings
+from megatron_retro.config.fields import field_specs
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.sections import ALL_SECTIONS
+from megatron_retro.config.settings import Settings, section_name, specs_by_name
+from megatron_retro.config.toml_files import flat_values, parse_toml, preset_names, preset_path, render_toml
+from megatron_retro.errors import ConfigError
+
+SECTIONS = (ModelConfig, RetroConfig, ParallelConfig)
+
+
+def parse(*words: str) -> Settings:
+    return parse_settings("test", SECTIONS, words, all_sections=ALL_SECTIONS)[0]
+
+
+def test_flags_win_over_toml_and_say_so(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[model]\nnum_layers = 7\nhidden_size = 96\n[training]\nseed = 3\n")
+    settings = parse("--config", str(recipe), "--num-layers", "9", "--retro-layers", "3", "6")
+    assert settings[ModelConfig].num_layers == 9
+    assert settings[ModelConfig].hidden_size == 96
+    assert settings[RetroConfig].retro_layers == (3, 6)
+    assert settings.origin("num_layers") == "flag"
+    assert settings.origin("hidden_size") == str(recipe)
+    assert settings.origin("kv_channels") == "default"
+
+
+def test_megatron_spelling() -> None:
+    settings = parse(
+        "--tensor-model-parallel-size", "2", "--sequence-parallel", "--retro-num-neighbors", "3",
+        "--rotary-percent", "0.5", "--swiglu", "--no-disable-bias-linear",
+    )  # fmt: skip
+    assert settings[ParallelConfig].tensor_model_parallel_size == 2
+    assert settings[ParallelConfig].sequence_parallel
+    assert settings[RetroConfig].retro_num_neighbors == 3
+    assert settings[ModelConfig].swiglu and not settings[ModelConfig].disable_bias_linear
+
+
+def test_every_field_is_one_flag() -> None:
+    specs_by_name(ALL_SECTIONS)
+    names = [section_name(section) for section in ALL_SECTIONS]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("section", ALL_SECTIONS, ids=section_name)
+def test_every_field_is_explained_and_its_default_is_legal(section: type) -> None:
+    for spec in field_specs(section):
+        assert spec.help, spec.name
+        assert spec.default is None or spec.problem(spec.default) is None, spec.name
+
+
+def test_unknown_flag_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"--num-layer is no flag.*--num-layers"):
+        parse("--num-layer", "3")
+
+
+def test_illegal_values_are_all_reported() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse("--num-layers", "many", "--rotary-percent", "1.5", "--normalization", "batch")
+    for part in ("--num-layers many", "--rotary-percent 1.5", "--normalization batch", "LayerNorm"):
+        assert part in str(caught.value)
+
+
+def test_toml_syntax_error_has_line_and_column() -> None:
+    with pytest.raises(ConfigError, match=r"bad\.toml, line 2, column \d+"):
+        parse_toml("[model]\nnum_layers = = 3\n", "bad.toml")
+
+
+def test_toml_faults_are_all_reported() -> None:
+    document = {"model": {"num_layer": 3, "seed": 1, "hidden_size": "wide"}, "modle": {}}
+    with pytest.raises(ConfigError) as caught:
+        flat_values(document, "recipe.toml", SECTIONS, ALL_SECTIONS)
+    for part in ("did you mean num_layers", "seed belongs in [training]", "hidden_size = 'wide'", "did you mean model"):
+        assert part in str(caught.value)
+
+
+@given(layers=st.integers(1, 99), base=st.floats(1, 1e9), window=st.none() | st.integers(1, 9999))
+def test_printed_toml_reads_back(layers: int, base: float, window: int | None) -> None:
+    settings = Settings([ModelConfig(num_layers=layers, rotary_base=base, sliding_window=window), RetroConfig()])
+    values = flat_values(parse_toml(render_toml(settings), "printed"), "printed", SECTIONS, ALL_SECTIONS)
+    assert values["num_layers"] == layers
+    assert values["rotary_base"] == base
+    assert values.get("sliding_window") == window
+
+
+@pytest.mark.parametrize("name", preset_names() or ["-"])
+def test_presets_are_legal(name: str) -> None:
+    if name != "-":
+        text = preset_path(name).read_text()
+        assert flat_values(parse_toml(text, name), name, ALL_SECTIONS, ALL_SECTIONS)
+
+
+def test_configuration_needs_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, megatron_retro.config.sections, megatron_retro.cli.main; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Sets up what is missing and runs every check. Flags:
+#   --full         the long counts, results to tests/results/
+#   --setup-only   stop after the set-up
+#   anything else goes to pytest
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=tools/setup_environment.sh
+source tools/setup_environment.sh
+
+arguments=()
+setup_only=false
+whole=true
+for word in "$@"; do
+  case "$word" in
+    --setup-only) setup_only=true ;;
+    --full) arguments+=(--full) ;;
+    *) arguments+=("$word"); whole=false ;;
+  esac
+done
+
+setup_environment dev
+if "$setup_only"; then
+  exit 0
+fi
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+if "$whole"; then
+  echo "== the quickstart"
+  OMP_NUM_THREADS=2 ./examples/quickstart.sh --output "$(mktemp -d)/quickstart"
+  echo "== the tests"
+fi
+exec python -m pytest -q -rs --numprocesses "${MEGATRON_RETRO_TEST_PROCESSES:-2}" --dist worksteal "${arguments[@]}"

@@ -1,0 +1,86 @@
+"""Worker numbers, progress, events, tables."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_retro.errors import ConfigError, EnvironmentProblem
+from megatron_retro.runtime import environment
+from megatron_retro.runtime.console import Progress, readable_bytes, readable_seconds, render_table
+from megatron_retro.runtime.events import EventLog, read_events
+from megatron_retro.runtime.workers import Worker, this_worker
+
+
+@pytest.mark.parametrize(
+    ("variables", "worker"),
+    [
+        ({}, Worker(0, 1)),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}, Worker(3, 8)),
+        ({"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "2"}, Worker(3, 4)),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, Worker(1, 2)),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Worker(1, 2)),
+    ],
+)
+def test_every_launcher_gives_the_same_numbers(variables: dict[str, str], worker: Worker) -> None:
+    assert this_worker(None, variables) == worker
+
+
+def test_the_flag_wins_and_is_checked() -> None:
+    assert this_worker("2/5", {"SLURM_PROCID": "0", "SLURM_NTASKS": "9"}) == Worker(2, 5)
+    for wrong in ("5/5", "x", "1/0", "-1/2"):
+        with pytest.raises(ConfigError, match="i/N"):
+            this_worker(wrong, {})
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_shares_cover_everything_once(count: int) -> None:
+    covered = [item for index in range(count) for item in Worker(index, count).share(23)]
+    assert covered == list(range(23))
+
+
+def test_progress_says_rate_and_remaining_time() -> None:
+    stream = io.StringIO()
+    progress = Progress("reading", 100, "lines", stream)
+    progress._start -= 10
+    progress.done = 50
+    progress._show("", end="\n")
+    assert stream.getvalue() == "reading: 50/100 lines  5/s  10s left\n"
+
+
+def test_readable_figures() -> None:
+    assert readable_bytes(1.37e12) == "1.4 TB"
+    assert [readable_seconds(value) for value in (3.21, 75, 3725)] == ["3.2s", "1m15s", "1h02m"]
+
+
+def test_table_aligns() -> None:
+    assert render_table(("name", "n"), [("a", 1), ("long", 10)]) == "name   n\n----  --\na      1\nlong  10"
+
+
+def test_events_survive_a_cut_last_line(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path)
+    log.write("step", loss=float("nan"), step=1)
+    log.write("save", step=2)
+    log.close()
+    with path.open("a") as stream:
+        stream.write('{"event": "st')
+    assert [event["step"] for event in read_events(path)] == [1, 2]
+    assert [event["loss"] for event in read_events(path, "step")] == ["nan"]
+    json.loads(path.read_text().splitlines()[0])
+
+
+def test_an_absent_package_is_named_with_its_extra() -> None:
+    with pytest.raises(
+        EnvironmentProblem, match=r"FP8 needs the package transformer-engine(.|\n)*megatron-retro\[gpu\]"
+    ):
+        environment.require("transformer_engine", "FP8")
+
+
+def test_two_faiss_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "version_of", lambda *names: "1.0")
+    with pytest.raises(EnvironmentProblem, match="faiss-cpu and faiss-gpu are both installed"):
+        environment.require("faiss", "search")

@@ -1,0 +1,70 @@
+# shellcheck shell=bash
+# Sourced by tests/run.sh and examples/quickstart.sh: `setup_environment EXTRAS` leaves a Python on PATH that has
+# megatron_retro with these extras, its compiled parts built. The second call finds all of it and returns at once.
+#
+# MEGATRON_RETRO_VENV         the virtual environment to use or create (an active one is respected; else .venv)
+# MEGATRON_RETRO_TORCH_INDEX  a package index for torch itself, as one that holds CPU-only wheels
+
+setup_environment() {
+  local extras="$1" root stamp wanted
+  root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+  _activate_environment "$root" || return
+  stamp="$(python -c 'import sys; print(sys.prefix)')/megatron_retro.setup"
+  wanted="$(_sources_digest "$root")"
+  if [ -f "$stamp" ] && grep -qxE "$wanted ($extras|dev)" "$stamp"; then
+    return 0
+  fi
+  echo "setting up megatron_retro[$extras] in $(dirname "$stamp") (once; takes a minute or two)"
+  _install "$root" "$extras" || return
+  echo "$wanted $extras" >>"$stamp"
+}
+
+_activate_environment() {
+  local root="$1" folder
+  folder="${MEGATRON_RETRO_VENV:-${VIRTUAL_ENV:-${CONDA_PREFIX:-$root/.venv}}}"
+  if [ ! -x "$folder/bin/python" ]; then
+    local python
+    python="$(command -v python3 || true)"
+    if [ -z "$python" ] || ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+      echo "error: Python 3.10 or newer is needed; got: ${python:+$("$python" --version)}${python:-none}" >&2
+      return 2
+    fi
+    echo "creating $folder"
+    if ! "$python" -m venv "$folder"; then
+      echo "error: cannot create a virtual environment in $folder" >&2
+      echo "  fix: install Python's venv module (Debian: apt install python3-venv), or set MEGATRON_RETRO_VENV" >&2
+      return 2
+    fi
+  fi
+  export PATH="$folder/bin:$PATH"
+}
+
+_sources_digest() {
+  (
+    cd "$1" || exit
+    find pyproject.toml setup.py .ci/constraints.txt csrc -type f ! -path '*/__pycache__/*' ! -path '*/build/*' -print0 |
+      sort -z | xargs -0 cat
+  ) | sha256sum | cut -d' ' -f1
+}
+
+_install() {
+  local root="$1" extras="$2" pip=(python -m pip install --quiet --disable-pip-version-check) pins=()
+  if python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
+    pins=(--constraint "$root/.ci/constraints.txt")
+  fi
+  if ! python -c 'import torch' 2>/dev/null; then
+    _install_torch "${pip[@]}" "${pins[@]}" || return
+  fi
+  echo "  packages"
+  "${pip[@]}" "${pins[@]}" 'setuptools>=77' wheel pybind11 || return
+  (cd "$root" && "${pip[@]}" "${pins[@]}" --no-build-isolation --editable ".[$extras]") || return
+}
+
+_install_torch() {
+  echo "  torch"
+  if [ -n "${MEGATRON_RETRO_TORCH_INDEX:-}" ] && ! command -v nvidia-smi >/dev/null; then
+    "$@" --index-url "$MEGATRON_RETRO_TORCH_INDEX" torch
+  else
+    "$@" torch
+  fi
+}
