@@ -1,0 +1,97 @@
+"""One update of the parameters: norm, verdict, clipping, AdamW, loss scale.
+
+Parameters are float32 whatever the model computes in, so they are their own master weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_retro.config.optimizer import OptimizerConfig
+from megatron_retro.errors import EnvironmentProblem
+from megatron_retro.optim.clipping import clip_factor, scale_gradients
+from megatron_retro.optim.groups import parameter_groups
+from megatron_retro.optim.loss_scale import LossScale
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update did."""
+
+    gradient_norm: float
+    learning_rate: float
+    applied: bool
+    clipped: bool
+    loss_scale: float
+
+
+def build_torch_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """torch's fused AdamW, or Apex's FusedAdam when it is asked for by name and present."""
+    groups = parameter_groups(named, config)
+    betas = (config.adam_beta1, config.adam_beta2)
+    if config.optimizer == "apex-adam":
+        return _apex(groups, config)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
+
+
+def _apex(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError as error:
+        raise EnvironmentProblem(
+            "--optimizer apex-adam needs NVIDIA's Apex",
+            got=error,
+            fix="build Apex from NVIDIA/apex with its C++ and CUDA extensions (the package named apex on PyPI is "
+            "another project), or use --optimizer adam",
+        ) from None
+    optimizer: torch.optim.Optimizer = FusedAdam(
+        groups, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps, adam_w_mode=True
+    )
+    return optimizer
+
+
+class TrainingOptimizer:
+    """AdamW with everything around it; holds no random state and reaches no collective."""
+
+    def __init__(self, module: nn.Module, config: OptimizerConfig) -> None:
+        self.config = config
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.inner = build_torch_optimizer(module.named_parameters(), config)
+        scale = config.initial_loss_scale if config.fp16 else 1.0
+        self.loss_scale = LossScale(scale, config.loss_scale_window if config.fp16 else 0)
+
+    def update(self, squared_norm: Tensor, learning_rate: float, *, acceptable: bool = True) -> Update:
+        """Apply the gradients, unless they are not finite or the caller finds the step not acceptable.
+
+        `squared_norm` is that of the scaled gradients over all axes, so every rank reaches the same verdict.
+        """
+        scale = self.loss_scale.scale
+        norm = math.sqrt(squared_norm.item()) / scale if math.isfinite(squared_norm.item()) else math.inf
+        finite = math.isfinite(norm)
+        factor = clip_factor(norm, self.config.clip_grad) if finite else 1.0
+        applied = finite and acceptable
+        if applied:
+            scale_gradients(self.parameters, factor / scale)
+            self._step(learning_rate)
+        self.loss_scale.update(finite)
+        self.inner.zero_grad(set_to_none=True)
+        return Update(norm, learning_rate, applied, factor < 1.0, scale)
+
+    def _step(self, learning_rate: float) -> None:
+        for group in self.inner.param_groups:
+            group["lr"] = learning_rate * group["rate_scale"]
+        self.inner.step()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint's JSON keeps (moments are tensors and kept apart)."""
+        return {"loss_scale": self.loss_scale.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up a checkpoint's state."""
+        self.loss_scale.load_state(state["loss_scale"])
