@@ -23,6 +23,7 @@ class Verb:
 
 
 VERBS: tuple[Verb, ...] = (
+    Verb("collect-text", "collect_text", "a corpus from the text that every machine has"),
     Verb("inspect", "inspect", "explain any file or directory of ours: what, made from what, intact or not"),
     Verb("environment", "environment", "what this machine has: versions, devices, optional packages, kernels"),
 )

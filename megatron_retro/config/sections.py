@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_retro.config.checkpoint import CheckpointConfig
+from megatron_retro.config.collect import CollectConfig
 from megatron_retro.config.data import DataConfig, TokenizerConfig
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.observability import ObservabilityConfig
@@ -12,6 +13,7 @@ from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.training import TrainingConfig
 
 ALL_SECTIONS: tuple[type, ...] = (
+    CollectConfig,
     ModelConfig,
     RetroConfig,
     ParallelConfig,
