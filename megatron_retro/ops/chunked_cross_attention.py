@@ -1,0 +1,72 @@
+"""Chunked cross-attention: each attending chunk's queries attend to all neighbour tokens of its chunk in one softmax.
+
+Queries that see no chunk (the first m-1 of a sequence) and queries of a chunk whose neighbours are all absent get
+exactly zero. The overlap by one token is `chunking`'s.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_retro.ops.attention import AttentionPattern, attention
+from megatron_retro.ops.chunking import AttendingSpan, attending_spans
+
+
+def chunked_cross_attention(
+    query_BSND: Tensor,
+    key_BCEGD: Tensor,
+    value_BCEGD: Tensor,
+    mask_BCE: Tensor | None,
+    chunk_length: int,
+    *,
+    first_position: int = 0,
+    bias_BCNME: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """[B, S, N, D]. E = k*r neighbour tokens of a chunk; `first_position` is the first query's, counted from chunk 0.
+
+    `bias_BCNME` is added to the scores of chunk c's m queries (m counts from the chunk's last token).
+    """
+    num_chunks = key_BCEGD.shape[1]
+    spans = attending_spans(query_BSND.shape[1], chunk_length, num_chunks, first_position)
+    if not spans:
+        return torch.zeros_like(query_BSND)
+    pieces = [
+        _attend_span(
+            span, query_BSND, key_BCEGD, value_BCEGD, mask_BCE, chunk_length, first_position, bias_BCNME, dropout
+        )
+        for span in spans
+    ]
+    before = query_BSND.new_zeros(query_BSND[:, : spans[0].start].shape)
+    after = query_BSND.new_zeros(query_BSND[:, spans[-1].stop :].shape)
+    return torch.cat((before, *pieces, after), 1)
+
+
+def _attend_span(
+    span: AttendingSpan,
+    query_BSND: Tensor,
+    key_BCEGD: Tensor,
+    value_BCEGD: Tensor,
+    mask_BCE: Tensor | None,
+    chunk_length: int,
+    first_position: int,
+    bias_BCNME: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    batch = query_BSND.shape[0]
+    chunks = slice(span.first_chunk, span.first_chunk + span.num_chunks)
+    queries = query_BSND[:, span.start : span.stop].unflatten(1, (span.num_chunks, -1)).flatten(0, 1)
+    allowed = None if mask_BCE is None else mask_BCE[:, chunks].flatten(0, 1)[:, None, :]
+    bias = None
+    if bias_BCNME is not None:
+        offset = first_position + span.start + 1 - (span.first_chunk + 1) * chunk_length
+        bias = bias_BCNME[:, chunks, :, offset : offset + queries.shape[1]].flatten(0, 1)
+    out = attention(
+        queries,
+        key_BCEGD[:, chunks].flatten(0, 1),
+        value_BCEGD[:, chunks].flatten(0, 1),
+        AttentionPattern(allowed_BST=allowed, bias_BNST=bias),
+        dropout=dropout,
+    )
+    return out.unflatten(0, (batch, span.num_chunks)).flatten(1, 2)

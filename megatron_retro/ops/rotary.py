@@ -1,0 +1,67 @@
+"""Rotary positions: tables of cosines and sines, and their application to queries and keys."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RotaryFrequencies:
+    """How fast each pair of a head turns; `rotated` of its dimensions turn at all."""
+
+    rotated: int
+    base: float
+    scaling: str = "none"
+    factor: float = 1.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def inverse(self, device: torch.device) -> Tensor:
+        """[rotated / 2] radians per position, float32."""
+        exponent = torch.arange(0, self.rotated, 2, dtype=torch.float32, device=device) / self.rotated
+        frequencies = 1.0 / self.base**exponent
+        if self.scaling == "linear":
+            return frequencies / self.factor
+        if self.scaling == "llama3":
+            return self._llama3(frequencies)
+        return frequencies
+
+    def _llama3(self, frequencies: Tensor) -> Tensor:
+        """Long waves are stretched, short ones kept, those between blended."""
+        wavelengths = 2 * math.pi / frequencies
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        smooth = ((self.original_max_positions / wavelengths - low) / (high - low)).clamp(0, 1)
+        return (1 - smooth) * frequencies / self.factor + smooth * frequencies
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """Cosines and sines of some positions: [B or 1, S, rotated / 2], float32."""
+
+    cosine: Tensor
+    sine: Tensor
+
+
+def rotary_table(position_ids_BS: Tensor, frequencies: RotaryFrequencies) -> RotaryTable:
+    """The table of the given positions."""
+    angles = position_ids_BS.float()[..., None] * frequencies.inverse(position_ids_BS.device)
+    return RotaryTable(angles.cos(), angles.sin())
+
+
+def apply_rotary(heads_BSND: Tensor, table: RotaryTable, *, interleaved: bool = False) -> Tensor:
+    """Turn the first dimensions of each head by its position's angles; the rest passes."""
+    rotated = 2 * table.cosine.shape[-1]
+    turning, passing = heads_BSND[..., :rotated], heads_BSND[..., rotated:]
+    cosine = table.cosine[..., None, :].to(heads_BSND.dtype)
+    sine = table.sine[..., None, :].to(heads_BSND.dtype)
+    if interleaved:
+        first, second = turning[..., 0::2], turning[..., 1::2]
+        pairs = torch.stack((first * cosine - second * sine, second * cosine + first * sine), -1)
+        return torch.cat((pairs.flatten(-2), passing), -1)
+    first, second = turning.chunk(2, -1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine, passing), -1)
