@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_retro import __version__
+from megatron_retro.artifacts.block_checksums import PREFIX, blocks_digest, read_block_checksums
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.errors import ArtifactError
 
@@ -25,7 +26,7 @@ _READ_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size and SHA-256 of one file."""
+    """Size and checksum of one file: its SHA-256, or the digest of its block checksums."""
 
     bytes: int
     sha256: str
@@ -76,6 +77,13 @@ def file_record(path: Path) -> FileRecord:
             digest.update(block)
             size += len(block)
     return FileRecord(size, digest.hexdigest())
+
+
+def unchanged(path: Path, record: FileRecord) -> bool:
+    """Whether a file has the recorded checksum, of whichever kind it is."""
+    if record.sha256.startswith(PREFIX):
+        return blocks_digest(read_block_checksums(path)) == record.sha256
+    return file_record(path) == record
 
 
 def file_records(directory: Path, names: Iterable[str]) -> dict[str, FileRecord]:
@@ -167,7 +175,7 @@ def damage(artifact: Path, manifest: Manifest) -> list[str]:
             problems.append(f"{name} is missing")
         elif path.stat().st_size != record.bytes:
             problems.append(f"{name} has {path.stat().st_size} bytes, not {record.bytes}")
-        elif file_record(path) != record:
+        elif not unchanged(path, record):
             problems.append(f"{name} has changed since it was written (checksum)")
     if artifact.is_dir():
         present = {str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()}
