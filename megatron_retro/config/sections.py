@@ -9,8 +9,10 @@ from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.observability import ObservabilityConfig
 from megatron_retro.config.optimizer import OptimizerConfig
 from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.retrieval import EmbedderConfig, RetrievalConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.training import TrainingConfig
+from megatron_retro.config.workers import WorkersConfig
 
 ALL_SECTIONS: tuple[type, ...] = (
     CollectConfig,
@@ -23,4 +25,7 @@ ALL_SECTIONS: tuple[type, ...] = (
     DataConfig,
     CheckpointConfig,
     ObservabilityConfig,
+    EmbedderConfig,
+    RetrievalConfig,
+    WorkersConfig,
 )
