@@ -1,0 +1,64 @@
+"""Run every benchmark, print one table, refresh `benchmarks/results/`.
+
+    python benchmarks/run_all.py [--quick] [NAME ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_retro.runtime.console import render_table, say
+
+FOLDER = Path(__file__).parent
+
+
+def benchmark_names() -> list[str]:
+    """Every program of this folder but this one."""
+    return sorted(path.stem for path in FOLDER.glob("*.py") if path.name != Path(__file__).name)
+
+
+def run_one(name: str, quick: bool) -> bool:
+    """Run a benchmark into its results file; False if it failed."""
+    command = [sys.executable, str(FOLDER / f"{name}.py"), "--json", str(FOLDER / "results" / f"{name}.json")]
+    say(f"== {name}")
+    return subprocess.run([*command, "--quick"] if quick else command).returncode == 0
+
+
+def figure_rows(name: str) -> list[tuple[object, ...]]:
+    """The figures of a results file as table rows."""
+    content = json.loads((FOLDER / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    figures = content["figures"] if isinstance(content, dict) else content
+    signs = {"higher": ">=", "lower": "<="}
+    return [
+        (
+            name,
+            figure["name"],
+            f"{figure['value']:.4g} {figure['unit']}",
+            "" if figure["target"] is None else f"{signs[figure['better']]} {figure['target']:.4g}",
+            {True: "met", False: "MISSED", None: ""}[figure["met"]],
+        )
+        for figure in figures
+    ]
+
+
+def main() -> int:
+    """Run what was asked for; 1 if a benchmark failed to run (a missed target is a figure, not a failure)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="all when none is named")
+    parser.add_argument("--quick", action="store_true", help="under a minute each")
+    arguments = parser.parse_args()
+    names = arguments.names or benchmark_names()
+    failed = [name for name in names if not run_one(name, arguments.quick)]
+    rows = [row for name in names if name not in failed for row in figure_rows(name)]
+    print(render_table(("benchmark", "figure", "value", "target", ""), rows))
+    if failed:
+        say(f"failed to run: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
