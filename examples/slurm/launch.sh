@@ -1,0 +1,126 @@
+#!/usr/bin/env bash
+# Starts a verb of megatron-retro wherever this runs: `launch.sh VERB [flags]`. No other file names a launcher.
+#
+#   inside a SLURM job     srun, one task per process, from SLURM's own variables; health check first; requeues on exit code 75
+#   elsewhere              torchrun over PROCESSES processes (default: one per GPU, else one), or plain for one
+#   LAUNCHER=mpirun        mpirun with PROCESSES ranks; LAUNCHER=torchrun, srun or none forces the others
+#   --dry-run              starts nothing: prints the plan (`megatron-retro plan`) of what would run
+#   --print-config         starts nothing: prints the effective settings
+#   --container-*          goes to srun (Enroot/Pyxis); so does everything in SRUN_OPTIONS
+#
+# LOGS (default logs)     per job: LOGS/NAME-JOB/rank-N.log
+# MAIL_TO                 address that gets one summary line at the end
+# HEALTH_CHECK=off        skips the check of the nodes
+# torchrun over several machines without SLURM: NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT on each
+set -euo pipefail
+
+exit_requeue=75
+home="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+if [ -x "$home/.venv/bin/python" ] && ! command -v megatron-retro >/dev/null; then
+  export PATH="$home/.venv/bin:$PATH"
+fi
+program=(python -m megatron_retro.cli.main)
+containers=()
+words=()
+
+main() {
+  local verb="${1:?usage: launch.sh VERB [flags]}" word
+  shift
+  for word in "$@"; do
+    case "$word" in
+      --dry-run) exec "${program[@]}" plan --plan-for "$verb" "${@//--dry-run/--plan}" ;;
+      --print-config) exec "${program[@]}" "$verb" "$@" ;;
+      --container-*) containers+=("$word") ;;
+      *) words+=("$word") ;;
+    esac
+  done
+  case "$(launcher "$verb")" in
+    srun) run_in_slurm "$verb" ;;
+    torchrun) run_with_torchrun "$verb" ;;
+    mpirun) exec mpirun -n "${PROCESSES:-$(devices)}" "${program[@]}" "$verb" "${words[@]}" ;;
+    none) exec "${program[@]}" "$verb" "${words[@]}" ;;
+    *)
+      echo "error: LAUNCHER=${LAUNCHER:-} is no launcher; srun, torchrun, mpirun or none" >&2
+      exit 2
+      ;;
+  esac
+}
+
+launcher() {
+  if [ -n "${LAUNCHER:-}" ]; then
+    echo "$LAUNCHER"
+  elif [ -n "${SLURM_JOB_ID:-}" ]; then
+    echo srun
+  elif [ "${NODES:-1}" -gt 1 ] || [ "${PROCESSES:-$(devices)}" -gt 1 ]; then
+    echo torchrun
+  else
+    echo none
+  fi
+}
+
+devices() {
+  local count=0
+  if command -v nvidia-smi >/dev/null; then
+    count="$(nvidia-smi --list-gpus | wc -l)"
+  fi
+  echo $((count > 0 ? count : 1))
+}
+
+run_with_torchrun() {
+  local -a meeting=(--standalone)
+  if [ "${NODES:-1}" -gt 1 ]; then
+    meeting=(--nnodes "$NODES" --node-rank "${NODE_RANK:?}" --master-addr "${MASTER_ADDR:?}"
+      --master-port "${MASTER_PORT:-29500}")
+  fi
+  exec torchrun "${meeting[@]}" --nproc-per-node "${PROCESSES:-$(devices)}" -m megatron_retro.cli.main "$1" "${words[@]}"
+}
+
+run_in_slurm() {
+  local verb="$1" status=0 begin logs
+  local -a options=()
+  logs="${LOGS:-logs}/${SLURM_JOB_NAME:-job}-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}"
+  mkdir -p "$logs"
+  read -r -a options <<<"${SRUN_OPTIONS:-}"
+  options+=(--kill-on-bad-exit=1 "${containers[@]}")
+  begin="$(date +%s)"
+  if [ "${HEALTH_CHECK:-on}" != off ]; then
+    # One task per node; a node that fails ends the job before anything is built.
+    srun "${options[@]}" --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" \
+      "$home/examples/slurm/health_check.sh" "$logs" || status=$?
+  fi
+  if [ "$status" = 0 ]; then
+    srun "${options[@]}" --open-mode=append --output="$logs/${SLURM_ARRAY_TASK_ID:+task-$SLURM_ARRAY_TASK_ID-}rank-%t.log" \
+      "${program[@]}" "$verb" "${words[@]}" || status=$?
+  fi
+  finish "$verb" "$status" "$(($(date +%s) - begin))" "$logs"
+}
+
+finish() {
+  local verb="$1" status="$2" seconds="$3" logs="$4" outcome line
+  case "$status" in
+    0) outcome=finished ;;
+    "$exit_requeue") outcome="saved, starts again" ;;
+    *) outcome="failed with code $status" ;;
+  esac
+  line="$verb ${SLURM_JOB_NAME:-job} ${SLURM_JOB_ID}: $outcome after ${seconds} s on ${SLURM_JOB_NUM_NODES:-1} nodes"
+  line+=", start ${SLURM_RESTART_COUNT:-0}; logs in $logs; $(last_line "$logs")"
+  echo "$line"
+  if [ -n "${MAIL_TO:-}" ] && [ "$status" != "$exit_requeue" ]; then
+    mail -s "$line" "$MAIL_TO" <<<"$line" || echo "the mail to $MAIL_TO was not sent" >&2
+  fi
+  if [ "$status" = "$exit_requeue" ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+  exit "$status"
+}
+
+last_line() {
+  local log="$1/${SLURM_ARRAY_TASK_ID:+task-$SLURM_ARRAY_TASK_ID-}rank-0.log"
+  if [ -s "$log" ]; then
+    tail -n 1 "$log"
+  else
+    echo "no output"
+  fi
+}
+
+main "$@"
