@@ -1,0 +1,89 @@
+"""Builds `megatron_retro/ops/_operators.so`: torch operators on torch's stable ABI, for CPU and CUDA in one file.
+
+One library serves every torch from 2.11 on, and a CPU torch loads it with the CUDA kernels inside: it asks for
+torch's CUDA stream through a weak symbol. The kernels under `cpu/` know nothing of torch and are compiled once per
+instruction set; the best that the processor has is taken when the library is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from build_toolchain import CompilerMissing, Unit, compile_all, cuda_compiler, host_compiler, is_x86, link, say
+
+SOURCES = Path(__file__).resolve().parent / "operators"
+TARGET_TORCH = "0x020b000000000000"  # 2.11, the oldest torch that the library runs with
+
+# Each has what its name says and everything before it. AVX-512 without BF16 instructions counts as AVX2.
+INSTRUCTION_SETS = {
+    "generic": ("-O1",),
+    "avx2": ("-O2", "-mavx2", "-mfma", "-mf16c", "-mbmi2"),
+    "avx512": (
+        "-O2", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma", "-mf16c", "-mbmi2",
+    ),
+}  # fmt: skip
+
+
+def build_operators(target: Path) -> None:
+    """Compile and link; raises CompilerMissing where the package has to do without."""
+    torch_home = _torch_home()
+    compiler = host_compiler()
+    nvcc = cuda_compiler()
+    say(f"operators with {compiler}" + (f" and {nvcc}" if nvcc else "; no nvcc, so without CUDA kernels"))
+    common = _host_flags(torch_home, with_cuda=nvcc is not None)
+    units = [Unit(source, (compiler, *common)) for source in sorted(SOURCES.glob("*.cpp"))]
+    units += _kernel_units(compiler)
+    if nvcc:
+        units += _cuda_units(nvcc, compiler, torch_home)
+    link(_link_command(compiler, nvcc, torch_home), compile_all(units), target)
+
+
+def _torch_home() -> Path:
+    try:
+        import torch
+    except ImportError as problem:
+        raise CompilerMissing(
+            "torch cannot be imported while building; install torch first and use pip's --no-build-isolation"
+        ) from problem
+    return Path(torch.__file__).resolve().parent
+
+
+def _includes(torch_home: Path) -> tuple[str, ...]:
+    include = torch_home / "include"
+    return (f"-I{SOURCES}", "-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include"))
+
+
+def _host_flags(torch_home: Path, *, with_cuda: bool) -> tuple[str, ...]:
+    flags = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", f"-DTORCH_TARGET_VERSION={TARGET_TORCH}")
+    return (*flags, *_includes(torch_home), *(("-DMEGATRON_RETRO_CUDA",) if with_cuda else ()))
+
+
+def _kernel_units(compiler: str) -> list[Unit]:
+    sets = INSTRUCTION_SETS if is_x86() else {"generic": ("-O2",)}
+    flags = (
+        "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-ffp-contract=fast", "-fno-math-errno",
+        "-fno-trapping-math",
+    )  # fmt: skip
+    return [
+        Unit(source, (compiler, *flags, f"-I{SOURCES}", f"-DINSTRUCTION_SET={name}", *switches), name)
+        for source in sorted((SOURCES / "cpu").glob("*.cpp"))
+        for name, switches in sets.items()
+    ]
+
+
+def _cuda_units(nvcc: str, compiler: str, torch_home: Path) -> list[Unit]:
+    wanted = os.environ.get("MEGATRON_RETRO_CUDA_ARCHITECTURES", "80;90").split(";")
+    targets = [word for arch in wanted for word in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
+    flags = (
+        "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-ccbin", compiler, "-Xptxas", "-v",
+        "--expt-relaxed-constexpr", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", "-DMEGATRON_RETRO_CUDA",
+    )  # fmt: skip
+    command = (nvcc, *flags, *targets, *_includes(torch_home))
+    return [Unit(source, command) for source in sorted((SOURCES / "cuda").glob("*.cu"))]
+
+
+def _link_command(compiler: str, nvcc: str | None, torch_home: Path) -> tuple[str, ...]:
+    """nvcc links where there is one: it knows its static runtime, with which the file needs no CUDA to be loaded."""
+    libraries = (f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-lc10")
+    return (nvcc, "-ccbin", compiler, *libraries) if nvcc else (compiler, *libraries)

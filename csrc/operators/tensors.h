@@ -1,0 +1,113 @@
+// What every operator's glue needs of torch: checks that speak in sentences, element types, work split over threads.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace megatron_retro {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// One sentence for the caller, without the place in our sources.
+template <typename... Parts>
+inline void require(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream sentence;
+  (sentence << ... << parts);
+  throw std::runtime_error(sentence.str());
+}
+
+inline Stored stored_type(const Tensor& tensor, const char* what) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Stored::float32;
+    case ScalarType::BFloat16: return Stored::bfloat16;
+    case ScalarType::Half: return Stored::float16;
+    case ScalarType::Double: return Stored::float64;
+    default: require(false, what, " must be float32, bfloat16, float16 or float64");
+  }
+  return Stored::float32;
+}
+
+// Sums and statistics are kept in float32, or in float64 for float64 tensors.
+inline ScalarType compute_type(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) text += (dim ? ", " : "") + std::to_string(tensor.size(dim));
+  return text + "]";
+}
+
+inline void check_like(const Tensor& tensor, const char* what, const Tensor& model, const char* model_name) {
+  require(tensor.scalar_type() == model.scalar_type(), what, " must have the dtype of ", model_name);
+  require(
+      tensor.is_cpu() == model.is_cpu() && tensor.get_device_index() == model.get_device_index(), what,
+      " must be on the device of ", model_name);
+}
+
+inline void check_same_shape(const Tensor& tensor, const char* what, const Tensor& model, const char* model_name) {
+  bool same = tensor.dim() == model.dim();
+  for (int64_t dim = 0; same && dim < tensor.dim(); ++dim) same = tensor.size(dim) == model.size(dim);
+  require(
+      same, what, " must have the shape of ", model_name, ": got ", shape_of(tensor), ", expected ", shape_of(model));
+}
+
+inline void check_vector(const Tensor& tensor, const char* what, int64_t length) {
+  require(
+      tensor.numel() == length, what, " must have ", length, " elements, got the shape ", shape_of(tensor));
+}
+
+inline const void* pointer(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+
+// A per-thread buffer of zeros for sums over rows, and its sum over threads.
+struct PartialSums {
+  Tensor buffer;  // [parts, width]
+  char* data = nullptr;
+  int64_t bytes = 0;
+
+  PartialSums(const Tensor& model, int64_t parts, int64_t width)
+      : buffer(torch::stable::new_zeros(model, {parts, width}, compute_type(model))),
+        data(static_cast<char*>(buffer.mutable_data_ptr())),
+        bytes(width * (compute_type(model) == ScalarType::Double ? 8 : 4)) {}
+
+  void* part(int64_t index) const { return data + index * bytes; }
+
+  // The sums over all parts, in the dtype of `model`.
+  Tensor total(const Tensor& model) const {
+    const std::vector<int64_t> over{0};
+    return torch::stable::to(torch::stable::sum(buffer, over), model.scalar_type());
+  }
+};
+
+// Splits rows evenly over `parts` of torch's threads: visit(part, first, last).
+template <typename Visitor>
+inline void for_parts(int64_t rows, int64_t parts, const Visitor& visit) {
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) visit(part, rows * part / parts, rows * (part + 1) / parts);
+  });
+}
+
+inline int64_t num_parts(int64_t rows, int64_t grain) {
+  const int64_t most = torch::stable::get_num_threads();
+  const int64_t useful = rows / (grain > 0 ? grain : 1);
+  return useful < 1 ? 1 : useful < most ? useful : most;
+}
+
+// Rows that make a thread worth starting, when a row has `width` elements.
+inline int64_t grain_of(int64_t width) { return 1 + 16384 / (width > 0 ? width : 1); }
+
+}  // namespace megatron_retro
