@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import sysconfig
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -17,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 
-from build_host import build_host  # noqa: E402
+from build_host import SOURCES, build_host  # noqa: E402
 from build_operators import build_operators  # noqa: E402
 from build_toolchain import CompilationFailed, CompilerMissing, say, switched_off  # noqa: E402
 
@@ -25,6 +26,10 @@ from build_toolchain import CompilationFailed, CompilerMissing, say, switched_of
 EXTENSIONS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "megatron_retro.ops._operators": (".so", build_operators),
     "megatron_retro.data._native": (sysconfig.get_config_var("EXT_SUFFIX"), build_host),
+    "megatron_retro.retrieval._native": (
+        sysconfig.get_config_var("EXT_SUFFIX"),
+        partial(build_host, sources=SOURCES / "retrieval"),
+    ),
 }
 
 
