@@ -1,0 +1,48 @@
+"""Exact match and token F1 as SQuAD's official programs define them, and the best over several gold answers.
+
+Normalizing lowers case, drops punctuation and the words a, an, the, and leaves single spaces. An empty gold answer
+stands for "cannot be answered" (SQuAD 2.0): it agrees with an empty prediction and with nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+Metric = Callable[[str, str], float]
+_ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, no punctuation, no articles, single spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, gold: str) -> float:
+    """1 if both are the same after normalizing."""
+    return float(normalize_answer(prediction) == normalize_answer(gold))
+
+
+def token_f1(prediction: str, gold: str) -> float:
+    """Harmonic mean of token precision and recall; two empty answers agree."""
+    predicted, expected = normalize_answer(prediction).split(), normalize_answer(gold).split()
+    if not predicted or not expected:
+        return float(predicted == expected)
+    shared = sum((Counter(predicted) & Counter(expected)).values())
+    if shared == 0:
+        return 0.0
+    precision, recall = shared / len(predicted), shared / len(expected)
+    return 2 * precision * recall / (precision + recall)
+
+
+def usable_golds(golds: Sequence[str]) -> list[str]:
+    """SQuAD 2.0's rule: gold answers that normalize to nothing do not count; without any, the answer is none."""
+    return [gold for gold in golds if normalize_answer(gold)] or [""]
+
+
+def best_over_golds(metric: Metric, prediction: str, golds: Sequence[str]) -> float:
+    """The highest value over the gold answers."""
+    return max(metric(prediction, gold) for gold in golds)

@@ -1,0 +1,109 @@
+"""Sets whose answers are spans of a given text: SQuAD 1.1 and 2.0, Quoref, NewsQA, DROP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_retro.errors import DataError
+from megatron_retro.evaluation.examples import Example, Passage, need, read_csv, read_json
+
+
+def load_squad(path: Path) -> Iterator[Example]:
+    """SQuAD 1.1 and 2.0: data -> paragraphs -> qas. Unanswerable questions have no gold answer."""
+    for title, context, record in _squad_records(path):
+        texts = [str(need(answer, "text", path)) for answer in need(record, "answers", path)]
+        impossible = bool(record.get("is_impossible", False))
+        if not impossible and not texts:
+            raise DataError(f"{path}: question {record.get('id')} has no answer and is not marked impossible")
+        answers = () if impossible else _distinct(texts)
+        yield Example(
+            str(need(record, "id", path)), str(need(record, "question", path)), answers, (Passage(context, title),)
+        )
+
+
+def load_quoref(path: Path) -> Iterator[Example]:
+    """SQuAD's layout, but the answers of a question are the spans of ONE answer: they are joined."""
+    for title, context, record in _squad_records(path):
+        spans = [str(need(answer, "text", path)) for answer in need(record, "answers", path)]
+        answer = ", ".join(_distinct(spans))
+        yield Example(
+            str(need(record, "id", path)), str(need(record, "question", path)), (answer,), (Passage(context, title),)
+        )
+
+
+def _squad_records(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for article in need(read_json(path), "data", path):
+        for paragraph in need(article, "paragraphs", path):
+            for record in need(paragraph, "qas", path):
+                yield str(article.get("title", "")), str(need(paragraph, "context", path)), record
+
+
+def load_newsqa(path: Path) -> Iterator[Example]:
+    """`combined-newsqa-data-v1.json` or `.csv`: character ranges of a story. Test stories when splits are named.
+
+    Gold answers are the consensus and, beside it, every range that a crowdworker gave. Questions whose consensus is
+    "bad question" or "no answer" are left out, as in the published tables.
+    """
+    yield from _newsqa_csv(path) if path.suffix == ".csv" else _newsqa_json(path)
+
+
+def _newsqa_json(path: Path) -> Iterator[Example]:
+    stories = need(read_json(path), "data", path)
+    splits = {story.get("type") for story in stories}
+    for story in stories:
+        if "test" in splits and story.get("type") != "test":
+            continue
+        text = str(need(story, "text", path))
+        for number, record in enumerate(need(story, "questions", path)):
+            consensus = need(record, "consensus", path)
+            if "s" not in consensus:
+                continue
+            workers = [span for answer in record.get("answers", ()) for span in answer.get("sourcerAnswers", ())]
+            spans = [consensus, *(span for span in workers if "s" in span)]
+            answers = _distinct(text[int(span["s"]) : int(span["e"])].strip() for span in spans)
+            yield Example(
+                f"{need(story, 'storyId', path)}#{number}", str(need(record, "q", path)), answers, (Passage(text),)
+            )
+
+
+def _newsqa_csv(path: Path) -> Iterator[Example]:
+    for number, row in enumerate(read_csv(path)):
+        text = need(row, "story_text", path)
+        if row.get("is_question_bad", "0") not in ("", "0", "0.0"):
+            continue
+        ranges = need(row, "answer_char_ranges", path).replace(",", "|").split("|")
+        bounds = [part.split(":") for part in ranges if ":" in part]
+        answers = _distinct(text[int(start) : int(stop)].strip() for start, stop in bounds)
+        if answers:
+            yield Example(
+                f"{need(row, 'story_id', path)}#{number}", need(row, "question", path), answers, (Passage(text),)
+            )
+
+
+def load_drop(path: Path) -> Iterator[Example]:
+    """DROP: an answer is a number, a date or spans (joined); the validated answers count as gold too."""
+    document = read_json(path)
+    if not isinstance(document, dict):
+        raise DataError(f"{path} is not DROP's file", got=type(document).__name__, expected="passages by id")
+    for passage_id, passage in document.items():
+        text = str(need(passage, "passage", path))
+        for number, record in enumerate(need(passage, "qa_pairs", path)):
+            given = [need(record, "answer", path), *record.get("validated_answers", ())]
+            answers = _distinct(_drop_answer(answer) for answer in given)
+            name = str(record.get("query_id", f"{passage_id}#{number}"))
+            yield Example(name, str(need(record, "question", path)), answers, (Passage(text),))
+
+
+def _drop_answer(answer: dict[str, Any]) -> str:
+    if answer.get("number") not in (None, ""):
+        return str(answer["number"])
+    if answer.get("spans"):
+        return ", ".join(answer["spans"])
+    date = answer.get("date") or {}
+    return " ".join(str(date[part]) for part in ("day", "month", "year") if date.get(part))
+
+
+def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(text for text in texts if text))
