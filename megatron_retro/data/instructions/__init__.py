@@ -1,0 +1,1 @@
+"""Conversations as training rows: reading, templates, masks, packing, passages for the encoder."""

@@ -1,0 +1,121 @@
+"""Examples laid into rows of fixed length, several per row when packed, none seeing another.
+
+With passages for the encoder every example starts on a chunk boundary and is padded on the left so that its prompt ends
+on one: the first token of the reply is then predicted with the passages in sight. A chunk's neighbours are read by the
+chunk after it, so the last chunk of an example has none: they would be read by the next example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_retro.data.batches import Batch
+from megatron_retro.data.instructions.encoding import EncodedExample
+from megatron_retro.errors import ConfigError
+
+OPEN_ROWS = 32
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """Of a row: its length, and with an encoder its chunks and what is retrieved for each."""
+
+    length: int
+    padding_token: int
+    chunk_length: int | None = None
+    num_neighbors: int = 0
+    retrieved_length: int = 0
+
+    def __post_init__(self) -> None:
+        if self.chunk_length is not None and self.length % self.chunk_length:
+            raise ConfigError(
+                "--seq-length does not hold whole chunks",
+                got=self.length,
+                expected=f"a multiple of --retro-chunk-length {self.chunk_length}",
+            )
+
+    def left_padding(self, example: EncodedExample) -> int:
+        """Padding before an example, so that its prompt ends on a chunk boundary."""
+        return -example.prompt_length % self.chunk_length if self.chunk_length else 0
+
+    def span(self, example: EncodedExample) -> int:
+        """Positions that an example takes; its last token is only ever a label."""
+        taken = self.left_padding(example) + len(example.tokens) - 1
+        return taken + (-taken % self.chunk_length if self.chunk_length else 0)
+
+
+def pack(spans: Sequence[int], row_length: int) -> list[tuple[int, ...]]:
+    """Rows of example numbers: each example goes to the first open row that has room, in the order given."""
+    open_rows: list[tuple[int, list[int]]] = []
+    rows: list[tuple[int, ...]] = []
+    for number, span in enumerate(spans):
+        place = next((index for index, (used, _) in enumerate(open_rows) if used + span <= row_length), None)
+        if place is None:
+            if len(open_rows) == OPEN_ROWS:
+                fullest = max(range(OPEN_ROWS), key=lambda index: open_rows[index][0])
+                rows.append(tuple(open_rows.pop(fullest)[1]))
+            open_rows.append((span, [number]))
+        else:
+            used, members = open_rows[place]
+            open_rows[place] = (used + span, [*members, number])
+    return rows + [tuple(members) for _, members in open_rows]
+
+
+def build_batch(rows: Sequence[Sequence[EncodedExample]], sample_ids: Sequence[int], shape: RowShape) -> Batch:
+    """The rows as one batch."""
+    size = (len(rows), shape.length)
+    tokens = np.full(size, shape.padding_token, dtype=np.int32)
+    labels = np.full(size, shape.padding_token, dtype=np.int32)
+    learned = np.zeros(size, dtype=np.bool_)
+    positions = np.zeros(size, dtype=np.int32)
+    documents = np.zeros(size, dtype=np.int32)
+    neighbors = _EmptyNeighbors(len(rows), shape) if shape.chunk_length else None
+    for row, examples in enumerate(rows):
+        start = 0
+        for number, example in enumerate(examples):
+            span, padding = shape.span(example), shape.left_padding(example)
+            first, last = start + padding, start + padding + len(example.tokens) - 1
+            tokens[row, first:last] = example.tokens[:-1]
+            labels[row, first:last] = example.tokens[1:]
+            learned[row, first:last] = example.learned[1:]
+            positions[row, first:last] = np.arange(last - first)
+            # Three numbers per example keep its padding apart from it, and from the other examples' padding.
+            documents[row, start:first] = 3 * number + 1
+            documents[row, first:last] = 3 * number + 2
+            documents[row, last : start + span] = 3 * number + 3
+            if neighbors is not None:
+                neighbors.fill(row, start, span, example)
+            start += span
+    return Batch(
+        tokens_BS=tokens,
+        labels_BS=labels,
+        loss_mask_BS=learned,
+        sample_ids_B=np.asarray(sample_ids, dtype=np.int64),
+        position_ids_BS=positions,
+        document_ids_BS=documents,
+        neighbor_tokens_BCKR=None if neighbors is None else neighbors.tokens,
+        neighbor_mask_BCKR=None if neighbors is None else neighbors.mask,
+    )
+
+
+class _EmptyNeighbors:
+    """Neighbour arrays of a batch, filled example by example."""
+
+    def __init__(self, num_rows: int, shape: RowShape) -> None:
+        self.shape = shape
+        self.chunk_length = shape.chunk_length or 1
+        size = (num_rows, shape.length // self.chunk_length, shape.num_neighbors, shape.retrieved_length)
+        self.tokens: NDArray[np.int32] = np.zeros(size, dtype=np.int32)
+        self.mask: NDArray[np.bool_] = np.zeros(size, dtype=np.bool_)
+
+    def fill(self, row: int, start: int, span: int, example: EncodedExample) -> None:
+        """Give an example's passages to all its chunks but the last; a passage never leaves its slot."""
+        first, last = start // self.chunk_length, (start + span) // self.chunk_length - 1
+        for slot, passage in enumerate(example.passages[: self.shape.num_neighbors]):
+            kept = passage[: self.shape.retrieved_length]
+            self.tokens[row, first:last, slot, : len(kept)] = kept
+            self.mask[row, first:last, slot, : len(kept)] = True

@@ -1,0 +1,226 @@
+"""Conversations become rows whose loss, borders and passages are exactly what a slow reading says."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_retro.data.instructions.conversations import Conversation, Passage, Turn, read_conversations
+from megatron_retro.data.instructions.encoding import ConversationEncoder, EncodedExample
+from megatron_retro.data.instructions.rows import RowShape, build_batch, pack
+from megatron_retro.data.instructions.templates import (
+    INSTRUCT_RETRO_SYSTEM,
+    InstructRetroTemplate,
+    JinjaTemplate,
+    build_template,
+    prompt_of,
+)
+from megatron_retro.data.tokenizers import ByteTokenizer
+from megatron_retro.errors import ConfigError, DataError
+
+TOKENIZER = ByteTokenizer()
+JINJA = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def random_conversation(chance: random.Random) -> Conversation:
+    def word() -> str:
+        return "x" + "".join(chance.choices("abcdé ", k=chance.randrange(9))) + "x"
+
+    turns = [Turn("system", word())] if chance.random() < 0.5 else []
+    for _ in range(chance.randrange(1, 4)):
+        turns += [Turn("user", word()), Turn("assistant", word())]
+    passages = tuple(Passage(word() if chance.random() < 0.7 else "", word()) for _ in range(chance.randrange(4)))
+    return Conversation(tuple(turns), passages)
+
+
+def written_by_hand(
+    conversation: Conversation, passages: tuple[Passage, ...], every_reply: bool
+) -> list[tuple[int, bool]]:
+    """(byte, learned) of the published form, one character after another."""
+    turns = list(conversation.turns)
+    system = turns.pop(0).text if turns[0].role == "system" else INSTRUCT_RETRO_SYSTEM
+    out = [(byte, False) for byte in f"System: {system}".encode()]
+    for passage in passages:
+        text = f"title: {passage.title}, source: {passage.text}" if passage.title else passage.text
+        out += [(byte, False) for byte in f"\n\n{text}".encode()]
+    for number in range(0, len(turns), 2):
+        final = number == len(turns) - 2
+        out += [(byte, False) for byte in f"\n\nUser: {turns[number].text}\n\nAssistant:".encode()]
+        out += [(byte, final or every_reply) for byte in f" {turns[number + 1].text}".encode()]
+    return [*out, (TOKENIZER.eod, True)]
+
+
+@pytest.mark.parametrize("every_reply", [False, True])
+def test_loss_mask_equals_the_hand_written_form(every_reply: bool) -> None:
+    chance = random.Random(11)
+    for _ in range(200):
+        conversation = random_conversation(chance)
+        encoder = ConversationEncoder(TOKENIZER, InstructRetroTemplate(), "prompt", 5, every_reply)
+        example = encoder.encode(conversation)
+        expected = written_by_hand(conversation, conversation.passages, every_reply)
+        assert example.tokens.tolist() == [token for token, _ in expected]
+        assert example.learned.tolist() == [learned for _, learned in expected]
+        prompt = prompt_of(conversation, encoder.template, conversation.passages)
+        assert TOKENIZER.encode(prompt) == example.tokens[: example.prompt_length].tolist()
+
+
+@pytest.mark.parametrize(
+    ("place", "in_prompt", "to_encoder"),
+    [("prompt", 3, 0), ("encoder", 0, 3), ("split", 1, 2), ("none", 0, 0)],
+)
+def test_passages_go_where_they_are_asked(place: str, in_prompt: int, to_encoder: int) -> None:
+    passages = tuple(Passage(f"t{number}", f"text {number}") for number in range(4))
+    conversation = Conversation((Turn("user", "q"), Turn("assistant", "a")), passages)
+    encoder = ConversationEncoder(TOKENIZER, InstructRetroTemplate(), place, 3)
+    example = encoder.encode(conversation)
+    text = TOKENIZER.decode(example.tokens.tolist())
+    assert [f"text {number}" in text for number in range(4)] == [number < in_prompt for number in range(4)]
+    assert [TOKENIZER.decode(passage.tolist()) for passage in example.passages] == [
+        passage.rendered() for passage in passages[in_prompt : in_prompt + to_encoder]
+    ]
+
+
+def example_of(prompt: int, reply: int, passages: tuple[int, ...] = (), start: int = 0) -> EncodedExample:
+    tokens = np.arange(start, start + prompt + reply, dtype=np.int32)
+    learned = np.arange(prompt + reply) >= prompt
+    return EncodedExample(
+        tokens, learned, prompt, tuple(np.full(length, 7, dtype=np.int32) for length in passages), "here"
+    )
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 20), st.integers(0, 30)), min_size=1, max_size=12))
+def test_packed_rows_hold_every_example_apart(sizes: list[tuple[int, int, int]]) -> None:
+    shape = RowShape(128, 99, chunk_length=8, num_neighbors=2, retrieved_length=16)
+    examples = [example_of(prompt, reply, (passage,)) for prompt, reply, passage in sizes]
+    rows = pack([shape.span(example) for example in examples], shape.length)
+    assert sorted(number for row in rows for number in row) == list(range(len(examples)))
+    for row in rows:
+        batch = build_batch([[examples[number] for number in row]], [0], shape)
+        assert batch.neighbor_mask_BCKR is not None and batch.document_ids_BS is not None
+        documents = batch.document_ids_BS[0]
+        for place, number in enumerate(row):
+            example = examples[number]
+            where = np.flatnonzero(documents == 3 * place + 2)
+            assert batch.tokens_BS[0, where].tolist() == example.tokens[:-1].tolist()
+            assert batch.labels_BS[0, where].tolist() == example.tokens[1:].tolist()
+            assert batch.loss_mask_BS[0, where].tolist() == example.learned[1:].tolist()
+            assert (where[0] + example.prompt_length) % 8 == 0, "the prompt ends on a chunk boundary"
+        assert batch.loss_mask_BS.sum() == sum(examples[number].learned[1:].sum() for number in row)
+        readers = readers_of_each_chunk(documents, 8)
+        for chunk, mask in enumerate(batch.neighbor_mask_BCKR[0]):
+            if mask.any():
+                assert len(readers[chunk]) == 1, "a chunk's passages are read by one example alone"
+
+
+def readers_of_each_chunk(documents: np.ndarray, chunk_length: int) -> list[set[int]]:
+    """Which examples' tokens may read each chunk's neighbours: those from the chunk's last token on, m of them."""
+    found = []
+    for chunk in range(len(documents) // chunk_length):
+        first = (chunk + 1) * chunk_length - 1
+        readers = documents[first : first + chunk_length]
+        found.append({(int(document) - 1) // 3 for document in readers if document})
+    return found
+
+
+def test_a_passage_never_leaves_its_slot() -> None:
+    shape = RowShape(32, 0, chunk_length=8, num_neighbors=2, retrieved_length=16)
+    batch = build_batch([[example_of(10, 5, (40, 3))]], [4], shape)
+    assert batch.neighbor_mask_BCKR is not None
+    assert batch.neighbor_mask_BCKR.sum(-1).tolist() == [[[16, 3], [16, 3], [0, 0], [0, 0]]]
+    assert batch.sample_ids_B.tolist() == [4]
+
+
+def test_rows_must_hold_whole_chunks() -> None:
+    with pytest.raises(ConfigError, match="multiple of --retro-chunk-length 8"):
+        RowShape(30, 0, chunk_length=8)
+
+
+def test_three_forms_are_read(tmp_path: Path) -> None:
+    records = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"prompt": "q", "completion": "a"},
+        {"question": "q", "answers": ["a", "b"], "contexts": [{"title": "t", "text": "c"}, "plain"]},
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)) + "\n\n")
+    found = read_conversations(path)
+    assert {conversation.turns for conversation in found} == {(Turn("user", "q"), Turn("assistant", "a"))}
+    assert found[2].passages == (Passage("t", "c"), Passage("", "plain"))
+    assert found[2].origin == f"{path}:3"
+
+
+BAD = [
+    ("{", "not JSON (column "),
+    ("[1]", "expected an object, got list"),
+    ('{"text": "x"}', "expected messages, or prompt and completion, or question and answers; got text"),
+    ('{"messages": [{"role": "user", "content": "q"}]}', "no assistant turn"),
+    ('{"messages": [{"role": "robot", "content": "q"}]}', "unknown role 'robot'"),
+    ('{"messages": [{"role": "user"}]}', "content must be text, got NoneType"),
+    ('{"messages": [{"role":"assistant","content":"a"},{"role":"user","content":"q"}]}', "the last turn is the user's"),
+    ('{"messages": [{"role":"user","content":"a"},{"role":"system","content":"q"},'
+     '{"role":"assistant","content":"a"}]}', "a system turn may only come first"),
+    ('{"prompt": "q", "completion": " "}', "the last assistant turn is empty"),
+    ('{"question": "q", "answers": []}', "answers must be a list of texts"),
+    ('{"question": "q", "answers": ["a"], "contexts": []}', "contexts must be a list with at least one"),
+    ('{"question": "q", "answers": ["a"], "contexts": [{"text": " "}]}', "a context is empty"),
+]  # fmt: skip
+
+
+def test_every_bad_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n".join(line for line, _ in BAD))
+    with pytest.raises(DataError) as caught:
+        read_conversations(path)
+    for number, (_, reason) in enumerate(BAD, 1):
+        assert f"line {number}: {reason}" in str(caught.value)
+
+
+def test_files_without_content_are_named(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    with pytest.raises(DataError, match="holds no conversation"):
+        read_conversations(empty)
+    with pytest.raises(DataError, match="there is no file"):
+        read_conversations(tmp_path / "absent.jsonl")
+
+
+def test_a_jinja_template_gives_the_same_segments_as_its_text(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jinja"
+    path.write_text(JINJA)
+    template = build_template(str(path))
+    turns = (Turn("user", "q1"), Turn("assistant", "a1"), Turn("user", "q2"), Turn("assistant", "a2"))
+    segments = template.segments(turns, ())
+    assert [segment.is_reply for segment in segments] == [False, True, False, True]
+    assert [segment.text for segment in segments] == [
+        "<user>q1</user><assistant>", "a1</assistant>", "<user>q2</user><assistant>", "a2</assistant>",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{% for %}", "cannot use the template"),
+        ("{{ absent.thing }}", "fails on a conversation"),
+        ("{{ messages|length }}{% if add_generation_prompt %}<a>{% endif %}", "writes a beginning differently"),
+        ("{{ ''.__class__.__mro__ }}", "fails on a conversation"),
+    ],
+)
+def test_wrong_templates_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "wrong.jinja"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        JinjaTemplate(path).segments((Turn("user", "q"), Turn("assistant", "a")), ())
+
+
+def test_unknown_template_is_named() -> None:
+    with pytest.raises(DataError, match="there is no template 'chatml'"):
+        build_template("chatml")
