@@ -1,0 +1,127 @@
+"""Loading: check first that the checkpoint is whole and of this model, then read verified pieces into place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+
+from megatron_retro.artifacts.manifest import Manifest, file_record, read_manifest
+from megatron_retro.checkpoint.directory import KIND, STATE_NAME, VERSION, resolve_checkpoint
+from megatron_retro.checkpoint.failures import named_failure
+from megatron_retro.checkpoint.planners import PaddingLoadPlanner
+from megatron_retro.checkpoint.storage import INDEX_NAME, ShardReader, TensorIndex, read_index
+from megatron_retro.errors import ArtifactError
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk; nothing but its JSON has been read yet."""
+
+    path: Path
+    manifest: Manifest
+    index: TensorIndex
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps that were done when it was written."""
+        return int(self.manifest.counts["step"])
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path` (a run's directory means its newest), its JSON verified, its shards present."""
+    directory = resolve_checkpoint(path)
+    manifest = read_manifest(directory, kind=KIND, version=VERSION)
+    for name in (STATE_NAME, INDEX_NAME):
+        _require_recorded(directory, name, manifest)
+    index = read_index(directory)
+    for name, file in index.files.items():
+        if manifest.files.get(name) != file.record():
+            raise ArtifactError(
+                f"{directory}: {INDEX_NAME} and the manifest disagree about {name}",
+                fix="load another checkpoint of this run",
+            )
+        if not (directory / name).is_file():
+            raise ArtifactError(f"{directory / name} is missing", fix="load another checkpoint of this run")
+    state = json.loads((directory / STATE_NAME).read_text(encoding="utf-8"))
+    return Checkpoint(directory, manifest, index, state)
+
+
+def _require_recorded(directory: Path, name: str, manifest: Manifest) -> None:
+    path = directory / name
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing", fix="load another checkpoint of this run")
+    if name not in manifest.files or file_record(path) != manifest.files[name]:
+        raise ArtifactError(
+            f"{path} does not belong to the manifest beside it, or has changed since it was written (checksum)",
+            fix="load another checkpoint of this run",
+        )
+
+
+def require_same_model(checkpoint: Checkpoint, expected: Mapping[str, Any], ignored: Sequence[str] = ()) -> None:
+    """Refuse a checkpoint of another model, naming every setting that differs.
+
+    `expected` holds the sections (section -> field -> value) that make the model what it is.
+    """
+    wanted = json.loads(json.dumps(expected))
+    differences = []
+    for section, fields in wanted.items():
+        stored = checkpoint.manifest.config.get(section, {})
+        for name, value in fields.items():
+            if name not in ignored and name in stored and stored[name] != value:
+                differences.append(f"--{name.replace('_', '-')}: {stored[name]!r} there, {value!r} here")
+    if differences:
+        raise ArtifactError(
+            f"{checkpoint.path} is the state of another model",
+            got="; ".join(differences),
+            fix="give the settings of that model, or another --load",
+        )
+
+
+def require_tensors(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], true_rows: Mapping[str, int]) -> None:
+    """Refuse a checkpoint that lacks a tensor or has one of another size."""
+    sizes = checkpoint.index.sizes
+    missing = [name for name in tensors if name not in sizes]
+    wrong = []
+    for name, tensor in tensors.items():
+        size = list(tensor.size())
+        if name in true_rows:
+            size[0] = true_rows[name]
+        if name in sizes and list(sizes[name]) != size:
+            wrong.append(f"{name} is {list(sizes[name])} there, {size} here")
+    problems = [f"{name} is not there" for name in missing] + wrong
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise ArtifactError(
+            f"{checkpoint.path} does not fit this model",
+            got="; ".join(problems[:_SHOWN]) + more,
+            fix="give the settings of that model, or another --load; to add a retriever use `retrofit`",
+        )
+
+
+def load_tensors(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, Tensor],
+    true_rows: Mapping[str, int] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Fill `tensors` in place, on any layout; every byte that is read is verified. All ranks of `group` call it."""
+    rows = true_rows or {}
+    require_tensors(checkpoint, tensors, rows)
+    with named_failure(checkpoint.path):
+        load_distributed(
+            {name: tensor.detach() for name, tensor in tensors.items()},
+            storage_reader=ShardReader(checkpoint.path, checkpoint.index),
+            planner=PaddingLoadPlanner(rows),
+            process_group=group,
+            no_dist=group is None,
+        )

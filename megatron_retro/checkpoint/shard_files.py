@@ -1,0 +1,254 @@
+"""One shard on disk: a safetensors file written in one pass and read in verified blocks.
+
+torch's own safetensors writer builds the whole file in memory and knows no checksum; here tensors stream from where
+they lie, and a second thread computes the block checksums while the disk is busy. The files are plain safetensors,
+with the offsets of each piece in the place where torch's `HuggingFaceStorageReader` looks for them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_retro.artifacts.block_checksums import BLOCK_BYTES, RunningBlocks
+from megatron_retro.errors import ArtifactError
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_HEADER_ALIGNMENT = 64
+_BUFFERS = 4
+
+
+@dataclass(frozen=True)
+class PieceSpec:
+    """A piece of a tensor: its type, its shape, and where it begins in the whole tensor."""
+
+    name: str
+    dtype: str
+    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk."""
+        count = 1
+        for size in self.sizes:
+            count *= size
+        return count * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class StoredPiece:
+    """A piece and where it lies in its file."""
+
+    spec: PieceSpec
+    file: str
+    begin: int
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    flat = tensor.detach().reshape(-1)
+    octets: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    return memoryview(octets)
+
+
+def _entry_names(pieces: Sequence[PieceSpec]) -> list[str]:
+    """The tensor's name, made unique where one shard holds several pieces of one tensor."""
+    count: dict[str, int] = {}
+    for piece in pieces:
+        count[piece.name] = count.get(piece.name, 0) + 1
+    return [
+        piece.name if count[piece.name] == 1 else f"{piece.name}@{','.join(map(str, piece.offsets))}"
+        for piece in pieces
+    ]
+
+
+def shard_header(pieces: Sequence[PieceSpec]) -> tuple[bytes, list[int]]:
+    """The head of the file, and where each piece begins behind it."""
+    entries: dict[str, object] = {}
+    offsets: dict[str, object] = {}
+    begins, position = [], 0
+    for name, piece in zip(_entry_names(pieces), pieces, strict=True):
+        end = position + piece.num_bytes
+        entries[name] = {"dtype": piece.dtype, "shape": list(piece.sizes), "data_offsets": [position, end]}
+        offsets[name] = {"saved_offsets": list(piece.offsets)}
+        begins.append(position)
+        position = end
+    entries["__metadata__"] = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _HEADER_ALIGNMENT)
+    head = len(text).to_bytes(8, "little") + text
+    return head, [len(head) + begin for begin in begins]
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    """What was written: pieces with their places, size and block checksums of the file."""
+
+    pieces: tuple[StoredPiece, ...]
+    num_bytes: int
+    checksums: tuple[int, ...]
+
+
+def write_shard(path: Path, pieces: Sequence[PieceSpec], load: Callable[[int], Tensor]) -> WrittenShard:
+    """Write a shard and force it to disk; `load(i)` gives piece i, contiguous or not, on any device."""
+    head, begins = shard_header(pieces)
+    running = RunningBlocks()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            pending = [_write_piece(descriptor, memoryview(head), running, pool)]
+            for number in range(len(pieces)):
+                tensor = load(number).detach().to("cpu").contiguous()
+                pending.append(_write_piece(descriptor, tensor_bytes(tensor), running, pool))
+                del tensor
+            os.fsync(descriptor)
+            for checksum in pending:
+                checksum.result()
+    finally:
+        os.close(descriptor)
+    stored = tuple(StoredPiece(piece, path.name, begin) for piece, begin in zip(pieces, begins, strict=True))
+    return WrittenShard(stored, running.size, tuple(running.checksums()))
+
+
+def _write_piece(descriptor: int, data: memoryview, running: RunningBlocks, pool: ThreadPoolExecutor) -> Future[None]:
+    checksum = pool.submit(running.feed, data)
+    written = 0
+    while written < len(data):
+        written += os.write(descriptor, data[written : written + 8 * BLOCK_BYTES])
+    return checksum
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bytes of a file that somebody wants: a maker of the place to put them, and what to do when they are there."""
+
+    begin: int
+    num_bytes: int
+    open_target: Callable[[], memoryview]
+    finish: Callable[[], None]
+
+    @property
+    def end(self) -> int:
+        """One past the last byte."""
+        return self.begin + self.num_bytes
+
+
+def read_ranges(path: Path, num_bytes: int, checksums: Sequence[int], ranges: Sequence[Range]) -> None:
+    """Fill ranges from one file in a single pass; only blocks that are touched are read, and each is verified.
+
+    A target is opened when the pass reaches it, so memory holds only what is being filled.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing", fix="load another checkpoint of this run") from None
+    try:
+        size = os.fstat(descriptor).st_size
+        if size != num_bytes:
+            raise ArtifactError(f"{path} has another size than was written", got=size, expected=num_bytes)
+        _fill(_VerifiedBlocks(path, descriptor, num_bytes, checksums), ranges)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A range that the pass has reached."""
+
+    wanted: Range
+    target: memoryview
+
+    def take(self, begin: int, block: memoryview) -> bool:
+        """Copy what this block holds of the range; True when that was the last of it."""
+        start, end = max(begin, self.wanted.begin), min(begin + len(block), self.wanted.end)
+        offset = start - self.wanted.begin
+        self.target[offset : offset + end - start] = block[start - begin : end - begin]
+        return end == self.wanted.end
+
+
+def _fill(blocks: _VerifiedBlocks, ranges: Sequence[Range]) -> None:
+    for wanted in ranges:
+        if wanted.num_bytes == 0:
+            wanted.open_target()
+            wanted.finish()
+    waiting = sorted((wanted for wanted in ranges if wanted.num_bytes), key=lambda wanted: wanted.begin, reverse=True)
+    is_open: list[_Open] = []
+    for begin, block in blocks.of(waiting):
+        while waiting and waiting[-1].begin < begin + len(block):
+            wanted = waiting.pop()
+            is_open.append(_Open(wanted, wanted.open_target()))
+        still_open = []
+        for item in is_open:
+            if item.take(begin, block):
+                item.wanted.finish()
+            else:
+                still_open.append(item)
+        is_open = still_open
+
+
+class _VerifiedBlocks:
+    """The blocks of a file: a thread reads ahead, the caller's thread verifies."""
+
+    def __init__(self, path: Path, descriptor: int, num_bytes: int, checksums: Sequence[int]) -> None:
+        self._path, self._descriptor, self._num_bytes, self._checksums = path, descriptor, num_bytes, checksums
+        self._buffers = [memoryview(bytearray(BLOCK_BYTES)) for _ in range(_BUFFERS)]
+
+    def of(self, ranges: Sequence[Range]) -> Iterator[tuple[int, memoryview]]:
+        """Beginning and content of every block that the ranges touch, each valid until the next is asked for."""
+        numbers = sorted(
+            {
+                number
+                for wanted in ranges
+                for number in range(wanted.begin // BLOCK_BYTES, -(-wanted.end // BLOCK_BYTES))
+            }
+        )
+        ahead: deque[Future[memoryview]] = deque()
+        with ThreadPoolExecutor(1) as pool:
+            for turn, number in enumerate(numbers):
+                while len(ahead) < _BUFFERS - 1 and turn + len(ahead) < len(numbers):
+                    ahead.append(pool.submit(self._read, numbers[turn + len(ahead)], turn + len(ahead)))
+                yield number * BLOCK_BYTES, self._verified(number, ahead.popleft().result())
+
+    def _read(self, number: int, turn: int) -> memoryview:
+        buffer = self._buffers[turn % _BUFFERS]
+        begin = number * BLOCK_BYTES
+        length = min(BLOCK_BYTES, self._num_bytes - begin)
+        done = 0
+        while done < length:
+            count = os.preadv(self._descriptor, [buffer[done:length]], begin + done)
+            if count == 0:
+                raise ArtifactError(f"{self._path} became shorter while it was read")
+            done += count
+        return buffer[:length]
+
+    def _verified(self, number: int, block: memoryview) -> memoryview:
+        if zlib.crc32(block) != self._checksums[number]:
+            begin = number * BLOCK_BYTES
+            raise ArtifactError(
+                f"{self._path}: bytes {begin} to {begin + len(block)} have changed since they were written (checksum)",
+                fix="load another checkpoint of this run",
+            )
+        return block
