@@ -10,6 +10,7 @@ from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.observability import ObservabilityConfig
 from megatron_retro.config.optimizer import OptimizerConfig
 from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.planning import PlanningConfig
 from megatron_retro.config.retrieval import EmbedderConfig, RetrievalConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.training import TrainingConfig
@@ -30,4 +31,5 @@ ALL_SECTIONS: tuple[type, ...] = (
     EmbedderConfig,
     RetrievalConfig,
     WorkersConfig,
+    PlanningConfig,
 )
