@@ -1,0 +1,141 @@
+"""Starts and ends torch's process group, the same way for every launcher: gloo on CPUs, NCCL on GPUs.
+
+A program opens it once:
+
+    with process_group(find_launch(), timeout_minutes=10) as device: ...
+
+A lone process gets a group of one, so nothing behind it asks whether it is distributed. Every collective has a
+timeout; `agree` compares facts between ranks before the first step; `explain_failure` turns what torch raises when a
+peer died or hangs into an error that names rank, axis and step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import traceback
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, TCPStore
+
+from megatron_retro.errors import DistributedError, EnvironmentProblem
+from megatron_retro.runtime.launch import Launch
+
+_SIGNS_OF_LOST_PEERS = ("timed out", "timeout", "connection closed", "connection reset", "broken pipe", "aborted")
+
+
+def choose_device(launch: Launch, *, use_gpu: bool | None = None) -> torch.device:
+    """This rank's device: its own GPU where there are GPUs, else the CPU."""
+    available = torch.cuda.is_available()
+    if use_gpu is False or not available:
+        if use_gpu:
+            raise EnvironmentProblem(
+                "a GPU was asked for and torch sees none", fix="megatron-retro environment says why"
+            )
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if launch.local_world_size > count and count > 1:
+        raise EnvironmentProblem(
+            "more ranks than GPUs on this host",
+            got=f"{launch.local_world_size} ranks, {count} GPUs",
+            expected="at most one rank for each GPU",
+        )
+    # a launcher that gives each rank its own CUDA_VISIBLE_DEVICES shows one GPU to each
+    device = torch.device("cuda", launch.local_rank % count)
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def process_group(
+    launch: Launch, *, timeout_minutes: float = 10.0, use_gpu: bool | None = None
+) -> Iterator[torch.device]:
+    """The default process group for the length of the block; yields this rank's device."""
+    device = choose_device(launch, use_gpu=use_gpu)
+    _initialize(launch, device, timedelta(minutes=timeout_minutes))
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def _initialize(launch: Launch, device: torch.device, timeout: timedelta) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    place: dict[str, Any] = {"rank": launch.rank, "world_size": launch.world_size, "timeout": timeout}
+    if launch.alone:
+        dist.init_process_group(backend, store=HashStore(), **place)
+        return
+    try:
+        if launch.launcher == "torchrun":  # whose agent may already hold the store
+            dist.init_process_group(backend, init_method="env://", **place)
+            return
+        address, port = launch.master_address, launch.master_port
+        store = TCPStore(address, port, launch.world_size, is_master=launch.rank == 0, timeout=timeout)
+        dist.init_process_group(backend, store=store, **place)
+    except (RuntimeError, ValueError) as error:
+        raise DistributedError(
+            f"rank {launch.rank} of {launch.world_size} on {socket.gethostname()} could not meet the others",
+            got=str(error).splitlines()[0],
+            expected=f"every rank at {launch.master_address}:{launch.master_port} (told by {launch.launcher})",
+            fix="set MASTER_ADDR and MASTER_PORT to an address that every host reaches",
+        ) from error
+
+
+def agree(facts: Mapping[str, object], what: str) -> None:
+    """Every rank calls it at start: refuse to go on when ranks read different facts (settings, data fingerprints)."""
+    mine = {name: json.dumps(value, sort_keys=True, default=str) for name, value in facts.items()}
+    everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    lines = []
+    for name in sorted(set().union(*everyone)):
+        by_value: dict[str, list[int]] = {}
+        for rank, theirs in enumerate(everyone):
+            by_value.setdefault(theirs.get(name, "absent"), []).append(rank)
+        if len(by_value) > 1:
+            lines.append(f"{name}: " + "; ".join(f"{value} on ranks {ranks}" for value, ranks in by_value.items()))
+    if lines:
+        raise DistributedError(
+            f"ranks disagree about {what}",
+            got="\n            ".join(lines),
+            expected="the same on every rank",
+            fix="start every rank with the same flags, files and versions",
+        )
+
+
+def explain_failure(error: BaseException, step: int) -> DistributedError | None:
+    """The named error for a collective that failed because a peer died or hangs; None for any other error."""
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    text = " ".join(str(part) for part in chain).lower()
+    if not isinstance(error, RuntimeError) or not any(sign in text for sign in _SIGNS_OF_LOST_PEERS):
+        return None
+    axis = next((found for part in reversed(chain) if (found := _axis_of(part.__traceback__))), "unknown")
+    return DistributedError(
+        f"a collective of rank {dist.get_rank()} failed at step {step}, on the {axis} axis",
+        got=str(chain[-1]).splitlines()[0],
+        expected="every rank of that axis to take part in time",
+        fix="look for the first rank that ended or hangs; --distributed-timeout-minutes sets how long others wait",
+    )
+
+
+def _axis_of(trace: TracebackType | None) -> str | None:
+    """The axis whose collective stands nearest to the failure in a traceback."""
+    for frame in reversed(traceback.extract_tb(trace)):
+        if "/fsdp/" in frame.filename:
+            return "data"
+        if frame.filename.endswith(("parallel/collectives.py", "parallel/vocabulary.py")):
+            return "tensor"
+        if "/pipelining/" in frame.filename:
+            return "pipeline"
+        if frame.filename.endswith("parallel/replicas.py"):
+            return "pipeline"
+    return None
