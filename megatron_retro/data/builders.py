@@ -1,0 +1,136 @@
+"""From settings to datasets and loaders; everything that can be refused is refused here, before training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from megatron_retro.config.data import DataConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import TrainingConfig
+from megatron_retro.data.blends import Blend, WeightedPath, parse_data_path
+from megatron_retro.data.chunk_database import ChunkDatabase
+from megatron_retro.data.dataset import Boundaries, Dataset, RetrievalNoise, Source
+from megatron_retro.data.loader import Loader
+from megatron_retro.data.neighbor_table import NeighborTable, covered
+from megatron_retro.data.neighbors import NeighborReader
+from megatron_retro.data.query_chunks import QueryChunks
+from megatron_retro.data.samples import CorpusSamples, check_lengths, parse_split, split_documents
+from megatron_retro.data.token_file import TokenFile
+from megatron_retro.errors import ConfigError, DataError
+
+
+def build_loader(
+    settings: Settings,
+    split: str = "train",
+    *,
+    eod: int | None,
+    data_rank: int = 0,
+    data_size: int = 1,
+    global_batch_size: int | Callable[[int], int] | None = None,
+) -> Loader:
+    """The loader of a split (`train`, `valid`, `test`) for one data-parallel rank."""
+    training = settings[TrainingConfig]
+    return Loader(
+        build_dataset(settings, split, eod=eod),
+        micro_batch_size=training.micro_batch_size,
+        global_batch_size=global_batch_size or training.global_batch_size,
+        data_rank=data_rank,
+        data_size=data_size,
+        num_threads=settings[DataConfig].num_workers,
+    )
+
+
+def build_dataset(settings: Settings, split: str, *, eod: int | None) -> Dataset:
+    """All samples of a split; an empty one is refused."""
+    data, retro, seed = settings[DataConfig], settings[RetroConfig], settings[TrainingConfig].seed
+    own_validation = split == "valid" and data.valid_data_path is not None
+    words = data.valid_data_path if own_validation else data.data_path
+    if words is None:
+        raise ConfigError("--data-path is not set", fix="give token file prefixes made by `megatron-retro preprocess`")
+    paths = parse_data_path(words)
+    tables = _tables(paths, data.valid_neighbor_path if own_validation else data.neighbor_path, retro)
+    database = _database(data, retro)
+    shares = (0.0, 1.0, 0.0) if own_validation else parse_split(data.split)
+    sources = tuple(
+        _source(path, table, database, data, retro, seed, shares, split)
+        for path, table in zip(paths, tables, strict=True)
+    )
+    return Dataset(
+        sources,
+        Blend(tuple(path.weight for path in paths)),
+        seed,
+        Boundaries(eod, data.reset_position_ids, data.reset_attention_mask, data.eod_mask_loss),
+        _noise(retro) if split == "train" else RetrievalNoise(),
+    )
+
+
+def _noise(retro: RetroConfig) -> RetrievalNoise:
+    return RetrievalNoise(retro.retro_no_retrieval_probability, retro.retro_random_retrieval_probability)
+
+
+def _tables(
+    paths: Sequence[WeightedPath], tables: Sequence[str] | None, retro: RetroConfig
+) -> Sequence[NeighborTable | None]:
+    if not retro.retro_add_retriever or retro.retro_num_neighbors == 0 or tables is None:
+        return [None] * len(paths)
+    if len(tables) != len(paths):
+        raise ConfigError(
+            "--neighbor-path must name one table per token file", got=len(tables), expected=f"{len(paths)}, in order"
+        )
+    return [NeighborTable.open(table) for table in tables]
+
+
+def _database(data: DataConfig, retro: RetroConfig) -> ChunkDatabase | None:
+    if not retro.retro_add_retriever or retro.retro_num_neighbors == 0 or data.database_path is None:
+        return None
+    return ChunkDatabase.open(data.database_path)
+
+
+def chunk_length_of(data: DataConfig, retro: RetroConfig) -> int:
+    """The grid of samples; a GPT whose length is no multiple of m has a grid of its own."""
+    if retro.retro_add_retriever:
+        check_lengths(data.seq_length, retro.retro_chunk_length)
+    whole = data.seq_length % retro.retro_chunk_length == 0
+    return retro.retro_chunk_length if whole else data.seq_length
+
+
+def _source(
+    path: WeightedPath,
+    table: NeighborTable | None,
+    database: ChunkDatabase | None,
+    data: DataConfig,
+    retro: RetroConfig,
+    seed: int,
+    shares: Sequence[float],
+    split: str,
+) -> Source:
+    file = TokenFile(path.path)
+    chunk_length = chunk_length_of(data, retro)
+    first, last = split_documents(file.num_documents, shares, split)
+    stop = int(file.document_bounds(last - 1)[1]) if last > first else 0
+    chunks = QueryChunks(file, chunk_length).within_documents(first, last)
+    ranges = covered(table.row_ranges, *chunks) if table is not None else (chunks,)
+    samples = CorpusSamples(file, chunk_length, data.seq_length, ranges, stop, data.epoch_chunk_offset, seed)
+    if samples.num_samples == 0:
+        raise DataError(
+            f"{path.path} has no {split} sample",
+            got=f"documents {first} to {last} of {file.num_documents}, {file.num_tokens} tokens in all",
+            expected=f"at least {data.seq_length + 1} tokens in one stretch"
+            + ("" if table is None else " that the neighbour table covers"),
+            fix="change --split, --seq-length or the corpus",
+        )
+    if table is None:
+        return Source(samples)
+    if database is None:
+        raise ConfigError("--neighbor-path needs --database-path", fix="add the chunk database of the tables")
+    reader = NeighborReader(
+        file,
+        table,
+        database,
+        chunk_length,
+        retro.retro_num_neighbors,
+        retro.retrieved_length(),
+        data.database_keep_fraction,
+    )
+    return Source(samples, reader)

@@ -1,0 +1,187 @@
+"""The samples of a run: sources blended, each with its neighbours, read as whole batches.
+
+`read(k)` is a pure function of the settings and the numbers k, whatever process asks and in whatever order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_retro.data.batches import Batch
+from megatron_retro.data.blends import Blend
+from megatron_retro.data.neighbors import NeighborReader
+from megatron_retro.data.order import key_of, mix_array
+from megatron_retro.data.samples import CorpusSamples
+from megatron_retro.errors import DataError
+
+_ABSENT_KEY, _RANDOM_KEY, _OTHER_KEY = 11, 12, 13
+
+
+@dataclass(frozen=True)
+class Boundaries:
+    """What happens at document borders inside a sample, as Megatron's three flags say."""
+
+    eod: int | None = None
+    reset_position_ids: bool = False
+    reset_attention_mask: bool = False
+    eod_mask_loss: bool = False
+
+
+@dataclass(frozen=True)
+class RetrievalNoise:
+    """Shares of samples that train without neighbours, or with those of another sample."""
+
+    none: float = 0.0
+    random: float = 0.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """One corpus of a blend."""
+
+    samples: CorpusSamples
+    neighbors: NeighborReader | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """All samples of one split of a run."""
+
+    sources: tuple[Source, ...]
+    blend: Blend
+    seed: int
+    boundaries: Boundaries = Boundaries()
+    noise: RetrievalNoise = RetrievalNoise()
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of a sample."""
+        return self.sources[0].samples.seq_length
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all sources, each counted once."""
+        return sum(source.samples.num_samples for source in self.sources)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with anything that the k-th sample depends on."""
+        facts: list[object] = [self.seed, self.seq_length, self.blend.weights]
+        for source in self.sources:
+            samples, neighbors = source.samples, source.neighbors
+            facts += [samples.file.fingerprint, samples.chunk_length, samples.chunk_ranges, samples.stop]
+            facts += [samples.shift_epochs]
+            if neighbors is not None:
+                facts += [neighbors.table.fingerprint, neighbors.num_neighbors, neighbors.retrieved_length]
+                facts += [neighbors.keep_fraction]
+        facts += [self.boundaries, self.noise]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    def epochs(self, num_samples: int) -> list[float]:
+        """How often each source is read by a run of so many samples."""
+        counts = self.blend.counts(num_samples)
+        return [count / source.samples.num_samples for count, source in zip(counts, self.sources, strict=True)]
+
+    def read(self, numbers: Sequence[int]) -> Batch:
+        """The samples of the given numbers of the global order."""
+        ids = np.asarray(numbers, np.int64)
+        located = np.array([self.blend.locate(int(number)) for number in ids], np.int64).reshape(-1, 2)
+        parts = []
+        places = []
+        for number, source in enumerate(self.sources):
+            chosen = np.flatnonzero(located[:, 0] == number)
+            if len(chosen):
+                parts.append(self._read_source(source, ids[chosen], located[chosen, 1]))
+                places.append(chosen)
+        return parts[0] if len(parts) == 1 else _interleave(parts, np.concatenate(places))
+
+    def _read_source(self, source: Source, ids: NDArray[np.int64], draws: NDArray[np.int64]) -> Batch:
+        samples = source.samples
+        chunks = samples.first_chunks(draws)
+        starts = chunks * samples.chunk_length
+        window = starts[:, None] + np.arange(self.seq_length + 1)
+        tokens = samples.file.stream[window]
+        documents = None
+        if self.boundaries.reset_position_ids or self.boundaries.reset_attention_mask:
+            documents = _document_ids(samples, window[:, :-1])
+        neighbor_tokens, neighbor_mask = self._read_neighbors(source, ids, chunks)
+        return Batch(
+            tokens_BS=tokens[:, :-1],
+            labels_BS=tokens[:, 1:],
+            loss_mask_BS=self._loss_mask(tokens[:, :-1]),
+            sample_ids_B=ids,
+            position_ids_BS=_restarting_positions(documents) if self.boundaries.reset_position_ids else None,
+            document_ids_BS=documents if self.boundaries.reset_attention_mask else None,
+            neighbor_tokens_BCKR=neighbor_tokens,
+            neighbor_mask_BCKR=neighbor_mask,
+        )
+
+    def _loss_mask(self, tokens: NDArray[Any]) -> NDArray[np.bool_]:
+        """As in Megatron, the prediction made AT an end-of-document token is the one left out."""
+        if self.boundaries.eod_mask_loss and self.boundaries.eod is not None:
+            return np.asarray(tokens != self.boundaries.eod)
+        return np.ones(tokens.shape, np.bool_)
+
+    def _read_neighbors(
+        self, source: Source, ids: NDArray[np.int64], chunks: NDArray[np.int64]
+    ) -> tuple[NDArray[Any] | None, NDArray[np.bool_] | None]:
+        if source.neighbors is None:
+            return None, None
+        per_sample = source.samples.chunks_per_sample
+        absent = _drawn(ids, self.seed, _ABSENT_KEY, self.noise.none)
+        other = _drawn(ids, self.seed, _RANDOM_KEY, self.noise.random) & ~absent
+        if other.any():
+            draws = _uniform(ids, self.seed, _OTHER_KEY) * source.samples.num_samples
+            chunks = np.where(other, source.samples.first_chunks(draws.astype(np.int64)), chunks)
+        tokens, mask = source.neighbors.read(chunks, per_sample)
+        if absent.any():
+            tokens[absent], mask[absent] = 0, False
+        return tokens, mask
+
+
+def _uniform(ids: NDArray[np.int64], seed: int, key: int) -> NDArray[np.float64]:
+    """A number in [0, 1) per sample."""
+    mixed = mix_array(ids.astype(np.uint64) ^ np.uint64(key_of(seed, key)))
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _drawn(ids: NDArray[np.int64], seed: int, key: int, share: float) -> NDArray[np.bool_]:
+    return _uniform(ids, seed, key) < share
+
+
+def _document_ids(samples: CorpusSamples, window: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Documents of each sample's tokens, counted from 0."""
+    documents = samples.file.documents_of(window)
+    steps = np.diff(documents, axis=1, prepend=documents[:, :1]) > 0
+    return np.cumsum(steps, axis=1, dtype=np.int32)
+
+
+def _restarting_positions(documents: NDArray[np.int32] | None) -> NDArray[np.int32]:
+    if documents is None:
+        raise DataError("positions restart at documents, which were not read")
+    places = np.arange(documents.shape[1], dtype=np.int32)
+    starts = np.diff(documents, axis=1, prepend=-1) > 0
+    restart: NDArray[np.int32] = np.maximum.accumulate(np.where(starts, places, 0), axis=1)
+    return (places - restart).astype(np.int32)
+
+
+def _interleave(parts: Sequence[Batch], places: NDArray[np.int64]) -> Batch:
+    """Batches of several sources as one, row i of the joined parts going to `places[i]`."""
+    order = np.argsort(places)
+
+    def join(name: str) -> Any:
+        arrays = [getattr(part, name) for part in parts]
+        if all(array is None for array in arrays):
+            return None
+        if any(array is None for array in arrays):
+            raise DataError("some sources of the blend have neighbours and some have none")
+        return np.concatenate(arrays)[order]
+
+    return Batch(**{name: join(name) for name in Batch.__dataclass_fields__})

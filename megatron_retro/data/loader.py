@@ -1,0 +1,116 @@
+"""The loader: the global order of samples, cut into steps, ranks and micro-batches, prepared ahead by threads.
+
+Step by step the next `global_batch_size` samples of the order are consumed; data-parallel rank r of R reads the r-th
+contiguous share of them, in micro-batches. The order is the same for any R, and a state is only a number of samples,
+so a run resumes exactly with any other R.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from megatron_retro.data.batches import Batch
+from megatron_retro.data.dataset import Dataset
+from megatron_retro.errors import ArtifactError, ConfigError
+
+_STEPS_AHEAD = 2
+
+
+class Loader:
+    """Iterates over steps; each is the list of this rank's micro-batches."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        micro_batch_size: int,
+        global_batch_size: int | Callable[[int], int],
+        data_rank: int = 0,
+        data_size: int = 1,
+        num_threads: int = 0,
+    ) -> None:
+        self.dataset, self.micro_batch_size = dataset, micro_batch_size
+        self.data_rank, self.data_size = data_rank, data_size
+        self._batch_size = global_batch_size
+        self._num_threads = num_threads
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="loader") if num_threads else None
+        self._ahead: deque[tuple[int, Future[list[Batch]]]] = deque()
+        self.consumed_samples = 0
+
+    def global_batch_size(self, consumed_samples: int) -> int:
+        """Samples of the step that begins after so many."""
+        size = self._batch_size if isinstance(self._batch_size, int) else self._batch_size(consumed_samples)
+        unit = self.micro_batch_size * self.data_size
+        if size < 1 or size % unit:
+            raise ConfigError(
+                "--global-batch-size is not a multiple of micro-batch size x data-parallel ranks",
+                got=f"{size} after {consumed_samples} samples",
+                expected=f"a multiple of {self.micro_batch_size} x {self.data_size}",
+            )
+        return size
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        size = self.global_batch_size(self.consumed_samples)
+        step = self._next_prepared() if self._pool else self._read_step(self.consumed_samples, size)
+        self.consumed_samples += size
+        return step
+
+    def _next_prepared(self) -> list[Batch]:
+        position = self._ahead[-1][0] if self._ahead else self.consumed_samples
+        while len(self._ahead) < _STEPS_AHEAD + self._num_threads:
+            size = self.global_batch_size(position)
+            future = self._require_pool().submit(self._read_step, position, size)
+            position += size
+            self._ahead.append((position, future))
+        return self._ahead.popleft()[1].result()
+
+    def _require_pool(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            raise ValueError("this loader has no threads")
+        return self._pool
+
+    def _read_step(self, position: int, size: int) -> list[Batch]:
+        share = size // self.data_size
+        first = position + share * self.data_rank
+        return [
+            self.dataset.read(range(start, start + self.micro_batch_size))
+            for start in range(first, first + share, self.micro_batch_size)
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """Where the order stands; what was read ahead but not handed out does not count."""
+        return {"consumed_samples": self.consumed_samples, "order": self.dataset.fingerprint}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state, of any number of ranks."""
+        if state["order"] != self.dataset.fingerprint:
+            raise ArtifactError(
+                "the saved position belongs to another order of samples",
+                got=state["order"][:16],
+                expected=self.dataset.fingerprint[:16],
+                fix="the data, the seed, the sequence length or the blend changed: restore them, or start "
+                "the order again without the saved position",
+            )
+        self.seek(int(state["consumed_samples"]))
+
+    def seek(self, consumed_samples: int) -> None:
+        """Go to any place of the order."""
+        self._drop_ahead()
+        self.consumed_samples = consumed_samples
+
+    def _drop_ahead(self) -> None:
+        for _, future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._drop_ahead()
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)

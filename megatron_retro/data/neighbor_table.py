@@ -1,0 +1,229 @@
+"""Neighbour tables: for each query chunk of a corpus, the ids of its nearest chunks in a database.
+
+Row u is query chunk u: `saved` ids of 5 bytes, little-endian, nearest first; all bits set is "none". A table covers
+any set of row ranges, cut into block files of at most `block_rows` rows whose checksums are in the manifest.
+Blocks can be written by any number of workers in any order; `finish_table` gives the directory its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_retro.artifacts.files import flush_directory, publish_directory, write_file
+from megatron_retro.artifacts.manifest import Manifest, damage, read_manifest, write_manifest
+from megatron_retro.data.token_index import map_file
+from megatron_retro.errors import ArtifactError, DataError
+
+KIND = "neighbor-table"
+VERSION = 1
+ID_BYTES = 5
+NONE = -1
+NONE_BITS = (1 << 8 * ID_BYTES) - 1
+MAX_ID = NONE_BITS - 1
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows [first, last) of one file."""
+
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        """The file of the block."""
+        return f"rows-{self.first:013d}-{self.last:013d}.ids"
+
+
+@dataclass(frozen=True)
+class TableLayout:
+    """Which rows a table has and how they are cut into files. `row_ranges` ascend and do not overlap."""
+
+    saved: int
+    row_ranges: tuple[tuple[int, int], ...]
+    block_rows: int = 1 << 18
+
+    def __post_init__(self) -> None:
+        ends = [0]
+        for first, last in self.row_ranges:
+            if not ends[-1] <= first < last:
+                raise DataError("row ranges must ascend, not overlap and not be empty", got=self.row_ranges)
+            ends.append(last)
+        if self.saved < 1 or self.block_rows < 1:
+            raise DataError("a neighbour table needs at least one id per row and one row per block")
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The files of the table; a block never spans two ranges."""
+        return tuple(
+            Block(start, min(start + self.block_rows, last))
+            for first, last in self.row_ranges
+            for start in range(first, last, self.block_rows)
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all ranges."""
+        return sum(last - first for first, last in self.row_ranges)
+
+
+def pack_ids(ids: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Ids [..., saved] as bytes [..., saved * 5]; -1 becomes all ones."""
+    array = np.ascontiguousarray(ids, "<i8")
+    if array.size and (int(array.min()) < NONE or int(array.max()) > MAX_ID):
+        raise DataError("a neighbour id does not fit 5 bytes", got=f"{array.min()} to {array.max()}")
+    octets = array.view(np.uint8).reshape(*array.shape, 8)[..., :ID_BYTES]
+    return np.ascontiguousarray(octets).reshape(*array.shape[:-1], -1)
+
+
+def unpack_ids(octets: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """The reverse of `pack_ids`."""
+    parts = octets.reshape(*octets.shape[:-1], -1, ID_BYTES)
+    wide = np.zeros((*parts.shape[:-1], 8), np.uint8)
+    wide[..., :ID_BYTES] = parts
+    ids = wide.view("<i8")[..., 0]
+    return np.where(ids == NONE_BITS, NONE, ids)
+
+
+def write_block(directory: Path, layout: TableLayout, block: Block, ids: NDArray[np.int64]) -> None:
+    """Write one block atomically. `ids` is [rows, saved], -1 for none."""
+    expected = (block.last - block.first, layout.saved)
+    if ids.shape != expected:
+        raise DataError(f"{block.name}: wrong shape of neighbour ids", got=ids.shape, expected=expected)
+    write_file(directory / block.name, pack_ids(ids).tobytes())
+
+
+def block_is_done(directory: Path, layout: TableLayout, block: Block) -> bool:
+    """Whether the block's file is in place and whole."""
+    path = directory / block.name
+    return path.is_file() and path.stat().st_size == _block_bytes(layout, block)
+
+
+def finish_table(
+    directory: Path,
+    path: Path,
+    layout: TableLayout,
+    *,
+    inputs: Mapping[str, str],
+    config: Mapping[str, Any],
+) -> Manifest:
+    """Describe a directory of finished blocks and give it its name. `inputs` names `corpus` and `database`."""
+    missing = [block.name for block in layout.blocks if not block_is_done(directory, layout, block)]
+    if missing:
+        raise ArtifactError(f"{directory} lacks {len(missing)} blocks", got=", ".join(missing[:3]), fix="query again")
+    described = {
+        **config,
+        "saved": layout.saved,
+        "row_ranges": [list(span) for span in layout.row_ranges],
+        "block_rows": layout.block_rows,
+    }
+    manifest = write_manifest(
+        directory,
+        kind=KIND,
+        version=VERSION,
+        inputs=inputs,
+        config=described,
+        counts={"rows": layout.num_rows},
+    )
+    flush_directory(directory)
+    publish_directory(directory, path)
+    return manifest
+
+
+class NeighborTable:
+    """A mapped table; blocks are opened when their rows are first read."""
+
+    def __init__(self, path: Path, manifest: Manifest, layout: TableLayout) -> None:
+        self.path, self.manifest, self.layout = path, manifest, layout
+        self._firsts = np.array([block.first for block in layout.blocks], np.int64)
+        self._maps: dict[int, NDArray[np.uint8]] = {}
+
+    @classmethod
+    def open(cls, path: str | Path) -> NeighborTable:
+        """Map a finished table; every file must have its size."""
+        where = Path(path)
+        manifest = read_manifest(where, kind=KIND, version=VERSION)
+        config = manifest.config
+        layout = TableLayout(
+            config["saved"], tuple((first, last) for first, last in config["row_ranges"]), config["block_rows"]
+        )
+        for block in layout.blocks:
+            if not block_is_done(where, layout, block):
+                raise ArtifactError(f"{where / block.name} is missing or cut", fix="run the query stage again")
+        return cls(where, manifest, layout)
+
+    @property
+    def num_saved(self) -> int:
+        """Ids of a row."""
+        return self.layout.saved
+
+    @property
+    def row_ranges(self) -> tuple[tuple[int, int], ...]:
+        """The rows that the table has."""
+        return self.layout.row_ranges
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the table and of all that it was made from."""
+        return self.manifest.fingerprint
+
+    @property
+    def corpus_fingerprint(self) -> str:
+        """The token file whose query chunks the rows are."""
+        return self.manifest.inputs["corpus"]
+
+    @property
+    def database_fingerprint(self) -> str:
+        """The chunk database that the ids point into."""
+        return self.manifest.inputs["database"]
+
+    def rows(self, first: int, last: int) -> NDArray[np.int64]:
+        """Ids of the rows [first, last), -1 for none."""
+        return unpack_ids(self.packed_rows(first, last))
+
+    def packed_rows(self, first: int, last: int) -> NDArray[np.uint8]:
+        """The stored bytes [last - first, saved * 5] of rows; a view when they lie in one block."""
+        parts = [content[start:stop] for content, start, stop in self._parts(first, last)]
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.zeros((0, self.num_saved * ID_BYTES), np.uint8)
+
+    def _parts(self, first: int, last: int) -> Iterator[tuple[NDArray[np.uint8], int, int]]:
+        row = first
+        while row < last:
+            number = int(np.searchsorted(self._firsts, row, side="right")) - 1
+            block = self.layout.blocks[number] if number >= 0 else None
+            if block is None or row >= block.last:
+                raise DataError(
+                    f"{self.path} has no neighbours of query chunk {row}", expected=f"rows within {self.row_ranges}"
+                )
+            stop = min(last, block.last)
+            yield self._map(number), row - block.first, stop - block.first
+            row = stop
+
+    def _map(self, number: int) -> NDArray[np.uint8]:
+        if number not in self._maps:
+            content = map_file(self.path / self.layout.blocks[number].name)
+            self._maps[number] = content.reshape(-1, self.num_saved * ID_BYTES)
+        return self._maps[number]
+
+    def damage(self) -> list[str]:
+        """What is wrong with the files, by their checksums."""
+        return damage(self.path, self.manifest)
+
+
+def _block_bytes(layout: TableLayout, block: Block) -> int:
+    return (block.last - block.first) * layout.saved * ID_BYTES
+
+
+def covered(row_ranges: Sequence[tuple[int, int]], first: int, last: int) -> tuple[tuple[int, int], ...]:
+    """The parts of [first, last) that lie in the ranges."""
+    cut = ((max(first, start), min(last, stop)) for start, stop in row_ranges)
+    return tuple((start, stop) for start, stop in cut if start < stop)

@@ -1,0 +1,78 @@
+"""Neighbours of samples as they are read: saved ids -> the same-document rule -> the first k -> tokens and mask.
+
+The documents of a sample's inputs and labels are an interval; a saved neighbour from one of them is dropped and the
+next saved one moves up. What is missing in the end is absent, under a mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_retro.artifacts.manifest import require_same
+from megatron_retro.data.chunk_database import ChunkDatabase
+from megatron_retro.data.neighbor_table import NONE, NeighborTable
+from megatron_retro.data.order import mix_array
+from megatron_retro.data.token_file import TokenFile
+from megatron_retro.errors import DataError
+
+
+@dataclass(frozen=True)
+class NeighborReader:
+    """Neighbours of one corpus's samples."""
+
+    file: TokenFile
+    table: NeighborTable
+    database: ChunkDatabase
+    chunk_length: int
+    num_neighbors: int
+    retrieved_length: int
+    keep_fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        query = "run `megatron-retro build-retrieval` for this corpus and database"
+        table = self.table.path
+        require_same(table, "the corpus", self.table.corpus_fingerprint, self.file.fingerprint, query)
+        require_same(table, "the database", self.table.database_fingerprint, self.database.fingerprint, query)
+        require_same(
+            self.database.path, "the chunk length", self.database.chunk_length, self.chunk_length, "set it to the same"
+        )
+        if self.num_neighbors > self.table.num_saved:
+            raise DataError(
+                f"{table} has too few neighbours per chunk", got=self.table.num_saved, expected=self.num_neighbors
+            )
+
+    def read(self, first_chunks: NDArray[np.int64], chunks_per_sample: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Neighbour tokens [B, C, K, R] and mask of samples that start at the given query chunks."""
+        ids = self.select(first_chunks, chunks_per_sample)
+        return self.database.gather(ids, self.retrieved_length)
+
+    def select(self, first_chunks: NDArray[np.int64], chunks_per_sample: int) -> NDArray[np.int64]:
+        """The chosen neighbours [B, C, K], -1 where there is none."""
+        saved = np.stack([self.table.rows(chunk, chunk + chunks_per_sample) for chunk in map(int, first_chunks)])
+        first, last = self._own_documents(first_chunks, chunks_per_sample)
+        documents = self.database.document_of(np.maximum(saved, 0)) if self.database.num_chunks else saved
+        own = (documents >= first[:, None, None]) & (documents < last[:, None, None])
+        legal = (saved != NONE) & ~own & self.keeps(documents)
+        nearest_first = np.argsort(~legal, axis=-1, kind="stable")[..., : self.num_neighbors]
+        chosen = np.take_along_axis(saved, nearest_first, -1)
+        return np.where(np.take_along_axis(legal, nearest_first, -1), chosen, NONE)
+
+    def _own_documents(
+        self, first_chunks: NDArray[np.int64], chunks_per_sample: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Documents of the database that a sample's inputs and labels touch."""
+        start = first_chunks * self.chunk_length
+        label = np.minimum(start + chunks_per_sample * self.chunk_length, self.file.num_tokens - 1)
+        first, last = self.file.documents_of(start), self.file.documents_of(label) + 1
+        return self.database.map_documents(self.file.fingerprint, first, last)
+
+    def keeps(self, documents: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether a document is in the kept share; smaller shares are subsets of larger ones."""
+        if self.keep_fraction >= 1.0:
+            return np.ones(documents.shape, np.bool_)
+        limit = np.uint64(int(self.keep_fraction * (1 << 64)))
+        return mix_array(documents.astype(np.uint64)) < limit

@@ -1,0 +1,237 @@
+"""Writing token files: documents one by one, or whole files joined; then checks of what was written.
+
+Lengths and boundaries go to disk as they come, so memory does not grow with the corpus. The `.bin` and `.idx` take
+their names when both are whole, the manifest last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from megatron_retro.artifacts.files import flush_directory, flush_file, named_disk_errors, temporary_name
+from megatron_retro.artifacts.manifest import FileRecord, Manifest, damage, load_manifest, manifest_path, write_manifest
+from megatron_retro.data.token_file import KIND, MANIFEST_VERSION, TokenFile, bin_path, idx_path
+from megatron_retro.data.token_index import header, write_pointers
+from megatron_retro.errors import ArtifactError, DataError
+
+_SPAN = 1 << 20
+
+
+class _HashedFile:
+    """A file under a temporary name that knows the checksum of what went through it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.partial = path, temporary_name(path)
+        self.partial.parent.mkdir(parents=True, exist_ok=True)
+        self.stream: BinaryIO = self.partial.open("wb")
+        self._digest, self.size = hashlib.sha256(), 0
+
+    def write(self, content: bytes | memoryview) -> None:
+        self.stream.write(content)
+        self._digest.update(content)
+        self.size += memoryview(content).nbytes
+
+    def record(self) -> FileRecord:
+        return FileRecord(self.size, self._digest.hexdigest())
+
+    def publish(self) -> None:
+        self.stream.close()
+        flush_file(self.partial)
+        os.replace(self.partial, self.path)
+
+    def discard(self) -> None:
+        self.stream.close()
+        self.partial.unlink(missing_ok=True)
+
+
+class _Spool:
+    """Numbers kept on disk until the header that precedes them is known."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.partial, self.dtype, self.count = temporary_name(path), np.dtype(dtype), 0
+        self._stream = self.partial.open("wb+")
+
+    def extend(self, values: ArrayLike) -> None:
+        array = np.ascontiguousarray(values, self.dtype)
+        self._stream.write(array.data)
+        self.count += array.size
+
+    def spans(self) -> Iterable[NDArray[Any]]:
+        self._stream.seek(0)
+        while content := self._stream.read(_SPAN * self.dtype.itemsize):
+            yield np.frombuffer(content, self.dtype)
+
+    def discard(self) -> None:
+        self._stream.close()
+        self.partial.unlink(missing_ok=True)
+
+
+class TokenFileWriter:
+    """Collects documents into `PREFIX.bin` and `.idx`. As a context manager it drops what was not finalized."""
+
+    def __init__(self, prefix: str | Path, dtype: DTypeLike) -> None:
+        self.prefix, self.dtype = Path(prefix), np.dtype(dtype)
+        header(self.dtype, 0, 0)
+        with named_disk_errors(bin_path(prefix)):
+            self._bin = _HashedFile(bin_path(prefix))
+            self._idx = _HashedFile(idx_path(prefix))
+            self._lengths = _Spool(Path(f"{prefix}.lengths"), "<i4")
+            self._bounds = _Spool(Path(f"{prefix}.bounds"), "<i8")
+        self._bounds.extend([0])
+        self.num_tokens = 0
+
+    def add_document(self, tokens: ArrayLike, lengths: Sequence[int] | None = None) -> None:
+        """Append a document; `lengths` cuts it into sequences (one when not given, none when it is empty)."""
+        array = checked_tokens(tokens, self.dtype)
+        if lengths is None:
+            lengths = [array.size] if array.size else []
+        if sum(lengths) != array.size:
+            raise DataError("sequence lengths do not add up to the document", got=sum(lengths), expected=array.size)
+        self.add_documents(array, np.asarray(lengths, np.int32), np.array([len(lengths)]))
+
+    def add_documents(
+        self, tokens: NDArray[Any], lengths: NDArray[np.int32], sequences_per_document: NDArray[np.int64]
+    ) -> None:
+        """Append many documents at once: their tokens, the lengths of their sequences, sequences of each."""
+        with named_disk_errors(self._bin.path):
+            self._bin.write(np.ascontiguousarray(tokens, self.dtype).data.cast("B") if tokens.size else b"")
+            before = self._lengths.count
+            self._lengths.extend(lengths)
+            self._bounds.extend(np.cumsum(sequences_per_document) + before)
+        self.num_tokens += tokens.size
+
+    def add_file(self, prefix: str | Path) -> None:
+        """Append every document of another token file."""
+        other = TokenFile(prefix)
+        if other.dtype != self.dtype:
+            raise DataError(f"{prefix} holds another type of tokens", got=other.dtype, expected=self.dtype)
+        with named_disk_errors(self._bin.path):
+            for start in range(0, other.num_tokens, _SPAN):
+                self._bin.write(other.stream[start : start + _SPAN].tobytes())
+            before = self._lengths.count
+            for start in range(0, other.index.num_sequences, _SPAN):
+                self._lengths.extend(other.index.lengths[start : start + _SPAN])
+            for start in range(1, other.num_documents + 1, _SPAN):
+                self._bounds.extend(other.index.documents[start : start + _SPAN] + before)
+        self.num_tokens += other.num_tokens
+
+    def finalize(self, *, inputs: Mapping[str, str] | None = None, config: Mapping[str, Any] | None = None) -> Manifest:
+        """Write the index and the manifest and give the files their names."""
+        with named_disk_errors(self._idx.path):
+            self._write_index()
+            manifest_path(self.prefix).unlink(missing_ok=True)
+            self._bin.publish()
+            self._idx.publish()
+            flush_directory(self._bin.path.parent)
+        counts = {
+            "documents": self._bounds.count - 1,
+            "sequences": self._lengths.count,
+            "tokens": self.num_tokens,
+            "dtype": str(self.dtype),
+        }
+        self._lengths.discard()
+        self._bounds.discard()
+        return write_manifest(
+            self.prefix,
+            kind=KIND,
+            version=MANIFEST_VERSION,
+            inputs=inputs,
+            config=config,
+            counts=counts,
+            files={file.path.name: file.record() for file in (self._bin, self._idx)},
+        )
+
+    def _write_index(self) -> None:
+        self._idx.write(header(self.dtype, self._lengths.count, self._bounds.count))
+        for lengths in self._lengths.spans():
+            self._idx.write(lengths.data)
+        end = 0
+        for lengths in self._lengths.spans():
+            end = write_pointers(self._idx, lengths, self.dtype.itemsize, end)
+        for bounds in self._bounds.spans():
+            self._idx.write(bounds.data)
+
+    def discard(self) -> None:
+        """Drop what was written."""
+        for part in (self._bin, self._idx, self._lengths, self._bounds):
+            part.discard()
+
+    def __enter__(self) -> TokenFileWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.discard()
+
+
+def checked_tokens(tokens: ArrayLike, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Tokens in the stored type; a value that the type cannot hold is refused."""
+    array = np.asarray(tokens)
+    if array.size == 0:
+        return np.zeros(0, dtype)
+    bounds = np.iinfo(dtype)
+    low, high = int(array.min()), int(array.max())
+    if low < bounds.min or high > bounds.max:
+        raise DataError(
+            "a token does not fit the stored type",
+            got=low if low < bounds.min else high,
+            expected=f"{bounds.min} to {bounds.max} ({dtype})",
+            fix="the tokenizer's vocabulary is larger than the type; store int32",
+        )
+    return array.astype(dtype, copy=False)
+
+
+def merge_token_files(prefixes: Sequence[str | Path], output: str | Path) -> Manifest:
+    """Join token files in the given order."""
+    if not prefixes:
+        raise DataError("there are no token files to merge")
+    first = TokenFile(prefixes[0])
+    with TokenFileWriter(output, first.dtype) as writer:
+        for prefix in prefixes:
+            writer.add_file(prefix)
+        return writer.finalize(
+            inputs={str(number): TokenFile(prefix).fingerprint for number, prefix in enumerate(prefixes)}
+        )
+
+
+def verify_token_file(prefix: str | Path, vocab_size: int | None = None) -> list[str]:
+    """Every fault of a token file, one sentence each: structure, token range, and checksums if it has a manifest."""
+    try:
+        file = TokenFile(prefix)
+    except ArtifactError as error:
+        return [str(error)]
+    problems = _structure_problems(file.index.lengths, file.index.pointers, file.index.documents, file.dtype.itemsize)
+    if vocab_size is not None and file.num_tokens:
+        highest = max(int(file.stream[start : start + _SPAN].max()) for start in range(0, file.num_tokens, _SPAN))
+        if highest >= vocab_size:
+            problems.append(f"token {highest} is beyond the vocabulary of {vocab_size}")
+    if manifest_path(Path(prefix)).exists():
+        problems += damage(Path(prefix), load_manifest(Path(prefix)))
+    return problems
+
+
+def _structure_problems(
+    lengths: NDArray[np.int32], pointers: NDArray[np.int64], documents: NDArray[np.int64], itemsize: int
+) -> list[str]:
+    problems = []
+    for start in range(0, len(lengths), _SPAN):
+        span = slice(start, start + _SPAN)
+        if (lengths[span] < 0).any():
+            problems.append(f"a length after sequence {start} is negative")
+        ends = pointers[span] + lengths[span].astype(np.int64) * itemsize
+        following = pointers[start + 1 : start + _SPAN + 1]
+        if (ends[: len(following)] != following).any():
+            problems.append(f"sequences after number {start} do not follow one another in the .bin")
+    for start in range(0, len(documents), _SPAN):
+        if (np.diff(documents[start : start + _SPAN + 1]) < 0).any():
+            problems.append(f"document boundaries after document {start} fall")
+    return problems

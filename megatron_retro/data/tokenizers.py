@@ -1,0 +1,230 @@
+"""Text to token ids and back: sentencepiece models, Hugging Face `tokenizer.json`, GPT-2 files, plain bytes.
+
+All keep one convention: `encode` adds nothing, `eod` is the id that ends a document in a token file.
+How corpora are encoded fast is `word_cache.py`; both give the same ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.errors import ArtifactError, ConfigError, DataError
+
+END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<EOD>", "[EOS]")
+
+
+class Tokenizer(Protocol):
+    """What every tokenizer can do."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+
+    @property
+    def eod(self) -> int:
+        """The id that ends a document."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the vocabulary and the rules."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, nothing added."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; `eod` and ids that stand for no text vanish."""
+
+
+class ByteTokenizer:
+    """A token is a byte of UTF-8; 256 ends a document. Needs no file."""
+
+    vocab_size = 257
+    eod = 256
+    fingerprint = hashlib.sha256(b"ByteTokenizer 257").hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of the text."""
+        return list(utf8(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the bytes; a character cut in two shows as U+FFFD."""
+        return bytes(int(token) for token in ids if 0 <= token < 256).decode("utf-8", errors="replace")
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model; its end-of-sentence piece ends a document."""
+
+    def __init__(self, model: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        content = read_tokenizer_file(model)
+        self.model_bytes = content
+        self.processor: Any = SentencePieceProcessor()
+        try:
+            self.processor.LoadFromSerializedProto(content)
+        except RuntimeError as error:
+            raise ArtifactError(f"{model} is no sentencepiece model", got=error) from None
+        self.vocab_size: int = self.processor.vocab_size()
+        self.eod: int = self._end_of_document(model)
+        self.fingerprint = hashlib.sha256(b"SentencePiece" + content).hexdigest()
+
+    def _end_of_document(self, model: Path) -> int:
+        if self.processor.eos_id() >= 0:
+            return int(self.processor.eos_id())
+        for name in END_OF_DOCUMENT_NAMES:
+            token = self.processor.piece_to_id(name)
+            if token != self.processor.unk_id():
+                return int(token)
+        raise ArtifactError(f"{model} has no end-of-sentence piece", fix="train it with an eos id")
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of the text."""
+        utf8(text)
+        ids: list[int] = self.processor.encode(text)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids."""
+        text: str = self.processor.decode([int(token) for token in ids if 0 <= token < self.vocab_size])
+        return text
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json` (the file, or the folder of a model that holds it)."""
+
+    def __init__(self, model: Path) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        path = model / "tokenizer.json" if model.is_dir() else model
+        content = read_tokenizer_file(path)
+        try:
+            self.backend: Any = Backend.from_str(content.decode("utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            raise ArtifactError(f"{path} is no tokenizer.json", got=error) from None
+        _forget_lengths(self.backend)
+        self.vocab_size: int = _highest_id(self.backend) + 1
+        self.eod: int = _hugging_face_eod(self.backend, path)
+        self.fingerprint = hashlib.sha256(b"HuggingFace" + content).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of the text; no begin or end token is added."""
+        utf8(text)
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids."""
+        text: str = self.backend.decode([int(token) for token in ids if token != self.eod], skip_special_tokens=False)
+        return text
+
+
+class GPT2BPETokenizer:
+    """GPT-2's byte-level BPE from its two files; `<|endoftext|>` in a text is text."""
+
+    def __init__(self, vocab_file: Path, merge_file: Path) -> None:
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import decoders, models, pre_tokenizers
+
+        vocabulary, merges = read_tokenizer_file(vocab_file), read_tokenizer_file(merge_file)
+        try:
+            ids: dict[str, int] = json.loads(vocabulary)
+            backend = Backend(models.BPE(vocab=ids, merges=_merge_pairs(merges.decode("utf-8"))))
+        except Exception as error:  # the library raises bare Exception
+            raise ArtifactError(f"{vocab_file} and {merge_file} are no GPT-2 vocabulary", got=error) from None
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        backend.decoder = decoders.ByteLevel()
+        self.backend: Any = backend
+        self.vocab_size: int = max(ids.values()) + 1
+        if END_OF_DOCUMENT_NAMES[0] not in ids:
+            raise ArtifactError(f"{vocab_file} has no {END_OF_DOCUMENT_NAMES[0]}")
+        self.eod: int = ids[END_OF_DOCUMENT_NAMES[0]]
+        self.fingerprint = hashlib.sha256(b"GPT2BPE" + vocabulary + merges).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of the text."""
+        utf8(text)
+        ids: list[int] = self.backend.encode(text).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids."""
+        text: str = self.backend.decode([int(token) for token in ids if token != self.eod])
+        return text
+
+
+def utf8(text: str) -> bytes:
+    """The text in UTF-8; half a surrogate pair is refused."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the text holds half a surrogate pair at character {error.start}", got=repr(text[error.start])
+        ) from None
+
+
+def read_tokenizer_file(path: Path) -> bytes:
+    """A file of a tokenizer, or an error that names it."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"cannot read the tokenizer file {path}", got=error.strerror) from None
+
+
+def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer that the settings name."""
+    kind = config.tokenizer_type
+    if kind == "ByteTokenizer":
+        return ByteTokenizer()
+    if kind == "GPT2BPETokenizer":
+        return GPT2BPETokenizer(
+            _required(config.vocab_file, kind, "vocab_file"), _required(config.merge_file, kind, "merge_file")
+        )
+    model = _required(config.tokenizer_model, kind, "tokenizer_model")
+    if kind == "SentencePieceTokenizer":
+        return SentencePieceTokenizer(model)
+    return HuggingFaceTokenizer(model)
+
+
+def _required(value: str | None, kind: str, field: str) -> Path:
+    if value is None:
+        flag = "--" + field.replace("_", "-")
+        raise ConfigError(f"--tokenizer-type {kind} needs {flag}", fix=f"add {flag} FILE")
+    return Path(value)
+
+
+def _merge_pairs(text: str) -> list[tuple[str, str]]:
+    pairs = (line.split() for line in text.split("\n") if line.strip() and not line.startswith("#version"))
+    return [(first, second) for first, second in pairs]
+
+
+def _highest_id(backend: Any) -> int:
+    return int(max(backend.get_vocab(with_added_tokens=True).values()))
+
+
+def _forget_lengths(backend: Any) -> None:
+    """A tokenizer.json may carry the padding and truncation of the run that saved it."""
+    backend.no_padding()
+    backend.no_truncation()
+
+
+def _hugging_face_eod(backend: Any, path: Path) -> int:
+    settings = path.with_name("tokenizer_config.json")
+    names = list(END_OF_DOCUMENT_NAMES)
+    if settings.is_file():
+        declared = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
+        name = declared.get("content") if isinstance(declared, dict) else declared
+        names = [name, *names] if name else names
+    for name in names:
+        token = backend.token_to_id(name)
+        if token is not None:
+            return int(token)
+    raise ArtifactError(
+        f"{path} names no end-of-document token",
+        expected="one of " + ", ".join(names),
+        fix="put a tokenizer_config.json with eos_token beside it",
+    )
