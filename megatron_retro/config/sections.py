@@ -5,7 +5,15 @@ from __future__ import annotations
 from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.collect import CollectConfig
 from megatron_retro.config.data import DataConfig, TokenizerConfig
+from megatron_retro.config.evaluation import EvaluationConfig
 from megatron_retro.config.finetuning import InstructionConfig
+from megatron_retro.config.inference import (
+    EngineConfig,
+    GenerateConfig,
+    LiveRetrievalConfig,
+    SamplingConfig,
+    ServeConfig,
+)
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.observability import ObservabilityConfig
 from megatron_retro.config.optimizer import OptimizerConfig
@@ -32,4 +40,10 @@ ALL_SECTIONS: tuple[type, ...] = (
     RetrievalConfig,
     WorkersConfig,
     PlanningConfig,
+    SamplingConfig,
+    LiveRetrievalConfig,
+    GenerateConfig,
+    EngineConfig,
+    ServeConfig,
+    EvaluationConfig,
 )

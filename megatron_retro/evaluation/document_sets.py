@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_retro.data.instructions.conversations import Passage
 from megatron_retro.errors import DataError
-from megatron_retro.evaluation.examples import Example, Passage, need, read_csv, read_json, read_json_lines
+from megatron_retro.evaluation.examples import Example, need, read_csv, read_json, read_json_lines
 
 UNANSWERABLE = "Unanswerable"
 
@@ -24,7 +25,7 @@ def load_narrative_qa(path: Path) -> Iterator[Example]:
         if story not in summaries:
             raise DataError(f"{path}: no summary of document {story}", fix="give the summaries.csv of the same release")
         golds = (need(row, "answer1", path), need(row, "answer2", path))
-        yield Example(f"{story}#{number}", need(row, "question", path), golds, (Passage(summaries[story]),))
+        yield Example(f"{story}#{number}", need(row, "question", path), golds, (Passage("", summaries[story]),))
 
 
 def _summaries_beside(path: Path) -> Path:
@@ -54,11 +55,11 @@ def load_qasper(path: Path) -> Iterator[Example]:
 def _qasper_passages(paper: Mapping[str, Any], path: Path) -> Iterator[Passage]:
     title = str(paper.get("title", ""))
     if paper.get("abstract"):
-        yield Passage(str(paper["abstract"]), title)
+        yield Passage(title, str(paper["abstract"]))
     for section in need(paper, "full_text", path):
         text = "\n".join(section.get("paragraphs", ()))
         if text:
-            yield Passage(text, f"{title}: {section.get('section_name') or ''}".rstrip(": "))
+            yield Passage(f"{title}: {section.get('section_name') or ''}".rstrip(": "), text)
 
 
 def _qasper_answer(answer: Mapping[str, Any]) -> str:
@@ -76,7 +77,7 @@ def _qasper_answer(answer: Mapping[str, Any]) -> str:
 def load_quality(path: Path) -> Iterator[Example]:
     """QuALITY: one article per line with multiple-choice questions; `gold_label` counts from 1."""
     for article in read_json_lines(path):
-        context = Passage(str(need(article, "article", path)), str(article.get("title", "")))
+        context = Passage(str(article.get("title", "")), str(need(article, "article", path)))
         for number, record in enumerate(need(article, "questions", path)):
             options = tuple(map(str, need(record, "options", path)))
             label = int(need(record, "gold_label", path))
@@ -115,7 +116,7 @@ def _doc2dial_turns(talk: Mapping[str, Any], document: Mapping[str, Any], path: 
     for turn in need(talk, "turns", path):
         role, said = str(need(turn, "role", path)), str(need(turn, "utterance", path))
         if role == "agent" and turn.get("references") and history and history[-1][0] == "User":
-            contexts = (Passage(_referred_text(turn, document), title), Passage(text, title))
+            contexts = (Passage(title, _referred_text(turn, document)), Passage(title, text))
             name = f"{talk.get('dial_id')}#{turn.get('turn_id')}"
             yield Example(name, history[-1][1], (said,), contexts, history=tuple(history[:-1]))
         history.append(("User" if role == "user" else "Assistant", said))
@@ -136,7 +137,7 @@ def load_scrolls(path: Path) -> Iterator[Example]:
         golds.setdefault(name, []).append(str(need(record, "output", path)))
     for name, text in texts.items():
         question, _, document = text.partition("\n\n")
-        yield Example(name, question.strip(), tuple(golds[name]), (Passage(document),))
+        yield Example(name, question.strip(), tuple(golds[name]), (Passage("", document),))
 
 
 def need_mapping(document: object, path: Path) -> Mapping[str, Any]:

@@ -10,15 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_retro.data.instructions.conversations import Passage
 from megatron_retro.errors import DataError
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A piece of text that may hold the answer."""
-
-    text: str
-    title: str = ""
 
 
 @dataclass(frozen=True)

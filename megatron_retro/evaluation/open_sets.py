@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_retro.data.instructions.conversations import Passage
 from megatron_retro.errors import DataError
-from megatron_retro.evaluation.examples import Example, Passage, need, read_json, read_json_lines, read_records
+from megatron_retro.evaluation.examples import Example, need, read_json, read_json_lines, read_records
 
 _DESCRIPTION = re.compile(r'\(description (?:"((?:[^"\\]|\\.)*)"|([^()]+?))\)')
 
@@ -31,7 +32,7 @@ def _open_records(records: list[dict[str, Any]], path: Path) -> Iterator[Example
 
 def given_contexts(record: Mapping[str, Any]) -> tuple[Passage, ...]:
     """The passages that DPR's layout carries."""
-    return tuple(Passage(str(one["text"]), str(one.get("title", ""))) for one in record.get("ctxs", ()))
+    return tuple(Passage(str(one.get("title", "")), str(one["text"])) for one in record.get("ctxs", ()))
 
 
 def load_trivia_qa(path: Path) -> Iterator[Example]:
@@ -71,7 +72,7 @@ def load_bool_q(path: Path) -> Iterator[Example]:
         answer = need(record, "answer", path)
         if not isinstance(answer, bool):
             raise DataError(f"{path}: record {number} has no truth value", got=answer, expected="true or false")
-        context = Passage(str(need(record, "passage", path)), str(record.get("title", "")))
+        context = Passage(str(record.get("title", "")), str(need(record, "passage", path)))
         yield Example(str(number), str(need(record, "question", path)), (str(answer),), (context,))
 
 
@@ -79,5 +80,5 @@ def _bool_q_choice(number: int, record: Mapping[str, Any], path: Path) -> Exampl
     """A record of the multiple-choice edition: passage and question are one text, the choices are no and yes."""
     passage, _, question = str(record["query"]).rpartition("\nQuestion:")
     choice = str(need(record, "choices", path)[int(need(record, "gold", path))])
-    context = Passage(passage.removeprefix("Passage:").strip())
+    context = Passage("", passage.removeprefix("Passage:").strip())
     return Example(str(number), question.strip(), ("True" if choice == "yes" else "False",), (context,))

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_retro.data.instructions.conversations import Passage
 from megatron_retro.errors import DataError
-from megatron_retro.evaluation.examples import Example, Passage, need, read_csv, read_json
+from megatron_retro.evaluation.examples import Example, need, read_csv, read_json
 
 
 def load_squad(path: Path) -> Iterator[Example]:
@@ -19,7 +20,7 @@ def load_squad(path: Path) -> Iterator[Example]:
             raise DataError(f"{path}: question {record.get('id')} has no answer and is not marked impossible")
         answers = () if impossible else _distinct(texts)
         yield Example(
-            str(need(record, "id", path)), str(need(record, "question", path)), answers, (Passage(context, title),)
+            str(need(record, "id", path)), str(need(record, "question", path)), answers, (Passage(title, context),)
         )
 
 
@@ -29,7 +30,7 @@ def load_quoref(path: Path) -> Iterator[Example]:
         spans = [str(need(answer, "text", path)) for answer in need(record, "answers", path)]
         answer = ", ".join(_distinct(spans))
         yield Example(
-            str(need(record, "id", path)), str(need(record, "question", path)), (answer,), (Passage(context, title),)
+            str(need(record, "id", path)), str(need(record, "question", path)), (answer,), (Passage(title, context),)
         )
 
 
@@ -64,7 +65,7 @@ def _newsqa_json(path: Path) -> Iterator[Example]:
             spans = [consensus, *(span for span in workers if "s" in span)]
             answers = _distinct(text[int(span["s"]) : int(span["e"])].strip() for span in spans)
             yield Example(
-                f"{need(story, 'storyId', path)}#{number}", str(need(record, "q", path)), answers, (Passage(text),)
+                f"{need(story, 'storyId', path)}#{number}", str(need(record, "q", path)), answers, (Passage("", text),)
             )
 
 
@@ -78,7 +79,7 @@ def _newsqa_csv(path: Path) -> Iterator[Example]:
         answers = _distinct(text[int(start) : int(stop)].strip() for start, stop in bounds)
         if answers:
             yield Example(
-                f"{need(row, 'story_id', path)}#{number}", need(row, "question", path), answers, (Passage(text),)
+                f"{need(row, 'story_id', path)}#{number}", need(row, "question", path), answers, (Passage("", text),)
             )
 
 
@@ -93,7 +94,7 @@ def load_drop(path: Path) -> Iterator[Example]:
             given = [need(record, "answer", path), *record.get("validated_answers", ())]
             answers = _distinct(_drop_answer(answer) for answer in given)
             name = str(record.get("query_id", f"{passage_id}#{number}"))
-            yield Example(name, str(need(record, "question", path)), answers, (Passage(text),))
+            yield Example(name, str(need(record, "question", path)), answers, (Passage("", text),))
 
 
 def _drop_answer(answer: dict[str, Any]) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_retro.data.instructions.conversations import Passage
 from megatron_retro.evaluation.document_sets import load_scrolls
-from megatron_retro.evaluation.examples import Example, Passage, need, read_json, read_json_lines
+from megatron_retro.evaluation.examples import Example, need, read_json, read_json_lines
 
 SUMMARIZE_REPORT = "Summarize the report."
 SUMMARIZE_EPISODE = "Summarize the episode."
@@ -24,7 +25,7 @@ def load_qmsum(path: Path) -> Iterator[Example]:
         queries = [*meeting.get("general_query_list", ()), *meeting.get("specific_query_list", ())]
         for place, query in enumerate(queries):
             golds = (str(need(query, "answer", path)),)
-            yield Example(f"{number}#{place}", str(need(query, "query", path)), golds, (Passage(text),))
+            yield Example(f"{number}#{place}", str(need(query, "query", path)), golds, (Passage("", text),))
 
 
 def load_gov_report(path: Path) -> Iterator[Example]:
@@ -38,7 +39,7 @@ def load_gov_report(path: Path) -> Iterator[Example]:
         summary = record["highlight"] if "highlight" in record else need(record, "summary", path)
         title = str(record.get("title", ""))
         gold = "\n".join(_paragraphs(summary))
-        context = Passage("\n".join(_paragraphs(body)), title)
+        context = Passage(title, "\n".join(_paragraphs(body)))
         yield Example(str(record.get("id", number)), SUMMARIZE_REPORT, (gold,), (context,))
 
 
@@ -51,14 +52,14 @@ def load_summ_screen(path: Path) -> Iterator[Example]:
         fields = {key.strip().lower(): value for key, value in record.items()}
         gold = "\n".join(_lines(need(fields, "recap", path)))
         title = str(fields.get("episode title", fields.get("show title", "")))
-        context = Passage("\n".join(_lines(need(fields, "transcript", path))), title)
+        context = Passage(title, "\n".join(_lines(need(fields, "transcript", path))))
         yield Example(str(fields.get("filename", number)), SUMMARIZE_EPISODE, (gold,), (context,))
 
 
 def _scrolls_without_question(path: Path, request: str) -> Iterator[Example]:
     for example in load_scrolls(path):
         whole = "\n\n".join(part for part in (example.question, example.contexts[0].text) if part)
-        yield Example(example.id, request, example.answers, (Passage(whole),))
+        yield Example(example.id, request, example.answers, (Passage("", whole),))
 
 
 def _is_scrolls(path: Path) -> bool:

@@ -1,0 +1,74 @@
+"""How text is generated and served."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_retro.config.fields import option
+
+RETRIEVAL_MODES = ("live", "none", "random")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Choice of the next token"""
+
+    max_new_tokens: int = option(128, "tokens to generate at most", minimum=1, ours=True)
+    temperature: float = option(0.0, "sampling temperature; 0 = greedy", minimum=0.0)
+    top_k: int = option(0, "sample among this many most likely tokens; 0 = all", minimum=0)
+    top_p: float = option(1.0, "sample among the most likely tokens of this mass", minimum=0.0, maximum=1.0)
+    repetition_penalty: float = option(1.0, "makes seen tokens less likely; 1 = off", minimum=0.01, ours=True)
+    sampling_seed: int = option(0, "seed of the draws", minimum=0, ours=True)
+    stop: tuple[str, ...] | None = option(None, "texts that end an answer", ours=True)
+
+
+@dataclass(frozen=True)
+class LiveRetrievalConfig:
+    """Neighbours while text is generated"""
+
+    retro_index: str | None = option(
+        None, "directory of a built index (--retro-project-dir of `retrieve`) to search while generating", ours=True
+    )
+    retrieval: str = option("live", "where neighbours come from", choices=RETRIEVAL_MODES, ours=True)
+    retrieval_step: int | None = option(
+        None, "tokens between retrievals; the chunk length when not set", minimum=1, ours=True
+    )
+    passages: tuple[str, ...] | None = option(None, "texts to read as neighbours instead of searching", ours=True)
+    show_neighbors: bool = option(True, "print the neighbours that each chunk read", ours=True)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Prompts"""
+
+    prompt: tuple[str, ...] | None = option(None, "texts to go on from", ours=True)
+    prompt_file: str | None = option(None, "JSON lines with `prompt`, or a text file of one prompt", ours=True)
+    output: str | None = option(None, "write answers with neighbours as JSON lines here", ours=True)
+    chat: bool = option(False, "write each prompt as the user's turn of a conversation", ours=True)
+    stream: bool = option(True, "print text while it comes (a single prompt)", ours=True)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Generation engine"""
+
+    max_batch_size: int = option(8, "sequences generated together", minimum=1, ours=True)
+    max_sequence_length: int = option(2048, "longest prompt and answer together", minimum=2, ours=True)
+    prefill_tokens: int = option(
+        512, "prompt tokens of one forward, so that others are not held up", minimum=1, ours=True
+    )
+    dtype: str = option("auto", "arithmetic of generation", choices=("auto", "fp32", "bf16"), ours=True)
+    device: str = option("auto", "where to generate", choices=("auto", "cpu", "cuda"), ours=True)
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """HTTP service"""
+
+    host: str = option("127.0.0.1", "address to listen on", ours=True)
+    port: int = option(8000, "port to listen on; 0 = any free one", minimum=0, maximum=65535, ours=True)
+    api_key_file: str | None = option(None, "file with the key that clients must send; none = no key", ours=True)
+    queue_size: int = option(64, "requests that may wait; more are refused with 429", minimum=1, ours=True)
+    queue_seconds: float = option(60.0, "longest wait for a place; then 503", minimum=0.0, ours=True)
+    max_body_bytes: int = option(1 << 20, "largest request", minimum=1024, ours=True)
+    served_model_name: str | None = option(None, "name in /v1/models; the checkpoint's folder when not set", ours=True)

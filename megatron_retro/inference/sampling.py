@@ -1,0 +1,84 @@
+"""From logits to the next token: repetition penalty, temperature, top-k, top-p, greedy.
+
+The order is transformers': penalty, temperature, top-k, top-p, draw. Each sequence draws from a generator of its own,
+so its text does not depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_retro.config.inference import SamplingConfig
+from megatron_retro.runtime.seeds import generator
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens. Temperature 0 is greedy; top-k 0 and top-p 1 keep everything."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    @classmethod
+    def from_config(cls, config: SamplingConfig) -> Sampling:
+        """As the flags say."""
+        return cls(config.temperature, config.top_k, config.top_p, config.repetition_penalty, config.sampling_seed)
+
+
+class Sampler:
+    """The choices of one sequence."""
+
+    def __init__(self, settings: Sampling) -> None:
+        self.settings = settings
+        self._generator = generator(settings.seed, "sampling")
+
+    def choose(self, logits_V: Tensor, seen: Collection[int]) -> tuple[int, float]:
+        """The next token and its log-probability under the model (before penalty, temperature and cuts)."""
+        logits = logits_V.float()
+        log_normalizer = torch.logsumexp(logits, -1)
+        token = self._draw(logits, seen)
+        return token, float(logits[token] - log_normalizer)
+
+    def _draw(self, logits_V: Tensor, seen: Collection[int]) -> int:
+        settings = self.settings
+        logits_V = penalize(logits_V, seen, settings.repetition_penalty)
+        if settings.temperature == 0.0:
+            return int(logits_V.argmax())
+        logits_V = keep_top_k(logits_V / settings.temperature, settings.top_k)
+        chances_V = keep_top_p(logits_V, settings.top_p).softmax(-1)
+        return int(torch.multinomial(chances_V.cpu(), 1, generator=self._generator))
+
+
+def penalize(logits_V: Tensor, seen: Collection[int], penalty: float) -> Tensor:
+    """Divide positive logits of seen tokens by the penalty and multiply negative ones (CTRL's rule)."""
+    if penalty == 1.0 or not seen:
+        return logits_V
+    ids = torch.tensor(sorted(set(seen)), device=logits_V.device)
+    picked = logits_V[ids]
+    return logits_V.index_copy(0, ids, torch.where(picked > 0, picked / penalty, picked * penalty))
+
+
+def keep_top_k(logits_V: Tensor, count: int) -> Tensor:
+    """All but the `count` highest become impossible; ties with the last kept one stay."""
+    if count <= 0 or count >= logits_V.shape[-1]:
+        return logits_V
+    lowest = logits_V.topk(count).values[-1]
+    return logits_V.masked_fill(logits_V < lowest, -torch.inf)
+
+
+def keep_top_p(logits_V: Tensor, mass: float) -> Tensor:
+    """The fewest most likely tokens whose probability reaches `mass`; at least one."""
+    if mass >= 1.0:
+        return logits_V
+    ordered, order = logits_V.sort(descending=True)
+    chances = ordered.softmax(-1)
+    dropped = chances.cumsum(-1) - chances >= mass
+    dropped[0] = False
+    return logits_V.masked_fill(torch.zeros_like(dropped).scatter(0, order, dropped), -torch.inf)
