@@ -1,0 +1,63 @@
+"""Steps that must not count: loss or gradient not finite, or a loss far above the recent ones.
+
+The verdict is a function of numbers that every rank has (the reduced loss, the norm over all axes), so all ranks
+reach the same one. The batch is named by its samples and written to disk for inspection.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_retro.artifacts.files import new_file, write_file
+from megatron_retro.data.batches import Batch
+
+BAD_BATCHES = "bad_batches"
+_FEWEST_LOSSES = 16
+
+
+def spike_reason(loss: float, recent: Iterable[float], factor: float) -> str | None:
+    """Why this loss is a spike, or None; needs a few losses to compare with."""
+    known = list(recent)
+    if factor <= 0 or len(known) < _FEWEST_LOSSES:
+        return None
+    median = statistics.median(known)
+    return (
+        f"loss {loss:.4g} is over {factor:g} times the recent median {median:.4g}" if loss > factor * median else None
+    )
+
+
+def non_finite_reason(loss: float, gradient_norm: float) -> str | None:
+    """Why loss or gradient cannot be used, or None."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    return None if math.isfinite(gradient_norm) else f"the gradient's norm is {gradient_norm}"
+
+
+def sample_ids(microbatches: Sequence[Batch]) -> list[int]:
+    """Numbers of the samples in the global order."""
+    return [int(number) for batch in microbatches for number in batch.sample_ids_B]
+
+
+def write_bad_batch(run: Path, rank: int, step: int, reason: str, microbatches: Sequence[Batch]) -> Path:
+    """This rank's share of a bad batch: its arrays, and what was wrong in words."""
+    directory = run / BAD_BATCHES / f"step-{step:08}"
+    arrays: dict[str, Any] = {}
+    for number, batch in enumerate(microbatches):
+        for field in fields(batch):
+            value = getattr(batch, field.name)
+            if value is not None:
+                arrays[f"{number}.{field.name}"] = value
+    path = directory / f"rank-{rank:05}.npz"
+    with new_file(path) as partial, partial.open("wb") as stream:
+        np.savez(stream, **arrays)
+    facts = {"step": step, "rank": rank, "reason": reason, "sample_ids": sample_ids(microbatches)}
+    write_file(directory / f"rank-{rank:05}.json", json.dumps(facts, indent=1) + "\n")
+    return path
