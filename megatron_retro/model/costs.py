@@ -7,7 +7,7 @@ neighbour tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.retro import RetroConfig
@@ -27,6 +27,11 @@ class Block:
     query_bias: bool
     norm_vectors: int
     head_norms: bool
+    relative: bool
+
+    def relative_parameters(self) -> int:
+        """The projection of relative positions of one attention."""
+        return self.width * self.num_heads * self.head_size
 
     def attention_matrices(self, source_width: int | None = None) -> tuple[int, int, int]:
         """Entries of the query, key/value and output matrices; keys and values come from `source_width`."""
@@ -46,7 +51,8 @@ class Block:
         """Attention with its norm and biases."""
         vectors = (self.num_heads + 2 * self.num_key_value_heads) * self.head_size if self.query_bias else 0
         vectors += self.width if self.bias else 0
-        vectors += 2 * self.head_size if self.head_norms else 0
+        vectors += 2 * self.norm_vectors * self.head_size if self.head_norms else 0
+        vectors += self.relative_parameters() if self.relative else 0
         return sum(self.attention_matrices()) + vectors + self.norm_parameters()
 
     def feed_forward_parameters(self) -> int:
@@ -54,9 +60,10 @@ class Block:
         vectors = (2 if self.gated else 1) * self.feed_forward + self.width if self.bias else 0
         return self.feed_forward_matrices() + vectors + self.norm_parameters()
 
-    def cross_attention_parameters(self, source_width: int) -> int:
+    def cross_attention_parameters(self, source_width: int, relative: bool) -> int:
         """Cross-attention with its norm; it has no biases."""
-        return sum(self.attention_matrices(source_width)) + self.norm_parameters()
+        positions = self.relative_parameters() if relative else 0
+        return sum(self.attention_matrices(source_width)) + positions + self.norm_parameters()
 
 
 @dataclass(frozen=True)
@@ -108,21 +115,13 @@ def decoder_block(model: ModelConfig) -> Block:
         query_bias=bias or model.add_qkv_bias,
         norm_vectors=1 if model.normalization == "RMSNorm" else 2,
         head_norms=model.qk_layernorm,
+        relative=model.position_embedding_type == "relative",
     )
 
 
 def encoder_block(model: ModelConfig, retro: RetroConfig) -> Block:
-    """The encoder layer's sizes: the decoder's where nothing else is set."""
-    width = retro.retro_encoder_hidden_size or model.hidden_size
-    same = width == model.hidden_size
-    shape = replace(
-        model,
-        hidden_size=width,
-        num_attention_heads=retro.retro_encoder_num_attention_heads or model.num_attention_heads,
-        ffn_hidden_size=retro.retro_encoder_ffn_hidden_size or (model.ffn_hidden_size if same else None),
-        kv_channels=model.kv_channels if same and not retro.retro_encoder_num_attention_heads else None,
-    )
-    return decoder_block(shape)
+    """The encoder layer's sizes."""
+    return decoder_block(retro.encoder_model(model))
 
 
 def model_costs(
@@ -151,6 +150,10 @@ def neighbor_tokens_per_token(retro: RetroConfig) -> float:
     return retro.retro_num_neighbors * retro.retrieved_length() / retro.retro_chunk_length
 
 
+def _relative(retro: RetroConfig) -> bool:
+    return retro.neighbor_positions() == "relative"
+
+
 def _plus(first: tuple[int, float], second: tuple[int, float]) -> tuple[int, float]:
     return first[0] + second[0], first[1] + second[1]
 
@@ -167,7 +170,7 @@ def _cross_attention_cost(block: Block, encoder_width: int, retro: RetroConfig) 
     keys = retro.retro_num_neighbors * retro.retrieved_length()
     scores = 2 * block.num_heads * block.head_size * keys
     multiply_adds = query + output + key_value * neighbor_tokens_per_token(retro) + scores
-    return block.cross_attention_parameters(encoder_width) + gate, multiply_adds
+    return block.cross_attention_parameters(encoder_width, _relative(retro)) + gate, multiply_adds
 
 
 def _encoder_cost(model: ModelConfig, retro: RetroConfig, rows: int) -> UnitCost:
@@ -179,6 +182,8 @@ def _encoder_cost(model: ModelConfig, retro: RetroConfig, rows: int) -> UnitCost
     query, key_value, output = block.attention_matrices(model.hidden_size)
     per_neighbor_token += query + output + 2 * inner * retro.retro_chunk_length
     layer = block.self_attention_parameters() + block.feed_forward_parameters()
-    parameters = retro.retro_encoder_layers * layer + block.cross_attention_parameters(model.hidden_size)
+    parameters = retro.retro_encoder_layers * layer + block.cross_attention_parameters(
+        model.hidden_size, _relative(retro)
+    )
     parameters += rows * block.width if retro.retro_encoder_own_embedding else 0
     return UnitCost("encoder", parameters, tokens * per_neighbor_token + key_value)
