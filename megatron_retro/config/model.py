@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_retro.config.fields import option
 
 NORMALIZATIONS = ("LayerNorm", "RMSNorm")
-POSITIONS = ("rope", "learned_absolute", "none")
+POSITIONS = ("rope", "learned_absolute", "relative", "none")
 
 
 @dataclass(frozen=True)

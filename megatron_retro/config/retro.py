@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_retro.config.fields import option
+from megatron_retro.config.model import ModelConfig
 
 GATES = ("fixed", "scalar", "adaptive")
 NEIGHBOR_POSITIONS = ("rotary", "relative", "none")
@@ -24,6 +25,7 @@ class RetroConfig:
     retro_encoder_layers: int = option(2, "layers of the neighbour encoder", minimum=1)
     retro_encoder_hidden_size: int | None = option(None, "width of the encoder; the decoder's when not set", ours=True)
     retro_encoder_num_attention_heads: int | None = option(None, "heads of the encoder", ours=True)
+    retro_encoder_kv_channels: int | None = option(None, "size of one head of the encoder", ours=True)
     retro_encoder_ffn_hidden_size: int | None = option(None, "MLP width of the encoder", ours=True)
     retro_encoder_own_embedding: bool = option(False, "a token embedding of the encoder's own", ours=True)
     retro_encoder_hidden_dropout: float = option(0.0, "dropout in the encoder", minimum=0.0, maximum=1.0)
@@ -57,3 +59,32 @@ class RetroConfig:
             return self.retro_layers
         first = 6 if num_layers <= 15 else 9
         return tuple(range(first, num_layers + 1, 3)) or (num_layers,)
+
+    def reads_neighbors(self) -> bool:
+        """False for a plain GPT, and when the fixed gate is shut: then nothing is encoded or attended to."""
+        shut = self.retro_gate_type == "fixed" and self.retro_attention_gate == 0
+        return self.retro_add_retriever and not shut
+
+    def neighbor_positions(self) -> str:
+        """Positions of neighbour tokens; the published checkpoints were trained without."""
+        return "none" if self.retro_legacy_checkpoint else self.retro_neighbor_positions
+
+    def encoder_model(self, model: ModelConfig) -> ModelConfig:
+        """The neighbour encoder's shape: the decoder's where nothing else is set."""
+        width = self.retro_encoder_hidden_size or model.hidden_size
+        heads = self.retro_encoder_num_attention_heads or model.num_attention_heads
+        same = width == model.hidden_size and heads == model.num_attention_heads
+        ffn_width = model.ffn_hidden_size if width == model.hidden_size else None
+        return replace(
+            model,
+            num_layers=self.retro_encoder_layers,
+            hidden_size=width,
+            num_attention_heads=heads,
+            num_query_groups=model.num_query_groups if same else None,
+            kv_channels=self.retro_encoder_kv_channels or (model.kv_channels if same else None),
+            ffn_hidden_size=self.retro_encoder_ffn_hidden_size or ffn_width,
+            position_embedding_type="relative" if self.neighbor_positions() == "relative" else "none",
+            sliding_window=None,
+            hidden_dropout=self.retro_encoder_hidden_dropout,
+            attention_dropout=self.retro_encoder_attention_dropout,
+        )

@@ -1,0 +1,224 @@
+"""The two attentions between decoder and neighbours.
+
+`ChunkedCrossAttention`: decoder tokens read encoded neighbours. `ChunkCrossAttention`: neighbours, while they are
+encoded, read the chunk that retrieved them; its keys and values are computed once for all its neighbours.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.model.cache import LayerCache, Piece
+from megatron_retro.model.context import NeighborContext
+from megatron_retro.model.gates import AdaptiveGate, ScalarGate
+from megatron_retro.model.leaves import HeadsToHidden, Linear, RelativePositions
+from megatron_retro.ops.attention import AttentionPattern, attention
+from megatron_retro.ops.chunked_cross_attention import chunked_cross_attention
+from megatron_retro.ops.chunking import spread_over_queries
+from megatron_retro.ops.rotary import RotaryTable, apply_rotary
+
+
+class CrossAttention(nn.Module):
+    """Projections that both share. No biases: absence must give exactly zero."""
+
+    def __init__(self, config: ModelConfig, source_size: int, positions: str) -> None:
+        super().__init__()
+        heads, groups, head_size = config.num_attention_heads, config.num_key_value_heads(), config.head_size()
+        self.head_size = head_size
+        self.interleaved = config.rotary_interleaved
+        self.attention_dropout = config.attention_dropout
+        self.query = Linear(config.hidden_size, (heads, head_size), bias=False)
+        self.key_value = Linear(source_size, (groups, 2 * head_size), bias=False)
+        self.relative = RelativePositions(config) if positions == "relative" else None
+        self.output = HeadsToHidden(heads, head_size, config.hidden_size, bias=False)
+
+    def _dropout(self) -> float:
+        return self.attention_dropout if self.training else 0.0
+
+    def _turned(self, heads: Tensor, table: RotaryTable | None) -> Tensor:
+        return heads if table is None else apply_rotary(heads, table, interleaved=self.interleaved)
+
+    def _keys_values(self, source: Tensor, table: RotaryTable | None) -> tuple[Tensor, Tensor]:
+        """[X, T, G, D] twice, from [X, T, H]."""
+        projected = self.key_value(source)
+        return self._turned(projected[..., : self.head_size], table), projected[..., self.head_size :]
+
+
+class ChunkedCrossAttention(CrossAttention):
+    """Attending chunks read the encoded neighbours of their chunk, scaled by the gate."""
+
+    def __init__(self, config: ModelConfig, retro: RetroConfig, encoder_size: int) -> None:
+        super().__init__(config, encoder_size, retro.neighbor_positions())
+        self.chunk_length = retro.retro_chunk_length
+        self.fixed_gate = retro.retro_attention_gate if retro.retro_gate_type == "fixed" else 1.0
+        self.gate = _build_gate(config, retro)
+
+    def forward(
+        self,
+        normed_BSH: Tensor,
+        encoded_BCKRH: Tensor | None,
+        retrieval: NeighborContext,
+        piece: Piece | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """[B, S, H]: what neighbours add, zero where there are none."""
+        query_BSND = self._turned(self.query(normed_BSH), retrieval.query_rotary)
+        key, value = None, None
+        if encoded_BCKRH is not None:
+            key, value = self._chunk_keys_values(encoded_BCKRH, retrieval.key_rotary)
+        if piece is not None and cache is not None:
+            attended = self._attend_cached(query_BSND, key, value, normed_BSH, retrieval, piece, cache)
+        else:
+            assert key is not None and value is not None
+            attended = self._attend(query_BSND, key, value, retrieval, retrieval.mask_BCE, retrieval.first_position)
+            attended = self._gated(attended, normed_BSH, key.shape[1], retrieval.first_position)
+        output: Tensor = self.output(attended)
+        return output
+
+    def _chunk_keys_values(self, encoded_BCKRH: Tensor, table: RotaryTable | None) -> tuple[Tensor, Tensor]:
+        shape = encoded_BCKRH.shape[:2]
+        key, value = self._keys_values(encoded_BCKRH.flatten(2, 3).flatten(0, 1), table)
+        return torch.unflatten(key, 0, shape), torch.unflatten(value, 0, shape)
+
+    def _attend(
+        self,
+        query_BSND: Tensor,
+        key_BCEGD: Tensor,
+        value_BCEGD: Tensor,
+        retrieval: NeighborContext,
+        mask_BCE: Tensor | None,
+        first_position: int,
+    ) -> Tensor:
+        bias = None
+        if self.relative is not None:
+            retrieved_length = retrieval.retrieved_length
+            keys = torch.arange(retrieved_length, device=query_BSND.device)
+            keys = keys.repeat(key_BCEGD.shape[2] // retrieved_length)
+            bias = self.relative(query_BSND, retrieval.query_positions_BS[0], keys)
+        return chunked_cross_attention(
+            query_BSND,
+            key_BCEGD,
+            value_BCEGD,
+            mask_BCE,
+            self.chunk_length,
+            first_position=first_position,
+            bias_BNSE=bias,
+            dropout=self._dropout(),
+        )
+
+    def _gated(self, attended_BSND: Tensor, normed_BSH: Tensor, num_chunks: int, first_position: int) -> Tensor:
+        if isinstance(self.gate, AdaptiveGate):
+            ends = slice(self.chunk_length - 1 - first_position, None, self.chunk_length)
+            rates_BC = self.gate(normed_BSH[:, ends][:, :num_chunks])
+            rates_BS = spread_over_queries(rates_BC, attended_BSND.shape[1], self.chunk_length, first_position)
+            return attended_BSND * rates_BS[..., None, None].to(attended_BSND.dtype)
+        if isinstance(self.gate, ScalarGate):
+            factor: Tensor = self.gate()
+            return attended_BSND * factor
+        return attended_BSND if self.fixed_gate == 1.0 else attended_BSND * self.fixed_gate
+
+    def _attend_cached(
+        self,
+        query_BSND: Tensor,
+        key_PCEGD: Tensor | None,
+        value_PCEGD: Tensor | None,
+        normed_BSH: Tensor,
+        retrieval: NeighborContext,
+        piece: Piece,
+        cache: LayerCache,
+    ) -> Tensor:
+        """As `_attend`, over the chunk that was complete before and those that this piece completes."""
+        key = cache.over_places("neighbor_key", None if key_PCEGD is None else key_PCEGD[:, 0], piece)
+        value = cache.over_places("neighbor_value", None if value_PCEGD is None else value_PCEGD[:, 0], piece)
+        if key is None or value is None or retrieval.mask_BCE is None:
+            return torch.zeros_like(query_BSND)
+        attended = self._attend_rows(query_BSND, key, value, retrieval, retrieval.mask_BCE, piece)
+        if not isinstance(self.gate, AdaptiveGate):
+            return self._gated(attended, normed_BSH, 0, 0)
+        ends = [
+            (chunk + 1) * piece.chunk_length - 1 - piece.starts[row]
+            for row, chunk in zip(piece.rows, piece.chunks, strict=True)
+        ]
+        rates = cache.over_places("rate", self.gate(normed_BSH[piece.rows, ends]), piece)
+        assert rates is not None
+        seen = seen_places(piece, query_BSND.device)
+        return attended * rates.gather(1, seen)[..., None, None].to(attended.dtype)
+
+    def _attend_rows(
+        self,
+        query_BSND: Tensor,
+        key_BCEGD: Tensor,
+        value_BCEGD: Tensor,
+        retrieval: NeighborContext,
+        mask_BCE: Tensor,
+        piece: Piece,
+    ) -> Tensor:
+        """Rows at the same place of their chunk go together; single tokens fetch their chunk; others row by row."""
+        first_positions = piece.first_positions
+        if len(set(first_positions)) == 1:
+            return self._attend(query_BSND, key_BCEGD, value_BCEGD, retrieval, mask_BCE, first_positions[0])
+        if piece.width == 1 and self.relative is None:
+            rows = torch.arange(query_BSND.shape[0], device=query_BSND.device)
+            seen = seen_places(piece, query_BSND.device)[:, 0]
+            one = [tensor[rows, seen][:, None] for tensor in (key_BCEGD, value_BCEGD, mask_BCE)]
+            return self._attend(query_BSND, one[0], one[1], retrieval, one[2], self.chunk_length - 1)
+        rows_of_queries = [
+            self._attend(
+                query_BSND[row : row + 1],
+                key_BCEGD[row : row + 1],
+                value_BCEGD[row : row + 1],
+                retrieval.of_row(row),
+                mask_BCE[row : row + 1],
+                first_position,
+            )
+            for row, first_position in enumerate(first_positions)
+        ]
+        return torch.cat(rows_of_queries)
+
+
+class ChunkCrossAttention(CrossAttention):
+    """Neighbour tokens read the decoder's state of the chunk that retrieved them."""
+
+    def __init__(self, config: ModelConfig, retro: RetroConfig, decoder_size: int) -> None:
+        super().__init__(config, decoder_size, retro.neighbor_positions())
+
+    def forward(
+        self,
+        normed_XKRH: Tensor,
+        chunk_XMH: Tensor,
+        chunk_mask_XM: Tensor | None,
+        query_rotary: RotaryTable | None,
+        chunk_rotary: RotaryTable | None,
+    ) -> Tensor:
+        """[X, K, R, H] for X chunks; a chunk's keys and values serve all its neighbours."""
+        num_neighbors, retrieved_length = normed_XKRH.shape[1:3]
+        query = self._turned(self.query(normed_XKRH.flatten(1, 2)), query_rotary)
+        key, value = self._keys_values(chunk_XMH, chunk_rotary)
+        bias = None
+        if self.relative is not None:
+            positions = torch.arange(retrieved_length, device=query.device).repeat(num_neighbors)
+            bias = self.relative(query, positions, torch.arange(chunk_XMH.shape[1], device=query.device))
+        allowed = None if chunk_mask_XM is None else chunk_mask_XM[:, None].expand(-1, query.shape[1], -1)
+        attended = attention(
+            query, key, value, AttentionPattern(allowed_BST=allowed, bias_BNST=bias), dropout=self._dropout()
+        )
+        output: Tensor = self.output(attended)
+        return torch.unflatten(output, 1, (num_neighbors, retrieved_length))
+
+
+def seen_places(piece: Piece, device: torch.device) -> Tensor:
+    """[B, S] the place of the chunk that each token sees."""
+    positions = torch.tensor(piece.first_positions, device=device)[:, None] + torch.arange(piece.width, device=device)
+    places = torch.div(positions + 1, piece.chunk_length, rounding_mode="floor") - 1
+    return places.clamp(max=piece.num_places - 1)
+
+
+def _build_gate(config: ModelConfig, retro: RetroConfig) -> AdaptiveGate | ScalarGate | None:
+    if retro.retro_gate_type == "scalar":
+        return ScalarGate()
+    if retro.retro_gate_type == "adaptive":
+        return AdaptiveGate(config.hidden_size, retro)
+    return None

@@ -1,0 +1,53 @@
+"""The neighbour encoder: each neighbour separately, in the light of the chunk that retrieved it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.model.context import EncoderContext, neighbor_token_positions, rotary_frequencies, table_or_none
+from megatron_retro.model.embeddings import TokenEmbedding
+from megatron_retro.model.layers import EncoderLayer
+from megatron_retro.ops.attention import AttentionPattern
+
+
+class NeighborEncoder(nn.Module):
+    """Two bidirectional layers by default; the first cross-attends to the decoder. No final norm, as published."""
+
+    def __init__(self, model: ModelConfig, retro: RetroConfig) -> None:
+        super().__init__()
+        config = retro.encoder_model(model)
+        rotary = retro.neighbor_positions() == "rotary"
+        self.frequencies = rotary_frequencies(config) if rotary else None
+        self.embedding = TokenEmbedding(config) if retro.retro_encoder_own_embedding else None
+        self.layers = nn.ModuleDict(
+            {
+                str(index): EncoderLayer(config, retro, model.hidden_size if index == 0 else None)
+                for index in range(retro.retro_encoder_layers)
+            }
+        )
+
+    def forward(
+        self, hidden_XKRH: Tensor, mask_XKR: Tensor | None, chunk_XMH: Tensor, chunk_mask_XM: Tensor | None
+    ) -> Tensor:
+        """[X, K, R, H] for X chunks, from embedded neighbours and the decoder's normed state of each chunk."""
+        context = self._context(hidden_XKRH, mask_XKR, chunk_XMH.shape[1], chunk_mask_XM)
+        for layer in self.layers.values():
+            hidden_XKRH = layer(hidden_XKRH, chunk_XMH, context)
+        return hidden_XKRH
+
+    def _context(
+        self, hidden_XKRH: Tensor, mask_XKR: Tensor | None, chunk_length: int, chunk_mask_XM: Tensor | None
+    ) -> EncoderContext:
+        num_neighbors, retrieved_length = hidden_XKRH.shape[1:3]
+        device = hidden_XKRH.device
+        own_positions = torch.arange(retrieved_length, device=device)
+        return EncoderContext(
+            AttentionPattern(allowed_BST=None if mask_XKR is None else mask_XKR.flatten(0, 1)[:, None]),
+            table_or_none(own_positions, self.frequencies),
+            chunk_mask_XM,
+            table_or_none(neighbor_token_positions(num_neighbors, retrieved_length, device), self.frequencies),
+            table_or_none(torch.arange(chunk_length, device=device), self.frequencies),
+        )

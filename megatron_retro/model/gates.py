@@ -1,0 +1,79 @@
+"""What scales the cross-attention: a fixed number, a learned one, or a decision per chunk.
+
+An adaptive gate that is only charged for reading ends at zero, unnoticed: its slope p(1-p) vanishes there. The budget
+here is the divergence of the mean rate from a target rate, whose slope in the gate's logit stays the target itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.ops.local_tensors import local
+
+_SMALLEST_RATE = 1e-6
+
+
+class ScalarGate(nn.Module):
+    """tanh of one number that starts at 0: at first the model is the GPT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.empty(1))
+
+    def forward(self) -> Tensor:
+        """The factor."""
+        return torch.tanh(local(self.value))
+
+
+class AdaptiveGate(nn.Module):
+    """A rate per chunk, read off the decoder's state at the chunk's last token (the first that may see neighbours)."""
+
+    def __init__(self, hidden_size: int, config: RetroConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.bias = nn.Parameter(torch.empty(1))
+        self.target_rate = config.retro_gate_target_rate
+        self.budget_scale = config.retro_gate_budget_weight
+        self.last_rates: Tensor | None = None
+
+    def forward(self, states_BCH: Tensor) -> Tensor:
+        """[..., C] in (0, 1), one rate per state; in training the budget's gradient is attached."""
+        rates = torch.sigmoid((states_BCH * local(self.weight)).sum(-1) + local(self.bias))
+        if self.training:
+            divergence = rate_divergence(rates, self.target_rate)
+            rates = attach_loss(rates, self.budget_scale * divergence)
+        self.last_rates = rates.detach()
+        return rates
+
+
+def rate_divergence(rates: Tensor, target: float) -> Tensor:
+    """Kullback-Leibler divergence of the mean rate from the target: 0 at the target, infinite at 0 and 1."""
+    mean = rates.float().mean().clamp(_SMALLEST_RATE, 1 - _SMALLEST_RATE)
+    goal = torch.full_like(mean, target)
+    cost = functional.binary_cross_entropy(mean, goal)
+    return cost - functional.binary_cross_entropy(goal.clamp(_SMALLEST_RATE, 1 - _SMALLEST_RATE), goal)
+
+
+def attach_loss(tensor: Tensor, loss: Tensor) -> Tensor:
+    """The tensor; its backward pass charges the loss too."""
+    attached: Tensor = _AttachLoss.apply(tensor, loss)  # type: ignore[no-untyped-call]
+    return attached
+
+
+class _AttachLoss(torch.autograd.Function):
+    """Passes a tensor through; in the backward pass a second loss is charged too, on whatever stage it arose."""
+
+    @staticmethod
+    def forward(context: torch.autograd.function.FunctionCtx, tensor: Tensor, loss: Tensor) -> Tensor:
+        """The tensor."""
+        context.save_for_backward(loss)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(context: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Its gradient, and 1 for the loss."""
+        (loss,) = context.saved_tensors  # type: ignore[attr-defined]
+        return gradient, torch.ones_like(loss)

@@ -1,0 +1,120 @@
+"""The modules that own parameters. Nothing else touches a weight, and each reads it as this rank's plain tensor."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.ops.linear_cross_entropy import linear_cross_entropy
+from megatron_retro.ops.local_tensors import local
+from megatron_retro.ops.norm import layer_norm, rms_norm
+
+
+class Linear(nn.Module):
+    """x @ W.T + b for a weight [..., rows, columns]: the output's last dimensions are the weight's first ones.
+
+    Extra leading dimensions (heads, the two halves of a gated MLP) make a cut of one dimension a cut of whole heads.
+    """
+
+    def __init__(self, input_size: int, output_shape: tuple[int, ...], *, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*output_shape, input_size))
+        self.bias = nn.Parameter(torch.empty(*output_shape)) if bias else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., columns] -> [..., *output_shape]."""
+        weight = local(self.weight)
+        bias = None if self.bias is None else local(self.bias)
+        output = functional.linear(hidden, weight.flatten(0, -2), None if bias is None else bias.flatten())
+        return output if weight.dim() == 2 else torch.unflatten(output, -1, weight.shape[:-1])
+
+
+class HeadsToHidden(Linear):
+    """The projection that closes an attention: [..., N, D] -> [..., H], weight [H, N * D]."""
+
+    def __init__(self, num_heads: int, head_size: int, output_size: int, *, bias: bool) -> None:
+        super().__init__(num_heads * head_size, (output_size,), bias=bias)
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """Join the heads and project."""
+        return super().forward(heads.flatten(-2))
+
+
+class Norm(nn.Module):
+    """The configured normalization of the last dimension."""
+
+    def __init__(self, config: ModelConfig, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if config.normalization == "LayerNorm" else None
+        self.epsilon = config.norm_epsilon
+        self.weight_plus_one = config.apply_layernorm_1p
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Same shape."""
+        weight = local(self.weight)
+        if self.bias is None:
+            return rms_norm(hidden, weight, epsilon=self.epsilon, weight_plus_one=self.weight_plus_one)
+        bias = local(self.bias)
+        return layer_norm(hidden, weight, bias, epsilon=self.epsilon, weight_plus_one=self.weight_plus_one)
+
+
+class Embedding(nn.Module):
+    """A table of vectors: tokens or positions."""
+
+    def __init__(self, num_rows: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, width))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] -> [..., H]."""
+        return functional.embedding(ids, local(self.weight))
+
+
+class Output(nn.Module):
+    """Logits, or the loss of every token. Owns a weight when it is not tied to the embedding's."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.vocab_size = config.vocab_size or 0
+        shape = (config.padded_vocab_size(), config.hidden_size)
+        untied = config.untie_embeddings_and_output_weights
+        self.weight = nn.Parameter(torch.empty(shape)) if untied else None
+
+    def forward(self, hidden_BSH: Tensor, labels_BS: Tensor | None = None, tied: Embedding | None = None) -> Tensor:
+        """[B, S, V] logits of the true vocabulary, or with labels [B, S] losses in float32."""
+        table = self.weight if self.weight is not None else tied.weight if tied is not None else None
+        if table is None:
+            raise ValueError("a tied output needs the embedding")
+        weight_VH = local(table)[: self.vocab_size]
+        if labels_BS is None:
+            return functional.linear(hidden_BSH, weight_VH)
+        return linear_cross_entropy(hidden_BSH, weight_VH, labels_BS)
+
+
+class RelativePositions(nn.Module):
+    """Transformer-XL's term: scores of a query against the projected sinusoid of its distance to a key."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.width = config.hidden_size
+        self.projection = Linear(self.width, (config.num_attention_heads, config.head_size()), bias=False)
+
+    def forward(self, query_BSND: Tensor, query_positions_S: Tensor, key_positions_T: Tensor) -> Tensor:
+        """[B, N, S, T], scaled as scores are."""
+        distance_ST = query_positions_S[:, None] - key_positions_T
+        lowest = distance_ST.min()
+        span = torch.arange(int(distance_ST.max() - lowest) + 1, device=distance_ST.device) + lowest
+        vectors_LND = self.projection(self._sinusoids(span).to(query_BSND.dtype))
+        scores_BNSL = torch.einsum("bsnd,lnd->bnsl", query_BSND, vectors_LND) / math.sqrt(query_BSND.shape[-1])
+        index = (distance_ST - lowest).expand(*scores_BNSL.shape[:2], -1, -1)
+        return scores_BNSL.gather(-1, index)
+
+    def _sinusoids(self, distance_L: Tensor) -> Tensor:
+        exponent = torch.arange(0, self.width, 2, device=distance_L.device) / self.width
+        angles = distance_L[:, None] / 10000.0**exponent
+        return torch.cat((angles.sin(), angles.cos()), -1)[:, : self.width]

@@ -1,0 +1,177 @@
+"""The retrieval-enhanced transformer, as the paper tells it. Without a retriever, or without neighbours, it is a GPT.
+
+    embed -> layers -> norm -> logits
+
+and in each retrieval layer, after self-attention, chunked cross-attention to the encoded neighbours; the first
+retrieval layer encodes them, in the light of its own (normed) state. What a pipeline stage runs are the same pieces:
+`prepare`, `embed`, `run_layers`, `head`; a module that the stage does not have is None or missing from `layers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.model_checks import model_violations
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.errors import ConfigError
+from megatron_retro.model.cache import Cache
+from megatron_retro.model.context import SequenceContext
+from megatron_retro.model.embeddings import TokenEmbedding
+from megatron_retro.model.encoder import NeighborEncoder
+from megatron_retro.model.layers import DecoderLayer
+from megatron_retro.model.leaves import Norm, Output
+from megatron_retro.model.neighbors import Neighbors
+from megatron_retro.model.preparation import Preparation
+
+
+class Retro(nn.Module):
+    """A decoder with, if configured, a neighbour encoder and chunked cross-attention in some layers."""
+
+    def __init__(self, model: ModelConfig, retro: RetroConfig | None = None) -> None:
+        super().__init__()
+        retro = retro or RetroConfig()
+        violations = model_violations(model, retro)
+        if violations:
+            raise ConfigError.from_violations(violations)
+        self.model, self.retro = model, retro
+        retrieval_layers = [number - 1 for number in retro.retrieval_layers(model.num_layers)]
+        encoder_size = retro.encoder_model(model).hidden_size
+        self.first_retrieval_layer = min(retrieval_layers, default=None)
+        self.preparation = Preparation(model, retro)
+        self.embedding: TokenEmbedding | None = TokenEmbedding(model)
+        self.layers = nn.ModuleDict(
+            {
+                str(index): DecoderLayer(model, retro, index, encoder_size if index in retrieval_layers else None)
+                for index in range(model.num_layers)
+            }
+        )
+        self.encoder = NeighborEncoder(model, retro) if retrieval_layers else None
+        self.final_norm: Norm | None = Norm(model, model.hidden_size)
+        self.output: Output | None = Output(model)
+
+    def keep_part(self, layers: Iterable[int], *, embedding: bool, encoder: bool, head: bool) -> None:
+        """Drop what another pipeline stage holds."""
+        wanted = {str(index) for index in layers}
+        for name in [name for name in self.layers if name not in wanted]:
+            del self.layers[name]
+        self.embedding = self.embedding if embedding else None
+        self.encoder = self.encoder if encoder else None
+        self.final_norm = self.final_norm if head else None
+        self.output = self.output if head else None
+
+    def new_cache(self, batch_size: int, max_length: int) -> Cache:
+        """Room for `batch_size` sequences of up to `max_length` tokens, fed in pieces."""
+        return Cache(batch_size, max_length, self.retro.retro_chunk_length)
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        neighbors: Neighbors | None = None,
+        *,
+        labels_BS: Tensor | None = None,
+        position_ids_BS: Tensor | None = None,
+        document_ids_BS: Tensor | None = None,
+        padding_mask_BS: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """[B, S, V] logits, or with labels the loss of each token [B, S] in float32.
+
+        `neighbors` has an entry for each complete chunk of the sequence; with a cache, for each chunk that these tokens
+        complete, row by row in order. `padding_mask_BS` is True for real tokens: padding may lead or end a row.
+        """
+        context = self.prepare(
+            tokens_BS.shape[0],
+            tokens_BS.shape[1],
+            tokens_BS.device,
+            neighbors=neighbors,
+            position_ids_BS=position_ids_BS,
+            document_ids_BS=document_ids_BS,
+            padding_mask_BS=padding_mask_BS,
+            cache=cache,
+        )
+        hidden_BSH = self.embed(tokens_BS, context)
+        hidden_BSH, _ = self.run_layers(hidden_BSH, None, context, cache)
+        if cache is not None and context.piece is not None:
+            cache.commit(context.piece)
+        return self.head(hidden_BSH, labels_BS)
+
+    def prepare(
+        self,
+        batch_size: int,
+        length: int,
+        device: torch.device,
+        *,
+        neighbors: Neighbors | None = None,
+        position_ids_BS: Tensor | None = None,
+        document_ids_BS: Tensor | None = None,
+        padding_mask_BS: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> SequenceContext:
+        """Positions, masks and neighbours of one forward, the same on every stage."""
+        sequence = (batch_size, length, device, position_ids_BS, padding_mask_BS)
+        if cache is not None:
+            return self.preparation.piece_of_sequence(*sequence, neighbors, document_ids_BS, cache)
+        return self.preparation.whole_sequence(*sequence, neighbors, document_ids_BS)
+
+    def embed(self, tokens_BS: Tensor, context: SequenceContext) -> Tensor:
+        """[B, S, H]; for the stage that holds the embedding."""
+        assert self.embedding is not None
+        hidden_BSH: Tensor = self.embedding(tokens_BS, context.position_ids_BS)
+        return hidden_BSH
+
+    def run_layers(
+        self,
+        hidden_BSH: Tensor,
+        encoded_neighbors: Tensor | None,
+        context: SequenceContext,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """This stage's layers: the hidden state and, from the first retrieval layer on, [B, C, K, R, H]."""
+        for name, layer in self.layers.items():
+            reads = context.retrieval is not None and int(name) == self.first_retrieval_layer
+            read = self._reader(context, cache) if reads else None
+            hidden_BSH, encoded_neighbors = layer(hidden_BSH, encoded_neighbors, context, read, cache)
+        return hidden_BSH, encoded_neighbors
+
+    def head(self, hidden_BSH: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+        """Logits, or losses; for the stage that holds the output. A tied one holds the embedding too."""
+        assert self.final_norm is not None and self.output is not None
+        tied = None if self.embedding is None else self.embedding.word
+        result: Tensor = self.output(self.final_norm(hidden_BSH), labels_BS, tied)
+        return result
+
+    def _reader(self, context: SequenceContext, cache: Cache | None) -> Callable[[Tensor], Tensor | None]:
+        """Encodes the context's neighbours, given the first retrieval layer's normed state of all tokens."""
+
+        def read(normed_BSH: Tensor) -> Tensor | None:
+            retrieval = context.retrieval
+            assert retrieval is not None
+            if cache is not None and context.piece is not None:
+                cache.neighbors.append("decoder_state", normed_BSH, context.piece)
+            if retrieval.neighbors is None:
+                return None
+            if cache is not None and context.piece is not None:
+                chunks_BCMH = cache.neighbors.chunks("decoder_state", context.piece)[:, None]
+            else:
+                chunks_BCMH = self.preparation.chunks(normed_BSH, retrieval.neighbors.num_chunks)
+            return self.encode(retrieval.neighbors, chunks_BCMH, retrieval.chunk_mask_XM)
+
+        return read
+
+    def encode(self, neighbors: Neighbors, chunks_BCMH: Tensor, chunk_mask_XM: Tensor | None) -> Tensor:
+        """[B, C, K, R, H]; for the stage that holds the encoder."""
+        assert self.encoder is not None
+        table = self.encoder.embedding or self.embedding
+        assert table is not None
+        embedded_BCKRH = table.word(neighbors.safe_tokens())
+        dropout = self.retro.retro_encoder_hidden_dropout
+        if dropout:
+            embedded_BCKRH = functional.dropout(embedded_BCKRH, dropout, self.training)
+        mask_XKR = None if self.retro.retro_legacy_checkpoint else neighbors.mask_BCKR.flatten(0, 1)
+        encoded = self.encoder(embedded_BCKRH.flatten(0, 1), mask_XKR, chunks_BCMH.flatten(0, 1), chunk_mask_XM)
+        return torch.unflatten(encoded, 0, neighbors.tokens_BCKR.shape[:2])

@@ -1,0 +1,66 @@
+"""Self-attention with grouped heads, optional query/key norm, positions and a cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.model.cache import LayerCache, Piece
+from megatron_retro.model.leaves import HeadsToHidden, Linear, Norm, RelativePositions
+from megatron_retro.ops.attention import AttentionPattern, attention
+from megatron_retro.ops.rotary import RotaryTable, apply_rotary
+
+
+class SelfAttention(nn.Module):
+    """One matrix gives, for each key/value head, its query heads, key and value."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        heads, groups, head_size = config.num_attention_heads, config.num_key_value_heads(), config.head_size()
+        self.head_size = head_size
+        self.interleaved = config.rotary_interleaved
+        self.dropout = config.attention_dropout
+        bias = not config.disable_bias_linear
+        rows = (heads // groups + 2) * head_size
+        self.query_key_value = Linear(config.hidden_size, (groups, rows), bias=bias or config.add_qkv_bias)
+        self.query_norm = Norm(config, head_size) if config.qk_layernorm else None
+        self.key_norm = Norm(config, head_size) if config.qk_layernorm else None
+        self.relative = RelativePositions(config) if config.position_embedding_type == "relative" else None
+        self.output = HeadsToHidden(heads, head_size, config.hidden_size, bias=bias)
+
+    def forward(
+        self,
+        hidden_BSH: Tensor,
+        pattern: AttentionPattern,
+        rotary: RotaryTable | None,
+        piece: Piece | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """[B, S, H]. With a cache the keys are all that it holds, these included."""
+        query, key, value = self._heads(hidden_BSH, rotary)
+        if cache is not None and piece is not None:
+            key, value = cache.append("key", key, piece), cache.append("value", value, piece)
+        if self.relative is not None:
+            pattern = self._with_bias(pattern, query, key.shape[1])
+        attended = attention(query, key, value, pattern, dropout=self.dropout if self.training else 0.0)
+        output: Tensor = self.output(attended)
+        return output
+
+    def _heads(self, hidden_BSH: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
+        projected = torch.unflatten(self.query_key_value(hidden_BSH), -1, (-1, self.head_size))
+        query = projected[..., :-2, :].flatten(2, 3)
+        key, value = projected[..., -2, :], projected[..., -1, :]
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if rotary is not None:
+            query = apply_rotary(query, rotary, interleaved=self.interleaved)
+            key = apply_rotary(key, rotary, interleaved=self.interleaved)
+        return query, key, value
+
+    def _with_bias(self, pattern: AttentionPattern, query_BSND: Tensor, num_keys: int) -> AttentionPattern:
+        keys = torch.arange(num_keys, device=query_BSND.device)
+        queries = keys[num_keys - query_BSND.shape[1] :]
+        assert self.relative is not None
+        bias = self.relative(query_BSND, queries, keys)
+        return AttentionPattern(pattern.causal, pattern.window, pattern.allowed_BST, bias)
