@@ -43,20 +43,20 @@ def attention(
 ) -> Tensor:
     """[B, S, N, D]: softmax(QK / sqrt(D)) V; N query heads share G key/value heads in order."""
     num_queries, num_keys = query_BSND.shape[1], key_BTGD.shape[1]
-    heads = [tensor.transpose(1, 2) for tensor in (query_BSND, key_BTGD, value_BTGD)]
+    query, key, value = query_BSND.transpose(1, 2), key_BTGD.transpose(1, 2), value_BTGD.transpose(1, 2)
     grouped = query_BSND.shape[2] != key_BTGD.shape[2]
     plain = pattern.allowed_BST is None and pattern.bias_BNST is None
     windowed = pattern.window is not None and pattern.window < num_keys
     if plain and not windowed and (not pattern.causal or num_queries in (1, num_keys)):
         causal = pattern.causal and num_queries > 1
         out_BNSD = functional.scaled_dot_product_attention(
-            *heads, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
+            query, key, value, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
         )
         return out_BNSD.transpose(1, 2)
     mask_BST = pattern.mask(num_queries, num_keys, query_BSND.device)
     if mask_BST is None:
         out_BNSD = functional.scaled_dot_product_attention(
-            *heads, attn_mask=pattern.bias_BNST, dropout_p=dropout, enable_gqa=grouped
+            query, key, value, attn_mask=pattern.bias_BNST, dropout_p=dropout, enable_gqa=grouped
         )
         return out_BNSD.transpose(1, 2)
     sees_any_BS = mask_BST.any(-1)
@@ -64,6 +64,6 @@ def attention(
     if pattern.bias_BNST is not None:
         safe_BNST = pattern.bias_BNST.masked_fill(~safe_BNST, float("-inf"))
     out_BNSD = functional.scaled_dot_product_attention(
-        *heads, attn_mask=safe_BNST, dropout_p=dropout, enable_gqa=grouped
+        query, key, value, attn_mask=safe_BNST, dropout_p=dropout, enable_gqa=grouped
     )
     return torch.where(sees_any_BS[:, :, None, None], out_BNSD.transpose(1, 2), 0.0)

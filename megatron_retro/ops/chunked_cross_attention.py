@@ -21,23 +21,18 @@ def chunked_cross_attention(
     chunk_length: int,
     *,
     first_position: int = 0,
-    bias_BCNME: Tensor | None = None,
+    bias_BNSE: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """[B, S, N, D]. E = k*r neighbour tokens of a chunk; `first_position` is the first query's, counted from chunk 0.
 
-    `bias_BCNME` is added to the scores of chunk c's m queries (m counts from the chunk's last token).
+    `bias_BNSE` is added to the scores of each query.
     """
     num_chunks = key_BCEGD.shape[1]
     spans = attending_spans(query_BSND.shape[1], chunk_length, num_chunks, first_position)
     if not spans:
         return torch.zeros_like(query_BSND)
-    pieces = [
-        _attend_span(
-            span, query_BSND, key_BCEGD, value_BCEGD, mask_BCE, chunk_length, first_position, bias_BCNME, dropout
-        )
-        for span in spans
-    ]
+    pieces = [_attend_span(span, query_BSND, key_BCEGD, value_BCEGD, mask_BCE, bias_BNSE, dropout) for span in spans]
     before = query_BSND.new_zeros(query_BSND[:, : spans[0].start].shape)
     after = query_BSND.new_zeros(query_BSND[:, spans[-1].stop :].shape)
     return torch.cat((before, *pieces, after), 1)
@@ -49,19 +44,17 @@ def _attend_span(
     key_BCEGD: Tensor,
     value_BCEGD: Tensor,
     mask_BCE: Tensor | None,
-    chunk_length: int,
-    first_position: int,
-    bias_BCNME: Tensor | None,
+    bias_BNSE: Tensor | None,
     dropout: float,
 ) -> Tensor:
     batch = query_BSND.shape[0]
     chunks = slice(span.first_chunk, span.first_chunk + span.num_chunks)
-    queries = query_BSND[:, span.start : span.stop].unflatten(1, (span.num_chunks, -1)).flatten(0, 1)
+    queries = torch.unflatten(query_BSND[:, span.start : span.stop], 1, (span.num_chunks, -1)).flatten(0, 1)
     allowed = None if mask_BCE is None else mask_BCE[:, chunks].flatten(0, 1)[:, None, :]
     bias = None
-    if bias_BCNME is not None:
-        offset = first_position + span.start + 1 - (span.first_chunk + 1) * chunk_length
-        bias = bias_BCNME[:, chunks, :, offset : offset + queries.shape[1]].flatten(0, 1)
+    if bias_BNSE is not None:
+        bias_BNCME = torch.unflatten(bias_BNSE[:, :, span.start : span.stop], 2, (span.num_chunks, -1))
+        bias = bias_BNCME.transpose(1, 2).flatten(0, 1)
     out = attention(
         queries,
         key_BCEGD[:, chunks].flatten(0, 1),
@@ -69,4 +62,4 @@ def _attend_span(
         AttentionPattern(allowed_BST=allowed, bias_BNST=bias),
         dropout=dropout,
     )
-    return out.unflatten(0, (batch, span.num_chunks)).flatten(1, 2)
+    return torch.unflatten(out, 0, (batch, span.num_chunks)).flatten(1, 2)

@@ -12,8 +12,8 @@ _ROWS = 1024
 
 def linear_cross_entropy(hidden_BSH: Tensor, weight_VH: Tensor, labels_BS: Tensor) -> Tensor:
     """[B, S] float32: -log softmax(hidden @ weight.T)[label]; the logits exist for a block of tokens at a time."""
-    hidden = hidden_BSH.flatten(0, 1).split(_ROWS)
-    labels = labels_BS.flatten().split(_ROWS)
+    hidden = torch.split(hidden_BSH.flatten(0, 1), _ROWS)
+    labels = torch.split(labels_BS.flatten(), _ROWS)
     blocks = [
         checkpoint(_block_losses, rows, weight_VH, targets, use_reentrant=False, preserve_rng_state=False)
         for rows, targets in zip(hidden, labels, strict=True)
