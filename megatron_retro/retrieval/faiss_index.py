@@ -1,0 +1,150 @@
+"""What the rest of retrieval asks of a faiss index: build, take apart, save, load.
+
+An index is a chain of transforms before an inverted file (`IVF`) whose lists hold one code per chunk. Those are
+encoded in blocks and merged on disk. Any other index of the factory is kept whole and filled chunk after chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_retro.artifacts.files import new_file
+from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.runtime.environment import require
+
+_BLOCKABLE = ("IndexIVFFlat", "IndexIVFPQ", "IndexIVFScalarQuantizer", "IndexIVFRaBitQ")
+
+
+def faiss_module() -> Any:
+    """faiss, or an error that says how to get it."""
+    require("faiss", "retrieval")
+    import faiss
+
+    return faiss
+
+
+def new_index(index_str: str, dimension: int) -> Any:
+    """An untrained index; squared distances."""
+    faiss = faiss_module()
+    try:
+        return faiss.index_factory(dimension, index_str, faiss.METRIC_L2)
+    except RuntimeError as error:
+        reason = str(error).split("Error: ")[-1].split("\n")[0]
+        raise ConfigError(
+            f"faiss makes no index of --retro-index-str {index_str!r} for vectors {dimension} wide",
+            got=reason,
+            fix="give --retro-index-str auto, or a factory string whose parts divide the width",
+        ) from None
+
+
+@dataclass(frozen=True)
+class InvertedParts:
+    """An index taken apart: what is done to a vector, and the inverted file behind it."""
+
+    index: Any
+    inverted: Any
+
+    @property
+    def num_lists(self) -> int:
+        """Inverted lists."""
+        return int(self.inverted.nlist)
+
+    @property
+    def code_size(self) -> int:
+        """Bytes of a code."""
+        return int(self.inverted.code_size)
+
+    @property
+    def dimension(self) -> int:
+        """Width of the vectors that the lists see."""
+        return int(self.inverted.d)
+
+    def transformed(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Vectors as the inverted file wants them."""
+        result = np.ascontiguousarray(vectors, np.float32)
+        if self.index is not self.inverted:
+            for number in range(self.index.chain.size()):
+                result = faiss_module().downcast_VectorTransform(self.index.chain.at(number)).apply(result)
+        return result
+
+    def encoded(self, vectors: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """The list and the code of each vector."""
+        faiss, seen = faiss_module(), self.transformed(vectors)
+        _, found = self.inverted.quantizer.search(seen, 1)
+        lists = np.ascontiguousarray(found[:, 0])
+        codes = np.zeros((len(seen), self.code_size), np.uint8)
+        if len(seen):
+            self.inverted.encode_vectors(
+                len(seen), faiss.swig_ptr(seen), faiss.swig_ptr(lists), faiss.swig_ptr(codes), False
+            )
+        return lists, codes
+
+    def decoded(self, list_number: int, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The vectors that codes of one list stand for."""
+        if type(self.inverted).__name__ == "IndexIVFFlat":
+            return codes.view(np.float32)
+        faiss = faiss_module()
+        lists = np.full(len(codes), list_number, np.int64)
+        vectors = np.empty((len(codes), self.dimension), np.float32)
+        self.inverted.decode_vectors(len(codes), faiss.swig_ptr(codes), faiss.swig_ptr(lists), faiss.swig_ptr(vectors))
+        return vectors
+
+
+def inverted_parts(index: Any) -> InvertedParts | None:
+    """The parts of an index that can be encoded in blocks, or None."""
+    faiss = faiss_module()
+    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    kind = type(inner).__name__
+    return InvertedParts(index, inner) if kind in _BLOCKABLE else None
+
+
+def write_index(index: Any, path: Path) -> None:
+    """Write an index file atomically."""
+    with new_file(path) as partial:
+        faiss_module().write_index(index, str(partial))
+
+
+def read_index(path: Path, flags: int = 0) -> Any:
+    """Read an index file."""
+    try:
+        return faiss_module().read_index(str(path), flags)
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"{path} cannot be read", got=str(error).split("\n")[0], fix="build the index again"
+        ) from None
+
+
+def set_search_effort(index: Any, nprobe: int, ef_search: int) -> None:
+    """How many lists a search looks into, and how hard it looks for them."""
+    parts = inverted_parts(index)
+    if parts is None:
+        if hasattr(index, "hnsw"):
+            index.hnsw.efSearch = ef_search
+        return
+    parts.inverted.nprobe = nprobe
+    finder = faiss_module().downcast_index(parts.inverted.quantizer)
+    if hasattr(finder, "hnsw"):
+        finder.hnsw.efSearch = max(ef_search, nprobe)
+
+
+@contextmanager
+def list_content(lists: Any, number: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+    """Ids and codes of an inverted list, as views that end with the block."""
+    faiss = faiss_module()
+    size, width = int(lists.list_size(number)), int(lists.code_size)
+    ids, codes = lists.get_ids(number), lists.get_codes(number)
+    try:
+        if size == 0:
+            yield np.zeros(0, np.int64), np.zeros((0, width), np.uint8)
+        else:
+            yield faiss.rev_swig_ptr(ids, size), faiss.rev_swig_ptr(codes, size * width).reshape(size, width)
+    finally:
+        lists.release_ids(number, ids)
+        lists.release_codes(number, codes)

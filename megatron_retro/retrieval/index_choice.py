@@ -1,0 +1,100 @@
+"""Which index for how many chunks: the choice behind `--retro-index-str auto`, and what an index string demands.
+
+Small databases are searched exhaustively (one inverted list is a flat index). Middle ones keep whole vectors in
+inverted lists as long as those fit the memory allowed; larger ones keep product-quantized codes. The number of lists
+follows the published ones: 4 sqrt(N) for whole vectors, 30 sqrt(N) for codes (2^22 at 19 billion chunks).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from megatron_retro.errors import ConfigError
+
+FLAT_LIMIT = 20_000
+POINTS_PER_LIST = 39
+_COMFORTABLE_POINTS_PER_LIST = 64
+_ID_BYTES = 8
+
+
+@dataclass(frozen=True)
+class IndexChoice:
+    """An index string, the chunks that train it, and how it is searched unless the user says."""
+
+    index_str: str
+    train_chunks: int
+    nprobe: int
+    ef_search: int
+
+
+def choose_index(
+    asked: str, num_chunks: int, dimension: int, memory_bytes: float, train_chunks: int | None
+) -> IndexChoice:
+    """The index to build; an impossible request is refused with what would fit."""
+    if num_chunks == 0:
+        raise ConfigError("the database has no chunks", fix="give token files that hold text")
+    index_str = automatic_index(num_chunks, dimension, memory_bytes) if asked == "auto" else asked
+    index_str = "IVF1,Flat" if index_str == "Flat" else index_str
+    lists = number_of_lists(index_str)
+    wanted = train_chunks or max(_COMFORTABLE_POINTS_PER_LIST * lists, min(num_chunks, 100_000))
+    sample = min(wanted, num_chunks)
+    _refuse_too_few(index_str, lists, sample, num_chunks)
+    _refuse_too_large(index_str, sample, dimension, memory_bytes)
+    return IndexChoice(index_str, sample, nprobe=max(1, min(lists, lists // 16 + 8)), ef_search=64)
+
+
+def automatic_index(num_chunks: int, dimension: int, memory_bytes: float) -> str:
+    """The factory string for a number of chunks."""
+    if num_chunks <= FLAT_LIMIT:
+        return "IVF1,Flat"
+    if num_chunks * (4 * dimension + _ID_BYTES) <= memory_bytes * 0.8:
+        return f"IVF{_power_of_two(4 * math.sqrt(num_chunks), num_chunks)}{_finder(4 * math.sqrt(num_chunks))},Flat"
+    lists = _power_of_two(30 * math.sqrt(num_chunks) if num_chunks > 10**7 else 8 * math.sqrt(num_chunks), num_chunks)
+    parts = next(size for size in (64, 32, 16, 8, 4, 2, 1) if dimension >= 2 * size or size == 1)
+    return f"OPQ{parts}_{2 * parts if dimension >= 2 * parts else parts},IVF{lists}_HNSW32,PQ{parts}"
+
+
+def number_of_lists(index_str: str) -> int:
+    """The K of `IVFK`, or 1."""
+    match = re.search(r"IVF(\d+)", index_str)
+    return int(match[1]) if match else 1
+
+
+def _power_of_two(value: float, num_chunks: int) -> int:
+    """The nearest power of two that the chunks can train comfortably."""
+    lists = 2 ** round(math.log2(max(value, 1)))
+    while lists > 1 and lists * _COMFORTABLE_POINTS_PER_LIST > num_chunks:
+        lists //= 2
+    return lists
+
+
+def _finder(lists: float) -> str:
+    return "_HNSW32" if lists >= 50_000 else ""
+
+
+def _refuse_too_few(index_str: str, lists: int, sample: int, num_chunks: int) -> None:
+    quantized = bool(re.search(r"PQ\d", index_str))
+    needed = max(POINTS_PER_LIST * lists if lists > 1 else 1, 256 * POINTS_PER_LIST if quantized else 1)
+    if sample >= needed:
+        return
+    fitting = 2 ** int(math.log2(max(1, num_chunks // POINTS_PER_LIST)))
+    raise ConfigError(
+        f"too few chunks to train {index_str}",
+        got=f"{sample} training chunks of {num_chunks}",
+        expected=f"at least {needed}",
+        fix=f"give --retro-index-str auto, at most IVF{fitting}, or a larger --retro-index-ntrain",
+    )
+
+
+def _refuse_too_large(index_str: str, sample: int, dimension: int, memory_bytes: float) -> None:
+    needed = 1.5 * sample * dimension * 4
+    if needed <= memory_bytes:
+        return
+    raise ConfigError(
+        f"training {index_str} on {sample} chunks does not fit the memory allowed",
+        got=f"{needed / 1e9:.2f} GB",
+        expected=f"at most {memory_bytes / 1e9:.2f} GB (--retro-memory-gb)",
+        fix=f"give --retro-index-ntrain {int(memory_bytes / (6 * dimension))} or less, fewer lists, or more memory",
+    )

@@ -1,0 +1,176 @@
+"""The merge stage: codes of all blocks -> one index on disk, list after list, never in memory as a whole.
+
+The place of every list in `lists.ivfdata` follows from the sizes in the blocks, so ranges of lists are written into
+the one file by any number of workers. faiss's own merge opens one whole index per block, quantizer included, which
+at four million lists and 190,000 blocks no machine could; the file that results is the same.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_retro.artifacts.files import flush_directory, named_disk_errors, publish_directory, write_file
+from megatron_retro.artifacts.manifest import read_manifest, write_manifest
+from megatron_retro.errors import ArtifactError
+from megatron_retro.retrieval.block_files import map_arrays, verify_arrays
+from megatron_retro.retrieval.faiss_index import InvertedParts, faiss_module, read_index, write_index
+
+KIND = "retrieval-index"
+VERSION = 1
+INDEX_FILE = "index.faiss"
+LISTS_FILE = "lists.ivfdata"
+_ID_BYTES = 8
+_SAME_DIRECTORY = "IO_FLAG_ONDISK_SAME_DIR"
+
+
+@dataclass(frozen=True)
+class ListMerge:
+    """The merge of an inverted index. `blocks` are the encoded files in the order of their chunks."""
+
+    directory: Path
+    blocks: tuple[Path, ...]
+    block_facts: dict[str, Any]
+    num_lists: int
+    code_size: int
+    segment_bytes: int
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of a chunk in the lists."""
+        return self.code_size + _ID_BYTES
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """Chunks of each list."""
+        sizes = np.zeros(self.num_lists, np.int64)
+        for block in self.blocks:
+            arrays = map_arrays(block, self.block_facts)
+            sizes[arrays["lists"]] += np.diff(arrays["starts"])
+        return sizes
+
+    @cached_property
+    def offsets(self) -> NDArray[np.int64]:
+        """Where each list starts in the file, and where the last one ends."""
+        return np.concatenate([[0], np.cumsum(self.sizes * self.entry_bytes)]).astype(np.int64)
+
+    @cached_property
+    def segments(self) -> dict[str, tuple[int, int]]:
+        """Ranges of lists that one worker writes at a time, by name."""
+        bounds = [0]
+        while bounds[-1] < self.num_lists:
+            limit = self.offsets[bounds[-1]] + self.segment_bytes
+            after = int(np.searchsorted(self.offsets, limit, side="right")) - 1
+            bounds.append(min(max(after, bounds[-1] + 1), self.num_lists))
+        return {f"lists-{first:08d}-{last:08d}": (first, last) for first, last in zip(bounds, bounds[1:], strict=False)}
+
+    def is_done(self, segment: str) -> bool:
+        """Whether a segment is in the file."""
+        return (self.directory / f"{segment}.done").exists()
+
+    def prepare(self) -> None:
+        """Make the file in its full size, unless it is there."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / LISTS_FILE
+        with named_disk_errors(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                if os.fstat(descriptor).st_size != self.offsets[-1]:
+                    os.ftruncate(descriptor, int(self.offsets[-1]))
+            finally:
+                os.close(descriptor)
+
+    def write_segment(self, segment: str) -> None:
+        """Write one range of lists into its place."""
+        first, last = self.segments[segment]
+        path = self.directory / LISTS_FILE
+        content = self._segment(first, last)
+        with named_disk_errors(path), path.open("rb+") as stream:
+            stream.seek(int(self.offsets[first]))
+            stream.write(content.data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        write_file(self.directory / f"{segment}.done", "")
+
+    def _segment(self, first: int, last: int) -> NDArray[np.uint8]:
+        """The bytes of the lists [first, last): for each list the codes, then the ids."""
+        start = int(self.offsets[first])
+        content = np.empty(int(self.offsets[last]) - start, np.uint8)
+        filled = np.zeros(last - first, np.int64)
+        for block in self.blocks:
+            arrays = map_arrays(block, self.block_facts)
+            begin, end = np.searchsorted(arrays["lists"], [first, last])
+            for place in range(int(begin), int(end)):
+                number = int(arrays["lists"][place])
+                rows = slice(int(arrays["starts"][place]), int(arrays["starts"][place + 1]))
+                already, size = int(filled[number - first]), int(self.sizes[number])
+                filled[number - first] += rows.stop - rows.start
+                base = int(self.offsets[number]) - start
+                codes = arrays["codes"][rows].reshape(-1)
+                at = base + already * self.code_size
+                content[at : at + codes.size] = codes
+                ids = arrays["ids"][rows].view(np.uint8)
+                at = base + size * self.code_size + already * _ID_BYTES
+                content[at : at + ids.size] = ids
+        return content
+
+    def finish(self, trained: InvertedParts, path: Path, inputs: dict[str, str], config: dict[str, Any]) -> None:
+        """Write the index that points into the file, and give the directory its name."""
+        missing = [segment for segment in self.segments if not self.is_done(segment)]
+        if missing:
+            raise ArtifactError(f"{self.directory} lacks {len(missing)} segments", got=missing[0], fix="merge again")
+        lists = faiss_module().OnDiskInvertedLists()
+        lists.nlist, lists.code_size, lists.read_only = self.num_lists, self.code_size, True
+        lists.filename, lists.totsize = LISTS_FILE, int(self.offsets[-1])
+        lists.lists.resize(self.num_lists)
+        for number in range(self.num_lists):
+            entry = lists.lists.at(number)
+            entry.size = entry.capacity = int(self.sizes[number])
+            entry.offset = int(self.offsets[number])
+        trained.inverted.replace_invlists(lists, False)
+        trained.inverted.ntotal = trained.index.ntotal = int(self.sizes.sum())
+        write_index(trained.index, self.directory / INDEX_FILE)
+        for segment in self.segments:
+            (self.directory / f"{segment}.done").unlink()
+        counts = {"chunks": int(self.sizes.sum()), "lists": self.num_lists, "largest_list": int(self.sizes.max())}
+        _publish(self.directory, path, inputs, config, counts)
+
+
+def merge_whole(
+    trained: Any,
+    blocks: tuple[Path, ...],
+    block_facts: dict[str, Any],
+    directory: Path,
+    path: Path,
+    inputs: dict[str, str],
+    config: dict[str, Any],
+) -> None:
+    """Fill an index that is no inverted file, in the order of the chunks, in memory."""
+    for block in blocks:
+        trained.add(np.ascontiguousarray(verify_arrays(block, block_facts)["vectors"]))
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    write_index(trained, directory / INDEX_FILE)
+    _publish(directory, path, inputs, config, {"chunks": int(trained.ntotal), "lists": 0})
+
+
+def open_merged(path: Path) -> Any:
+    """The searchable index; inverted lists stay on disk."""
+    read_manifest(path, kind=KIND, version=VERSION)
+    faiss = faiss_module()
+    return read_index(path / INDEX_FILE, getattr(faiss, _SAME_DIRECTORY))
+
+
+def _publish(
+    directory: Path, path: Path, inputs: dict[str, str], config: dict[str, Any], counts: dict[str, int]
+) -> None:
+    write_manifest(directory, kind=KIND, version=VERSION, inputs=inputs, config=config, counts=counts)
+    flush_directory(directory)
+    publish_directory(directory, path)
