@@ -1,0 +1,176 @@
+"""Contexts for questions: those of the set, or the best passages by BM25 or a dual encoder.
+
+Without a collection of passages, a question's own long text is cut into passages and these are ranked.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_retro.data.instructions.conversations import Passage
+from megatron_retro.errors import DataError
+from megatron_retro.evaluation.examples import Example, need, read_json_lines
+from megatron_retro.runtime.environment import require
+
+Embed = Callable[[Sequence[str]], NDArray[np.float32]]
+_WORD = re.compile(r"\w+")
+PASSAGE_WORDS = 100
+
+
+class PassageRanker:
+    """Ranks a fixed collection for a question."""
+
+    def best(self, questions: Sequence[str], count: int) -> list[list[int]]:
+        """For each question the numbers of the best passages."""
+        raise NotImplementedError
+
+
+class BM25(PassageRanker):
+    """Okapi BM25 (k1 0.9, b 0.4: Anserini's choice) over words in lower case."""
+
+    def __init__(self, texts: Sequence[str], k1: float = 0.9, b: float = 0.4) -> None:
+        documents = [Counter(words(text)) for text in texts]
+        lengths = np.array([sum(document.values()) for document in documents], np.float64)
+        scale = k1 * (1 - b + b * lengths / max(lengths.mean() if len(texts) else 1.0, 1e-9))
+        postings: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        for number, document in enumerate(documents):
+            for word, times in document.items():
+                postings[word].append((number, times))
+        self.size = len(texts)
+        self._weights: dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
+        for word, found in postings.items():
+            numbers = np.array([number for number, _ in found])
+            times_in = np.array([times for _, times in found], np.float64)
+            rarity = math.log(1 + (len(texts) - len(found) + 0.5) / (len(found) + 0.5))
+            self._weights[word] = (numbers, rarity * times_in * (k1 + 1) / (times_in + scale[numbers]))
+
+    def best(self, questions: Sequence[str], count: int) -> list[list[int]]:
+        """Ties go to the earlier passage; passages without any word of the question come last."""
+        return [self._best(question, count) for question in questions]
+
+    def _best(self, question: str, count: int) -> list[int]:
+        scores = np.zeros(self.size)
+        for word in words(question):
+            if word in self._weights:
+                numbers, weights = self._weights[word]
+                scores[numbers] += weights
+        order: list[int] = np.argsort(-scores, kind="stable")[:count].tolist()
+        return order
+
+
+class DenseRanker(PassageRanker):
+    """Inner products of question and passage vectors: exact, by faiss."""
+
+    def __init__(self, texts: Sequence[str], embed_passages: Embed, embed_questions: Embed) -> None:
+        require("faiss", "dense retrieval of contexts")
+        import faiss
+
+        vectors = embed_passages(texts)
+        self._index = faiss.IndexFlatIP(vectors.shape[1])
+        self._index.add(vectors)
+        self._embed = embed_questions
+
+    def best(self, questions: Sequence[str], count: int) -> list[list[int]]:
+        """The nearest passages."""
+        found = self._index.search(self._embed(questions), min(count, self._index.ntotal))[1]
+        ranked: list[list[int]] = found.tolist()
+        return ranked
+
+
+def words(text: str) -> list[str]:
+    """Words in lower case."""
+    return _WORD.findall(text.lower())
+
+
+def bert_embedder(folder: Path, batch_size: int = 32, max_length: int = 256) -> Embed:
+    """First-token vectors of a local BERT-family encoder, as DPR and Dragon use them."""
+    require("transformers", "dense retrieval of contexts")
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    if not folder.is_dir():
+        raise DataError(f"there is no encoder folder {folder}", fix="give a local folder with config.json and weights")
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model: Any = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+
+    def embed(texts: Sequence[str]) -> NDArray[np.float32]:
+        rows = []
+        for start in range(0, len(texts), batch_size):
+            part = list(texts[start : start + batch_size])
+            inputs = tokenizer(part, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+            with torch.inference_mode():
+                rows.append(model(**inputs).last_hidden_state[:, 0].float().numpy())
+        return np.ascontiguousarray(np.concatenate(rows), np.float32)
+
+    return embed
+
+
+@dataclass(frozen=True)
+class GivenContexts:
+    """The set's own."""
+
+    def __call__(self, examples: Sequence[Example]) -> list[tuple[Passage, ...]]:
+        """As they stand in the file."""
+        return [example.contexts for example in examples]
+
+
+@dataclass(frozen=True)
+class CollectionContexts:
+    """The best of one collection, for every question."""
+
+    passages: Sequence[Passage]
+    ranker: PassageRanker
+    count: int
+
+    def __call__(self, examples: Sequence[Example]) -> list[tuple[Passage, ...]]:
+        """Ranked passages."""
+        ranked = self.ranker.best([example.question for example in examples], self.count)
+        return [tuple(self.passages[number] for number in numbers) for numbers in ranked]
+
+
+@dataclass(frozen=True)
+class OwnTextContexts:
+    """The best passages of each question's own text, cut into pieces of about `PASSAGE_WORDS` words."""
+
+    build_ranker: Callable[[Sequence[str]], PassageRanker]
+    count: int
+
+    def __call__(self, examples: Sequence[Example]) -> list[tuple[Passage, ...]]:
+        """Ranked passages."""
+        return [self._ranked(example) for example in examples]
+
+    def _ranked(self, example: Example) -> tuple[Passage, ...]:
+        pieces = [piece for passage in example.contexts for piece in cut_in_passages(passage)]
+        if not pieces:
+            return ()
+        ranker = self.build_ranker([searchable(piece) for piece in pieces])
+        return tuple(pieces[number] for number in ranker.best([example.question], self.count)[0])
+
+
+def cut_in_passages(passage: Passage, size: int = PASSAGE_WORDS) -> Iterator[Passage]:
+    """Pieces of `size` words, each under the passage's title."""
+    pieces = passage.text.split()
+    for start in range(0, len(pieces), size):
+        yield Passage(passage.title, " ".join(pieces[start : start + size]))
+
+
+def searchable(passage: Passage) -> str:
+    """What is compared with a question."""
+    return f"{passage.title} {passage.text}".strip()
+
+
+def read_passages(path: Path) -> list[Passage]:
+    """A collection: JSON lines of `text` and, if there is one, `title`."""
+    found = [Passage(str(record.get("title", "")), str(need(record, "text", path))) for record in read_json_lines(path)]
+    if not found:
+        raise DataError(f"{path} holds no passage", expected='JSON lines of {"title", "text"}')
+    return found

@@ -1,0 +1,175 @@
+"""Running the sets: ask, score, write predictions as they come, and the table when all are there.
+
+Any number of workers share a set: worker i of N answers every N-th question that nobody has answered yet and appends
+to a file of its own. Killed and started again, with more or fewer workers, it goes on where it was. Predictions made
+under another protocol or model are refused, never mixed in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_retro.artifacts.files import write_file
+from megatron_retro.data.instructions.conversations import Passage
+from megatron_retro.errors import ArtifactError, DataError
+from megatron_retro.evaluation.examples import Example
+from megatron_retro.evaluation.prompts import Prompt
+from megatron_retro.evaluation.tasks import Scoring, Task, average
+from megatron_retro.runtime.console import Progress, render_table
+from megatron_retro.runtime.workers import Worker
+
+
+class Answerer(Protocol):
+    """A model that answers a batch of prompts."""
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The answers, in order."""
+
+
+class PromptBuilder(Protocol):
+    """Writes the prompt of an example."""
+
+    def __call__(self, example: Example, contexts: Sequence[Passage]) -> Prompt:
+        """Prompt and passages."""
+
+
+class ContextSource(Protocol):
+    """Finds the contexts of examples."""
+
+    def __call__(self, examples: Sequence[Example]) -> list[tuple[Passage, ...]]:
+        """Contexts, best first."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One set under one protocol. `identity` is everything that the predictions depend on."""
+
+    task: Task
+    examples: Sequence[Example]
+    contexts: ContextSource
+    build_prompt: PromptBuilder
+    answer: Answerer
+    scoring: Scoring
+    identity: Mapping[str, Any]
+    directory: Path
+    batch_size: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the predictions."""
+        content = {"task": self.task.name, "ids": [example.id for example in self.examples], **self.identity}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+    def run(self, worker: Worker) -> dict[str, Any] | None:
+        """Answer this worker's share; the results, once every question has an answer."""
+        _require_distinct(self.examples)
+        done = self._predictions()
+        open_ones = [example for example in self.examples if example.id not in done]
+        mine = open_ones[worker.index :: worker.count]
+        if mine:
+            self._answer(mine, self._own_file(worker))
+            done = self._predictions()
+        if len(done) < len(self.examples):
+            return None
+        return self._write_results(done)
+
+    def _answer(self, examples: Sequence[Example], path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = not path.exists()
+        with path.open("a", encoding="utf-8") as stream, Progress(self.task.title, len(examples), "questions") as bar:
+            if fresh:
+                stream.write(json.dumps({"fingerprint": self.fingerprint, **self.identity}, default=str) + "\n")
+            for start in range(0, len(examples), self.batch_size):
+                batch = examples[start : start + self.batch_size]
+                stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in self._records(batch))
+                stream.flush()
+                bar.advance(len(batch))
+
+    def _records(self, batch: Sequence[Example]) -> Iterator[dict[str, Any]]:
+        contexts = self.contexts(batch)
+        prompts = [self.build_prompt(example, found) for example, found in zip(batch, contexts, strict=True)]
+        for example, prompt, text in zip(batch, prompts, self.answer(prompts), strict=True):
+            prediction = text.strip()
+            yield {
+                "id": example.id,
+                "question": example.question,
+                "answers": list(example.answers),
+                "prediction": prediction,
+                "scores": self.task.score(prediction, example, self.scoring),
+                "prompt": prompt.text,
+            }
+
+    def _own_file(self, worker: Worker) -> Path:
+        return self.directory / f"{self.task.name}.predictions.{worker.index}-of-{worker.count}.jsonl"
+
+    def _predictions(self) -> dict[str, dict[str, Any]]:
+        """Every finished prediction, by id, scored anew (scores depend on the settings of this run)."""
+        by_id = {example.id: example for example in self.examples}
+        found: dict[str, dict[str, Any]] = {}
+        for path in sorted(self.directory.glob(f"{self.task.name}.predictions.*.jsonl")):
+            for record in _whole_lines(path, self.fingerprint):
+                example = by_id[record["id"]]
+                record["scores"] = self.task.score(record["prediction"], example, self.scoring)
+                found[record["id"]] = record
+        return found
+
+    def _write_results(self, done: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        ordered = [done[example.id] for example in self.examples]
+        results = {
+            "task": self.task.name,
+            "examples": len(ordered),
+            "metrics": average([record["scores"] for record in ordered], self.task.metrics),
+            "protocol": dict(self.identity),
+            "fingerprint": self.fingerprint,
+        }
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in ordered)
+        write_file(self.directory / f"{self.task.name}.examples.jsonl", lines)
+        write_file(self.directory / f"{self.task.name}.json", json.dumps(results, indent=1, default=str) + "\n")
+        return results
+
+
+def _whole_lines(path: Path, fingerprint: str) -> Iterator[dict[str, Any]]:
+    """Records of a predictions file; a line cut by a kill is removed, so that appending goes on after a whole one."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with path.open("r+b") as stream:
+            stream.truncate(len(whole))
+    lines = whole.decode("utf-8").splitlines()
+    if not lines:
+        path.unlink()
+        return
+    head = json.loads(lines[0])
+    if head.get("fingerprint") != fingerprint:
+        raise ArtifactError(
+            f"{path} holds predictions of another model, set or protocol",
+            got=head.get("fingerprint"),
+            expected=fingerprint,
+            fix="give another --eval-output, or remove that file",
+        )
+    yield from map(json.loads, lines[1:])
+
+
+def _require_distinct(examples: Sequence[Example]) -> None:
+    if not examples:
+        raise DataError("the set holds no question", fix="check the file and --eval-limit")
+    seen: set[str] = set()
+    for example in examples:
+        if example.id in seen:
+            raise DataError(f"two questions have the id {example.id}", fix="remove the copy")
+        seen.add(example.id)
+
+
+def results_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """One line per set and metric."""
+    rows = [
+        (one["task"], name, round(value, 2), one["examples"])
+        for one in results
+        for name, value in one["metrics"].items()
+    ]
+    return render_table(("task", "metric", "value", "questions"), rows)
