@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 CACHE = ROOT.parent / "build" / "csrc"
-HEADER_SUFFIXES = (".h", ".cuh", ".inc")
+_INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 
 
 class CompilerMissing(Exception):
@@ -72,9 +73,8 @@ def is_x86() -> bool:
 def compile_all(units: Sequence[Unit]) -> list[Path]:
     """The object files of `units`, in order; those that are up to date are taken from the cache."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    headers = _digest_of_headers()
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        return list(pool.map(lambda unit: _compiled(unit, headers), units))
+        return list(pool.map(_compiled, units))
 
 
 def link(command: Sequence[str], objects: Sequence[Path], target: Path) -> None:
@@ -90,11 +90,12 @@ def say(text: str) -> None:
     print(f"csrc: {text}", file=sys.stderr, flush=True)
 
 
-def _compiled(unit: Unit, headers: str) -> Path:
+def _compiled(unit: Unit) -> Path:
     key = hashlib.sha256()
-    for part in (*unit.command, headers, _compiler_version(unit.command[0])):
+    for part in (*unit.command, _compiler_version(unit.command[0])):
         key.update(part.encode() + b"\0")
-    key.update(unit.source.read_bytes())
+    for path in _with_own_headers(unit.source):
+        key.update(path.read_bytes() + b"\0")
     target = CACHE / f"{unit.source.stem}.{key.hexdigest()[:20]}.o"
     if not target.exists():
         say(f"compiling {unit.name}")
@@ -120,8 +121,16 @@ def _compiler_version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
 
 
-def _digest_of_headers() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(path for path in ROOT.rglob("*") if path.suffix in HEADER_SUFFIXES):
-        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+def _with_own_headers(source: Path) -> list[Path]:
+    """The file and every header of ours that it includes, directly or not."""
+    found: dict[Path, None] = {source: None}
+    pending = [source]
+    while pending:
+        text = pending.pop().read_text()
+        for name in _INCLUDE.findall(text):
+            for folder in (source.parent, *(path for path in ROOT.iterdir() if path.is_dir())):
+                path = folder / name
+                if path.is_file() and path not in found:
+                    found[path] = None
+                    pending.append(path)
+    return list(found)

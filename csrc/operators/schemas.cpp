@@ -6,5 +6,22 @@ STABLE_TORCH_LIBRARY(megatron_retro, library) {
   library.def("gated_activation(Tensor input, Tensor? bias, int kind, bool gated) -> Tensor");
   library.def(
       "gated_activation_backward(Tensor grad_output, Tensor input, Tensor? bias, int kind, bool gated)"
-      " -> (Tensor, Tensor)");
+      " -> (Tensor grad_input, Tensor grad_bias)");
+  library.def(
+      "residual_norm(Tensor input, Tensor? residual, Tensor weight, Tensor? bias, float epsilon, bool centered,"
+      " float weight_offset) -> (Tensor output, Tensor sum, Tensor mean, Tensor inverse_deviation)");
+  library.def(
+      "residual_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor input, Tensor mean,"
+      " Tensor inverse_deviation, Tensor weight, Tensor? bias, bool centered, float weight_offset)"
+      " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  library.def("rotary(Tensor heads, Tensor cosine, Tensor sine, bool interleaved, bool inverse) -> Tensor");
+  library.def("rotary_(Tensor(a!) heads, Tensor cosine, Tensor sine, bool interleaved, bool inverse) -> ()");
+  library.def(
+      "vocabulary_statistics(Tensor logits, Tensor labels, int first_label, Tensor(a!) largest, Tensor(b!) sum,"
+      " Tensor(c!) label_logit) -> ()");
+  library.def(
+      "vocabulary_gradient_(Tensor(a!) logits, Tensor labels, int first_label, Tensor log_normalizer,"
+      " Tensor probability_scale, Tensor label_scale) -> ()");
+  library.def("masked_softmax(Tensor scores, Tensor? mask, float scale) -> Tensor");
+  library.def("masked_softmax_backward(Tensor grad_output, Tensor output, float scale) -> Tensor");
 }

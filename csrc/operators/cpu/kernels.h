@@ -25,10 +25,73 @@ struct Activation {
   void* partial_grad_bias;  // compute type, one input row, or null
 };
 
+struct Norm {
+  bool centered;         // LayerNorm; RMSNorm otherwise
+  double epsilon;
+  double weight_offset;  // 1 where the weight is stored as 1 + w
+  int64_t width;
+  const void* input;
+  const void* residual;  // added to the input, or null
+  const void* weight;    // compute type
+  const void* bias;      // compute type, or null
+  void* output;
+  void* sum;             // input + residual, or null
+  void* mean;            // compute type, one per row
+  void* inverse_deviation;
+  const void* grad_output;
+  const void* grad_sum;  // what flows back past the norm, or null
+  void* grad_input;
+  void* partial_grad_weight;  // compute type
+  void* partial_grad_bias;    // compute type, or null
+};
+
+struct Rotary {
+  bool interleaved;
+  bool inverse;        // turn back: the gradient
+  int64_t positions;   // a row is one position of one sequence: row = sequence * positions + position
+  int64_t heads, width, rotated;
+  int64_t input_strides[3], output_strides[3];  // sequence, position, head
+  int64_t table_stride;  // from one sequence's table to the next, 0 for a shared one
+  const void* input;
+  const float* cosine;
+  const float* sine;
+  void* output;
+};
+
+// The softmax over one block of the vocabulary, column first_label being label `first_label`.
+struct VocabularyBlock {
+  int64_t width, stride, first_label;
+  const int64_t* labels;
+  void* logits;
+  float* largest;              // statistics of each row: max, sum of exp(logit - max), the label's logit
+  float* sum;
+  float* label_logit;          // written only where the label is in this block
+  const float* log_normalizer;
+  const float* probability_scale;  // d loss / d logit = probability_scale * p - label_scale * [is label]
+  const float* label_scale;
+};
+
+struct MaskedSoftmax {
+  int64_t width, rows_per_mask;  // a mask row serves this many rows in a row
+  double scale;
+  const void* input;
+  const uint8_t* mask;           // true = seen, or null
+  void* output;
+  const void* grad_output;
+  void* grad_input;
+};
+
 // name, arguments
 #define MEGATRON_RETRO_KERNELS(KERNEL)         \
   KERNEL(activation_forward, Activation)       \
-  KERNEL(activation_backward, Activation)
+  KERNEL(activation_backward, Activation)      \
+  KERNEL(norm_forward, Norm)                   \
+  KERNEL(norm_backward, Norm)                  \
+  KERNEL(rotary, Rotary)                       \
+  KERNEL(vocabulary_statistics, VocabularyBlock) \
+  KERNEL(vocabulary_gradient, VocabularyBlock) \
+  KERNEL(masked_softmax_forward, MaskedSoftmax) \
+  KERNEL(masked_softmax_backward, MaskedSoftmax)
 
 #define MEGATRON_RETRO_DECLARE(name, Arguments) void name(Stored stored, const Arguments& call, int64_t first, int64_t last);
 #define MEGATRON_RETRO_DECLARE_ALL(set) \

@@ -1,0 +1,170 @@
+"""Shapes without data (fake) and gradients (autograd) of the compiled operators, registered once after loading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "megatron_retro"
+
+
+def register() -> None:
+    """Every operator's fake, then every gradient."""
+    fakes: dict[str, Callable[..., Any]] = {
+        "gated_activation": _activation_fake,
+        "gated_activation_backward": _activation_backward_fake,
+        "residual_norm": _norm_fake,
+        "residual_norm_backward": _norm_backward_fake,
+        "rotary": _rotary_fake,
+        "rotary_": _returns_nothing,
+        "vocabulary_statistics": _returns_nothing,
+        "vocabulary_gradient_": _returns_nothing,
+        "masked_softmax": _like_first,
+        "masked_softmax_backward": _like_first,
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
+    gradients: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
+        "gated_activation": (_activation_context, _activation_gradient),
+        "residual_norm": (_norm_context, _norm_gradient),
+        "rotary": (_rotary_context, _rotary_gradient),
+        "masked_softmax": (_softmax_context, _softmax_gradient),
+    }
+    for name, (context, gradient) in gradients.items():
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", gradient, setup_context=context)
+
+
+def _returns_nothing(*_arguments: object) -> None:
+    return None
+
+
+def _like_first(first: Tensor, *_arguments: object) -> Tensor:
+    return torch.empty_like(first)
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+# ---- gated_activation -----------------------------------------------------------------------------
+
+
+def _activation_fake(projected: Tensor, bias: Tensor | None, kind: int, gated: bool) -> Tensor:
+    width = projected.shape[-1] // 2 if gated else projected.shape[-1]
+    return projected.new_empty((*projected.shape[:-1], width))
+
+
+def _activation_backward_fake(
+    grad_output: Tensor, projected: Tensor, bias: Tensor | None, kind: int, gated: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(projected), projected.new_empty(projected.shape[-1])
+
+
+def _activation_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    projected, bias, ctx.kind, ctx.gated = inputs
+    ctx.save_for_backward(projected, bias)
+
+
+def _activation_gradient(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    projected, bias = ctx.saved_tensors
+    grad_projected, grad_bias = torch.ops.megatron_retro.gated_activation_backward(
+        grad_output.contiguous(), projected, bias, ctx.kind, ctx.gated
+    )
+    return grad_projected, None if bias is None else grad_bias.view_as(bias), None, None
+
+
+# ---- residual_norm --------------------------------------------------------------------------------
+
+
+def _norm_fake(
+    hidden: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    epsilon: float,
+    centered: bool,
+    weight_offset: float,
+) -> tuple[Tensor, ...]:
+    rows = hidden.shape[:-1].numel()
+    statistics = hidden.new_empty(rows, dtype=_compute_dtype(hidden))
+    summed = hidden.new_empty(0) if residual is None else torch.empty_like(hidden)
+    return torch.empty_like(hidden), summed, statistics, torch.empty_like(statistics)
+
+
+def _norm_backward_fake(
+    grad_output: Tensor,
+    grad_sum: Tensor | None,
+    hidden: Tensor,
+    mean: Tensor,
+    inverse_deviation: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    centered: bool,
+    weight_offset: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_bias = torch.empty_like(weight if bias is None else bias)
+    return torch.empty_like(hidden), torch.empty_like(weight), grad_bias
+
+
+def _norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, residual, weight, bias, _, ctx.centered, ctx.weight_offset = inputs
+    _, summed, mean, inverse_deviation = output
+    ctx.has_residual = residual is not None
+    ctx.mark_non_differentiable(mean, inverse_deviation)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(summed if ctx.has_residual else hidden, weight, bias, mean, inverse_deviation)
+
+
+def _norm_gradient(ctx: Any, grad_output: Tensor | None, grad_sum: Tensor | None, *_: object) -> tuple[Any, ...]:
+    summed, weight, bias, mean, inverse_deviation = ctx.saved_tensors
+    if grad_output is None:
+        return grad_sum, grad_sum, None, None, None, None, None
+    grad_hidden, grad_weight, grad_bias = torch.ops.megatron_retro.residual_norm_backward(
+        grad_output.contiguous(),
+        grad_sum.contiguous() if grad_sum is not None and ctx.has_residual else None,
+        summed,
+        mean,
+        inverse_deviation,
+        weight,
+        bias,
+        ctx.centered,
+        ctx.weight_offset,
+    )
+    grad_residual = grad_hidden if ctx.has_residual else None
+    return grad_hidden, grad_residual, grad_weight, None if bias is None else grad_bias, None, None, None
+
+
+# ---- rotary ---------------------------------------------------------------------------------------
+
+
+def _rotary_fake(heads: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    return heads.new_empty(heads.shape)
+
+
+def _rotary_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, cosine, sine, ctx.interleaved, ctx.inverse = inputs
+    ctx.save_for_backward(cosine, sine)
+
+
+def _rotary_gradient(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    cosine, sine = ctx.saved_tensors
+    if grad_output.stride(-1) != 1:
+        grad_output = grad_output.contiguous()
+    grad_heads = torch.ops.megatron_retro.rotary(grad_output, cosine, sine, ctx.interleaved, not ctx.inverse)
+    return grad_heads, None, None, None, None
+
+
+# ---- masked_softmax -------------------------------------------------------------------------------
+
+
+def _softmax_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.scale = inputs[2]
+    ctx.save_for_backward(output)
+
+
+def _softmax_gradient(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    (output,) = ctx.saved_tensors
+    return torch.ops.megatron_retro.masked_softmax_backward(grad_output.contiguous(), output, ctx.scale), None, None
