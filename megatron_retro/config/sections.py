@@ -18,7 +18,9 @@ from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.observability import ObservabilityConfig
 from megatron_retro.config.optimizer import OptimizerConfig
 from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.planning import PlanningConfig
+from megatron_retro.config.preprocess import InputConfig, PreprocessConfig, TrainTokenizerConfig
 from megatron_retro.config.retrieval import EmbedderConfig, RetrievalConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.training import TrainingConfig
@@ -26,6 +28,9 @@ from megatron_retro.config.workers import WorkersConfig
 
 ALL_SECTIONS: tuple[type, ...] = (
     CollectConfig,
+    InputConfig,
+    PreprocessConfig,
+    TrainTokenizerConfig,
     ModelConfig,
     RetroConfig,
     ParallelConfig,
@@ -34,6 +39,7 @@ ALL_SECTIONS: tuple[type, ...] = (
     TokenizerConfig,
     DataConfig,
     InstructionConfig,
+    PeftConfig,
     CheckpointConfig,
     ObservabilityConfig,
     EmbedderConfig,

@@ -1,0 +1,40 @@
+"""Adapters: a bottleneck after attention and after the MLP, in series with the block or beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megatron_retro.config.peft import PeftConfig
+from megatron_retro.model.leaves import Linear
+
+NAME = "adapter"
+
+
+class Bottleneck(nn.Module):
+    """down, GELU, up; `up` starts at zero."""
+
+    def __init__(self, width: int, config: PeftConfig) -> None:
+        super().__init__()
+        self.down = Linear(width, (config.adapter_size,), bias=True)
+        self.up = Linear(config.adapter_size, (width,), bias=True)
+        self.parallel = config.adapter_parallel
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """What is added."""
+        added: Tensor = self.up(functional.gelu(self.down(hidden)))
+        return added
+
+
+def attach_adapter(block: nn.Module, width: int, config: PeftConfig) -> None:
+    """Add a bottleneck to an attention or an MLP."""
+    block.add_module(NAME, Bottleneck(width, config))
+    block.register_forward_hook(_add_bottleneck)
+
+
+def _add_bottleneck(block: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+    bottleneck: Bottleneck = getattr(block, NAME)
+    source: Tensor = arguments[0] if bottleneck.parallel else output
+    return output + bottleneck(source)

@@ -1,0 +1,131 @@
+"""Attach a method to a model, freeze everything else, say what trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from megatron_retro.config.peft import PeftConfig
+from megatron_retro.errors import ConfigError
+from megatron_retro.model.leaves import Linear
+from megatron_retro.model.mlp import MLP
+from megatron_retro.model.retro import Retro
+from megatron_retro.model.self_attention import SelfAttention
+from megatron_retro.peft import adapters, lora, prompts, scaling
+from megatron_retro.runtime.console import render_table
+
+ADDED_NAMES = frozenset({lora.NAME, adapters.NAME, scaling.NAME, prompts.NAME})
+_SMALL_STD = 0.02
+
+
+def attach(model: Retro, config: PeftConfig) -> None:
+    """Add the configured method's modules (values still to be initialized) and freeze the base."""
+    model.requires_grad_(False)
+    before = set(dict(model.named_parameters()))
+    if config.peft_method == "p-tuning":
+        if model.embedding is not None:
+            prompts.attach_prompt(model.embedding, config)
+    else:
+        for part in config.peft_parts:
+            for name, module in part_modules(model, part):
+                _attach_to(name, module, config)
+    if config.peft_method != "p-tuning" and set(dict(model.named_parameters())) == before:
+        raise ConfigError(
+            f"--peft-method {config.peft_method} finds nothing to attach to",
+            got=f"--peft-parts {' '.join(config.peft_parts)}, --lora-targets {' '.join(config.lora_targets)}",
+            expected="parts and targets that this model has",
+        )
+
+
+def part_modules(model: Retro, part: str) -> Iterator[tuple[str, nn.Module]]:
+    """The named modules of a part: decoder, encoder, or the decoder's cross-attention."""
+    for name, module in model.named_modules():
+        words = name.split(".")
+        if part == "encoder":
+            inside = words[0] == "encoder"
+        else:
+            inside = words[0] == "layers" and ("cross_attention" in words) == (part == "cross-attention")
+        if inside and not ADDED_NAMES & set(words):
+            yield name, module
+
+
+def _attach_to(name: str, module: nn.Module, config: PeftConfig) -> None:
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    with device:
+        if config.peft_method == "lora" and isinstance(module, Linear):
+            if any(f".{name}".endswith(f".{target}") for target in config.lora_targets):
+                lora.attach_lora(module, config)
+        elif config.peft_method == "adapter" and isinstance(module, (SelfAttention, MLP)):
+            adapters.attach_adapter(module, _width(module), config)
+        elif config.peft_method == "ia3" and isinstance(module, SelfAttention):
+            scaling.attach_key_value_factors(module.query_key_value, module.head_size)
+        elif config.peft_method == "ia3" and isinstance(module, MLP):
+            scaling.attach_inner_factors(module.down)
+
+
+def _width(block: SelfAttention | MLP) -> int:
+    closing = block.output if isinstance(block, SelfAttention) else block.down
+    return int(closing.weight.shape[0])
+
+
+def added_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a method added, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if is_added(name)}
+
+
+def is_added(name: str) -> bool:
+    """Whether a parameter belongs to a method and not to the base."""
+    return bool(ADDED_NAMES & set(name.split(".")))
+
+
+@torch.no_grad()
+def initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """The whole initial tensor of an added parameter. Updates start at nothing, factors at one."""
+    kind, leaf = name.split(".")[-3:-1] if scaling.NAME not in name.split(".")[-2] else (scaling.NAME, "")
+    if kind == scaling.NAME:
+        return torch.ones(shape)
+    if name.endswith("bias") or (kind in (lora.NAME, adapters.NAME) and leaf == "up"):
+        return torch.zeros(shape)
+    if kind == lora.NAME:
+        bound = 1 / math.sqrt(shape[-1])
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return torch.empty(shape).normal_(0.0, _SMALL_STD, generator=generator)
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int) -> None:
+    """Fill what was added, on one process."""
+    for number, (name, parameter) in enumerate(added_parameters(model).items()):
+        generator = torch.Generator().manual_seed(seed + number)
+        parameter.copy_(initial_value(name, parameter.shape, generator))
+
+
+def merge(model: Retro) -> None:
+    """Write LoRA's updates or (IA)3's factors into the weights; the model is a plain one again."""
+    for module in list(model.modules()):
+        if isinstance(module, Linear) and hasattr(module, lora.NAME):
+            lora.merge_lora(module)
+        elif isinstance(module, Linear) and hasattr(module, scaling.NAME):
+            scaling.merge_factors(module)
+    left = sorted(added_parameters(model))
+    if left:
+        raise ConfigError(
+            "this method cannot be merged exactly", got=f"{left[0]} and {len(left) - 1} more", expected="LoRA or (IA)3",
+            fix="keep the adapter beside the model",
+        )  # fmt: skip
+
+
+def trainable_table(model: nn.Module) -> str:
+    """What trains, group by group, and its share of the whole."""
+    groups: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            pattern = ".".join("*" if word.isdigit() else word for word in name.split("."))
+            groups[pattern] = groups.get(pattern, 0) + parameter.numel()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(groups.values())
+    rows: list[tuple[object, ...]] = [*groups.items(), (f"all ({100 * trained / total:.3f} % of {total:,})", trained)]
+    return render_table(("trains", "parameters"), rows)

@@ -1,0 +1,57 @@
+"""LoRA: a low-rank update of a linear layer, W + (alpha / rank) * up @ down."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megatron_retro.config.peft import PeftConfig
+from megatron_retro.model.leaves import Linear
+
+NAME = "lora"
+
+
+class LowRankUpdate(nn.Module):
+    """What is added to a linear layer's output. `up` starts at zero: the model starts as it was."""
+
+    def __init__(self, base: Linear, config: PeftConfig) -> None:
+        super().__init__()
+        *output_shape, input_size = base.weight.shape
+        self.down = Linear(input_size, (config.lora_rank,), bias=False)
+        self.up = Linear(config.lora_rank, tuple(output_shape), bias=False)
+        self.scale = config.lora_alpha / config.lora_rank
+        self.dropout = config.lora_dropout
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The update of the base's output for this input."""
+        if self.dropout:
+            hidden = functional.dropout(hidden, self.dropout, self.training)
+        update: Tensor = self.up(self.down(hidden)) * self.scale
+        return update
+
+
+def attach_lora(base: Linear, config: PeftConfig) -> None:
+    """Add the update to a linear layer; it acts before what other hooks do to the output (a reduction over ranks)."""
+    base.add_module(NAME, LowRankUpdate(base, config))
+    base.register_forward_hook(_add_update, prepend=True)
+
+
+def _add_update(base: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    update: LowRankUpdate | None = getattr(base, NAME, None)
+    if update is None:
+        return output
+    hidden = arguments[0]
+    columns = update.down.weight.shape[-1]
+    # The layer that closes an attention takes heads [..., N, D] and joins them itself.
+    joined = hidden if hidden.shape[-1] == columns else hidden.flatten(-2)
+    return output + update(joined)
+
+
+def merge_lora(base: Linear) -> None:
+    """Write the update into the weight (in float32) and remove it."""
+    update: LowRankUpdate = getattr(base, NAME)
+    with torch.no_grad():
+        product = torch.tensordot(update.up.weight.float(), update.down.weight.float(), dims=1)
+        base.weight.copy_(base.weight.float() + update.scale * product)
+    delattr(base, NAME)

@@ -1,0 +1,61 @@
+"""P-tuning: virtual tokens before the prompt, their vectors made by a small prompt encoder.
+
+Virtual token j has the id -1 - j. They are in the rows from the start (`virtual_token_ids`), so chunks, packing,
+caches and masks count them as they count any token; only the embedding knows that they stand for no word.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megatron_retro.config.peft import PeftConfig
+from megatron_retro.model.embeddings import TokenEmbedding
+from megatron_retro.model.leaves import Embedding, Linear
+
+NAME = "prompt"
+
+
+class PromptEncoder(nn.Module):
+    """A table of vectors and a two-layer network over it."""
+
+    def __init__(self, width: int, config: PeftConfig) -> None:
+        super().__init__()
+        self.table = Embedding(config.num_virtual_tokens, width)
+        self.up = Linear(width, (config.prompt_encoder_hidden_size,), bias=True)
+        self.down = Linear(config.prompt_encoder_hidden_size, (width,), bias=True)
+
+    def own_part(self, tokens_BS: Tensor) -> Tensor:
+        """The tokens whose vectors this rank holds: all, unless a cut replaces this method."""
+        return tokens_BS
+
+    def forward(self, virtual_ids: Tensor) -> Tensor:
+        """The vectors of virtual tokens, counted from 0."""
+        vectors: Tensor = self.down(functional.relu(self.up(self.table(virtual_ids))))
+        return vectors
+
+
+def virtual_token_ids(count: int) -> list[int]:
+    """The ids of the virtual tokens, in order."""
+    return [-1 - number for number in range(count)]
+
+
+def attach_prompt(embedding: TokenEmbedding, config: PeftConfig) -> None:
+    """Let the embedding know virtual tokens."""
+    embedding.add_module(NAME, PromptEncoder(embedding.word.weight.shape[-1], config))
+    embedding.word.register_forward_pre_hook(_hide_virtual_ids)
+    embedding.register_forward_hook(_insert_vectors)
+
+
+def _hide_virtual_ids(word: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (arguments[0].clamp(min=0), *arguments[1:])
+
+
+def _insert_vectors(embedding: nn.Module, arguments: tuple[Any, ...], hidden_BSH: Tensor) -> Tensor:
+    prompt: PromptEncoder = getattr(embedding, NAME)
+    tokens_BS = prompt.own_part(arguments[0])
+    vectors = prompt((-1 - tokens_BS).clamp(min=0))
+    return torch.where((tokens_BS < 0)[..., None], vectors.to(hidden_BSH.dtype), hidden_BSH)
