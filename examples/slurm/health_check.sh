@@ -49,7 +49,7 @@ check_clock() {
 check_network() {
   if [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ] && [ -z "${SLURM_ARRAY_JOB_ID:-}" ]; then
     local answer
-    if ! answer="$(python -m megatron_retro.runtime.reachability 2>&1)"; then
+    if ! answer="$(python -m megatron_retro.cli.main reach 2>&1)"; then
       faults+=("$(tail -n 1 <<<"$answer")")
     fi
   fi

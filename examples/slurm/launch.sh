@@ -22,18 +22,22 @@ fi
 program=(python -m megatron_retro.cli.main)
 containers=()
 words=()
+dry_run=false
 
 main() {
   local verb="${1:?usage: launch.sh VERB [flags]}" word
   shift
   for word in "$@"; do
     case "$word" in
-      --dry-run) exec "${program[@]}" plan --plan-for "$verb" "${@//--dry-run/--plan}" ;;
-      --print-config) exec "${program[@]}" "$verb" "$@" ;;
+      --dry-run) dry_run=true ;;
+      --print-config) LAUNCHER=none; words+=("$word") ;;
       --container-*) containers+=("$word") ;;
       *) words+=("$word") ;;
     esac
   done
+  if "$dry_run"; then
+    exec "${program[@]}" plan --plan-for "$verb" "${words[@]}"
+  fi
   case "$(launcher "$verb")" in
     srun) run_in_slurm "$verb" ;;
     torchrun) run_with_torchrun "$verb" ;;

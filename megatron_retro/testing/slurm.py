@@ -1,0 +1,116 @@
+"""A SLURM for tests: starts the cluster of a script, submits, waits, preempts, kills nodes, reads logs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+_POLL_SECONDS = 0.2
+_ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """`script` knows start, stop, kill-node and start-node; everything it writes is in `directory`."""
+
+    script: Path
+    directory: Path
+    environment: Mapping[str, str]
+
+    def start(self, nodes: int) -> None:
+        """Start the daemons; returns when every node is idle."""
+        self._script("start", str(nodes))
+
+    def stop(self) -> None:
+        """End every process of the cluster."""
+        self._script("stop")
+
+    def kill_node(self, name: str) -> None:
+        """As a power cut."""
+        self._script("kill-node", name)
+
+    def start_node(self, name: str) -> None:
+        """Power back on."""
+        self._script("start-node", name)
+
+    def run(self, *command: str, **variables: str) -> str:
+        """Run a command as a user of the cluster; its standard output."""
+        done = subprocess.run(
+            command, env=self._environment(variables), capture_output=True, text=True, check=False, timeout=120
+        )
+        if done.returncode:
+            raise AssertionError(f"{' '.join(command)} gave {done.returncode}:\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def submit(self, *arguments: str, **variables: str) -> int:
+        """sbatch; the job's number."""
+        return int(self.run("sbatch", "--parsable", *arguments, **variables).split(";")[0])
+
+    def facts(self, job: int) -> dict[str, str]:
+        """What scontrol knows of a job (of an array: of its first task)."""
+        text = self.run("scontrol", "show", "job", str(job), "--oneliner").splitlines()[0]
+        return dict(re.findall(r"(\w+)=(\S*)", text))
+
+    def states(self, job: int) -> set[str]:
+        """The states of a job, or of all tasks of an array."""
+        text = self.run("scontrol", "show", "job", str(job), "--oneliner")
+        return set(re.findall(r"JobState=(\S+)", text))
+
+    def wait(self, job: int, seconds: float = 120.0) -> dict[str, str]:
+        """Until the job has ended; a requeued job's delay is skipped."""
+        self.wait_until(lambda: self._has_ended(job), seconds, f"job {job} to end", job)
+        return self.facts(job)
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float, what: str, job: int | None = None) -> None:
+        """Poll; a timeout shows the queue and the logs."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                queue = self.run("squeue", "--format", "%i %j %T %r %S")
+                facts = "" if job is None else self.run("scontrol", "show", "job", str(job))
+                raise AssertionError(f"waited {seconds:g} s for {what}:\n{queue}\n{facts}\n{self.logs()}")
+            time.sleep(_POLL_SECONDS)
+
+    def skip_delay(self, job: int) -> None:
+        """SLURM holds a requeued job for two minutes; start it now."""
+        subprocess.run(
+            ["scontrol", "update", f"JobId={job}", "StartTime=now"],
+            env=self._environment({}),
+            capture_output=True,
+            check=False,
+        )
+
+    def logs(self) -> str:
+        """The ends of all daemons' logs."""
+        files = sorted((self.directory / "log").glob("*.log"))
+        return "\n".join(f"--- {file.name}\n{_tail(file)}" for file in files)
+
+    def _has_ended(self, job: int) -> bool:
+        facts = self.facts(job)
+        if facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime":
+            self.skip_delay(job)
+        return self.states(job) <= set(_ENDED)
+
+    def _environment(self, variables: Mapping[str, str]) -> dict[str, str]:
+        # node names of the test cluster are in no hosts file, so the ranks are told where to meet
+        own = {"SLURM_CONF": str(self.directory / "slurm.conf"), "MASTER_ADDR": "127.0.0.1"}
+        return {**self.environment, **own, **variables}
+
+    def _script(self, *words: str) -> None:
+        action, *rest = words
+        subprocess.run(
+            [str(self.script), action, str(self.directory), *rest],
+            env=dict(self.environment),
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+
+
+def _tail(file: Path, lines: int = 12) -> str:
+    return "\n".join(file.read_text(errors="replace").splitlines()[-lines:])
