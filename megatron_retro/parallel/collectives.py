@@ -1,0 +1,140 @@
+"""Collectives of the tensor axis that gradients pass through. The group is an argument; every rank of it must call.
+
+A tensor in the RESIDUAL form is the same on all tensor ranks, or under sequence parallelism cut along its sequence
+dimension (the last but one). Inside attention, cross-attention, MLP, encoder and output a tensor is ENTERED: whole, and
+its gradient is this rank's part of a sum. `enter` and `leave` cross that border, and each is the other's transpose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+SEQUENCE_DIM = -2
+
+
+def all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """A new tensor: the sum over the group."""
+    total = tensor.contiguous().clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def all_gather(tensor: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """The group's parts joined along `dim`, in rank order."""
+    size = dist.get_world_size(group)
+    part = tensor.movedim(dim, 0).contiguous()
+    joined = part.new_empty((part.shape[0] * size, *part.shape[1:]))
+    dist.all_gather_into_tensor(joined, part, group=group)
+    return joined.movedim(0, dim)
+
+
+def reduce_scatter(tensor: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """This rank's part, along `dim`, of the sum over the group."""
+    size = dist.get_world_size(group)
+    whole = tensor.movedim(dim, 0).contiguous()
+    part = whole.new_empty((whole.shape[0] // size, *whole.shape[1:]))
+    dist.reduce_scatter_tensor(part, whole, group=group)
+    return part.movedim(0, dim)
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        context.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(gradient, context.group), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return all_reduce(tensor, group)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        context.group = group
+        return all_gather(tensor, SEQUENCE_DIM, group)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter(gradient, SEQUENCE_DIM, context.group), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        context.group = group
+        return reduce_scatter(tensor, SEQUENCE_DIM, group)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return all_gather(gradient, SEQUENCE_DIM, context.group), None
+
+
+class _CountOnce(torch.autograd.Function):
+    """Entered -> residual for a tensor that is already the same on all ranks: its gradient counts on one of them."""
+
+    @staticmethod
+    def forward(context: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        context.first = dist.get_rank(group) == 0
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient if context.first else torch.zeros_like(gradient), None
+
+
+def _applied(function: type[torch.autograd.Function], tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    result: Tensor = function.apply(tensor, group)  # type: ignore[no-untyped-call]
+    return result
+
+
+@dataclass(frozen=True)
+class TensorAxis:
+    """The tensor ranks, and whether the residual stream is cut along its sequence between them."""
+
+    group: dist.ProcessGroup
+    sequence_parallel: bool
+
+    @property
+    def rank(self) -> int:
+        """This rank's place."""
+        return dist.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        """Ranks on the axis."""
+        return dist.get_world_size(self.group)
+
+    def enter(self, residual: Tensor) -> Tensor:
+        """Residual -> entered (all-gather / reduce-scatter, or identity / all-reduce)."""
+        return _applied(_Gather if self.sequence_parallel else _Copy, residual, self.group)
+
+    def leave(self, partial: Tensor) -> Tensor:
+        """Parts of a row-parallel product -> residual (reduce-scatter / all-gather, or all-reduce / identity)."""
+        return _applied(_Scatter if self.sequence_parallel else _Reduce, partial, self.group)
+
+    def share(self, entered: Tensor) -> Tensor:
+        """An entered tensor, the same on all ranks -> residual, without communication."""
+        if not self.sequence_parallel:
+            return _applied(_CountOnce, entered, self.group)
+        length = entered.shape[SEQUENCE_DIM] // self.size
+        return entered.narrow(SEQUENCE_DIM, self.rank * length, length)
+
+    def local_length(self, length: int) -> int:
+        """How many positions of a sequence the residual form holds on a rank."""
+        return length // self.size if self.sequence_parallel else length

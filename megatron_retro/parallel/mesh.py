@@ -1,0 +1,50 @@
+"""How the processes are laid out: pipeline x data x tensor, tensor innermost, so that its ranks are neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.errors import DistributedError
+
+PIPELINE, DATA, TENSOR = "pipeline", "data", "tensor"
+AXES = (PIPELINE, DATA, TENSOR)
+
+
+@dataclass(frozen=True)
+class ParallelMesh:
+    """This rank's place on each axis, and the group of the ranks that share the other places."""
+
+    devices: DeviceMesh
+    device: torch.device
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The ranks along this axis that this rank talks to."""
+        return self.devices.get_group(axis)
+
+    def rank(self, axis: str) -> int:
+        """This rank's place on the axis."""
+        return self.devices.get_local_rank(axis)
+
+    def size(self, axis: str) -> int:
+        """Ranks along the axis."""
+        return int(self.devices[axis].size())
+
+
+def build_mesh(config: ParallelConfig, device: torch.device) -> ParallelMesh:
+    """Lay out all ranks of the default group; every rank calls it."""
+    world_size = dist.get_world_size()
+    tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    if world_size % (tensor * pipeline):
+        raise DistributedError(
+            "the processes cannot be laid out",
+            got=f"{world_size} processes",
+            expected=f"a multiple of tensor {tensor} x pipeline {pipeline}",
+            fix="start that many, or change the parallel sizes",
+        )
+    shape = (pipeline, world_size // (tensor * pipeline), tensor)
+    return ParallelMesh(init_device_mesh(device.type, shape, mesh_dim_names=AXES), device)
