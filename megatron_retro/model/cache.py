@@ -4,10 +4,14 @@ Slots count from 0 in each row's own buffer, and the chunk grid runs over slots.
 (left padding: they stay, masked) and a piece may end with padding (right padding: its slots are written again), so rows
 of different lengths share a batch. Of the neighbours only the newest complete chunk's keys and values are kept: no
 later token sees an older one.
+
+A row's chunk grid may be moved between pieces (`end_chunk_at`), so that a chunk ends, and neighbours are read anew, at
+any token: what is retrieved every few tokens is for the last m of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,13 +25,15 @@ class Piece:
     """What one forward adds: row b's tokens go to slots starts[b] .. starts[b] + width - 1, of which counts[b] stay.
 
     The first `counts` tokens complete chunks: pair p is chunk `chunks[p]` of row `rows[p]`, at place `places[p]` among
-    the chunks that this piece's tokens may see (place 0 is the chunk that was complete before).
+    the chunks that this piece's tokens may see (place 0 is the chunk that was complete before). Slot s of row b is at
+    s + offsets[b] of the row's chunk grid.
     """
 
     starts: tuple[int, ...]
     counts: tuple[int, ...]
     width: int
     chunk_length: int
+    offsets: tuple[int, ...]
 
     @property
     def uniform(self) -> bool:
@@ -43,8 +49,13 @@ class Piece:
     def completed(self) -> tuple[int, ...]:
         """How many chunks each row completes."""
         length = self.chunk_length
-        pairs = zip(self.starts, self.counts, strict=True)
+        pairs = zip(self.grid_starts, self.counts, strict=True)
         return tuple((start + count) // length - start // length for start, count in pairs)
+
+    @property
+    def grid_starts(self) -> tuple[int, ...]:
+        """Where each row's piece starts on its chunk grid."""
+        return tuple(start + offset for start, offset in zip(self.starts, self.offsets, strict=True))
 
     @property
     def rows(self) -> list[int]:
@@ -57,10 +68,18 @@ class Piece:
         return [place for count in self.completed for place in range(1, count + 1)]
 
     @property
-    def chunks(self) -> list[int]:
-        """The number of each completed chunk in its row."""
-        before = [start // self.chunk_length - 1 for start in self.starts]
-        return [before[row] + place for row, place in zip(self.rows, self.places, strict=True)]
+    def chunk_stops(self) -> list[int]:
+        """The slot after each completed chunk."""
+        length = self.chunk_length
+        before = [
+            start // length * length - offset for start, offset in zip(self.grid_starts, self.offsets, strict=True)
+        ]
+        return [before[row] + place * length for row, place in zip(self.rows, self.places, strict=True)]
+
+    def chunk_slots_PM(self, device: torch.device) -> Tensor:
+        """[P, m] the slots of each completed chunk."""
+        stops_P = torch.tensor(self.chunk_stops, dtype=torch.long, device=device)
+        return stops_P[:, None] + torch.arange(-self.chunk_length, 0, device=device)
 
     @property
     def num_places(self) -> int:
@@ -70,7 +89,7 @@ class Piece:
     @property
     def first_positions(self) -> tuple[int, ...]:
         """Each row's first grid position, counted from the chunk at place 0."""
-        return tuple(start % self.chunk_length + self.chunk_length for start in self.starts)
+        return tuple(start % self.chunk_length + self.chunk_length for start in self.grid_starts)
 
     def slots_BS(self, device: torch.device) -> Tensor:
         """[B, S] the slot of each token."""
@@ -101,14 +120,16 @@ class LayerCache:
     def chunks(self, name: str, piece: Piece) -> Tensor:
         """[P, m, ...] the slots of the chunks that this piece completes."""
         buffer = self._buffers[name]
-        per_chunk = torch.unflatten(buffer, 1, (-1, piece.chunk_length))
-        return per_chunk[piece.rows, piece.chunks]
+        rows_P1 = torch.tensor(piece.rows, dtype=torch.long, device=buffer.device)[:, None]
+        return buffer[rows_P1, piece.chunk_slots_PM(buffer.device)]
 
     def over_places(self, name: str, new_PX: Tensor | None, piece: Piece) -> Tensor | None:
         """[B, places, ...]: what was current, then what is new; the newest of each row becomes current."""
         current = self._current.get(name)
         if new_PX is None and current is None:
             return None
+        if new_PX is None and current is not None and not any(piece.completed):
+            return current[:, None]
         sample = current if current is not None else new_PX
         assert sample is not None
         span = sample.new_zeros(len(piece.starts), piece.num_places, *sample.shape[1:])
@@ -124,6 +145,32 @@ class LayerCache:
         self._buffers = {name: buffer.index_select(0, rows) for name, buffer in self._buffers.items()}
         self._current = {name: value.index_select(0, rows) for name, value in self._current.items()}
 
+    def resize(self, rows: Sequence[int | None], capacity: int, used: int) -> None:
+        """Row i becomes what rows[i] was, or empty; `used` slots are kept of each."""
+        kept = [row for row, source in enumerate(rows) if source is not None]
+        sources = [source for source in rows if source is not None]
+        buffers = {}
+        for name, old in self._buffers.items():
+            buffers[name] = old.new_zeros(len(rows), capacity, *old.shape[2:])
+            buffers[name][kept, :used] = old[sources, :used]
+        current = {name: old.new_zeros(len(rows), *old.shape[1:]) for name, old in self._current.items()}
+        for name, old in self._current.items():
+            current[name][kept] = old[sources]
+        self._capacity, self._buffers, self._current = capacity, buffers, current
+
+    def adopt(self, row: int, other: LayerCache, used: int, num_rows: int) -> None:
+        """Row `row` becomes the only row of another cache."""
+        for name, theirs in other._buffers.items():
+            if name not in self._buffers:
+                self._buffers[name] = theirs.new_zeros(num_rows, self._capacity, *theirs.shape[2:])
+            self._buffers[name][row, :used] = theirs[0, :used]
+        for ours in self._current.values():
+            ours[row] = 0
+        for name, theirs in other._current.items():
+            if name not in self._current:
+                self._current[name] = theirs.new_zeros(num_rows, *theirs.shape[1:])
+            self._current[name][row] = theirs[0]
+
 
 class Cache:
     """Give the same object to every forward of a batch of sequences."""
@@ -132,6 +179,7 @@ class Cache:
         self.chunk_length = chunk_length
         self.capacity = -(-max_length // chunk_length) * chunk_length
         self.lengths = [0] * batch_size
+        self.offsets = [0] * batch_size
         self.neighbors = LayerCache(self.capacity)
         self.neighbor_shape: tuple[int, ...] | None = None
         self._layers: dict[int, LayerCache] = {}
@@ -147,7 +195,7 @@ class Cache:
         if padding_mask_BS is not None:
             last_real = padding_mask_BS.long() * torch.arange(1, width + 1, device=padding_mask_BS.device)
             counts = last_real.amax(1).tolist()
-        piece = Piece(tuple(self.lengths), tuple(counts), width, self.chunk_length)
+        piece = Piece(tuple(self.lengths), tuple(counts), width, self.chunk_length, tuple(self.offsets))
         if piece.longest > self.capacity:
             raise DataError(
                 "the sequence is longer than its cache", got=piece.longest, expected=f"at most {self.capacity} tokens"
@@ -179,9 +227,38 @@ class Cache:
         """The piece has passed all layers: its slots are taken."""
         self.lengths = [start + count for start, count in zip(piece.starts, piece.counts, strict=True)]
 
+    def end_chunk_at(self, row: int, slot: int) -> None:
+        """Move a row's grid so that a chunk ends with this slot, not fed yet; the m slots up to it must be its own."""
+        if slot + 1 < self.chunk_length or slot < self.lengths[row]:
+            raise ValueError(f"no chunk of {self.chunk_length} can end at slot {slot} after {self.lengths[row]} tokens")
+        self.offsets[row] = -(slot + 1) % self.chunk_length
+
+    def resize(self, rows: Sequence[int | None], capacity: int) -> None:
+        """Row i becomes what row rows[i] was, or empty, with room for `capacity` tokens."""
+        if self._real_BT is not None:
+            raise ValueError("a cache with padding cannot be resized")
+        self.capacity = -(-capacity // self.chunk_length) * self.chunk_length
+        used = max((self.lengths[source] for source in rows if source is not None), default=0)
+        for layer in (self.neighbors, *self._layers.values()):
+            layer.resize(rows, self.capacity, used)
+        self.lengths = [0 if source is None else self.lengths[source] for source in rows]
+        self.offsets = [0 if source is None else self.offsets[source] for source in rows]
+
+    def adopt(self, row: int, other: Cache) -> None:
+        """Row `row` becomes the only row of another cache that has passed the same layers."""
+        if len(other.lengths) != 1 or other.lengths[0] > self.capacity or other._real_BT is not None:
+            raise ValueError("only a single row without padding that fits can be adopted")
+        if other.neighbor_shape is not None:
+            self.require_neighbor_shape(other.neighbor_shape)
+        self.neighbors.adopt(row, other.neighbors, other.lengths[0], len(self.lengths))
+        for index, theirs in other._layers.items():
+            self.layer(index).adopt(row, theirs, other.lengths[0], len(self.lengths))
+        self.lengths[row], self.offsets[row] = other.lengths[0], other.offsets[0]
+
     def select_rows(self, rows: Tensor) -> None:
         """Keep, drop or repeat rows: row i becomes what row rows[i] was."""
         self.lengths = [self.lengths[row] for row in rows.tolist()]
+        self.offsets = [self.offsets[row] for row in rows.tolist()]
         for layer in (self.neighbors, *self._layers.values()):
             layer.select_rows(rows)
         if self._real_BT is not None:

@@ -138,10 +138,7 @@ class ChunkedCrossAttention(CrossAttention):
         attended = self._attend_rows(query_BSND, key, value, retrieval, retrieval.mask_BCE, piece)
         if not isinstance(self.gate, AdaptiveGate):
             return self._gated(attended, normed_BSH, 0, 0)
-        ends = [
-            (chunk + 1) * piece.chunk_length - 1 - piece.starts[row]
-            for row, chunk in zip(piece.rows, piece.chunks, strict=True)
-        ]
+        ends = [stop - 1 - piece.starts[row] for row, stop in zip(piece.rows, piece.chunk_stops, strict=True)]
         rates = cache.over_places("rate", self.gate(normed_BSH[piece.rows, ends]), piece)
         assert rates is not None
         seen = seen_places(piece, query_BSND.device)

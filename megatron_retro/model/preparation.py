@@ -165,7 +165,7 @@ class Preparation:
         self, piece: Piece, real_BT: Tensor | None, neighbors: Neighbors | None, cache: Cache, device: torch.device
     ) -> NeighborContext:
         """One row of neighbours for each chunk that this piece completes; where none are given, the mask says so."""
-        rows, chunks, places = piece.rows, piece.chunks, piece.places
+        rows, places = piece.rows, piece.places
         shape = cache.neighbor_shape
         fresh, fresh_mask_PE = None, None
         if neighbors is not None and neighbors.has_room and rows:
@@ -176,8 +176,8 @@ class Preparation:
             fresh_mask_PE = fresh.mask_BCKR[:, 0].flatten(1)
         chunk_mask_XM = None
         if real_BT is not None and fresh is not None:
-            real_BX = functional.pad(real_BT, (0, -real_BT.shape[1] % self.chunk_length))
-            chunk_mask_XM = torch.unflatten(real_BX, 1, (-1, self.chunk_length))[rows, chunks]
+            rows_P1 = torch.tensor(rows, device=device)[:, None]
+            chunk_mask_XM = real_BT[rows_P1, piece.chunk_slots_PM(device)]
         mask_BCE = cache.neighbors.over_places("mask", fresh_mask_PE, piece)
         starts = torch.tensor(piece.first_positions, device=device)[:, None] + torch.arange(piece.width, device=device)
         positions_BS = (starts + 1) % self.chunk_length + self.chunk_length - 1
