@@ -24,4 +24,13 @@ STABLE_TORCH_LIBRARY(megatron_retro, library) {
       " Tensor probability_scale, Tensor label_scale) -> ()");
   library.def("masked_softmax(Tensor scores, Tensor? mask, float scale) -> Tensor");
   library.def("masked_softmax_backward(Tensor grad_output, Tensor output, float scale) -> Tensor");
+  library.def(
+      "chunked_cross_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, int chunk_length,"
+      " int first_position, float scale, Tensor? query_cosine, Tensor? query_sine, Tensor? key_cosine,"
+      " Tensor? key_sine, bool interleaved) -> (Tensor output, Tensor log_normalizer)");
+  library.def(
+      "chunked_cross_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? mask,"
+      " Tensor output, Tensor log_normalizer, int chunk_length, int first_position, float scale,"
+      " Tensor? query_cosine, Tensor? query_sine, Tensor? key_cosine, Tensor? key_sine, bool interleaved)"
+      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }

@@ -24,6 +24,8 @@ def register() -> None:
         "vocabulary_gradient_": _returns_nothing,
         "masked_softmax": _like_first,
         "masked_softmax_backward": _like_first,
+        "chunked_cross_attention": _cross_attention_fake,
+        "chunked_cross_attention_backward": _cross_attention_backward_fake,
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
@@ -32,6 +34,7 @@ def register() -> None:
         "residual_norm": (_norm_context, _norm_gradient),
         "rotary": (_rotary_context, _rotary_gradient),
         "masked_softmax": (_softmax_context, _softmax_gradient),
+        "chunked_cross_attention": (_cross_attention_context, _cross_attention_gradient),
     }
     for name, (context, gradient) in gradients.items():
         torch.library.register_autograd(f"{NAMESPACE}::{name}", gradient, setup_context=context)
@@ -168,3 +171,42 @@ def _softmax_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _softmax_gradient(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     (output,) = ctx.saved_tensors
     return torch.ops.megatron_retro.masked_softmax_backward(grad_output.contiguous(), output, ctx.scale), None, None
+
+
+# ---- chunked_cross_attention ----------------------------------------------------------------------
+
+
+def _cross_attention_fake(query_BSND: Tensor, *_arguments: object) -> tuple[Tensor, Tensor]:
+    batch, positions, heads, _ = query_BSND.shape
+    statistics = query_BSND.new_empty((batch, heads, positions), dtype=_compute_dtype(query_BSND))
+    return query_BSND.new_empty(query_BSND.shape), statistics
+
+
+def _cross_attention_backward_fake(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_arguments: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _cross_attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, mask, *ctx.numbers, ctx.interleaved = inputs
+    ctx.numbers, tables = ctx.numbers[:3], ctx.numbers[3:]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, value, mask, *output, *tables)
+
+
+def _cross_attention_gradient(ctx: Any, grad_output: Tensor, _: object) -> tuple[Any, ...]:
+    query, key, value, mask, output, log_normalizer, *tables = ctx.saved_tensors
+    grads = torch.ops.megatron_retro.chunked_cross_attention_backward(
+        grad_output.contiguous(),
+        query,
+        key,
+        value,
+        mask,
+        output,
+        log_normalizer,
+        *ctx.numbers,
+        *tables,
+        ctx.interleaved,
+    )
+    return (*grads, *(None,) * 9)

@@ -81,6 +81,32 @@ struct MaskedSoftmax {
   void* grad_input;
 };
 
+// Chunked cross-attention. A row is one (sequence, chunk, key/value head) in that order: what its queries read of keys
+// and values belongs to no other row, so gradients need no atomics.
+struct CrossAttention {
+  int64_t queries, heads, groups, width, chunks, keys, chunk_length, first_position;
+  int64_t query_strides[3];  // sequence, position, head
+  int64_t key_strides[4];    // sequence, chunk, key, head
+  int64_t value_strides[4];
+  double scale;
+  const void* query;
+  const void* key;
+  const void* value;
+  const uint8_t* mask;       // [sequence, chunk, key], true = seen, or null
+  int64_t rotated;           // dimensions that turn: 0 = none
+  bool interleaved;
+  const float* query_cosine;  // [queries, rotated / 2]
+  const float* query_sine;
+  const float* key_cosine;    // [keys, rotated / 2]
+  const float* key_sine;
+  void* output;               // contiguous, like query
+  void* log_normalizer;       // compute type, [sequence, head, query]
+  const void* grad_output;    // contiguous
+  void* grad_query;           // contiguous; so are the two below
+  void* grad_key;
+  void* grad_value;
+};
+
 // name, arguments
 #define MEGATRON_RETRO_KERNELS(KERNEL)         \
   KERNEL(activation_forward, Activation)       \
@@ -91,7 +117,9 @@ struct MaskedSoftmax {
   KERNEL(vocabulary_statistics, VocabularyBlock) \
   KERNEL(vocabulary_gradient, VocabularyBlock) \
   KERNEL(masked_softmax_forward, MaskedSoftmax) \
-  KERNEL(masked_softmax_backward, MaskedSoftmax)
+  KERNEL(masked_softmax_backward, MaskedSoftmax) \
+  KERNEL(cross_attention_forward, CrossAttention) \
+  KERNEL(cross_attention_backward, CrossAttention)
 
 #define MEGATRON_RETRO_DECLARE(name, Arguments) void name(Stored stored, const Arguments& call, int64_t first, int64_t last);
 #define MEGATRON_RETRO_DECLARE_ALL(set) \

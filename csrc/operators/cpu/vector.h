@@ -4,6 +4,7 @@
 // namespace, so nothing here may have external linkage outside of it.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
