@@ -71,6 +71,10 @@ class ArtifactError(MegatronRetroError):
     """A file or directory that is missing, damaged, foreign or made from something else."""
 
 
+class DamagedArtifact(ArtifactError):
+    """An artifact whose content is not what was written: missing, cut or changed files."""
+
+
 class DataError(MegatronRetroError):
     """Input text, tokens or records that cannot be used."""
 

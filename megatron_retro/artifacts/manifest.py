@@ -18,7 +18,7 @@ from typing import Any
 from megatron_retro import __version__
 from megatron_retro.artifacts.block_checksums import PREFIX, blocks_digest, read_block_checksums
 from megatron_retro.artifacts.files import write_file
-from megatron_retro.errors import ArtifactError
+from megatron_retro.errors import ArtifactError, DamagedArtifact
 
 MANIFEST_NAME = "manifest.json"
 _READ_BYTES = 1 << 22
@@ -159,9 +159,9 @@ def load_manifest(artifact: Path) -> Manifest:
             fix="run the command that builds it again",
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path} is damaged", got=error, fix="rebuild the artifact") from None
+        raise DamagedArtifact(f"{path} is damaged", got=error, fix="rebuild the artifact") from None
     if text != manifest.to_json():
-        raise ArtifactError(f"{path} was edited or damaged: its checksum does not match", fix="rebuild the artifact")
+        raise DamagedArtifact(f"{path} was edited or damaged: its checksum does not match", fix="rebuild the artifact")
     return manifest
 
 

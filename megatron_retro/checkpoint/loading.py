@@ -17,7 +17,7 @@ from megatron_retro.checkpoint.directory import KIND, STATE_NAME, VERSION, resol
 from megatron_retro.checkpoint.failures import named_failure
 from megatron_retro.checkpoint.planners import PaddingLoadPlanner
 from megatron_retro.checkpoint.storage import INDEX_NAME, ShardReader, TensorIndex, read_index
-from megatron_retro.errors import ArtifactError
+from megatron_retro.errors import ArtifactError, DamagedArtifact
 
 _SHOWN = 8
 
@@ -46,12 +46,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     index = read_index(directory)
     for name, file in index.files.items():
         if manifest.files.get(name) != file.record():
-            raise ArtifactError(
+            raise DamagedArtifact(
                 f"{directory}: {INDEX_NAME} and the manifest disagree about {name}",
                 fix="load another checkpoint of this run",
             )
         if not (directory / name).is_file():
-            raise ArtifactError(f"{directory / name} is missing", fix="load another checkpoint of this run")
+            raise DamagedArtifact(f"{directory / name} is missing", fix="load another checkpoint of this run")
     state = json.loads((directory / STATE_NAME).read_text(encoding="utf-8"))
     return Checkpoint(directory, manifest, index, state)
 
@@ -59,9 +59,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _require_recorded(directory: Path, name: str, manifest: Manifest) -> None:
     path = directory / name
     if not path.is_file():
-        raise ArtifactError(f"{path} is missing", fix="load another checkpoint of this run")
+        raise DamagedArtifact(f"{path} is missing", fix="load another checkpoint of this run")
     if name not in manifest.files or file_record(path) != manifest.files[name]:
-        raise ArtifactError(
+        raise DamagedArtifact(
             f"{path} does not belong to the manifest beside it, or has changed since it was written (checksum)",
             fix="load another checkpoint of this run",
         )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_retro.artifacts.block_checksums import BLOCK_BYTES, RunningBlocks
-from megatron_retro.errors import ArtifactError
+from megatron_retro.errors import DamagedArtifact
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -164,11 +164,11 @@ def read_ranges(path: Path, num_bytes: int, checksums: Sequence[int], ranges: Se
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
-        raise ArtifactError(f"{path} is missing", fix="load another checkpoint of this run") from None
+        raise DamagedArtifact(f"{path} is missing", fix="load another checkpoint of this run") from None
     try:
         size = os.fstat(descriptor).st_size
         if size != num_bytes:
-            raise ArtifactError(f"{path} has another size than was written", got=size, expected=num_bytes)
+            raise DamagedArtifact(f"{path} has another size than was written", got=size, expected=num_bytes)
         _fill(_VerifiedBlocks(path, descriptor, num_bytes, checksums), ranges)
     finally:
         os.close(descriptor)
@@ -240,14 +240,14 @@ class _VerifiedBlocks:
         while done < length:
             count = os.preadv(self._descriptor, [buffer[done:length]], begin + done)
             if count == 0:
-                raise ArtifactError(f"{self._path} became shorter while it was read")
+                raise DamagedArtifact(f"{self._path} became shorter while it was read")
             done += count
         return buffer[:length]
 
     def _verified(self, number: int, block: memoryview) -> memoryview:
         if zlib.crc32(block) != self._checksums[number]:
             begin = number * BLOCK_BYTES
-            raise ArtifactError(
+            raise DamagedArtifact(
                 f"{self._path}: bytes {begin} to {begin + len(block)} have changed since they were written (checksum)",
                 fix="load another checkpoint of this run",
             )

@@ -49,7 +49,7 @@ from megatron_retro.checkpoint.shard_files import (
     tensor_bytes,
     write_shard,
 )
-from megatron_retro.errors import ArtifactError
+from megatron_retro.errors import DamagedArtifact
 
 INDEX_NAME = "tensors.json"
 _KEY_SEPARATOR = "|"
@@ -112,7 +112,7 @@ class TensorIndex:
             content = json.loads(text)
             return cls._from_content(content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ArtifactError(
+            raise DamagedArtifact(
                 f"{source} is damaged", got=repr(error), fix="load another checkpoint of this run"
             ) from None
 
@@ -152,7 +152,7 @@ def read_index(directory: Path) -> TensorIndex:
     try:
         return TensorIndex.from_json(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
-        raise ArtifactError(f"{path} is missing", fix="load another checkpoint of this run") from None
+        raise DamagedArtifact(f"{path} is missing", fix="load another checkpoint of this run") from None
 
 
 class ShardWriter(StorageWriter):

@@ -26,6 +26,7 @@ VERBS: tuple[Verb, ...] = (
     Verb("collect-text", "collect_text", "a corpus from the text that every machine has"),
     Verb("preprocess", "preprocess", "text files -> token files (.bin/.idx), resumable, by any number of workers"),
     Verb("train-tokenizer", "train_tokenizer", "a sentencepiece model from your own text"),
+    Verb("pretrain", "pretrain", "train a GPT or a Retro; the same command goes on where it stopped"),
     Verb("inspect", "inspect", "explain any file or directory of ours: what, made from what, intact or not"),
     Verb("plan", "plan", "what a run costs before it starts: memory, time, balance, money, what is wrong with it"),
     Verb("reach", "reach", "whether the processes of this job reach each other"),

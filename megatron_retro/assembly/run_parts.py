@@ -1,0 +1,141 @@
+"""From settings to the living parts of a run: tokenizer, data, model on its layout, optimizer.
+
+Everything that can be refused is refused here, before the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from megatron_retro.assembly.model_assembly import build_trainable
+from megatron_retro.assembly.trainable import Trainable
+from megatron_retro.config.checks import require_legal
+from megatron_retro.config.data import DataConfig, TokenizerConfig
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.optimizer import OptimizerConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import TrainingConfig
+from megatron_retro.data.builders import build_loader
+from megatron_retro.data.loader import Loader
+from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_retro.errors import ConfigError
+from megatron_retro.optim.optimizer import TrainingOptimizer
+from megatron_retro.optim.schedule import (
+    BatchSizeSchedule,
+    LearningRate,
+    batch_size_schedule,
+    learning_rate,
+    run_length,
+    schedule_violations,
+)
+from megatron_retro.runtime.seeds import derived_seed, seed_everything, use_deterministic_kernels
+
+VOCABULARY_PARAMETERS = ("embedding.word.weight", "encoder.embedding.word.weight", "output.weight")
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """What a training loop turns."""
+
+    settings: Settings
+    trainable: Trainable
+    optimizer: TrainingOptimizer
+    schedule: LearningRate
+    batch_sizes: BatchSizeSchedule
+    total_samples: int
+    loader: Loader
+    validation: Loader | None
+    inputs: Mapping[str, str]
+    true_rows: Mapping[str, int]
+
+
+def resolved_settings(settings: Settings) -> Settings:
+    """Settings with what only the data can tell filled in: the size of the vocabulary."""
+    if settings[ModelConfig].vocab_size is not None:
+        return settings
+    return settings.replace(vocab_size=build_tokenizer(settings[TokenizerConfig]).vocab_size)
+
+
+def build_run_parts(settings: Settings, device: torch.device, world_size: int) -> RunParts:
+    """Build everything, in the order in which it can go wrong cheaply: rules, data, model."""
+    _require_legal(settings, world_size)
+    settings = resolved_settings(settings)
+    training, retro = settings[TrainingConfig], settings[RetroConfig]
+    if training.deterministic_mode:
+        use_deterministic_kernels()
+    tokenizer = build_tokenizer(settings[TokenizerConfig])
+    batch_sizes = batch_size_schedule(training)
+    trainable = build_trainable(settings, device)
+    seed_everything(derived_seed(training.seed, "training", trainable.data_rank))
+    loader = build_loader(
+        settings,
+        "train",
+        eod=tokenizer.eod,
+        data_rank=trainable.data_rank,
+        data_size=trainable.data_size,
+        global_batch_size=batch_sizes.at,
+    )
+    for name, parameter in trainable.module.named_parameters():
+        if training.freeze_decoder and not name.startswith("encoder.") and not _is_cross(name):
+            parameter.requires_grad_(False)
+    return RunParts(
+        settings=settings,
+        trainable=trainable,
+        optimizer=TrainingOptimizer(trainable.module, settings[OptimizerConfig]),
+        schedule=learning_rate(settings[OptimizerConfig], training),
+        batch_sizes=batch_sizes,
+        total_samples=run_length(training),
+        loader=loader,
+        validation=_validation(settings, tokenizer, trainable),
+        inputs=data_inputs(loader, tokenizer, retro),
+        true_rows=dict.fromkeys(VOCABULARY_PARAMETERS, settings[ModelConfig].vocab_size or 0),
+    )
+
+
+def _require_legal(settings: Settings, world_size: int) -> None:
+    require_legal(settings, world_size)
+    found = schedule_violations(settings[OptimizerConfig], settings[TrainingConfig])
+    if found:
+        raise ConfigError.from_violations(found)
+
+
+def _is_cross(name: str) -> bool:
+    return ".cross_attention." in name or ".cross_norm." in name
+
+
+def _validation(settings: Settings, tokenizer: Tokenizer, trainable: Trainable) -> Loader | None:
+    """The loader of the validation split, or None when there is nothing to evaluate on or no wish to."""
+    if settings[TrainingConfig].eval_iters == 0:
+        return None
+    return build_loader(
+        settings.replace(num_workers=0),
+        "valid",
+        eod=tokenizer.eod,
+        data_rank=trainable.data_rank,
+        data_size=trainable.data_size,
+    )
+
+
+def data_inputs(loader: Loader, tokenizer: Tokenizer, retro: RetroConfig) -> dict[str, str]:
+    """Fingerprints of everything that the run reads."""
+    inputs = {"tokenizer": tokenizer.fingerprint, "order": loader.dataset.fingerprint}
+    for number, source in enumerate(loader.dataset.sources):
+        inputs[f"corpus {number}"] = source.samples.file.fingerprint
+        if source.neighbors is not None:
+            inputs[f"neighbours {number}"] = source.neighbors.table.fingerprint
+            inputs["database"] = source.neighbors.database.fingerprint
+    if retro.retro_add_retriever and not any(source.neighbors for source in loader.dataset.sources):
+        raise ConfigError(
+            "the model has a retriever, and the data has no neighbours",
+            got="--retro-add-retriever without --neighbor-path",
+            fix="give --neighbor-path and --database-path (made by `megatron-retro build-retrieval`)",
+        )
+    return inputs
+
+
+MODEL_SECTIONS = (ModelConfig, RetroConfig)
+DATA_SECTIONS = (TokenizerConfig, DataConfig)

@@ -1,0 +1,40 @@
+"""`megatron-retro pretrain`: trains a GPT, or a Retro with --retro-add-retriever."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_retro.config.checkpoint import CheckpointConfig
+from megatron_retro.config.command_line import Positional
+from megatron_retro.config.data import DataConfig, TokenizerConfig
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.observability import ObservabilityConfig
+from megatron_retro.config.optimizer import OptimizerConfig
+from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import TrainingConfig
+
+DESCRIPTION = """Train a GPT, or with --retro-add-retriever a Retro, from token files (and neighbour tables).
+
+The run lives in --save: checkpoints, events, report. The same command goes on where it stopped;
+exit code 75 means: saved before the end, run me again."""
+SECTIONS: tuple[type, ...] = (
+    ModelConfig,
+    RetroConfig,
+    DataConfig,
+    TokenizerConfig,
+    TrainingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    CheckpointConfig,
+    ObservabilityConfig,
+)
+POSITIONAL: Positional | None = None
+
+
+def run(settings: Settings, positional: Sequence[str]) -> None:
+    """Train."""
+    from megatron_retro.training.program import pretrain
+
+    pretrain(settings)

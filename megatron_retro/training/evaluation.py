@@ -1,0 +1,68 @@
+"""Losses of held-out tokens: the same batches every time, under every variant of neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from megatron_retro.assembly.batch_tensors import to_tensors
+from megatron_retro.assembly.trainable import Trainable
+from megatron_retro.data.batches import Batch
+from megatron_retro.data.loader import Loader
+from megatron_retro.data.neighbor_variants import with_variant
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Loss and mask of every token of an evaluation, samples in the global order: [N, S]."""
+
+    losses: NDArray[np.float32]
+    mask: NDArray[np.bool_]
+
+    @property
+    def mean(self) -> float:
+        """Loss of a token."""
+        return float(self.losses.sum(where=self.mask, dtype=np.float64) / max(self.mask.sum(), 1))
+
+
+def evaluation_batches(loader: Loader, steps: int) -> list[Batch]:
+    """This rank's share of the first `steps` batches of the validation order, always the same."""
+    loader.seek(0)
+    return [batch for _ in range(steps) for batch in next(loader)]
+
+
+def token_losses(
+    trainable: Trainable, batches: Sequence[Batch], variant: str, seed: int, group: dist.ProcessGroup | None
+) -> TokenLosses:
+    """Losses under a variant, gathered from all data ranks, the same on every rank. Every rank calls it."""
+    tensors = [to_tensors(batch, trainable.device) for batch in with_variant(batches, variant, seed)]
+    losses = trainable.evaluate(tensors)
+    mine: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]] | None = None
+    if losses is not None:
+        mine = [
+            (batch.sample_ids_B, loss.numpy(), batch.loss_mask_BS) for batch, loss in zip(batches, losses, strict=True)
+        ]
+    return _joined(_gathered(mine, group))
+
+
+def _gathered(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    if group is None or dist.get_world_size(group) == 1:
+        return [mine]
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def _joined(everyone: Sequence[Any]) -> TokenLosses:
+    """Samples in order; ranks of one replica report the same samples, of which one copy is kept."""
+    parts = [part for of_rank in everyone if of_rank is not None for part in of_rank]
+    ids = np.concatenate([part[0] for part in parts])
+    _, first = np.unique(ids, return_index=True)
+    losses = np.concatenate([part[1] for part in parts])[first]
+    mask = np.concatenate([part[2] for part in parts])[first]
+    return TokenLosses(losses.astype(np.float32), mask.astype(np.bool_))

@@ -1,0 +1,47 @@
+"""One evaluation of a run: validation loss, and the health of its retrieval."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_retro.assembly.run_parts import RunParts
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.training import TrainingConfig
+from megatron_retro.data.neighbor_variants import VARIANTS
+from megatron_retro.training.evaluation import evaluation_batches, token_losses
+from megatron_retro.training.health import retrieval_health
+from megatron_retro.training.layer_use import watched_layers
+from megatron_retro.training.records import EvaluationRecord
+
+
+class Evaluator:
+    """Evaluates the same batches every time; draws nothing from the generators of training."""
+
+    def __init__(self, parts: RunParts, group: dist.ProcessGroup) -> None:
+        self._parts, self._group = parts, group
+        self._training = parts.settings[TrainingConfig]
+        self._retro = parts.settings[RetroConfig]
+
+    def evaluate(self, step: int) -> EvaluationRecord:
+        """Every rank calls it and gets the same record."""
+        if self._parts.validation is None:
+            raise ValueError("an evaluation needs a validation split")
+        start = time.perf_counter()
+        seed = self._training.seed
+        batches = evaluation_batches(self._parts.validation, self._training.eval_iters)
+        with watched_layers(self._parts.trainable.module) as watch:
+            real = token_losses(self._parts.trainable, batches, "real", seed, self._group)
+        facts: dict[str, Any] = {"tokens": int(real.mask.sum())}
+        alarms: tuple[str, ...] = ()
+        if self._retro.reads_neighbors() and self._training.retrieval_health:
+            layers = watch.measured(self._group)
+            others = [variant for variant in VARIANTS if variant != "real"]
+            by_variant = {"real": real} | {
+                variant: token_losses(self._parts.trainable, batches, variant, seed, self._group) for variant in others
+            }
+            health = retrieval_health(by_variant, self._retro.retro_chunk_length, layers, seed)
+            facts, alarms = {**facts, **health.facts()}, health.alarms()
+        return EvaluationRecord(step, time.perf_counter() - start, real.mean, facts, alarms)

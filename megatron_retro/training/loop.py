@@ -1,0 +1,225 @@
+"""The loop: load, step, observe, evaluate, save, stop?
+
+Everything is built elsewhere and handed in. What is measured goes to observers as frozen records; with all of them
+removed a run computes the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+import torch.distributed as dist
+
+from megatron_retro.assembly.batch_tensors import to_tensors
+from megatron_retro.assembly.run_parts import RunParts
+from megatron_retro.config.checkpoint import CheckpointConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import TrainingConfig
+from megatron_retro.data.batches import Batch
+from megatron_retro.errors import DataError
+from megatron_retro.optim.optimizer import Update
+from megatron_retro.runtime.signals import StopRequests
+from megatron_retro.training.bad_steps import non_finite_reason, sample_ids, spike_reason, write_bad_batch
+from megatron_retro.training.checkpoints import RunCheckpoints
+from megatron_retro.training.clock import Clock
+from megatron_retro.training.evaluator import Evaluator
+from megatron_retro.training.observers import Observer
+from megatron_retro.training.records import RunFacts, StepRecord
+from megatron_retro.training.state import TrainingState
+
+
+class Ending(Enum):
+    """How a call of `run` came to its end."""
+
+    FINISHED = "finished"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the run ended, and why if it did not finish."""
+
+    ending: Ending
+    reason: str = ""
+
+
+class Trainer:
+    """One run. Every rank has one and calls `run`."""
+
+    def __init__(
+        self,
+        parts: RunParts,
+        facts: RunFacts,
+        state: TrainingState,
+        checkpoints: RunCheckpoints,
+        evaluator: Evaluator | None,
+        observer: Observer,
+        stops: StopRequests,
+        group: dist.ProcessGroup,
+    ) -> None:
+        self.parts, self.facts, self.state = parts, facts, state
+        self._checkpoints, self._evaluator = checkpoints, evaluator
+        self._observer, self._stops, self._group = observer, stops, group
+        self._settings: Settings = parts.settings
+        self._training = self._settings[TrainingConfig]
+        self._clock = Clock()
+
+    def run(self) -> Outcome:
+        """Train until the last sample, or until something asks to stop; the state is saved either way."""
+        self._observer.started(self.facts, self.state.step)
+        self._clock.lap()
+        reason = None
+        while not self._finished() and reason is None:
+            batches = self._load()
+            record = self._step(batches)
+            if record is not None:
+                self._observer.stepped(record)
+                self._evaluate_if_due()
+                self._save_if_due()
+            reason = self._stop_reason()
+        if reason is None:
+            self._evaluate_at_end()
+        self._save_at_end()
+        return Outcome(Ending.FINISHED) if reason is None else Outcome(Ending.STOPPED, reason)
+
+    def _finished(self) -> bool:
+        return self.state.samples >= self.parts.total_samples
+
+    def _load(self) -> list[Batch]:
+        with self._clock.phase("data"):
+            return next(self.parts.loader)
+
+    def _step(self, batches: Sequence[Batch]) -> StepRecord | None:
+        """One step; None for one that is known to be bad and passed over."""
+        state, parts = self.state, self.parts
+        first_sample = state.samples
+        batch_size = parts.loader.consumed_samples - first_sample
+        state.samples = parts.loader.consumed_samples
+        if first_sample in state.bad_samples:
+            return None
+        with self._clock.phase("forward_backward"):
+            tensors = [to_tensors(batch, parts.trainable.device) for batch in batches]
+            scale = parts.optimizer.loss_scale.scale
+            result = parts.trainable.train_step(tensors, loss_scale=scale, step=state.step)
+        with self._clock.phase("save"):
+            self._checkpoints.before_update()
+        with self._clock.phase("optimizer"):
+            spike = spike_reason(result.loss, state.recent_losses, self._training.loss_spike_factor)
+            acceptable = math.isfinite(result.loss) and spike is None
+            rate = parts.schedule.at(state.samples)
+            update = parts.optimizer.update(parts.trainable.squared_gradient_norm(), rate, acceptable=acceptable)
+        reason = non_finite_reason(result.loss, update.gradient_norm) or spike
+        if reason is not None and not self._is_overflow(result.loss, update):
+            self._bad_step(batches, first_sample, reason)
+            return None
+        state.step += 1
+        state.tokens += int(result.num_tokens)
+        if update.applied:
+            state.bad_in_a_row = 0
+            state.recent_losses.append(result.loss)
+        return StepRecord(
+            step=state.step,
+            samples=state.samples,
+            tokens=state.tokens,
+            batch_size=batch_size,
+            loss=result.loss,
+            gradient_norm=update.gradient_norm,
+            learning_rate=update.learning_rate,
+            applied=update.applied,
+            clipped=update.clipped,
+            loss_scale=update.loss_scale,
+            extra_losses=result.extra_losses,
+            seconds=self._clock.lap(),
+            memory_bytes=_memory_bytes(parts.trainable.device),
+        )
+
+    def _is_overflow(self, loss: float, update: Update) -> bool:
+        """fp16 gradients that overflow at the present scale are the scale's fault, not the batch's."""
+        return math.isfinite(loss) and not update.applied and update.loss_scale > 1.0
+
+    def _bad_step(self, batches: Sequence[Batch], first_sample: int, reason: str) -> None:
+        """Name and keep the batch, then do what the policy says. Every rank comes here together."""
+        state = self.state
+        state.bad_in_a_row += 1
+        state.skipped_steps += 1
+        state.bad_samples.add(first_sample)
+        bad_in_a_row = state.bad_in_a_row
+        if self._checkpoints.run is not None:
+            write_bad_batch(self._checkpoints.run, self.facts.rank, state.step + 1, reason, batches)
+        facts = {"step": state.step + 1, "reason": reason, "policy": self._training.non_finite_policy}
+        self._observer.happened("bad step", {**facts, "samples": self._global_samples(first_sample, batches)})
+        if self._training.non_finite_policy == "stop" or bad_in_a_row >= self._training.max_bad_steps:
+            raise DataError(
+                f"training stopped at step {state.step + 1}: {reason}",
+                got=f"samples {self._global_samples(first_sample, batches)}, bad steps in a row: {bad_in_a_row}",
+                fix="look at the batch under bad_batches/ of the run; lower --lr, or raise --max-bad-steps",
+            )
+        if self._training.non_finite_policy == "rollback":
+            self._roll_back(bad_in_a_row)
+        self._clock.lap()
+
+    def _global_samples(self, first_sample: int, batches: Sequence[Batch]) -> str:
+        ids = sample_ids(batches)
+        return f"{first_sample} to {self.state.samples - 1} (this rank: {ids[0]} to {ids[-1]})"
+
+    def _roll_back(self, bad_in_a_row: int) -> None:
+        """Take up the newest checkpoint; the samples of bad steps are passed over when the run meets them again."""
+        if self._checkpoints.roll_back():
+            self.state.bad_in_a_row = bad_in_a_row
+            self._observer.happened("rollback", {"to step": self.state.step})
+        else:
+            self._observer.happened("rollback", {"to step": "none: there is no checkpoint yet, the step is skipped"})
+
+    def _evaluate_if_due(self) -> None:
+        interval = self._training.eval_interval
+        if interval and self.state.step % interval == 0 and not self._finished():
+            self._evaluate()
+
+    def _evaluate_at_end(self) -> None:
+        if self.state.last_evaluation.get("step") != self.state.step:
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        if self._evaluator is not None:
+            record = self._evaluator.evaluate(self.state.step)
+            self.state.last_evaluation = {"step": record.step, "loss": record.loss}
+            self._observer.evaluated(record)
+            self._clock.lap()
+
+    def _save_if_due(self) -> None:
+        config = self._settings[CheckpointConfig]
+        if config.save_interval and self.state.step % config.save_interval == 0 and not self._finished():
+            with self._clock.phase("save"):
+                self._checkpoints.save(in_background=config.async_save)
+
+    def _save_at_end(self) -> None:
+        """The final state; a save in the background is waited for first."""
+        if self._checkpoints.can_save:
+            self._checkpoints.save(in_background=False)
+            self._observer.happened("saved", {"step": self.state.step})
+
+    def _stop_reason(self) -> str | None:
+        """Why all ranks stop now: any rank's signal or time limit counts, and all of them hear of it at this step."""
+        if self._finished():
+            return None
+        interval = self._training.exit_interval
+        if interval and self.state.step and self.state.step % interval == 0:
+            return f"--exit-interval {interval}"
+        mine = self._stops.reason()
+        if self.facts.world_size == 1:
+            return mine
+        wish = torch.tensor([mine is not None], dtype=torch.int32)
+        dist.all_reduce(wish, op=dist.ReduceOp.MAX, group=self._group)
+        return (mine or "another rank was asked to stop") if wish.item() else None
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Memory that this process holds: the device's peak, or the resident set."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    with open("/proc/self/statm", encoding="ascii") as stream:
+        return int(stream.read().split()[1]) * 4096

@@ -1,0 +1,145 @@
+"""`pretrain` from settings to exit code: build, run, close."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_retro.artifacts.files import write_file
+from megatron_retro.assembly.run_parts import RunParts, build_run_parts
+from megatron_retro.checkpoint.directory import clear_unfinished
+from megatron_retro.checkpoint.run_lock import run_lock
+from megatron_retro.config.checkpoint import CheckpointConfig
+from megatron_retro.config.data import DataConfig
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.observability import ObservabilityConfig
+from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.config.toml_files import render_toml
+from megatron_retro.config.training import TrainingConfig
+from megatron_retro.errors import Requeue
+from megatron_retro.model.costs import model_costs
+from megatron_retro.runtime.launch import Launch, find_launch
+from megatron_retro.runtime.process_group import process_group
+from megatron_retro.runtime.signals import StopRequests
+from megatron_retro.training.checkpoints import RunCheckpoints
+from megatron_retro.training.evaluator import Evaluator
+from megatron_retro.training.loop import Ending, Outcome, Trainer
+from megatron_retro.training.observers import (
+    ConsoleLines,
+    JsonLines,
+    Observer,
+    Observers,
+    ProfilerWindow,
+    RankLines,
+    TensorBoard,
+)
+from megatron_retro.training.records import RunFacts
+from megatron_retro.training.state import TrainingState
+
+EVENTS = "events.jsonl"
+CONFIG = "config.toml"
+
+
+def pretrain(settings: Settings) -> None:
+    """Train; raises `Requeue` when the run stopped before its end with its state saved."""
+    launch = find_launch()
+    stops = _stop_requests(settings)
+    listening = stops.listening() if settings[TrainingConfig].exit_signal_handler else nullcontext()
+    minutes = settings[ParallelConfig].distributed_timeout_minutes
+    with listening, process_group(launch, timeout_minutes=minutes) as device, _owned_run(settings, launch):
+        outcome = train(settings, launch, device, stops)
+    finish(settings, outcome)
+
+
+def train(settings: Settings, launch: Launch, device: torch.device, stops: StopRequests) -> Outcome:
+    """Build and run inside an open process group."""
+    parts = build_run_parts(settings, device, launch.world_size)
+    control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
+    state = TrainingState()
+    checkpoints = RunCheckpoints(parts, state, saving, launch.rank)
+    observer = Observers(build_observers(parts, launch))
+    try:
+        checkpoints.resume(observer.happened)
+        evaluator = Evaluator(parts, control) if parts.validation is not None else None
+        trainer = Trainer(parts, run_facts(parts, launch), state, checkpoints, evaluator, observer, stops, control)
+        return trainer.run()
+    finally:
+        parts.loader.close()
+        observer.ended()
+
+
+def finish(settings: Settings, outcome: Outcome) -> None:
+    """Turn an early stop into the exit code that asks to be started again."""
+    if outcome.ending is Ending.FINISHED:
+        return
+    save = settings[CheckpointConfig].save
+    kept = f"the state is saved under {save}" if save else "nothing was saved: there is no --save"
+    request = Requeue(f"the run stopped early: {outcome.reason}; {kept}", fix="run the same command again to go on")
+    request.exit_code = settings[TrainingConfig].exit_on_requeue_code
+    raise request
+
+
+def _stop_requests(settings: Settings) -> StopRequests:
+    minutes = settings[TrainingConfig].exit_duration_in_mins
+    return StopRequests(None if minutes is None else minutes * 60)
+
+
+@contextmanager
+def _owned_run(settings: Settings, launch: Launch) -> Iterator[None]:
+    """The run's directory, locked by the first rank, cleared of what killed runs left."""
+    save = settings[CheckpointConfig].save
+    if save is None:
+        yield
+        return
+    run = Path(save)
+    with run_lock(run) if launch.rank == 0 else nullcontext():
+        if launch.rank == 0:
+            clear_unfinished(run)
+            write_file(run / CONFIG, render_toml(settings))
+        dist.barrier()
+        yield
+
+
+def build_observers(parts: RunParts, launch: Launch) -> list[Observer]:
+    """What watches this rank."""
+    config = parts.settings[ObservabilityConfig]
+    save = parts.settings[CheckpointConfig].save
+    run = Path(save) if save is not None else None
+    observers: list[Observer] = []
+    if parts.trainable.is_reporter:
+        observers.append(ConsoleLines(config.log_interval, config.log_throughput))
+        if run is not None:
+            observers.append(JsonLines(run / EVENTS))
+        if config.tensorboard_dir is not None:
+            observers.append(TensorBoard(Path(config.tensorboard_dir)))
+    if run is not None and launch.world_size > 1:
+        observers.append(RankLines(run / "ranks" / f"rank-{launch.rank:05}.jsonl", config.log_interval))
+    if config.profile:
+        where = (run or Path()) / "profile" / f"rank-{launch.rank:05}.json"
+        observers.append(ProfilerWindow(where, config.profile_step_start, config.profile_step_end))
+    return observers
+
+
+def run_facts(parts: RunParts, launch: Launch) -> RunFacts:
+    """What observers are told once."""
+    settings = parts.settings
+    length = settings[DataConfig].seq_length
+    costs = model_costs(settings[ModelConfig], settings[RetroConfig], length)
+    peak = settings[ObservabilityConfig].peak_tflops
+    return RunFacts(
+        rank=launch.rank,
+        world_size=launch.world_size,
+        is_reporter=parts.trainable.is_reporter,
+        parameters=costs.parameters,
+        flops_per_token=costs.training_flops,
+        peak_flops=None if peak is None else peak * 1e12,
+        total_samples=parts.total_samples,
+        seq_length=length,
+        inputs=dict(parts.inputs),
+    )
