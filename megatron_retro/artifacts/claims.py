@@ -28,11 +28,12 @@ class BlockClaims:
     blocks: Sequence[str]
     is_done: Callable[[str], bool]
     lease_seconds: float = DEFAULT_LEASE_SECONDS
+    wait: bool = True
 
     def __iter__(self) -> Iterator[str]:
         """Yield blocks to do, each under a claim held while the caller works on it; ends when all are done.
 
-        Blocks that others hold are waited for, and taken over if their worker dies.
+        Blocks that others hold are waited for, and taken over if their worker dies; without `wait` they are left.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         while True:
@@ -45,7 +46,7 @@ class BlockClaims:
                         yield block
                     elif not held:
                         waiting = True
-            if not waiting:
+            if not waiting or not self.wait:
                 return
             time.sleep(min(1.0, self.lease_seconds / 10))
 

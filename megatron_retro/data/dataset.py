@@ -149,7 +149,7 @@ class Dataset:
 def _uniform(ids: NDArray[np.int64], seed: int, key: int) -> NDArray[np.float64]:
     """A number in [0, 1) per sample."""
     mixed = mix_array(ids.astype(np.uint64) ^ np.uint64(key_of(seed, key)))
-    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return np.asarray((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
 def _drawn(ids: NDArray[np.int64], seed: int, key: int, share: float) -> NDArray[np.bool_]:

@@ -75,4 +75,4 @@ class NeighborReader:
         if self.keep_fraction >= 1.0:
             return np.ones(documents.shape, np.bool_)
         limit = np.uint64(int(self.keep_fraction * (1 << 64)))
-        return mix_array(documents.astype(np.uint64)) < limit
+        return np.asarray(mix_array(documents.astype(np.uint64)) < limit)

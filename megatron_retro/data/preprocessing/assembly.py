@@ -1,0 +1,193 @@
+"""The pieces of all blocks put together, in the order of the input or shuffled, as token files.
+
+One pass in bounded memory; only the manifest, written last, makes a target finished.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_retro.artifacts.files import new_file
+from megatron_retro.artifacts.manifest import manifest_path, read_manifest
+from megatron_retro.data.order import key_of, permuted
+from megatron_retro.data.preprocessing.blocks import (
+    DOCUMENTS,
+    LENGTHS,
+    TOKENS,
+    piece_path,
+    reasons_path,
+    refused_path,
+    require_counts,
+)
+from megatron_retro.data.preprocessing.plan import Plan
+from megatron_retro.data.token_file import KIND, MANIFEST_VERSION
+from megatron_retro.data.token_writer import TokenFileWriter
+from megatron_retro.errors import ArtifactError, DataError
+
+_SPAN_BYTES = 1 << 20
+_SHUFFLED_SPAN = 1 << 14
+
+
+@dataclass(frozen=True)
+class Output:
+    """Everything about the output that is not in the plan."""
+
+    prefix: str
+    shards: int
+    shuffle_seed: int | None
+    tokenizer_facts: dict[str, Any]
+
+    def target(self, key: str, shard: int) -> str:
+        """The prefix of one token file."""
+        part = f"_{shard:05d}-of-{self.shards:05d}" if self.shards > 1 else ""
+        return f"{self.prefix}{part}_{key}_document"
+
+    def targets(self, plan: Plan) -> list[tuple[int, int, str]]:
+        """Key number, shard and prefix of every token file."""
+        keys = plan.reading.json_keys
+        return [(n, shard, self.target(key, shard)) for n, key in enumerate(keys) for shard in range(self.shards)]
+
+    def config_of(self, plan: Plan, key: int, shard: int) -> dict[str, Any]:
+        """What the manifest of a target says."""
+        return {
+            **self.tokenizer_facts,
+            "plan": plan.fingerprint,
+            "json_key": plan.reading.json_keys[key],
+            "append_eod": plan.append_eod,
+            "shard": [shard, self.shards],
+            "shuffle_documents": self.shuffle_seed,
+        }
+
+
+def is_finished(plan: Plan, output: Output) -> bool:
+    """Whether every target is there, made by this plan."""
+    for key, shard, target in output.targets(plan):
+        if not manifest_path(Path(target)).exists():
+            return False
+        try:
+            manifest = read_manifest(Path(target), kind=KIND, version=MANIFEST_VERSION)
+        except ArtifactError:
+            return False
+        if manifest.config != output.config_of(plan, key, shard):
+            return False
+        sizes = {name: record.bytes for name, record in manifest.files.items()}
+        paths = {name: Path(target).with_name(name) for name in sizes}
+        if any(not path.is_file() or path.stat().st_size != sizes[name] for name, path in paths.items()):
+            return False
+    return True
+
+
+def assemble(plan: Plan, directory: Path, output: Output) -> None:
+    """Write every target and what was refused."""
+    documents = np.array([require_counts(plan, directory, block).documents for block in range(len(plan.blocks))])
+    before = np.cumsum([0, *documents], dtype=np.int64)
+    if before[-1] == 0:
+        raise DataError(f"the input holds no documents ({len(plan.files)} files, {plan.num_bytes} bytes)")
+    if before[-1] < output.shards:
+        raise DataError("fewer documents than --shards", got=before[-1], expected=f"{output.shards} or more")
+    for key, shard, target in output.targets(plan):
+        first, last = (int(before[-1]) * part // output.shards for part in (shard, shard + 1))
+        with TokenFileWriter(target, plan.dtype) as writer:
+            if output.shuffle_seed is None:
+                _append_in_order(writer, directory, key, before, first, last)
+            else:
+                _append_shuffled(writer, directory, key, before, (first, last), output.shuffle_seed)
+            writer.finalize(
+                inputs={"text": plan.fingerprint, "tokenizer": plan.tokenizer},
+                config=output.config_of(plan, key, shard),
+            )
+    for suffix, part in ((".refused.jsonl", refused_path), (".refused.txt", reasons_path)):
+        _concatenate(Path(output.prefix + suffix), [part(directory, block) for block in range(len(plan.blocks))])
+
+
+def _append_in_order(
+    writer: TokenFileWriter, directory: Path, key: int, before: NDArray[np.int64], first: int, last: int
+) -> None:
+    for block in range(len(before) - 1):
+        start, stop = max(first, int(before[block])), min(last, int(before[block + 1]))
+        if start >= stop:
+            continue
+        sequences = np.fromfile(piece_path(directory, block, key, DOCUMENTS), "<i4")
+        lengths = np.fromfile(piece_path(directory, block, key, LENGTHS), "<i4")
+        start, stop = start - int(before[block]), stop - int(before[block])
+        low, high = int(sequences[:start].sum(dtype=np.int64)), int(sequences[:stop].sum(dtype=np.int64))
+        skipped = int(lengths[:low].sum(dtype=np.int64))
+        wanted = int(lengths[low:high].sum(dtype=np.int64))
+        for tokens in _token_spans(piece_path(directory, block, key, TOKENS), writer.dtype, skipped, wanted):
+            writer.add_documents(tokens, np.zeros(0, np.int32), np.zeros(0, np.int64))
+        writer.add_documents(np.zeros(0, writer.dtype), lengths[low:high], sequences[start:stop].astype(np.int64))
+
+
+def _token_spans(path: Path, dtype: np.dtype[Any], skipped: int, wanted: int) -> Iterator[NDArray[Any]]:
+    with path.open("rb") as stream:
+        stream.seek(skipped * dtype.itemsize)
+        left = wanted * dtype.itemsize
+        while left:
+            content = stream.read(min(left, _SPAN_BYTES))
+            if not content:
+                raise ArtifactError(f"{path} is cut", fix="run the same command with --resume")
+            left -= len(content)
+            yield np.frombuffer(content, dtype)
+
+
+def _append_shuffled(
+    writer: TokenFileWriter,
+    directory: Path,
+    key: int,
+    before: NDArray[np.int64],
+    span: tuple[int, int],
+    seed: int,
+) -> None:
+    """Positions [first, last) of the shuffled order; documents are fetched block by block within each span."""
+    total = int(before[-1])
+    for start in range(span[0], span[1], _SHUFFLED_SPAN):
+        positions = np.arange(start, min(start + _SHUFFLED_SPAN, span[1]))
+        documents = permuted(positions, total, key_of(seed, total))
+        found: list[tuple[NDArray[Any], NDArray[np.int32]]] = [(np.zeros(0), np.zeros(0, np.int32))] * len(documents)
+        owners = np.searchsorted(before, documents, side="right") - 1
+        for block in np.unique(owners):
+            chosen = np.flatnonzero(owners == block)
+            local = documents[chosen] - before[block]
+            for place, document in zip(
+                chosen, _documents(directory, int(block), key, local, writer.dtype), strict=True
+            ):
+                found[place] = document
+        writer.add_documents(
+            np.concatenate([tokens for tokens, _ in found]).astype(writer.dtype, copy=False),
+            np.concatenate([lengths for _, lengths in found]),
+            np.array([len(lengths) for _, lengths in found]),
+        )
+
+
+def _documents(
+    directory: Path, block: int, key: int, documents: NDArray[np.int64], dtype: np.dtype[Any]
+) -> Iterator[tuple[NDArray[Any], NDArray[np.int32]]]:
+    """Tokens and sequence lengths of some documents of a block."""
+    sequences = np.fromfile(piece_path(directory, block, key, DOCUMENTS), "<i4")
+    lengths = np.fromfile(piece_path(directory, block, key, LENGTHS), "<i4")
+    sequence_starts = np.cumsum([0, *sequences], dtype=np.int64)
+    token_starts = np.append(0, np.cumsum(lengths, dtype=np.int64))
+    with piece_path(directory, block, key, TOKENS).open("rb") as stream:
+        for document in documents:
+            low, high = int(sequence_starts[document]), int(sequence_starts[document + 1])
+            stream.seek(int(token_starts[low]) * dtype.itemsize)
+            amount = int(token_starts[high] - token_starts[low])
+            yield np.frombuffer(stream.read(amount * dtype.itemsize), dtype), lengths[low:high]
+
+
+def _concatenate(path: Path, parts: Sequence[Path]) -> None:
+    present = [part for part in parts if part.exists()]
+    if not present:
+        path.unlink(missing_ok=True)
+        return
+    with new_file(path) as partial, partial.open("wb") as output:
+        for part in present:
+            with part.open("rb") as stream:
+                shutil.copyfileobj(stream, output, _SPAN_BYTES)

@@ -1,0 +1,203 @@
+"""What a preprocessing run does: its input files, cut into blocks of work that do not depend on the workers.
+
+A block is one or more segments: a byte range of a plain file, a row group of a Parquet file, or a whole compressed
+file. The plan's fingerprint says whether work found on disk belongs to the same run.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_retro.data.token_index import map_file
+from megatron_retro.errors import ConfigError, DataError, EnvironmentProblem
+
+SMALLEST_BLOCK = 8 << 20
+MOST_BLOCKS = 4096
+LINES, TEXT, GZIP, ZSTD, PARQUET = "lines", "text", "gzip", "zstd", "parquet"
+_ENDINGS = {
+    ".jsonl.gz": GZIP,
+    ".json.gz": GZIP,
+    ".jsonl.zst": ZSTD,
+    ".json.zst": ZSTD,
+    ".parquet": PARQUET,
+    ".jsonl": LINES,
+    ".json": LINES,
+    ".ndjson": LINES,
+}
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file of the input as it was when the run was planned."""
+
+    path: str
+    format: str
+    bytes: int
+    content: str
+    row_groups: int = 0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of one input file: bytes [start, stop), or row group `start` of a Parquet file."""
+
+    file: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How records are read and which are refused."""
+
+    json_keys: tuple[str, ...]
+    text_documents: str
+    max_document_bytes: int
+    on_error: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Inputs and everything else that the output depends on."""
+
+    files: tuple[InputFile, ...]
+    reading: Reading
+    append_eod: bool
+    tokenizer: str
+    dtype: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the content, not of where it lies."""
+        facts = asdict(self)
+        for file in facts["files"]:
+            file["path"] = Path(file["path"]).name
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all inputs as stored."""
+        return sum(file.bytes for file in self.files)
+
+    @cached_property
+    def blocks(self) -> tuple[tuple[Segment, ...], ...]:
+        """The input in order, cut into blocks."""
+        size = max(SMALLEST_BLOCK, -(-self.num_bytes // MOST_BLOCKS))
+        return tuple(_packed(self._segments(size), size))
+
+    def _segments(self, size: int) -> Iterator[Segment]:
+        for number, file in enumerate(self.files):
+            if file.format == PARQUET:
+                yield from (Segment(number, group, group + 1) for group in range(file.row_groups))
+            elif file.format == LINES or (file.format == TEXT and self.reading.text_documents == "line"):
+                starts = range(0, file.bytes, size)
+                yield from (Segment(number, start, min(start + size, file.bytes)) for start in starts)
+            else:
+                yield Segment(number, 0, file.bytes)
+
+    def segment_bytes(self, segment: Segment) -> int:
+        """How much of the stored input a segment is, for the progress bar."""
+        file = self.files[segment.file]
+        return file.bytes // max(file.row_groups, 1) if file.format == PARQUET else segment.stop - segment.start
+
+    def describe(self, block: int) -> str:
+        """A block in words."""
+        first, last = self.blocks[block][0], self.blocks[block][-1]
+        path = self.files[first.file].path
+        if len(self.blocks[block]) > 1:
+            return f"files {path} to {self.files[last.file].path}"
+        if self.files[first.file].format == PARQUET:
+            return f"row group {first.start} of {path}"
+        return f"bytes {first.start} to {first.stop} of {path}"
+
+
+def _packed(segments: Iterable[Segment], size: int) -> Iterator[tuple[Segment, ...]]:
+    """Small neighbouring segments share a block."""
+    block: list[Segment] = []
+    room = size
+    for segment in segments:
+        amount = segment.stop - segment.start
+        if block and amount > room:
+            yield tuple(block)
+            block, room = [], size
+        block.append(segment)
+        room -= amount
+    if block:
+        yield tuple(block)
+
+
+def find_inputs(words: Sequence[str]) -> tuple[InputFile, ...]:
+    """The files that paths, globs and folders name, in sorted order word by word."""
+    paths = [path for word in words for path in _expanded(word)]
+    twice = [path for path, times in Counter(paths).items() if times > 1]
+    if twice:
+        raise ConfigError(f"--input names {twice[0]} twice")
+    return tuple(_described(path) for path in paths)
+
+
+def _expanded(word: str) -> list[str]:
+    path = Path(word)
+    if path.is_dir():
+        found = sorted(str(file) for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+    elif path.is_file():
+        found = [word]
+    else:
+        found = sorted(name for name in glob.glob(word, recursive=True) if Path(name).is_file())
+    if not found:
+        raise ConfigError(f"--input {word}: there is no such file", fix="check the path; quote a glob or let it match")
+    return found
+
+
+def format_of(path: str) -> str:
+    """How a file is read, by its name."""
+    return next((kind for ending, kind in _ENDINGS.items() if path.endswith(ending)), TEXT)
+
+
+def _described(path: str) -> InputFile:
+    kind = format_of(path)
+    for ending in (".gz", ".zst", ".xz", ".bz2", ".zip"):
+        if kind == TEXT and path.endswith(ending):
+            raise DataError(
+                f"{path} is compressed in a way that is not read",
+                expected="JSON lines as .jsonl.gz, .json.gz, .jsonl.zst or .json.zst",
+                fix="rename it if it is that, or decompress it",
+            )
+    content = map_file(Path(path))
+    groups = _row_groups(path) if kind == PARQUET else 0
+    return InputFile(path, kind, len(content), _sampled_hash(content), groups)
+
+
+def _sampled_hash(content: np.ndarray[Any, np.dtype[np.uint8]]) -> str:
+    """Identity of a file from its size and 64 windows."""
+    digest = hashlib.sha256(len(content).to_bytes(8, "little"))
+    for number in range(64):
+        start = max(0, len(content) - 1024) * number // 63
+        digest.update(content[start : start + 1024].tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _row_groups(path: str) -> int:
+    parquet = parquet_module()
+    try:
+        return int(parquet.ParquetFile(path).metadata.num_row_groups)
+    except Exception as error:  # pyarrow raises many kinds
+        raise DataError(f"{path} is no readable Parquet file", got=error) from None
+
+
+def parquet_module() -> Any:
+    """pyarrow.parquet, or an error that names the extra."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise EnvironmentProblem("reading Parquet needs pyarrow", fix="pip install 'megatron-retro[formats]'") from None
+    return pyarrow.parquet

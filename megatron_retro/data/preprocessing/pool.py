@@ -1,0 +1,129 @@
+"""Worker processes of this machine: each makes blocks that it claims, and a death is noticed at once.
+
+A worker that dies gives its block up (the claim of a dead process is free) and is replaced; a block that kills three
+workers ends the run with its byte range named. An error that a worker reports ends the run with that error.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from megatron_retro.errors import EnvironmentProblem, MegatronRetroError
+from megatron_retro.runtime.console import warn
+
+MOST_DEATHS_PER_BLOCK = 3
+Send = Callable[[str, Any], None]
+
+
+@dataclass
+class _Member:
+    process: BaseProcess
+    channel: Connection
+    block: int | None = None
+    number: int = 0
+
+
+@dataclass
+class WorkerPool:
+    """Runs `work(number, send)` in processes until each returns.
+
+    `work` sends ("block", n) when it begins a block and ("progress", facts) as it goes.
+    """
+
+    size: int
+    work: Callable[[int, Send], None]
+    on_progress: Callable[[Any], None]
+    describe: Callable[[int], str]
+    _deaths: dict[int | None, int] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Start, watch, replace; returns when all blocks that can be claimed are done."""
+        members = [self._start(number) for number in range(self.size)]
+        try:
+            while members:
+                ready = wait([member.channel for member in members] + [member.process.sentinel for member in members])
+                for member in list(members):
+                    if member.channel in ready or member.process.sentinel in ready:
+                        members.remove(member)
+                        members += self._attend(member)
+        finally:
+            for member in members:
+                member.process.kill()
+                member.process.join()
+
+    def _start(self, number: int) -> _Member:
+        context = multiprocessing.get_context("fork")
+        receiving, sending = context.Pipe(duplex=False)
+        process = context.Process(target=_main, args=(self.work, number, sending), daemon=True)
+        process.start()
+        sending.close()
+        return _Member(process, receiving, number=number)
+
+    def _attend(self, member: _Member) -> list[_Member]:
+        """Read what a worker says; the workers that go on in its place."""
+        try:
+            while member.channel.poll():
+                kind, content = member.channel.recv()
+                if kind == "error":
+                    raise content
+                if kind == "done":
+                    member.process.join()
+                    return []
+                if kind == "block":
+                    member.block = content
+                else:
+                    self.on_progress(content)
+        except EOFError:
+            return [self._replace(member)]
+        return [member]
+
+    def _replace(self, member: _Member) -> _Member:
+        member.process.join()
+        code = member.process.exitcode or 0
+        how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
+        deaths = self._deaths[member.block] = self._deaths.get(member.block, 0) + 1
+        at_work = "before its first block" if member.block is None else "in " + self.describe(member.block)
+        if deaths >= MOST_DEATHS_PER_BLOCK:
+            raise EnvironmentProblem(
+                f"a worker {how} {at_work}, {deaths} times in a row",
+                fix="signal 9 is often the system running out of memory: give fewer --workers or a smaller "
+                "--max-document-bytes, then --resume",
+            )
+        warn(f"worker {member.number} {how} {at_work}; another one does that part again")
+        return self._start(member.number)
+
+
+def _main(work: Callable[[int, Send], None], number: int, channel: Connection) -> None:
+    """The life of a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _die_with_parent()
+
+    def send(kind: str, content: Any) -> None:
+        channel.send((kind, content))
+
+    try:
+        work(number, send)
+        send("done", None)
+    except MegatronRetroError as error:
+        send("error", error)
+    except BrokenPipeError:
+        os._exit(1)
+    except BaseException as error:
+        error.add_note("in a worker process") if hasattr(error, "add_note") else None
+        send("error", error)
+
+
+def _die_with_parent() -> None:
+    """Linux: be killed when the parent is, so that nothing goes on unseen."""
+    import ctypes
+
+    library = ctypes.CDLL(None, use_errno=True)
+    if hasattr(library, "prctl"):
+        library.prctl(1, signal.SIGKILL)

@@ -1,0 +1,229 @@
+"""Records of input segments: raw pieces with their place in the file, in bounded memory, then their text by key.
+
+A record longer than the limit is passed over in pieces and never held; its place and length are what remain of it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_retro.data.preprocessing.plan import GZIP, LINES, PARQUET, TEXT, Plan, Segment, format_of, parquet_module
+from megatron_retro.errors import DataError, EnvironmentProblem
+
+_PIECE = 1 << 20
+Texts = dict[str, list[str]]
+
+
+class Refused(Exception):
+    """A record that cannot be used, and why."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record and where it lies. `content` is bytes, or a Parquet row; None when it is longer than allowed."""
+
+    path: str
+    offset: int
+    length: int
+    content: bytes | dict[str, Any] | None
+    unit: str = "byte"
+
+    @property
+    def place(self) -> str:
+        """In words."""
+        return f"{self.path}, {self.unit} {self.offset}"
+
+
+def read_segment(plan: Plan, segment: Segment) -> Iterator[Record]:
+    """The records that begin in a segment."""
+    file, limit = plan.files[segment.file], plan.reading.max_document_bytes
+    if file.format == PARQUET:
+        yield from _rows(file.path, segment.start, plan.reading.json_keys)
+    elif file.format == LINES or (file.format == TEXT and plan.reading.text_documents == "line"):
+        with open(file.path, "rb", buffering=_PIECE) as stream:
+            yield from _lines_between(stream, file.path, segment.start, segment.stop, limit)
+    elif file.format == TEXT:
+        yield _whole_file(file.path, file.bytes, limit)
+    else:
+        with _decompressed(file.path, file.format) as stream:
+            yield from _guarded(_lines(stream, file.path, 0, limit), file.path)
+
+
+def _lines_between(stream: io.BufferedReader, path: str, start: int, stop: int, limit: int) -> Iterator[Record]:
+    """Lines whose first byte is in [start, stop)."""
+    offset = start
+    if start > 0:
+        stream.seek(start - 1)
+        while True:
+            piece = stream.readline(min(_PIECE, stop - offset + 1))
+            offset = stream.tell()
+            if piece.endswith(b"\n"):
+                break
+            if not piece or offset >= stop:
+                return
+    for record in _lines(stream, path, offset, limit):
+        if record.offset >= stop:
+            return
+        yield record
+
+
+def _lines(stream: io.BufferedReader, path: str, offset: int, limit: int) -> Iterator[Record]:
+    while line := stream.readline(limit + 2):
+        length = len(line)
+        too_long = length > limit and len(line.rstrip(b"\r\n")) > limit
+        if not line.endswith(b"\n") and length == limit + 2:
+            while piece := stream.readline(_PIECE):
+                length += len(piece)
+                if piece.endswith(b"\n"):
+                    break
+        yield Record(path, offset, length, None if too_long else line)
+        offset += length
+
+
+def _whole_file(path: str, size: int, limit: int) -> Record:
+    if size > limit:
+        return Record(path, 0, size, None)
+    with open(path, "rb") as stream:
+        content = stream.read(limit + 1)
+    return Record(path, 0, len(content), content if len(content) <= limit else None)
+
+
+def _rows(path: str, group: int, keys: tuple[str, ...]) -> Iterator[Record]:
+    source = parquet_module().ParquetFile(path)
+    absent = [key for key in keys if key not in source.schema_arrow.names]
+    if absent:
+        raise DataError(f"{path} has no column {absent[0]!r}", expected=", ".join(source.schema_arrow.names))
+    row = sum(source.metadata.row_group(number).num_rows for number in range(group))
+    for batch in source.iter_batches(batch_size=64, row_groups=[group], columns=list(keys), use_threads=False):
+        columns = {name: batch.column(name) for name in keys}
+        for place in range(batch.num_rows):
+            content = {name: column[place].as_py() for name, column in columns.items()}
+            yield Record(path, row, 1, content, unit="row")
+            row += 1
+
+
+def _decompressed(path: str, kind: str) -> io.BufferedReader:
+    if kind == GZIP:
+        return io.BufferedReader(gzip.open(path, "rb"), _PIECE)
+    return io.BufferedReader(_ZstdStream(path), _PIECE)
+
+
+class _ZstdStream(io.RawIOBase):
+    """Frames of a .zst one after another; an unfinished one at the end of the file is an error."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            import zstandard
+        except ImportError:
+            raise EnvironmentProblem(
+                "reading .zst needs zstandard", fix="pip install 'megatron-retro[formats]'"
+            ) from None
+        self._new_frame: Callable[[], Any] = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+        self._error = zstandard.ZstdError
+        self._frame: Any = None
+        self._stream = open(path, "rb")  # noqa: SIM115 - closed by close()
+        self._pending = b""
+        self._compressed = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._pending:
+            if not self._compressed:
+                self._compressed = self._stream.read(1 << 15)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("the last frame is not complete")
+                return 0
+            self._decompress()
+        amount = min(len(buffer), len(self._pending))
+        buffer[:amount] = self._pending[:amount]
+        self._pending = self._pending[amount:]
+        return amount
+
+    def _decompress(self) -> None:
+        if self._frame is None:
+            self._frame = self._new_frame()
+        try:
+            self._pending = self._frame.decompress(self._compressed)
+        except self._error as error:
+            raise EOFError(str(error)) from None
+        self._compressed = b""
+        if self._frame.eof:
+            self._compressed, self._frame = self._frame.unused_data, None
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+def _guarded(records: Iterator[Record], path: str) -> Iterator[Record]:
+    """A compressed file that is cut or damaged ends the run whatever --on-error says."""
+    last = 0
+    try:
+        for record in records:
+            last = record.offset + record.length
+            yield record
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(
+            f"{path} is cut or damaged after {last} decompressed bytes", got=error, fix="fetch or compress it again"
+        ) from None
+
+
+def texts_of(record: Record, plan: Plan) -> Texts | None:
+    """The texts of a record by key (a list of them when the field is a list); None for a blank line."""
+    reading = plan.reading
+    if record.content is None:
+        raise Refused(f"{record.length} bytes, more than --max-document-bytes {reading.max_document_bytes}")
+    if isinstance(record.content, dict):
+        return {key: _checked(record.content[key], key, reading.max_document_bytes) for key in reading.json_keys}
+    try:
+        text = record.content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Refused(f"invalid UTF-8 at byte {record.offset + error.start}") from None
+    if _is_plain(record.path) and reading.text_documents == "file":
+        return {key: [text] for key in reading.json_keys}
+    if not text.strip():
+        return None
+    if _is_plain(record.path):
+        return {key: [text.rstrip("\r\n")] for key in reading.json_keys}
+    return _fields(text, reading.json_keys, reading.max_document_bytes)
+
+
+def _is_plain(path: str) -> bool:
+    return format_of(path) == TEXT
+
+
+def _fields(text: str, keys: tuple[str, ...], limit: int) -> Texts:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"malformed JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise Refused(f"a JSON {type(value).__name__} where an object is expected")
+    missing = [key for key in keys if key not in value]
+    if missing:
+        raise Refused(f"no key {missing[0]!r} (there are {', '.join(list(value)[:8])})")
+    return {key: _checked(value[key], key, limit) for key in keys}
+
+
+def _checked(value: Any, key: str, limit: int) -> list[str]:
+    parts: list[str] = value if isinstance(value, list) else [value]
+    for part in parts:
+        if not isinstance(part, str):
+            raise Refused(f"{key!r} is {'null' if part is None else type(part).__name__}, not text")
+        if len(part) > limit:
+            raise Refused(f"{key!r} has {len(part)} characters, more than --max-document-bytes {limit}")
+        if not part.isascii():
+            try:
+                part.encode("utf-8")
+            except UnicodeEncodeError:
+                raise Refused(f"{key!r} holds half a surrogate pair") from None
+    return parts

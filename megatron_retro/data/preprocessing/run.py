@@ -1,0 +1,232 @@
+"""A preprocessing run from settings to finished token files, alone or as one of many workers on a shared directory.
+
+The work directory `PREFIX.unfinished` holds the plan, claims and finished pieces; it is what --resume goes on from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_retro.artifacts.claims import BlockClaims
+from megatron_retro.artifacts.files import write_file
+from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.config.preprocess import InputConfig, PreprocessConfig
+from megatron_retro.data.preprocessing.assembly import Output, assemble, is_finished
+from megatron_retro.data.preprocessing.blocks import BlockCounts, BlockMaker, read_counts
+from megatron_retro.data.preprocessing.encoding import build_encoder
+from megatron_retro.data.preprocessing.plan import Plan, Reading, find_inputs
+from megatron_retro.data.preprocessing.pool import Send, WorkerPool
+from megatron_retro.data.token_file import bin_path, idx_path
+from megatron_retro.data.token_index import token_dtype
+from megatron_retro.data.token_writer import verify_token_file
+from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.runtime.console import Progress, readable_bytes, say, warn
+from megatron_retro.runtime.workers import Worker
+
+CLAIM_SECONDS = 4.0
+_FINISH = "finish"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: what is read, what is written, where unfinished work lies."""
+
+    plan: Plan
+    output: Output
+    tokenizer: Tokenizer
+    worker: Worker
+
+    @property
+    def directory(self) -> Path:
+        """Unfinished work."""
+        return Path(self.output.prefix + ".unfinished")
+
+    def is_done(self, block: str) -> bool:
+        """Whether a block's pieces, or the whole output, are in place."""
+        return read_counts(self.directory, int(block)) is not None or is_finished(self.plan, self.output)
+
+    def remaining(self) -> list[int]:
+        """Blocks still to make."""
+        return [block for block in range(len(self.plan.blocks)) if read_counts(self.directory, block) is None]
+
+    def claims(self, number: int, workers: int, *, wait: bool) -> Iterator[int]:
+        """Blocks to make, under claims; worker `number` of this machine begins at its own place."""
+        total = len(self.plan.blocks)
+        start = total * (self.worker.index * workers + number) // (self.worker.count * workers)
+        order = [f"{block % total:06d}" for block in range(start, start + total)]
+        claims = BlockClaims(self.directory / "claims", order, self.is_done, CLAIM_SECONDS, wait=wait)
+        return (int(block) for block in claims)
+
+    def maker(self) -> BlockMaker:
+        """Makes blocks in this process."""
+        encoder = build_encoder(self.tokenizer, np.dtype(self.plan.dtype))
+        return BlockMaker(self.plan, self.directory, encoder, self.tokenizer.eod)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run made."""
+
+    documents: int
+    tokens: int
+    refused: int
+    blank: int
+
+
+def preprocess(
+    inputs: InputConfig,
+    config: PreprocessConfig,
+    tokenizer_config: TokenizerConfig,
+    worker: Worker,
+    *,
+    log_interval: int | None = None,
+) -> None:
+    """Make the token files that the settings name."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    run = plan_run(inputs, config, tokenizer_config, worker)
+    if is_finished(run.plan, run.output) and (config.resume or worker.count > 1):
+        say(f"{run.output.prefix}: finished before, nothing to do")
+        return
+    _enter(run, resume=config.resume)
+    _make_blocks(run, config.workers or os.cpu_count() or 1, log_interval)
+    summary = _finish(run)
+    if config.verify:
+        verify(run)
+    _tell(run, summary)
+
+
+def plan_run(inputs: InputConfig, config: PreprocessConfig, tokenizer_config: TokenizerConfig, worker: Worker) -> Run:
+    """Check the settings and lay out the work; reads sizes and samples of the input, nothing else."""
+    if inputs.input is None or config.output_prefix is None:
+        raise ConfigError("--input and --output-prefix are needed", got=f"{inputs.input} and {config.output_prefix}")
+    if len(set(inputs.json_keys)) < len(inputs.json_keys):
+        raise ConfigError("--json-keys names a key twice", got=" ".join(inputs.json_keys))
+    tokenizer = build_tokenizer(tokenizer_config)
+    reading = Reading(inputs.json_keys, inputs.text_documents, inputs.max_document_bytes, inputs.on_error)
+    dtype = token_dtype(tokenizer.vocab_size)
+    plan = Plan(find_inputs(inputs.input), reading, config.append_eod, tokenizer.fingerprint, str(dtype))
+    facts: dict[str, Any] = {
+        "tokenizer_type": tokenizer_config.tokenizer_type,
+        "vocab_size": tokenizer.vocab_size,
+        "eod": tokenizer.eod,
+    }
+    output = Output(config.output_prefix, config.shards, config.shuffle_documents, facts)
+    return Run(plan, output, tokenizer, worker)
+
+
+def _enter(run: Run, *, resume: bool) -> None:
+    """Open the work directory, or say why not."""
+    for _, _, target in run.output.targets(run.plan):
+        for path in (bin_path(target), idx_path(target)):
+            if path.exists() and not (resume or run.worker.count > 1):
+                raise ArtifactError(
+                    f"{path} exists already", fix="remove it, give another --output-prefix, or --resume what began it"
+                )
+    plan_file = run.directory / "plan.json"
+    if plan_file.exists():
+        found = json.loads(plan_file.read_text())["fingerprint"]
+        if found != run.plan.fingerprint:
+            raise ArtifactError(
+                f"{run.directory} holds unfinished work of another run",
+                got=found[:16],
+                expected=run.plan.fingerprint[:16],
+                fix="finish that run with its own settings, or remove the directory",
+            )
+        if not resume and run.worker.count == 1:
+            raise ArtifactError(
+                f"{run.directory} holds unfinished work of this same run", fix="--resume goes on; or remove it"
+            )
+    write_file(plan_file, json.dumps({"fingerprint": run.plan.fingerprint, **asdict(run.plan)}, indent=1))
+
+
+def _make_blocks(run: Run, workers: int, log_interval: int | None) -> None:
+    left = run.remaining()
+    total = sum(run.plan.segment_bytes(segment) for block in left for segment in run.plan.blocks[block])
+    with Progress("preprocess", total, "B") as progress:
+        log = _Log(progress, log_interval)
+        workers = max(1, min(workers, len(left)))
+        if workers == 1:
+            _make_here(run, log)
+            return
+        pool = WorkerPool(workers, lambda number, send: _work(run, number, workers, send), log, run.plan.describe)
+        pool.run()
+        _make_here(run, log)
+
+
+class _Log:
+    """Adds up what workers report."""
+
+    def __init__(self, progress: Progress, log_interval: int | None) -> None:
+        self._progress, self._interval = progress, log_interval
+        self._documents = self._tokens = 0
+
+    def __call__(self, facts: tuple[int, int, int]) -> None:
+        stored, documents, tokens = facts
+        before = self._documents
+        self._documents, self._tokens = before + documents, self._tokens + tokens
+        self._progress.advance(stored, f"{self._documents} documents, {self._tokens} tokens")
+        if self._interval and self._documents // self._interval > before // self._interval:
+            say(f"{self._documents} documents, {self._tokens} tokens, {self._progress.facts()}")
+
+
+def _work(run: Run, number: int, workers: int, send: Send) -> None:
+    """A worker process: blocks that nobody else has."""
+    maker = run.maker()
+    for block in run.claims(number, workers, wait=False):
+        send("block", block)
+        maker.make(block, lambda *facts: send("progress", facts))
+
+
+def _make_here(run: Run, log: _Log) -> None:
+    """In this process, all that is left; waits for blocks that other machines hold."""
+    if not run.remaining():
+        return
+    maker = run.maker()
+    for block in run.claims(0, 1, wait=True):
+        maker.make(block, lambda *facts: log(facts))
+
+
+def _finish(run: Run) -> Summary | None:
+    """Put the pieces together, in one worker; the others wait for it. None where another one did it."""
+    claims = BlockClaims(
+        run.directory / "claims", [_FINISH], lambda _: is_finished(run.plan, run.output), CLAIM_SECONDS
+    )
+    summary = None
+    for _ in claims:
+        counts = [read_counts(run.directory, block) or BlockCounts() for block in range(len(run.plan.blocks))]
+        summary = Summary(*(sum(getattr(c, name) for c in counts) for name in Summary.__dataclass_fields__))
+        assemble(run.plan, run.directory, run.output)
+    shutil.rmtree(run.directory, ignore_errors=True)
+    return summary
+
+
+def verify(run: Run) -> None:
+    """Read the finished files again; any fault is an error."""
+    for _, _, target in run.output.targets(run.plan):
+        problems = verify_token_file(target, run.tokenizer.vocab_size)
+        if problems:
+            raise ArtifactError(f"{target} is not what was written:\n  " + "\n  ".join(problems))
+        say(f"{target}: verified")
+
+
+def _tell(run: Run, summary: Summary | None) -> None:
+    if summary is None:
+        say(f"{run.output.prefix}: finished by another worker")
+        return
+    say(
+        f"{summary.documents} documents, {summary.tokens} tokens from {readable_bytes(run.plan.num_bytes)}"
+        + (f"; {summary.blank} blank lines" if summary.blank else "")
+    )
+    if summary.refused:
+        warn(f"{summary.refused} records were refused; see {run.output.prefix}.refused.txt and .refused.jsonl")
+    for _, _, target in run.output.targets(run.plan):
+        say(f"wrote {target}.bin and .idx")

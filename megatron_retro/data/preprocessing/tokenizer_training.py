@@ -1,0 +1,103 @@
+"""A sentencepiece model from a sample spread over the input.
+
+Every block gives its first records until its share of the sample is full, so the same input gives the same sample.
+Bytes stand in for characters that are not in the vocabulary, so nothing is ever unknown.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+from megatron_retro.artifacts.files import write_file
+from megatron_retro.config.preprocess import InputConfig, TrainTokenizerConfig
+from megatron_retro.data.preprocessing.plan import Plan, Reading, find_inputs
+from megatron_retro.data.preprocessing.records import Refused, read_segment, texts_of
+from megatron_retro.errors import ConfigError, DataError
+from megatron_retro.runtime.console import readable_bytes, say
+
+_LONGEST_SENTENCE = 4000
+
+
+def train_tokenizer(inputs: InputConfig, config: TrainTokenizerConfig) -> None:
+    """Write `PREFIX.model` and `PREFIX.vocab`."""
+    from pathlib import Path
+
+    if inputs.input is None or config.tokenizer_output is None:
+        raise ConfigError("--input and --tokenizer-output are needed")
+    reading = Reading(inputs.json_keys, inputs.text_documents, inputs.max_document_bytes, inputs.on_error)
+    plan = Plan(find_inputs(inputs.input), reading, False, "", "int32")
+    model = _train(sampled_lines(plan, config.tokenizer_sample_bytes), config)
+    write_file(Path(f"{config.tokenizer_output}.model"), model)
+    write_file(Path(f"{config.tokenizer_output}.vocab"), _vocabulary(model))
+    say(f"wrote {config.tokenizer_output}.model and .vocab ({readable_bytes(plan.num_bytes)} of input)")
+
+
+def _train(lines: Iterator[str], config: TrainTokenizerConfig) -> bytes:
+    from sentencepiece import SentencePieceTrainer
+
+    written = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=written,
+            vocab_size=config.tokenizer_vocab_size,
+            model_type=config.tokenizer_algorithm,
+            byte_fallback=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=config.tokenizer_threads,
+            max_sentence_length=4 * _LONGEST_SENTENCE,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise DataError(
+            "sentencepiece cannot train a model on this text",
+            got=str(error).strip().splitlines()[-1],
+            fix="give more text or a smaller --tokenizer-vocab-size",
+        ) from None
+    return written.getvalue()
+
+
+def sampled_lines(plan: Plan, sample_bytes: int) -> Iterator[str]:
+    """Lines of the sample; long ones are cut, since sentencepiece drops them."""
+    share = max(1, sample_bytes // max(len(plan.blocks), 1))
+    for block in plan.blocks:
+        left = share
+        for segment in block:
+            for record in read_segment(plan, segment):
+                if left <= 0:
+                    break
+                try:
+                    texts = texts_of(record, plan) or {}
+                except Refused as reason:
+                    if plan.reading.on_error == "stop":
+                        raise DataError(f"{record.place}: {reason}") from None
+                    continue
+                for line in _lines(texts):
+                    left -= len(line)
+                    yield line
+
+
+def _lines(texts: dict[str, list[str]]) -> Iterator[str]:
+    for parts in texts.values():
+        for text in parts:
+            for line in text.splitlines():
+                for start in range(0, len(line), _LONGEST_SENTENCE):
+                    yield line[start : start + _LONGEST_SENTENCE]
+
+
+def _vocabulary(model: bytes) -> str:
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor()
+    processor.LoadFromSerializedProto(model)
+    rows = range(processor.vocab_size())
+    return "".join(f"{processor.id_to_piece(row)}\t{processor.get_score(row):g}\n" for row in rows)
