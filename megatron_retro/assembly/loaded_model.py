@@ -1,0 +1,104 @@
+"""A trained model to use, from its checkpoint alone: weights, shape and tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_retro.assembly.run_parts import VOCABULARY_PARAMETERS
+from megatron_retro.checkpoint.live_state import model_tensors, padded_rows
+from megatron_retro.checkpoint.loading import Checkpoint, load_tensors, open_checkpoint
+from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.settings import Settings, build_settings, section_name, specs_by_name
+from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_retro.errors import ArtifactError, EnvironmentProblem
+from megatron_retro.model.retro import Retro
+
+_SECTIONS = (ModelConfig, RetroConfig, TokenizerConfig)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode with what belongs to it. `fingerprint` identifies the weights."""
+
+    module: Retro
+    tokenizer: Tokenizer
+    settings: Settings
+    path: Path
+    fingerprint: str
+
+    @property
+    def retro(self) -> RetroConfig:
+        """Retrieval in the model."""
+        return self.settings[RetroConfig]
+
+
+def load_model(
+    path: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    tokenizer: TokenizerConfig | None = None,
+) -> LoadedModel:
+    """Load a checkpoint for use. `tokenizer` replaces the one that it was trained with, if its files moved."""
+    checkpoint = open_checkpoint(path)
+    settings = stored_settings(checkpoint)
+    built = build_tokenizer(tokenizer or settings[TokenizerConfig])
+    _require_tokenizer(checkpoint, built)
+    place = chosen_device(device)
+    module = Retro(settings[ModelConfig], settings[RetroConfig])
+    tensors = model_tensors(module)
+    vocab_size = settings[ModelConfig].vocab_size or 0
+    load_tensors(checkpoint, tensors, padded_rows(tensors, dict.fromkeys(VOCABULARY_PARAMETERS, vocab_size)))
+    module = module.to(place, chosen_dtype(dtype, place)).eval().requires_grad_(False)
+    return LoadedModel(module, built, settings, checkpoint.path, checkpoint.manifest.fingerprint)
+
+
+def stored_settings(checkpoint: Checkpoint) -> Settings:
+    """The sections that make the model, as they were when it was trained."""
+    values: dict[str, Any] = {}
+    known = specs_by_name(_SECTIONS)
+    for section in _SECTIONS:
+        stored: Mapping[str, Any] = checkpoint.manifest.config.get(section_name(section), {})
+        unknown = [name for name in stored if name not in known]
+        if unknown:
+            raise ArtifactError(
+                f"{checkpoint.path} has settings that this version does not know",
+                got=", ".join(unknown),
+                fix="use the version of megatron_retro that wrote it",
+            )
+        values.update({name: value for name, value in stored.items() if value is not None})
+    return build_settings(_SECTIONS, values, {})
+
+
+def chosen_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentProblem("there is no usable GPU", got="--device cuda", fix="use --device cpu or auto")
+    return torch.device(name)
+
+
+def chosen_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and float32 elsewhere."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def _require_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    stored = checkpoint.manifest.inputs.get("tokenizer")
+    if stored is not None and stored != tokenizer.fingerprint:
+        raise ArtifactError(
+            f"{checkpoint.path} was trained with another tokenizer",
+            got=tokenizer.fingerprint,
+            expected=stored,
+            fix="give --tokenizer-type and --tokenizer-model of the training run",
+        )

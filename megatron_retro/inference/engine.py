@@ -1,0 +1,223 @@
+"""Continuous batching: texts join and leave a running batch, and each step feeds one token of every one.
+
+A prompt's tokens but the last go into a cache of their own, a piece at a time between the steps of the others; then
+its row moves into the batch's cache, whose rows double and halve with the need. Feeding a text's newest token is one
+case for prompts and answers alike: if the token ends a chunk, neighbours of that chunk are found first, because this
+very token is the first that may read them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_retro.data.tokenizers import Tokenizer
+from megatron_retro.errors import ConfigError, DataError
+from megatron_retro.inference.forward import Forward
+from megatron_retro.inference.generation import Generation, GenerationRequest, Reading
+from megatron_retro.inference.neighbor_sources import Found, NeighborSource
+from megatron_retro.model.cache import Cache
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """Sizes of the engine."""
+
+    max_batch_size: int = 8
+    max_sequence_length: int = 2048
+    prefill_tokens: int = 512
+
+
+@dataclass
+class _Prefill:
+    """A prompt on its way into its cache."""
+
+    generation: Generation
+    cache: Cache
+    found: list[Found]
+
+
+class Engine:
+    """Generates texts. Not thread-safe: one thread submits, cancels and steps."""
+
+    def __init__(self, forward: Forward, tokenizer: Tokenizer, limits: EngineLimits | None = None) -> None:
+        self.forward, self.tokenizer = forward, tokenizer
+        self.limits = limits or EngineLimits()
+        self._waiting: deque[Generation] = deque()
+        self._prefill: _Prefill | None = None
+        self._rows: list[Generation | None] = []
+        self._cache: Cache | None = None
+
+    @property
+    def num_active(self) -> int:
+        """Texts in the batch, or on their way into it."""
+        return sum(row is not None for row in self._rows) + (self._prefill is not None)
+
+    @property
+    def num_waiting(self) -> int:
+        """Texts that no work was done for yet."""
+        return len(self._waiting)
+
+    def submit(self, request: GenerationRequest, listener: Callable[[str], None] | None = None) -> Generation:
+        """Queue a request; refused if it can never fit."""
+        check_request(request, self.limits, self.forward)
+        generation = Generation(request, self.tokenizer.decode, listener)
+        self._waiting.append(generation)
+        return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """Stop a text; its place is free at the next step."""
+        generation.finish("cancelled")
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
+        """Submit, run to the end, return in order."""
+        generations = [self.submit(request) for request in requests]
+        while self.step():
+            pass
+        return generations
+
+    def step(self) -> bool:
+        """One piece of a prompt and one token of every text; False when there was nothing to do."""
+        self._waiting = deque(one for one in self._waiting if not one.finished)
+        self._drop_finished()
+        if self._prefill is None and self._waiting and self.num_active < self.limits.max_batch_size:
+            self._start_prefill(self._waiting.popleft())
+        if self._prefill is not None:
+            self._advance_prefill(self._prefill)
+        if any(row is not None for row in self._rows):
+            self._decode()
+        return bool(self.num_active or self._waiting)
+
+    def _start_prefill(self, generation: Generation) -> None:
+        request = generation.request
+        length = len(request.prompt) + request.max_new_tokens
+        size = self.forward.chunk_length
+        whole = (len(request.prompt) - 1) // size
+        spans = [(number * size, (number + 1) * size) for number in range(whole)]
+        self._prefill = _Prefill(generation, self.forward.new_cache(1, length), self._find(generation, spans))
+
+    def _find(self, generation: Generation, spans: Sequence[tuple[int, int]]) -> list[Found]:
+        """Neighbours of these spans of a text, remembered with it; none when it reads none."""
+        source = generation.request.source
+        if source is None or not spans or not self.forward.reads_neighbors:
+            return []
+        found = source.find([generation.tokens[start:stop] for start, stop in spans])
+        for (start, stop), one in zip(spans, found, strict=True):
+            generation.readings.append(Reading(start, stop, one))
+        return found
+
+    def _advance_prefill(self, prefill: _Prefill) -> None:
+        generation, cache = prefill.generation, prefill.cache
+        if generation.finished:
+            self._prefill = None
+            return
+        start, end = cache.lengths[0], len(generation.request.prompt) - 1
+        if start < end:
+            stop = min(start + self.limits.prefill_tokens, end)
+            size = self.forward.chunk_length
+            self.forward.fill([generation.tokens[start:stop]], [prefill.found[start // size : stop // size]], cache)
+        if cache.lengths[0] == end:
+            self._join(generation, cache)
+            self._prefill = None
+
+    def _join(self, generation: Generation, cache: Cache) -> None:
+        """Move a filled row into the batch."""
+        need = len(generation.request.prompt) + generation.request.max_new_tokens
+        if self._cache is None:
+            self._rows, self._cache = [None], self.forward.new_cache(1, need)
+        size = len(self._rows) if None in self._rows else 2 * len(self._rows)
+        if size > len(self._rows) or need > self._cache.capacity:
+            self._resize(min(size, self.limits.max_batch_size), max(need, self._cache.capacity))
+        row = self._rows.index(None)
+        self._rows[row] = generation
+        self._cache.adopt(row, cache)
+
+    def _resize(self, size: int, capacity: int) -> None:
+        if self._cache is None:
+            return
+        kept: list[int | None] = [row for row, one in enumerate(self._rows) if one is not None]
+        sources = kept + [None] * (size - len(kept))
+        self._cache.resize(sources, capacity)
+        self._rows = [None if source is None else self._rows[source] for source in sources]
+
+    def _drop_finished(self) -> None:
+        self._rows = [None if row is not None and row.finished else row for row in self._rows]
+        active = sum(row is not None for row in self._rows)
+        if active == 0:
+            self._rows, self._cache = [], None
+        elif active <= len(self._rows) // 2 and not self._waiting and self._prefill is None and self._cache is not None:
+            self._resize(max(active, len(self._rows) // 2), self._cache.capacity)
+
+    def _decode(self) -> None:
+        cache = self._cache
+        if cache is None:
+            return
+        for row, generation in enumerate(self._rows):
+            if generation is None:
+                cache.lengths[row] = cache.offsets[row] = 0
+        found = self._found_of_rows(cache)
+        tokens = [0 if one is None else one.tokens[cache.lengths[row]] for row, one in enumerate(self._rows)]
+        logits_BV = self.forward.next_logits(tokens, found, cache)
+        limit = min(self.forward.vocab_size, self.tokenizer.vocab_size)
+        for row, generation in enumerate(self._rows):
+            if generation is not None:
+                generation.choose(logits_BV[row, :limit], self.tokenizer.eod)
+
+    def _found_of_rows(self, cache: Cache) -> list[Found | None]:
+        """What the rows read whose next token ends a chunk; one search per source."""
+        found: list[Found | None] = [None] * len(self._rows)
+        by_source: dict[int, tuple[NeighborSource, list[int]]] = {}
+        for row, generation in enumerate(self._rows):
+            if generation is not None and generation.request.source is not None and self._ends_chunk(row, cache):
+                source = generation.request.source
+                by_source.setdefault(id(source), (source, []))[1].append(row)
+        if not self.forward.reads_neighbors:
+            return found
+        for source, rows in by_source.values():
+            spans = [(cache.lengths[row] + 1 - cache.chunk_length, cache.lengths[row] + 1) for row in rows]
+            owners = [generation for row in rows if (generation := self._rows[row]) is not None]
+            queries = [one.tokens[start:stop] for one, (start, stop) in zip(owners, spans, strict=True)]
+            for row, one, span, answer in zip(rows, owners, spans, source.find(queries), strict=True):
+                one.readings.append(Reading(*span, answer))
+                found[row] = answer
+        return found
+
+    def _ends_chunk(self, row: int, cache: Cache) -> bool:
+        """Whether the next token of a row ends a chunk: on its grid, or because the retrieval step is over."""
+        generation = self._rows[row]
+        slot = cache.lengths[row]
+        if generation is None:
+            return False
+        step = generation.request.retrieval_step
+        since_prompt = slot + 1 - len(generation.request.prompt)
+        if step is not None and since_prompt % step == 0 and slot + 1 >= cache.chunk_length:
+            cache.end_chunk_at(row, slot)
+        return (slot + 1 + cache.offsets[row]) % cache.chunk_length == 0
+
+
+def check_request(request: GenerationRequest, limits: EngineLimits, forward: Forward) -> None:
+    """Refuse what cannot be generated."""
+    total = len(request.prompt) + request.max_new_tokens
+    if not request.prompt:
+        raise DataError("the prompt is empty", fix="give at least one token")
+    if request.max_new_tokens < 1:
+        raise ConfigError("no token to generate", got=request.max_new_tokens, expected="at least 1")
+    if total > limits.max_sequence_length:
+        raise DataError(
+            "prompt and answer are too long",
+            got=f"{len(request.prompt)} + {request.max_new_tokens} = {total} tokens",
+            expected=f"at most {limits.max_sequence_length} together",
+            fix="shorten the prompt, ask for fewer tokens, or raise --max-sequence-length",
+        )
+    highest = max(request.prompt)
+    if highest >= forward.vocab_size or min(request.prompt) < 0:
+        raise DataError(
+            "the prompt holds a token that the model does not know",
+            got=highest,
+            expected=f"0 to {forward.vocab_size - 1}",
+            fix="use the tokenizer that the model was trained with",
+        )
+    step = request.retrieval_step
+    if step is not None and not 1 <= step <= forward.chunk_length:
+        raise ConfigError("no such retrieval step", got=step, expected=f"1 to the chunk length {forward.chunk_length}")
