@@ -114,8 +114,10 @@ class RunCheckpoints:
             },
         )
 
-    def resume(self, report: Callable[[str, dict[str, Any]], None]) -> bool:
+    def resume(self, report: Callable[[str, dict[str, Any]], None], *, retrofit: bool = False) -> bool:
         """Take up the newest intact checkpoint of this run, else what --load names; False for a fresh start.
+
+        With `retrofit`, --load names a GPT whose decoder is taken over while the rest stays fresh.
 
         A checkpoint of this run that is damaged is set aside, loudly, and the one before it is taken: nobody is there
         to ask when a cluster restarts a job. One that --load names is refused instead.
@@ -132,8 +134,18 @@ class RunCheckpoints:
                 report("damaged checkpoint", {"path": str(found), "reason": error.what})
         if self._config.load is None:
             return False
-        self._restore(open_checkpoint(Path(self._config.load)), finetune=self._config.finetune)
+        source = open_checkpoint(Path(self._config.load))
+        if retrofit:
+            self._take_decoder(source)
+            return False
+        self._restore(source, finetune=self._config.finetune)
         return not self._config.finetune
+
+    def _take_decoder(self, source: Checkpoint) -> None:
+        """Every parameter that the GPT has; `assembly.retrofitting` has checked that it has the whole decoder."""
+        known = {name: tensor for name, tensor in self._tensors.items() if name in source.index.sizes}
+        decoder = {name: tensor for name, tensor in known.items() if name.startswith(MODEL)}
+        load_tensors(source, decoder, self._true_rows, self._group)
 
     def _newest(self, run: Path) -> Path | None:
         found = [complete_checkpoints(run)[-1:]] if self._rank == 0 else [None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_retro.artifacts.files import write_file
+from megatron_retro.assembly.retrofitting import collapsed, inherited_settings, retrofit_plan
 from megatron_retro.assembly.run_parts import RunParts, build_run_parts
 from megatron_retro.checkpoint.directory import clear_unfinished
+from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.checkpoint.run_lock import run_lock
 from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.data import DataConfig
@@ -22,8 +24,9 @@ from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.toml_files import render_toml
 from megatron_retro.config.training import TrainingConfig
-from megatron_retro.errors import Requeue
+from megatron_retro.errors import ConfigError, Requeue
 from megatron_retro.model.costs import model_costs
+from megatron_retro.runtime.console import render_table, say
 from megatron_retro.runtime.launch import Launch, find_launch
 from megatron_retro.runtime.process_group import process_group
 from megatron_retro.runtime.signals import StopRequests
@@ -46,18 +49,41 @@ EVENTS = "events.jsonl"
 CONFIG = "config.toml"
 
 
-def pretrain(settings: Settings) -> None:
-    """Train; raises `Requeue` when the run stopped before its end with its state saved."""
+def pretrain(settings: Settings, *, retrofit: bool = False) -> None:
+    """Train; raises `Requeue` when the run stopped before its end with its state saved.
+
+    With `retrofit` the run starts from a GPT's decoder, whose shape and tokenizer it takes over.
+    """
     launch = find_launch()
+    if retrofit:
+        settings = _retrofit_settings(settings, say if launch.rank == 0 else None)
     stops = _stop_requests(settings)
     listening = stops.listening() if settings[TrainingConfig].exit_signal_handler else nullcontext()
     minutes = settings[ParallelConfig].distributed_timeout_minutes
     with listening, process_group(launch, timeout_minutes=minutes) as device, _owned_run(settings, launch):
-        outcome = train(settings, launch, device, stops)
+        outcome = train(settings, launch, device, stops, retrofit=retrofit)
     finish(settings, outcome)
 
 
-def train(settings: Settings, launch: Launch, device: torch.device, stops: StopRequests) -> Outcome:
+def _retrofit_settings(settings: Settings, tell: Callable[[str], None] | None) -> Settings:
+    """The new model's settings; the plan is told before anything is built."""
+    source = settings[CheckpointConfig].load
+    if source is None:
+        raise ConfigError("retrofit starts from a model", fix="give --load, the directory of a GPT's run")
+    checkpoint = open_checkpoint(Path(source))
+    settings = inherited_settings(settings, checkpoint)
+    rows = [
+        (row.parameter, "x".join(map(str, row.shape)) or "1", row.source, "yes" if row.trains else "no")
+        for row in collapsed(retrofit_plan(settings, checkpoint))
+    ]
+    if tell is not None:
+        tell(render_table(("parameter", "shape", "source", "trains?"), rows))
+    return settings
+
+
+def train(
+    settings: Settings, launch: Launch, device: torch.device, stops: StopRequests, *, retrofit: bool = False
+) -> Outcome:
     """Build and run inside an open process group."""
     parts = build_run_parts(settings, device, launch.world_size)
     control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
@@ -65,7 +91,7 @@ def train(settings: Settings, launch: Launch, device: torch.device, stops: StopR
     checkpoints = RunCheckpoints(parts, state, saving, launch.rank)
     observer = Observers(build_observers(parts, launch))
     try:
-        checkpoints.resume(observer.happened)
+        checkpoints.resume(observer.happened, retrofit=retrofit)
         evaluator = Evaluator(parts, control) if parts.validation is not None else None
         trainer = Trainer(parts, run_facts(parts, launch), state, checkpoints, evaluator, observer, stops, control)
         return trainer.run()

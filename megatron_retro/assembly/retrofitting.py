@@ -1,0 +1,109 @@
+"""From a pretrained GPT to a Retro: which settings it brings, which weights, and what is made fresh.
+
+The decoder's weights come from the GPT's checkpoint. The neighbour encoder, cross-attention and its norms and gates are
+fresh, with values that depend on the seed and the name alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from megatron_retro.checkpoint.live_state import MODEL
+from megatron_retro.checkpoint.loading import Checkpoint
+from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.config.fields import field_specs
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings, section_name
+from megatron_retro.config.training import TrainingConfig
+from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.model.retro import Retro
+from megatron_retro.optim.groups import part_of
+
+_INHERITED = (ModelConfig, TokenizerConfig)
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One parameter (or the same one of several layers) of the retro-fitted model."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    source: str
+    trains: bool
+
+
+def inherited_settings(settings: Settings, checkpoint: Checkpoint) -> Settings:
+    """Settings with the decoder's shape and the tokenizer of the GPT; what the user set otherwise is refused."""
+    changes: dict[str, object] = {"retro_add_retriever": True}
+    wrong = []
+    for section in _INHERITED:
+        stored = checkpoint.manifest.config.get(section_name(section), {})
+        for spec in field_specs(section):
+            if spec.name not in stored:
+                continue
+            value = spec.converted(stored[spec.name])
+            mine = getattr(settings[section], spec.name)
+            if settings.origin(spec.name) == DEFAULT_ORIGIN:
+                changes[spec.name] = value
+            elif mine != value and section is ModelConfig and "dropout" not in spec.name:
+                wrong.append(f"{spec.flag}: {value!r} there, {mine!r} here")
+    if wrong:
+        raise ConfigError(
+            f"the model under {checkpoint.path} has another shape than was asked for",
+            got="; ".join(wrong),
+            fix="leave the decoder's settings out: retrofit takes them from the checkpoint",
+        )
+    return settings.replace(**changes)
+
+
+def retrofit_plan(settings: Settings, checkpoint: Checkpoint) -> list[PlanRow]:
+    """Where each parameter of the new model comes from, and whether it will change."""
+    with torch.device("meta"):
+        model = Retro(settings[ModelConfig], settings[RetroConfig])
+    frozen = settings[TrainingConfig].freeze_decoder
+    rows = []
+    for name, parameter in model.named_parameters():
+        from_gpt = MODEL + name in checkpoint.index.sizes
+        trains = not (frozen and part_of(name) == "decoder")
+        rows.append(PlanRow(name, tuple(parameter.shape), "checkpoint" if from_gpt else "fresh", trains))
+    lost = [row.parameter for row in rows if row.source == "fresh" and part_of(row.parameter) == "decoder"]
+    if lost:
+        raise ArtifactError(
+            f"{checkpoint.path} does not hold the whole decoder", got=", ".join(lost[:5]), fix="give a GPT's checkpoint"
+        )
+    return rows
+
+
+def collapsed(rows: list[PlanRow]) -> list[PlanRow]:
+    """The plan with the layers of one kind in one row: `layers.{0-5}.mlp.up.weight`."""
+
+    def kind(row: PlanRow) -> tuple[str, tuple[int, ...], str, bool]:
+        return re.sub(r"\.\d+\.", ".*.", row.parameter), row.shape, row.source, row.trains
+
+    order = {kind(row): number for number, row in reversed(list(enumerate(rows)))}
+    result = []
+    for _, group in groupby(sorted(rows, key=lambda row: order[kind(row)]), key=kind):
+        members = list(group)
+        numbers = [int(found[1]) for row in members if (found := re.search(r"\.(\d+)\.", row.parameter))]
+        name = members[0].parameter
+        if len(members) > 1:
+            name = re.sub(r"\.\d+\.", f".{{{_spans(numbers)}}}.", name, count=1)
+        result.append(dataclasses.replace(members[0], parameter=name))
+    return result
+
+
+def _spans(numbers: list[int]) -> str:
+    """`[0, 1, 2, 5]` -> `0-2,5`."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
