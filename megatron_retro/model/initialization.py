@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.retro import RetroConfig
+
+_BLOCK = 1 << 24
+_VECTOR = 16  # torch draws normal numbers sixteen at a time, so blocks of that give the same stream as the whole
 
 
 def initialize(module: nn.Module, model: ModelConfig, retro: RetroConfig, seed: int) -> None:
@@ -23,12 +27,26 @@ def initial_value(
     name: str, shape: torch.Size | tuple[int, ...], model: ModelConfig, retro: RetroConfig, seed: int
 ) -> Tensor:
     """The whole tensor of a parameter, float32 on the CPU."""
+    blocks = [block for _, block in initial_blocks(name, shape, model, retro, seed)]
+    return torch.cat(blocks).view(shape)
+
+
+def initial_blocks(
+    name: str, shape: torch.Size | tuple[int, ...], model: ModelConfig, retro: RetroConfig, seed: int
+) -> Iterator[tuple[int, Tensor]]:
+    """The same in blocks of rows, each with its first row; a row is the last dimension. For what is never held whole."""
+    width = shape[-1]
+    num_rows = math.prod(shape[:-1])
     deviation = standard_deviation(name, model, retro)
-    if deviation is not None:
-        generator = torch.Generator().manual_seed(_seed_of(name, seed))
-        return torch.randn(shape, generator=generator) * deviation
+    generator = torch.Generator().manual_seed(_seed_of(name, seed))
     is_norm_weight = name.endswith("norm.weight") and not model.apply_layernorm_1p
-    return torch.ones(shape) if is_norm_weight else torch.zeros(shape)
+    step = max(1, _BLOCK // (_VECTOR * width)) * _VECTOR
+    for start in range(0, num_rows, step):
+        block = (min(step, num_rows - start), width)
+        if deviation is not None:
+            yield start, torch.randn(block, generator=generator) * deviation
+        else:
+            yield start, torch.full(block, 1.0 if is_norm_weight else 0.0)
 
 
 def standard_deviation(name: str, model: ModelConfig, retro: RetroConfig) -> float | None:

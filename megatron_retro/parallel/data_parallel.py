@@ -1,0 +1,57 @@
+"""Data parallelism and mixed precision by torch's FSDP2, one unit per layer and one for the rest of a stage.
+
+    none       parameters, gradients and optimizer whole on every data rank; gradients summed once per step
+    optimizer  the optimizer's state sharded: parameters whole from the first use in a step to its end; gradients
+               reduce-scattered once, with the last microbatch
+    gradients  the same, with gradients reduce-scattered after every microbatch, so whole ones are never kept
+    full       parameters gathered for each use and freed after it
+
+Sums over data ranks are sums, not means: the loss is already divided by the tokens of the global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from megatron_retro.model.retro import Retro
+
+
+def units(model: Retro) -> Iterator[nn.Module]:
+    """The modules that are gathered and reduced together, each by itself, before the rest of the stage."""
+    if model.encoder is not None:
+        yield from model.encoder.layers.values()
+    yield from model.layers.values()
+
+
+def precision(compute: torch.dtype, reduce: torch.dtype) -> MixedPrecisionPolicy:
+    """Float32 parameters used in `compute`, gradients summed in `reduce`."""
+    if compute == torch.float32:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
+
+
+def wrap_unit(module: nn.Module, mesh: DeviceMesh, sharding: str, policy: MixedPrecisionPolicy) -> None:
+    """Hand one module (and what of it is not in a unit yet) to FSDP2; its parameters may be real or on meta."""
+    if sharding == "none":
+        replicate(module, mesh=mesh, mp_policy=policy)
+    else:
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=sharding == "full")
+    assert isinstance(module, FSDPModule)
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)
+
+
+def before_backward(root: nn.Module, sharding: str, *, last: bool) -> None:
+    """What the backward of a microbatch communicates; without a pipeline (a schedule decides that itself)."""
+    if not isinstance(root, FSDPModule):
+        return
+    every = sharding in ("gradients", "full")
+    root.set_requires_gradient_sync(every or last)
+    root.set_is_last_backward(last)
+    root.set_reshard_after_backward(sharding == "full" or last)

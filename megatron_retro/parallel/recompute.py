@@ -1,0 +1,65 @@
+"""Activation recomputation: what a layer's backward computes again instead of keeping.
+
+`full` keeps a layer's inputs only; `selective` keeps what matrix products and attention gave and computes the rest
+again (norms, activations, rotations, residual sums). Both cover cross-attention, and the neighbour encoder as part of
+the first retrieval layer, whose call encodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from megatron_retro.model.retro import Retro
+
+_KEPT = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::_scaled_dot_product",
+    "c10d::",
+    "megatron_retro::",
+)
+
+
+def recompute_layers(model: Retro, granularity: str) -> None:
+    """Let every decoder layer recompute; its parameters, hooks and name stay."""
+    if granularity == "none":
+        return
+    contexts = partial(create_selective_checkpoint_contexts, _policy) if granularity == "selective" else None
+    for layer in model.layers.values():
+        vars(layer)["forward"] = _recomputing(layer, contexts)
+
+
+def _recomputing(layer: nn.Module, contexts: Callable[[], Any] | None) -> Callable[..., Any]:
+    plain = layer.forward
+
+    def forward(*arguments: Any, **keywords: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return plain(*arguments, **keywords)
+        options: dict[str, Any] = {"use_reentrant": False}
+        if contexts is not None:
+            options["context_fn"] = contexts
+        return checkpoint(plain, *arguments, **options, **keywords)
+
+    return forward
+
+
+def _policy(context: SelectiveCheckpointContext, operator: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
+    name = str(getattr(operator, "name", lambda: operator)())
+    return CheckpointPolicy.MUST_SAVE if keeps(name) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def keeps(operator_name: str) -> bool:
+    """Whether selective recomputation keeps what this operator gives."""
+    return operator_name.startswith(_KEPT)

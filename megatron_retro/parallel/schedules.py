@@ -1,0 +1,97 @@
+"""Pipeline schedules of `torch.distributed.pipelining` over this rank's stages; they decide the order, we the stages.
+
+Shapes on the boundaries are told beforehand, so no schedule runs the model to find them. One schedule serves all steps
+with the same number of microbatches and the same boundary; others are made when they are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+)
+from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineScheduleRuntime
+
+from megatron_retro.parallel.stages import Stage
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Local shapes of what stages exchange; no neighbours in a step without any."""
+
+    hidden: tuple[int, ...]
+    neighbors: tuple[int, ...] | None
+    dtype: torch.dtype
+
+    def tensors(self, with_neighbors: bool) -> tuple[Tensor, ...]:
+        """Descriptions on the meta device."""
+        shapes = [self.hidden]
+        if with_neighbors and self.neighbors is not None:
+            shapes.append(self.neighbors)
+        return tuple(torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True) for shape in shapes)
+
+
+class ForwardOnly(_PipelineScheduleRuntime):
+    """Every microbatch through all stages, without a backward, on any number of stages per rank."""
+
+    def __init__(self, stages: list[PipelineStage], num_microbatches: int) -> None:
+        super().__init__(stages, num_microbatches)  # type: ignore[no-untyped-call]
+        size = stages[0].group_size
+        self.pipeline_order = {
+            rank: [
+                _Action(stage, _ComputationType.FORWARD, microbatch)
+                for stage in range(rank, stages[0].num_stages, size)
+                for microbatch in range(num_microbatches)
+            ]
+            for rank in range(size)
+        }
+        self._prepare_schedule_with_comms(self.pipeline_order)
+
+
+def build_schedule(
+    kind: str,
+    stages: Sequence[Stage],
+    num_microbatches: int,
+    boundary: Boundary,
+    device: torch.device,
+    group: dist.ProcessGroup,
+    *,
+    training: bool,
+) -> Any:
+    """The schedule over this rank's stages for steps of this shape."""
+    torch_stages: list[Any] = [_torch_stage(stage, boundary, device, group) for stage in stages]
+    if not training:
+        return ForwardOnly(torch_stages, num_microbatches)
+    options: dict[str, Any] = {"loss_fn": _loss_as_given, "scale_grads": False}
+    if kind == "gpipe":
+        return ScheduleGPipe(torch_stages[0], num_microbatches, **options)
+    if kind == "1f1b":
+        return Schedule1F1B(torch_stages[0], num_microbatches, **options)
+    if kind == "interleaved":
+        return ScheduleInterleaved1F1B(torch_stages, num_microbatches, **options)
+    return ScheduleInterleavedZeroBubble(torch_stages, num_microbatches, **options)
+
+
+def _torch_stage(stage: Stage, boundary: Boundary, device: torch.device, group: dist.ProcessGroup) -> PipelineStage:
+    part = stage.part
+    inputs = () if part.first else boundary.tensors(part.receives_neighbors)
+    losses = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
+    outputs = losses if part.last else boundary.tensors(part.sends_neighbors)
+    return PipelineStage(
+        stage, part.index, part.num_stages, device, input_args=inputs, output_args=outputs, group=group
+    )
+
+
+def _loss_as_given(loss: Tensor, target: Tensor) -> Tensor:
+    """The last stage computes the loss itself."""
+    return loss

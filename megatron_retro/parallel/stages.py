@@ -1,0 +1,73 @@
+"""One pipeline stage: the part of the model that a rank holds, as torch's schedules call it.
+
+The boundary carries `(hidden, encoded neighbours)` in residual form: the same on all tensor ranks, or under sequence
+parallelism each rank's part of the sequence and of each neighbour. A stage before the first retrieval layer, or behind
+the last one, passes hidden states alone. What is passed through is a fresh node of autograd (zero-bubble schedules find
+their inputs through it), and a boundary always requires a gradient (they lose gradients silently where it does not).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_retro.model.neighbors import Neighbors
+from megatron_retro.model.retro import Retro
+from megatron_retro.parallel.collectives import TensorAxis
+from megatron_retro.parallel.partition import StagePart
+
+
+class Stage(nn.Module):
+    """Tokens or a boundary in; a boundary, or losses, out. Every argument of a microbatch comes by name."""
+
+    def __init__(self, model: Retro, part: StagePart, axis: TensorAxis | None) -> None:
+        super().__init__()
+        self.model = model
+        self.part = part
+        self.axis = axis
+        self.loss_factor = 1.0
+
+    def forward(
+        self,
+        *received: Tensor,
+        tokens_BS: Tensor,
+        labels_BS: Tensor,
+        loss_mask_BS: Tensor,
+        position_ids_BS: Tensor | None = None,
+        document_ids_BS: Tensor | None = None,
+        neighbor_tokens_BCKR: Tensor | None = None,
+        neighbor_mask_BCKR: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """In training the last stage gives the sum of unmasked losses times `loss_factor`, else each token's loss."""
+        neighbors = None
+        if neighbor_tokens_BCKR is not None and neighbor_mask_BCKR is not None:
+            neighbors = Neighbors(neighbor_tokens_BCKR, neighbor_mask_BCKR)
+        context = self.model.prepare(
+            tokens_BS.shape[0],
+            tokens_BS.shape[1],
+            tokens_BS.device,
+            neighbors=neighbors,
+            position_ids_BS=position_ids_BS,
+            document_ids_BS=document_ids_BS,
+        )
+        hidden = self.model.embed(tokens_BS, context) if self.part.first else received[0]
+        passed = received[1] if len(received) > 1 else None
+        entered = passed
+        if passed is not None and self.axis is not None and self.part.retrieves:
+            entered = self.axis.enter(passed)
+        hidden, encoded = self.model.run_layers(hidden, entered, context)
+        if self.part.last:
+            losses_BS = self.model.head(hidden, labels_BS)
+            return (losses_BS * loss_mask_BS).sum() * self.loss_factor if self.training else losses_BS
+        if not self.part.sends_neighbors or context.retrieval is None:
+            return _boundary(hidden)
+        if passed is None:
+            assert encoded is not None
+            passed = encoded if self.axis is None else self.axis.share(encoded)
+        return _boundary(hidden), _boundary(passed)
+
+
+def _boundary(tensor: Tensor) -> Tensor:
+    """A fresh node of autograd that requires a gradient."""
+    fresh = tensor * 1
+    return fresh if fresh.requires_grad or not torch.is_grad_enabled() else fresh.requires_grad_()
