@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from megatron_retro.data.tokenizers import Tokenizer
 from megatron_retro.errors import ConfigError, DataError
 from megatron_retro.inference.forward import Forward
@@ -77,6 +79,7 @@ class Engine:
             pass
         return generations
 
+    @torch.inference_mode()
     def step(self) -> bool:
         """One piece of a prompt and one token of every text; False when there was nothing to do."""
         self._waiting = deque(one for one in self._waiting if not one.finished)

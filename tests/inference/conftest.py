@@ -1,0 +1,72 @@
+"""Small models with loud weights, and a source of neighbours that can be checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.data.tokenizers import ByteTokenizer
+from megatron_retro.inference.neighbor_sources import Found
+from megatron_retro.model.initialization import initialize
+from megatron_retro.model.retro import Retro
+
+
+class HashedNeighbors:
+    """Neighbours that are a function of the chunk; some of their tokens are absent."""
+
+    def __init__(self, num_neighbors: int, retrieved_length: int) -> None:
+        self.shape = (num_neighbors, retrieved_length)
+        self.asked: list[list[int]] = []
+
+    def find(self, chunks: Sequence[Sequence[int]]) -> list[Found]:
+        return [self._one(list(chunk)) for chunk in chunks]
+
+    def _one(self, chunk: list[int]) -> Found:
+        self.asked.append(chunk)
+        draws = np.random.default_rng(chunk)
+        mask = draws.random(self.shape) > 0.2
+        tokens = draws.integers(0, 256, self.shape)
+        return Found(tokens, mask, (7,) * self.shape[0], (0.5,) * self.shape[0])
+
+
+def build_model(seed: int = 1, **changes: object) -> Retro:
+    model = ModelConfig(
+        num_layers=3,
+        hidden_size=32,
+        num_attention_heads=4,
+        vocab_size=ByteTokenizer.vocab_size,
+        swiglu=True,
+        **{name: value for name, value in changes.items() if not name.startswith("retro_")},  # type: ignore[arg-type]
+    )
+    retro = RetroConfig(
+        retro_add_retriever=True,
+        retro_chunk_length=8,
+        retro_layers=(2, 3),
+        **{name: value for name, value in changes.items() if name.startswith("retro_")},  # type: ignore[arg-type]
+    )
+    module = Retro(model, retro)
+    initialize(module, model, retro, seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(4.0)  # far from uniform, so that a wrong position or neighbour changes the argmax
+    return module.eval()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Callable[..., Retro]:
+    return build_model
+
+
+@pytest.fixture
+def hashed() -> HashedNeighbors:
+    return HashedNeighbors(2, 16)

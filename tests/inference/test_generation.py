@@ -1,0 +1,211 @@
+"""Cached generation in a changing batch equals teacher forcing that is fed the same neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_retro.data.tokenizers import ByteTokenizer
+from megatron_retro.errors import ConfigError, DataError
+from megatron_retro.inference.engine import Engine, EngineLimits
+from megatron_retro.inference.forward import LocalForward, stack
+from megatron_retro.inference.generation import Generation, GenerationRequest
+from megatron_retro.inference.neighbor_sources import GivenPassages
+from megatron_retro.inference.sampling import Sampling
+from megatron_retro.model.retro import Retro
+
+CHUNK = 8
+
+
+class NeverEnds(ByteTokenizer):
+    """No end of document, so that lengths are what was asked for."""
+
+    vocab_size = 256
+
+
+def prompts(count: int, seed: int = 0) -> list[tuple[int, ...]]:
+    draws = np.random.default_rng(seed)
+    lengths = [1, 2, 7, 8, 9, 16, 23, 40, *draws.integers(1, 50, max(0, count - 8))]
+    return [tuple(draws.integers(0, 256, length).tolist()) for length in lengths[:count]]
+
+
+def teacher_forced(model: Retro, tokens: Sequence[int], source: Any) -> Tensor:
+    """[S, V] of one forward over the whole text."""
+    whole = len(tokens) // CHUNK
+    chunks = [tokens[number * CHUNK : (number + 1) * CHUNK] for number in range(whole)]
+    shape = LocalForward(model).neighbor_shape
+    neighbors = None if source is None else stack([source.find(chunks)], shape, torch.device("cpu"))
+    with torch.inference_mode():
+        return model(torch.tensor([tokens]), neighbors)[0, :, :256]
+
+
+def compare(generation: Generation, logits_SV: Tensor, tolerance: float = 2e-4) -> None:
+    """Every chosen token is the most likely one, with the probability that teacher forcing gives it."""
+    start = len(generation.request.prompt) - 1
+    expected = logits_SV[start:].log_softmax(-1)
+    chosen = torch.tensor(generation.new_tokens)
+    assert len(chosen) == generation.request.max_new_tokens
+    best = expected.max(-1).values
+    picked = expected.gather(1, chosen[:, None])[:, 0]
+    torch.testing.assert_close(picked, best, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"group_query_attention": True, "num_query_groups": 2, "sliding_window": 11},
+        {"retro_gate_type": "adaptive", "position_embedding_type": "learned_absolute"},
+        {"retro_neighbor_positions": "relative", "normalization": "RMSNorm"},
+        {"retro_neighbor_positions": "none", "retro_encoder_hidden_size": 16, "retro_encoder_own_embedding": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("prefill_tokens", [5, 512])
+def test_equals_teacher_forcing(
+    small_model: Callable[..., Retro], hashed: Any, changes: dict[str, Any], prefill_tokens: int
+) -> None:
+    model = small_model(**changes)
+    engine = Engine(LocalForward(model), NeverEnds(), EngineLimits(3, 128, prefill_tokens))
+    requests = [GenerationRequest(prompt, 10 + 3 * number, source=hashed) for number, prompt in enumerate(prompts(8))]
+    requests[4] = GenerationRequest(requests[4].prompt, 20, source=None)
+    for generation in engine.generate(requests):
+        source = generation.request.source
+        compare(generation, teacher_forced(model, generation.tokens[:-1], source))
+        stops = [reading.query_stop for reading in generation.readings]
+        assert stops == ([] if source is None else list(range(CHUNK, len(generation.tokens), CHUNK)))
+
+
+def test_neighbors_matter(small_model: Callable[..., Retro], hashed: Any) -> None:
+    """The comparison above would notice neighbours that are not read."""
+    model = small_model()
+    tokens = prompts(8)[7]
+    real, none = teacher_forced(model, tokens, hashed), teacher_forced(model, tokens, None)
+    assert torch.equal(real[: CHUNK - 1], none[: CHUNK - 1])
+    assert (real[CHUNK - 1 :] - none[CHUNK - 1 :]).abs().max() > 0.1
+
+
+def stepwise_reference(model: Retro, generation: Generation) -> Tensor:
+    """[S, V] with each position reading what it read while it was generated: no cache, no moved grid.
+
+    For a query window that ends at position e, the positions e, e+1, ... see its neighbours as the last token of a
+    chunk and its successors do.
+    """
+    tokens_BS = torch.tensor([generation.tokens[:-1]])
+    length = tokens_BS.shape[1]
+    context = model.prepare(1, length, tokens_BS.device)
+    hidden = model.embed(tokens_BS, context)
+    windows: list[tuple[int, Any, Tensor | None]] = []
+    for name, layer in model.layers.items():
+        hidden = hidden + layer.attention(layer.input_norm(hidden), context.pattern, context.rotary)
+        if layer.cross_attention is not None:
+            normed = layer.cross_norm(hidden)
+            if int(name) == model.first_retrieval_layer:
+                windows = [encoded_window(model, reading, normed) for reading in generation.readings]
+            found = torch.zeros_like(hidden)
+            for number, (end, neighbors, encoded) in enumerate(windows):
+                stop = min(windows[number + 1][0] if number + 1 < len(windows) else end + CHUNK, end + CHUNK, length)
+                lead = normed.new_zeros(1, CHUNK - 1, normed.shape[2])
+                queries = torch.cat((lead, normed[:, end:stop]), 1)
+                context_of_window = model.prepare(1, queries.shape[1], queries.device, neighbors=neighbors)
+                read = layer.cross_attention(queries, encoded, context_of_window.retrieval)
+                found[:, end:stop] = read[:, CHUNK - 1 :]
+            hidden = hidden + found
+        hidden = hidden + layer.mlp(layer.mlp_norm(hidden))
+    return model.head(hidden)[0, :, :256]
+
+
+def encoded_window(model: Retro, reading: Any, normed_BSH: Tensor) -> tuple[int, Any, Tensor]:
+    neighbors = stack([[reading.found]], LocalForward(model).neighbor_shape, torch.device("cpu"))
+    assert neighbors is not None
+    state = normed_BSH[:, reading.query_start : reading.query_stop][:, None]
+    return reading.query_stop - 1, neighbors, model.encode(neighbors, state, None)
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 8])
+def test_retrieval_step(small_model: Callable[..., Retro], hashed: Any, step: int) -> None:
+    """Neighbours of the last m tokens every few tokens: later positions read them, cached states stay."""
+    model = small_model()
+    engine = Engine(LocalForward(model), NeverEnds(), EngineLimits(4, 128))
+    requests = [GenerationRequest(prompt, 30, source=hashed, retrieval_step=step) for prompt in prompts(8)]
+    for generation in engine.generate(requests):
+        with torch.inference_mode():
+            compare(generation, stepwise_reference(model, generation))
+        prompt_length = len(generation.request.prompt)
+        refreshed = [one.query_stop for one in generation.readings if one.query_stop >= prompt_length]
+        late = [stop for stop in refreshed if stop >= prompt_length + CHUNK]
+        assert all((stop - prompt_length) % step == 0 for stop in late)
+        assert len(late) >= (len(generation.tokens) - 1 - prompt_length - CHUNK) // step
+        assert all(one.query_stop - one.query_start == CHUNK for one in generation.readings)
+
+
+def test_company_changes_nothing(small_model: Callable[..., Retro], hashed: Any) -> None:
+    """A sampled text is the same alone and in any batch."""
+    model = small_model()
+    sampling = Sampling(temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.2, seed=3)
+    requests = [GenerationRequest(prompt, 24, sampling, source=hashed) for prompt in prompts(6)]
+    alone = [Engine(LocalForward(model), NeverEnds()).generate([request])[0].tokens for request in requests]
+    together = Engine(LocalForward(model), NeverEnds(), EngineLimits(4, 128, 7)).generate(requests)
+    assert [one.tokens for one in together] == alone
+
+
+def test_given_passages_and_stop(small_model: Callable[..., Retro]) -> None:
+    model = small_model()
+    forward = LocalForward(model)
+    source = GivenPassages([b"a passage that is too long for its place", b"short"], *forward.neighbor_shape)
+    assert source.found.token_lists()[1] == list(b"short")
+    assert len(source.found.token_lists()[0]) == forward.neighbor_shape[1]
+    request = GenerationRequest(prompts(8)[6], 40, source=source)
+    (whole,) = Engine(forward, NeverEnds()).generate([request])
+    compare(whole, teacher_forced(model, whole.tokens[:-1], source))
+    stop = whole.text[10:12]
+    stopped_request = GenerationRequest(request.prompt, 40, stop_strings=(stop,), source=source)
+    (stopped,) = Engine(forward, NeverEnds()).generate([stopped_request])
+    assert stopped.finish_reason == "stop" and stopped.text == whole.text[: whole.text.index(stop)]
+
+
+def test_cancelling_frees_the_place(small_model: Callable[..., Retro]) -> None:
+    engine = Engine(LocalForward(small_model()), NeverEnds(), EngineLimits(2, 64))
+    heard: list[str] = []
+    first = engine.submit(GenerationRequest(prompts(1)[0], 50), heard.append)
+    others = [engine.submit(GenerationRequest(prompt, 5)) for prompt in prompts(4)]
+    for _ in range(4):
+        engine.step()
+    engine.cancel(first)
+    while engine.step():
+        pass
+    assert first.finish_reason == "cancelled" and heard[-1] == "" and len(first.new_tokens) < 50
+    assert all(other.finish_reason == "length" for other in others)
+    assert engine.num_active == engine.num_waiting == 0
+
+
+def test_refused_requests(small_model: Callable[..., Retro]) -> None:
+    engine = Engine(LocalForward(small_model()), NeverEnds(), EngineLimits(2, 32))
+    with pytest.raises(DataError, match="too long"):
+        engine.submit(GenerationRequest((1,) * 20, 13))
+    with pytest.raises(DataError, match="empty"):
+        engine.submit(GenerationRequest((), 3))
+    with pytest.raises(DataError, match="does not know"):
+        engine.submit(GenerationRequest((300,), 3))
+    with pytest.raises(ConfigError, match="retrieval step"):
+        engine.submit(GenerationRequest((3,), 3, retrieval_step=9))
+    with pytest.raises(ConfigError, match="no token"):
+        engine.submit(GenerationRequest((3,), 0))
+
+
+def test_end_of_document_ends(small_model: Callable[..., Retro], tmp_path: Path) -> None:
+    class Eager(ByteTokenizer):
+        eod = 0
+
+    model = small_model()
+    (free,) = Engine(LocalForward(model), NeverEnds()).generate([GenerationRequest((5, 6), 30)])
+    Eager.eod = free.new_tokens[7]
+    (ended,) = Engine(LocalForward(model), Eager()).generate([GenerationRequest((5, 6), 30)])
+    assert ended.finish_reason == "stop"
+    assert ended.new_tokens == free.new_tokens[: free.new_tokens.index(Eager.eod)]
