@@ -36,6 +36,10 @@ class RetrievalConfig:
     retro_project_dir: str = option("retro", "directory of the database, the index, the neighbour tables and reports")
     retro_tasks: tuple[str, ...] | None = option(None, "stages to run; all of them when not set", choices=STAGES)
     retro_database_corpus: tuple[str, ...] | None = option(None, "token file prefixes of the database", ours=True)
+    retro_database_documents: tuple[str, ...] | None = option(
+        None, "documents FIRST:LAST of each of them, to leave out a validation split", ours=True
+    )
+    retro_database_eod: bool = option(True, "documents end with an end-of-document id, which no chunk has", ours=True)
     retro_query_corpus: tuple[str, ...] | None = option(
         None,
         "token file prefixes to find neighbours for, as PREFIX or NAME=PREFIX; the database's when not set",

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from megatron_retro.artifacts.files import new_file
 from megatron_retro.errors import ArtifactError
 
+_READABLE = 0o644
 _REMEDY = "remove this file and run the same command again: only this block is made again"
 
 
@@ -28,6 +29,7 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], facts: Mapping[
     header = {"facts": json.dumps(facts, sort_keys=True), "crc32": json.dumps(_checksums(ordered), sort_keys=True)}
     with new_file(path) as partial:
         save_file(ordered, partial, metadata=header)
+        partial.chmod(_READABLE)
 
 
 def map_arrays(path: Path, facts: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
@@ -76,4 +78,4 @@ def _opened(path: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
 
 
 def _checksums(arrays: Mapping[str, NDArray[Any]]) -> dict[str, int]:
-    return {name: zlib.crc32(array.reshape(-1).view(np.uint8)) for name, array in arrays.items()}
+    return {name: zlib.crc32(array.reshape(-1).view(np.uint8).data) for name, array in arrays.items()}

@@ -6,6 +6,7 @@ number of workers in any order write the same bytes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_retro.artifacts.files import named_disk_errors
 from megatron_retro.data.chunk_database import ChunkDatabase
+from megatron_retro.errors import ArtifactError
 from megatron_retro.retrieval.block_files import write_arrays
 from megatron_retro.retrieval.embedders import Embedder
 from megatron_retro.retrieval.faiss_index import InvertedParts, inverted_parts
@@ -37,20 +40,18 @@ class ChunkEncoder:
         """Vectors of a span's chunks, a batch at a time."""
         return database_vectors(self.database, self.embedder, span)
 
-    def write_block(self, span: Span, path: Path, keep_vectors_at: Path | None) -> None:
+    def write_block(self, span: Span, path: Path, kept: KeptVectors | None) -> None:
         """Encode a block; its codes are written last, so that their presence means all of it is there."""
         parts = inverted_parts(self.trained)
-        kept: list[NDArray[np.uint16]] = []
         encoded: list[dict[str, NDArray[Any]]] = []
+        first = span.first
         for vectors in self.vectors(span):
             encoded.append(_encoded(parts, vectors))
-            if keep_vectors_at is not None:
-                kept.append(as_bfloat16(vectors))
-        facts = {**self.facts, "first": span.first, "last": span.last}
-        if keep_vectors_at is not None:
-            write_arrays(keep_vectors_at, {"vectors": np.concatenate(kept)}, facts)
+            if kept is not None:
+                kept.write(first, vectors)
+            first += len(vectors)
         joined = {name: np.concatenate([part[name] for part in encoded]) for name in encoded[0]}
-        write_arrays(path, _by_list(joined, span) if parts else joined, facts)
+        write_arrays(path, _by_list(joined, span) if parts else joined, self.facts)
 
 
 def database_vectors(database: ChunkDatabase, embedder: Embedder, span: Span) -> Iterator[NDArray[np.float32]]:
@@ -58,6 +59,36 @@ def database_vectors(database: ChunkDatabase, embedder: Embedder, span: Span) ->
     for first in range(span.first, span.last, BATCH_CHUNKS):
         ids = np.arange(first, min(first + BATCH_CHUNKS, span.last))
         yield embedder.embed(*database.gather(ids, database.chunk_length))
+
+
+@dataclass(frozen=True)
+class KeptVectors:
+    """Vectors of all chunks in bfloat16, one file that workers fill in parts."""
+
+    path: Path
+    num_chunks: int
+    dimension: int
+
+    def write(self, first: int, vectors: NDArray[np.float32]) -> None:
+        """Put vectors in the place of the chunks from `first` on."""
+        with named_disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                if os.fstat(descriptor).st_size != self.num_chunks * self.dimension * 2:
+                    os.ftruncate(descriptor, self.num_chunks * self.dimension * 2)
+                os.pwrite(descriptor, as_bfloat16(vectors).tobytes(), first * self.dimension * 2)
+            finally:
+                os.close(descriptor)
+
+    def mapped(self) -> NDArray[np.uint16]:
+        """All vectors [chunks, dimension], as bits."""
+        if not self.path.is_file() or self.path.stat().st_size != self.num_chunks * self.dimension * 2:
+            raise ArtifactError(
+                f"{self.path} does not hold the vectors of all chunks",
+                fix="build the index with --retro-keep-embeddings",
+            )
+        return np.memmap(self.path, np.uint16, mode="r", shape=(self.num_chunks, self.dimension))
 
 
 def as_bfloat16(vectors: NDArray[np.float32]) -> NDArray[np.uint16]:

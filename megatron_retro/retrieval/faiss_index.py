@@ -6,6 +6,8 @@ encoded in blocks and merged on disk. Any other index of the factory is kept who
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,11 +116,26 @@ def write_index(index: Any, path: Path) -> None:
 def read_index(path: Path, flags: int = 0) -> Any:
     """Read an index file."""
     try:
-        return faiss_module().read_index(str(path), flags)
+        with _without_chatter():
+            return faiss_module().read_index(str(path), flags)
     except RuntimeError as error:
         raise ArtifactError(
             f"{path} cannot be read", got=str(error).split("\n")[0], fix="build the index again"
         ) from None
+
+
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    """faiss tells standard output where it looks for the lists of an index; results belong there, not that."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def set_search_effort(index: Any, nprobe: int, ef_search: int) -> None:

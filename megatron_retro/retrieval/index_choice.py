@@ -64,7 +64,7 @@ def number_of_lists(index_str: str) -> int:
 
 def _power_of_two(value: float, num_chunks: int) -> int:
     """The nearest power of two that the chunks can train comfortably."""
-    lists = 2 ** round(math.log2(max(value, 1)))
+    lists = 1 << round(math.log2(max(value, 1)))
     while lists > 1 and lists * _COMFORTABLE_POINTS_PER_LIST > num_chunks:
         lists //= 2
     return lists

@@ -11,6 +11,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import flush_directory, named_disk_errors, publish_directory, write_file
-from megatron_retro.artifacts.manifest import read_manifest, write_manifest
+from megatron_retro.artifacts.manifest import file_records, read_manifest, write_manifest
 from megatron_retro.errors import ArtifactError
 from megatron_retro.retrieval.block_files import map_arrays, verify_arrays
 from megatron_retro.retrieval.faiss_index import InvertedParts, faiss_module, read_index, write_index
@@ -36,6 +37,7 @@ class ListMerge:
     """The merge of an inverted index. `blocks` are the encoded files in the order of their chunks."""
 
     directory: Path
+    marks: Path
     blocks: tuple[Path, ...]
     block_facts: dict[str, Any]
     num_lists: int
@@ -69,21 +71,25 @@ class ListMerge:
             limit = self.offsets[bounds[-1]] + self.segment_bytes
             after = int(np.searchsorted(self.offsets, limit, side="right")) - 1
             bounds.append(min(max(after, bounds[-1] + 1), self.num_lists))
-        return {f"lists-{first:08d}-{last:08d}": (first, last) for first, last in zip(bounds, bounds[1:], strict=False)}
+        return {f"lists-{first:08d}-{last:08d}": (first, last) for first, last in pairwise(bounds)}
 
     def is_done(self, segment: str) -> bool:
         """Whether a segment is in the file."""
-        return (self.directory / f"{segment}.done").exists()
+        return (self.marks / segment).exists()
+
+    def is_prepared(self) -> bool:
+        """Whether the file has its full size."""
+        path = self.directory / LISTS_FILE
+        return path.is_file() and path.stat().st_size == self.offsets[-1]
 
     def prepare(self) -> None:
-        """Make the file in its full size, unless it is there."""
+        """Make the file in its full size."""
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / LISTS_FILE
         with named_disk_errors(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                if os.fstat(descriptor).st_size != self.offsets[-1]:
-                    os.ftruncate(descriptor, int(self.offsets[-1]))
+                os.ftruncate(descriptor, int(self.offsets[-1]))
             finally:
                 os.close(descriptor)
 
@@ -97,7 +103,7 @@ class ListMerge:
             stream.write(content.data)
             stream.flush()
             os.fsync(stream.fileno())
-        write_file(self.directory / f"{segment}.done", "")
+        write_file(self.marks / segment, "")
 
     def _segment(self, first: int, last: int) -> NDArray[np.uint8]:
         """The bytes of the lists [first, last): for each list the codes, then the ids."""
@@ -137,8 +143,6 @@ class ListMerge:
         trained.inverted.replace_invlists(lists, False)
         trained.inverted.ntotal = trained.index.ntotal = int(self.sizes.sum())
         write_index(trained.index, self.directory / INDEX_FILE)
-        for segment in self.segments:
-            (self.directory / f"{segment}.done").unlink()
         counts = {"chunks": int(self.sizes.sum()), "lists": self.num_lists, "largest_list": int(self.sizes.max())}
         _publish(self.directory, path, inputs, config, counts)
 
@@ -162,8 +166,14 @@ def merge_whole(
 
 
 def open_merged(path: Path) -> Any:
-    """The searchable index; inverted lists stay on disk."""
-    read_manifest(path, kind=KIND, version=VERSION)
+    """The searchable index; inverted lists stay on disk. Sizes are checked here, checksums by the verify stage."""
+    manifest = read_manifest(path, kind=KIND, version=VERSION)
+    for name, record in manifest.files.items():
+        size = (path / name).stat().st_size if (path / name).is_file() else None
+        if size != record.bytes:
+            raise ArtifactError(
+                f"{path / name} is cut or missing", got=size, expected=record.bytes, fix="run the merge stage again"
+            )
     faiss = faiss_module()
     return read_index(path / INDEX_FILE, getattr(faiss, _SAME_DIRECTORY))
 
@@ -171,6 +181,11 @@ def open_merged(path: Path) -> Any:
 def _publish(
     directory: Path, path: Path, inputs: dict[str, str], config: dict[str, Any], counts: dict[str, int]
 ) -> None:
-    write_manifest(directory, kind=KIND, version=VERSION, inputs=inputs, config=config, counts=counts)
+    names = [name for name in (INDEX_FILE, LISTS_FILE) if (directory / name).exists()]
+    for file in directory.iterdir():
+        if file.name not in names:
+            file.unlink()
+    files = file_records(directory, names)
+    write_manifest(directory, kind=KIND, version=VERSION, inputs=inputs, config=config, counts=counts, files=files)
     flush_directory(directory)
     publish_directory(directory, path)

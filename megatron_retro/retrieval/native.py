@@ -114,12 +114,12 @@ def keep_foreign(
     return kept
 
 
-def candidate_products(
+def candidate_distances(
     queries: NDArray[np.float32], candidates: NDArray[np.int64], vectors: NDArray[np.uint16]
 ) -> NDArray[np.float32]:
-    """Inner products of queries with their candidates' vectors, which are bits of bfloat16."""
+    """Squared distances of queries to their candidates' vectors, which are bits of bfloat16."""
     module = native_module()
     if module is None:
-        return reference.candidate_products(queries, candidates, vectors)
-    products: NDArray[np.float32] = module.candidate_products(queries, candidates, vectors, torch.get_num_threads())
-    return products
+        return reference.candidate_distances(queries, candidates, vectors)
+    distances: NDArray[np.float32] = module.candidate_distances(queries, candidates, vectors, torch.get_num_threads())
+    return distances

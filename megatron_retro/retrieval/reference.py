@@ -125,10 +125,10 @@ def keep_foreign(
     return result
 
 
-def candidate_products(
+def candidate_distances(
     queries: NDArray[np.float32], candidates: NDArray[np.int64], vectors: NDArray[np.uint16]
 ) -> NDArray[np.float32]:
-    """Inner products of each query with its candidates' vectors (bfloat16 bits); -inf for an absent candidate."""
+    """Squared distances of queries to their candidates' vectors (bfloat16 bits); infinite for an absent candidate."""
     bits: NDArray[Any] = vectors[np.maximum(candidates, 0)].astype(np.uint32) << np.uint32(16)
-    products = np.einsum("qd,qkd->qk", queries, bits.view(np.float32))
-    return np.where(candidates >= 0, products, -np.inf).astype(np.float32)
+    distances = np.square(queries[:, None, :] - bits.view(np.float32)).sum(axis=2)
+    return np.where(candidates >= 0, distances, np.inf).astype(np.float32)

@@ -10,7 +10,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("bm25_scores", &bm25_scores);
   module.def("token_overlaps", &token_overlaps);
   module.def("keep_foreign", &keep_foreign);
-  module.def("candidate_products", &candidate_products);
+  module.def("candidate_distances", &candidate_distances);
   py::class_<TopCandidates>(module, "TopCandidates")
       .def(py::init<int64_t, int64_t, int64_t>())
       .def("exclude", &TopCandidates::exclude)

@@ -96,21 +96,24 @@ py::array_t<float> scores_of_sorted(const Pairs& pairs, int64_t threads, const S
   return result;
 }
 
-WIDEST float product(const float* query, const uint16_t* vector, int64_t dimension) {
+float from_bfloat16(uint16_t stored) {
+  const uint32_t bits = static_cast<uint32_t>(stored) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+WIDEST float squared_distance(const float* query, const uint16_t* vector, int64_t dimension) {
   float lanes[16] = {0};
   int64_t place = 0;
   for (; place + 16 <= dimension; place += 16)
     for (int lane = 0; lane < 16; ++lane) {
-      const uint32_t bits = static_cast<uint32_t>(vector[place + lane]) << 16;
-      float value;
-      std::memcpy(&value, &bits, sizeof value);
-      lanes[lane] += query[place + lane] * value;
+      const float gap = query[place + lane] - from_bfloat16(vector[place + lane]);
+      lanes[lane] += gap * gap;
     }
   for (; place < dimension; ++place) {
-    const uint32_t bits = static_cast<uint32_t>(vector[place]) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    lanes[0] += query[place] * value;
+    const float gap = query[place] - from_bfloat16(vector[place]);
+    lanes[0] += gap * gap;
   }
   float total = 0;
   for (float lane : lanes) total += lane;
@@ -189,7 +192,7 @@ py::array_t<int64_t> keep_foreign(const Array<int64_t>& candidates, const Array<
   return result;
 }
 
-py::array_t<float> candidate_products(const Array<float>& queries, const Array<int64_t>& candidates,
+py::array_t<float> candidate_distances(const Array<float>& queries, const Array<int64_t>& candidates,
                                       const py::array_t<uint16_t>& vectors, int64_t threads) {
   require(queries.ndim() == 2 && candidates.ndim() == 2 && vectors.ndim() == 2, "all three are matrices");
   require(queries.shape(0) == candidates.shape(0) && queries.shape(1) == vectors.shape(1), "shapes do not match");
@@ -205,8 +208,9 @@ py::array_t<float> candidate_products(const Array<float>& queries, const Array<i
   over_rows(rows, threads, number * dimension, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row)
       for (int64_t place = row * number; place < (row + 1) * number; ++place)
-        out[place] = id[place] < 0 ? -std::numeric_limits<float>::infinity()
-                                   : product(query + row * dimension, vector + id[place] * dimension, dimension);
+        out[place] = id[place] < 0
+                         ? std::numeric_limits<float>::infinity()
+                         : squared_distance(query + row * dimension, vector + id[place] * dimension, dimension);
   });
   return result;
 }

@@ -23,6 +23,6 @@ py::array_t<float> token_overlaps(const Array<int32_t>& texts, const Array<uint8
 py::array_t<int64_t> keep_foreign(const Array<int64_t>& candidates, const Array<int64_t>& first,
                                   const Array<int64_t>& last, int64_t keep);
 
-// Inner products of each query with its candidates' vectors, kept as bfloat16; -inf for an absent candidate.
-py::array_t<float> candidate_products(const Array<float>& queries, const Array<int64_t>& candidates,
-                                      const py::array_t<uint16_t>& vectors, int64_t threads);
+// Squared distances of each query to its candidates' vectors, kept as bfloat16; infinite for an absent candidate.
+py::array_t<float> candidate_distances(const Array<float>& queries, const Array<int64_t>& candidates,
+                                       const py::array_t<uint16_t>& vectors, int64_t threads);

@@ -1,0 +1,249 @@
+"""The query stage: rows of a neighbour table from query chunks, block after block, by any number of workers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_retro.artifacts.files import remove_leftovers
+from megatron_retro.artifacts.manifest import read_manifest, require_same
+from megatron_retro.data.neighbor_table import (
+    NeighborTable,
+    TableLayout,
+    block_is_done,
+    covered,
+    finish_table,
+    write_block,
+)
+from megatron_retro.data.query_chunks import QueryChunks
+from megatron_retro.data.token_file import TokenFile
+from megatron_retro.errors import ConfigError
+from megatron_retro.retrieval.encoding import BATCH_CHUNKS
+from megatron_retro.retrieval.layout import claimed
+from megatron_retro.retrieval.list_join import Excluded, Found
+from megatron_retro.retrieval.merging import KIND, VERSION, open_merged
+from megatron_retro.retrieval.operating_point import operating_point
+from megatron_retro.retrieval.project import Project, QueryCorpus, parsed_range
+from megatron_retro.retrieval.reordering import (
+    BATCH_ROWS,
+    Texts,
+    TokenStatistics,
+    refined,
+    reranked,
+    statistics_of,
+    without_leaks,
+)
+from megatron_retro.retrieval.searching import Searcher
+from megatron_retro.retrieval.training import uniform_sample
+from megatron_retro.runtime.console import Progress
+
+
+@dataclass(frozen=True)
+class NeighborSearch:
+    """All that turns query chunks of a corpus into rows of its table."""
+
+    project: Project
+    chunks: QueryChunks
+    searcher: Searcher
+
+    @cached_property
+    def statistics(self) -> TokenStatistics:
+        """How rare tokens are, for BM25."""
+        database = self.project.database
+        return statistics_of(database, uniform_sample(database.num_chunks, min(database.num_chunks, 200_000)))
+
+    def rows(self, first: int, last: int) -> NDArray[np.int64]:
+        """Neighbours of the query chunks [first, last), -1 for none."""
+        config = self.project.config
+        keep = config.retro_query_num_neighbors_save
+        return self.found(first, last).ids_QK[:, :keep]
+
+    def found(self, first: int, last: int) -> Found:
+        """The same with distances, and the candidates behind them."""
+        config = self.project.config
+        save, numbers = config.retro_query_num_neighbors_save, np.arange(first, last)
+        chooses = config.retro_refine or config.retro_rerank != "none" or config.retro_drop_overlap is not None
+        candidates = max(save, config.retro_query_num_neighbors_query)
+        wanted = candidates if chooses or not self.searcher.by_lists else save
+        vectors = self.vectors(first, last)
+        found = self.searcher.search(vectors, wanted, self.own_chunks(numbers), save)
+        return self._chosen(found, vectors, first) if chooses else found
+
+    def vectors(self, first: int, last: int) -> NDArray[np.float32]:
+        """Vectors of query chunks; the end-of-document id is no text."""
+        vectors = np.empty((last - first, self.project.embedder.dimension), np.float32)
+        for start in range(first, last, BATCH_CHUNKS):
+            stop = min(start + BATCH_CHUNKS, last)
+            texts = self.texts(start, stop)
+            vectors[start - first : stop - first] = self.project.embedder.embed(texts.tokens_NM, texts.present_NM)
+        return vectors
+
+    def texts(self, first: int, last: int) -> Texts:
+        """Tokens of query chunks; the end-of-document id is masked."""
+        return self._masked(self.chunks.tokens(first, last))
+
+    def successors(self, first: int, last: int) -> Texts:
+        """Tokens that follow each query chunk: the next chunk, as far as the stream goes."""
+        length, file = self.chunks.chunk_length, self.chunks.file
+        stop = min((last + 1) * length, file.num_tokens)
+        stream = file.tokens((first + 1) * length, max(stop, (first + 1) * length))
+        padded = np.zeros((last - first) * length, stream.dtype)
+        padded[: len(stream)] = stream
+        texts = self._masked(padded.reshape(-1, length))
+        there = np.arange(padded.size).reshape(-1, length) < len(stream)
+        return Texts(texts.tokens_NM, texts.present_NM & there)
+
+    def own_chunks(self, numbers: NDArray[np.int64]) -> Excluded:
+        """The database chunks of each query chunk's own documents, as an interval of ids."""
+        database = self.project.database
+        first, last = self.chunks.documents(numbers)
+        low, high = database.map_documents(self.chunks.file.fingerprint, first, last)
+        return Excluded(np.asarray(database.chunks_before[low]), np.asarray(database.chunks_before[high]))
+
+    def _masked(self, tokens: NDArray[Any]) -> Texts:
+        eod = self.project.eod
+        return Texts(tokens, np.ones(tokens.shape, np.bool_) if eod is None else tokens != eod)
+
+    def _chosen(self, found: Found, vectors: NDArray[np.float32], first: int) -> Found:
+        parts = [
+            self._chosen_batch(
+                Found(found.distances_QK[start : start + BATCH_ROWS], found.ids_QK[start : start + BATCH_ROWS]),
+                vectors[start : start + BATCH_ROWS],
+                first + start,
+            )
+            for start in range(0, len(vectors), BATCH_ROWS)
+        ]
+        return Found(
+            np.concatenate([part.distances_QK for part in parts]), np.concatenate([part.ids_QK for part in parts])
+        )
+
+    def _chosen_batch(self, found: Found, vectors: NDArray[np.float32], first: int) -> Found:
+        config, database = self.project.config, self.project.database
+        last = first + len(vectors)
+        if config.retro_refine:
+            found = refined(found, vectors, self.project.required_vectors().mapped())
+        if config.retro_rerank != "none":
+            found = reranked(found, self.texts(first, last), database, config.retro_rerank, self.statistics)
+        if config.retro_drop_overlap is not None:
+            successors = self.successors(first, last)
+            length = self.project.retrieved_length
+            found = without_leaks(found, successors, database, length, config.retro_drop_overlap)
+        return found
+
+
+def query(project: Project) -> None:
+    """Fill the table of every query corpus."""
+    for corpus in project.query_corpora:
+        _fill_table(project, corpus)
+
+
+def _fill_table(project: Project, corpus: QueryCorpus) -> None:
+    path, file = project.layout.neighbors(corpus.name), TokenFile(corpus.prefix)
+    search = open_search(project, file)
+    layout = table_layout(project, search.chunks)
+    inputs, config = _inputs(project, file), _table_config(project, search.searcher)
+    if path.exists():
+        check_table(path, inputs, config, layout)
+        return
+    key = hashlib.sha256(json.dumps([inputs, config, layout.row_ranges], sort_keys=True).encode()).hexdigest()[:12]
+    name = f"neighbors-{corpus.name}-{key}"
+    directory = project.layout.work(name)
+    directory.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(directory)
+    blocks = {block.name: block for block in layout.blocks}
+
+    def is_done(block: str) -> bool:
+        return path.exists() or block_is_done(directory, layout, blocks[block])
+
+    with Progress(f"query {corpus.name}", layout.num_rows, "rows") as progress:
+        progress.advance(sum(block.last - block.first for block in layout.blocks if is_done(block.name)))
+        for block in claimed(project.layout, name, list(blocks), is_done, project.worker):
+            write_block(directory, layout, blocks[block], search.rows(blocks[block].first, blocks[block].last))
+            progress.advance(blocks[block].last - blocks[block].first)
+    for _ in claimed(project.layout, name, ["finish"], lambda _: path.exists(), project.worker):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_foreign_files(directory, set(blocks))
+        finish_table(directory, path, layout, inputs=inputs, config=config)
+    shutil.rmtree(project.layout.claims(name), ignore_errors=True)
+
+
+def open_search(project: Project, file: TokenFile) -> NeighborSearch:
+    """The search of a corpus in the project's index."""
+    chunks = QueryChunks(file, project.database.chunk_length)
+    return NeighborSearch(project, chunks, open_searcher(project))
+
+
+def open_searcher(project: Project) -> Searcher:
+    """The merged index, searched as the settings or the calibration say."""
+    point = operating_point(project)
+    return Searcher(
+        open_merged(project.layout.merged), point.nprobe, point.ef_search, point.by_lists, project.memory_bytes
+    )
+
+
+def table_layout(project: Project, chunks: QueryChunks) -> TableLayout:
+    """The rows that a corpus gets, and how they are cut into blocks."""
+    if chunks.num_chunks == 0:
+        raise ConfigError(f"{chunks.file.prefix} holds no whole chunk", got=f"{chunks.file.num_tokens} tokens")
+    ranges: tuple[tuple[int, int], ...] = ((0, chunks.num_chunks),)
+    if project.config.retro_query_rows is not None:
+        asked = sorted(parsed_range(text, "--retro-query-rows") for text in project.config.retro_query_rows)
+        ranges = tuple(part for span in asked for part in covered(ranges, *span))
+        if sum(last - first for first, last in ranges) < sum(last - first for first, last in asked):
+            raise ConfigError(
+                "--retro-query-rows names rows that the corpus does not have",
+                got=", ".join(project.config.retro_query_rows),
+                expected=f"within 0:{chunks.num_chunks} ({chunks.file.prefix})",
+            )
+    return TableLayout(project.config.retro_query_num_neighbors_save, ranges, project.config.retro_block_size)
+
+
+def check_table(path: Path, inputs: dict[str, str], config: dict[str, Any], layout: TableLayout) -> NeighborTable:
+    """A finished table, refused if it was made from something else."""
+    table = NeighborTable.open(path)
+    again = f"remove {path} and query again, or give another --retro-project-dir"
+    for name, value in inputs.items():
+        require_same(path, name, table.manifest.inputs.get(name), value, again)
+    for name, value in config.items():
+        require_same(path, name, table.manifest.config.get(name), value, again)
+    require_same(path, "the rows", table.layout.row_ranges, layout.row_ranges, again)
+    require_same(path, "--retro-query-num-neighbors-save", table.num_saved, layout.saved, again)
+    return table
+
+
+def _inputs(project: Project, file: TokenFile) -> dict[str, str]:
+    index = read_manifest(project.layout.merged, kind=KIND, version=VERSION)
+    return {
+        "corpus": file.fingerprint,
+        "database": project.database.fingerprint,
+        "embedder": project.embedder.fingerprint,
+        "index": index.fingerprint,
+    }
+
+
+def _table_config(project: Project, searcher: Searcher) -> dict[str, Any]:
+    config = project.config
+    return {
+        "chunk_length": project.database.chunk_length,
+        "nprobe": searcher.nprobe,
+        "ef_search": searcher.ef_search,
+        "by_lists": searcher.by_lists,
+        "candidates": config.retro_query_num_neighbors_query,
+        "refine": config.retro_refine,
+        "rerank": config.retro_rerank,
+        "drop_overlap": config.retro_drop_overlap,
+    }
+
+
+def _drop_foreign_files(directory: Path, names: set[str]) -> None:
+    for file in directory.iterdir():
+        if file.name not in names:
+            file.unlink()

@@ -1,0 +1,115 @@
+"""How hard the index is searched: what the user says, or the least effort that finds what full effort finds.
+
+Calibration compares searches of a sample at rising numbers of lists with a search of all lists of the same index.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_retro.artifacts.files import write_file
+from megatron_retro.artifacts.manifest import read_manifest
+from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.retrieval.faiss_index import inverted_parts
+from megatron_retro.retrieval.layout import claimed
+from megatron_retro.retrieval.list_join import Excluded, Found
+from megatron_retro.retrieval.merging import KIND, VERSION, open_merged
+from megatron_retro.retrieval.project import Project
+from megatron_retro.retrieval.searching import Searcher, can_join
+from megatron_retro.retrieval.training import sampled_vectors, uniform_sample
+
+_SAMPLE = 400
+_WANTED_RECALL = 0.98
+_CALIBRATED_UP_TO = 30_000_000
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """How an index is searched."""
+
+    nprobe: int
+    ef_search: int
+    by_lists: bool
+
+
+def operating_point(project: Project) -> OperatingPoint:
+    """From flags where they are set, else calibrated once per index."""
+    config, index = project.config, open_merged(project.layout.merged)
+    by_lists = _by_lists(config.retro_query_method, index)
+    ef_search = config.retro_query_ef_search or project.choice.ef_search
+    if config.retro_query_nprobe is not None:
+        nprobe = config.retro_query_nprobe
+    elif _is_calibrated(project, index):
+        nprobe = _calibrated_nprobe(project, index, ef_search)
+    else:
+        nprobe = project.choice.nprobe
+    parts = inverted_parts(index)
+    return OperatingPoint(min(nprobe, parts.num_lists) if parts else nprobe, ef_search, by_lists)
+
+
+def _by_lists(asked: str, index: Any) -> bool:
+    if asked == "lists" and not can_join(index):
+        raise ConfigError(
+            "this index cannot be searched list by list",
+            got=type(index).__name__,
+            expected="inverted lists of whole vectors, scalar- or product-quantized codes, and the compiled extension",
+            fix="give --retro-query-method queries",
+        )
+    return asked == "lists" or (asked == "auto" and can_join(index))
+
+
+def _is_calibrated(project: Project, index: Any) -> bool:
+    parts = inverted_parts(index)
+    return parts is not None and parts.num_lists > 1 and can_join(index) and index.ntotal <= _CALIBRATED_UP_TO
+
+
+def _calibrated_nprobe(project: Project, index: Any, ef_search: int) -> int:
+    """Measured by one worker, read by the others."""
+    manifest = read_manifest(project.layout.merged, kind=KIND, version=VERSION)
+    path = project.layout.work(f"calibration-{manifest.fingerprint[:12]}-{ef_search}.json")
+    for _ in claimed(project.layout, "calibrate", [path.name], lambda _: path.exists(), project.worker):
+        write_file(path, json.dumps(_calibrate(project, index, ef_search)) + "\n")
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["nprobe"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged", got=error, fix="remove it: it is measured again") from None
+
+
+def _calibrate(project: Project, index: Any, ef_search: int) -> dict[str, Any]:
+    database = project.database
+    sample = uniform_sample(database.num_chunks, min(_SAMPLE, database.num_chunks))
+    vectors = sampled_vectors(database, project.embedder, sample)
+    documents = database.document_of(sample)
+    own = Excluded(np.asarray(database.chunks_before[documents]), np.asarray(database.chunks_before[documents + 1]))
+    lists = inverted_parts(index)
+    all_lists = lists.num_lists if lists else 1
+
+    def found(nprobe: int) -> Found:
+        return Searcher(index, nprobe, ef_search, True, project.memory_bytes).search(vectors, 2, own, 2)
+
+    full, recalls = found(all_lists), {}
+    for nprobe in _rising(all_lists):
+        recalls[nprobe] = recall(found(nprobe), full)
+        if recalls[nprobe] >= _WANTED_RECALL:
+            break
+    return {**asdict(OperatingPoint(max(recalls), ef_search, True)), "recalls": recalls}
+
+
+def recall(found: Found, full: Found) -> float:
+    """Share of the true candidates that were found, a tie in distance counting as found."""
+    there = full.ids_QK >= 0
+    if not there.any():
+        return 1.0
+    worst = np.where(there, full.distances_QK, -np.inf).max(axis=1, keepdims=True)
+    hits = np.minimum((found.distances_QK <= worst * (1 + 1e-5) + 1e-6).sum(axis=1), there.sum(axis=1))
+    return float(hits.sum() / there.sum())
+
+
+def _rising(limit: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, .. up to the number of lists."""
+    values = sorted({factor << power for power in range(32) for factor in (2, 3)} | {1})
+    return [*(value for value in values if value < limit), limit]

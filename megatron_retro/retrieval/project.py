@@ -1,0 +1,211 @@
+"""One project directory with its settings: what every stage works on, opened when first asked for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron_retro.artifacts.files import write_file
+from megatron_retro.artifacts.manifest import require_same
+from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.config.retrieval import EmbedderConfig, RetrievalConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.config.workers import WorkersConfig
+from megatron_retro.data.chunk_database import ChunkDatabase
+from megatron_retro.data.token_file import TokenFile
+from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.retrieval.embedders import Embedder, build_embedder
+from megatron_retro.retrieval.encoding import KeptVectors
+from megatron_retro.retrieval.faiss_index import inverted_parts, new_index
+from megatron_retro.retrieval.index_choice import IndexChoice, choose_index
+from megatron_retro.retrieval.layout import ProjectLayout, Span, claimed, spans
+from megatron_retro.runtime.workers import Worker, this_worker
+
+
+@dataclass(frozen=True)
+class QueryCorpus:
+    """A token file to find neighbours for, and the name of its table."""
+
+    name: str
+    prefix: str
+
+
+@dataclass(frozen=True)
+class Project:
+    """Settings of one `build-retrieval`, and what follows from them."""
+
+    settings: Settings
+
+    @property
+    def config(self) -> RetrievalConfig:
+        """Database, index, queries."""
+        return self.settings[RetrievalConfig]
+
+    @cached_property
+    def layout(self) -> ProjectLayout:
+        """Where things lie."""
+        return ProjectLayout(Path(self.config.retro_project_dir))
+
+    @cached_property
+    def worker(self) -> Worker:
+        """Which of how many workers this is."""
+        return this_worker(self.settings[WorkersConfig].shard)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the corpora."""
+        return build_tokenizer(self.settings[TokenizerConfig])
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """What turns chunks into vectors."""
+        return build_embedder(self.settings[EmbedderConfig], self.tokenizer)
+
+    @property
+    def memory_bytes(self) -> float:
+        """What one worker may use."""
+        return self.config.retro_memory_gb * 1e9
+
+    @property
+    def retrieved_length(self) -> int:
+        """Tokens of a neighbour with its continuation."""
+        return self.settings[RetroConfig].retrieved_length()
+
+    @cached_property
+    def database(self) -> ChunkDatabase:
+        """The chunk database, created when it is not there yet."""
+        layout, length = self.layout, self.settings[RetroConfig].retro_chunk_length
+        for _ in claimed(layout, "database", ["database"], lambda _: layout.database.exists(), self.worker):
+            ChunkDatabase.create(
+                layout.database, self._database_corpora(), length, eod=self.eod, document_ranges=self._document_ranges()
+            )
+        database = ChunkDatabase.open(layout.database)
+        again = f"remove {layout.root} or give another --retro-project-dir"
+        require_same(layout.database, "--retro-chunk-length", database.chunk_length, length, again)
+        require_same(layout.database, "the end-of-document id of the tokenizer", database.eod, self.eod, again)
+        if self.config.retro_database_corpus is not None:
+            given = [TokenFile(prefix).fingerprint for prefix in self.config.retro_database_corpus]
+            found = [corpus.fingerprint for corpus in database.corpora]
+            require_same(layout.database, "--retro-database-corpus", given, found, again)
+        return database
+
+    @property
+    def eod(self) -> int | None:
+        """The id that ends a document, or None if documents have none."""
+        return self.tokenizer.eod if self.config.retro_database_eod else None
+
+    def _database_corpora(self) -> tuple[str, ...]:
+        if self.config.retro_database_corpus is None:
+            raise ConfigError(
+                f"{self.layout.database} is not there yet",
+                fix="give its token files: --retro-database-corpus PREFIX ..",
+            )
+        return self.config.retro_database_corpus
+
+    def _document_ranges(self) -> list[tuple[int, int]] | None:
+        ranges = self.config.retro_database_documents
+        return None if ranges is None else [parsed_range(text, "--retro-database-documents") for text in ranges]
+
+    @cached_property
+    def query_corpora(self) -> tuple[QueryCorpus, ...]:
+        """The corpora that get neighbour tables; the database's own when none is named."""
+        given = self.config.retro_query_corpus
+        if given is None:
+            given = tuple(file.prefix for file in self.database.files)
+        corpora = tuple(_query_corpus(text) for text in given)
+        names = [corpus.name for corpus in corpora]
+        if len(set(names)) < len(names):
+            raise ConfigError(
+                "two query corpora have one name",
+                got=", ".join(names),
+                fix="name them: --retro-query-corpus NAME=PREFIX",
+            )
+        return corpora
+
+    @cached_property
+    def choice(self) -> IndexChoice:
+        """The index to build."""
+        config, chunks = self.config, self.database.num_chunks
+        choice = choose_index(
+            config.retro_index_str, chunks, self.embedder.dimension, self.memory_bytes, config.retro_index_ntrain
+        )
+        new_index(choice.index_str, self.embedder.dimension)
+        return choice
+
+    @cached_property
+    def blocks(self) -> tuple[Span, ...]:
+        """The blocks of chunks that the index gets."""
+        blocks = spans(self.database.num_chunks, self.config.retro_block_size)
+        return blocks[: max(1, round(len(blocks) * self.config.retro_index_add_load_fraction))]
+
+    @cached_property
+    def decided(self) -> dict[str, Any]:
+        """What the index depends on; fixed by the first run, refused when a later one differs."""
+        return {
+            "database": self.database.fingerprint,
+            "embedder": self.embedder.fingerprint,
+            "index_str": self.choice.index_str,
+            "train_chunks": round(self.choice.train_chunks * self.config.retro_index_train_load_fraction),
+            "block_size": self.config.retro_block_size,
+            "blocks": len(self.blocks),
+            "keep_embeddings": self.config.retro_keep_embeddings,
+        }
+
+    def settle(self) -> None:
+        """Write down what was decided, or check that it still holds."""
+        path = self.layout.plan
+        if not path.exists():
+            write_file(path, json.dumps(self.decided, indent=1, sort_keys=True) + "\n")
+            return
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ArtifactError(f"{path} is damaged", got=error, fix=f"remove {path.parent} and build again") from None
+        for name, value in self.decided.items():
+            again = f"remove {path.parent} to build another index, or give another --retro-project-dir"
+            require_same(path, name, found.get(name), value, again)
+
+    @property
+    def is_inverted(self) -> bool:
+        """Whether the index can be encoded in blocks."""
+        return inverted_parts(new_index(self.choice.index_str, self.embedder.dimension)) is not None
+
+    @property
+    def kept_vectors(self) -> KeptVectors | None:
+        """The file of kept vectors, when they are to be kept."""
+        if not self.config.retro_keep_embeddings:
+            return None
+        path = self.layout.embeddings / "vectors.bf16"
+        return KeptVectors(path, self.database.num_chunks, self.embedder.dimension)
+
+    def required_vectors(self) -> KeptVectors:
+        """The file of kept vectors, for those who need it."""
+        if self.kept_vectors is None:
+            raise ConfigError("--retro-refine needs kept vectors", fix="add --retro-keep-embeddings and build again")
+        return self.kept_vectors
+
+    def codes_path(self, span: Span) -> Path:
+        """The file of a block's codes."""
+        return self.layout.codes / f"{span.name}.safetensors"
+
+
+def parsed_range(text: str, flag: str) -> tuple[int, int]:
+    """`FIRST:LAST` as numbers."""
+    first, separator, last = text.partition(":")
+    if separator and first.isdigit() and last.isdigit() and int(first) < int(last):
+        return int(first), int(last)
+    raise ConfigError(f"{flag} {text!r} is no range", expected="FIRST:LAST, LAST left out and above FIRST")
+
+
+def _query_corpus(text: str) -> QueryCorpus:
+    name, separator, prefix = text.partition("=")
+    if not separator:
+        name, prefix = Path(text).name, text
+    if not name or "/" in name:
+        raise ConfigError(f"--retro-query-corpus {text!r} has no usable name", expected="PREFIX or NAME=PREFIX")
+    return QueryCorpus(name, prefix)

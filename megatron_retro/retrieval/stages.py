@@ -1,0 +1,46 @@
+"""`build-retrieval` from plan to verify: every stage can be run alone, again, and by many workers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from megatron_retro.config.retrieval import STAGES
+from megatron_retro.config.settings import Settings
+from megatron_retro.errors import ConfigError
+from megatron_retro.retrieval.index_building import encode, merge
+from megatron_retro.retrieval.neighbor_search import query
+from megatron_retro.retrieval.project import Project
+from megatron_retro.retrieval.training import train
+from megatron_retro.runtime.console import say
+
+_RUNNERS: Mapping[str, Callable[[Project], None]] = {
+    "train": train,
+    "encode": encode,
+    "merge": merge,
+    "query": query,
+}
+
+
+def build_retrieval(settings: Settings) -> None:
+    """Run the stages that were asked for, in their order."""
+    project = Project(settings)
+    check_settings(project)
+    project.settle()
+    asked = project.config.retro_tasks or STAGES
+    for stage in STAGES:
+        if stage in asked and stage in _RUNNERS:
+            _RUNNERS[stage](project)
+            say(f"{stage}: done")
+
+
+def check_settings(project: Project) -> None:
+    """Refuse what cannot be before anything is written."""
+    config = project.config
+    if config.retro_refine and not config.retro_keep_embeddings:
+        raise ConfigError("--retro-refine needs the vectors of the database", fix="add --retro-keep-embeddings")
+    if config.retro_query_num_neighbors_query < config.retro_query_num_neighbors_save:
+        raise ConfigError(
+            "--retro-query-num-neighbors-query is smaller than --retro-query-num-neighbors-save",
+            got=f"{config.retro_query_num_neighbors_query} < {config.retro_query_num_neighbors_save}",
+            fix="query at least as many candidates as are saved",
+        )
