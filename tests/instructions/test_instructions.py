@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_retro.data.instructions.conversations import Conversation, Passage, Turn, read_conversations
+from megatron_retro.data.instructions.dataset import InstructionDataset, open_instructions
 from megatron_retro.data.instructions.encoding import ConversationEncoder, EncodedExample
 from megatron_retro.data.instructions.rows import RowShape, build_batch, pack
 from megatron_retro.data.instructions.templates import (
@@ -224,3 +225,48 @@ def test_wrong_templates_are_named(tmp_path: Path, text: str, message: str) -> N
 def test_unknown_template_is_named() -> None:
     with pytest.raises(DataError, match="there is no template 'chatml'"):
         build_template("chatml")
+
+
+def dataset_of(tmp_path: Path, *, packed: bool, seq_length: int = 512, skip_long: bool = False) -> InstructionDataset:
+    chance = random.Random(2)
+    words = []
+    for name, count in (("a", 30), ("b", 10)):
+        path = tmp_path / f"{name}.jsonl"
+        with path.open("w") as stream:
+            for _ in range(count):
+                conversation = random_conversation(chance)
+                messages = [{"role": turn.role, "content": turn.text} for turn in conversation.turns]
+                stream.write(json.dumps({"messages": messages}) + "\n")
+        words += ["3" if name == "a" else "1", str(path)]
+    encoder = ConversationEncoder(TOKENIZER, InstructRetroTemplate())
+    shape = RowShape(seq_length, TOKENIZER.eod)
+    return open_instructions(words, encoder, shape, seed=4, packed=packed, skip_long=skip_long)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_epoch_reads_every_conversation_as_its_weight_says(tmp_path: Path, packed: bool) -> None:
+    dataset = dataset_of(tmp_path, packed=packed, seq_length=1024)
+    rows = dataset.plan_epoch(0)
+    assert sorted(place for row in rows for place in row) == list(range(40))
+    assert len(rows) < 40 if packed else len(rows) == 40
+    batch = dataset.read(range(len(rows)))
+    whole = sum(int(example.learned[1:].sum()) for file in dataset.files for example in file)
+    assert batch.loss_mask_BS.sum() == whole
+    assert dataset.plan_epoch(1) != rows
+
+
+def test_rows_are_a_function_of_their_number(tmp_path: Path) -> None:
+    dataset, again = dataset_of(tmp_path, packed=True), dataset_of(tmp_path, packed=True)
+    assert dataset.fingerprint == again.fingerprint
+    far = dataset.num_samples + 3
+    together, alone = dataset.read([1, far]), again.read([far])
+    assert np.array_equal(together.tokens_BS[1], alone.tokens_BS[0])
+    assert dataset.fingerprint != dataset_of(tmp_path, packed=False).fingerprint
+
+
+def test_long_conversations_are_named_or_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DataError, match=r"longer than a row(.|\n)*a\.jsonl:\d+ \(\d+ tokens\)"):
+        dataset_of(tmp_path, packed=False, seq_length=320)
+    dataset = dataset_of(tmp_path, packed=False, seq_length=340, skip_long=True)
+    assert "passed over" in capsys.readouterr().err
+    assert 0 < dataset.num_conversations < 40

@@ -13,7 +13,7 @@ from megatron_retro.data.instructions.templates import Template
 from megatron_retro.data.tokenizers import Tokenizer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncodedExample:
     """Tokens of a whole conversation with its end-of-document.
 

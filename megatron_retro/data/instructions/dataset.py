@@ -1,0 +1,139 @@
+"""The rows of an instruction tuning run: files blended, conversations encoded once, rows planned per epoch.
+
+The k-th row is a pure function of the settings, the files and k, like the k-th sample of pretraining.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from megatron_retro.data.batches import Batch
+from megatron_retro.data.blends import Blend, parse_data_path
+from megatron_retro.data.instructions.conversations import read_conversations
+from megatron_retro.data.instructions.encoding import ConversationEncoder, EncodedExample
+from megatron_retro.data.instructions.rows import RowShape, build_batch, pack
+from megatron_retro.data.order import key_of, permuted
+from megatron_retro.errors import DataError
+from megatron_retro.runtime.console import warn
+
+_LONG_SHOWN = 10
+
+
+@dataclass(frozen=True, eq=False)
+class InstructionDataset:
+    """Rows of conversations. An epoch takes as many conversations of each file as its weight says."""
+
+    files: tuple[tuple[EncodedExample, ...], ...]
+    blend: Blend
+    shape: RowShape
+    seed: int
+    packed: bool
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of a row."""
+        return self.shape.length
+
+    @property
+    def num_samples(self) -> int:
+        """Rows of the first epoch."""
+        return len(self._epoch_rows(0))
+
+    @cached_property
+    def num_conversations(self) -> int:
+        """Conversations of one epoch."""
+        return sum(len(file) for file in self.files)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with anything that the k-th row depends on."""
+        digest = hashlib.sha256(repr((self.blend.weights, self.shape, self.seed, self.packed)).encode())
+        for file in self.files:
+            for example in file:
+                digest.update(example.tokens.tobytes() + example.learned.tobytes())
+                for passage in example.passages:
+                    digest.update(b"passage" + passage.tobytes())
+        return digest.hexdigest()
+
+    def read(self, numbers: Sequence[int]) -> Batch:
+        """The rows of the given numbers of the run."""
+        return build_batch([self._row(int(number)) for number in numbers], numbers, self.shape)
+
+    def _row(self, number: int) -> list[EncodedExample]:
+        epoch = 0
+        while number >= len(rows := self._epoch_rows(epoch)):
+            number -= len(rows)
+            epoch += 1
+        return [self._conversation(place) for place in rows[number]]
+
+    def _conversation(self, place: int) -> EncodedExample:
+        """The conversation at a place of the blended order, each file shuffled anew in each of its own epochs."""
+        source, draw = self.blend.locate(place)
+        file = self.files[source]
+        epoch, position = divmod(draw, len(file))
+        key = key_of(self.seed, source, epoch)
+        return file[int(permuted(np.array([position]), len(file), key)[0])]
+
+    @cached_property
+    def _plans(self) -> dict[int, list[tuple[int, ...]]]:
+        return {}
+
+    def _epoch_rows(self, epoch: int) -> list[tuple[int, ...]]:
+        if epoch not in self._plans:
+            self._plans[epoch] = self.plan_epoch(epoch)
+        return self._plans[epoch]
+
+    def plan_epoch(self, epoch: int) -> list[tuple[int, ...]]:
+        """Rows of an epoch as places of the blended order; packed rows come in a shuffled order."""
+        places = range(epoch * self.num_conversations, (epoch + 1) * self.num_conversations)
+        if not self.packed:
+            return [(place,) for place in places]
+        spans = [self.shape.span(self._conversation(place)) for place in places]
+        rows = [tuple(places[index] for index in row) for row in pack(spans, self.shape.length)]
+        order = permuted(np.arange(len(rows)), len(rows), key_of(self.seed, len(self.files), epoch))
+        return [rows[index] for index in order]
+
+
+def open_instructions(
+    words: Sequence[str],
+    encoder: ConversationEncoder,
+    shape: RowShape,
+    *,
+    seed: int,
+    packed: bool,
+    skip_long: bool,
+) -> InstructionDataset:
+    """Read and encode the files of a blend; conversations longer than a row stop, or are passed over when asked."""
+    paths = parse_data_path(words)
+    files = []
+    for weighted in paths:
+        path = Path(weighted.path)
+        examples = [encoder.encode(conversation) for conversation in read_conversations(path)]
+        files.append(_fitting(path, examples, shape, skip_long))
+    return InstructionDataset(tuple(files), Blend(tuple(path.weight for path in paths)), shape, seed, packed)
+
+
+def _fitting(
+    path: Path, examples: Sequence[EncodedExample], shape: RowShape, skip_long: bool
+) -> tuple[EncodedExample, ...]:
+    fitting = tuple(example for example in examples if shape.span(example) <= shape.length)
+    long = [example for example in examples if shape.span(example) > shape.length]
+    if not long:
+        return fitting
+    shown = ", ".join(f"{example.origin} ({shape.span(example)} tokens)" for example in long[:_LONG_SHOWN])
+    more = f" and {len(long) - _LONG_SHOWN} more" if len(long) > _LONG_SHOWN else ""
+    if not skip_long or not fitting:
+        raise DataError(
+            f"{len(long)} of {len(examples)} conversations of {path} are longer than a row",
+            got=shown + more,
+            expected=f"at most --seq-length {shape.length}, padding to chunks included",
+            fix="raise --seq-length, lower --num-contexts, or give --skip-long-examples",
+        )
+    warn(f"{len(long)} of {len(examples)} conversations of {path} are longer than a row and passed over: {shown}{more}")
+    return fitting
