@@ -1,0 +1,154 @@
+"""`megatron-retro generate`: text from a checkpoint, with the neighbours that each chunk read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_retro.config.checkpoint import CheckpointConfig
+from megatron_retro.config.command_line import Positional
+from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.config.inference import EngineConfig, GenerateConfig, LiveRetrievalConfig, SamplingConfig
+from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings
+from megatron_retro.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from megatron_retro.assembly.loaded_model import LoadedModel
+    from megatron_retro.inference.generation import Generation
+    from megatron_retro.inference.text_generator import TextGenerator
+
+DESCRIPTION = "Generate text from a checkpoint (--load), with live retrieval from an index (--retro-index)."
+SECTIONS: tuple[type, ...] = (
+    GenerateConfig,
+    SamplingConfig,
+    LiveRetrievalConfig,
+    EngineConfig,
+    CheckpointConfig,
+    TokenizerConfig,
+)
+POSITIONAL: Positional | None = None
+_SHOWN_CHARACTERS = 200
+
+
+def run(settings: Settings, positional: Sequence[str]) -> None:
+    """Generate, print, write."""
+    prompts = _prompts(settings[GenerateConfig])
+    loaded = load(settings)
+    from megatron_retro.inference.text_generator import build_text_generator
+
+    generator = build_text_generator(loaded, settings[EngineConfig], settings[LiveRetrievalConfig])
+    generations = _generate(generator, [_written(prompt, settings) for prompt in prompts], settings)
+    output = settings[GenerateConfig].output
+    if output is not None:
+        _write(Path(output), prompts, generations, generator)
+
+
+def load(settings: Settings) -> LoadedModel:
+    """The model of --load."""
+    from megatron_retro.assembly.loaded_model import load_model
+
+    path = settings[CheckpointConfig].load
+    if path is None:
+        raise ConfigError("which model?", expected="--load DIR", fix="give the directory of a checkpoint or of a run")
+    engine = settings[EngineConfig]
+    given = settings.origin("tokenizer_type") != DEFAULT_ORIGIN
+    tokenizer = settings[TokenizerConfig] if given else None
+    return load_model(Path(path), device=engine.device, dtype=engine.dtype, tokenizer=tokenizer)
+
+
+def _prompts(config: GenerateConfig) -> list[str]:
+    if config.prompt is not None and config.prompt_file is not None:
+        raise ConfigError("--prompt and --prompt-file exclude each other", fix="give one of them")
+    if config.prompt is not None:
+        return list(config.prompt)
+    if config.prompt_file is None:
+        raise ConfigError("there is no prompt", fix='give --prompt "TEXT" or --prompt-file FILE')
+    path = Path(config.prompt_file)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}", got=error) from None
+    if path.suffix != ".jsonl":
+        return [text]
+    try:
+        return [str(json.loads(line)["prompt"]) for line in text.splitlines() if line.strip()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is no JSON lines file of prompts", got=error, expected='{"prompt": ...}') from None
+
+
+def _written(prompt: str, settings: Settings) -> str:
+    if not settings[GenerateConfig].chat:
+        return prompt
+    from megatron_retro.data.instructions.conversations import Turn
+    from megatron_retro.data.instructions.templates import InstructRetroTemplate
+
+    return "".join(segment.text for segment in InstructRetroTemplate().segments([Turn("user", prompt)], ()))
+
+
+def _generate(generator: TextGenerator, prompts: Sequence[str], settings: Settings) -> list[Generation]:
+    from megatron_retro.inference.sampling import Sampling
+
+    sampling, live = settings[SamplingConfig], settings[LiveRetrievalConfig]
+    streamed = settings[GenerateConfig].stream and len(prompts) == 1
+    mode = live.retrieval
+    if mode == "live" and live.retro_index is None and settings.origin("retrieval") == DEFAULT_ORIGIN:
+        mode = "none"
+    source = generator.source(mode, live.passages or ())
+    stops = [*(sampling.stop or ()), *(("\n\nUser:",) if settings[GenerateConfig].chat else ())]
+    if streamed:
+        print(prompts[0], end="", flush=True)
+    generations = generator.generate(
+        prompts,
+        max_new_tokens=sampling.max_new_tokens,
+        sampling=Sampling.from_config(sampling),
+        stop_strings=stops,
+        sources=[source] * len(prompts),
+        retrieval_step=live.retrieval_step,
+        listener=_print_piece if streamed else None,
+    )
+    for prompt, generation in zip(prompts, generations, strict=True):
+        print() if streamed else print(f"{prompt}{generation.text}")
+        if live.show_neighbors:
+            print(_explained(generator, generation))
+    return generations
+
+
+def _print_piece(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _explained(generator: TextGenerator, generation: Generation) -> str:
+    """The neighbours of each chunk in words."""
+    lines = [f"--- {len(generation.new_tokens)} tokens, ended by {generation.finish_reason}"]
+    for chunk in generator.report(generation):
+        lines.append(f"chunk of tokens {chunk.query_start} to {chunk.query_stop - 1}: {_short(chunk.query)}")
+        for number, neighbor in enumerate(chunk.neighbors, 1):
+            lines.append(f"  neighbour {number}: chunk {neighbor.id}, distance {neighbor.distance:.4g}")
+            lines.append(f"    {_short(neighbor.text)}")
+    return "\n".join(lines)
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN_CHARACTERS else line[: _SHOWN_CHARACTERS - 3] + "..."
+
+
+def _write(path: Path, prompts: Sequence[str], generations: Sequence[Generation], generator: TextGenerator) -> None:
+    from dataclasses import asdict
+
+    from megatron_retro.artifacts.files import write_file
+
+    records = [
+        {
+            "prompt": prompt,
+            "text": generation.text,
+            "finish_reason": generation.finish_reason,
+            "chunks": [asdict(chunk) for chunk in generator.report(generation)],
+        }
+        for prompt, generation in zip(prompts, generations, strict=True)
+    ]
+    write_file(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
