@@ -30,19 +30,32 @@ class NeighborEncoder(nn.Module):
         )
 
     def forward(
-        self, hidden_XKRH: Tensor, mask_XKR: Tensor | None, chunk_XMH: Tensor, chunk_mask_XM: Tensor | None
+        self,
+        hidden_XKRH: Tensor,
+        mask_XKR: Tensor | None,
+        chunk_XMH: Tensor,
+        chunk_mask_XM: Tensor | None,
+        retrieved_length: int,
     ) -> Tensor:
-        """[X, K, R, H] for X chunks, from embedded neighbours and the decoder's normed state of each chunk."""
-        context = self._context(hidden_XKRH, mask_XKR, chunk_XMH.shape[1], chunk_mask_XM)
+        """[X, K, R, H] for X chunks, from embedded neighbours and the decoder's normed state of each chunk.
+
+        `retrieved_length` is R of a whole neighbour, also where `hidden_XKRH` is a part of it.
+        """
+        shape = (hidden_XKRH.shape[1], retrieved_length)
+        context = self._context(shape, hidden_XKRH.device, mask_XKR, chunk_XMH.shape[1], chunk_mask_XM)
         for layer in self.layers.values():
             hidden_XKRH = layer(hidden_XKRH, chunk_XMH, context)
         return hidden_XKRH
 
     def _context(
-        self, hidden_XKRH: Tensor, mask_XKR: Tensor | None, chunk_length: int, chunk_mask_XM: Tensor | None
+        self,
+        shape: tuple[int, int],
+        device: torch.device,
+        mask_XKR: Tensor | None,
+        chunk_length: int,
+        chunk_mask_XM: Tensor | None,
     ) -> EncoderContext:
-        num_neighbors, retrieved_length = hidden_XKRH.shape[1:3]
-        device = hidden_XKRH.device
+        num_neighbors, retrieved_length = shape
         own_positions = torch.arange(retrieved_length, device=device)
         return EncoderContext(
             AttentionPattern(allowed_BST=None if mask_XKR is None else mask_XKR.flatten(0, 1)[:, None]),

@@ -173,5 +173,11 @@ class Retro(nn.Module):
         if dropout:
             embedded_BCKRH = functional.dropout(embedded_BCKRH, dropout, self.training)
         mask_XKR = None if self.retro.retro_legacy_checkpoint else neighbors.mask_BCKR.flatten(0, 1)
-        encoded = self.encoder(embedded_BCKRH.flatten(0, 1), mask_XKR, chunks_BCMH.flatten(0, 1), chunk_mask_XM)
+        encoded = self.encoder(
+            embedded_BCKRH.flatten(0, 1),
+            mask_XKR,
+            chunks_BCMH.flatten(0, 1),
+            chunk_mask_XM,
+            neighbors.tokens_BCKR.shape[-1],
+        )
         return torch.unflatten(encoded, 0, neighbors.tokens_BCKR.shape[:2])
