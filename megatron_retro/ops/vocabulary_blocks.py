@@ -1,0 +1,125 @@
+"""Softmax over a vocabulary whose logits exist for one block at a time: statistics first, gradients after.
+
+A rank that holds some rows of the vocabulary gets its own statistics here; who cuts the vocabulary reduces them
+(`parallel.vocabulary`), so nothing here speaks to other ranks. Products are torch's; what is ours is the pass over the
+logits between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_retro.ops.backends import uses_native
+
+BLOCK_BYTES = 1 << 27
+_MINIMUM = 16
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of each position's logits, float32: the largest, the sum of exp(logit - largest), the label's logit."""
+
+    largest_T: Tensor
+    sum_T: Tensor
+    label_logit_T: Tensor
+
+    def log_normalizer(self) -> Tensor:
+        """[T] log of the sum of exp(logit)."""
+        return self.largest_T + self.sum_T.log()
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """d loss / d logit = probability_scale * softmax - label_scale * [is label], per position, float32."""
+
+    log_normalizer_T: Tensor
+    probability_scale_T: Tensor
+    label_scale_T: Tensor
+
+
+def statistics(hidden_TH: Tensor, rows_VH: Tensor, labels_T: Tensor, first_label: int = 0) -> Statistics:
+    """Over these rows of the vocabulary; a label that is not among them contributes a logit of zero."""
+    whole = _new_statistics(hidden_TH)
+    for columns in blocks(rows_VH.shape[0], hidden_TH.shape[0] * hidden_TH.element_size()):
+        logits = hidden_TH @ rows_VH[columns].T
+        part = statistics_of(logits, labels_T, first_label + columns.start)
+        whole = _merged(whole, part)
+    return whole
+
+
+def gradients(
+    hidden_TH: Tensor, rows_VH: Tensor, labels_T: Tensor, slopes: Slopes, first_label: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Of the hidden state (these rows' part of it) and of these rows; logits are computed once more."""
+    exact = hidden_TH.dtype == torch.float32
+    hidden_grad = torch.zeros_like(hidden_TH, dtype=torch.float32)
+    rows_grad = torch.empty_like(rows_VH)
+    for columns in blocks(rows_VH.shape[0], hidden_TH.shape[0] * hidden_TH.element_size()):
+        slope = hidden_TH @ rows_VH[columns].T
+        logits_to_slopes(slope, labels_T, slopes, first_label + columns.start)
+        if exact:
+            hidden_grad.addmm_(slope, rows_VH[columns])
+        else:
+            hidden_grad += slope @ rows_VH[columns]
+        torch.mm(slope.T, hidden_TH, out=rows_grad[columns])
+    return hidden_grad.to(hidden_TH.dtype), rows_grad
+
+
+def statistics_of(logits_TV: Tensor, labels_T: Tensor, first_label: int = 0) -> Statistics:
+    """Of logits that are there."""
+    if not uses_native("linear_cross_entropy", logits_TV.device.type):
+        return _reference_statistics(logits_TV, labels_T, first_label)
+    whole = _new_statistics(logits_TV)
+    torch.ops.megatron_retro.vocabulary_statistics(
+        logits_TV, labels_T, first_label, whole.largest_T, whole.sum_T, whole.label_logit_T
+    )
+    return whole
+
+
+def logits_to_slopes(logits_TV: Tensor, labels_T: Tensor, slopes: Slopes, first_label: int = 0) -> None:
+    """Turn logits into the gradient of the loss by them, in place."""
+    scales = slopes.log_normalizer_T, slopes.probability_scale_T, slopes.label_scale_T
+    if uses_native("linear_cross_entropy", logits_TV.device.type):
+        torch.ops.megatron_retro.vocabulary_gradient_(logits_TV, labels_T, first_label, *scales)
+        return
+    normalizer, probability_scale, label_scale = (scale[:, None] for scale in scales)
+    local, held = _local(labels_T, logits_TV.shape[1], first_label)
+    slope = (logits_TV.float() - normalizer).exp_().mul_(probability_scale)
+    slope.scatter_add_(1, local[:, None], torch.where(held[:, None], -label_scale, 0.0))
+    logits_TV.copy_(slope)
+
+
+def blocks(length: int, bytes_each: int) -> Iterator[slice]:
+    """Cuts `length` lines of `bytes_each` into blocks of about BLOCK_BYTES, of equal size but for the last."""
+    step = max(_MINIMUM, BLOCK_BYTES // max(1, bytes_each) // _MINIMUM * _MINIMUM)
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def _new_statistics(like_TX: Tensor) -> Statistics:
+    largest = like_TX.new_full((like_TX.shape[0],), float("-inf"), dtype=torch.float32)
+    return Statistics(largest, torch.zeros_like(largest), torch.zeros_like(largest))
+
+
+def _merged(left: Statistics, right: Statistics) -> Statistics:
+    largest = torch.maximum(left.largest_T, right.largest_T)
+    total = left.sum_T * (left.largest_T - largest).exp() + right.sum_T * (right.largest_T - largest).exp()
+    return Statistics(largest, total, left.label_logit_T + right.label_logit_T)
+
+
+def _reference_statistics(logits_TV: Tensor, labels_T: Tensor, first_label: int) -> Statistics:
+    logits = logits_TV.float()
+    local, held = _local(labels_T, logits.shape[1], first_label)
+    largest = logits.amax(1)
+    label_logit = logits.gather(1, local[:, None])[:, 0]
+    return Statistics(largest, (logits - largest[:, None]).exp_().sum(1), label_logit.where(held, 0.0))
+
+
+def _local(labels_T: Tensor, width: int, first_label: int) -> tuple[Tensor, Tensor]:
+    local = labels_T - first_label
+    held = (local >= 0) & (local < width)
+    return local.where(held, 0), held
