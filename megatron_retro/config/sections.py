@@ -19,6 +19,7 @@ from megatron_retro.config.observability import ObservabilityConfig
 from megatron_retro.config.optimizer import OptimizerConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.peft import PeftConfig
+from megatron_retro.config.perplexity import PerplexityConfig
 from megatron_retro.config.planning import PlanningConfig
 from megatron_retro.config.preprocess import InputConfig, PreprocessConfig, TrainTokenizerConfig
 from megatron_retro.config.retrieval import EmbedderConfig, RetrievalConfig
@@ -52,4 +53,5 @@ ALL_SECTIONS: tuple[type, ...] = (
     EngineConfig,
     ServeConfig,
     EvaluationConfig,
+    PerplexityConfig,
 )

@@ -1,0 +1,46 @@
+"""`megatron-retro evaluate TASK...`: figures of a trained model. A task is a row of TASKS."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+
+from megatron_retro.config.checkpoint import CheckpointConfig
+from megatron_retro.config.command_line import Positional
+from megatron_retro.config.data import DataConfig, TokenizerConfig
+from megatron_retro.config.evaluation import EvaluationConfig
+from megatron_retro.config.perplexity import PerplexityConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.config.toml_files import nearest
+from megatron_retro.config.training import TrainingConfig
+from megatron_retro.errors import ConfigError
+
+# task -> `module:function`, called as function(settings, the tasks asked for that name it)
+TASKS: Mapping[str, str] = {
+    "perplexity": "megatron_retro.evaluation.perplexity_run:run_perplexity",
+}
+DESCRIPTION = """Measure a trained model (--load).
+
+perplexity: sliding windows over held-out text; bits per byte; real, no, random and shuffled neighbours with
+paired intervals; the leakage curve. Data settings that are not given are those of the training run."""
+SECTIONS: tuple[type, ...] = (
+    CheckpointConfig,
+    DataConfig,
+    TokenizerConfig,
+    TrainingConfig,
+    PerplexityConfig,
+    EvaluationConfig,
+)
+POSITIONAL: Positional | None = Positional("tasks", "+", "what to measure: " + ", ".join(TASKS))
+
+
+def run(settings: Settings, positional: Sequence[str]) -> None:
+    """Run each program once, with all of its tasks."""
+    asked: dict[str, list[str]] = {}
+    for name in positional:
+        if name not in TASKS:
+            raise ConfigError(f"there is no task {name!r}{nearest(name, TASKS)}", expected=", ".join(TASKS))
+        asked.setdefault(TASKS[name], []).append(name)
+    for program, tasks in asked.items():
+        module, function = program.split(":")
+        getattr(importlib.import_module(module), function)(settings, tasks)

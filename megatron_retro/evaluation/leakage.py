@@ -1,0 +1,115 @@
+"""The leakage curve: how much of a model's gain is copying (RETRO, section 2.6).
+
+For each evaluation chunk, r = the longest run of tokens that it shares with any of its nearest neighbours, over the
+chunk's length. The curve is bits per byte over the chunks with r at most alpha.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_retro.data.dataset import Dataset, Source
+from megatron_retro.data.tokenizers import Tokenizer
+from megatron_retro.evaluation.perplexity import Measured
+from megatron_retro.retrieval.native import longest_common_runs
+
+ALPHAS = tuple(number / 8 for number in range(1, 9))
+_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class LeakageCurve:
+    """Bits per byte over chunks that share at most `alpha` of their length, per variant of neighbours."""
+
+    alphas: tuple[float, ...]
+    chunks: tuple[int, ...]
+    bits_per_byte: Mapping[str, tuple[float, ...]]
+
+    def facts(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {
+            "alphas": list(self.alphas),
+            "chunks": list(self.chunks),
+            "bits_per_byte": {name: list(values) for name, values in self.bits_per_byte.items()},
+        }
+
+
+def shared_shares(source: Source, chunks: NDArray[np.int64], num_neighbors: int) -> NDArray[np.float64]:
+    """r of each query chunk of a source."""
+    if source.neighbors is None:
+        raise ValueError("a leakage curve needs a neighbour table")
+    saved = source.neighbors.table.num_saved
+    reader = replace(source.neighbors, num_neighbors=min(num_neighbors, saved))
+    length = source.samples.chunk_length
+    shares = []
+    for start in range(0, len(chunks), _BLOCK):
+        some = chunks[start : start + _BLOCK]
+        candidates, there = reader.read(some, 1)
+        texts = source.samples.file.stream[some[:, None] * length + np.arange(length)]
+        runs = longest_common_runs(texts, np.ones(texts.shape, np.bool_), candidates[:, 0], there[:, 0])
+        shares.append(runs.max(axis=1, initial=0) / length)
+    return np.concatenate(shares) if shares else np.zeros(0)
+
+
+def leakage_curve(
+    dataset: Dataset, measured: Mapping[str, Measured], tokenizer: Tokenizer, num_neighbors: int
+) -> LeakageCurve:
+    """The curve over all chunks whose every token was scored."""
+    names = list(measured)
+    shares, sizes = [], []
+    nats: dict[str, list[NDArray[np.float64]]] = {name: [] for name in names}
+    for number, source in enumerate(dataset.sources):
+        chunks = _whole_chunks(measured[names[0]], number, source.samples.chunk_length)
+        shares.append(shared_shares(source, chunks, num_neighbors))
+        sizes.append(_chunk_bytes(source, chunks, tokenizer))
+        for name in names:
+            nats[name].append(_chunk_nats(measured[name], number, chunks, source.samples.chunk_length))
+    share, size = np.concatenate(shares), np.concatenate(sizes)
+    below = [share <= alpha + 1e-9 for alpha in ALPHAS]
+    return LeakageCurve(
+        ALPHAS,
+        tuple(int(chosen.sum()) for chosen in below),
+        {name: _bits(np.concatenate(nats[name]), size, below) for name in names},
+    )
+
+
+def _bits(nats: NDArray[np.float64], size: NDArray[np.int64], below: Sequence[NDArray[np.bool_]]) -> tuple[float, ...]:
+    return tuple(
+        float(nats[chosen].sum() / np.log(2) / size[chosen].sum()) if size[chosen].sum() else float("nan")
+        for chosen in below
+    )
+
+
+def _whole_chunks(measured: Measured, source: int, length: int) -> NDArray[np.int64]:
+    offsets = measured.offsets[measured.sources == source]
+    chunks, counts = np.unique(offsets // length, return_counts=True)
+    return np.asarray(chunks[counts == length], np.int64)
+
+
+def _chunk_nats(measured: Measured, source: int, chunks: NDArray[np.int64], length: int) -> NDArray[np.float64]:
+    mine = measured.sources == source
+    place = np.searchsorted(chunks, measured.offsets[mine] // length)
+    inside = place < len(chunks)
+    inside[inside] = chunks[place[inside]] == (measured.offsets[mine] // length)[inside]
+    sums = np.bincount(place[inside], weights=measured.losses[mine][inside], minlength=len(chunks))
+    return np.asarray(sums, np.float64)
+
+
+def _chunk_bytes(source: Source, chunks: NDArray[np.int64], tokenizer: Tokenizer) -> NDArray[np.int64]:
+    length = source.samples.chunk_length
+    stream = source.samples.file.stream
+    return np.array(
+        [text_bytes(tokenizer, stream[chunk * length : (chunk + 1) * length]) for chunk in chunks], np.int64
+    )
+
+
+def text_bytes(tokenizer: Tokenizer, tokens: NDArray[Any]) -> int:
+    """Bytes of the text of some tokens; a character that is cut at an edge counts as one."""
+    text = tokenizer.decode([int(token) for token in tokens])
+    cut = text.count("\ufffd")
+    return len(text.encode()) - 2 * cut

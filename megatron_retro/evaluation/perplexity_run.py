@@ -1,0 +1,159 @@
+"""`evaluate perplexity`: a checkpoint, held-out text, and what comes out: figures, JSON and a page with the curve."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_retro.artifacts.files import write_file
+from megatron_retro.assembly.loaded_model import LoadedModel, load_model
+from megatron_retro.checkpoint.loading import open_checkpoint
+from megatron_retro.config.checkpoint import CheckpointConfig
+from megatron_retro.config.data import DataConfig
+from megatron_retro.config.evaluation import EvaluationConfig
+from megatron_retro.config.fields import field_specs
+from megatron_retro.config.perplexity import PerplexityConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings, section_name
+from megatron_retro.config.training import TrainingConfig
+from megatron_retro.data.builders import build_dataset
+from megatron_retro.data.dataset import Dataset
+from megatron_retro.data.neighbor_variants import VARIANTS
+from megatron_retro.errors import ConfigError
+from megatron_retro.evaluation.leakage import LeakageCurve, leakage_curve, text_bytes
+from megatron_retro.evaluation.perplexity import Measured, measure, sliding_windows
+from megatron_retro.runtime.console import render_table, say
+from megatron_retro.runtime.html_page import facts, page, section, table
+from megatron_retro.runtime.statistics import bootstrap_ratio
+from megatron_retro.runtime.svg_plots import Series, line_plot
+
+RESULT = "perplexity.json"
+PAGE = "perplexity.html"
+
+
+def run_perplexity(settings: Settings, tasks: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure, print, write; returns the result. `tasks` is what the verb was asked for: this one."""
+    load = settings[CheckpointConfig].load
+    if load is None:
+        raise ConfigError("perplexity is that of a model", fix="give --load, a run's directory or a checkpoint")
+    model = load_model(Path(load))
+    config = settings[PerplexityConfig]
+    dataset = held_out(settings, model)
+    stride = config.perplexity_stride or _half(dataset)
+    windows = sliding_windows(dataset, stride)[: config.perplexity_windows]
+    reads = model.retro.reads_neighbors() and all(source.neighbors for source in dataset.sources)
+    measured = {
+        variant: measure(model.module, dataset, windows, variant, batch_size=config.perplexity_batch_size)
+        for variant in (VARIANTS if reads else ("real",))
+    }
+    result = summary(dataset, model, measured) | {
+        "checkpoint": str(model.path),
+        "model": model.fingerprint,
+        "data": dataset.fingerprint,
+        "split": config.perplexity_split,
+        "stride": stride,
+        "windows": len(windows),
+    }
+    curve = None
+    if reads and config.leakage_neighbors:
+        curve = leakage_curve(dataset, measured, model.tokenizer, config.leakage_neighbors)
+        result["leakage"] = curve.facts()
+    _write(Path(settings[EvaluationConfig].eval_output), result, curve)
+    return result
+
+
+def held_out(settings: Settings, model: LoadedModel) -> Dataset:
+    """The split to measure on; data settings that are not given are those of the training run."""
+    stored = open_checkpoint(model.path).manifest.config
+    changes: dict[str, Any] = {}
+    for kind in (DataConfig, TrainingConfig):
+        known = stored.get(section_name(kind), {})
+        for spec in field_specs(kind):
+            if spec.name in known and settings.origin(spec.name) == DEFAULT_ORIGIN:
+                changes[spec.name] = spec.converted(known[spec.name])
+    combined = Settings([model.settings[RetroConfig], settings[DataConfig], settings[TrainingConfig]], {})
+    split = settings[PerplexityConfig].perplexity_split
+    return build_dataset(combined.replace(**changes), split, eod=model.tokenizer.eod)
+
+
+def _half(dataset: Dataset) -> int:
+    samples = dataset.sources[0].samples
+    return max(1, samples.chunks_per_sample // 2) * samples.chunk_length
+
+
+def summary(dataset: Dataset, model: LoadedModel, measured: Mapping[str, Measured]) -> dict[str, Any]:
+    """Loss, perplexity and bits per byte per variant, with intervals over windows."""
+    real = measured["real"]
+    size = _scored_bytes(dataset, model, real)
+    counts = np.bincount(real.windows)
+    variants = {}
+    for name, one in measured.items():
+        sums = np.bincount(one.windows, weights=one.losses)
+        loss = bootstrap_ratio(sums, counts, seed=0)
+        variants[name] = {
+            "loss": loss.as_list(),
+            "perplexity": math.exp(loss.mean),
+            "bits_per_byte": float(one.losses.sum(dtype=np.float64) / math.log(2) / max(size, 1)),
+        }
+        if name != "real":
+            difference = np.bincount(one.windows, weights=one.losses.astype(np.float64) - real.losses)
+            variants[name]["excess"] = bootstrap_ratio(difference, counts, seed=0).as_list()
+    return {"tokens": len(real.losses), "bytes": size, "variants": variants}
+
+
+def _scored_bytes(dataset: Dataset, model: LoadedModel, measured: Measured) -> int:
+    """Bytes of the text of all scored tokens, stretch by stretch."""
+    size = 0
+    for number, source in enumerate(dataset.sources):
+        offsets = np.sort(measured.offsets[measured.sources == number])
+        breaks = np.flatnonzero(np.diff(offsets) != 1) + 1
+        for stretch in np.split(offsets, breaks):
+            if len(stretch):
+                size += text_bytes(model.tokenizer, source.samples.file.stream[stretch[0] : stretch[-1] + 1])
+    return size
+
+
+def _write(directory: Path, result: dict[str, Any], curve: LeakageCurve | None) -> None:
+    write_file(directory / RESULT, json.dumps(result, indent=1) + "\n")
+    write_file(directory / PAGE, render(result, curve))
+    header = ("neighbours", "loss", "perplexity", "bits per byte", "costs more than real")
+    say(render_table(header, _rows(result)))
+    say(f"{result['tokens']} tokens, {result['bytes']} bytes; written to {directory / RESULT} and {directory / PAGE}")
+
+
+def _rows(result: dict[str, Any]) -> list[tuple[object, ...]]:
+    rows: list[tuple[object, ...]] = []
+    for name, facts_of in result["variants"].items():
+        mean, low, high = facts_of.get("excess", (0.0, 0.0, 0.0))
+        excess = f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]" if "excess" in facts_of else ""
+        loss = f"{facts_of['loss'][0]:.4f}"
+        rows.append((name, loss, f"{facts_of['perplexity']:.3f}", f"{facts_of['bits_per_byte']:.4f}", excess))
+    return rows
+
+
+def render(result: dict[str, Any], curve: LeakageCurve | None) -> str:
+    """The page."""
+    shown = {name: result[name] for name in ("tokens", "bytes", "windows", "stride", "split")}
+    parts = [
+        facts(shown),
+        section(
+            "Losses",
+            table(("neighbours", "loss", "perplexity", "bits per byte", "costs more than real"), _rows(result)),
+        ),
+    ]
+    if curve is not None:
+        series = [Series(name, curve.alphas, values) for name, values in curve.bits_per_byte.items()]
+        plot = line_plot(
+            series,
+            title="Bits per byte of chunks that share at most this much with their neighbours",
+            x_label="longest shared run / chunk length",
+            y_label="bits per byte",
+        )
+        rows = list(zip(curve.alphas, curve.chunks, strict=True))
+        parts.append(section("Leakage curve", plot, table(("share at most", "chunks"), rows)))
+    return page("Perplexity", parts, summary=str(result["checkpoint"]))
