@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +44,7 @@ class SelfAttention(nn.Module):
         if cache is not None and piece is not None:
             key, value = cache.append("key", key, piece), cache.append("value", value, piece)
         if self.relative is not None:
-            pattern = self._with_bias(pattern, query, key.shape[1])
+            pattern = replace(pattern, bias_BNST=self._relative_scores(self.relative, query, key.shape[1], piece))
         attended = attention(query, key, value, pattern, dropout=self.dropout if self.training else 0.0)
         output: Tensor = self.output(attended)
         return output
@@ -58,9 +60,12 @@ class SelfAttention(nn.Module):
             key = apply_rotary(key, rotary, interleaved=self.interleaved)
         return query, key, value
 
-    def _with_bias(self, pattern: AttentionPattern, query_BSND: Tensor, num_keys: int) -> AttentionPattern:
-        keys = torch.arange(num_keys, device=query_BSND.device)
-        queries = keys[num_keys - query_BSND.shape[1] :]
-        assert self.relative is not None
-        bias = self.relative(query_BSND, queries, keys)
-        return AttentionPattern(pattern.causal, pattern.window, pattern.allowed_BST, bias)
+    @staticmethod
+    def _relative_scores(relative: RelativePositions, query_BSND: Tensor, num_keys: int, piece: Piece | None) -> Tensor:
+        """[B or 1, N, S, T]; rows of a cache may stand at different slots."""
+        keys_T = torch.arange(num_keys, device=query_BSND.device)
+        if piece is None or piece.uniform:
+            scores: Tensor = relative(query_BSND, keys_T[num_keys - query_BSND.shape[1] :], keys_T)
+            return scores
+        slots_BS = piece.slots_BS(query_BSND.device)
+        return torch.cat([relative(query_BSND[row : row + 1], slots_BS[row], keys_T) for row in range(len(slots_BS))])
