@@ -1,30 +1,210 @@
-"""The model of a run on its layout, ready to train."""
+"""The model of a run on its layout, ready to train: what `Trainable` promises, on any mesh."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from dataclasses import fields
 
-from megatron_retro.assembly.single_process import SingleProcess
-from megatron_retro.assembly.trainable import Trainable
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from megatron_retro.assembly.pipeline_runs import PipelineRuns
+from megatron_retro.assembly.single_process import SingleProcess, set_gate_budgets
+from megatron_retro.assembly.stage_building import build_stage, compute_dtype, freeze_decoder, tensor_axis
+from megatron_retro.assembly.trainable import StepResult, TensorBatch, Trainable
+from megatron_retro.config.data import DataConfig
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.optimizer import OptimizerConfig
+from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.retro import Retro
-
-
-def compute_dtype(config: OptimizerConfig) -> torch.dtype:
-    """What the model computes in."""
-    if config.bf16:
-        return torch.bfloat16
-    return torch.float16 if config.fp16 else torch.float32
+from megatron_retro.optim.clipping import squared_norm
+from megatron_retro.parallel.data_parallel import before_backward
+from megatron_retro.parallel.mesh import DATA, PIPELINE, TENSOR, ParallelMesh, build_mesh
+from megatron_retro.parallel.partition import StagePart, describe_stages, stage_parts
+from megatron_retro.parallel.recompute import recompute_layers
+from megatron_retro.parallel.replicas import require_equal, share_embedding
+from megatron_retro.parallel.styles import sum_partial_gradients
+from megatron_retro.runtime.console import say
+from megatron_retro.runtime.process_group import explain_failure
 
 
 def build_trainable(settings: Settings, device: torch.device) -> Trainable:
-    """The model with its first values, on this rank's part of the layout."""
-    model, retro = settings[ModelConfig], settings[RetroConfig]
+    """The model with its first values, on this rank's part of the layout; every rank calls it.
+
+    A program that has opened no process group is alone, and gets the plainest form.
+    """
+    if not dist.is_initialized():
+        return _alone(settings, device)
+    mesh = build_mesh(settings[ParallelConfig], device)
+    parts = stage_parts(settings, settings[DataConfig].seq_length)
+    trainable = ParallelModel(settings, mesh, parts)
+    if mesh.size(PIPELINE) > 1 and trainable.is_reporter:
+        say(describe_stages(settings, settings[DataConfig].seq_length))
+    return trainable
+
+
+def _alone(settings: Settings, device: torch.device) -> Trainable:
+    model, retro, training = settings[ModelConfig], settings[RetroConfig], settings[TrainingConfig]
     module = Retro(model, retro).to(device)
-    initialize(module, model, retro, settings[TrainingConfig].seed)
+    initialize(module, model, retro, training.seed)
+    if training.freeze_decoder:
+        freeze_decoder(module)
+    recompute_layers(module, settings[ParallelConfig].recompute_granularity)
     return SingleProcess(module, device, compute_dtype(settings[OptimizerConfig]))
+
+
+class ParallelModel:
+    """This rank's stages on the mesh."""
+
+    def __init__(self, settings: Settings, mesh: ParallelMesh, parts: Sequence[StagePart]) -> None:
+        self.settings, self.mesh = settings, mesh
+        own = [part for part in parts if part.index % mesh.size(PIPELINE) == mesh.rank(PIPELINE)]
+        self.stages = [build_stage(settings, part, mesh) for part in own]
+        self._axis = tensor_axis(settings, mesh)
+        self._shared = share_embedding(mesh, parts, [(stage.part, stage.model) for stage in self.stages])
+        self._module = _merged([stage.model for stage in self.stages])
+        self._runs = PipelineRuns(settings, mesh, self.stages, compute_dtype(settings[OptimizerConfig]))
+        self._sharding = settings[ParallelConfig].sharding()
+
+    @property
+    def module(self) -> nn.Module:
+        """This rank's parameters under the names of the uncut model."""
+        return self._module
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go."""
+        return self.mesh.device
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of each global batch this rank reads."""
+        return self.mesh.rank(DATA)
+
+    @property
+    def data_size(self) -> int:
+        """Into how many shares a global batch is cut."""
+        return self.mesh.size(DATA)
+
+    @property
+    def is_reporter(self) -> bool:
+        """True on the first rank."""
+        return dist.get_rank() == 0
+
+    def train_step(self, microbatches: Sequence[TensorBatch], *, loss_scale: float = 1.0, step: int = 0) -> StepResult:
+        """Gradients of the mean loss over all unmasked tokens of the global batch, times `loss_scale`."""
+        try:
+            return self._train_step(microbatches, loss_scale, step)
+        except RuntimeError as error:
+            named = explain_failure(error, step)
+            if named is None:
+                raise
+            raise named from error
+
+    def _train_step(self, microbatches: Sequence[TensorBatch], loss_scale: float, step: int) -> StepResult:
+        num_tokens = self._sum_over(DATA, sum(float(batch.loss_mask_BS.sum()) for batch in microbatches))
+        self._begin(training=True)
+        budget_share = loss_scale / (len(microbatches) * self.data_size * self.mesh.size(TENSOR))
+        for stage in self.stages:
+            stage.loss_factor = loss_scale / max(num_tokens, 1.0)
+            set_gate_budgets(stage.model, self.settings[RetroConfig], step, budget_share)
+        if self._pipelined:
+            self._runs.train(microbatches)
+        else:
+            self._accumulate(microbatches)
+        self._finish_gradients()
+        loss_sum = sum(float(stage.loss_sum) for stage in self.stages)
+        return StepResult(self._sum_over(DATA, self._sum_over(PIPELINE, loss_sum)), num_tokens, {})
+
+    def evaluate(self, microbatches: Sequence[TensorBatch]) -> list[Tensor] | None:
+        """Loss of every token, on the ranks that hold the end of the model."""
+        was_training = self._module.training
+        self._begin(training=False)
+        with torch.no_grad():
+            if self._pipelined:
+                losses = self._runs.evaluate(microbatches)
+            else:
+                losses = [self.stages[0](**arguments(batch)) for batch in microbatches]
+        for stage in self.stages:
+            for module in stage.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+        self._begin(training=was_training)
+        return None if losses is None else [loss.float().cpu() for loss in losses]
+
+    def squared_gradient_norm(self) -> Tensor:
+        """Sum of squares of all gradients of the uncut model, each parameter counted once."""
+        stages = (self.mesh.group(PIPELINE),) if self._pipelined else ()
+        return squared_norm(self._module.parameters(), stages)
+
+    def check_replicas(self) -> None:
+        """Refuse to go on when parameters that should be the same on several ranks are not; every rank calls it."""
+        named = [(name, parameter.detach()) for name, parameter in self._module.named_parameters()]
+        for axis in (TENSOR, DATA):
+            if self.mesh.size(axis) > 1:
+                same = [(name, tensor) for name, tensor in named if not _is_cut_along(tensor, axis)]
+                require_equal(same, self.mesh.group(axis), axis)
+
+    @property
+    def _pipelined(self) -> bool:
+        return self.mesh.size(PIPELINE) > 1
+
+    def _begin(self, *, training: bool) -> None:
+        if self._shared is not None:
+            self._shared.follow()
+        for stage in self.stages:
+            stage.train(training)
+            stage.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def _accumulate(self, microbatches: Sequence[TensorBatch]) -> None:
+        stage = self.stages[0]
+        for number, batch in enumerate(microbatches):
+            before_backward(stage, self._sharding, last=number == len(microbatches) - 1)
+            loss: Tensor = stage(**arguments(batch))
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def _finish_gradients(self) -> None:
+        if self._axis is not None:
+            for stage in self.stages:
+                sum_partial_gradients(stage.model, self._axis)
+        if self._shared is not None:
+            self._shared.sum_gradients()
+
+    def _sum_over(self, axis: str, value: float) -> float:
+        if self.mesh.size(axis) == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total, group=self.mesh.group(axis))
+        return float(total)
+
+
+def arguments(batch: TensorBatch) -> dict[str, Tensor]:
+    """What is there of a microbatch, by name."""
+    found = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _is_cut_along(tensor: Tensor, axis: str) -> bool:
+    placements = getattr(tensor, "placements", ())
+    names = getattr(getattr(tensor, "device_mesh", None), "mesh_dim_names", None) or ()
+    return any(name == axis and placement.is_shard() for name, placement in zip(names, placements, strict=True))
+
+
+def _merged(models: Sequence[nn.Module]) -> nn.Module:
+    """One tree of the parts of several stages, under the names of the uncut model; the first copy of shared ones."""
+    if len(models) == 1:
+        return models[0]
+    whole = nn.Module()
+    for model in models:
+        for name, child in model.named_children():
+            if name not in whole._modules:
+                whole.add_module(name, nn.ModuleDict() if name == "layers" else child)
+            if isinstance(layers := whole._modules[name], nn.ModuleDict) and isinstance(child, nn.ModuleDict):
+                layers.update(dict(child.items()))
+    return whole

@@ -15,6 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 SEQUENCE_DIM = -2
+# torch 2.13 has new names for these two, and warns at the old ones
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -29,7 +32,7 @@ def all_gather(tensor: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     size = dist.get_world_size(group)
     part = tensor.movedim(dim, 0).contiguous()
     joined = part.new_empty((part.shape[0] * size, *part.shape[1:]))
-    dist.all_gather_into_tensor(joined, part, group=group)
+    _all_gather(joined, part, group=group)
     return joined.movedim(0, dim)
 
 
@@ -38,7 +41,7 @@ def reduce_scatter(tensor: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor
     size = dist.get_world_size(group)
     whole = tensor.movedim(dim, 0).contiguous()
     part = whole.new_empty((whole.shape[0] // size, *whole.shape[1:]))
-    dist.reduce_scatter_tensor(part, whole, group=group)
+    _reduce_scatter(part, whole, group=group)
     return part.movedim(0, dim)
 
 

@@ -20,7 +20,13 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleInterleavedZeroBubble,
 )
-from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineScheduleRuntime
+from torch.distributed.pipelining.schedules import (
+    _Action,
+    _add_send_recv,
+    _add_unshard_reshard,
+    _ComputationType,
+    _PipelineScheduleRuntime,
+)
 
 from megatron_retro.parallel.stages import Stage
 
@@ -42,20 +48,24 @@ class Boundary:
 
 
 class ForwardOnly(_PipelineScheduleRuntime):
-    """Every microbatch through all stages, without a backward, on any number of stages per rank."""
+    """Every microbatch through all stages, without a backward, on any number of stages per rank.
+
+    torch has such a schedule for one stage per rank only, and its check of an order wants backwards.
+    """
 
     def __init__(self, stages: list[PipelineStage], num_microbatches: int) -> None:
         super().__init__(stages, num_microbatches)  # type: ignore[no-untyped-call]
-        size = stages[0].group_size
-        self.pipeline_order = {
+        size, num_stages = stages[0].group_size, stages[0].num_stages
+        forwards = {
             rank: [
                 _Action(stage, _ComputationType.FORWARD, microbatch)
-                for stage in range(rank, stages[0].num_stages, size)
+                for stage in range(rank, num_stages, size)
                 for microbatch in range(num_microbatches)
             ]
             for rank in range(size)
         }
-        self._prepare_schedule_with_comms(self.pipeline_order)
+        gathered = {rank: _add_unshard_reshard(list(actions)) for rank, actions in forwards.items()}
+        self.pipeline_order_with_comms = _add_send_recv(gathered, lambda stage: stage % size, num_stages)
 
 
 def build_schedule(

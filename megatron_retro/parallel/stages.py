@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megatron_retro.model.context import SequenceContext
 from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.retro import Retro
 from megatron_retro.parallel.collectives import TensorAxis
@@ -26,23 +27,22 @@ class Stage(nn.Module):
         self.part = part
         self.axis = axis
         self.loss_factor = 1.0
+        self.loss_sum = torch.zeros((), dtype=torch.float64)
 
-    def forward(
+    def context(
         self,
-        *received: Tensor,
         tokens_BS: Tensor,
-        labels_BS: Tensor,
-        loss_mask_BS: Tensor,
         position_ids_BS: Tensor | None = None,
         document_ids_BS: Tensor | None = None,
         neighbor_tokens_BCKR: Tensor | None = None,
         neighbor_mask_BCKR: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, ...]:
-        """In training the last stage gives the sum of unmasked losses times `loss_factor`, else each token's loss."""
+        **others: Tensor | None,
+    ) -> SequenceContext:
+        """Positions, masks and neighbours of a microbatch, the same on every stage."""
         neighbors = None
         if neighbor_tokens_BCKR is not None and neighbor_mask_BCKR is not None:
             neighbors = Neighbors(neighbor_tokens_BCKR, neighbor_mask_BCKR)
-        context = self.model.prepare(
+        return self.model.prepare(
             tokens_BS.shape[0],
             tokens_BS.shape[1],
             tokens_BS.device,
@@ -50,6 +50,12 @@ class Stage(nn.Module):
             position_ids_BS=position_ids_BS,
             document_ids_BS=document_ids_BS,
         )
+
+    def forward(
+        self, *received: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor, tokens_BS: Tensor, **others: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
+        """In training the last stage gives the sum of unmasked losses times `loss_factor`, else each token's loss."""
+        context = self.context(tokens_BS, **others)
         hidden = self.model.embed(tokens_BS, context) if self.part.first else received[0]
         passed = received[1] if len(received) > 1 else None
         entered = passed
@@ -58,13 +64,17 @@ class Stage(nn.Module):
         hidden, encoded = self.model.run_layers(hidden, entered, context)
         if self.part.last:
             losses_BS = self.model.head(hidden, labels_BS)
-            return (losses_BS * loss_mask_BS).sum() * self.loss_factor if self.training else losses_BS
+            return self._training_loss((losses_BS * loss_mask_BS).sum()) if self.training else losses_BS
         if not self.part.sends_neighbors or context.retrieval is None:
             return _boundary(hidden)
         if passed is None:
             assert encoded is not None
             passed = encoded if self.axis is None else self.axis.share(encoded)
         return _boundary(hidden), _boundary(passed)
+
+    def _training_loss(self, loss_sum: Tensor) -> Tensor:
+        self.loss_sum += loss_sum.detach()
+        return loss_sum * self.loss_factor
 
 
 def _boundary(tensor: Tensor) -> Tensor:

@@ -1,0 +1,84 @@
+"""Runs microbatches through the pipeline, with a schedule for each shape of step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_retro.assembly.trainable import TensorBatch
+from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.errors import DataError
+from megatron_retro.parallel.mesh import PIPELINE, TENSOR, ParallelMesh
+from megatron_retro.parallel.schedules import Boundary, build_schedule
+from megatron_retro.parallel.stages import Stage
+
+
+class PipelineRuns:
+    """The schedules of this rank's stages, made when they are first needed."""
+
+    def __init__(self, settings: Settings, mesh: ParallelMesh, stages: Sequence[Stage], dtype: torch.dtype) -> None:
+        self._settings, self._mesh, self._stages, self._dtype = settings, mesh, stages, dtype
+        self._schedules: dict[tuple[Any, ...], Any] = {}
+
+    def train(self, microbatches: Sequence[TensorBatch]) -> None:
+        """Forward and backward of all microbatches; every rank of the pipeline calls it."""
+        schedule = self._schedule(microbatches, training=True)
+        target = torch.zeros(len(microbatches), device=self._mesh.device)
+        schedule.step(target=target, return_outputs=False, **_joined(microbatches))
+
+    def evaluate(self, microbatches: Sequence[TensorBatch]) -> list[Tensor] | None:
+        """Losses of every token on the ranks that hold the last stage."""
+        schedule = self._schedule(microbatches, training=False)
+        losses = schedule.step(**_joined(microbatches))
+        return None if losses is None else list(losses.chunk(len(microbatches)))
+
+    def _schedule(self, microbatches: Sequence[TensorBatch], *, training: bool) -> Any:
+        boundary = self._boundary(microbatches[0])
+        key = (len(microbatches), boundary, training)
+        if key not in self._schedules:
+            self._schedules[key] = build_schedule(
+                self._settings[ParallelConfig].pipeline_schedule,
+                self._stages,
+                len(microbatches),
+                boundary,
+                self._mesh.device,
+                self._mesh.group(PIPELINE),
+                training=training,
+            )
+        return self._schedules[key]
+
+    def _boundary(self, batch: TensorBatch) -> Boundary:
+        model, retro = self._stages[0].model.model, self._settings[RetroConfig]
+        cut = self._mesh.size(TENSOR) if self._settings[ParallelConfig].sequence_parallel else 1
+        size, length = batch.tokens_BS.shape
+        neighbors = None
+        context = self._stages[0].context(**{field.name: getattr(batch, field.name) for field in fields(batch)})
+        if context.retrieval is not None and context.retrieval.neighbors is not None:
+            *leading, retrieved_length = context.retrieval.neighbors.tokens_BCKR.shape
+            neighbors = (*leading, retrieved_length // cut, retro.encoder_model(model).hidden_size)
+        return Boundary((size, length // cut, model.hidden_size), neighbors, self._dtype)
+
+
+def _joined(microbatches: Sequence[TensorBatch]) -> dict[str, Tensor]:
+    """All microbatches as one batch, which the schedule cuts again."""
+    joined = {}
+    for field in fields(TensorBatch):
+        values = [getattr(batch, field.name) for batch in microbatches]
+        present = [value for value in values if value is not None]
+        shapes = {tuple(value.shape) for value in present}
+        if present and (len(present) != len(values) or len(shapes) != 1):
+            raise DataError(
+                f"a pipeline needs microbatches of one shape, and their {field.name} differ",
+                got=", ".join(map(str, sorted(shapes))) + f"; {len(values) - len(present)} without",
+                expected="the same shape in every microbatch of a step",
+                fix="mark absent neighbours in the mask; drop or pad a short last batch",
+            )
+        if present:
+            joined[field.name] = torch.cat(present)
+    return joined

@@ -1,0 +1,95 @@
+"""Builds this rank's pipeline stages: the plain model on meta, less what other stages hold, cut, filled, wrapped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from megatron_retro.assembly.materialization import materialize
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.optimizer import OptimizerConfig
+from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import TrainingConfig
+from megatron_retro.model.retro import Retro
+from megatron_retro.optim.groups import part_of
+from megatron_retro.parallel.collectives import TensorAxis
+from megatron_retro.parallel.data_parallel import precision, units, wrap_unit
+from megatron_retro.parallel.mesh import DATA, TENSOR, ParallelMesh
+from megatron_retro.parallel.partition import StagePart
+from megatron_retro.parallel.recompute import recompute_layers
+from megatron_retro.parallel.stages import Stage
+from megatron_retro.parallel.styles import cut_model
+
+
+def compute_dtype(config: OptimizerConfig) -> torch.dtype:
+    """What the model computes in."""
+    if config.bf16:
+        return torch.bfloat16
+    return torch.float16 if config.fp16 else torch.float32
+
+
+def padded_for_cut(model: ModelConfig, tensor_size: int) -> ModelConfig:
+    """The same model with a vocabulary padded so that it can be cut; where it can be already, the same padding."""
+    if model.padded_vocab_size() % tensor_size == 0:
+        return model
+    return replace(model, make_vocab_size_divisible_by=model.make_vocab_size_divisible_by * tensor_size)
+
+
+def tensor_axis(settings: Settings, mesh: ParallelMesh) -> TensorAxis | None:
+    """The tensor ranks; None when there is only one."""
+    if mesh.size(TENSOR) == 1:
+        return None
+    return TensorAxis(mesh.group(TENSOR), settings[ParallelConfig].sequence_parallel)
+
+
+def build_stage(settings: Settings, part: StagePart, mesh: ParallelMesh) -> Stage:
+    """One stage with its first values, ready to run."""
+    model, retro, training = (
+        padded_for_cut(settings[ModelConfig], mesh.size(TENSOR)),
+        settings[RetroConfig],
+        settings[TrainingConfig],
+    )
+    with torch.device("meta"):
+        module = Retro(model, retro)
+    module.keep_part(part.layers, embedding=part.embedding, encoder=part.encoder, head=part.last)
+    if module.embedding is not None and not part.first:
+        module.embedding.position = None
+    axis = tensor_axis(settings, mesh)
+    if axis is not None:
+        cut_model(module, mesh.devices[TENSOR], axis)
+    if training.freeze_decoder:
+        freeze_decoder(module)
+    recompute_layers(module, settings[ParallelConfig].recompute_granularity)
+    stage = Stage(module, part, axis)
+    _fill_and_wrap(stage, settings, mesh, model)
+    return stage
+
+
+def freeze_decoder(module: nn.Module) -> None:
+    """Train only what retro-fitting added."""
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(part_of(name) != "decoder")
+
+
+def needs_units(settings: Settings, mesh: ParallelMesh) -> bool:
+    """Whether FSDP2 has anything to do: several data ranks, or a compute type other than the parameters'."""
+    return mesh.size(DATA) > 1 or compute_dtype(settings[OptimizerConfig]) != torch.float32
+
+
+def _fill_and_wrap(stage: Stage, settings: Settings, mesh: ParallelMesh, model: ModelConfig) -> None:
+    """Unit by unit, so that no more than one is whole on this rank at any time."""
+    seed, retro = settings[TrainingConfig].seed, settings[RetroConfig]
+    policy = precision(compute_dtype(settings[OptimizerConfig]), torch.float32)
+    wraps, sharding = needs_units(settings, mesh), settings[ParallelConfig].sharding()
+    paths = {id(module): path for path, module in stage.model.named_modules()}
+    for unit in units(stage.model):
+        materialize(stage.model, paths[id(unit)], model, retro, seed, mesh.device)
+        if wraps:
+            wrap_unit(unit, mesh.devices[DATA], sharding, policy)
+    materialize(stage.model, "", model, retro, seed, mesh.device)
+    if wraps:
+        wrap_unit(stage, mesh.devices[DATA], sharding, policy)

@@ -1,0 +1,195 @@
+"""Runs one step on a layout of ranks and compares it, gradient by gradient, with the plain model in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from megatron_retro.assembly.model_assembly import ParallelModel, build_trainable
+from megatron_retro.assembly.single_process import SingleProcess
+from megatron_retro.assembly.stage_building import compute_dtype, freeze_decoder
+from megatron_retro.assembly.trainable import TensorBatch
+from megatron_retro.config.data import DataConfig
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.optimizer import OptimizerConfig
+from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import TrainingConfig
+from megatron_retro.model.initialization import initialize
+from megatron_retro.model.retro import Retro
+from megatron_retro.runtime.seeds import generator
+from megatron_retro.testing.processes import run_ranks
+
+_TINY: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "ffn_hidden_size": 64,
+    "num_attention_heads": 4,
+    "vocab_size": 101,
+    "make_vocab_size_divisible_by": 8,
+    "init_method_std": 0.1,
+    "retro_add_retriever": True,
+    "retro_chunk_length": 8,
+    "retro_layers": (2, 4),
+    "seq_length": 32,
+    "micro_batch_size": 1,
+    "global_batch_size": 8,
+    "seed": 7,
+}
+
+
+def tiny_settings(**changes: Any) -> Settings:
+    """A Retro of four layers that every layout up to 4 x 4 can cut."""
+    sections = [
+        ModelConfig(),
+        RetroConfig(),
+        ParallelConfig(),
+        OptimizerConfig(),
+        TrainingConfig(),
+        DataConfig(),
+    ]
+    return Settings(sections).replace(**{**_TINY, **changes})
+
+
+def random_batches(settings: Settings, *, neighbors: bool = True, absent: bool = True) -> list[TensorBatch]:
+    """The microbatches of one global batch: random tokens, some labels masked, some neighbours absent."""
+    training, retro = settings[TrainingConfig], settings[RetroConfig]
+    size, length = training.micro_batch_size, settings[DataConfig].seq_length
+    vocabulary = settings[ModelConfig].vocab_size or 0
+    chunks, retrieved = length // retro.retro_chunk_length, retro.retrieved_length()
+    batches = []
+    for number in range(training.global_batch_size // size):
+        draw = generator(training.seed, "batch", number)
+        tokens = torch.randint(vocabulary, (size, length + 1), generator=draw)
+        found = torch.randint(vocabulary, (size, chunks, retro.retro_num_neighbors, retrieved), generator=draw)
+        lengths = torch.randint(1, retrieved + 1, found.shape[:-1], generator=draw)
+        if absent:
+            lengths = lengths * (torch.rand(lengths.shape, generator=draw) > 0.25)
+            lengths[:, number % chunks] = 0
+        batches.append(
+            TensorBatch(
+                tokens_BS=tokens[:, :-1],
+                labels_BS=tokens[:, 1:],
+                loss_mask_BS=torch.rand(size, length, generator=draw) > 0.2,
+                neighbor_tokens_BCKR=found if neighbors else None,
+                neighbor_mask_BCKR=torch.arange(retrieved) < lengths[..., None] if neighbors else None,
+            )
+        )
+    return batches
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step gives, on whatever layout."""
+
+    loss: float
+    squared_norm: float
+    gradients: dict[str, Tensor]
+    losses: list[Tensor]
+    parameters: dict[str, Tensor]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The uncut tensor; every rank that holds a part calls it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_gradients(module: nn.Module) -> dict[str, Tensor]:
+    """Every gradient, uncut, by name."""
+    return {
+        name: whole(parameter.grad).float().clone()
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def reference_outcome(settings: Settings, batches: Sequence[TensorBatch], *, steps: int = 1) -> StepOutcome:
+    """The plain model in one process."""
+    model, retro = settings[ModelConfig], settings[RetroConfig]
+    module = Retro(model, retro)
+    initialize(module, model, retro, settings[TrainingConfig].seed)
+    if settings[TrainingConfig].freeze_decoder:
+        freeze_decoder(module)
+    trainable = SingleProcess(module, torch.device("cpu"), compute_dtype(settings[OptimizerConfig]))
+    return _outcome(trainable, batches, steps)
+
+
+def layout_outcome(settings: Settings, batches: Sequence[TensorBatch], *, steps: int = 1) -> StepOutcome:
+    """The same on this layout; every rank calls it, with the whole global batch."""
+    trainable = build_trainable(settings, torch.device("cpu"))
+    assert isinstance(trainable, ParallelModel)
+    share = len(batches) // trainable.data_size
+    own = batches[trainable.data_rank * share : (trainable.data_rank + 1) * share]
+    return _outcome(trainable, own, steps)
+
+
+def _outcome(trainable: Any, batches: Sequence[TensorBatch], steps: int) -> StepOutcome:
+    optimizer = torch.optim.SGD([p for p in trainable.module.parameters() if p.requires_grad], lr=0.5, momentum=0.9)
+    losses = trainable.evaluate(batches) or []
+    for step in range(steps):
+        optimizer.zero_grad(set_to_none=True)
+        result = trainable.train_step(batches, step=step + 500)
+        if step < steps - 1:
+            optimizer.step()
+    return StepOutcome(
+        result.loss,
+        float(trainable.squared_gradient_norm()),
+        whole_gradients(trainable.module),
+        losses,
+        {name: whole(value.detach()).clone() for name, value in trainable.module.named_parameters()},
+    )
+
+
+def run_layout(
+    settings: Settings, world_size: int, batches: Sequence[TensorBatch], *, steps: int = 1
+) -> list[StepOutcome]:
+    """The outcome on every rank."""
+    return run_ranks(layout_outcome_by_keywords, world_size, settings, batches, steps, timeout=120.0)
+
+
+def layout_outcome_by_keywords(settings: Settings, batches: Sequence[TensorBatch], steps: int) -> StepOutcome:
+    """`layout_outcome` with positional arguments."""
+    return layout_outcome(settings, batches, steps=steps)
+
+
+def worst_differences(reference: StepOutcome, outcomes: Sequence[StepOutcome]) -> dict[str, float]:
+    """Largest error of loss, norm and each gradient over the ranks, relative to the largest entry of the reference.
+
+    A gradient that a layout lost, or has too many, counts as infinite.
+    """
+    found: dict[str, float] = {}
+
+    def note(name: str, error: float) -> None:
+        found[name] = max(found.get(name, 0.0), error)
+
+    for outcome in outcomes:
+        note("loss", abs(outcome.loss - reference.loss) / abs(reference.loss))
+        note("norm", abs(outcome.squared_norm - reference.squared_norm) / max(reference.squared_norm, 1e-30))
+        for name, gradient in outcome.gradients.items():
+            note(name, _difference(reference.gradients.get(name), gradient))
+    for name in reference.gradients:
+        if not any(name in outcome.gradients for outcome in outcomes):
+            note(name, float("inf"))
+    return found
+
+
+def _difference(expected: Tensor | None, got: Tensor) -> float:
+    if expected is None:
+        return float("inf") if got.abs().max() > 0 else 0.0
+    rows = expected.shape[0] if expected.dim() else 0
+    got = got[:rows] if expected.dim() and got.shape[0] > rows else got
+    if expected.shape[0:1] > got.shape[0:1]:
+        expected = expected[: got.shape[0]]
+    scale = max(float(expected.abs().max()), 1e-12)
+    return float((expected - got).abs().max()) / scale
+
+
+def merged_losses(outcomes: Sequence[StepOutcome], data_size: int) -> Mapping[int, list[Tensor]]:
+    """Evaluation losses by rank, of those that have them."""
+    return {rank: outcome.losses for rank, outcome in enumerate(outcomes) if outcome.losses}
