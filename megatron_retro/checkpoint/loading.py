@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,8 @@ def load_tensors(
     """Fill `tensors` in place, on any layout; every byte that is read is verified. All ranks of `group` call it."""
     rows = true_rows or {}
     require_tensors(checkpoint, tensors, rows)
-    with named_failure(checkpoint.path):
+    with named_failure(checkpoint.path), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is meant
         load_distributed(
             {name: tensor.detach() for name, tensor in tensors.items()},
             storage_reader=ShardReader(checkpoint.path, checkpoint.index),

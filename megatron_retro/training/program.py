@@ -43,9 +43,9 @@ from megatron_retro.training.observers import (
     TensorBoard,
 )
 from megatron_retro.training.records import RunFacts
+from megatron_retro.training.run_log import EVENTS
 from megatron_retro.training.state import TrainingState
 
-EVENTS = "events.jsonl"
 CONFIG = "config.toml"
 
 

@@ -1,0 +1,236 @@
+"""`report RUN`: one self-contained page about a run: curves, health of retrieval, leakage, neighbours, settings."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_retro.artifacts.files import write_file
+from megatron_retro.checkpoint.directory import complete_checkpoints
+from megatron_retro.config.data import DataConfig, TokenizerConfig
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.sections import ALL_SECTIONS
+from megatron_retro.config.settings import Settings, build_settings
+from megatron_retro.config.toml_files import read_recipe
+from megatron_retro.config.training import TrainingConfig
+from megatron_retro.data.builders import build_dataset
+from megatron_retro.data.tokenizers import build_tokenizer
+from megatron_retro.errors import MegatronRetroError
+from megatron_retro.runtime.environment import environment_rows
+from megatron_retro.runtime.html_page import facts, page, paragraph, preformatted, section, table
+from megatron_retro.runtime.svg_plots import Series, bars, line_plot
+from megatron_retro.training.run_log import RunLog, read_run_log
+
+REPORT = "report.html"
+CONFIG = "config.toml"
+_POINTS = 600
+_EXAMPLES = 3
+
+
+def write_report(run: Path) -> Path:
+    """Write the page into the run's directory."""
+    log = read_run_log(run)
+    parts = [
+        _overview(run, log),
+        _curves(log),
+        *_health(log),
+        *_leakage(run),
+        *_neighbors(run),
+        _incidents(log),
+        section("Configuration", preformatted(_text(run / CONFIG))),
+        section("Environment", table(("part", "state"), environment_rows())),
+    ]
+    path = run / REPORT
+    write_file(path, page(f"Run {run.name}", parts, summary=str(run)))
+    return path
+
+
+def _overview(run: Path, log: RunLog) -> str:
+    shown: dict[str, object] = {
+        "steps": len(log.steps),
+        "starts": len(log.starts),
+        "parameters": int(log.facts.get("parameters", 0)),
+        "processes": int(log.facts.get("world_size", 1)),
+    }
+    if log.steps:
+        recent = log.steps[-100:]
+        tokens = sum(step["batch_size"] for step in recent) * int(log.facts.get("seq_length", 0))
+        seconds = sum(sum(step["seconds"].values()) for step in recent)
+        shown |= {
+            "last loss": log.steps[-1]["loss"],
+            "tokens": log.steps[-1]["tokens"],
+            "tokens per second": round(tokens / max(seconds, 1e-9)),
+            "data wait": f"{sum(step['seconds'].get('data', 0.0) for step in recent) / max(seconds, 1e-9):.1%}",
+            "memory (MB)": round(log.steps[-1]["memory_bytes"] / 1e6),
+        }
+    if log.evaluations:
+        shown["validation loss"] = log.evaluations[-1]["loss"]
+    checkpoints = complete_checkpoints(run)
+    if checkpoints:
+        shown["newest checkpoint"] = checkpoints[-1].name
+    alarms = log.evaluations[-1].get("alarms", ()) if log.evaluations else ()
+    return facts(shown) + "".join(paragraph(f"Alarm: {alarm}", "bad") for alarm in alarms)
+
+
+def _curves(log: RunLog) -> str:
+    plots = []
+    for name, title in (
+        ("loss", "Training loss"),
+        ("gradient_norm", "Gradient norm"),
+        ("learning_rate", "Learning rate"),
+        ("batch_size", "Batch size"),
+    ):
+        steps, values = _thinned(*log.curve(name))
+        plots.append(line_plot([Series(name, steps, values)], title=title, x_label="step", y_label=title.lower()))
+    if log.evaluations:
+        steps = [float(record["step"]) for record in log.evaluations]
+        losses = [float(record["loss"]) for record in log.evaluations]
+        plots.append(
+            line_plot([Series("loss", steps, losses)], title="Validation loss", x_label="step", y_label="loss")
+        )
+    return section("Curves", *plots, _time_per_phase(log))
+
+
+def _thinned(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
+    """At most a few hundred points, each the mean of its stretch."""
+    stretch = max(1, len(steps) // _POINTS)
+    starts = range(0, len(steps), stretch)
+    return (
+        [steps[min(start + stretch, len(steps)) - 1] for start in starts],
+        [statistics.fmean(values[start : start + stretch]) for start in starts],
+    )
+
+
+def _time_per_phase(log: RunLog) -> str:
+    totals: dict[str, float] = {}
+    for step in log.steps:
+        for name, seconds in step["seconds"].items():
+            totals[name] = totals.get(name, 0.0) + seconds
+    count = max(len(log.steps), 1)
+    names = sorted(totals, key=lambda name: -totals[name])
+    milliseconds = [1000 * totals[name] / count for name in names]
+    return bars(names, milliseconds, title="Time of a step", y_label="milliseconds")
+
+
+def _health(log: RunLog) -> list[str]:
+    measured = [record for record in log.evaluations if "excess" in record["facts"]]
+    if not measured:
+        return []
+    steps = [float(record["step"]) for record in measured]
+    series = []
+    for variant in measured[-1]["facts"]["excess"]:
+        means, lows, highs = zip(*(record["facts"]["excess"][variant] for record in measured), strict=True)
+        series.append(Series(variant, steps, means, lows, highs))
+    last = measured[-1]["facts"]
+    by_position = [
+        Series(variant, list(range(len(values))), values) for variant, values in last["excess_by_position"].items()
+    ]
+    return [
+        section(
+            "Retrieval health",
+            paragraph(
+                "What other neighbours cost more than the real ones, on the same tokens, with 95 % intervals. A model "
+                "that uses retrieval stays clear above zero."
+            ),
+            line_plot(series, title="Excess loss", x_label="step", y_label="nats per token"),
+            line_plot(
+                by_position,
+                title="Excess loss by place in the attending chunk (last evaluation)",
+                x_label="place; 0 is the last token of the chunk that retrieved",
+                y_label="nats per token",
+            ),
+            table(("neighbours", "loss", "costs more than real"), _health_rows(last)),
+            table(("layer", "share of the residual's norm", "gate rate"), _layer_rows(last)),
+        )
+    ]
+
+
+def _health_rows(last: dict[str, Any]) -> list[tuple[str, str, str]]:
+    return [
+        (variant, _interval(values, ""), _interval(last["excess"][variant], "+") if variant in last["excess"] else "")
+        for variant, values in last["losses"].items()
+    ]
+
+
+def _interval(values: Sequence[float], sign: str) -> str:
+    mean, low, high = (float(value) for value in values)
+    return f"{mean:{sign}.4f} [{low:{sign}.4f}, {high:{sign}.4f}]"
+
+
+def _layer_rows(last: dict[str, Any]) -> list[tuple[int, str, str]]:
+    return [
+        (use["layer"], f"{use['share']:.3g}", "fixed" if use["gate_rate"] is None else f"{use['gate_rate']:.3f}")
+        for use in last["layers"]
+    ]
+
+
+def _leakage(run: Path) -> list[str]:
+    """The curve that `evaluate perplexity --eval-output RUN/evaluation` left."""
+    path = run / "evaluation" / "perplexity.json"
+    if not path.is_file():
+        return []
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if "leakage" not in result:
+        return []
+    curve = result["leakage"]
+    series = [Series(name, curve["alphas"], values) for name, values in curve["bits_per_byte"].items()]
+    plot = line_plot(
+        series,
+        title="Bits per byte of chunks that share at most this much with their neighbours",
+        x_label="longest shared run / chunk length",
+        y_label="bits per byte",
+    )
+    return [section("Leakage", plot)]
+
+
+def _neighbors(run: Path) -> list[str]:
+    """A few chunks of the validation split with what they retrieve, if the data is still there."""
+    try:
+        settings = _stored(run)
+        if not settings[RetroConfig].reads_neighbors():
+            return []
+        return [section("Neighbours", *_examples(settings))]
+    except MegatronRetroError as error:
+        return [section("Neighbours", paragraph(f"not shown: {error.what}", "soft"))]
+
+
+def _stored(run: Path) -> Settings:
+    sections = (ModelConfig, RetroConfig, DataConfig, TokenizerConfig, TrainingConfig)
+    return build_settings(sections, read_recipe(run / CONFIG, sections, ALL_SECTIONS), {})
+
+
+def _examples(settings: Settings) -> list[str]:
+    tokenizer = build_tokenizer(settings[TokenizerConfig])
+    batch = build_dataset(settings, "valid", eod=tokenizer.eod).read(range(_EXAMPLES))
+    length = settings[RetroConfig].retro_chunk_length
+    parts = []
+    for row in range(batch.num_samples):
+        tokens = batch.tokens_BS[row]
+        rows = [
+            ("chunk", tokenizer.decode(list(tokens[:length]))),
+            ("goes on", tokenizer.decode(list(tokens[length : 2 * length]))),
+        ]
+        if batch.neighbor_tokens_BCKR is not None and batch.neighbor_mask_BCKR is not None:
+            for number, (found, there) in enumerate(
+                zip(batch.neighbor_tokens_BCKR[row, 0], batch.neighbor_mask_BCKR[row, 0], strict=True), 1
+            ):
+                rows.append((f"neighbour {number}", tokenizer.decode(list(found[there])) if there.any() else "(none)"))
+        parts.append(table(("", f"validation sample {row}"), rows))
+    return parts
+
+
+def _incidents(log: RunLog) -> str:
+    rows = [
+        (event["event"], ", ".join(f"{name} {value}" for name, value in event.items() if name not in ("event", "time")))
+        for event in log.incidents
+    ]
+    rows = [("start", f"after step {step}") for step in log.starts] + rows
+    return section("What happened", table(("event", "facts"), rows))
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else "not there"
