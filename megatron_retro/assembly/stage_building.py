@@ -20,6 +20,7 @@ from megatron_retro.parallel.collectives import TensorAxis
 from megatron_retro.parallel.data_parallel import precision, units, wrap_unit
 from megatron_retro.parallel.mesh import DATA, TENSOR, ParallelMesh
 from megatron_retro.parallel.partition import StagePart
+from megatron_retro.parallel.put_off import PutOffGradients
 from megatron_retro.parallel.recompute import recompute_layers
 from megatron_retro.parallel.stages import Stage
 from megatron_retro.parallel.styles import cut_model
@@ -65,6 +66,9 @@ def build_stage(settings: Settings, part: StagePart, mesh: ParallelMesh) -> Stag
         freeze_decoder(module)
     recompute_layers(module, settings[ParallelConfig].recompute_granularity)
     stage = Stage(module, part, axis)
+    if settings[ParallelConfig].pipeline_schedule == "zero-bubble" and part.num_stages > 1:
+        stage.put_off = PutOffGradients()
+        stage.put_off.attach(module)
     _fill_and_wrap(stage, settings, mesh, model)
     return stage
 
