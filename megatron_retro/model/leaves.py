@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,10 @@ class Linear(nn.Module):
     """x @ W.T + b for a weight [..., rows, columns]: the output's last dimensions are the weight's first ones.
 
     Extra leading dimensions (heads, the two halves of a gated MLP) make a cut of one dimension a cut of whole heads.
+    `multiply` computes the product; an instance may be given another one (a pipeline that puts off weight gradients).
     """
+
+    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(functional.linear)
 
     def __init__(self, input_size: int, output_shape: tuple[int, ...], *, bias: bool) -> None:
         super().__init__()
@@ -29,7 +33,7 @@ class Linear(nn.Module):
         """[..., columns] -> [..., *output_shape]."""
         weight = local(self.weight)
         bias = None if self.bias is None else local(self.bias)
-        output = functional.linear(hidden, weight.flatten(0, -2), None if bias is None else bias.flatten())
+        output = self.multiply(hidden, weight.flatten(0, -2), None if bias is None else bias.flatten())
         return output if weight.dim() == 2 else torch.unflatten(output, -1, weight.shape[:-1])
 
 

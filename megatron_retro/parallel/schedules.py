@@ -98,7 +98,14 @@ def _torch_stage(stage: Stage, boundary: Boundary, device: torch.device, group: 
     losses = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
     outputs = losses if part.last else boundary.tensors(part.sends_neighbors)
     return PipelineStage(
-        stage, part.index, part.num_stages, device, input_args=inputs, output_args=outputs, group=group
+        stage,
+        part.index,
+        part.num_stages,
+        device,
+        input_args=inputs,
+        output_args=outputs,
+        group=group,
+        dw_builder=None if stage.put_off is None else stage.put_off.take,
     )
 
 

@@ -16,6 +16,7 @@ from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.retro import Retro
 from megatron_retro.parallel.collectives import TensorAxis
 from megatron_retro.parallel.partition import StagePart
+from megatron_retro.parallel.put_off import PutOffGradients
 
 
 class Stage(nn.Module):
@@ -26,6 +27,7 @@ class Stage(nn.Module):
         self.model = model
         self.part = part
         self.axis = axis
+        self.put_off: PutOffGradients | None = None
         self.loss_factor = 1.0
         self.loss_sum = torch.zeros((), dtype=torch.float64)
 

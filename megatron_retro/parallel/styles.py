@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.nn import functional
 
 from megatron_retro.model.leaves import Embedding, HeadsToHidden, Linear, Output
 from megatron_retro.model.retro import Retro
@@ -113,7 +112,7 @@ def _product(linear: Linear, hidden: Tensor) -> Tensor:
     """A row-parallel product without its bias: this rank's part of the sum."""
     if isinstance(linear, HeadsToHidden):
         hidden = hidden.flatten(-2)
-    return functional.linear(hidden, local(linear.weight))
+    return linear.multiply(hidden, local(linear.weight), None)
 
 
 def _cut_embedding(word: Embedding, axis: TensorAxis) -> None:

@@ -1,0 +1,69 @@
+"""Weight gradients that are computed later: what lets zero-bubble schedules fill their bubbles.
+
+A linear layer's backward computes the gradient of its input at once and puts the gradient of its weight off; the
+schedule calls for what was put off when it has nothing better to do. Everything else about the backward is the usual
+one, so frozen parts, recomputation and FSDP2 need no care. (torch's own split, which walks the graph of a stage, gives
+two groups of parameters the same nodes where parameters meet the stage's input along several paths, as those of the
+encoder do, and fails there.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megatron_retro.model.leaves import Linear
+
+
+class PutOffGradients:
+    """The products that one stage still owes, in the order in which they came up."""
+
+    def __init__(self) -> None:
+        self._owed: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def attach(self, module: nn.Module) -> None:
+        """Let every linear layer of a module put its weight's gradient off."""
+        for part in module.modules():
+            if isinstance(part, Linear):
+                vars(part)["multiply"] = self.multiply
+
+    def multiply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`functional.linear`, whose backward owes the weight's gradient."""
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return functional.linear(hidden, weight, bias)
+        product: Tensor = _Product.apply(hidden, weight, self)  # type: ignore[no-untyped-call]
+        return product if bias is None else product + bias
+
+    def owe(self, weight: Tensor, hidden: Tensor, gradient: Tensor) -> None:
+        """Remember one product."""
+        self._owed.append((weight, hidden, gradient))
+
+    def take(self) -> Callable[[], None]:
+        """All that is owed now, as one call that computes it and adds it to the weights' gradients."""
+        owed, self._owed = self._owed, []
+
+        def compute() -> None:
+            for weight, hidden, gradient in owed:
+                product = gradient.flatten(0, -2).T @ hidden.flatten(0, -2)
+                torch.autograd.backward(weight, product.to(weight.dtype))
+            owed.clear()
+
+        return compute
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, hidden: Tensor, weight: Tensor, owner: PutOffGradients) -> Tensor:
+        context.save_for_backward(hidden)
+        context.weight, context.owner = weight, owner
+        return functional.linear(hidden, weight)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        (hidden,) = context.saved_tensors
+        context.owner.owe(context.weight, hidden, gradient)
+        return gradient @ context.weight if context.needs_input_grad[0] else None, None, None
