@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from megatron_retro.artifacts.files import new_directory
 from megatron_retro.artifacts.manifest import Manifest, read_manifest, require_same, write_manifest
 from megatron_retro.data.bisection import last_at_or_before
+from megatron_retro.data.native import extension
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.data.token_index import map_file
 from megatron_retro.errors import ArtifactError, ConfigError, DataError
@@ -126,7 +127,10 @@ class ChunkDatabase:
         """The global document of each chunk; every id must exist."""
         ids = np.asarray(chunk_ids, np.int64)
         self._require(ids, lowest=0)
-        return self._documents(ids)
+        if self.native is None:
+            return self._documents(ids)
+        found: NDArray[np.int64] = self.native.documents(np.ascontiguousarray(ids).reshape(-1))
+        return found.reshape(ids.shape)
 
     def document_interval(self, corpus_fingerprint: str) -> tuple[int, int] | None:
         """The global documents [first, last) of a corpus, or None if it is not in the database."""
@@ -147,14 +151,36 @@ class ChunkDatabase:
                 return low + base, high + base
         return np.zeros_like(first), np.zeros_like(last)
 
-    def gather(self, chunk_ids: NDArray[np.int64], retrieved_length: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    def gather(
+        self, chunk_ids: NDArray[np.int64], retrieved_length: int, threads: int = 1
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Tokens [..., r] of chunks and what follows them in their document, and where there are any.
 
         Id -1 is "none": nothing but padding. Padding is zero under a False mask.
         """
         ids = np.ascontiguousarray(chunk_ids, np.int64)
         self._require(ids, lowest=-1)
-        flat = ids.reshape(-1)
+        shape = (*ids.shape, retrieved_length)
+        if self.native is None:
+            tokens, mask = self.gather_plainly(ids.reshape(-1), retrieved_length)
+        else:
+            tokens, mask = self.native.gather(ids.reshape(-1), retrieved_length, self.token_dtype.itemsize, threads)
+        return tokens.reshape(shape), mask.reshape(shape)
+
+    @cached_property
+    def native(self) -> Any:
+        """The C++ view of this database, or None where it is not built."""
+        native = extension()
+        if native is None or self.token_dtype not in (np.uint16, np.int32) or self.num_chunks == 0:
+            return None
+        corpora = [
+            (*file.native_arrays, corpus.first_document, int(before))
+            for file, corpus, before in zip(self.files, self.corpora, self.documents_before[:-1], strict=True)
+        ]
+        return native.ChunkStore(corpora, self.chunks_before, self.chunk_length, -1 if self.eod is None else self.eod)
+
+    def gather_plainly(self, flat: NDArray[np.int64], retrieved_length: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """`gather` of a flat array in NumPy: what the C++ is compared with, and what works without it."""
         corpus, start, stop = self.token_ranges(np.maximum(flat, 0))
         length = np.where(flat >= 0, np.minimum(stop - start, retrieved_length), 0)
         mask = np.arange(retrieved_length) < length[:, None]
@@ -164,8 +190,7 @@ class ChunkDatabase:
             offsets = start[chosen, None] + np.arange(retrieved_length)
             found = file.stream[np.minimum(offsets, file.num_tokens - 1)] if len(chosen) else 0
             tokens[chosen] = np.where(mask[chosen], found, 0)
-        shape = (*ids.shape, retrieved_length)
-        return tokens.reshape(shape), mask.reshape(shape)
+        return tokens, mask
 
     def token_ranges(
         self, chunk_ids: NDArray[np.int64]

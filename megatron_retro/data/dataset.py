@@ -106,11 +106,11 @@ class Dataset:
         samples = source.samples
         chunks = samples.first_chunks(draws)
         starts = chunks * samples.chunk_length
-        window = starts[:, None] + np.arange(self.seq_length + 1)
-        tokens = samples.file.stream[window]
+        stream = samples.file.stream
+        tokens = np.stack([stream[start : start + self.seq_length + 1] for start in map(int, starts)])
         documents = None
         if self.boundaries.reset_position_ids or self.boundaries.reset_attention_mask:
-            documents = _document_ids(samples, window[:, :-1])
+            documents = _document_ids(samples, starts)
         neighbor_tokens, neighbor_mask = self._read_neighbors(source, ids, chunks)
         return Batch(
             tokens_BS=tokens[:, :-1],
@@ -156,9 +156,9 @@ def _drawn(ids: NDArray[np.int64], seed: int, key: int, share: float) -> NDArray
     return _uniform(ids, seed, key) < share
 
 
-def _document_ids(samples: CorpusSamples, window: NDArray[np.int64]) -> NDArray[np.int32]:
+def _document_ids(samples: CorpusSamples, starts: NDArray[np.int64]) -> NDArray[np.int32]:
     """Documents of each sample's tokens, counted from 0."""
-    documents = samples.file.documents_of(window)
+    documents = samples.file.documents_of(starts[:, None] + np.arange(samples.seq_length))
     steps = np.diff(documents, axis=1, prepend=documents[:, :1]) > 0
     return np.cumsum(steps, axis=1, dtype=np.int32)
 

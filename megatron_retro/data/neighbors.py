@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from megatron_retro.artifacts.manifest import require_same
 from megatron_retro.data.chunk_database import ChunkDatabase
-from megatron_retro.data.neighbor_table import NONE, NeighborTable
+from megatron_retro.data.neighbor_table import NONE, NeighborTable, unpack_ids
 from megatron_retro.data.order import mix_array
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.errors import DataError
@@ -52,8 +52,22 @@ class NeighborReader:
 
     def select(self, first_chunks: NDArray[np.int64], chunks_per_sample: int) -> NDArray[np.int64]:
         """The chosen neighbours [B, C, K], -1 where there is none."""
-        saved = np.stack([self.table.rows(chunk, chunk + chunks_per_sample) for chunk in map(int, first_chunks)])
+        packed = np.stack(
+            [self.table.packed_rows(chunk, chunk + chunks_per_sample) for chunk in map(int, first_chunks)]
+        )
         first, last = self._own_documents(first_chunks, chunks_per_sample)
+        if self.database.native is None:
+            return self.select_plainly(unpack_ids(packed), first, last)
+        excluded = np.stack([first, last], axis=1)
+        rows = packed.reshape(-1, packed.shape[-1])
+        limit = 0 if self.keep_fraction >= 1.0 else _keep_limit(self.keep_fraction)
+        chosen: NDArray[np.int64] = self.database.native.select(rows, excluded, self.num_neighbors, limit, 1)
+        return chosen.reshape(*packed.shape[:2], self.num_neighbors)
+
+    def select_plainly(
+        self, saved: NDArray[np.int64], first: NDArray[np.int64], last: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """The rule in NumPy: `saved` [B, C, saved], and the documents [first, last) of each sample."""
         documents = self.database.document_of(np.maximum(saved, 0)) if self.database.num_chunks else saved
         own = (documents >= first[:, None, None]) & (documents < last[:, None, None])
         legal = (saved != NONE) & ~own & self.keeps(documents)
@@ -74,5 +88,10 @@ class NeighborReader:
         """Whether a document is in the kept share; smaller shares are subsets of larger ones."""
         if self.keep_fraction >= 1.0:
             return np.ones(documents.shape, np.bool_)
-        limit = np.uint64(int(self.keep_fraction * (1 << 64)))
+        limit = np.uint64(_keep_limit(self.keep_fraction))
         return np.asarray(mix_array(documents.astype(np.uint64)) < limit)
+
+
+def _keep_limit(fraction: float) -> int:
+    """Documents whose hash is below it are kept; never 0, which stands for "all" in the C++."""
+    return max(1, int(fraction * (1 << 64)))

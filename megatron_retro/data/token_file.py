@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_retro.data.bisection import last_at_or_before
+from megatron_retro.data.native import extension
 from megatron_retro.data.token_index import HEADER_BYTES, TokenIndex, map_file, read_index
 from megatron_retro.errors import ArtifactError, DataError
 
@@ -113,7 +114,17 @@ class TokenFile:
 
     def documents_of(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         """The document that each token of the stream lies in."""
-        return last_at_or_before(self.document_starts, self.num_documents, np.asarray(offsets, np.int64))
+        wanted = np.ascontiguousarray(offsets, np.int64)
+        native = extension()
+        if native is None or self.dtype.itemsize not in (2, 4):
+            return last_at_or_before(self.document_starts, self.num_documents, wanted)
+        found: NDArray[np.int64] = native.token_documents(*self.native_arrays, wanted.reshape(-1))
+        return found.reshape(wanted.shape)
+
+    @property
+    def native_arrays(self) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
+        """The stream, byte offsets of sequences and document boundaries, as `csrc/host` reads them."""
+        return self.stream, self.index.pointers, self.index.documents
 
     def document_of(self, token_offset: int) -> int:
         """The document that a token of the stream lies in."""

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_retro.data.native import extension
 from megatron_retro.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, Tokenizer, utf8
+from megatron_retro.data.word_boundaries import UnitRule, unit_rule
+
+CACHE_BYTES = 24 << 20
 
 
 class Encoder(Protocol):
@@ -55,8 +60,35 @@ def _joined(parts: Sequence[NDArray[Any]], dtype: np.dtype[Any]) -> tuple[NDArra
     return tokens.astype(dtype, copy=False), lengths
 
 
+class CachedEncoder:
+    """Units of text that the tokenizer has seen before are not tokenized again."""
+
+    def __init__(self, rule: UnitRule, native: ModuleType, dtype: np.dtype[Any]) -> None:
+        self._cache = native.WordCache(
+            spaces=rule.spaces,
+            closed=sorted(rule.closed),
+            wide_closed=rule.wide_closed,
+            newline_starts=rule.newline_starts,
+            strip=rule.strip,
+            memory_limit=CACHE_BYTES,
+        )
+        self._resolve = rule.resolve
+        self._emit = self._cache.emit16 if dtype.itemsize == 2 else self._cache.emit32
+
+    def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """See `Encoder`."""
+        missing = self._cache.scan(texts)
+        if missing:
+            self._cache.fill(self._resolve(missing))
+        tokens, lengths = self._emit()
+        return tokens, lengths
+
+
 def build_encoder(tokenizer: Tokenizer, dtype: np.dtype[Any]) -> Encoder:
     """The fastest encoder that gives exactly the tokenizer's ids."""
     if isinstance(tokenizer, ByteTokenizer):
         return ByteEncoder(dtype)
-    return PlainEncoder(tokenizer, dtype)
+    native, rule = extension(), unit_rule(tokenizer)
+    if native is None or rule is None:
+        return PlainEncoder(tokenizer, dtype)
+    return CachedEncoder(rule, native, dtype)

@@ -11,7 +11,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_retro.data.preprocessing.plan import GZIP, LINES, PARQUET, TEXT, Plan, Segment, format_of, parquet_module
 from megatron_retro.errors import DataError, EnvironmentProblem
@@ -55,7 +55,7 @@ def read_segment(plan: Plan, segment: Segment) -> Iterator[Record]:
             yield from _guarded(_lines(stream, file.path, 0, limit), file.path)
 
 
-def _lines_between(stream: io.BufferedReader, path: str, start: int, stop: int, limit: int) -> Iterator[Record]:
+def _lines_between(stream: BinaryIO, path: str, start: int, stop: int, limit: int) -> Iterator[Record]:
     """Lines whose first byte is in [start, stop)."""
     offset = start
     if start > 0:
@@ -73,7 +73,7 @@ def _lines_between(stream: io.BufferedReader, path: str, start: int, stop: int, 
         yield record
 
 
-def _lines(stream: io.BufferedReader, path: str, offset: int, limit: int) -> Iterator[Record]:
+def _lines(stream: BinaryIO, path: str, offset: int, limit: int) -> Iterator[Record]:
     while line := stream.readline(limit + 2):
         length = len(line)
         too_long = length > limit and len(line.rstrip(b"\r\n")) > limit
@@ -108,7 +108,7 @@ def _rows(path: str, group: int, keys: tuple[str, ...]) -> Iterator[Record]:
             row += 1
 
 
-def _decompressed(path: str, kind: str) -> io.BufferedReader:
+def _decompressed(path: str, kind: str) -> BinaryIO:
     if kind == GZIP:
         return io.BufferedReader(gzip.open(path, "rb"), _PIECE)
     return io.BufferedReader(_ZstdStream(path), _PIECE)

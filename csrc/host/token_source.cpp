@@ -1,0 +1,101 @@
+#include "token_source.h"
+
+#include <algorithm>
+
+namespace host {
+
+namespace {
+
+// The last i in [0, count) with base[i] <= value.
+int64_t last_at_or_before(const uint8_t* base, int64_t count, int64_t value) {
+    int64_t low = 0;
+    while (count > 1) {
+        const int64_t half = count / 2;
+        low = load64(base, low + half) <= value ? low + half : low;
+        count -= half;
+    }
+    return low;
+}
+
+// The finalizer of SplitMix64, as `megatron_retro/data/order.py` has it.
+uint64_t mix(uint64_t value) {
+    value += 0x9E3779B97F4A7C15ull;
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9ull;
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EBull;
+    return value ^ (value >> 31);
+}
+
+}  // namespace
+
+int64_t TokenSource::document_start(int64_t document) const {
+    const int64_t sequence = load64(documents, document);
+    return sequence >= num_sequences ? num_tokens : load64(pointers, sequence) / item_bytes;
+}
+
+int64_t TokenSource::document_of(int64_t token) const {
+    int64_t low = 0, count = num_documents;
+    while (count > 1) {
+        const int64_t half = count / 2;
+        low = document_start(low + half) <= token ? low + half : low;
+        count -= half;
+    }
+    return low;
+}
+
+int64_t TokenSource::token(int64_t offset) const {
+    if (item_bytes == 2) {
+        uint16_t value;
+        std::memcpy(&value, tokens + 2 * offset, 2);
+        return value;
+    }
+    int32_t value;
+    std::memcpy(&value, tokens + 4 * offset, 4);
+    return value;
+}
+
+int64_t ChunkStore::document_of(int64_t chunk) const {
+    return last_at_or_before(chunks_before, num_documents, chunk);
+}
+
+template <typename Token>
+int64_t ChunkStore::copy(int64_t chunk, int64_t length, Token* target) const {
+    const int64_t document = document_of(chunk);
+    size_t number = corpora.size() - 1;
+    while (corpora[number].documents_before > document) --number;
+    const Corpus& corpus = corpora[number];
+    const TokenSource& source = corpus.source;
+    const int64_t local = document - corpus.documents_before + corpus.first_document;
+    const int64_t begin = source.document_start(local);
+    int64_t end = source.document_start(local + 1);
+    if (eod >= 0 && end > begin && source.token(end - 1) == eod) --end;
+    const int64_t start = begin + (chunk - load64(chunks_before, document)) * chunk_length;
+    const int64_t count = std::min(length, end - start);
+    if (source.item_bytes == sizeof(Token)) {
+        std::memcpy(target, source.tokens + start * source.item_bytes, count * sizeof(Token));
+    } else {
+        for (int64_t place = 0; place < count; ++place) target[place] = Token(source.token(start + place));
+    }
+    return count;
+}
+
+template int64_t ChunkStore::copy<uint16_t>(int64_t, int64_t, uint16_t*) const;
+template int64_t ChunkStore::copy<int32_t>(int64_t, int64_t, int32_t*) const;
+
+void select_neighbors(const ChunkStore& store, const uint8_t* packed, int64_t saved, Excluded excluded,
+                      uint64_t keep_limit, int64_t wanted, int64_t* chosen) {
+    int64_t found = 0;
+    for (int64_t place = 0; place < saved && found < wanted; ++place) {
+        int64_t id = 0;
+        std::memcpy(&id, packed + place * id_bytes, id_bytes);
+        if (id == none_bits) continue;
+        if (excluded.first < excluded.last || keep_limit) {
+            const int64_t document = store.document_of(id);
+            if (document >= excluded.first && document < excluded.last) continue;
+            if (keep_limit && mix(uint64_t(document)) >= keep_limit) continue;
+        }
+        chosen[found++] = id;
+    }
+    std::fill(chosen + found, chosen + wanted, int64_t(-1));
+}
+
+}  // namespace host

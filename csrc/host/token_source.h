@@ -1,0 +1,63 @@
+// A mapped token file and a chunk database over several of them, as plain memory.
+//
+// The arrays of an .idx stand at odd addresses, so numbers are loaded byte-wise (one instruction on x86 and Arm).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace host {
+
+inline int64_t load64(const uint8_t* base, int64_t index) {
+    int64_t value;
+    std::memcpy(&value, base + 8 * index, 8);
+    return value;
+}
+
+struct TokenSource {
+    const uint8_t* tokens;
+    int64_t num_tokens;
+    int64_t item_bytes;  // 2 (uint16) or 4 (int32)
+    const uint8_t* pointers;
+    int64_t num_sequences;
+    const uint8_t* documents;
+    int64_t num_documents;
+
+    int64_t document_start(int64_t document) const;
+    int64_t document_of(int64_t token) const;
+    int64_t token(int64_t offset) const;
+};
+
+struct Corpus {
+    TokenSource source;
+    int64_t first_document;   // of the token file
+    int64_t documents_before; // of the database
+};
+
+struct Excluded {
+    int64_t first, last;  // global documents [first, last)
+};
+
+struct ChunkStore {
+    std::vector<Corpus> corpora;
+    const uint8_t* chunks_before;
+    int64_t num_documents;
+    int64_t chunk_length;
+    int64_t eod;  // -1: none
+
+    int64_t document_of(int64_t chunk) const;
+
+    // Tokens of one chunk and what follows in its document; returns how many there are, at most `length`.
+    template <typename Token>
+    int64_t copy(int64_t chunk, int64_t length, Token* target) const;
+};
+
+// The first `wanted` of a row's packed ids whose document is not excluded and is kept; the rest is -1.
+void select_neighbors(const ChunkStore& store, const uint8_t* packed, int64_t saved, Excluded excluded,
+                      uint64_t keep_limit, int64_t wanted, int64_t* chosen);
+
+constexpr int id_bytes = 5;
+constexpr int64_t none_bits = (int64_t(1) << 40) - 1;
+
+}  // namespace host
