@@ -193,7 +193,7 @@ def arguments(batch: TensorBatch) -> dict[str, Tensor]:
 def _is_cut_along(tensor: Tensor, axis: str) -> bool:
     placements = getattr(tensor, "placements", ())
     names = getattr(getattr(tensor, "device_mesh", None), "mesh_dim_names", None) or ()
-    return any(name == axis and placement.is_shard() for name, placement in zip(names, placements, strict=True))
+    return any(name == axis and not placement.is_replicate() for name, placement in zip(names, placements, strict=True))
 
 
 def _merged(models: Sequence[nn.Module]) -> nn.Module:

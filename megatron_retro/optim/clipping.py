@@ -49,7 +49,9 @@ def squared_norm(parameters: Iterable[Tensor], extra_axes: Sequence[dist.Process
 def _local_square(gradient: Tensor) -> tuple[Tensor, CutAxes]:
     if not isinstance(gradient, DTensor):
         return _square(gradient), ()
-    cut = [axis for axis, placement in enumerate(gradient.placements) if placement.is_shard()]
+    # a shard of a shard is none of `is_shard`'s, so what is neither whole nor a part of a sum is cut
+    whole = [placement.is_replicate() or placement.is_partial() for placement in gradient.placements]
+    cut = [axis for axis, is_whole in enumerate(whole) if not is_whole]
     partial = [placement for placement in gradient.placements if placement.is_partial()]
     if partial:
         gradient = gradient.redistribute(placements=_without_partial(gradient))

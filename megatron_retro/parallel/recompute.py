@@ -2,7 +2,7 @@
 
 `full` keeps a layer's inputs only; `selective` keeps what matrix products and attention gave and computes the rest
 again (norms, activations, rotations, residual sums). Both cover cross-attention, and the neighbour encoder as part of
-the first retrieval layer, whose call encodes.
+the first retrieval layer, whose call encodes. Both repeat the layer's collectives of the tensor axis.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ _KEPT = (
     "aten::addmm",
     "aten::bmm",
     "aten::_scaled_dot_product",
-    "c10d::",
     "megatron_retro::",
 )
 

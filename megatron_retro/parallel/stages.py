@@ -8,6 +8,8 @@ their inputs through it), and a boundary always requires a gradient (they lose g
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -58,6 +60,7 @@ class Stage(nn.Module):
     ) -> Tensor | tuple[Tensor, ...]:
         """In training the last stage gives the sum of unmasked losses times `loss_factor`, else each token's loss."""
         context = self.context(tokens_BS, **others)
+        received = tuple(_boundary(tensor) for tensor in received)
         hidden = self.model.embed(tokens_BS, context) if self.part.first else received[0]
         passed = received[1] if len(received) > 1 else None
         entered = passed
@@ -79,7 +82,19 @@ class Stage(nn.Module):
         return loss_sum * self.loss_factor
 
 
+class _Border(torch.autograd.Function):
+    """What crosses between ranks is contiguous, both ways; the result is a fresh node of autograd."""
+
+    @staticmethod
+    def forward(context: Any, tensor: Tensor) -> Tensor:
+        return tensor.clone(memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return gradient.contiguous()
+
+
 def _boundary(tensor: Tensor) -> Tensor:
     """A fresh node of autograd that requires a gradient."""
-    fresh = tensor * 1
+    fresh: Tensor = _Border.apply(tensor)  # type: ignore[no-untyped-call]
     return fresh if fresh.requires_grad or not torch.is_grad_enabled() else fresh.requires_grad_()
