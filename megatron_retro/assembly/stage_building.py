@@ -49,28 +49,28 @@ def tensor_axis(settings: Settings, mesh: ParallelMesh) -> TensorAxis | None:
 
 def build_stage(settings: Settings, part: StagePart, mesh: ParallelMesh) -> Stage:
     """One stage with its first values, ready to run."""
-    model, retro, training = (
-        padded_for_cut(settings[ModelConfig], mesh.size(TENSOR)),
-        settings[RetroConfig],
-        settings[TrainingConfig],
-    )
+    stage = stage_without_memory(settings, part, mesh)
+    if settings[ParallelConfig].pipeline_schedule == "zero-bubble" and part.num_stages > 1:
+        stage.put_off = PutOffGradients()
+        stage.put_off.attach(stage.model)
+    _fill_and_wrap(stage, settings, mesh, padded_for_cut(settings[ModelConfig], mesh.size(TENSOR)))
+    return stage
+
+
+def stage_without_memory(settings: Settings, part: StagePart, mesh: ParallelMesh) -> Stage:
+    """One stage, cut, on the meta device; also what a plan counts."""
     with torch.device("meta"):
-        module = Retro(model, retro)
+        module = Retro(padded_for_cut(settings[ModelConfig], mesh.size(TENSOR)), settings[RetroConfig])
     module.keep_part(part.layers, embedding=part.embedding, encoder=part.encoder, head=part.last)
     if module.embedding is not None and not part.first:
         module.embedding.position = None
     axis = tensor_axis(settings, mesh)
     if axis is not None:
         cut_model(module, mesh.devices[TENSOR], axis)
-    if training.freeze_decoder:
+    if settings[TrainingConfig].freeze_decoder:
         freeze_decoder(module)
     recompute_layers(module, settings[ParallelConfig].recompute_granularity)
-    stage = Stage(module, part, axis)
-    if settings[ParallelConfig].pipeline_schedule == "zero-bubble" and part.num_stages > 1:
-        stage.put_off = PutOffGradients()
-        stage.put_off.attach(module)
-    _fill_and_wrap(stage, settings, mesh, model)
-    return stage
+    return Stage(module, part, axis)
 
 
 def freeze_decoder(module: nn.Module) -> None:
