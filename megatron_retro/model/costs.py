@@ -43,6 +43,10 @@ class Block:
         """Entries of the MLP's matrices."""
         return (3 if self.gated else 2) * self.width * self.feed_forward
 
+    def head_norm_parameters(self) -> int:
+        """The norms of queries and of keys."""
+        return 2 * self.norm_vectors * self.head_size if self.head_norms else 0
+
     def norm_parameters(self) -> int:
         """One norm's weight, and its bias if it has one."""
         return self.norm_vectors * self.width
@@ -51,7 +55,7 @@ class Block:
         """Attention with its norm and biases."""
         vectors = (self.num_heads + 2 * self.num_key_value_heads) * self.head_size if self.query_bias else 0
         vectors += self.width if self.bias else 0
-        vectors += 2 * self.norm_vectors * self.head_size if self.head_norms else 0
+        vectors += self.head_norm_parameters()
         vectors += self.relative_parameters() if self.relative else 0
         return sum(self.attention_matrices()) + vectors + self.norm_parameters()
 
@@ -150,6 +154,17 @@ def neighbor_tokens_per_token(retro: RetroConfig) -> float:
     return retro.retro_num_neighbors * retro.retrieved_length() / retro.retro_chunk_length
 
 
+def gate_parameters(block: Block, retro: RetroConfig) -> int:
+    """Parameters of one gate."""
+    return {"fixed": 0, "scalar": 1, "adaptive": block.width + 1}[retro.retro_gate_type]
+
+
+def decoder_layer_parameters(model: ModelConfig) -> int:
+    """One decoder layer without cross-attention."""
+    block = decoder_block(model)
+    return block.self_attention_parameters() + block.feed_forward_parameters()
+
+
 def _relative(retro: RetroConfig) -> bool:
     return retro.neighbor_positions() == "relative"
 
@@ -165,12 +180,13 @@ def _decoder_layer_cost(block: Block, seq_length: int) -> tuple[int, float]:
 
 
 def _cross_attention_cost(block: Block, encoder_width: int, retro: RetroConfig) -> tuple[int, float]:
-    gate = {"fixed": 0, "scalar": 1, "adaptive": block.width + 1}[retro.retro_gate_type]
     query, key_value, output = block.attention_matrices(encoder_width)
     keys = retro.retro_num_neighbors * retro.retrieved_length()
     scores = 2 * block.num_heads * block.head_size * keys
     multiply_adds = query + output + key_value * neighbor_tokens_per_token(retro) + scores
-    return block.cross_attention_parameters(encoder_width, _relative(retro)) + gate, multiply_adds
+    return block.cross_attention_parameters(encoder_width, _relative(retro)) + gate_parameters(
+        block, retro
+    ), multiply_adds
 
 
 def _encoder_cost(model: ModelConfig, retro: RetroConfig, rows: int) -> UnitCost:

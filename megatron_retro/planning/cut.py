@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 _SEARCH_STATES = 200_000
 
@@ -47,7 +47,7 @@ class Cut:
 def cut_from_bounds(costs: Sequence[float], bounds: Sequence[int], num_ranks: int, lower_bound: float = 0.0) -> Cut:
     """A given cut, measured."""
     loads = [0.0] * num_ranks
-    for piece, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for piece, (start, stop) in enumerate(pairwise(bounds)):
         loads[piece % num_ranks] += sum(costs[start:stop])
     return Cut(tuple(bounds), num_ranks, tuple(loads), lower_bound)
 

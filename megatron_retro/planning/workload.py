@@ -1,18 +1,18 @@
-"""What is computed (`Workload`) and how it is laid over ranks (`Layout`): the two things that a plan is a function of."""
+"""What is computed (`Workload`) and how it is laid over ranks (`Layout`): a plan is a function of these two."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_retro.config.data import DataConfig
 from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.optimizer import OptimizerConfig
 from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.planning import PlanningConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
-from megatron_retro.config.data import DataConfig
-from megatron_retro.config.optimizer import OptimizerConfig
-from megatron_retro.config.planning import PlanningConfig
 from megatron_retro.model.costs import ModelCosts, model_costs, neighbor_tokens_per_token
 
 

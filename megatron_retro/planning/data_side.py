@@ -1,0 +1,96 @@
+"""Files and hours of the data side: token files, index, neighbour table.
+
+The rates are those of the published build; `build-retrieval --retro-tasks plan` measures a machine's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.planning import PlanningConfig
+from megatron_retro.config.retrieval import RetrievalConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.planning.workload import workload_of
+from megatron_retro.runtime.console import readable_bytes, readable_count
+
+EMBEDDED_CHUNKS_PER_GPU_HOUR = 6.22e6  # published: BERT-large on an A100
+ADDED_CHUNKS_PER_CPU_HOUR = 19e9 / 192  # published
+QUERIES_PER_CPU_HOUR = 1.56e9 / 1736  # published, nprobe 4096
+TOKENIZED_PER_CPU_HOUR = 5.8e6 * 3600  # five times Megatron's measured rate on one core
+CODE_BYTES, ID_BYTES, TABLE_ID_BYTES = 64, 8, 5
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """Bytes and hours."""
+
+    corpus_tokens: float
+    database_chunks: float
+    queries: float
+    token_file_bytes: float
+    database_bytes: float
+    index_bytes: float
+    table_bytes: float
+    tokenize_cpu_hours: float
+    embed_gpu_hours: float
+    add_cpu_hours: float
+    query_cpu_hours: float
+
+
+def data_plan(settings: Settings) -> DataPlan:
+    """The data that a run needs: its whole corpus as database, its own tokens as queries."""
+    planning, retro, retrieval = settings[PlanningConfig], settings[RetroConfig], settings[RetrievalConfig]
+    work = workload_of(settings)
+    corpus = float(planning.plan_corpus_tokens or work.num_tokens)
+    database = float(planning.plan_database_tokens or corpus)
+    chunks = _chunks(database, retro.retro_chunk_length, planning.plan_document_tokens)
+    queries = min(work.num_tokens, corpus) / retro.retro_chunk_length
+    token_bytes = 2 if (settings[ModelConfig].vocab_size or 0) < 65_500 else 4
+    return DataPlan(
+        corpus_tokens=corpus,
+        database_chunks=chunks,
+        queries=queries,
+        token_file_bytes=corpus * token_bytes,
+        database_bytes=8 * database / planning.plan_document_tokens,
+        index_bytes=chunks * (CODE_BYTES + ID_BYTES),
+        table_bytes=queries * TABLE_ID_BYTES * retrieval.retro_query_num_neighbors_save,
+        tokenize_cpu_hours=corpus / TOKENIZED_PER_CPU_HOUR,
+        embed_gpu_hours=(chunks + queries) / EMBEDDED_CHUNKS_PER_GPU_HOUR,
+        add_cpu_hours=chunks / ADDED_CHUNKS_PER_CPU_HOUR,
+        query_cpu_hours=queries / QUERIES_PER_CPU_HOUR,
+    )
+
+
+def _chunks(tokens: float, length: int, document_tokens: int) -> float:
+    """Chunks never cross documents, so each document ends with a short one."""
+    return tokens / document_tokens * math.ceil(document_tokens / length)
+
+
+def data_lines(settings: Settings) -> Iterator[str]:
+    """The data side as text."""
+    planning, retro = settings[PlanningConfig], settings[RetroConfig]
+    plan = data_plan(settings)
+    yield f"data          {readable_count(plan.corpus_tokens)} tokens: files {readable_bytes(plan.token_file_bytes)}"
+    yield f"              {readable_count(plan.tokenize_cpu_hours)} CPU hours to tokenize"
+    if retro.retro_add_retriever:
+        yield (
+            f"database      {readable_count(plan.database_chunks)} chunks of {retro.retro_chunk_length}: "
+            f"{readable_bytes(plan.database_bytes)}"
+        )
+        yield (
+            f"index         {readable_bytes(plan.index_bytes)} of codes and ids, embedding "
+            f"{readable_count(plan.embed_gpu_hours)} GPU hours, adding {readable_count(plan.add_cpu_hours)} CPU hours"
+        )
+        saved = settings[RetrievalConfig].retro_query_num_neighbors_save
+        yield (
+            f"table         {readable_count(plan.queries)} queries x {saved} "
+            f"neighbours: {readable_bytes(plan.table_bytes)}, {readable_count(plan.query_cpu_hours)} CPU hours"
+        )
+    if planning.plan_price_per_cpu_hour is not None:
+        hours = plan.tokenize_cpu_hours
+        hours += plan.add_cpu_hours + plan.query_cpu_hours if retro.retro_add_retriever else 0.0
+        yield f"price         {hours * planning.plan_price_per_cpu_hour:,.0f} of CPU hours"

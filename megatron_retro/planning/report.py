@@ -1,0 +1,203 @@
+"""The plan as text: what fits, what it takes, where the time and the memory go, what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+from megatron_retro.config.checks import parse_layout
+from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.planning import PlanningConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.errors import ConfigError, Violation
+from megatron_retro.planning.data_side import data_lines
+from megatron_retro.planning.faults import data_faults, memory_faults, structural_faults
+from megatron_retro.planning.figures import write_figures
+from megatron_retro.planning.hardware import Accelerator, accelerator
+from megatron_retro.planning.memory import Memory
+from megatron_retro.planning.plan import Plan, make_plan
+from megatron_retro.planning.shards import Shard, build_shards
+from megatron_retro.planning.variants import suggestions
+from megatron_retro.planning.workload import Workload, layout_of, workload_of
+from megatron_retro.runtime.console import readable_bytes, readable_count, readable_seconds, render_table
+
+TRAINING_VERBS = ("pretrain", "retrofit", "finetune")
+
+
+def print_plan(settings: Settings) -> int:
+    """Print everything; raises when the recipe cannot run as it stands."""
+    planning = settings[PlanningConfig]
+    if planning.plan_for not in TRAINING_VERBS:
+        print("\n".join(data_lines(settings)))
+        return 0
+    broken = structural_faults(settings)
+    machine = accelerator(
+        planning.plan_hardware, Path(planning.plan_hardware_table) if planning.plan_hardware_table else None
+    )
+    if planning.suggest and not _only_layout(broken):
+        print(_suggestions(workload_of(settings), planning, machine))
+        return 0
+    if broken:
+        raise ConfigError.from_violations(broken)
+    return _print_training(settings, planning, machine)
+
+
+def _counts_by_hand(settings: Settings) -> tuple[int, ...] | None:
+    layout = settings[ParallelConfig].pipeline_layout
+    return None if layout is None else parse_layout(layout)
+
+
+def _only_layout(broken: list[Violation]) -> bool:
+    """Faults that another layout cannot heal."""
+    return any(violation.field in ("vocab_size", "seq_length", "retro_layers", "hidden_size") for violation in broken)
+
+
+def _print_training(settings: Settings, planning: PlanningConfig, machine: Accelerator) -> int:
+    plan = make_plan(workload_of(settings), layout_of(settings), machine, counts=_counts_by_hand(settings))
+    shards = build_shards(settings, plan) if planning.plan_shards else []
+    wrong, absent = data_faults(settings)
+    print("\n".join(plan_lines(plan, planning, shards)))
+    print("\n".join(["", *data_lines(settings), *(f"  note: {note}" for note in absent)]))
+    if planning.plan_json:
+        write_figures(plan, Path(planning.plan_json))
+    faults = [str(fault) for fault in memory_faults(plan, planning.plan_memory_margin)] + wrong
+    print()
+    if faults:
+        listed = "\n".join(f"  {number}. {fault}" for number, fault in enumerate(faults, 1))
+        raise ConfigError(f"this cannot run as it stands, {len(faults)} problem(s):\n{listed}")
+    usable = machine.memory_bytes * (1 - planning.plan_memory_margin)
+    print(f"fits: {readable_bytes(plan.peak_memory)} of {readable_bytes(usable)} on the fullest rank")
+    return 0
+
+
+def plan_lines(plan: Plan, planning: PlanningConfig, shards: list[Shard]) -> Iterator[str]:
+    """The training side."""
+    work, layout = plan.work, plan.layout
+    yield f"{planning.plan_for} on {planning.plan_nodes} x {planning.plan_gpus_per_node} {plan.machine.name}"
+    yield f"  layout       {layout.describe()}, {layout.schedule}, recompute {layout.recompute}"
+    yield (
+        f"  batch        {work.global_batch} = {layout.data} replicas x {plan.microbatches} microbatches "
+        f"of {layout.micro_batch}, sequence {work.seq_length}"
+    )
+    yield f"  parameters   {readable_count(work.costs.parameters)}{_built(shards, layout.world_size)}"
+    yield f"  FLOPs        {readable_count(work.costs.training_flops)} per token, forward and backward"
+    yield from _retrieval_share(work)
+    yield ""
+    yield _memory_table(plan)
+    yield ""
+    yield from _balance_lines(plan)
+    yield ""
+    yield _time_table(plan)
+    yield ""
+    yield from _traffic_lines(plan)
+    yield ""
+    yield from _run_lines(plan, planning)
+
+
+def _built(shards: list[Shard], world_size: int) -> str:
+    if not shards:
+        return ""
+    return f"; {len(shards)} distinct shards built on the meta device at world size {world_size}, as counted"
+
+
+def _retrieval_share(work: Workload) -> Iterator[str]:
+    if not work.retro.retro_add_retriever:
+        return
+    costs = work.costs
+    plain = sum(unit.multiply_adds for unit in replace(work, retro=RetroConfig()).costs.units)
+    encoder = costs.named("encoder").multiply_adds
+    cross = costs.forward_flops / 2 - plain - encoder
+    layer = costs.named("layers.0").multiply_adds
+    yield (
+        f"  retrieval    +{(encoder + cross) / plain:.0%} over the GPT: encoder {encoder / plain:.0%} "
+        f"(as much as {encoder / layer:.1f} decoder layers), cross-attention {cross / plain:.0%}"
+    )
+
+
+def _memory_table(plan: Plan) -> str:
+    kinds = [kind for kind, _ in plan.memory[0].rows()]
+    header = ("rank", "layers", "parameters", *kinds, "total (GB)")
+    rows = [
+        (rank.rank, rank.layers, readable_count(rank.parameters), *_gigabytes(memory), round(memory.total / 1e9, 2))
+        for rank, memory in zip(plan.ranks, plan.memory, strict=True)
+    ]
+    return render_table(header, rows)
+
+
+def _gigabytes(memory: Memory) -> list[float]:
+    return [round(size / 1e9, 2) for _, size in memory.rows()]
+
+
+def _balance_lines(plan: Plan) -> Iterator[str]:
+    """How even the work is, and what the best possible cut would be."""
+    if plan.layout.pipeline == 1:
+        return
+    yield f"balance       the slowest pipeline rank is {plan.cut.over_mean:.1%} over the mean"
+    best = plan.optimum
+    if best.slowest < plan.cut.slowest * (1 - 1e-6):
+        counts = ",".join(str(stop - start) for start, stop in pairwise(best.bounds))
+        yield f"              --pipeline-layout {counts} would be {best.over_mean:.1%} over it"
+    reason = "no cut of these layers is better" if best.proven else "a better cut was not found, nor excluded"
+    yield f"              {reason} (the encoder is one piece with the first retrieval layer, the head with the last)"
+    yield f"bubble        {plan.bubble / (1 + plan.bubble):.1%} of the step ({plan.microbatches} microbatches)"
+
+
+def _time_table(plan: Plan) -> str:
+    parts = [(name, getattr(plan.time, name)) for name in ("compute", "memory", "tensor", "pipeline", "bubble", "data")]
+    parts.append(("optimizer", plan.time.optimizer))
+    rows = [(name, f"{seconds:.3f}", f"{seconds / plan.time.total:.1%}") for name, seconds in parts]
+    return render_table(("step", "seconds", "share"), [*rows, ("all", f"{plan.time.total:.3f}", "")])
+
+
+def _traffic_lines(plan: Plan) -> Iterator[str]:
+    most = {axis: max(getattr(traffic, axis) for traffic in plan.traffic) for axis in ("tensor", "pipeline", "data")}
+    sent = ", ".join(f"{axis} {readable_bytes(size)}" for axis, size in most.items())
+    yield f"sent          {sent} per rank and step"
+
+
+def _run_lines(plan: Plan, planning: PlanningConfig) -> Iterator[str]:
+    rate = plan.work.global_batch * plan.work.seq_length / plan.time.total
+    yield f"throughput    {readable_count(rate)} tokens/s, {plan.utilization:.1%} of the peak"
+    yield (
+        f"run           {readable_count(plan.num_steps)} steps, {readable_count(plan.work.num_tokens)} tokens: "
+        f"{readable_seconds(plan.hours * 3600)}, {readable_count(plan.gpu_hours)} GPU hours"
+    )
+    if planning.plan_price_per_gpu_hour is not None:
+        yield f"price         {plan.gpu_hours * planning.plan_price_per_gpu_hour:,.0f}"
+
+
+def _suggestions(work: Workload, planning: PlanningConfig, machine: Accelerator) -> str:
+    """The best layouts, with the flags that ask for them."""
+    plans = suggestions(work, planning.world_size(), planning.plan_gpus_per_node, machine, planning.plan_memory_margin)
+    if not plans:
+        return f"no layout of this model fits {planning.world_size()} x {machine.name}: take more nodes"
+    rows = [
+        (
+            number,
+            plan.layout.describe(),
+            plan.layout.micro_batch,
+            plan.layout.recompute,
+            f"{plan.peak_memory / 1e9:.1f}",
+            f"{plan.time.total:.2f}",
+            f"{plan.utilization:.1%}",
+            readable_count(plan.gpu_hours),
+        )
+        for number, plan in enumerate(plans, 1)
+    ]
+    header = ("", "layout", "micro batch", "recompute", "GB", "s/step", "of peak", "GPU hours")
+    return "\n".join([render_table(header, rows), "", "the first one:", "  " + " ".join(layout_flags(plans[0]))])
+
+
+def layout_flags(plan: Plan) -> list[str]:
+    """The flags that ask for a layout."""
+    layout = plan.layout
+    flags = [f"--tensor-model-parallel-size {layout.tensor}"]
+    flags += ["--sequence-parallel"] if layout.sequence_parallel else []
+    flags += [f"--pipeline-model-parallel-size {layout.pipeline}", f"--data-parallel-sharding {layout.sharding}"]
+    if layout.pieces_per_rank > 1:
+        size = plan.work.model.num_layers // (layout.pipeline * layout.pieces_per_rank)
+        flags += [f"--num-layers-per-virtual-pipeline-stage {size}", "--pipeline-schedule interleaved"]
+    return [*flags, f"--micro-batch-size {layout.micro_batch}", f"--recompute-granularity {layout.recompute}"]
