@@ -79,9 +79,6 @@ def build_run_parts(settings: Settings, device: torch.device, world_size: int) -
         data_size=trainable.data_size,
         global_batch_size=batch_sizes.at,
     )
-    for name, parameter in trainable.module.named_parameters():
-        if training.freeze_decoder and not name.startswith("encoder.") and not _is_cross(name):
-            parameter.requires_grad_(False)
     return RunParts(
         settings=settings,
         trainable=trainable,
@@ -101,10 +98,6 @@ def _require_legal(settings: Settings, world_size: int) -> None:
     found = schedule_violations(settings[OptimizerConfig], settings[TrainingConfig])
     if found:
         raise ConfigError.from_violations(found)
-
-
-def _is_cross(name: str) -> bool:
-    return ".cross_attention." in name or ".cross_norm." in name
 
 
 def _validation(settings: Settings, tokenizer: Tokenizer, trainable: Trainable) -> Loader | None:

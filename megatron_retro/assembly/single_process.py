@@ -64,6 +64,9 @@ class SingleProcess:
         """Sum of squares of all gradients."""
         return squared_norm(self._module.parameters())
 
+    def check_replicas(self) -> None:
+        """Nothing is replicated."""
+
     def _losses(self, batch: TensorBatch) -> Tensor:
         arguments: dict[str, Any] = {
             "labels_BS": batch.labels_BS,

@@ -87,3 +87,7 @@ class Trainable(Protocol):
     def squared_gradient_norm(self) -> Tensor:
         """Sum of squares of all gradients of the uncut model, each parameter counted once; same on every rank."""
         ...
+
+    def check_replicas(self) -> None:
+        """Refuse to go on when parameters that should be the same on several ranks are not; every rank calls it."""
+        ...

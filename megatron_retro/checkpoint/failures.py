@@ -26,4 +26,4 @@ def named_failure(path: Path) -> Iterator[None]:
         if refused is not None:
             with named_disk_errors(path):
                 raise refused from None
-        raise
+        raise failures[0] from error  # torch's collection is no `Exception`

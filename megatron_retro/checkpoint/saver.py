@@ -12,6 +12,7 @@ import os
 import shutil
 import threading
 import uuid
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,7 +132,8 @@ class Saver:
             self._agree_on(lambda: self._create(partial))
             writer = ShardWriter(partial, self._rank)
             planner = TrimmingSavePlanner(snapshot.true_rows)
-            with named_failure(target):
+            with named_failure(target), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
                 save_distributed(
                     dict(tensors),
                     storage_writer=writer,

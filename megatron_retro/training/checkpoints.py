@@ -28,6 +28,7 @@ from megatron_retro.checkpoint.loading import (
 )
 from megatron_retro.checkpoint.saver import Saver, Snapshot
 from megatron_retro.config.checkpoint import CheckpointConfig
+from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import section_name
 from megatron_retro.errors import DamagedArtifact
 from megatron_retro.runtime.seeds import derived_seed, random_states, restore_random_states, seed_everything
@@ -77,6 +78,8 @@ class RunCheckpoints:
         """Write the run's state after the present step."""
         if self._saver is None:
             return
+        if self._parts.settings[ParallelConfig].check_replicas:
+            self._parts.trainable.check_replicas()
         snapshot = self._snapshot()
         if in_background:
             self._saver.save_in_background(snapshot)
