@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,9 @@ def load_model(
     module = Retro(settings[ModelConfig], settings[RetroConfig])
     tensors = model_tensors(module)
     vocab_size = settings[ModelConfig].vocab_size or 0
-    load_tensors(checkpoint, tensors, padded_rows(tensors, dict.fromkeys(VOCABULARY_PARAMETERS, vocab_size)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process, on purpose
+        load_tensors(checkpoint, tensors, padded_rows(tensors, dict.fromkeys(VOCABULARY_PARAMETERS, vocab_size)))
     module = module.to(place, chosen_dtype(dtype, place)).eval().requires_grad_(False)
     return LoadedModel(module, built, settings, checkpoint.path, checkpoint.manifest.fingerprint)
 

@@ -91,13 +91,17 @@ def _written(prompt: str, settings: Settings) -> str:
 def _generate(generator: TextGenerator, prompts: Sequence[str], settings: Settings) -> list[Generation]:
     from megatron_retro.inference.sampling import Sampling
 
-    sampling, live = settings[SamplingConfig], settings[LiveRetrievalConfig]
-    streamed = settings[GenerateConfig].stream and len(prompts) == 1
-    mode = live.retrieval
-    if mode == "live" and live.retro_index is None and settings.origin("retrieval") == DEFAULT_ORIGIN:
+    sampling, config = settings[SamplingConfig], settings[GenerateConfig]
+    streamed = config.stream and len(prompts) == 1
+    mode = config.retrieval
+    if (
+        mode == "live"
+        and settings[LiveRetrievalConfig].retro_index is None
+        and settings.origin("retrieval") == DEFAULT_ORIGIN
+    ):
         mode = "none"
-    source = generator.source(mode, live.passages or ())
-    stops = [*(sampling.stop or ()), *(("\n\nUser:",) if settings[GenerateConfig].chat else ())]
+    source = generator.source(mode, config.passages or ())
+    stops = [*(sampling.stop or ()), *(("\n\nUser:",) if config.chat else ())]
     if streamed:
         print(prompts[0], end="", flush=True)
     generations = generator.generate(
@@ -106,12 +110,12 @@ def _generate(generator: TextGenerator, prompts: Sequence[str], settings: Settin
         sampling=Sampling.from_config(sampling),
         stop_strings=stops,
         sources=[source] * len(prompts),
-        retrieval_step=live.retrieval_step,
+        retrieval_step=config.retrieval_step,
         listener=_print_piece if streamed else None,
     )
     for prompt, generation in zip(prompts, generations, strict=True):
         print() if streamed else print(f"{prompt}{generation.text}")
-        if live.show_neighbors:
+        if config.show_neighbors:
             print(_explained(generator, generation))
     return generations
 

@@ -32,6 +32,7 @@ VERBS: tuple[Verb, ...] = (
     Verb("generate", "generate", "text from a checkpoint, with the neighbours that each chunk read"),
     Verb("evaluate", "evaluate", "figures of a trained model: perplexity with intervals and leakage curve, task sets"),
     Verb("report", "report", "one HTML page about a run: curves, retrieval health, neighbours, settings"),
+    Verb("serve", "serve", "OpenAI-compatible endpoint, and a page that shows what each chunk read"),
     Verb("inspect", "inspect", "explain any file or directory of ours: what, made from what, intact or not"),
     Verb("plan", "plan", "what a run costs before it starts: memory, time, balance, money, what is wrong with it"),
     Verb("reach", "reach", "whether the processes of this job reach each other"),

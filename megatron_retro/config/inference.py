@@ -27,14 +27,10 @@ class LiveRetrievalConfig:
     """Neighbours while text is generated"""
 
     retro_index: str | None = option(
-        None, "directory of a built index (--retro-project-dir of `retrieve`) to search while generating", ours=True
+        None,
+        "directory of a built index (--retro-project-dir of build-retrieval) to search while generating",
+        ours=True,
     )
-    retrieval: str = option("live", "where neighbours come from", choices=RETRIEVAL_MODES, ours=True)
-    retrieval_step: int | None = option(
-        None, "tokens between retrievals; the chunk length when not set", minimum=1, ours=True
-    )
-    passages: tuple[str, ...] | None = option(None, "texts to read as neighbours instead of searching", ours=True)
-    show_neighbors: bool = option(True, "print the neighbours that each chunk read", ours=True)
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,12 @@ class GenerateConfig:
     prompt_file: str | None = option(None, "JSON lines with `prompt`, or a text file of one prompt", ours=True)
     output: str | None = option(None, "write answers with neighbours as JSON lines here", ours=True)
     chat: bool = option(False, "write each prompt as the user's turn of a conversation", ours=True)
+    retrieval: str = option("live", "where neighbours come from", choices=RETRIEVAL_MODES, ours=True)
+    retrieval_step: int | None = option(
+        None, "tokens between retrievals; the chunk length when not set", minimum=1, ours=True
+    )
+    passages: tuple[str, ...] | None = option(None, "texts to read as neighbours instead of searching", ours=True)
+    show_neighbors: bool = option(True, "print the neighbours that each chunk read", ours=True)
     stream: bool = option(True, "print text while it comes (a single prompt)", ours=True)
 
 
@@ -71,4 +73,6 @@ class ServeConfig:
     queue_size: int = option(64, "requests that may wait; more are refused with 429", minimum=1, ours=True)
     queue_seconds: float = option(60.0, "longest wait for a place; then 503", minimum=0.0, ours=True)
     max_body_bytes: int = option(1 << 20, "largest request", minimum=1024, ours=True)
+    send_seconds: float = option(30.0, "a client that takes nothing for this long is dropped", minimum=0.1, ours=True)
+    chat_template: str = option("instruct-retro", "instruct-retro, or the path of a Jinja template", ours=True)
     served_model_name: str | None = option(None, "name in /v1/models; the checkpoint's folder when not set", ours=True)

@@ -72,6 +72,14 @@ class Engine:
         """Stop a text; its place is free at the next step."""
         generation.finish("cancelled")
 
+    def reset(self) -> None:
+        """Forget everything, after a step that failed."""
+        for generation in (*self._waiting, *self._rows, self._prefill.generation if self._prefill else None):
+            if generation is not None:
+                generation.finish("cancelled")
+        self._waiting, self._rows = deque(), []
+        self._prefill, self._cache = None, None
+
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """Submit, run to the end, return in order."""
         generations = [self.submit(request) for request in requests]
@@ -93,6 +101,7 @@ class Engine:
         return bool(self.num_active or self._waiting)
 
     def _start_prefill(self, generation: Generation) -> None:
+        generation.started = True
         request = generation.request
         length = len(request.prompt) + request.max_new_tokens
         size = self.forward.chunk_length

@@ -47,7 +47,7 @@ class Generation:
         self.log_probabilities: list[float] = []
         self.readings: list[Reading] = []
         self.finish_reason: str | None = None
-        self.num_cached = 0
+        self.started = False
         self._sampler = Sampler(request.sampling)
         self._stream = TextStream(decode, request.prompt, request.stop_strings)
         self._listener = listener

@@ -1,0 +1,26 @@
+"""`megatron-retro serve`: an OpenAI-compatible endpoint and a page that shows what each chunk read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_retro.config.checkpoint import CheckpointConfig
+from megatron_retro.config.command_line import Positional
+from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig, ServeConfig
+from megatron_retro.config.settings import Settings
+
+DESCRIPTION = "Serve a checkpoint (--load): /v1/completions, /v1/chat/completions, metrics, and a page at /."
+SECTIONS: tuple[type, ...] = (ServeConfig, EngineConfig, LiveRetrievalConfig, CheckpointConfig, TokenizerConfig)
+POSITIONAL: Positional | None = None
+
+
+def run(settings: Settings, positional: Sequence[str]) -> None:
+    """Serve until a signal comes."""
+    from megatron_retro.runtime.environment import require
+
+    require("fastapi", "serving")
+    from megatron_retro.cli.generate import load
+    from megatron_retro.inference.serving.program import serve
+
+    serve(load(settings), settings[EngineConfig], settings[LiveRetrievalConfig], settings[ServeConfig])

@@ -1,0 +1,1 @@
+"""The HTTP service: OpenAI's completions and chat, health, metrics and a page. Needs the extra `serve`."""

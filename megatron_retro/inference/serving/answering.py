@@ -1,0 +1,206 @@
+"""From requests to generation and back to OpenAI's answers, whole or as a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_retro.data.instructions.conversations import Turn
+from megatron_retro.data.instructions.templates import Template
+from megatron_retro.inference.generation import Generation, GenerationRequest
+from megatron_retro.inference.sampling import Sampling
+from megatron_retro.inference.serving import schema
+from megatron_retro.inference.serving.engine_thread import EngineThread, Refused, Ticket
+from megatron_retro.inference.text_generator import TextGenerator
+
+CHAT_STOPS = ("\n\nUser:", "\n\nSystem:")
+DEFAULT_CHAT_TOKENS = 128
+
+
+class Connection(Protocol):
+    """The client's side of a request."""
+
+    async def is_disconnected(self) -> bool:
+        """Whether the client is gone."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """Everything that answers requests."""
+
+    generator: TextGenerator
+    engine: EngineThread
+    template: Template
+    model_name: str
+    created: int
+
+    @property
+    def retrieval_modes(self) -> list[schema.RetrievalMode]:
+        """What `retrieval_mode` may be here; the first is the default."""
+        if self.generator.index is not None and self.generator.forward.reads_neighbors:
+            return ["live", "none", "random"]
+        return ["none"]
+
+    def requests_of(self, body: schema.CompletionRequest | schema.ChatRequest) -> list[GenerationRequest]:
+        """The texts to generate, n for each prompt in turn."""
+        if body.model is not None and body.model != self.model_name:
+            raise Refused(f"there is no model {body.model!r} here", 404, f"use {self.model_name!r}, or leave it out")
+        prompts = self._prompts(body)
+        if len(prompts) * body.n > schema.MAX_TEXTS:
+            raise Refused(f"more than {schema.MAX_TEXTS} texts in one request", 400)
+        stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+        stops += CHAT_STOPS if isinstance(body, schema.ChatRequest) else ()
+        source = self.generator.source(self._mode(body.retrieval_mode), body.passages or ())
+        seed = secrets.randbits(62) if body.seed is None else body.seed
+        return [
+            GenerationRequest(
+                prompt,
+                self._max_tokens(body, len(prompt)),
+                Sampling(body.temperature, body.top_k, body.top_p, body.repetition_penalty, seed + number),
+                stops,
+                source,
+                body.retrieval_step,
+            )
+            for prompt in prompts
+            for number in range(body.n)
+        ]
+
+    def _mode(self, mode: schema.RetrievalMode | None) -> str:
+        modes = self.retrieval_modes
+        if mode is not None and mode not in modes:
+            raise Refused(f"retrieval_mode {mode!r} needs an index", 400, "start the service with --retro-index")
+        return mode or modes[0]
+
+    def _prompts(self, body: schema.CompletionRequest | schema.ChatRequest) -> list[tuple[int, ...]]:
+        tokens_of = self.generator.tokens_of
+        if isinstance(body, schema.ChatRequest):
+            roles = {"developer": "system"}
+            turns = [Turn(roles.get(one.role, one.role), one.text()) for one in body.messages]
+            return [tokens_of("".join(segment.text for segment in self.template.segments(turns, ())))]
+        prompt = body.prompt
+        if isinstance(prompt, str):
+            return [tokens_of(prompt)]
+        found: list[tuple[int, ...]] = []
+        numbers: list[int] = []
+        for one in prompt:
+            if isinstance(one, int):
+                numbers.append(one)
+            else:
+                found.append(tokens_of(one) if isinstance(one, str) else tuple(one))
+        return found or [tuple(numbers)]
+
+    def _max_tokens(self, body: schema.CompletionRequest | schema.ChatRequest, prompt_length: int) -> int:
+        if isinstance(body, schema.CompletionRequest):
+            return body.max_tokens
+        asked = body.max_completion_tokens or body.max_tokens
+        room = self.generator.limits.max_sequence_length - prompt_length
+        return asked or max(1, min(DEFAULT_CHAT_TOKENS, room))
+
+    def prefix(self, body: schema.CompletionRequest | schema.ChatRequest, generation: Generation) -> str:
+        """The prompt, if it is to be echoed."""
+        echo = isinstance(body, schema.CompletionRequest) and body.echo
+        return self.generator.tokenizer.decode(generation.request.prompt) if echo else ""
+
+    def chunks(self, generation: Generation, first: int = 0) -> list[schema.Chunk]:
+        """What the chunks from number `first` on read."""
+        return [
+            schema.Chunk(
+                query=chunk.query,
+                query_start=chunk.query_start,
+                query_stop=chunk.query_stop,
+                neighbors=[
+                    schema.Neighbor(
+                        id=one.id, distance=one.distance if math.isfinite(one.distance) else None, text=one.text
+                    )
+                    for one in chunk.neighbors
+                ],
+            )
+            for chunk in self.generator.report(generation)[first:]
+        ]
+
+
+async def whole_answers(service: Service, tickets: Sequence[Ticket], client: Connection) -> list[Generation]:
+    """Wait for all texts; cancelled when the client leaves."""
+
+    async def drain(ticket: Ticket) -> None:
+        async for _ in ticket.read():
+            pass
+
+    work = asyncio.gather(*(drain(ticket) for ticket in tickets))
+    try:
+        while not work.done():
+            await asyncio.wait([work], timeout=0.25)
+            if not work.done() and await client.is_disconnected():
+                raise Refused("the client left", 499)
+        await work
+    finally:
+        work.cancel()
+        for ticket in tickets:
+            service.engine.cancel(ticket)
+    return [ticket.generation for ticket in tickets if ticket.generation is not None]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text of one answer, with chunks that read neighbours since the last piece; `ended` is why it ended."""
+
+    index: int
+    text: str
+    chunks: list[schema.Chunk]
+    ended: str | None
+
+
+async def pieces(service: Service, tickets: Sequence[Ticket]) -> AsyncIterator[Piece]:
+    """The pieces of all texts as they come; what is left is cancelled when nobody listens any more."""
+    mixed: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue()
+    failures: list[Exception] = []
+
+    async def forward(index: int, ticket: Ticket) -> None:
+        try:
+            async for text in ticket.read():
+                mixed.put_nowait((index, text))
+        except Exception as error:  # raised below, by the reader of this stream
+            failures.append(error)
+        mixed.put_nowait((index, None))
+
+    tasks = [asyncio.create_task(forward(index, ticket)) for index, ticket in enumerate(tickets)]
+    told = [0] * len(tickets)
+    open_texts = len(tickets)
+    try:
+        while open_texts:
+            index, text = await mixed.get()
+            generation = tickets[index].generation
+            if failures:
+                raise failures[0]
+            chunks = [] if generation is None else service.chunks(generation, told[index])
+            told[index] += len(chunks)
+            ended = generation.finish_reason if text is None and generation is not None else None
+            open_texts -= text is None
+            yield Piece(index, text or "", chunks, ended)
+    finally:
+        for task in tasks:
+            task.cancel()
+        for ticket in tickets:
+            service.engine.cancel(ticket)
+
+
+def usage_of(generations: Sequence[Generation], n: int) -> schema.Usage:
+    """Tokens read (each prompt once) and written."""
+    read = sum(len(one.request.prompt) for one in generations[::n])
+    written = sum(len(one.new_tokens) for one in generations)
+    return schema.Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
+
+
+def new_id(kind: str) -> str:
+    """An id as OpenAI's look."""
+    return f"{kind}-{secrets.token_hex(12)}"
+
+
+def now() -> int:
+    """Seconds since 1970."""
+    return int(time.time())

@@ -1,0 +1,214 @@
+"use strict";
+// Asks /v1/completions for a stream with neighbors and shows, for every chunk, what it read. All text goes into the
+// page as text nodes, never as markup.
+
+const RUN = 3; // shared words in a row that count as overlap
+const NAMES = { live: "Neighbors on", none: "Neighbors off", random: "Random neighbors" };
+const element = (id) => document.getElementById(id);
+let controller = null;
+
+async function describeModel() {
+  const answer = await fetch("/v1/models", { headers: keyHeader() });
+  if (answer.status === 401) { element("key-label").hidden = false; return; }
+  if (!answer.ok) return;
+  const model = (await answer.json()).data[0];
+  element("model").textContent = model.id;
+  for (const choice of document.querySelectorAll("input[name=mode], #compare option")) {
+    choice.disabled = choice.value !== "" && !model.retrieval_modes.includes(choice.value);
+  }
+  const chosen = document.querySelector("input[name=mode]:checked");
+  if (chosen.disabled) document.querySelector(`input[name=mode][value=${model.retrieval_modes[0]}]`).checked = true;
+}
+
+function keyHeader() {
+  const key = element("key").value;
+  return key ? { Authorization: `Bearer ${key}` } : {};
+}
+
+async function generate(event) {
+  event.preventDefault();
+  const modes = [document.querySelector("input[name=mode]:checked").value];
+  if (element("compare").value) modes.push(element("compare").value);
+  element("answers").replaceChildren();
+  controller = new AbortController();
+  running(true, "generating…");
+  try {
+    await Promise.all(modes.map((mode, number) => answer(mode, number, controller.signal)));
+    running(false, "done");
+  } catch (error) {
+    controller.abort();
+    const stopped = error.name === "AbortError";
+    running(false, stopped ? "stopped" : error.message, !stopped);
+  }
+}
+
+function running(active, words, failed = false) {
+  element("go").disabled = active;
+  element("stop").disabled = !active;
+  element("status").textContent = words;
+  element("status").classList.toggle("failed", failed);
+}
+
+async function answer(mode, number, signal) {
+  const prompt = element("prompt").value;
+  const view = newView(mode, number, prompt);
+  const body = {
+    prompt, stream: true, retrieval: true, retrieval_mode: mode,
+    max_tokens: Number(element("tokens").value), temperature: Number(element("temperature").value), seed: 0,
+  };
+  const response = await fetch("/v1/completions", {
+    method: "POST", signal, body: JSON.stringify(body), headers: { "Content-Type": "application/json", ...keyHeader() },
+  });
+  if (response.status === 401) element("key-label").hidden = false;
+  if (!response.ok) throw new Error(await errorText(response));
+  for await (const event of events(response.body)) {
+    if (event.error) throw new Error(event.error.message);
+    for (const choice of event.choices) view.add(choice);
+  }
+}
+
+async function errorText(response) {
+  try { return (await response.json()).error.message; } catch { return `${response.status} ${response.statusText}`; }
+}
+
+async function* events(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let buffer = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    buffer += value;
+    const parts = buffer.split("\n\n");
+    buffer = parts.pop();
+    for (const part of parts) {
+      const data = part.replace(/^data: /, "");
+      if (data === "[DONE]") return;
+      yield JSON.parse(data);
+    }
+  }
+}
+
+function newView(mode, number, prompt) {
+  const section = element("answer-template").content.cloneNode(true).firstElementChild;
+  section.id = `answer-${number}`;
+  const heading = section.querySelector("h2");
+  heading.textContent = NAMES[mode];
+  heading.id = `answer-${number}-name`;
+  section.setAttribute("aria-labelledby", heading.id);
+  section.querySelector(".text").setAttribute("aria-labelledby", heading.id);
+  section.querySelector(".prompt").textContent = prompt;
+  element("answers").append(section);
+  const text = section.querySelector(".new");
+  const chunks = [];
+  const boxes = [];
+  return {
+    add(choice) {
+      text.append(choice.text);
+      for (const chunk of choice.retrieval || []) {
+        chunks.push(chunk);
+        boxes.push(newChunk(section, chunk));
+      }
+      const whole = prompt + text.textContent;
+      boxes.forEach((box, place) => {
+        const last = place === boxes.length - 1;
+        if (last || place === boxes.length - 2 || choice.finish_reason) box.show(textAfter(chunks, place, whole));
+      });
+      if (choice.finish_reason) {
+        section.querySelector(".end").textContent = `ended: ${choice.finish_reason}`;
+        section.dataset.ended = choice.finish_reason;
+      }
+    },
+  };
+}
+
+// What could read the neighbors of a chunk: the next chunk, or what the text has beyond the last one.
+function textAfter(chunks, place, whole) {
+  if (place + 1 < chunks.length) return chunks[place + 1].query;
+  return whole.slice(chunks.reduce((sum, chunk) => sum + chunk.query.length, 0));
+}
+
+function newChunk(section, chunk) {
+  section.querySelector("h3").hidden = false;
+  const details = document.createElement("details");
+  details.className = "chunk";
+  const summary = document.createElement("summary");
+  const where = document.createElement("span");
+  where.className = "where";
+  where.textContent = `tokens ${chunk.query_start}–${chunk.query_stop - 1} `;
+  summary.append(where, shortened(chunk.query));
+  details.append(summary);
+  section.querySelector(".chunks").append(details);
+  const bodies = chunk.neighbors.map((neighbor) => {
+    const box = document.createElement("div");
+    box.className = "neighbor";
+    const id = document.createElement("span");
+    id.className = "id";
+    const distance = neighbor.distance === null ? "" : `, distance ${neighbor.distance.toPrecision(4)}`;
+    id.textContent = neighbor.id < 0 ? "given passage" : `chunk ${neighbor.id}${distance}`;
+    const body = document.createElement("span");
+    box.append(id, body);
+    details.append(box);
+    return body;
+  });
+  if (bodies.length === 0) details.append("no neighbor was found");
+  return {
+    show(after) {
+      bodies.forEach((body, number) => {
+        body.replaceChildren(...highlighted(chunk.neighbors[number].text, chunk.query, after));
+      });
+    },
+  };
+}
+
+function shortened(text) {
+  const line = text.replace(/\s+/g, " ").trim();
+  return line.length > 90 ? `${line.slice(0, 87)}…` : line;
+}
+
+function words(text) {
+  return [...text.matchAll(/[\p{L}\p{N}]+/gu)].map((match) => ({
+    word: match[0].toLowerCase(), start: match.index, stop: match.index + match[0].length,
+  }));
+}
+
+function runsOf(text) {
+  const found = words(text).map((one) => one.word);
+  const runs = new Set();
+  for (let place = 0; place + RUN <= found.length; place += 1) runs.add(found.slice(place, place + RUN).join(" "));
+  return runs;
+}
+
+// The neighbor's text as nodes: words in runs that the chunk or the text after it has too are marked.
+function highlighted(text, before, after) {
+  const found = words(text);
+  const kinds = new Array(found.length).fill("");
+  for (const [kind, runs] of [["before", runsOf(before)], ["after", runsOf(after)]]) {
+    for (let place = 0; place + RUN <= found.length; place += 1) {
+      if (runs.has(found.slice(place, place + RUN).map((one) => one.word).join(" "))) kinds.fill(kind, place, place + RUN);
+    }
+  }
+  const nodes = [];
+  let written = 0;
+  for (let place = 0; place < found.length; place += 1) {
+    if (!kinds[place]) continue;
+    let last = place;
+    while (kinds[last + 1] === kinds[place]) last += 1;
+    nodes.push(text.slice(written, found[place].start));
+    const mark = document.createElement("mark");
+    mark.className = kinds[place];
+    mark.textContent = text.slice(found[place].start, found[last].stop);
+    nodes.push(mark);
+    written = found[last].stop;
+    place = last;
+  }
+  nodes.push(text.slice(written));
+  return nodes;
+}
+
+element("form").addEventListener("submit", generate);
+element("stop").addEventListener("click", () => controller && controller.abort());
+element("key").addEventListener("change", describeModel);
+element("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) element("form").requestSubmit();
+});
+describeModel();

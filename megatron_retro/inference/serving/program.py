@@ -1,0 +1,70 @@
+"""Starting the service: model, engine thread, application, a listening socket."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import uvicorn
+
+from megatron_retro.assembly.loaded_model import LoadedModel
+from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig, ServeConfig
+from megatron_retro.data.instructions.templates import build_template
+from megatron_retro.errors import ConfigError, EnvironmentProblem
+from megatron_retro.inference.serving import answering
+from megatron_retro.inference.serving.application import build_application
+from megatron_retro.inference.serving.engine_thread import EngineThread
+from megatron_retro.inference.serving.guards import Guards
+from megatron_retro.inference.serving.metrics import Metrics
+from megatron_retro.inference.text_generator import TextGenerator, build_text_generator
+from megatron_retro.runtime.console import say, warn
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(loaded: LoadedModel, engine: EngineConfig, live: LiveRetrievalConfig, config: ServeConfig) -> None:
+    """Answer requests until a signal comes."""
+    api_key = read_api_key(config)
+    name = config.served_model_name or loaded.path.parent.name or "model"
+    application = build_service(build_text_generator(loaded, engine, live), config, name, api_key)
+    listener = listening_socket(config)
+    if config.host not in _LOOPBACK and api_key is None:
+        warn(f"anyone who reaches {config.host} can use this service: give --api-key-file")
+    address, port = listener.getsockname()[:2]
+    say(f"{name}: page and OpenAI-compatible API at http://{address}:{port}/ (Ctrl-C ends it)")
+    settings = uvicorn.Config(
+        application, log_level="warning", timeout_graceful_shutdown=5, timeout_keep_alive=15, server_header=False
+    )
+    uvicorn.Server(settings).run(sockets=[listener])
+
+
+def build_service(generator: TextGenerator, config: ServeConfig, name: str, api_key: str | None = None) -> Guards:
+    """The ASGI application of a generator."""
+    metrics = Metrics()
+    thread = EngineThread(generator.engine, metrics, queue_size=config.queue_size, queue_seconds=config.queue_seconds)
+    service = answering.Service(generator, thread, build_template(config.chat_template), name, answering.now())
+    return build_application(service, metrics, config, api_key)
+
+
+def read_api_key(config: ServeConfig) -> str | None:
+    """The key of --api-key-file."""
+    if config.api_key_file is None:
+        return None
+    try:
+        key = Path(config.api_key_file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read --api-key-file {config.api_key_file}", got=error) from None
+    if not key or not key.isascii():
+        raise ConfigError(f"{config.api_key_file} holds no usable key", expected="one line of ASCII text")
+    return key
+
+
+def listening_socket(config: ServeConfig) -> socket.socket:
+    """Bound before the model's first request, so that a taken port is an error and port 0 is known."""
+    try:
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        return socket.create_server((config.host, config.port), family=family)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"cannot listen on {config.host}:{config.port}", got=error.strerror or error, fix="give another --port"
+        ) from None

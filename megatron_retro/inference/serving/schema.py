@@ -1,0 +1,233 @@
+"""What clients send and get: OpenAI's completions and chat, and our fields beside them.
+
+Unknown fields are refused, so that a misspelled or unsupported one is not silently ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+MAX_TEXTS = 16
+Text = Annotated[str, StringConstraints(max_length=1 << 20)]
+TokenList = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]
+RetrievalMode = Literal["live", "none", "random"]
+
+
+class StrictModel(BaseModel):
+    """Refuses what it does not know."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(StrictModel):
+    """OpenAI's options of a stream."""
+
+    include_usage: bool = False
+
+
+class SharedRequest(StrictModel):
+    """Fields of both kinds of request. The last group is ours."""
+
+    model: str | None = None
+    temperature: float = Field(1.0, ge=0.0, le=100.0)
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    n: int = Field(1, ge=1, le=MAX_TEXTS)
+    seed: int | None = Field(None, ge=0, lt=1 << 62)
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    frequency_penalty: float = Field(0.0, ge=0.0, le=0.0, description="only 0: not supported")
+    presence_penalty: float = Field(0.0, ge=0.0, le=0.0, description="only 0: not supported")
+    top_k: int = Field(0, ge=0, le=1 << 20)
+    repetition_penalty: float = Field(1.0, gt=0.0, le=100.0)
+    retrieval: bool = Field(False, description="send the neighbours that each chunk read with the answer")
+    retrieval_mode: RetrievalMode | None = Field(None, description="where neighbours come from")
+    retrieval_step: int | None = Field(None, ge=1, le=1 << 16, description="tokens between retrievals")
+    passages: Annotated[list[Text], Field(max_length=MAX_TEXTS)] | None = Field(
+        None, description="texts to read as neighbours instead of searching"
+    )
+
+
+class CompletionRequest(SharedRequest):
+    """`POST /v1/completions`."""
+
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
+        | TokenList
+        | Annotated[list[TokenList], Field(min_length=1, max_length=MAX_TEXTS)]
+    )
+    max_tokens: int = Field(16, ge=1, le=1 << 20)
+    echo: bool = False
+
+
+class TextPart(StrictModel):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(StrictModel):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+    name: str | None = None
+
+    def text(self) -> str:
+        """The content as one text."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(SharedRequest):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
+    max_tokens: int | None = Field(None, ge=1, le=1 << 20)
+    max_completion_tokens: int | None = Field(None, ge=1, le=1 << 20)
+
+
+class Neighbor(BaseModel):
+    """A neighbour; id -1 is a passage that was given, and has no distance."""
+
+    id: int
+    distance: float | None
+    text: str
+
+
+class Chunk(BaseModel):
+    """Tokens [query_start, query_stop) and what was found for them; tokens from query_stop - 1 on read it."""
+
+    query: str
+    query_start: int
+    query_stop: int
+    neighbors: list[Neighbor]
+
+
+class CompletionChoice(BaseModel):
+    """One answer."""
+
+    index: int
+    text: str
+    finish_reason: str | None
+    logprobs: None = None
+    retrieval: list[Chunk] | None = None
+
+
+class ChatMessage(BaseModel):
+    """The assistant's turn."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(BaseModel):
+    """One answer."""
+
+    index: int
+    message: ChatMessage
+    finish_reason: str | None
+    logprobs: None = None
+    retrieval: list[Chunk] | None = None
+
+
+class Usage(BaseModel):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Completion(BaseModel):
+    """Answer of `POST /v1/completions`, and each event of its stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class ChatCompletion(BaseModel):
+    """Answer of `POST /v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage | None = None
+
+
+class ChatDelta(BaseModel):
+    """What is new in an event of a chat's stream."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    """The part of one answer."""
+
+    index: int
+    delta: ChatDelta
+    finish_reason: str | None = None
+    logprobs: None = None
+    retrieval: list[Chunk] | None = None
+
+
+class ChatCompletionChunk(BaseModel):
+    """An event of a chat's stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class ModelCard(BaseModel):
+    """An entry of `/v1/models`."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "megatron_retro"
+    retrieval_modes: list[RetrievalMode] = []
+
+
+class ModelList(BaseModel):
+    """Answer of `GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ErrorDetail(BaseModel):
+    """OpenAI's form of an error."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorAnswer(BaseModel):
+    """Every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+class Health(BaseModel):
+    """Answer of `GET /health`."""
+
+    status: Literal["ok", "failing"]
+    active: int
+    waiting: int

@@ -1,0 +1,139 @@
+"""A loaded model, its engine and its sources of neighbours: text in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_retro.artifacts.manifest import require_same
+from megatron_retro.assembly.loaded_model import LoadedModel
+from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig
+from megatron_retro.data.tokenizers import Tokenizer
+from megatron_retro.errors import ConfigError
+from megatron_retro.inference.engine import Engine, EngineLimits
+from megatron_retro.inference.forward import Forward, LocalForward
+from megatron_retro.inference.generation import Generation, GenerationRequest
+from megatron_retro.inference.neighbor_sources import (
+    ChunkSearch,
+    GivenPassages,
+    LiveNeighbors,
+    NeighborSource,
+    RandomNeighbors,
+)
+from megatron_retro.inference.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class NeighborText:
+    """One neighbour as a reader sees it."""
+
+    id: int
+    distance: float
+    text: str
+
+
+@dataclass(frozen=True)
+class ChunkReport:
+    """What one chunk retrieved, and where in the text (in tokens) what it found is read from."""
+
+    query: str
+    query_start: int
+    query_stop: int
+    neighbors: tuple[NeighborText, ...]
+
+
+class TextGenerator:
+    """Generation for programs that think in text."""
+
+    def __init__(
+        self, forward: Forward, tokenizer: Tokenizer, limits: EngineLimits, index: ChunkSearch | None = None
+    ) -> None:
+        self.forward, self.tokenizer, self.index = forward, tokenizer, index
+        self.limits = limits
+        self.engine = Engine(forward, tokenizer, limits)
+
+    def tokens_of(self, text: str) -> tuple[int, ...]:
+        """A prompt's tokens; an empty prompt begins a document."""
+        return tuple(self.tokenizer.encode(text)) or (self.tokenizer.eod,)
+
+    def source(self, mode: str, passages: Sequence[str] = ()) -> NeighborSource | None:
+        """`live`, `random` (both need an index) or `none`; given passages win over all of them."""
+        shape = self.forward.neighbor_shape
+        if passages:
+            return GivenPassages([self.tokenizer.encode(passage) for passage in passages], *shape)
+        if mode == "none" or not self.forward.reads_neighbors:
+            return None
+        if self.index is None:
+            raise ConfigError(
+                f"retrieval {mode!r} needs an index",
+                fix="give --retro-index DIR (made by `megatron-retro build-retrieval`), or --retrieval none",
+            )
+        return LiveNeighbors(self.index, *shape) if mode == "live" else RandomNeighbors(self.index.database, *shape)
+
+    def report(self, generation: Generation) -> list[ChunkReport]:
+        """Every chunk with its neighbours, in order."""
+        decode = self.tokenizer.decode
+        return [
+            ChunkReport(
+                decode(generation.tokens[one.query_start : one.query_stop]),
+                one.query_start,
+                one.query_stop,
+                tuple(
+                    NeighborText(identity, distance, decode(tokens))
+                    for identity, distance, tokens in zip(
+                        one.found.chunk_ids, one.found.distances, one.found.token_lists(), strict=True
+                    )
+                    if tokens
+                ),
+            )
+            for one in generation.readings
+        ]
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop_strings: Sequence[str] = (),
+        sources: Sequence[NeighborSource | None] = (),
+        retrieval_step: int | None = None,
+        listener: Callable[[str], None] | None = None,
+    ) -> list[Generation]:
+        """Answers, in order. `sources` has one entry per prompt, or none at all."""
+        generations = [
+            self.engine.submit(
+                GenerationRequest(
+                    self.tokens_of(prompt),
+                    max_new_tokens,
+                    sampling,
+                    tuple(stop_strings),
+                    sources[number] if sources else None,
+                    retrieval_step,
+                ),
+                listener,
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+        while self.engine.step():
+            pass
+        return generations
+
+
+def build_text_generator(loaded: LoadedModel, engine: EngineConfig, live: LiveRetrievalConfig) -> TextGenerator:
+    """The generator of a loaded model, with an index that was checked to fit it."""
+    index = None if live.retro_index is None else open_index(Path(live.retro_index), loaded)
+    limits = EngineLimits(engine.max_batch_size, engine.max_sequence_length, engine.prefill_tokens)
+    return TextGenerator(LocalForward(loaded.module), loaded.tokenizer, limits, index)
+
+
+def open_index(path: Path, loaded: LoadedModel) -> ChunkSearch:
+    """A live index, if its chunks and its tokens are the model's."""
+    from megatron_retro.retrieval.live_index import LiveIndex
+
+    index = LiveIndex(path)
+    rebuild = "build the retrieval project again with the model's settings, or give another --retro-index"
+    require_same(path, "the chunk length", index.database.chunk_length, loaded.retro.retro_chunk_length, rebuild)
+    require_same(path, "the tokenizer", index.tokenizer_fingerprint, loaded.tokenizer.fingerprint, rebuild)
+    return index
