@@ -24,6 +24,7 @@ from megatron_retro.config.training import TrainingConfig
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.retro import Retro
 from megatron_retro.optim.clipping import squared_norm
+from megatron_retro.parallel.cuts import CUTS, Cut
 from megatron_retro.parallel.data_parallel import before_backward
 from megatron_retro.parallel.mesh import DATA, PIPELINE, TENSOR, ParallelMesh, build_mesh
 from megatron_retro.parallel.partition import StagePart, describe_stages, stage_parts
@@ -62,10 +63,12 @@ def _alone(settings: Settings, device: torch.device) -> Trainable:
 class ParallelModel:
     """This rank's stages on the mesh."""
 
-    def __init__(self, settings: Settings, mesh: ParallelMesh, parts: Sequence[StagePart]) -> None:
-        self.settings, self.mesh = settings, mesh
+    def __init__(
+        self, settings: Settings, mesh: ParallelMesh, parts: Sequence[StagePart], cuts: Sequence[Cut] = CUTS
+    ) -> None:
+        self.settings, self.mesh, self._cuts = settings, mesh, cuts
         own = [part for part in parts if part.index % mesh.size(PIPELINE) == mesh.rank(PIPELINE)]
-        self.stages = [build_stage(settings, part, mesh) for part in own]
+        self.stages = [build_stage(settings, part, mesh, cuts) for part in own]
         self._axis = tensor_axis(settings, mesh)
         self._shared = share_embedding(mesh, parts, [(stage.part, stage.model) for stage in self.stages])
         self._module = _merged([stage.model for stage in self.stages])
@@ -172,7 +175,7 @@ class ParallelModel:
     def _finish_gradients(self) -> None:
         if self._axis is not None:
             for stage in self.stages:
-                sum_partial_gradients(stage.model, self._axis)
+                sum_partial_gradients(stage.model, self._axis, self._cuts)
         if self._shared is not None:
             self._shared.sum_gradients()
 

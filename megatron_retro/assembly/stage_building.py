@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,7 @@ from megatron_retro.config.training import TrainingConfig
 from megatron_retro.model.retro import Retro
 from megatron_retro.optim.groups import part_of
 from megatron_retro.parallel.collectives import TensorAxis
+from megatron_retro.parallel.cuts import CUTS, Cut
 from megatron_retro.parallel.data_parallel import precision, units, wrap_unit
 from megatron_retro.parallel.mesh import DATA, TENSOR, ParallelMesh
 from megatron_retro.parallel.partition import StagePart
@@ -47,9 +49,9 @@ def tensor_axis(settings: Settings, mesh: ParallelMesh) -> TensorAxis | None:
     return TensorAxis(mesh.group(TENSOR), settings[ParallelConfig].sequence_parallel)
 
 
-def build_stage(settings: Settings, part: StagePart, mesh: ParallelMesh) -> Stage:
+def build_stage(settings: Settings, part: StagePart, mesh: ParallelMesh, cuts: Sequence[Cut] = CUTS) -> Stage:
     """One stage with its first values, ready to run."""
-    stage = stage_without_memory(settings, part, mesh)
+    stage = stage_without_memory(settings, part, mesh, cuts)
     if settings[ParallelConfig].pipeline_schedule == "zero-bubble" and part.num_stages > 1:
         stage.put_off = PutOffGradients()
         stage.put_off.attach(stage.model)
@@ -57,7 +59,7 @@ def build_stage(settings: Settings, part: StagePart, mesh: ParallelMesh) -> Stag
     return stage
 
 
-def stage_without_memory(settings: Settings, part: StagePart, mesh: ParallelMesh) -> Stage:
+def stage_without_memory(settings: Settings, part: StagePart, mesh: ParallelMesh, cuts: Sequence[Cut] = CUTS) -> Stage:
     """One stage, cut, on the meta device; also what a plan counts."""
     with torch.device("meta"):
         module = Retro(padded_for_cut(settings[ModelConfig], mesh.size(TENSOR)), settings[RetroConfig])
@@ -66,7 +68,7 @@ def stage_without_memory(settings: Settings, part: StagePart, mesh: ParallelMesh
         module.embedding.position = None
     axis = tensor_axis(settings, mesh)
     if axis is not None:
-        cut_model(module, mesh.devices[TENSOR], axis)
+        cut_model(module, mesh.devices[TENSOR], axis, cuts)
     if settings[TrainingConfig].freeze_decoder:
         freeze_decoder(module)
     recompute_layers(module, settings[ParallelConfig].recompute_granularity)

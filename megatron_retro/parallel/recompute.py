@@ -1,8 +1,9 @@
 """Activation recomputation: what a layer's backward computes again instead of keeping.
 
-`full` keeps a layer's inputs only; `selective` keeps what matrix products and attention gave and computes the rest
-again (norms, activations, rotations, residual sums). Both cover cross-attention, and the neighbour encoder as part of
-the first retrieval layer, whose call encodes. Both repeat the layer's collectives of the tensor axis.
+`full` keeps a layer's inputs only, and covers the neighbour encoder as part of the first retrieval layer, whose call
+encodes. `selective` keeps what matrix products and attention gave and computes the rest again (norms, activations,
+rotations, residual sums), in every layer of decoder and encoder but that one. Both cover cross-attention, and both
+repeat a layer's collectives of the tensor axis.
 """
 
 from __future__ import annotations
@@ -32,12 +33,21 @@ _KEPT = (
 
 
 def recompute_layers(model: Retro, granularity: str) -> None:
-    """Let every decoder layer recompute; its parameters, hooks and name stay."""
-    if granularity == "none":
-        return
-    contexts = partial(create_selective_checkpoint_contexts, _policy) if granularity == "selective" else None
-    for layer in model.layers.values():
-        vars(layer)["forward"] = _recomputing(layer, contexts)
+    """Let every layer recompute; its parameters, hooks and name stay."""
+    if granularity == "full":
+        for layer in model.layers.values():
+            _recompute(layer, None)
+    if granularity == "selective":
+        contexts = partial(create_selective_checkpoint_contexts, _policy)
+        # the layer that encodes neighbours calls units of FSDP2 inside, which torch cannot replay selectively
+        plain = [layer for name, layer in model.layers.items() if int(name) != model.first_retrieval_layer]
+        encoder = [] if model.encoder is None else list(model.encoder.layers.values())
+        for layer in [*plain, *encoder]:
+            _recompute(layer, contexts)
+
+
+def _recompute(layer: nn.Module, contexts: Callable[[], Any] | None) -> None:
+    vars(layer)["forward"] = _recomputing(layer, contexts)
 
 
 def _recomputing(layer: nn.Module, contexts: Callable[[], Any] | None) -> Callable[..., Any]:

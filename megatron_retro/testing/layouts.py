@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from megatron_retro.assembly.model_assembly import ParallelModel, build_trainable
+from megatron_retro.assembly.model_assembly import ParallelModel
 from megatron_retro.assembly.single_process import SingleProcess
 from megatron_retro.assembly.stage_building import compute_dtype, freeze_decoder
 from megatron_retro.assembly.trainable import TensorBatch
@@ -23,6 +23,9 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.retro import Retro
+from megatron_retro.parallel.cuts import CUTS, Cut
+from megatron_retro.parallel.mesh import build_mesh
+from megatron_retro.parallel.partition import stage_parts
 from megatron_retro.runtime.seeds import generator
 from megatron_retro.testing.processes import run_ranks
 
@@ -93,6 +96,7 @@ class StepOutcome:
     gradients: dict[str, Tensor]
     losses: list[Tensor]
     parameters: dict[str, Tensor]
+    data_rank: int
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -109,27 +113,31 @@ def whole_gradients(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def reference_outcome(settings: Settings, batches: Sequence[TensorBatch], *, steps: int = 1) -> StepOutcome:
+def reference_outcome(settings: Settings, batches: Sequence[TensorBatch], steps: int = 1) -> StepOutcome:
     """The plain model in one process."""
     model, retro = settings[ModelConfig], settings[RetroConfig]
     module = Retro(model, retro)
     initialize(module, model, retro, settings[TrainingConfig].seed)
     if settings[TrainingConfig].freeze_decoder:
         freeze_decoder(module)
-    trainable = SingleProcess(module, torch.device("cpu"), compute_dtype(settings[OptimizerConfig]))
-    return _outcome(trainable, batches, steps)
+    return _outcome(
+        SingleProcess(module, torch.device("cpu"), compute_dtype(settings[OptimizerConfig])), batches, steps
+    )
 
 
-def layout_outcome(settings: Settings, batches: Sequence[TensorBatch], *, steps: int = 1) -> StepOutcome:
+def layout_outcome(
+    settings: Settings, batches: Sequence[TensorBatch], steps: int = 1, cuts: Sequence[Cut] = CUTS
+) -> StepOutcome:
     """The same on this layout; every rank calls it, with the whole global batch."""
-    trainable = build_trainable(settings, torch.device("cpu"))
-    assert isinstance(trainable, ParallelModel)
+    mesh = build_mesh(settings[ParallelConfig], torch.device("cpu"))
+    trainable = ParallelModel(settings, mesh, stage_parts(settings, settings[DataConfig].seq_length), cuts)
     share = len(batches) // trainable.data_size
-    own = batches[trainable.data_rank * share : (trainable.data_rank + 1) * share]
-    return _outcome(trainable, own, steps)
+    return _outcome(trainable, batches[trainable.data_rank * share : (trainable.data_rank + 1) * share], steps)
 
 
 def _outcome(trainable: Any, batches: Sequence[TensorBatch], steps: int) -> StepOutcome:
+    """Parameters are those before the first step; gradients those of the last."""
+    start = {name: whole(value.detach()).clone() for name, value in trainable.module.named_parameters()}
     optimizer = torch.optim.SGD([p for p in trainable.module.parameters() if p.requires_grad], lr=0.5, momentum=0.9)
     losses = trainable.evaluate(batches) or []
     for step in range(steps):
@@ -137,31 +145,21 @@ def _outcome(trainable: Any, batches: Sequence[TensorBatch], steps: int) -> Step
         result = trainable.train_step(batches, step=step + 500)
         if step < steps - 1:
             optimizer.step()
-    return StepOutcome(
-        result.loss,
-        float(trainable.squared_gradient_norm()),
-        whole_gradients(trainable.module),
-        losses,
-        {name: whole(value.detach()).clone() for name, value in trainable.module.named_parameters()},
-    )
+    norm = float(trainable.squared_gradient_norm())
+    return StepOutcome(result.loss, norm, whole_gradients(trainable.module), losses, start, trainable.data_rank)
 
 
 def run_layout(
-    settings: Settings, world_size: int, batches: Sequence[TensorBatch], *, steps: int = 1
+    settings: Settings, world_size: int, batches: Sequence[TensorBatch], steps: int = 1, cuts: Sequence[Cut] = CUTS
 ) -> list[StepOutcome]:
     """The outcome on every rank."""
-    return run_ranks(layout_outcome_by_keywords, world_size, settings, batches, steps, timeout=120.0)
-
-
-def layout_outcome_by_keywords(settings: Settings, batches: Sequence[TensorBatch], steps: int) -> StepOutcome:
-    """`layout_outcome` with positional arguments."""
-    return layout_outcome(settings, batches, steps=steps)
+    return run_ranks(layout_outcome, world_size, settings, batches, steps, cuts, timeout=120.0)
 
 
 def worst_differences(reference: StepOutcome, outcomes: Sequence[StepOutcome]) -> dict[str, float]:
     """Largest error of loss, norm and each gradient over the ranks, relative to the largest entry of the reference.
 
-    A gradient that a layout lost, or has too many, counts as infinite.
+    A gradient that a layout lost, or has too many, counts as infinite; so does a first value that is not the same.
     """
     found: dict[str, float] = {}
 
@@ -173,23 +171,20 @@ def worst_differences(reference: StepOutcome, outcomes: Sequence[StepOutcome]) -
         note("norm", abs(outcome.squared_norm - reference.squared_norm) / max(reference.squared_norm, 1e-30))
         for name, gradient in outcome.gradients.items():
             note(name, _difference(reference.gradients.get(name), gradient))
-    for name in reference.gradients:
-        if not any(name in outcome.gradients for outcome in outcomes):
+        for name, value in outcome.parameters.items():
+            note("first values", 0.0 if _difference(reference.parameters[name], value) == 0.0 else float("inf"))
+        for number, losses in enumerate(outcome.losses, outcome.data_rank * len(outcome.losses)):
+            note("evaluation", _difference(reference.losses[number], losses))
+    for name in (*reference.gradients, "evaluation"):
+        if not any(name in outcome.gradients or (name == "evaluation" and outcome.losses) for outcome in outcomes):
             note(name, float("inf"))
     return found
 
 
 def _difference(expected: Tensor | None, got: Tensor) -> float:
+    """Rows of padding, which layouts may have different numbers of, are left out."""
     if expected is None:
         return float("inf") if got.abs().max() > 0 else 0.0
-    rows = expected.shape[0] if expected.dim() else 0
-    got = got[:rows] if expected.dim() and got.shape[0] > rows else got
-    if expected.shape[0:1] > got.shape[0:1]:
-        expected = expected[: got.shape[0]]
-    scale = max(float(expected.abs().max()), 1e-12)
-    return float((expected - got).abs().max()) / scale
-
-
-def merged_losses(outcomes: Sequence[StepOutcome], data_size: int) -> Mapping[int, list[Tensor]]:
-    """Evaluation losses by rank, of those that have them."""
-    return {rank: outcome.losses for rank, outcome in enumerate(outcomes) if outcome.losses}
+    rows = min(expected.shape[0], got.shape[0])
+    expected, got = expected[:rows], got[:rows]
+    return float((expected - got).abs().max()) / max(float(expected.abs().max()), 1e-12)
