@@ -80,12 +80,12 @@ def pack_ids(ids: NDArray[np.int64]) -> NDArray[np.uint8]:
     if array.size and (int(array.min()) < NONE or int(array.max()) > MAX_ID):
         raise DataError("a neighbour id does not fit 5 bytes", got=f"{array.min()} to {array.max()}")
     octets = array.view(np.uint8).reshape(*array.shape, 8)[..., :ID_BYTES]
-    return np.ascontiguousarray(octets).reshape(*array.shape[:-1], -1)
+    return np.ascontiguousarray(octets).reshape(*array.shape[:-1], array.shape[-1] * ID_BYTES)
 
 
 def unpack_ids(octets: NDArray[np.uint8]) -> NDArray[np.int64]:
     """The reverse of `pack_ids`."""
-    parts = octets.reshape(*octets.shape[:-1], -1, ID_BYTES)
+    parts = octets.reshape(*octets.shape[:-1], octets.shape[-1] // ID_BYTES, ID_BYTES)
     wide = np.zeros((*parts.shape[:-1], 8), np.uint8)
     wide[..., :ID_BYTES] = parts
     ids = wide.view("<i8")[..., 0]

@@ -45,7 +45,7 @@ _KNOWN_RULES = ("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")
 # Patterns of published byte-level tokenizers in which nothing that is not white space is followed by a space.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SPLIT_PATTERNS = (rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}", rf"{_WORDS}|\p{{N}}|{_REST}")
+SPLIT_PATTERNS = (rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}", rf"{_WORDS}|\p{{N}}|{_REST}")
 Resolve = Callable[[Sequence[str]], list[list[int]]]
 
 
@@ -105,7 +105,7 @@ def _pre_tokenizer_spaces(pre_tokenizer: dict[str, Any]) -> str:
     if len(steps) != 2 or not _is_byte_level(steps[1], use_regex=False):
         return ""
     split = steps[0]
-    known = split.get("type") == "Split" and split.get("pattern", {}).get("Regex") in _SPLIT_PATTERNS
+    known = split.get("type") == "Split" and split.get("pattern", {}).get("Regex") in SPLIT_PATTERNS
     return " " if known and split["behavior"] == "Isolated" and not split["invert"] else ""
 
 

@@ -1,0 +1,100 @@
+"""Neighbour tables give back what was written, block by block, and notice what changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_retro.data.neighbor_table import (
+    MAX_ID,
+    NONE,
+    NeighborTable,
+    TableLayout,
+    block_is_done,
+    covered,
+    finish_table,
+    pack_ids,
+    unpack_ids,
+    write_block,
+)
+from megatron_retro.errors import ArtifactError, DataError
+
+INPUTS = {"corpus": "c", "database": "d"}
+
+
+def make(path: Path, layout: TableLayout, rows: dict[int, np.ndarray]) -> NeighborTable:
+    work = path.with_name("work")
+    for block in reversed(layout.blocks):
+        ids = np.stack([rows[row] for row in range(block.first, block.last)])
+        write_block(work, layout, block, ids)
+    finish_table(work, path, layout, inputs=INPUTS, config={"embedder": "hashed"})
+    return NeighborTable.open(path)
+
+
+def random_rows(layout: TableLayout) -> dict[int, np.ndarray]:
+    generator = np.random.default_rng(0)
+    return {
+        row: generator.choice([NONE, 0, 1, MAX_ID, 123_456_789_012], layout.saved)
+        for first, last in layout.row_ranges
+        for row in range(first, last)
+    }
+
+
+@pytest.mark.parametrize("block_rows", [1, 7, 64, 1000])
+def test_rows_are_those_written_across_blocks_and_ranges(tmp_path: Path, block_rows: int) -> None:
+    layout = TableLayout(20, ((3, 50), (50, 61), (100, 130)), block_rows)
+    rows = random_rows(layout)
+    table = make(tmp_path / "t", layout, rows)
+    assert table.num_saved == 20 and table.row_ranges == layout.row_ranges
+    for first, last in ((3, 61), (5, 6), (100, 130), (48, 53), (10, 10)):
+        assert (table.rows(first, last) == np.array([rows[r] for r in range(first, last)]).reshape(-1, 20)).all()
+    for first, last in ((0, 4), (60, 62), (99, 101), (130, 131)):
+        with pytest.raises(DataError, match="no neighbours of query chunk"):
+            table.rows(first, last)
+    assert table.damage() == []
+
+
+def test_an_id_takes_five_bytes_little_endian() -> None:
+    assert pack_ids(np.array([[1, NONE]])).tobytes() == b"\1\0\0\0\0\xff\xff\xff\xff\xff"
+    assert unpack_ids(pack_ids(np.array([[MAX_ID, 0, NONE]]))).tolist() == [[MAX_ID, 0, NONE]]
+    for wrong in (MAX_ID + 1, -2):
+        with pytest.raises(DataError, match="does not fit"):
+            pack_ids(np.array([[wrong]]))
+
+
+def test_damage_is_noticed(tmp_path: Path) -> None:
+    layout = TableLayout(2, ((0, 10),), 4)
+    table = make(tmp_path / "t", layout, random_rows(layout))
+    path = tmp_path / "t" / layout.blocks[1].name
+    content = bytearray(path.read_bytes())
+    content[3] ^= 1
+    path.write_bytes(content)
+    assert any("checksum" in problem for problem in table.damage())
+    path.write_bytes(content[:-1])
+    with pytest.raises(ArtifactError, match="missing or cut"):
+        NeighborTable.open(tmp_path / "t")
+
+
+def test_unfinished_tables_are_not_published(tmp_path: Path) -> None:
+    layout = TableLayout(2, ((0, 10),), 4)
+    write_block(tmp_path / "work", layout, layout.blocks[0], np.zeros((4, 2), np.int64))
+    assert block_is_done(tmp_path / "work", layout, layout.blocks[0])
+    assert not block_is_done(tmp_path / "work", layout, layout.blocks[1])
+    with pytest.raises(ArtifactError, match="lacks 2 blocks"):
+        finish_table(tmp_path / "work", tmp_path / "t", layout, inputs=INPUTS, config={})
+    with pytest.raises(DataError, match="wrong shape"):
+        write_block(tmp_path / "work", layout, layout.blocks[1], np.zeros((4, 3), np.int64))
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("ranges", [((5, 3),), ((0, 4), (3, 6)), ((4, 6), (0, 2)), ((1, 1),)])
+def test_ranges_that_overlap_or_fall_are_refused(ranges: tuple[tuple[int, int], ...]) -> None:
+    with pytest.raises(DataError, match="row ranges"):
+        TableLayout(2, ranges)
+
+
+def test_coverage_is_an_intersection() -> None:
+    assert covered(((0, 10), (20, 30)), 5, 25) == ((5, 10), (20, 25))
+    assert covered(((0, 10),), 10, 20) == ()
