@@ -37,4 +37,5 @@ def attach_adapter(block: nn.Module, width: int, config: PeftConfig) -> None:
 def _add_bottleneck(block: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
     bottleneck: Bottleneck = getattr(block, NAME)
     source: Tensor = arguments[0] if bottleneck.parallel else output
-    return output + bottleneck(source)
+    added: Tensor = bottleneck(source)
+    return output + added

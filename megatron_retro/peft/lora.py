@@ -45,7 +45,8 @@ def _add_update(base: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) 
     columns = update.down.weight.shape[-1]
     # The layer that closes an attention takes heads [..., N, D] and joins them itself.
     joined = hidden if hidden.shape[-1] == columns else hidden.flatten(-2)
-    return output + update(joined)
+    added: Tensor = update(joined)
+    return output + added
 
 
 def merge_lora(base: Linear) -> None:
