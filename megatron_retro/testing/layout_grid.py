@@ -1,0 +1,105 @@
+"""The grid of layouts that must give the one-process numbers: meshes, and what varies in the model on them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_retro.testing.layouts import (
+    random_batches,
+    reference_outcome,
+    run_layout,
+    tiny_settings,
+    worst_differences,
+)
+
+TOLERANCE = 1e-5
+STEPS_TOLERANCE = 1e-4
+_SHARDINGS = ("none", "optimizer", "gradients", "full")
+_VIRTUAL = {"num_layers_per_virtual_pipeline_stage": 1}
+_SCHEDULES: dict[int, tuple[dict[str, Any], ...]] = {
+    1: ({},),
+    2: (
+        {"pipeline_schedule": "gpipe"},
+        {"pipeline_schedule": "1f1b"},
+        {"pipeline_schedule": "zero-bubble"},
+        {"pipeline_schedule": "interleaved", **_VIRTUAL},
+        {"pipeline_schedule": "zero-bubble", **_VIRTUAL},
+    ),
+    4: ({"pipeline_schedule": "gpipe"}, {"pipeline_schedule": "1f1b"}, {"pipeline_schedule": "zero-bubble"}),
+}
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "retro_gate_type": ("fixed", "fixed", "scalar", "adaptive"),
+    "freeze_decoder": (False, False, True),
+    "untie_embeddings_and_output_weights": (False, True),
+    "recompute_granularity": ("none", "full", "selective"),
+    "make_vocab_size_divisible_by": (1, 8),
+    "swiglu": (False, True),
+    "normalization": ("LayerNorm", "RMSNorm"),
+    "disable_bias_linear": (False, True),
+    "qk_layernorm": (False, True),
+    "position_embedding_type": ("rope", "learned_absolute"),
+    "retro_neighbor_positions": ("rotary", "relative", "none"),
+    "retro_encoder_own_embedding": (False, False, True),
+    "retro_attention_gate": (1.0, 1.0, 1.0, 0.0),
+    "neighbors": ("some absent", "some absent", "all there", "none"),
+    "steps": (1, 1, 3),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout with one variant of the model."""
+
+    world_size: int
+    mesh: dict[str, Any]
+    variant: dict[str, Any]
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in {**self.mesh, **self.variant}.items()) or "one process"
+
+
+def meshes(largest_world: int = 8) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every mesh of up to so many ranks, with every schedule and every sharding that it can have."""
+    for tensor in (1, 2, 4):
+        for sequence in (False, True) if tensor > 1 else (False,):
+            for pipeline in (1, 2, 4):
+                for schedule in _SCHEDULES[pipeline]:
+                    for data in (1, 2):
+                        world = tensor * pipeline * data
+                        if 1 < world <= largest_world:
+                            mesh = {
+                                "tensor_model_parallel_size": tensor,
+                                "sequence_parallel": sequence,
+                                "pipeline_model_parallel_size": pipeline,
+                                **schedule,
+                            }
+                            for sharding in _SHARDINGS if data > 1 else ("none",):
+                                yield world, {**mesh, "data_parallel_sharding": sharding}
+
+
+def whole_grid(seed: int) -> list[Case]:
+    """Every mesh with a variant drawn for it."""
+    draw = random.Random(seed)
+    return [
+        Case(world, mesh, {name: draw.choice(values) for name, values in _CHOICES.items()}) for world, mesh in meshes()
+    ]
+
+
+def worst_of_case(case: Case) -> dict[str, float]:
+    """The differences of a case from one process, by name."""
+    variant = dict(case.variant)
+    kind, steps = variant.pop("neighbors", "some absent"), variant.pop("steps", 1)
+    pipeline, data = case.mesh.get("pipeline_model_parallel_size", 1), 2 if case.world_size > 1 else 1
+    settings = tiny_settings(**{"global_batch_size": max(2, pipeline) * data, **case.mesh, **variant})
+    batches = random_batches(settings, neighbors=kind != "none", absent=kind == "some absent")
+    return worst_differences(
+        reference_outcome(settings, batches, steps), run_layout(settings, case.world_size, batches, steps)
+    )
+
+
+def tolerance(case: Case) -> float:
+    """Float32 rounding, which grows over optimizer steps."""
+    return TOLERANCE if case.variant.get("steps", 1) == 1 else STEPS_TOLERANCE

@@ -1,0 +1,98 @@
+"""Loss, evaluation, norm, first values and ALL gradients of every layout equal the one-process run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from megatron_retro.parallel.cuts import CUTS, Cut, Style
+from megatron_retro.testing.layout_grid import Case, tolerance, whole_grid, worst_of_case
+from megatron_retro.testing.layouts import (
+    random_batches,
+    reference_outcome,
+    run_layout,
+    tiny_settings,
+    worst_differences,
+)
+
+TENSOR = {"tensor_model_parallel_size": 2}
+SEQUENCE = {**TENSOR, "sequence_parallel": True}
+PIPELINE = {"pipeline_model_parallel_size": 2}
+VIRTUAL = {"num_layers_per_virtual_pipeline_stage": 1}
+ZERO_BUBBLE = {**PIPELINE, "pipeline_schedule": "zero-bubble"}
+INTERLEAVED = {**PIPELINE, "pipeline_schedule": "interleaved", **VIRTUAL}
+
+CHOSEN = [
+    Case(2, TENSOR, {"retro_gate_type": "adaptive", "make_vocab_size_divisible_by": 1, "qk_layernorm": True}),
+    Case(2, SEQUENCE, {"swiglu": True, "disable_bias_linear": True, "normalization": "RMSNorm"}),
+    Case(2, SEQUENCE, {"retro_neighbor_positions": "relative", "position_embedding_type": "learned_absolute"}),
+    Case(2, SEQUENCE, {"group_query_attention": True, "num_query_groups": 2, "retro_gate_type": "scalar"}),
+    Case(2, PIPELINE, {"freeze_decoder": True, "retro_gate_type": "adaptive", "steps": 3}),
+    Case(4, {"pipeline_model_parallel_size": 4}, {"untie_embeddings_and_output_weights": True}),
+    Case(2, INTERLEAVED, {"retro_encoder_own_embedding": True, "retro_encoder_hidden_size": 16}),
+    Case(2, {**ZERO_BUBBLE, **VIRTUAL}, {"steps": 3}),
+    Case(
+        4, {**ZERO_BUBBLE, "data_parallel_sharding": "full"}, {"freeze_decoder": True, "recompute_granularity": "full"}
+    ),
+    Case(2, {"data_parallel_sharding": "optimizer"}, {"steps": 3, "recompute_granularity": "selective"}),
+    Case(2, {"data_parallel_sharding": "none"}, {"neighbors": "none"}),
+    Case(4, {**SEQUENCE, **PIPELINE}, {"retro_attention_gate": 0.0}),
+    Case(4, {**SEQUENCE, "data_parallel_sharding": "gradients"}, {"retro_gate_type": "adaptive"}),
+    Case(8, {**SEQUENCE, **ZERO_BUBBLE, "data_parallel_sharding": "full"}, {"recompute_granularity": "full"}),
+]
+
+
+@pytest.mark.parametrize("case", CHOSEN, ids=str)
+def test_layout_equals_one_process(case: Case) -> None:
+    worst = worst_of_case(case)
+    assert {name: error for name, error in worst.items() if not error < tolerance(case)} == {}
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_whole_grid() -> None:
+    """Every mesh, schedule and sharding of up to 8 ranks, each with a variant drawn for it; the result is written."""
+    start, rows = time.time(), []
+    for case in whole_grid(seed=0):
+        worst = worst_of_case(case)
+        name = max(worst, key=lambda key: worst[key])
+        rows.append({"case": str(case), "worst": name, "error": worst[name], "equal": worst[name] < tolerance(case)})
+    unequal = [row for row in rows if not row["equal"]]
+    result = {"cases": len(rows), "unequal": unequal, "seconds": round(time.time() - start), "rows": rows}
+    path = Path(__file__).parents[1] / "results" / "parallel_grid.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    assert unequal == []
+
+
+def _with_other_row(pattern: str, style: Style) -> Sequence[Cut]:
+    changed = [Cut(cut.pattern, style, cut.dim) if pattern in cut.pattern else cut for cut in CUTS]
+    assert changed != list(CUTS)
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("row", "style", "caught"),
+    [
+        ("input_norm", Style.HEADS, "layers.0.input_norm.weight"),
+        ("query_norm", Style.STREAM, "layers.0.attention.query_norm.weight"),
+        (".gate.", Style.STREAM, "layers.1.cross_attention.gate.value"),
+        ("mlp.down.bias", Style.HEADS, "layers.0.mlp.down.bias"),
+    ],
+)
+def test_a_wrong_cut_is_caught(row: str, style: Style, caught: str) -> None:
+    settings = tiny_settings(
+        tensor_model_parallel_size=2,
+        qk_layernorm=True,
+        retro_gate_type="scalar",
+        global_batch_size=2,
+    )
+    batches = random_batches(settings)
+    reference = reference_outcome(settings, batches)
+    worst = worst_differences(reference, run_layout(settings, 2, batches, 1, _with_other_row(row, style)))
+    assert worst[caught] > 0.05
+    assert worst["loss"] < 1e-5  # the forward is right: only the gradients tell
