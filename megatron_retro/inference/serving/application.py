@@ -101,6 +101,10 @@ def _add_page(application: FastAPI) -> None:
     for path, (name, kind) in _PAGE.items():
         route(path, name, kind)
 
+    @application.get("/favicon.ico", include_in_schema=False)
+    async def no_icon() -> Response:
+        return Response(status_code=204)
+
 
 def _add_status(application: FastAPI, service: answering.Service, metrics: Metrics) -> None:
     @application.get("/health")
