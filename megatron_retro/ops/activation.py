@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-GELU, GELU_TANH, SQUARED_RELU, SWIGLU = "gelu", "gelu_tanh", "squared_relu", "swiglu"
+from megatron_retro.ops.backends import uses_native
+
+GELU, GELU_TANH, SQUARED_RELU, SWIGLU, GEGLU = "gelu", "gelu_tanh", "squared_relu", "swiglu", "geglu"
+GATED = (SWIGLU, GEGLU)
+_CODES = {SWIGLU: 0, GELU: 1, GEGLU: 1, GELU_TANH: 2, SQUARED_RELU: 3}
 
 
-def activate(projected: Tensor, kind: str) -> Tensor:
-    """[..., F] -> [..., F]; under `swiglu` [..., 2, F] (gate, then up) -> [..., F]."""
-    if kind == SWIGLU:
+def activate(projected: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
+    """[..., F] -> [..., F]; gated kinds [..., 2, F] (gate, then up) -> [..., F]. `bias` is added in front."""
+    if uses_native("activation", projected.device.type):
+        gated = kind in GATED
+        rows = projected.flatten(-2) if gated else projected
+        activated: Tensor = torch.ops.megatron_retro.gated_activation(
+            rows.contiguous(), None if bias is None else bias.flatten(), _CODES[kind], gated
+        )
+        return activated
+    projected = projected if bias is None else projected + bias
+    if kind in GATED:
         gate, up = projected.unbind(-2)
-        return functional.silu(gate) * up
+        return (functional.silu(gate) if kind == SWIGLU else functional.gelu(gate)) * up
     if kind == SQUARED_RELU:
         return functional.relu(projected).square()
     return functional.gelu(projected, approximate="tanh" if kind == GELU_TANH else "none")

@@ -1,9 +1,9 @@
 """Which implementation serves each operator, decided once per process and explained in one table.
 
-`MEGATRON_RETRO_KERNELS` holds the wish: `auto` (the default), `reference`, `native`, or `operator=backend` pairs such as
-`rotary=native,layer_norm=reference`. It is an environment variable because every thread and child process of a run
-must decide alike. `auto` takes the backend that the committed benchmark found fastest on the device; a backend that
-is asked for by name and cannot serve is an error with its reasons, never a silent fallback.
+`MEGATRON_RETRO_KERNELS` holds the wish: `auto` (the default), `reference`, `native`, or `operator=backend` pairs such
+as `rotary=native,layer_norm=reference`. It is an environment variable because every thread and child process of a run
+must decide alike. `auto` takes the backend that the committed benchmark found fastest on the device; a backend that is
+asked for by name and cannot serve is an error with its reasons, never a silent fallback.
 """
 
 from __future__ import annotations

@@ -6,11 +6,15 @@ exactly zero. The overlap by one token is `chunking`'s.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from megatron_retro.ops.attention import AttentionPattern, attention
+from megatron_retro.ops.backends import uses_native
 from megatron_retro.ops.chunking import AttendingSpan, attending_spans
+from megatron_retro.ops.rotary import RotaryTable, apply_rotary
 
 
 def chunked_cross_attention(
@@ -23,11 +27,31 @@ def chunked_cross_attention(
     first_position: int = 0,
     bias_BNSE: Tensor | None = None,
     dropout: float = 0.0,
+    query_table: RotaryTable | None = None,
+    key_table: RotaryTable | None = None,
+    interleaved: bool = False,
 ) -> Tensor:
     """[B, S, N, D]. E = k*r neighbour tokens of a chunk; `first_position` is the first query's, counted from chunk 0.
 
-    `bias_BNSE` is added to the scores of each query.
+    `bias_BNSE` is added to the scores of each query; it and dropout are the reference's alone. Tables turn queries
+    [1, S, pairs] and keys [1, E, pairs] inside.
     """
+    if bias_BNSE is None and not dropout and uses_native("chunked_cross_attention", query_BSND.device.type):
+        return _native(
+            query_BSND,
+            key_BCEGD,
+            value_BCEGD,
+            mask_BCE,
+            chunk_length,
+            first_position,
+            query_table,
+            key_table,
+            interleaved,
+        )
+    if query_table is not None and key_table is not None:
+        query_BSND = apply_rotary(query_BSND, query_table, interleaved=interleaved)
+        turned = apply_rotary(key_BCEGD.flatten(0, 1), key_table, interleaved=interleaved)
+        key_BCEGD = torch.unflatten(turned, 0, key_BCEGD.shape[:2])
     num_chunks = key_BCEGD.shape[1]
     spans = attending_spans(query_BSND.shape[1], chunk_length, num_chunks, first_position)
     if not spans:
@@ -36,6 +60,30 @@ def chunked_cross_attention(
     before = query_BSND.new_zeros(query_BSND[:, : spans[0].start].shape)
     after = query_BSND.new_zeros(query_BSND[:, spans[-1].stop :].shape)
     return torch.cat((before, *pieces, after), 1)
+
+
+def _native(
+    query_BSND: Tensor,
+    key_BCEGD: Tensor,
+    value_BCEGD: Tensor,
+    mask_BCE: Tensor | None,
+    chunk_length: int,
+    first_position: int,
+    query_table: RotaryTable | None,
+    key_table: RotaryTable | None,
+    interleaved: bool,
+) -> Tensor:
+    heads = [each if each.stride(-1) == 1 else each.contiguous() for each in (query_BSND, key_BCEGD, value_BCEGD)]
+    tables: list[Tensor | None] = [None] * 4
+    if query_table is not None and key_table is not None:
+        turns = (query_table.cosine, query_table.sine, key_table.cosine, key_table.sine)
+        tables = [turn.squeeze(0).contiguous() for turn in turns]
+    mask_BCE = None if mask_BCE is None else mask_BCE.contiguous()
+    scale = 1 / math.sqrt(query_BSND.shape[-1])
+    attended: Tensor = torch.ops.megatron_retro.chunked_cross_attention(
+        *heads, mask_BCE, chunk_length, first_position, scale, *tables, interleaved
+    )[0]
+    return attended
 
 
 def _attend_span(

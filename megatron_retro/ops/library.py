@@ -20,7 +20,7 @@ def problem() -> str | None:
     if not PATH.exists():
         return f"csrc is not compiled ({BUILD})"
     try:
-        torch.ops.load_library(str(PATH))
+        torch.ops.load_library(str(PATH))  # type: ignore[no-untyped-call]
     except OSError as error:
         cause = error.__cause__ or error
         return f"{PATH.name} does not load: {str(cause).splitlines()[0]} ({BUILD})"

@@ -4,11 +4,11 @@ A label below zero marks a position that does not count: its loss is exactly zer
 positions can be left out.
 
 Two ways, both in blocks:
-- float32: a block of positions at a time, and its gradients at once while its logits are there (three products, as
+- On the CPU a block of positions at a time, and its gradients at once while its logits are there (three products, as
   without blocks). That needs each position's weight in the final loss before it is known; it is taken as equal for
   all that count, which the backward pass checks. Where it was not, the vocabulary's gradient is computed again.
-- bfloat16 and float16: a block of the vocabulary at a time, its logits computed again in the backward pass (four
-  products), so that every row of the vocabulary's gradient is rounded once.
+- On a GPU a block of the vocabulary at a time, its logits computed again in the backward pass (four products):
+  products stay large, nothing waits for the device, and every row of the vocabulary's gradient is rounded once.
 """
 
 from __future__ import annotations
@@ -41,17 +41,18 @@ def linear_cross_entropy(
     hidden_TH, labels_T = hidden_BSH.flatten(0, -2), labels_BS.flatten()
     if not uses_native("linear_cross_entropy", hidden_BSH.device.type) or hidden_BSH.dtype == torch.float64:
         return _reference(hidden_TH, weight_VH, labels_T, z_loss_weight).view(labels_BS.shape)
-    way = _PositionBlocks if hidden_BSH.dtype == torch.float32 else _VocabularyBlocks
+    way = _PositionBlocks if hidden_BSH.device.type == "cpu" else _VocabularyBlocks
     losses: Tensor = way.apply(hidden_TH, weight_VH, labels_T, z_loss_weight)  # type: ignore[no-untyped-call]
     return losses.view(labels_BS.shape)
 
 
 def _reference(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, z_loss_weight: float) -> Tensor:
+    blocks_of_rows = zip(torch.split(hidden_TH, _ROWS), torch.split(labels_T, _ROWS), strict=True)
     pieces = [
         checkpoint(
             _block_losses, rows, weight_VH, targets, z_loss_weight, use_reentrant=False, preserve_rng_state=False
         )
-        for rows, targets in zip(hidden_TH.split(_ROWS), labels_T.split(_ROWS), strict=True)
+        for rows, targets in blocks_of_rows
     ]
     return torch.cat(pieces)
 
@@ -85,7 +86,7 @@ class _VocabularyBlocks(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TH, weight_VH, labels_T, log_normalizer, *scales = ctx.saved_tensors
         slopes = Slopes(log_normalizer, *((scale * grad_T).contiguous() for scale in scales))
@@ -100,10 +101,10 @@ class _PositionBlocks(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         counting = torch.nonzero(labels_T >= 0)[:, 0]
         hidden, labels = hidden_TH[counting], labels_T[counting]
-        losses = hidden.new_empty(len(counting))
+        losses = hidden.new_empty(len(counting), dtype=torch.float32)
         normalizers = torch.empty_like(losses)
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
-        weight_grad = torch.zeros_like(weight_VH) if wants_weight else None
+        weight_grad = torch.zeros_like(weight_VH, dtype=torch.float32) if wants_weight else None
         for rows in blocks(len(counting), weight_VH.shape[0] * weight_VH.element_size()):
             logits = hidden[rows] @ weight_VH.T
             found = statistics_of(logits, labels[rows])
@@ -117,20 +118,19 @@ class _PositionBlocks(torch.autograd.Function):
             if hidden_grad is not None:
                 torch.mm(logits, weight_VH, out=hidden_grad[rows])
             if weight_grad is not None:
-                weight_grad.addmm_(logits.T, hidden[rows])
+                weight_grad = _with_product(weight_grad, logits, hidden[rows], last=rows.stop == len(counting))
         ctx.z_loss_weight = z_loss_weight
         ctx.save_for_backward(hidden, weight_VH, labels, counting, normalizers, hidden_grad, weight_grad)
-        return torch.zeros_like(hidden_TH[:, 0]).index_copy_(0, counting, losses)
+        return losses.new_zeros(len(labels_T)).index_copy_(0, counting, losses)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight_VH, labels, counting, normalizers, hidden_grad, weight_grad = ctx.saved_tensors
         grads = grad_T[counting]
         if hidden_grad is not None:
-            hidden_grad = hidden_grad.new_zeros(len(grad_T), hidden.shape[1]).index_copy_(
-                0, counting, hidden_grad * grads[:, None]
-            )
+            scaled = (hidden_grad * grads[:, None]).to(hidden.dtype)
+            hidden_grad = hidden_grad.new_zeros(len(grad_T), hidden.shape[1]).index_copy_(0, counting, scaled)
         if weight_grad is not None and len(grads):
             if bool((grads == grads[0]).all()):
                 weight_grad = weight_grad * grads[0]
@@ -139,3 +139,11 @@ class _PositionBlocks(torch.autograd.Function):
                 weighted = Slopes(normalizers, slopes.probability_scale_T * grads, slopes.label_scale_T * grads)
                 weight_grad = gradients(hidden, weight_VH, labels, weighted)[1]
         return hidden_grad, weight_grad, None, None
+
+
+def _with_product(total_VH: Tensor, slope_TV: Tensor, hidden_TH: Tensor, last: bool) -> Tensor:
+    """`total` in float32 plus slope.T @ hidden, in the dtype of `hidden` after the last block."""
+    if slope_TV.dtype == torch.float32:
+        return total_VH.addmm_(slope_TV.T, hidden_TH)
+    total_VH += slope_TV.T @ hidden_TH
+    return total_VH.to(slope_TV.dtype) if last else total_VH

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_retro.ops.backends import uses_native
+
 
 @dataclass(frozen=True)
 class RotaryFrequencies:
@@ -55,6 +57,12 @@ def rotary_table(position_ids_BS: Tensor, frequencies: RotaryFrequencies) -> Rot
 
 def apply_rotary(heads_BSND: Tensor, table: RotaryTable, *, interleaved: bool = False) -> Tensor:
     """Turn the first dimensions of each head by its position's angles; the rest passes."""
+    if uses_native("rotary", heads_BSND.device.type):
+        heads_BSND = heads_BSND if heads_BSND.stride(-1) == 1 else heads_BSND.contiguous()
+        turned: Tensor = torch.ops.megatron_retro.rotary(
+            heads_BSND, table.cosine.contiguous(), table.sine.contiguous(), interleaved, False
+        )
+        return turned
     rotated = 2 * table.cosine.shape[-1]
     turning, passing = heads_BSND[..., :rotated], heads_BSND[..., rotated:]
     cosine = table.cosine[..., None, :].to(heads_BSND.dtype)
