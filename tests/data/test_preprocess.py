@@ -1,0 +1,378 @@
+"""Preprocessing writes Megatron's bytes whatever the workers, formats, kills and resumes on the way."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_retro.cli.main import main
+from megatron_retro.data.preprocessing import plan as plan_module
+from megatron_retro.data.token_file import TokenFile
+from megatron_retro.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
+from megatron_retro.testing.corpora import (
+    megatron_documents,
+    random_text,
+    small_sentencepiece,
+    write_json_lines,
+    write_reference_token_file,
+)
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a few records, so that small inputs make many."""
+    monkeypatch.setattr(plan_module, "SMALLEST_BLOCK", 2000)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "a.model"
+    small_sentencepiece(path)
+    return path
+
+
+def records(seed: int, count: int) -> list[dict[str, Any]]:
+    generator = random.Random(seed)
+    found: list[dict[str, Any]] = [
+        {"id": number, "text": random_text(generator, generator.randrange(60))} for number in range(count)
+    ]
+    found[count // 2]["text"] = ""
+    found[count // 3]["text"] = ["one sentence.", "", "another"]
+    return found
+
+
+def preprocess(prefix: Path, inputs: Sequence[Path | str], *flags: str) -> int:
+    words = ["preprocess", "--input", *map(str, inputs), "--output-prefix", str(prefix), *flags]
+    return main(words if "--workers" in flags else [*words, "--workers", "1"])
+
+
+def files(prefix: Path, key: str = "text") -> tuple[bytes, bytes]:
+    base = f"{prefix}_{key}_document"
+    return Path(base + ".bin").read_bytes(), Path(base + ".idx").read_bytes()
+
+
+def expected(folder: Path, found: Sequence[dict[str, Any]], encode: Any, eod: int | None, key: str = "text") -> Any:
+    lines = [json.dumps(record) for record in found]
+    write_reference_token_file(folder / "ref", megatron_documents(lines, key, encode, eod), "uint16")
+    return (folder / "ref.bin").read_bytes(), (folder / "ref.idx").read_bytes()
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("eod", [True, False])
+def test_the_bytes_are_megatrons_for_any_number_of_workers(tmp_path: Path, model: Path, eod: bool) -> None:
+    found = records(0, 120)
+    source = write_json_lines(tmp_path / "a.jsonl", found)
+    tokenizer = SentencePieceTokenizer(model)
+    wanted = expected(tmp_path, found, tokenizer.encode, tokenizer.eod if eod else None)
+    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(model)]
+    flags += ["--append-eod"] if eod else []
+    for workers in ("1", "2", "5"):
+        assert preprocess(tmp_path / workers, [source], *flags, "--workers", workers, "--verify") == 0
+        assert files(tmp_path / workers) == wanted
+        assert not (tmp_path / f"{workers}.unfinished").exists()
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_several_keys_and_several_inputs(tmp_path: Path) -> None:
+    first, second = records(1, 30), records(2, 20)
+    for record in first + second:
+        record["title"] = f"title {record['id']}"
+    paths = [write_json_lines(tmp_path / "a.jsonl", first), write_json_lines(tmp_path / "b.jsonl", second)]
+    assert preprocess(tmp_path / "o", [tmp_path / "*.jsonl"], "--json-keys", "text", "title") == 0
+    assert preprocess(tmp_path / "p", paths, "--json-keys", "text", "title") == 0
+    for key in ("text", "title"):
+        wanted = expected(tmp_path, first + second, ByteTokenizer().encode, None, key)
+        assert files(tmp_path / "o", key) == wanted == files(tmp_path / "p", key)
+
+
+def compressed(path: Path, lines: bytes) -> Path:
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines[: len(lines) // 2]) + gzip.compress(lines[len(lines) // 2 :]))
+    else:
+        zstandard = pytest.importorskip("zstandard")
+        compressor = zstandard.ZstdCompressor()
+        path.write_bytes(compressor.compress(lines[:700]) + compressor.compress(lines[700:]))
+    return path
+
+
+def parquet(path: Path, found: Sequence[dict[str, Any]]) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    storage = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"text": [record["text"] for record in found], "id": [record["id"] for record in found]})
+    storage.write_table(table, path, row_group_size=7)
+    return path
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("ending", [".json.gz", ".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_every_format_gives_the_same_tokens(tmp_path: Path, ending: str) -> None:
+    found = [record for record in records(3, 40) if isinstance(record["text"], str)]
+    lines = write_json_lines(tmp_path / "a.jsonl", found).read_bytes()
+    path = tmp_path / f"b{ending}"
+    parquet(path, found) if ending == ".parquet" else compressed(path, lines)
+    assert preprocess(tmp_path / "o", [path], "--append-eod", "--workers", "2") == 0
+    assert files(tmp_path / "o") == expected(tmp_path, found, ByteTokenizer().encode, 256)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_plain_text_is_a_document_per_file_or_per_line(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    texts = {f"{number:02d}.txt": f"file {number}\nline two\n" * (number + 1) for number in range(20)}
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    assert preprocess(tmp_path / "o", [folder]) == 0
+    file = TokenFile(f"{tmp_path}/o_text_document")
+    assert [bytes(file.document(n).astype(np.uint8)).decode() for n in range(20)] == list(texts.values())
+    assert preprocess(tmp_path / "p", [folder / "03.txt"], "--text-documents", "line") == 0
+    file = TokenFile(f"{tmp_path}/p_text_document")
+    assert [bytes(file.document(n).astype(np.uint8)).decode() for n in range(8)] == ["file 3", "line two"] * 4
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 50, 1000])
+@pytest.mark.parametrize("text", [b"", b"\n", b"ab\n", b"ab", b"a\nbb\n\nccc\r\nd", b"x" * 90 + b"\ny\n", b"\n" * 9])
+def test_every_line_is_read_once_wherever_ranges_are_cut(tmp_path: Path, text: bytes, block: int) -> None:
+    from megatron_retro.data.preprocessing.plan import Plan, Reading, Segment, find_inputs
+    from megatron_retro.data.preprocessing.records import read_segment
+
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(text)
+    plan = Plan(find_inputs([str(path)]), Reading(("text",), "file", 20, "stop"), False, "", "uint16")
+    ranges = range(0, len(text), block)
+    got = [record for s in ranges for record in read_segment(plan, Segment(0, s, min(s + block, len(text))))]
+    lines = text.split(b"\n")
+    wanted = [line + b"\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
+    assert [record.length for record in got] == [len(line) for line in wanted]
+    assert [record.content for record in got] == [line if len(line) <= 21 else None for line in wanted]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_shards_cut_the_documents_and_join_again(tmp_path: Path) -> None:
+    source = write_json_lines(tmp_path / "a.jsonl", records(4, 50))
+    assert preprocess(tmp_path / "whole", [source]) == 0
+    assert preprocess(tmp_path / "cut", [source], "--shards", "3", "--verify") == 0
+    whole = TokenFile(f"{tmp_path}/whole_text_document")
+    parts = [TokenFile(f"{tmp_path}/cut_{n:05d}-of-00003_text_document") for n in range(3)]
+    assert [part.num_documents for part in parts] == [16, 17, 17]
+    assert np.concatenate([part.stream for part in parts]).tolist() == whole.stream.tolist()
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_shuffling_is_a_permutation_of_the_documents(tmp_path: Path) -> None:
+    source = write_json_lines(tmp_path / "a.jsonl", records(5, 80))
+    for name, flags in {"plain": [], "s1": ["--shuffle-documents", "1"], "s2": ["--shuffle-documents", "2"]}.items():
+        assert preprocess(tmp_path / name, [source], *flags, "--append-eod") == 0
+    assert preprocess(tmp_path / "s1w", [source], "--shuffle-documents", "1", "--append-eod", "--workers", "3") == 0
+    names = ("plain", "s1", "s2")
+    kept = {n: TokenFile(f"{tmp_path}/{n}_text_document") for n in names}
+    documents = {n: [tuple(file.document(d).tolist()) for d in range(80)] for n, file in kept.items()}
+    assert sorted(documents["plain"]) == sorted(documents["s1"]) == sorted(documents["s2"])
+    assert documents["plain"] != documents["s1"] != documents["s2"]
+    assert files(tmp_path / "s1") == files(tmp_path / "s1w")
+
+
+GOOD = b'{"text": "fine"}\n'
+BAD: dict[str, tuple[bytes, str]] = {
+    "malformed": (b'{"text": "no end\n', "malformed JSON"),
+    "not an object": (b"[1, 2]\n", "a JSON list"),
+    "null": (b'{"text": null}\n', "'text' is null"),
+    "number": (b'{"text": 3}\n', "'text' is int"),
+    "missing key": (b'{"body": "x"}\n', "no key 'text'"),
+    "surrogate": (b'{"text": "a\\ud800b"}\n', "surrogate"),
+    "utf8": (b'{"text": "\xff"}\n', "invalid UTF-8 at byte 27"),
+    "raw nul": (b'{"text": "a\x00b"}\n', "malformed JSON"),
+    "nul padding": (b"\x00" * 40 + b"\n", "malformed JSON"),
+    "too long": (b'{"text": "' + b"x" * 300 + b'"}\n', "more than --max-document-bytes"),
+    "deep": (b"[" * 240 + b"\n", "malformed JSON"),
+}
+LIMIT = ("--max-document-bytes", "250")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("name", sorted(BAD))
+def test_a_bad_record_stops_the_run_by_name(
+    tmp_path: Path, name: str, workers: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "SMALLEST_BLOCK", 10)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD + BAD[name][0] + GOOD)
+    assert preprocess(tmp_path / "o", [path], *LIMIT, "--workers", workers) == 2
+    message = capfd.readouterr().err
+    assert f"{path}, byte 17, line 2: " in message and BAD[name][1] in message and "--on-error skip" in message
+    assert not Path(f"{tmp_path}/o_text_document.idx").exists()
+
+
+def test_bad_records_are_skipped_counted_and_set_aside(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"".join(GOOD + bad for bad, _ in BAD.values()))
+    assert preprocess(tmp_path / "o", [path], *LIMIT, "--on-error", "skip") == 0
+    assert f"{len(BAD)} records were refused" in capfd.readouterr().err
+    assert Path(f"{tmp_path}/o.refused.jsonl").read_bytes() == b"".join(bad for bad, _ in BAD.values())
+    reasons = Path(f"{tmp_path}/o.refused.txt").read_text().splitlines()
+    assert len(reasons) == len(BAD)
+    assert all(reason in line for line, (_, reason) in zip(reasons, BAD.values(), strict=True) if "27" not in reason)
+    assert TokenFile(f"{tmp_path}/o_text_document").num_documents == len(BAD)
+
+
+def test_line_ends_blank_lines_and_escaped_nul_are_no_faults(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\r\n\r\n\n{"text": "tw\\u0000o"}\n   \n{"text": ""}\n{"text": "\\ud83d\\ude00"}')
+    assert preprocess(tmp_path / "o", [path], "--append-eod") == 0
+    file = TokenFile(f"{tmp_path}/o_text_document")
+    wanted = [b"one", b"tw\0o", b"", "😀".encode()]
+    assert [bytes(file.document(n)[:-1].astype(np.uint8)) for n in range(file.num_documents)] == wanted
+
+
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst"])
+@pytest.mark.parametrize("cut", [1, 5, 40])
+def test_a_cut_compressed_file_ends_the_run(
+    tmp_path: Path, ending: str, cut: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lines = write_json_lines(tmp_path / "a.jsonl", records(6, 40)).read_bytes()
+    path = compressed(tmp_path / f"b{ending}", lines)
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert preprocess(tmp_path / "o", [path], "--on-error", "skip") == 2
+    assert f"{path} is cut or damaged" in capfd.readouterr().err
+
+
+def test_what_cannot_begin_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_bytes(b"\n\n")
+    good = tmp_path / "good.jsonl"
+    good.write_bytes(GOOD)
+    archive = tmp_path / "a.txt.bz2"
+    archive.write_bytes(b"x")
+    table = tmp_path / "a.parquet"
+    table.write_bytes(b"x")
+    cases: list[tuple[list[Path], list[str], str]] = [
+        ([empty], [], "holds no documents"),
+        ([tmp_path / "absent*.jsonl"], [], "there is no such file"),
+        ([good, good], [], "twice"),
+        ([archive], [], "compressed in a way"),
+        ([table], [], "no readable Parquet"),
+        ([good], ["--json-keys", "text", "text"], "names a key twice"),
+        ([good], ["--shards", "2"], "fewer documents than --shards"),
+    ]
+    for number, (inputs, flags, message) in enumerate(cases):
+        assert preprocess(tmp_path / f"o{number}", inputs, *flags) == 2
+        assert message in capfd.readouterr().err
+    assert main(["preprocess", "--input", str(good)]) == 2
+
+
+def test_finished_and_foreign_work_is_not_overwritten(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = write_json_lines(tmp_path / "a.jsonl", records(7, 9))
+    assert preprocess(tmp_path / "o", [source]) == 0
+    before = files(tmp_path / "o")
+    assert preprocess(tmp_path / "o", [source], "--append-eod") == 2
+    assert "exists already" in capfd.readouterr().err
+    assert preprocess(tmp_path / "o", [source], "--resume") == 0
+    assert "nothing to do" in capfd.readouterr().err and files(tmp_path / "o") == before
+
+
+SCRIPT = """
+import sys
+from megatron_retro.data.preprocessing import plan
+plan.SMALLEST_BLOCK = 30000
+from megatron_retro.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start(prefix: Path, source: Path, *flags: str) -> subprocess.Popen[str]:
+    words = ["preprocess", "--input", str(source), "--output-prefix", str(prefix), "--append-eod", *flags]
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, *words], stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = random.Random(9)
+    found = [{"text": random_text(generator, 150)} for _ in range(600)]
+    return write_json_lines(tmp_path_factory.mktemp("larger") / "a.jsonl", found)
+
+
+def test_killed_at_any_moment_and_resumed_the_bytes_are_the_same(
+    tmp_path: Path, larger: Path, model: Path, count: Callable[[int, int], int]
+) -> None:
+    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(model), "--workers", "2"]
+    began = time.monotonic()
+    assert start(tmp_path / "whole", larger, *flags).wait() == 0
+    whole_run = time.monotonic() - began
+    wanted = files(tmp_path / "whole")
+    generator = random.Random(0)
+    killed = 0
+    for number in range(count(5, 50)):
+        prefix = tmp_path / str(number)
+        run = start(prefix, larger, *flags)
+        time.sleep(whole_run * generator.uniform(0.3, 1.0))
+        run.kill()
+        killed += run.wait() == -signal.SIGKILL
+        resumed = start(prefix, larger, *flags, "--resume")
+        assert resumed.wait() == 0, resumed.communicate()
+        assert files(prefix) == wanted
+        assert sorted(path.name for path in tmp_path.glob(f"{number}*.unfinished")) == []
+    assert killed > 0
+
+
+def children(process: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def test_a_killed_worker_is_noticed_and_its_part_done_again(tmp_path: Path, larger: Path, model: Path) -> None:
+    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(model), "--workers", "2"]
+    assert start(tmp_path / "whole", larger, *flags).wait() == 0
+    run = start(tmp_path / "hurt", larger, *flags)
+    deadline = time.monotonic() + 20
+    while not (workers := children(run.pid)) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    killed_at = time.monotonic()
+    os.kill(workers[0], signal.SIGKILL)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 0 and "was killed by signal 9" in said
+    assert time.monotonic() - killed_at < 30
+    assert files(tmp_path / "hurt") == files(tmp_path / "whole")
+
+
+def test_a_part_that_kills_every_worker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_retro.data.preprocessing.blocks import BlockMaker
+
+    source = write_json_lines(tmp_path / "a.jsonl", records(8, 60))
+    monkeypatch.setattr(plan_module, "SMALLEST_BLOCK", 2000)
+    make = BlockMaker.make
+
+    def deadly(self: BlockMaker, block: int, report: Any) -> None:
+        if block == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        make(self, block, report)
+
+    monkeypatch.setattr(BlockMaker, "make", deadly)
+    began = time.monotonic()
+    assert preprocess(tmp_path / "o", [source], "--workers", "2") == 2
+    assert time.monotonic() - began < 5
+    monkeypatch.setattr(BlockMaker, "make", make)
+    assert preprocess(tmp_path / "o", [source], "--workers", "2", "--resume") == 0
+    assert preprocess(tmp_path / "p", [source]) == 0
+    assert files(tmp_path / "o") == files(tmp_path / "p")
+
+
+def test_workers_of_many_machines_share_one_run(tmp_path: Path, larger: Path) -> None:
+    assert start(tmp_path / "whole", larger, "--workers", "1").wait() == 0
+    runs = [start(tmp_path / "shared", larger, "--workers", "1", "--shard", f"{n}/3") for n in range(3)]
+    said = [run.communicate(timeout=60)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0], said
+    assert files(tmp_path / "shared") == files(tmp_path / "whole")
+    assert not Path(f"{tmp_path}/shared.unfinished").exists()
+    assert sum("finished by another worker" in text or "nothing to do" in text for text in said) == 2
