@@ -117,10 +117,13 @@ class ParallelModel:
         for stage in self.stages:
             stage.loss_factor = loss_scale / max(num_tokens, 1.0)
             set_gate_budgets(stage.model, self.settings[RetroConfig], step, budget_share)
+            if stage.streams is not None:
+                stage.streams.step = step
+        numbers = torch.arange(len(microbatches)) + self.data_rank * len(microbatches)
         if self._pipelined:
-            self._runs.train(microbatches)
+            self._runs.train(microbatches, numbers)
         else:
-            self._accumulate(microbatches)
+            self._accumulate(microbatches, numbers)
         self._finish_gradients()
         loss_sum = sum(float(stage.loss_sum) for stage in self.stages)
         return StepResult(self._sum_over(DATA, self._sum_over(PIPELINE, loss_sum)), num_tokens, {})
@@ -165,11 +168,11 @@ class ParallelModel:
             stage.train(training)
             stage.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
 
-    def _accumulate(self, microbatches: Sequence[TensorBatch]) -> None:
+    def _accumulate(self, microbatches: Sequence[TensorBatch], numbers: Tensor) -> None:
         stage = self.stages[0]
         for number, batch in enumerate(microbatches):
             before_backward(stage, self._sharding, last=number == len(microbatches) - 1)
-            loss: Tensor = stage(**arguments(batch))
+            loss: Tensor = stage(microbatch=numbers[number : number + 1], **arguments(batch))
             loss.backward()  # type: ignore[no-untyped-call]
 
     def _finish_gradients(self) -> None:

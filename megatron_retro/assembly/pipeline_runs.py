@@ -26,11 +26,11 @@ class PipelineRuns:
         self._settings, self._mesh, self._stages, self._dtype = settings, mesh, stages, dtype
         self._schedules: dict[tuple[Any, ...], Any] = {}
 
-    def train(self, microbatches: Sequence[TensorBatch]) -> None:
+    def train(self, microbatches: Sequence[TensorBatch], numbers: Tensor) -> None:
         """Forward and backward of all microbatches; every rank of the pipeline calls it."""
         schedule = self._schedule(microbatches, training=True)
         target = torch.zeros(len(microbatches), device=self._mesh.device)
-        schedule.step(target=target, return_outputs=False, **_joined(microbatches))
+        schedule.step(target=target, return_outputs=False, microbatch=numbers, **_joined(microbatches))
 
     def evaluate(self, microbatches: Sequence[TensorBatch]) -> list[Tensor] | None:
         """Losses of every token on the ranks that hold the last stage."""

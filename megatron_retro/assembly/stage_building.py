@@ -23,6 +23,7 @@ from megatron_retro.parallel.data_parallel import precision, units, wrap_unit
 from megatron_retro.parallel.mesh import DATA, TENSOR, ParallelMesh
 from megatron_retro.parallel.partition import StagePart
 from megatron_retro.parallel.put_off import PutOffGradients
+from megatron_retro.parallel.randomness import Streams, has_dropout
 from megatron_retro.parallel.recompute import recompute_layers
 from megatron_retro.parallel.stages import Stage
 from megatron_retro.parallel.styles import cut_model
@@ -55,6 +56,9 @@ def build_stage(settings: Settings, part: StagePart, mesh: ParallelMesh, cuts: S
     if settings[ParallelConfig].pipeline_schedule == "zero-bubble" and part.num_stages > 1:
         stage.put_off = PutOffGradients()
         stage.put_off.attach(stage.model)
+    if has_dropout(settings[ModelConfig], settings[RetroConfig]):
+        stage.streams = Streams(settings[TrainingConfig].seed, stage.axis)
+        stage.streams.attach(stage.model)
     _fill_and_wrap(stage, settings, mesh, padded_for_cut(settings[ModelConfig], mesh.size(TENSOR)))
     return stage
 

@@ -19,6 +19,7 @@ from megatron_retro.model.retro import Retro
 from megatron_retro.parallel.collectives import TensorAxis
 from megatron_retro.parallel.partition import StagePart
 from megatron_retro.parallel.put_off import PutOffGradients
+from megatron_retro.parallel.randomness import Streams
 
 
 class Stage(nn.Module):
@@ -30,6 +31,7 @@ class Stage(nn.Module):
         self.part = part
         self.axis = axis
         self.put_off: PutOffGradients | None = None
+        self.streams: Streams | None = None
         self.loss_factor = 1.0
         self.loss_sum = torch.zeros((), dtype=torch.float64)
 
@@ -56,9 +58,21 @@ class Stage(nn.Module):
         )
 
     def forward(
-        self, *received: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor, tokens_BS: Tensor, **others: Tensor
+        self,
+        *received: Tensor,
+        labels_BS: Tensor,
+        loss_mask_BS: Tensor,
+        tokens_BS: Tensor,
+        microbatch: Tensor | None = None,
+        **others: Tensor,
     ) -> Tensor | tuple[Tensor, ...]:
-        """In training the last stage gives the sum of unmasked losses times `loss_factor`, else each token's loss."""
+        """In training the last stage gives the sum of unmasked losses times `loss_factor`, else each token's loss.
+
+        `microbatch` is the number in the global batch, which random streams begin from.
+        """
+        if self.streams is not None and self.training and microbatch is not None:
+            self.streams.microbatch = int(microbatch[0])
+            self.streams.start("embedding")
         context = self.context(tokens_BS, **others)
         received = tuple(_boundary(tensor) for tensor in received)
         hidden = self.model.embed(tokens_BS, context) if self.part.first else received[0]
