@@ -9,20 +9,30 @@ from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.command_line import Positional
 from megatron_retro.config.data import DataConfig, TokenizerConfig
 from megatron_retro.config.evaluation import EvaluationConfig
+from megatron_retro.config.inference import EngineConfig
 from megatron_retro.config.perplexity import PerplexityConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.toml_files import nearest
 from megatron_retro.config.training import TrainingConfig
+from megatron_retro.config.workers import WorkersConfig
 from megatron_retro.errors import ConfigError
 
 # task -> `module:function`, called as function(settings, the tasks asked for that name it)
+_SETS = (
+    *("nq", "triviaqa", "webquestions", "squad1", "squad2", "newsqa", "quoref", "drop", "narrativeqa"),
+    *("qasper", "quality", "doc2dial", "boolq", "qmsum", "govreport", "summscreen"),
+)
 TASKS: Mapping[str, str] = {
     "perplexity": "megatron_retro.evaluation.perplexity_run:run_perplexity",
+    **dict.fromkeys(_SETS, "megatron_retro.cli.evaluation_sets:run_sets"),
 }
 DESCRIPTION = """Measure a trained model (--load).
 
 perplexity: sliding windows over held-out text; bits per byte; real, no, random and shuffled neighbours with
-paired intervals; the leakage curve. Data settings that are not given are those of the training run."""
+paired intervals; the leakage curve. Data settings that are not given are those of the training run.
+
+nq ... summscreen: question and summary sets from their published files (--eval-data TASK=FILE), asked and scored as
+published; killed and started again, or shared by --shard i/N, they go on where they were."""
 SECTIONS: tuple[type, ...] = (
     CheckpointConfig,
     DataConfig,
@@ -30,6 +40,8 @@ SECTIONS: tuple[type, ...] = (
     TrainingConfig,
     PerplexityConfig,
     EvaluationConfig,
+    EngineConfig,
+    WorkersConfig,
 )
 POSITIONAL: Positional | None = Positional("tasks", "+", "what to measure: " + ", ".join(TASKS))
 

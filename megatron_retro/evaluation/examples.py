@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -36,7 +37,7 @@ def read_json(path: Path) -> Any:
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """One object per line."""
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):  # splitlines would cut at U+2028 too
         if not line.strip():
             continue
         try:
@@ -61,7 +62,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def read_csv(path: Path) -> list[dict[str, str]]:
     """Rows by column name."""
     csv.field_size_limit(sys.maxsize)
-    return list(csv.DictReader(_text(path).splitlines(keepends=True)))
+    return list(csv.DictReader(io.StringIO(_text(path), newline="")))
 
 
 def need(record: Mapping[str, Any], key: str, where: object) -> Any:

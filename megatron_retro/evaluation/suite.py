@@ -140,7 +140,7 @@ def _whole_lines(path: Path, fingerprint: str) -> Iterator[dict[str, Any]]:
     if len(whole) < len(content):
         with path.open("r+b") as stream:
             stream.truncate(len(whole))
-    lines = whole.decode("utf-8").splitlines()
+    lines = whole.decode("utf-8").split("\n")[:-1]
     if not lines:
         path.unlink()
         return
