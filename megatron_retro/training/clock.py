@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 PHASES = ("data", "forward_backward", "optimizer", "save", "other")
 
 
 class Clock:
-    """Adds up the seconds of named phases; what is in none of them is `other`."""
+    """Adds up the seconds of named phases; what is in none of them is `other`. `note` hears which one begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, note: Callable[[str], None] | None = None) -> None:
         self._seconds: dict[str, float] = {}
+        self._note = note
         self._start = time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time the block under a name."""
+        if self._note is not None:
+            self._note(name)
         start = time.perf_counter()
         try:
             yield

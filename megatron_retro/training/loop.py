@@ -20,8 +20,10 @@ from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
 from megatron_retro.data.batches import Batch
-from megatron_retro.errors import DataError
+from megatron_retro.errors import DataError, DistributedError
 from megatron_retro.optim.optimizer import Update
+from megatron_retro.runtime.heartbeat import Heartbeat
+from megatron_retro.runtime.process_group import explain_failure
 from megatron_retro.runtime.signals import StopRequests
 from megatron_retro.training.bad_steps import non_finite_reason, sample_ids, spike_reason, write_bad_batch
 from megatron_retro.training.checkpoints import RunCheckpoints
@@ -60,16 +62,48 @@ class Trainer:
         observer: Observer,
         stops: StopRequests,
         group: dist.ProcessGroup,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         self.parts, self.facts, self.state = parts, facts, state
         self._checkpoints, self._evaluator = checkpoints, evaluator
         self._observer, self._stops, self._group = observer, stops, group
         self._settings: Settings = parts.settings
         self._training = self._settings[TrainingConfig]
-        self._clock = Clock()
+        self._heartbeat = heartbeat
+        self._clock = Clock(self._note)
 
     def run(self) -> Outcome:
-        """Train until the last sample, or until something asks to stop; the state is saved either way."""
+        """Train until the last sample, or until something asks to stop; the state is saved either way.
+
+        When a collective fails because a rank died or hangs, the error names that rank.
+        """
+        try:
+            return self._run()
+        except RuntimeError as error:
+            lost = explain_failure(error, self.state.step + 1)
+            if lost is None:
+                raise
+            raise self._blamed(lost) from error
+        except DistributedError as error:
+            raise self._blamed(error) from error
+
+    def _blamed(self, error: DistributedError) -> DistributedError:
+        if self._heartbeat is None:
+            return error
+        culprits = self._heartbeat.culprits()
+        self._observer.happened("lost rank", {"step": self.state.step + 1, "culprit": culprits})
+        return DistributedError(
+            f"{error.what}: {culprits}",
+            got=error.got,
+            expected=error.expected,
+            fix="the same command goes on from the newest checkpoint (torchrun --max-restarts does it by itself)",
+        )
+
+    def _note(self, phase: str) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.note(self.state.step + 1, phase)
+
+    def _run(self) -> Outcome:
         self._observer.started(self.facts, self.state.step)
         self._clock.lap()
         reason = None

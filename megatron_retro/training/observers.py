@@ -208,7 +208,7 @@ class ConsoleLines(BlankObserver):
     def happened(self, event: str, facts: dict[str, Any]) -> None:
         """Say it; what is bad, loudly."""
         text = f"{event}: " + ", ".join(f"{name} {value}" for name, value in facts.items())
-        if event in ("bad step", "rollback", "damaged checkpoint"):
+        if event in ("bad step", "rollback", "damaged checkpoint", "lost rank"):
             warn(text)
         else:
             say(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from megatron_retro.config.training import TrainingConfig
 from megatron_retro.errors import ConfigError, Requeue
 from megatron_retro.model.costs import model_costs
 from megatron_retro.runtime.console import render_table, say
+from megatron_retro.runtime.heartbeat import start_heartbeat
 from megatron_retro.runtime.launch import Launch, find_launch
 from megatron_retro.runtime.process_group import process_group
 from megatron_retro.runtime.signals import StopRequests
@@ -86,16 +88,20 @@ def train(
 ) -> Outcome:
     """Build and run inside an open process group."""
     parts = build_run_parts(settings, device, launch.world_size)
-    control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
+    timeout = timedelta(minutes=settings[ParallelConfig].distributed_timeout_minutes)
+    control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     state = TrainingState()
     checkpoints = RunCheckpoints(parts, state, saving, launch.rank)
     observer = Observers(build_observers(parts, launch))
+    heartbeat = start_heartbeat()
     try:
         checkpoints.resume(observer.happened, retrofit=retrofit)
         evaluator = Evaluator(parts, control) if parts.validation is not None else None
-        trainer = Trainer(parts, run_facts(parts, launch), state, checkpoints, evaluator, observer, stops, control)
-        return trainer.run()
+        facts = run_facts(parts, launch)
+        return Trainer(parts, facts, state, checkpoints, evaluator, observer, stops, control, heartbeat).run()
     finally:
+        if heartbeat is not None:
+            heartbeat.close()
         parts.loader.close()
         observer.ended()
 
