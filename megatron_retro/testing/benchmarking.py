@@ -1,82 +1,158 @@
-"""One form for all benchmarks: candidates interleaved in one process, medians, figures with versions and hardware.
+"""One form for all benchmarks: candidates interleaved in one run, medians, targets, versions and hardware beside them.
 
-A program under `benchmarks/` asserts equal output first, measures with `interleaved`, and ends with `write_figures`.
+A program in `benchmarks/` defines `run(quick) -> list[Figure]` and ends with `benchmark_main(__doc__, run)`:
+
+    python benchmarks/NAME.py --json OUT [--quick]
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
+import platform
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
-from megatron_retro.runtime.environment import environment_rows
+from megatron_retro.artifacts.files import write_file
+from megatron_retro.runtime.console import render_table, say
 
-Clock = Callable[[], float]
+HIGHER, LOWER = "higher", "lower"
+_VERSIONS = ("torch", "numpy", "sentencepiece", "tokenizers", "faiss-cpu", "transformers", "megatron-retro")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number and what it should be."""
+    """One measured number and what it should be; without a target it informs only."""
 
     name: str
     value: float
     unit: str
     target: float | None = None
-    better: str = "higher"
+    better: str = HIGHER
 
     @property
     def met(self) -> bool | None:
-        """Whether the target is reached; None where there is none."""
+        """Whether the target is reached; None without one."""
         if self.target is None:
             return None
-        return self.value >= self.target if self.better == "higher" else self.value <= self.target
+        return self.value >= self.target if self.better == HIGHER else self.value <= self.target
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """`--json OUT` and `--quick`, the flags of every benchmark."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, help="where the figures go")
-    parser.add_argument("--quick", action="store_true", help="under a minute")
-    return parser.parse_args()
+@dataclass(frozen=True)
+class Times:
+    """Seconds of every round of one candidate."""
+
+    cpu: tuple[float, ...]
+    wall: tuple[float, ...]
+
+    @property
+    def median_cpu(self) -> float:
+        """CPU-seconds, of children that were waited for too."""
+        return statistics.median(self.cpu)
+
+    @property
+    def median_wall(self) -> float:
+        """Seconds by the clock."""
+        return statistics.median(self.wall)
 
 
-def interleaved(
-    candidates: Mapping[str, Callable[[], object]], repeats: int, clock: Clock = time.process_time
-) -> dict[str, float]:
-    """Median seconds of each candidate, one run of each in turn after a warm-up; CPU time unless told otherwise."""
-    for candidate in candidates.values():
-        candidate()
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats):
+def cpu_seconds() -> float:
+    """CPU time of this process and of its finished children."""
+    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def interleave(candidates: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 0) -> dict[str, Times]:
+    """Run the candidates in turn, round after round, so that a busy machine hurts all of them alike."""
+    cpu: dict[str, list[float]] = {name: [] for name in candidates}
+    wall: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in range(warm_up + rounds):
         for name, candidate in candidates.items():
-            start = clock()
+            began, began_cpu = time.perf_counter(), cpu_seconds()
             candidate()
-            seconds[name].append(clock() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            if number >= warm_up:
+                cpu[name].append(cpu_seconds() - began_cpu)
+                wall[name].append(time.perf_counter() - began)
+    return {name: Times(tuple(cpu[name]), tuple(wall[name])) for name in candidates}
 
 
-def peak_bytes(work: Callable[[], object]) -> int:
-    """Resident memory that `work` needs beyond what the process holds before it (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
-    work()
-    return _status_bytes("VmHWM") - before
+def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
+    """The median over rounds of paired ratios."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
-def _status_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+def hardware() -> dict[str, Any]:
+    """What this machine is."""
+    model = next(
+        (line.split(":")[1].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")),
+        platform.processor(),
+    )
+    memory = next((int(line.split()[1]) // 1024 for line in _lines(Path("/proc/meminfo"))), 0)
+    return {"cpu": model, "cores": os.cpu_count(), "memory_mb": memory, "gpu": _gpu()}
 
 
-def write_figures(path: Path, figures: Sequence[Figure], **settings: object) -> None:
-    """The results file: figures, the machine and versions, and the settings of this run."""
-    rows = [{**asdict(figure), "met": figure.met} for figure in figures]
-    content = {"figures": rows, "environment": dict(environment_rows()), "settings": settings}
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _gpu() -> str | None:
+    try:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() or None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what benchmarks depend on, where installed."""
+    found = {"python": platform.python_version()}
+    for name in _VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def benchmark_main(description: str | None, run: Callable[[bool], list[Figure]]) -> None:
+    """Parse the flags, run, print the table and write the file. Exits 3 when a target is missed."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes, under a minute; targets may not hold")
+    arguments = parser.parse_args()
+    figures = run(arguments.quick)
+    print(render_table(("figure", "value", "unit", "target", "met"), [_row(figure) for figure in figures]))
+    if arguments.json is not None:
+        write_file(arguments.json, json.dumps(_report(figures, arguments.quick), indent=1) + "\n")
+        say(f"wrote {arguments.json}")
+    missed = [figure.name for figure in figures if figure.met is False]
+    if missed and not arguments.quick:
+        sys.exit(3)
+
+
+def _row(figure: Figure) -> tuple[object, ...]:
+    sign = ">=" if figure.better == HIGHER else "<="
+    target = "" if figure.target is None else f"{sign} {figure.target:g}"
+    met = {None: "", True: "yes", False: "NO"}[figure.met]
+    return figure.name, f"{figure.value:.4g}", figure.unit, target, met
+
+
+def _report(figures: Sequence[Figure], quick: bool) -> dict[str, Any]:
+    return {
+        "command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *(["--quick"] if quick else [])]),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "hardware": hardware(),
+        "versions": versions(),
+        "results": [{**asdict(figure), "met": figure.met} for figure in figures],
+    }
