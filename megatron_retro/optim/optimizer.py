@@ -33,7 +33,9 @@ class Update:
 
 def build_torch_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.Optimizer:
     """torch's fused AdamW, or Apex's FusedAdam when it is asked for by name and present."""
-    groups = parameter_groups(named, config)
+    # a pipeline stage may be frozen as a whole
+    nothing = {"params": [], "weight_decay": 0.0, "rate_scale": 1.0, "group_name": "nothing"}
+    groups = parameter_groups(named, config) or [nothing]
     betas = (config.adam_beta1, config.adam_beta2)
     if config.optimizer == "apex-adam":
         return _apex(groups, config)
