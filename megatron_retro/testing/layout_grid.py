@@ -83,9 +83,14 @@ def meshes(largest_world: int = 8) -> Iterator[tuple[int, dict[str, Any]]]:
 def whole_grid(seed: int) -> list[Case]:
     """Every mesh with a variant drawn for it."""
     draw = random.Random(seed)
-    return [
-        Case(world, mesh, {name: draw.choice(values) for name, values in _CHOICES.items()}) for world, mesh in meshes()
-    ]
+    return [Case(world, mesh, _variant(draw)) for world, mesh in meshes()]
+
+
+def _variant(draw: random.Random) -> dict[str, Any]:
+    variant = {name: draw.choice(values) for name, values in _CHOICES.items()}
+    if variant["freeze_decoder"]:  # then something must be left to train
+        variant.update(neighbors="some absent", retro_attention_gate=1.0)
+    return variant
 
 
 def worst_of_case(case: Case) -> dict[str, float]:

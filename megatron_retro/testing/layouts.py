@@ -138,7 +138,9 @@ def layout_outcome(
 def _outcome(trainable: Any, batches: Sequence[TensorBatch], steps: int) -> StepOutcome:
     """Parameters are those before the first step; gradients those of the last."""
     start = {name: whole(value.detach()).clone() for name, value in trainable.module.named_parameters()}
-    optimizer = torch.optim.SGD([p for p in trainable.module.parameters() if p.requires_grad], lr=0.5, momentum=0.9)
+    trained = [parameter for parameter in trainable.module.parameters() if parameter.requires_grad]
+    trained = trained or [torch.zeros(1, requires_grad=True)]  # a stage may be frozen as a whole
+    optimizer = torch.optim.SGD(trained, lr=0.5, momentum=0.9)
     losses = trainable.evaluate(batches) or []
     for step in range(steps):
         optimizer.zero_grad(set_to_none=True)
