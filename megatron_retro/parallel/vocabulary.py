@@ -68,19 +68,18 @@ class _ParallelLosses(torch.autograd.Function):
         dist.all_reduce(whole_top, dist.ReduceOp.MAX, group=group)
         sums[0] *= (top - whole_top).exp()
         dist.all_reduce(sums, group=group)
-        log_sum = sums[0].log() + whole_top
-        context.save_for_backward(hidden_TH, rows_LH, local_labels, held, log_sum)
-        return log_sum - sums[1]
+        context.save_for_backward(hidden_TH, rows_LH, local_labels, held, whole_top, sums[0])
+        return sums[0].log() + (whole_top - sums[1])
 
     @staticmethod
     def backward(context: Any, gradient_T: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        hidden_TH, rows_LH, local_labels, held, log_sum = context.saved_tensors
+        hidden_TH, rows_LH, local_labels, held, top, sums = context.saved_tensors
         hidden_gradient = torch.zeros_like(hidden_TH)
         rows_gradient = torch.zeros_like(rows_LH, dtype=torch.float32)
         for block in _blocks(len(local_labels)):
             if rows_LH.shape[0]:
                 logits = functional.linear(hidden_TH[block], rows_LH).float()
-                slope = (logits - log_sum[block, None]).exp_()
+                slope = (logits - top[block, None]).exp_() / sums[block, None]
                 slope.scatter_add_(-1, local_labels[block, None], -held[block, None].to(slope.dtype))
                 slope = (slope * gradient_T[block, None]).to(rows_LH.dtype)
                 hidden_gradient[block] = slope @ rows_LH
