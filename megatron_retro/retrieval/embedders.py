@@ -16,6 +16,8 @@ from megatron_retro.data.tokenizers import Tokenizer
 from megatron_retro.errors import ConfigError
 from megatron_retro.retrieval.native import embed_hashed
 
+NGRAM_WEIGHTS = (3, 2, 1)
+
 
 class Embedder(Protocol):
     """What turns chunks into vectors."""
@@ -53,7 +55,7 @@ class HashedEmbedder:
 
     def embed(self, tokens_NM: NDArray[Any], present_NM: NDArray[np.bool_]) -> NDArray[np.float32]:
         """Vectors of length one."""
-        return embed_hashed(tokens_NM, present_NM, self.dimension)
+        return embed_hashed(tokens_NM, present_NM, NGRAM_WEIGHTS, self.dimension)
 
 
 def build_embedder(config: EmbedderConfig, tokenizer: Tokenizer) -> Embedder:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from megatron_retro.runtime.environment import require
 _BLOCKABLE = ("IndexIVFFlat", "IndexIVFPQ", "IndexIVFScalarQuantizer", "IndexIVFRaBitQ")
 
 
+@cache
 def faiss_module() -> Any:
     """faiss, or an error that says how to get it."""
     require("faiss", "retrieval")

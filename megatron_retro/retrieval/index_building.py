@@ -17,7 +17,7 @@ from megatron_retro.retrieval.project import Project
 from megatron_retro.retrieval.training import open_trained, trained_fingerprint
 from megatron_retro.runtime.console import Progress
 
-_SEGMENT_BYTES = 1 << 28
+SEGMENT_BYTES = 1 << 28
 
 
 def encode(project: Project) -> None:
@@ -57,7 +57,7 @@ def merge(project: Project) -> None:
         for _ in claimed(layout, "merge", ["whole"], done, project.worker):
             merge_whole(open_trained(project), paths, facts, directory, layout.merged, inputs, config)
         return
-    segment_bytes = int(min(_SEGMENT_BYTES, project.memory_bytes / 4))
+    segment_bytes = int(min(SEGMENT_BYTES, project.memory_bytes / 4))
     task = ListMerge(
         directory, layout.work("merged-ranges"), paths, facts, parts.num_lists, parts.code_size, segment_bytes
     )

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from megatron_retro.errors import ConfigError
 
-FLAT_LIMIT = 20_000
+FLAT_LIMIT = 65_536
 POINTS_PER_LIST = 39
 _COMFORTABLE_POINTS_PER_LIST = 64
+_QUANTIZER_CHUNKS = 100_000
 _ID_BYTES = 8
 
 
@@ -38,7 +39,8 @@ def choose_index(
     index_str = automatic_index(num_chunks, dimension, memory_bytes) if asked == "auto" else asked
     index_str = "IVF1,Flat" if index_str == "Flat" else index_str
     lists = number_of_lists(index_str)
-    wanted = train_chunks or max(_COMFORTABLE_POINTS_PER_LIST * lists, min(num_chunks, 100_000))
+    quantizer_chunks = _QUANTIZER_CHUNKS if re.search(r"PQ|SQ|PCA|RaBitQ|RQ", index_str) else 1024
+    wanted = train_chunks or max(_COMFORTABLE_POINTS_PER_LIST * lists, quantizer_chunks)
     sample = min(wanted, num_chunks)
     _refuse_too_few(index_str, lists, sample, num_chunks)
     _refuse_too_large(index_str, sample, dimension, memory_bytes)

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from megatron_retro.retrieval.faiss_index import InvertedParts, list_content
 from megatron_retro.retrieval.native import Candidates, top_candidates
 
-_TILE_VECTORS = 4096
-_TILE_SCORES = 1 << 19
+_TILE_VECTORS = 1024
+_TILE_SCORES = 1 << 20
 JOINABLE = ("IndexIVFFlat", "IndexIVFPQ", "IndexIVFScalarQuantizer")
 
 
@@ -82,5 +82,7 @@ def _join_list(
             step = max(1, _TILE_SCORES // len(vectors))
             for start in range(0, len(rows), step):
                 chosen = rows[start : start + step]
-                scores = torch.addmm(halves, queries[torch.from_numpy(chosen)], vectors.T)
+                whole = len(rows) == len(queries)
+                asking = queries[start : start + step] if whole else queries[torch.from_numpy(chosen)]
+                scores = torch.addmm(halves, asking, vectors.T)
                 candidates.offer(chosen, scores.numpy(), ids[tile])

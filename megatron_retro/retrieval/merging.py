@@ -132,14 +132,12 @@ class ListMerge:
         missing = [segment for segment in self.segments if not self.is_done(segment)]
         if missing:
             raise ArtifactError(f"{self.directory} lacks {len(missing)} segments", got=missing[0], fix="merge again")
-        lists = faiss_module().OnDiskInvertedLists()
+        faiss, sizes = faiss_module(), self.sizes.astype(np.uint64)
+        lists = faiss.OnDiskInvertedLists()
         lists.nlist, lists.code_size, lists.read_only = self.num_lists, self.code_size, True
         lists.filename, lists.totsize = LISTS_FILE, int(self.offsets[-1])
         lists.lists.resize(self.num_lists)
-        for number in range(self.num_lists):
-            entry = lists.lists.at(number)
-            entry.size = entry.capacity = int(self.sizes[number])
-            entry.offset = int(self.offsets[number])
+        lists.set_all_lists_sizes(faiss.swig_ptr(sizes))
         trained.inverted.replace_invlists(lists, False)
         trained.inverted.ntotal = trained.index.ntotal = int(self.sizes.sum())
         write_index(trained.index, self.directory / INDEX_FILE)

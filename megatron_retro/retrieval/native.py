@@ -55,12 +55,12 @@ def top_candidates(num_queries: int, keep: int) -> Candidates:
     return candidates
 
 
-def embed_hashed(tokens: Tokens, present: Mask, dimension: int) -> NDArray[np.float32]:
-    """Signed random projection of the hashed n-grams of each chunk [N, M], length one."""
+def embed_hashed(tokens: Tokens, present: Mask, weights: tuple[int, ...], dimension: int) -> NDArray[np.float32]:
+    """Signed random projection of the hashed n-grams of each chunk [N, M], `weights` by their length; length one."""
     module, wide = native_module(), tokens.astype(np.int32)
     if module is None:
-        return reference.embed_hashed(wide, present, dimension)
-    vectors: NDArray[np.float32] = module.embed_hashed(wide, present, dimension, torch.get_num_threads())
+        return reference.embed_hashed(wide, present, weights, dimension)
+    vectors: NDArray[np.float32] = module.embed_hashed(wide, present, weights, dimension, torch.get_num_threads())
     return vectors
 
 

@@ -149,7 +149,7 @@ def _fill_table(project: Project, corpus: QueryCorpus) -> None:
     path, file = project.layout.neighbors(corpus.name), TokenFile(corpus.prefix)
     search = open_search(project, file)
     layout = table_layout(project, search.chunks)
-    inputs, config = _inputs(project, file), _table_config(project, search.searcher)
+    inputs, config = table_inputs(project, file), table_settings(project, search.searcher)
     if path.exists():
         check_table(path, inputs, config, layout)
         return
@@ -219,7 +219,8 @@ def check_table(path: Path, inputs: dict[str, str], config: dict[str, Any], layo
     return table
 
 
-def _inputs(project: Project, file: TokenFile) -> dict[str, str]:
+def table_inputs(project: Project, file: TokenFile) -> dict[str, str]:
+    """What a table is made of."""
     index = read_manifest(project.layout.merged, kind=KIND, version=VERSION)
     return {
         "corpus": file.fingerprint,
@@ -229,7 +230,8 @@ def _inputs(project: Project, file: TokenFile) -> dict[str, str]:
     }
 
 
-def _table_config(project: Project, searcher: Searcher) -> dict[str, Any]:
+def table_settings(project: Project, searcher: Searcher) -> dict[str, Any]:
+    """How a table was searched."""
     config = project.config
     return {
         "chunk_length": project.database.chunk_length,

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_LONGEST = 4
-_WEIGHTS = (1, 2, 2, 2)
 _MASK = (1 << 64) - 1
 
 
@@ -24,15 +22,19 @@ def mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return mixed
 
 
-def embed_hashed(tokens: NDArray[np.int32], present: NDArray[np.bool_], dimension: int) -> NDArray[np.float32]:
-    """Sum of the sign vectors of a chunk's distinct n-grams, scaled to length one."""
-    rows = [_embed_row(row, mask, dimension) for row, mask in zip(tokens, present, strict=True)]
+def embed_hashed(
+    tokens: NDArray[np.int32], present: NDArray[np.bool_], weights: tuple[int, ...], dimension: int
+) -> NDArray[np.float32]:
+    """Sum of the sign vectors of a chunk's distinct n-grams, weighted by their length, scaled to length one."""
+    rows = [_embed_row(row, mask, weights, dimension) for row, mask in zip(tokens, present, strict=True)]
     return np.stack(rows) if rows else np.zeros((0, dimension), np.float32)
 
 
-def _embed_row(tokens: NDArray[np.int32], present: NDArray[np.bool_], dimension: int) -> NDArray[np.float32]:
+def _embed_row(
+    tokens: NDArray[np.int32], present: NDArray[np.bool_], weights: tuple[int, ...], dimension: int
+) -> NDArray[np.float32]:
     sums, total = np.zeros(dimension, np.int64), 0
-    for size, weight in zip(range(1, _LONGEST + 1), _WEIGHTS, strict=True):
+    for size, weight in enumerate(weights, 1):
         hashes = _ngram_hashes(tokens.astype(np.uint32).astype(np.uint64), present, size)
         total += weight * len(hashes)
         words = np.arange(dimension // 64, dtype=np.uint64)

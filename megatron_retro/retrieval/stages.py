@@ -9,15 +9,26 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.errors import ConfigError
 from megatron_retro.retrieval.index_building import encode, merge
 from megatron_retro.retrieval.neighbor_search import query
+from megatron_retro.retrieval.planning import make_plan
 from megatron_retro.retrieval.project import Project
 from megatron_retro.retrieval.training import train
+from megatron_retro.retrieval.verification import verify
 from megatron_retro.runtime.console import say
 
+
+def plan(project: Project) -> None:
+    """Say what the build will write, hold and take."""
+    if project.worker.index == 0:
+        print(make_plan(project).text(), flush=True)
+
+
 _RUNNERS: Mapping[str, Callable[[Project], None]] = {
+    "plan": plan,
     "train": train,
     "encode": encode,
     "merge": merge,
     "query": query,
+    "verify": verify,
 }
 
 

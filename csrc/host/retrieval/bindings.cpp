@@ -3,6 +3,8 @@
 #include "overlap.h"
 #include "top_candidates.h"
 
+#include <pybind11/stl.h>
+
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Host-side C++ of retrieval: hashed embeddings, best candidates, shared tokens";
   module.def("embed_hashed", &embed_hashed);

@@ -1,15 +1,12 @@
 // Chunks as signed random projections of their hashed n-grams: no weights, the same bits on every machine.
 //
-// Every distinct n-gram of up to four tokens hashes to a vector of signs; a chunk is their weighted sum (in
-// integers), scaled to length one. The cosine of two chunks then estimates the share of n-grams they have in common.
+// Every distinct n-gram hashes to a vector of signs; a chunk is their sum, weighted by length (in integers), scaled to
+// length one. The cosine of two chunks then estimates the share of n-grams they have in common.
 #include "hashed_embedding.h"
 
 #include <cmath>
 
 namespace {
-
-constexpr int kLongest = 4;
-constexpr int32_t kWeight[kLongest] = {1, 2, 2, 2};
 
 uint64_t mix(uint64_t x) {  // splitmix64
   x += 0x9e3779b97f4a7c15ULL;
@@ -38,18 +35,19 @@ WIDEST void add_signs(uint32_t word, int32_t weight, int32_t* sums) {
   for (uint32_t bit = 0; bit < 32; ++bit) sums[bit] += static_cast<int32_t>((word >> bit) & 1U) * weight;
 }
 
-void embed_row(const int32_t* tokens, const uint8_t* present, int64_t length, int64_t dimension, float* out,
-               std::vector<uint64_t>& hashes, std::vector<int32_t>& sums) {
+void embed_row(const int32_t* tokens, const uint8_t* present, int64_t length, const std::vector<int32_t>& weights,
+               int64_t dimension, float* out, std::vector<uint64_t>& hashes, std::vector<int32_t>& sums) {
   std::fill(sums.begin(), sums.end(), 0);
   int32_t total = 0;
-  for (int size = 1; size <= kLongest; ++size) {
+  for (int size = 1; size <= static_cast<int>(weights.size()); ++size) {
+    const int32_t weight = weights[size - 1];
     ngram_hashes(tokens, present, length, size, hashes);
     for (uint64_t hash : hashes) {
-      total += kWeight[size - 1];
+      total += weight;
       for (int64_t word = 0; word < dimension / 64; ++word) {
         const uint64_t signs = mix(hash + static_cast<uint64_t>(word) * 0xd1342543de82ef95ULL);
-        add_signs(static_cast<uint32_t>(signs), kWeight[size - 1], &sums[word * 64]);
-        add_signs(static_cast<uint32_t>(signs >> 32), kWeight[size - 1], &sums[word * 64 + 32]);
+        add_signs(static_cast<uint32_t>(signs), weight, &sums[word * 64]);
+        add_signs(static_cast<uint32_t>(signs >> 32), weight, &sums[word * 64 + 32]);
       }
     }
   }
@@ -64,8 +62,8 @@ void embed_row(const int32_t* tokens, const uint8_t* present, int64_t length, in
 
 }  // namespace
 
-py::array_t<float> embed_hashed(const Array<int32_t>& tokens, const Array<uint8_t>& present, int64_t dimension,
-                                int64_t threads) {
+py::array_t<float> embed_hashed(const Array<int32_t>& tokens, const Array<uint8_t>& present,
+                                const std::vector<int32_t>& weights, int64_t dimension, int64_t threads) {
   require(tokens.ndim() == 2 && present.ndim() == 2, "tokens and present are [chunks, length]");
   require(tokens.shape(0) == present.shape(0) && tokens.shape(1) == present.shape(1), "present has another shape");
   require(dimension > 0 && dimension % 64 == 0, "the dimension is a multiple of 64");
@@ -79,7 +77,8 @@ py::array_t<float> embed_hashed(const Array<int32_t>& tokens, const Array<uint8_
     std::vector<uint64_t> hashes;
     std::vector<int32_t> sums(dimension);
     for (int64_t row = first; row < last; ++row)
-      embed_row(token + row * length, mask + row * length, length, dimension, out + row * dimension, hashes, sums);
+      embed_row(token + row * length, mask + row * length, length, weights, dimension, out + row * dimension,
+                hashes, sums);
   });
   return result;
 }

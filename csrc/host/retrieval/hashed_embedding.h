@@ -2,5 +2,5 @@
 
 #include "arrays.h"
 
-py::array_t<float> embed_hashed(const Array<int32_t>& tokens, const Array<uint8_t>& present, int64_t dimension,
-                                int64_t threads);
+py::array_t<float> embed_hashed(const Array<int32_t>& tokens, const Array<uint8_t>& present,
+                                const std::vector<int32_t>& weights, int64_t dimension, int64_t threads);

@@ -1,0 +1,174 @@
+"""The plan stage: what a build will write, hold in memory and take, before anything of it runs.
+
+Sizes of files are arithmetic and exact (codes of blocks: to within their headers). Times are this machine's speeds
+times the operations of each stage, for one worker; stages split over workers evenly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_retro.data.neighbor_table import ID_BYTES
+from megatron_retro.data.query_chunks import QueryChunks
+from megatron_retro.data.token_file import TokenFile
+from megatron_retro.retrieval.encoding import BATCH_CHUNKS
+from megatron_retro.retrieval.faiss_index import InvertedParts, faiss_module, inverted_parts, new_index
+from megatron_retro.retrieval.index_building import SEGMENT_BYTES
+from megatron_retro.retrieval.merging import LISTS_FILE
+from megatron_retro.retrieval.neighbor_search import table_layout
+from megatron_retro.retrieval.project import Project
+from megatron_retro.retrieval.speeds import Speeds, measure_speeds
+from megatron_retro.runtime.console import readable_bytes, readable_count, readable_seconds, render_table
+
+_KMEANS_ROUNDS = 10
+_KMEANS_POINTS = 256
+_EXACT_UP_TO_BYTES = 1 << 29
+_WRITE_BYTES_PER_SECOND = 4e8
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage costs one worker."""
+
+    stage: str
+    seconds: float
+    memory_bytes: float
+
+
+@dataclass(frozen=True)
+class RetrievalPlan:
+    """All that `plan` prints."""
+
+    facts: dict[str, str]
+    files: dict[str, int]
+    costs: tuple[StageCost, ...]
+
+    def text(self) -> str:
+        """Tables for a console."""
+        facts = "\n".join(f"{name:<22} {value}" for name, value in self.facts.items())
+        files = [(name, f"{size:,}", readable_bytes(size)) for name, size in self.files.items()]
+        costs = [(one.stage, readable_seconds(one.seconds), readable_bytes(one.memory_bytes)) for one in self.costs]
+        return "\n\n".join(
+            [
+                facts,
+                render_table(("file", "bytes", ""), files),
+                render_table(("stage", "one worker here", "memory"), costs),
+            ]
+        )
+
+
+def make_plan(project: Project) -> RetrievalPlan:
+    """Measure this machine for a second and multiply."""
+    parts = inverted_parts(new_index(project.choice.index_str, project.embedder.dimension))
+    chunks = sum(span.size for span in project.blocks)
+    rows = {corpus.name: _rows(project, corpus.prefix) for corpus in project.query_corpora}
+    width = parts.dimension if parts else project.embedder.dimension
+    speeds = measure_speeds(project.database, project.embedder, width)
+    choice = project.choice
+    facts = {
+        "database": f"{project.database.num_chunks:,} chunks of {project.database.chunk_length}, "
+        f"{project.database.num_documents:,} documents",
+        "index": choice.index_str,
+        "trained on": f"{project.decided['train_chunks']:,} chunks",
+        "blocks": f"{len(project.blocks):,} of {project.config.retro_block_size:,} chunks",
+        "queries": ", ".join(f"{name}: {readable_count(count)} rows" for name, count in rows.items()),
+        "lists searched": str(_nprobe(project)) + ("" if project.config.retro_query_nprobe else " (to be calibrated)"),
+    }
+    return RetrievalPlan(facts, _files(project, parts, chunks, rows), _costs(project, parts, chunks, rows, speeds))
+
+
+def _rows(project: Project, prefix: str) -> int:
+    return table_layout(project, QueryChunks(TokenFile(prefix), project.database.chunk_length)).num_rows
+
+
+def _nprobe(project: Project) -> int:
+    return project.config.retro_query_nprobe or project.choice.nprobe
+
+
+def _files(project: Project, parts: InvertedParts | None, chunks: int, rows: dict[str, int]) -> dict[str, int]:
+    dimension, saved = project.embedder.dimension, project.config.retro_query_num_neighbors_save
+    files = {"database": 8 * (project.database.num_documents + 1)}
+    if parts is None:
+        files["index/codes (vectors)"] = chunks * dimension * 4
+    else:
+        files["index/codes"] = chunks * (parts.code_size + 8)
+        files["index/merged/lists.ivfdata"] = chunks * (parts.code_size + 8)
+        files["index/merged/index.faiss"] = index_file_bytes(project.choice.index_str, dimension)
+    if project.config.retro_keep_embeddings:
+        files["index/embeddings"] = project.database.num_chunks * dimension * 2
+    files.update({f"neighbors/{name}": count * saved * ID_BYTES for name, count in rows.items()})
+    return files
+
+
+def index_file_bytes(index_str: str, dimension: int) -> int:
+    """Bytes of the file that describes the index: transforms, list finder, places of lists."""
+    index = new_index(index_str, dimension)
+    parts = inverted_parts(index)
+    if parts is None:
+        raise ValueError("only an inverted file has such a file")
+    lists, width = parts.num_lists, parts.dimension
+    if lists * width * 4 <= _EXACT_UP_TO_BYTES:
+        return _described_bytes(index, parts, lists)
+    small = max(1, _EXACT_UP_TO_BYTES // (8 * width))
+    sample = new_index(index_str.replace(f"IVF{lists}", f"IVF{small}"), dimension)
+    smaller = inverted_parts(sample)
+    return round(_described_bytes(sample, smaller, small) * lists / small) if smaller else 0
+
+
+def _described_bytes(index: Any, parts: InvertedParts, lists: int) -> int:
+    """The size of an index file with empty lists on disk and a list finder filled with zeros."""
+    faiss = faiss_module()
+    finder = faiss.downcast_index(parts.inverted.quantizer)
+    storage = faiss.downcast_index(finder.storage) if hasattr(finder, "storage") else finder
+    storage.add(np.zeros((lists, parts.dimension), np.float32))
+    if hasattr(finder, "hnsw"):
+        finder.hnsw.prepare_level_tab(lists, False)
+        finder.ntotal = lists
+    if hasattr(parts.inverted, "pq"):
+        quantizer = parts.inverted.pq
+        faiss.copy_array_to_vector(
+            np.zeros(quantizer.M * quantizer.ksub * quantizer.dsub, np.float32), quantizer.centroids
+        )
+    if index is not parts.inverted:
+        for number in range(index.chain.size()):
+            matrix = faiss.downcast_VectorTransform(index.chain.at(number))
+            faiss.copy_array_to_vector(np.zeros(matrix.d_in * matrix.d_out, np.float32), matrix.A)
+    ondisk = faiss.OnDiskInvertedLists()
+    ondisk.nlist, ondisk.code_size, ondisk.read_only, ondisk.filename = lists, parts.code_size, True, LISTS_FILE
+    ondisk.lists.resize(lists)
+    parts.inverted.replace_invlists(ondisk, False)
+    return int(faiss.serialize_index(index).size)
+
+
+def _costs(
+    project: Project, parts: InvertedParts | None, chunks: int, rows: dict[str, int], speeds: Speeds
+) -> tuple[StageCost, ...]:
+    sample, dimension = int(project.decided["train_chunks"]), project.embedder.dimension
+    width, lists = (parts.dimension, parts.num_lists) if parts else (dimension, 1)
+    code = parts.code_size if parts else 4 * dimension
+    points = min(sample, _KMEANS_POINTS * lists)
+    assign = _assign_seconds(project.choice.index_str, lists, width, speeds)
+    quantize = 256 * width * speeds.multiply_add if "PQ" in project.choice.index_str else 0.0
+    train = sample * speeds.embed_chunk + _KMEANS_ROUNDS * points * lists * width * speeds.multiply_add
+    written = chunks * (code + 8) / _WRITE_BYTES_PER_SECOND
+    per_score = width * speeds.multiply_add + speeds.collect_score
+    per_query = speeds.embed_chunk + assign + min(_nprobe(project), lists) * chunks / lists * per_score
+    queried, checked = sum(rows.values()), min(project.config.retro_verify_queries, max(rows.values())) * len(rows)
+    verify = len(rows) * chunks * speeds.embed_chunk + checked * (chunks * per_score + 8 * per_query)
+    block = project.config.retro_block_size
+    return (
+        StageCost("train", train, 1.5 * sample * dimension * 4),
+        StageCost("encode", chunks * (speeds.embed_chunk + assign + quantize) + written, block * (2 * code + 48)),
+        StageCost("merge", 2 * written, min(SEGMENT_BYTES, project.memory_bytes / 4) * 2),
+        StageCost("query", queried * per_query, min(project.memory_bytes, block * (8 * dimension + 2000.0))),
+        StageCost("verify", verify, BATCH_CHUNKS * (4.0 * dimension + 8 * project.config.retro_verify_queries)),
+    )
+
+
+def _assign_seconds(index_str: str, lists: int, width: int, speeds: Speeds) -> float:
+    if "HNSW" in index_str:
+        return speeds.hnsw_assign * float(np.log2(max(lists, 2)))
+    return lists * width * speeds.multiply_add

@@ -1,0 +1,155 @@
+"""The verify stage: checks every file, measures every table, writes the report, fails below the floor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_retro.artifacts.files import write_file
+from megatron_retro.artifacts.manifest import damage, load_manifest, read_manifest
+from megatron_retro.data.neighbor_table import NeighborTable
+from megatron_retro.data.token_file import TokenFile
+from megatron_retro.errors import ArtifactError, BelowFloor
+from megatron_retro.retrieval.faiss_index import inverted_parts
+from megatron_retro.retrieval.layout import claimed
+from megatron_retro.retrieval.merging import KIND, VERSION
+from megatron_retro.retrieval.neighbor_search import (
+    NeighborSearch,
+    check_table,
+    open_search,
+    table_inputs,
+    table_layout,
+    table_settings,
+)
+from megatron_retro.retrieval.project import Project
+from megatron_retro.retrieval.quality import (
+    audit,
+    closeness,
+    effort_sweep,
+    list_balance,
+    recalls,
+    sampled_rows,
+)
+from megatron_retro.retrieval.quality_page import quality_page
+from megatron_retro.runtime.console import say
+
+
+def verify(project: Project) -> None:
+    """Measure, report, and fail if a table is not sound. One worker does it; the others wait for its report."""
+    path = project.layout.report / "quality.json"
+    path.unlink(missing_ok=True) if project.worker.index == 0 else None
+    for _ in claimed(project.layout, "verify", ["verify"], lambda _: path.exists(), project.worker):
+        report = _measured(project)
+        write_file(path.with_name("quality.html"), quality_page(report))
+        write_file(path, json.dumps(report, indent=1) + "\n")
+    judge(json.loads(path.read_text(encoding="utf-8")), path)
+
+
+def judge(report: dict[str, Any], path: Path) -> None:
+    """Say what was measured; raise if something is below its floor."""
+    for name, quality in report["tables"].items():
+        shown = "  ".join(f"@{at} {one['recall']:.4f}" for at, one in quality["recall"].items())
+        say(f"verify: {name}: recall {shown}; leaks {quality['audit']['leaks']} in {quality['audit']['rows']:,} rows")
+    say(f"verify: report at {path.with_name('quality.html')}")
+    problems = [f"{name}: {problem}" for name, one in report["tables"].items() for problem in one["problems"]]
+    if problems:
+        raise BelowFloor(
+            "the neighbours are not good enough",
+            got="; ".join(problems),
+            fix=f"see {path.with_name('quality.html')}; raise --retro-query-nprobe or choose a finer index",
+        )
+
+
+def _measured(project: Project) -> dict[str, Any]:
+    _require_intact(project.layout.merged)
+    tables: dict[str, Any] = {}
+    searches = [open_search(project, TokenFile(corpus.prefix)) for corpus in project.query_corpora]
+    for corpus, search in zip(project.query_corpora, searches, strict=True):
+        path = project.layout.neighbors(corpus.name)
+        layout = table_layout(project, search.chunks)
+        inputs, settings = table_inputs(project, search.chunks.file), table_settings(project, search.searcher)
+        table = check_table(path, inputs, settings, layout)
+        _require_intact(path)
+        tables[corpus.name] = _table_quality(search, table)
+    return {
+        "recall_floor": project.config.retro_recall_floor,
+        "embedder": project.embedder.fingerprint,
+        "index": _index_facts(project, searches[0]),
+        "tables": tables,
+    }
+
+
+def _table_quality(search: NeighborSearch, table: NeighborTable) -> dict[str, Any]:
+    config = search.project.config
+    rows = sampled_rows(search, table, config.retro_verify_queries)
+    chosen = config.retro_rerank != "none" or config.retro_drop_overlap is not None
+    ids = rows.ids_QK
+    if chosen:
+        saved = config.retro_query_num_neighbors_save
+        ids = search.searcher.search(rows.truth.vectors, saved, search.own_chunks(rows.numbers), saved).ids_QK
+    quality = {
+        "rows": table.layout.num_rows,
+        "saved": table.num_saved,
+        "sampled": len(rows.numbers),
+        "recall_of": "the search before re-ranking and dropping" if chosen else "the rows of the table",
+        "recall": recalls(rows, ids, search),
+        "audit": audit(search, table, config.retro_verify_rows),
+        "closeness": closeness(search, rows),
+        "sweep": effort_sweep(search, rows, _efforts(search)),
+    }
+    return {**quality, "problems": _problems(quality, config.retro_recall_floor)}
+
+
+def _problems(quality: dict[str, Any], floor: float | None) -> list[str]:
+    audited, problems = quality["audit"], []
+    if audited["leaks"]:
+        problems.append(f"{audited['leaks']} neighbours are from the query's own documents")
+    if audited["planted_leaks_seen"] != audited["planted_leaks"]:
+        planted, seen = audited["planted_leaks"], audited["planted_leaks_seen"]
+        problems.append(f"the audit saw {seen} of {planted} planted leaks: do not trust it")
+    if audited["repeated"]:
+        problems.append(f"{audited['repeated']} neighbours are repeated in their row")
+    at = "2" if "2" in quality["recall"] else "1"
+    measured = quality["recall"][at]["recall"]
+    if floor is not None and measured < floor:
+        problems.append(f"recall@{at} is {measured:.4f}, below the floor of {floor:g}")
+    return problems
+
+
+def _efforts(search: NeighborSearch) -> list[int]:
+    """Numbers of lists around the one in use."""
+    parts = inverted_parts(search.searcher.index)
+    if parts is None:
+        return [16, 32, 64, 128, 256]
+    if parts.num_lists == 1:
+        return []
+    around = search.searcher.nprobe
+    wanted = {1, 2, 4, around // 4, around // 2, around, 2 * around, 4 * around, 8 * around}
+    return sorted(value for value in wanted if 1 <= value <= parts.num_lists)
+
+
+def _index_facts(project: Project, search: NeighborSearch) -> dict[str, Any]:
+    parts = inverted_parts(search.searcher.index)
+    sizes = (
+        np.array([parts.inverted.invlists.list_size(number) for number in range(parts.num_lists)], np.int64)
+        if parts
+        else None
+    )
+    manifest = read_manifest(project.layout.merged, kind=KIND, version=VERSION)
+    return {
+        "chunks": manifest.counts["chunks"],
+        "index_str": manifest.config["index_str"],
+        "nprobe": search.searcher.nprobe,
+        "ef_search": search.searcher.ef_search,
+        "by_lists": search.searcher.by_lists,
+        "balance": list_balance(sizes) if sizes is not None and len(sizes) > 1 else None,
+    }
+
+
+def _require_intact(path: Path) -> None:
+    problems = damage(path, load_manifest(path))
+    if problems:
+        raise ArtifactError(f"{path} is damaged", got="; ".join(problems), fix=f"remove {path} and run the stage again")
