@@ -18,16 +18,14 @@ from megatron_retro.parallel.styles import cut_model, partial_parameters
 from megatron_retro.testing.layouts import tiny_settings
 from megatron_retro.testing.processes import run_ranks
 
-VARIANTS = [
-    dict(zip(("qk_layernorm", "swiglu", "retro_gate_type", "position_embedding_type", "normalization"), values))
-    for values in itertools.product(
-        (False, True),
-        (False, True),
-        ("fixed", "scalar", "adaptive"),
-        ("rope", "learned_absolute"),
-        ("LayerNorm", "RMSNorm"),
-    )
-]
+CHOICES: dict[str, tuple[object, ...]] = {
+    "qk_layernorm": (False, True),
+    "swiglu": (False, True),
+    "retro_gate_type": ("fixed", "scalar", "adaptive"),
+    "position_embedding_type": ("rope", "learned_absolute"),
+    "normalization": ("LayerNorm", "RMSNorm"),
+}
+VARIANTS = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
 
 
 def _model(**changes: object) -> Retro:
