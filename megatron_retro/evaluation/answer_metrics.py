@@ -38,6 +38,11 @@ def token_f1(prediction: str, gold: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
+def overlap_f1(prediction: str, gold: str) -> float:
+    """SQuAD 1.1's F1: 0 without a shared token, two empty answers included."""
+    return token_f1(prediction, gold) if normalize_answer(gold) else 0.0
+
+
 def usable_golds(golds: Sequence[str]) -> list[str]:
     """SQuAD 2.0's rule: gold answers that normalize to nothing do not count; without any, the answer is none."""
     return [gold for gold in golds if normalize_answer(gold)] or [""]

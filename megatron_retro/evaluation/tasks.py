@@ -13,6 +13,7 @@ from megatron_retro.evaluation.answer_metrics import (
     best_over_golds,
     exact_match,
     normalize_answer,
+    overlap_f1,
     token_f1,
     usable_golds,
 )
@@ -68,6 +69,15 @@ def score_span(prediction: str, example: Example, scoring: Scoring) -> dict[str,
     }
 
 
+def score_squad1(prediction: str, example: Example, scoring: Scoring) -> dict[str, float]:
+    """As SQuAD 1.1's program: every gold answer counts, and agreement on nothing is no agreement."""
+    golds = example.answers[:1] if scoring.first_answer else example.answers
+    return {
+        "em": best_over_golds(exact_match, prediction, golds),
+        "f1": best_over_golds(overlap_f1, prediction, golds),
+    }
+
+
 def score_span_or_none(prediction: str, example: Example, scoring: Scoring) -> dict[str, float]:
     """SQuAD 2.0: as its program does, after abstentions became the empty answer; also by answerability."""
     values = score_span("" if abstains(prediction) else prediction, example, scoring)
@@ -113,7 +123,7 @@ TASKS: tuple[Task, ...] = (
     Task("nq", "NQ-open", open_sets.load_open_questions, Form.SHORT, score_span, _EM_FIRST),
     Task("triviaqa", "TriviaQA", open_sets.load_trivia_qa, Form.SHORT, score_span, _EM_FIRST),
     Task("webquestions", "WebQuestions", open_sets.load_web_questions, Form.SHORT, score_span, _EM_FIRST),
-    Task("squad1", "SQuAD 1.1", span_sets.load_squad, Form.SHORT, score_span, _F1_FIRST),
+    Task("squad1", "SQuAD 1.1", span_sets.load_squad, Form.SHORT, score_squad1, _F1_FIRST),
     Task("squad2", "SQuAD 2.0", span_sets.load_squad, Form.SHORT, score_span_or_none, _SQUAD2),
     Task("newsqa", "NewsQA", span_sets.load_newsqa, Form.SHORT, score_span, _F1_FIRST),
     Task("quoref", "Quoref", span_sets.load_quoref, Form.SHORT, score_span, _F1_FIRST),
