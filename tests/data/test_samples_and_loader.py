@@ -1,0 +1,416 @@
+"""Samples, their neighbours and their order: pure functions of the settings, whatever the cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_retro.config.data import DataConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import TrainingConfig
+from megatron_retro.data.batches import Batch
+from megatron_retro.data.builders import build_dataset, build_loader
+from megatron_retro.data.chunk_database import ChunkDatabase
+from megatron_retro.data.dataset import Dataset
+from megatron_retro.data.neighbor_table import NONE, NeighborTable, TableLayout, finish_table, write_block
+from megatron_retro.data.neighbors import NeighborReader
+from megatron_retro.data.token_file import TokenFile
+from megatron_retro.errors import ArtifactError, ConfigError, DataError
+from megatron_retro.testing.corpora import random_documents, write_reference_token_file
+
+EOD = 256
+LENGTH = 8
+
+
+def corpus(prefix: Path, seed: int = 0, count: int = 120, longest: int = 60) -> TokenFile:
+    documents = random_documents(seed, count, longest)
+    write_reference_token_file(prefix, [[[*d, EOD]] if d else [] for d in documents], "uint16")
+    return TokenFile(prefix)
+
+
+def table(path: Path, file: TokenFile, database: ChunkDatabase, rows: Any = None, seed: int = 0) -> NeighborTable:
+    total = file.num_tokens // LENGTH
+    ranges = rows or ((0, total),)
+    layout = TableLayout(6, ranges, 37)
+    generator = np.random.default_rng(seed)
+    work = path.with_name(path.name + ".work")
+    for block in layout.blocks:
+        ids = generator.integers(-1, database.num_chunks, (block.last - block.first, 6))
+        write_block(work, layout, block, np.sort(ids, axis=1)[:, ::-1] if block.first % 2 else ids)
+    inputs = {"corpus": file.fingerprint, "database": database.fingerprint}
+    finish_table(work, path, layout, inputs=inputs, config={})
+    return NeighborTable.open(path)
+
+
+def config(paths: Sequence[Any], retro: dict[str, Any] | None = None, training: Any = None, **data: Any) -> Settings:
+    retro = {"retro_chunk_length": LENGTH, **(retro or {})}
+    training = {"micro_batch_size": 2, "global_batch_size": 8, "seed": 3, **(training or {})}
+    words = tuple(map(str, paths))
+    fields = {"seq_length": 4 * LENGTH, "split": "1", "num_workers": 0, **data}
+    return Settings([DataConfig(data_path=words, **fields), RetroConfig(**retro), TrainingConfig(**training)])
+
+
+def retro_config(folder: Path, file: TokenFile, **more: Any) -> Settings:
+    if not (folder / "db").exists():
+        database = ChunkDatabase.create(folder / "db", [file.prefix], LENGTH, eod=EOD)
+        table(folder / "table", file, database)
+    retro = {"retro_add_retriever": True, **more.pop("retro", {})}
+    data = {"neighbor_path": (str(folder / "table"),), "database_path": str(folder / "db"), **more}
+    return config([file.prefix], retro, **data)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    pairs = [(getattr(a, name), getattr(b, name)) for name in Batch.__dataclass_fields__]
+    return all((x is None and y is None) or np.array_equal(x, y) for x, y in pairs)
+
+
+def test_labels_follow_tokens_and_an_epoch_has_every_sample_once(tmp_path: Path) -> None:
+    file = corpus(tmp_path / "a")
+    dataset = build_dataset(config([file.prefix]), "train", eod=EOD)
+    total = dataset.num_samples
+    assert total == (file.num_tokens - 1) // (4 * LENGTH)
+    batch = dataset.read(range(2 * total))
+    rows = [tuple(row) for row in np.concatenate([batch.tokens_BS, batch.labels_BS[:, -1:]], axis=1).tolist()]
+    wanted = [tuple(file.stream[s * 32 : s * 32 + 33].tolist()) for s in range(total)]
+    assert sorted(rows[:total]) == sorted(wanted) == sorted(rows[total:]) and rows[:total] != rows[total:]
+    assert (batch.tokens_BS[:, 1:] == batch.labels_BS[:, :-1]).all() and batch.tokens_BS.dtype == np.uint16
+    assert batch.neighbor_tokens_BCKR is None and batch.loss_mask_BS.all()
+
+
+def test_splits_share_no_token_and_no_label(tmp_path: Path) -> None:
+    file = corpus(tmp_path / "a")
+    seen: dict[int, str] = {}
+    for split in ("train", "valid", "test"):
+        dataset = build_dataset(config([file.prefix], split="6,3,1"), split, eod=EOD)
+        samples = dataset.sources[0].samples
+        chunks = samples.first_chunks(np.arange(samples.num_samples))
+        for start in chunks * LENGTH:
+            for token in range(start, start + 33):
+                assert seen.setdefault(int(token), split) == split
+    assert len(set(seen.values())) == 3
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_epochs_may_start_at_other_chunks(tmp_path: Path, shift: bool) -> None:
+    file = corpus(tmp_path / "a")
+    samples = build_dataset(config([file.prefix], epoch_chunk_offset=shift), "train", eod=EOD).sources[0].samples
+    chunks = samples.first_chunks(np.arange(12 * samples.num_samples)).reshape(12, -1)
+    offsets = {tuple(set((epoch % 4).tolist())) for epoch in chunks}
+    assert (len(offsets) > 1) == shift and all(len(offset) == 1 for offset in offsets)
+    assert (chunks.max() + 4) * LENGTH < file.num_tokens
+    assert all(len(set(epoch.tolist())) == samples.num_samples for epoch in chunks)
+
+
+def by_hand(file: TokenFile, neighbors: NeighborReader, chunk: int, count: int) -> list[list[int]]:
+    """The same-document rule, one neighbour at a time."""
+    documents = {file.document_of(token) for token in range(chunk * LENGTH, (chunk + count) * LENGTH + 1)}
+    own = neighbors.database.document_interval(file.fingerprint)
+    found = []
+    for row in neighbors.table.rows(chunk, chunk + count).tolist():
+        legal = [
+            id
+            for id in row
+            if id != NONE and not (own and int(neighbors.database.document_of(np.array(id))) - own[0] in documents)
+        ]
+        found.append(([*legal, NONE, NONE])[:2])
+    return found
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 1000), st.sampled_from([3, 12, 60]))
+def test_no_neighbour_comes_from_a_document_of_the_sample(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, longest: int
+) -> None:
+    folder = tmp_path_factory.mktemp("same")
+    file = corpus(folder / "a", seed, 60, longest)
+    if file.num_tokens < 40:
+        return
+    dataset = build_dataset(retro_config(folder, file), "train", eod=EOD)
+    source = dataset.sources[0]
+    assert source.neighbors is not None
+    chunks = source.samples.first_chunks(np.arange(source.samples.num_samples))
+    chosen = source.neighbors.select(chunks, 4)
+    assert chosen.tolist() == [by_hand(file, source.neighbors, int(chunk), 4) for chunk in chunks]
+    own = np.array([[file.document_of(int(c) * LENGTH), file.document_of((int(c) + 4) * LENGTH) + 1] for c in chunks])
+    from megatron_retro.data.neighbor_table import unpack_ids
+
+    packed = np.stack([source.neighbors.table.packed_rows(int(c), int(c) + 4) for c in chunks])
+    plain = source.neighbors.select_plainly(unpack_ids(packed), own[:, 0], own[:, 1])
+    assert (plain == chosen).all()
+
+
+def test_the_last_chunk_of_the_document_before_is_legal_and_the_labels_document_is_not(tmp_path: Path) -> None:
+    """A sample that ends where document 2 begins: its last label is document 2's first token."""
+    documents = [[1] * 8, [2] * 32, [3] * 16, [4] * 8]
+    write_reference_token_file(tmp_path / "a", [[d] for d in documents], "uint16")
+    file = TokenFile(tmp_path / "a")
+    database = ChunkDatabase.create(tmp_path / "db", [file.prefix], LENGTH, eod=None)
+    layout = TableLayout(3, ((0, 8),))
+    of_document = {0: 0, 1: 1, 2: 5, 3: 7}
+    row = [of_document[2], of_document[1], of_document[0]]
+    write_block(tmp_path / "w", layout, layout.blocks[0], np.array([row] * 8))
+    inputs = {"corpus": file.fingerprint, "database": database.fingerprint}
+    finish_table(tmp_path / "w", tmp_path / "t", layout, inputs=inputs, config={})
+    reader = NeighborReader(file, NeighborTable.open(tmp_path / "t"), database, LENGTH, 2, 2 * LENGTH)
+    assert reader.select(np.array([1]), 4).tolist() == [[[0, NONE]] * 4]
+    assert reader.select(np.array([0]), 4).tolist() == [[[5, NONE]] * 4]
+
+
+def test_a_corpus_outside_the_database_excludes_nothing(tmp_path: Path) -> None:
+    file, other = corpus(tmp_path / "a"), corpus(tmp_path / "b", 99)
+    database = ChunkDatabase.create(tmp_path / "db", [other.prefix], LENGTH, eod=EOD)
+    reader = NeighborReader(file, table(tmp_path / "t", file, database), database, LENGTH, 2, 2 * LENGTH)
+    chosen = reader.select(np.array([0, 4]), 4)
+    rows = [[id for id in row if id != NONE][:2] for row in reader.table.rows(0, 8).tolist()]
+    assert [[id for id in row if id != NONE] for row in chosen.reshape(8, 2).tolist()] == rows
+
+
+def test_kept_shares_are_nested_and_as_large_as_asked(tmp_path: Path) -> None:
+    file = corpus(tmp_path / "a", count=3000, longest=20)
+    database = ChunkDatabase.create(tmp_path / "db", [file.prefix], LENGTH, eod=EOD)
+    made = table(tmp_path / "t", file, database)
+    documents = np.arange(database.num_documents)
+    kept = [
+        NeighborReader(file, made, database, LENGTH, 2, 2 * LENGTH, share).keeps(documents)
+        for share in (0.25, 0.5, 1.0)
+    ]
+    assert (kept[0] <= kept[1]).all() and kept[2].all()
+    assert abs(kept[0].mean() - 0.25) < 0.05 and abs(kept[1].mean() - 0.5) < 0.05
+    reader = NeighborReader(file, made, database, LENGTH, 2, 2 * LENGTH, 0.25)
+    ids = reader.select(np.arange(0, 80, 4), 4)
+    assert kept[0][database.document_of(ids[ids != NONE])].all() and (ids != NONE).any()
+
+
+def test_samples_come_only_from_rows_that_the_table_has(tmp_path: Path) -> None:
+    file = corpus(tmp_path / "a", count=400)
+    database = ChunkDatabase.create(tmp_path / "db", [file.prefix], LENGTH, eod=EOD)
+    table(tmp_path / "table", file, database, rows=((3, 50), (60, 61), (100, 190)))
+    dataset = build_dataset(retro_config(tmp_path, file), "train", eod=EOD)
+    samples = dataset.sources[0].samples
+    chunks = sorted(samples.first_chunks(np.arange(samples.num_samples)).tolist())
+    assert chunks == [*range(3, 47, 4), *range(100, 187, 4)]
+    assert dataset.read(range(samples.num_samples)).neighbor_tokens_BCKR is not None
+
+
+def test_neighbour_tokens_stand_where_the_model_reads_them(tmp_path: Path) -> None:
+    file = corpus(tmp_path / "a")
+    dataset = build_dataset(retro_config(tmp_path, file), "train", eod=EOD)
+    batch = dataset.read(range(6))
+    source = dataset.sources[0]
+    assert source.neighbors is not None and batch.neighbor_tokens_BCKR is not None
+    assert batch.neighbor_mask_BCKR is not None
+    ids = source.neighbors.select(source.samples.first_chunks(np.arange(6)), 4)
+    assert batch.neighbor_tokens_BCKR.shape == (6, 4, 2, 2 * LENGTH)
+    for place in np.ndindex(6, 4, 2):
+        tokens, mask = source.neighbors.database.gather(ids[place], 2 * LENGTH)
+        assert (batch.neighbor_tokens_BCKR[place] == tokens).all() and (batch.neighbor_mask_BCKR[place] == mask).all()
+
+
+def everything(loader: Any, steps: int) -> list[Batch]:
+    return [batch for _ in range(steps) for batch in next(loader)]
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_the_global_order_is_the_same_for_any_ranks(tmp_path: Path, threads: int) -> None:
+    file = corpus(tmp_path / "a")
+    setting = retro_config(tmp_path, file, num_workers=threads)
+    whole = everything(build_loader(setting, eod=EOD), 5)
+    by_number = {int(n): batch.tokens_BS[i] for batch in whole for i, n in enumerate(batch.sample_ids_B)}
+    assert sorted(by_number) == list(range(40))
+    for size in (1, 2, 4):
+        loaders = [build_loader(setting, eod=EOD, data_rank=rank, data_size=size) for rank in range(size)]
+        for step in range(5):
+            batches = [batch for loader in loaders for batch in next(loader)]
+            numbers = [int(n) for batch in batches for n in batch.sample_ids_B]
+            assert numbers == list(range(8 * step, 8 * step + 8))
+            rows = [row for batch in batches for row in batch.tokens_BS]
+            assert all((row == by_number[number]).all() for row, number in zip(rows, numbers, strict=True))
+        for loader in loaders:
+            loader.close()
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_resume_goes_on_exactly_with_any_ranks(tmp_path: Path, threads: int) -> None:
+    file = corpus(tmp_path / "a")
+    setting = retro_config(tmp_path, file, num_workers=threads)
+    unbroken = everything(build_loader(setting, eod=EOD), 9)
+    first = build_loader(setting, eod=EOD, data_size=2, data_rank=1)
+    everything(first, 4)
+    state = first.state()
+    assert state["consumed_samples"] == 32
+    resumed = build_loader(setting, eod=EOD)
+    everything(resumed, 2)
+    resumed.load_state(state)
+    again = everything(resumed, 5)
+    assert all(same(a, b) for a, b in zip(again, unbroken[16:], strict=True))
+    other = build_loader(config([file.prefix], seq_length=2 * LENGTH), eod=EOD)
+    with pytest.raises(ArtifactError, match="another order"):
+        other.load_state(state)
+
+
+def test_batch_sizes_may_grow(tmp_path: Path) -> None:
+    file = corpus(tmp_path / "a")
+    loader = build_loader(config([file.prefix]), eod=EOD, global_batch_size=lambda done: 4 if done < 8 else 8)
+    assert [sum(batch.num_samples for batch in next(loader)) for _ in range(4)] == [4, 4, 8, 8]
+    assert loader.state()["consumed_samples"] == 24
+    bad = build_loader(config([file.prefix]), eod=EOD, data_size=3)
+    with pytest.raises(ConfigError, match="multiple"):
+        next(bad)
+
+
+def test_seeds_and_contents_change_the_order(tmp_path: Path) -> None:
+    file, other = corpus(tmp_path / "a"), corpus(tmp_path / "b", 1)
+    orders = [
+        build_dataset(config([path], training={"seed": seed}), "train", eod=EOD)
+        .sources[0]
+        .samples.first_chunks(np.arange(50))
+        for path in (file.prefix, other.prefix)
+        for seed in (1, 2)
+    ]
+    assert len({tuple(order.tolist()) for order in orders}) == 4
+
+
+def test_a_blend_draws_from_each_source_in_its_own_order(tmp_path: Path) -> None:
+    files = [corpus(tmp_path / name, seed) for seed, name in enumerate("abc")]
+    words = [word for weight, file in zip((5, 1, 2), files, strict=True) for word in (weight, file.prefix)]
+    dataset = build_dataset(config(words), "train", eod=EOD)
+    batch = dataset.read(range(64))
+    drawn = [0, 0, 0]
+    for row, number in zip(batch.tokens_BS, range(64), strict=True):
+        source, place = dataset.blend.locate(number)
+        assert place == drawn[source]
+        drawn[source] += 1
+        samples = dataset.sources[source].samples
+        start = int(samples.first_chunks(np.array([place]))[0]) * LENGTH
+        assert (row == files[source].stream[start : start + 32]).all()
+    assert drawn == [40, 8, 16]
+    assert np.allclose(
+        dataset.epochs(64), [n / s.samples.num_samples for n, s in zip(drawn, dataset.sources, strict=True)]
+    )
+
+
+def megatron_boundaries(tokens: np.ndarray, eod: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Megatron's _get_ltor_masks_and_position_ids for one sample: loss mask, positions, who may attend to whom."""
+    length = len(tokens)
+    allowed = np.tril(np.ones((length, length), bool))
+    positions = np.arange(length)
+    previous = 0
+    for end in np.flatnonzero(tokens == eod):
+        allowed[end + 1 :, : end + 1] = False
+        positions[end + 1 :] -= end + 1 - previous
+        previous = end + 1
+    return tokens != eod, positions, allowed
+
+
+def test_document_borders_are_treated_as_megatron_treats_them(tmp_path: Path) -> None:
+    file = corpus(tmp_path / "a", longest=20)
+    flags = {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}
+    batch = build_dataset(config([file.prefix], **flags), "train", eod=EOD).read(range(30))
+    assert batch.position_ids_BS is not None and batch.document_ids_BS is not None
+    for row in range(30):
+        loss, positions, allowed = megatron_boundaries(batch.tokens_BS[row], EOD)
+        documents = batch.document_ids_BS[row]
+        causal = np.tril(np.ones((32, 32), bool)) & (documents[:, None] == documents[None, :])
+        assert (batch.loss_mask_BS[row] == loss).all()
+        assert (batch.position_ids_BS[row] == positions).all()
+        assert (causal == allowed).all() and documents[0] == 0
+
+
+def test_retrieval_noise_hits_its_share_of_samples(tmp_path: Path) -> None:
+    file = corpus(tmp_path / "a", count=400)
+    plain = build_dataset(retro_config(tmp_path, file), "train", eod=EOD)
+    noise = {"retro_no_retrieval_probability": 0.3, "retro_random_retrieval_probability": 0.3}
+    noisy = build_dataset(retro_config(tmp_path, file, retro=noise), "train", eod=EOD)
+    a, b = plain.read(range(300)), noisy.read(range(300))
+    assert (a.tokens_BS == b.tokens_BS).all() and a.neighbor_mask_BCKR is not None and b.neighbor_mask_BCKR is not None
+    assert a.neighbor_tokens_BCKR is not None and b.neighbor_tokens_BCKR is not None
+    absent = ~b.neighbor_mask_BCKR.any(axis=(1, 2, 3))
+    equal = (a.neighbor_tokens_BCKR == b.neighbor_tokens_BCKR).all(axis=(1, 2, 3))
+    assert 0.2 < absent.mean() < 0.4 and 0.12 < (~equal & ~absent).mean() < 0.32
+    assert same(b, noisy.read(range(300))) and noisy.fingerprint != plain.fingerprint
+    valid = build_dataset(retro_config(tmp_path, file, retro=noise, split="1,1"), "valid", eod=EOD)
+    assert valid.noise.none == 0.0
+
+
+def test_a_validation_corpus_of_its_own_is_used_whole(tmp_path: Path) -> None:
+    train, valid = corpus(tmp_path / "a"), corpus(tmp_path / "v", 5)
+    setting = config([train.prefix], valid_data_path=(valid.prefix,), split="1")
+    dataset = build_dataset(setting, "valid", eod=EOD)
+    assert dataset.sources[0].samples.file.fingerprint == valid.fingerprint
+    assert dataset.num_samples == (valid.num_tokens - 1) // 32
+
+
+BROKEN: list[tuple[str, Callable[[Path, TokenFile], Settings], type[Exception], str]] = [
+    (
+        "length",
+        lambda p, f: retro_config(p, f, seq_length=4 * LENGTH + 1),
+        ConfigError,
+        "not a multiple of the chunk length",
+    ),
+    ("no documents", lambda p, f: config([f.prefix], split="0,1"), DataError, "has no train sample"),
+    ("long samples", lambda p, f: config([f.prefix], seq_length=10**6 * LENGTH), DataError, "has no train sample"),
+    ("split words", lambda p, f: config([f.prefix], split="a,b"), ConfigError, "--split"),
+    ("split zero", lambda p, f: config([f.prefix], split="0,0,0"), ConfigError, "--split"),
+    ("split minus", lambda p, f: config([f.prefix], split="-1,2"), ConfigError, "--split"),
+    ("no path", lambda p, f: config([]), ConfigError, "--data-path"),
+    ("absent", lambda p, f: config([p / "none"]), ArtifactError, "there is no file"),
+    (
+        "tables",
+        lambda p, f: retro_config(p, f, neighbor_path=("x", "y")),
+        ConfigError,
+        "one table per token file",
+    ),
+    ("no database", lambda p, f: retro_config(p, f, database_path=None), ConfigError, "needs --database-path"),
+    (
+        "neighbours",
+        lambda p, f: retro_config(p, f, retro={"retro_num_neighbors": 7}),
+        DataError,
+        "too few neighbours per chunk",
+    ),
+    (
+        "chunk length",
+        lambda p, f: retro_config(p, f, retro={"retro_chunk_length": 4}),
+        ArtifactError,
+        "the chunk length does not match",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "make", "kind", "message"), BROKEN, ids=[name for name, *_ in BROKEN])
+def test_settings_that_cannot_work_are_named(
+    tmp_path: Path, name: str, make: Callable[[Path, TokenFile], Settings], kind: type[Exception], message: str
+) -> None:
+    file = corpus(tmp_path / "a")
+    with pytest.raises(kind, match=message):
+        build_dataset(make(tmp_path, file), "train", eod=EOD)
+
+
+def test_a_table_of_another_corpus_or_database_is_refused(tmp_path: Path) -> None:
+    file, other = corpus(tmp_path / "a"), corpus(tmp_path / "b", 1)
+    setting = retro_config(tmp_path, file)
+    with pytest.raises(ArtifactError, match="the corpus does not match"):
+        build_dataset(setting.replace(data_path=(other.prefix,)), "train", eod=EOD)
+    ChunkDatabase.create(tmp_path / "db2", [other.prefix], LENGTH, eod=EOD)
+    with pytest.raises(ArtifactError, match="the database does not match"):
+        build_dataset(setting.replace(database_path=str(tmp_path / "db2")), "train", eod=EOD)
+
+
+def test_reading_is_the_same_without_the_compiled_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = corpus(tmp_path / "a")
+    setting = retro_config(tmp_path, file, reset_attention_mask=True, database_keep_fraction=0.7)
+
+    def read() -> Batch:
+        dataset: Dataset = build_dataset(setting, "train", eod=EOD)
+        return dataset.read(range(40))
+
+    compiled = read()
+    for module in ("token_file", "chunk_database"):
+        monkeypatch.setattr(f"megatron_retro.data.{module}.extension", lambda: None)
+    assert same(compiled, read())
