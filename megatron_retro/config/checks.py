@@ -221,23 +221,21 @@ def batch_divides(settings: Settings, world_size: int) -> Iterator[Violation]:
 
 
 def microbatches_fill_the_pipeline(settings: Settings, world_size: int) -> Iterator[Violation]:
-    """1F1B needs a microbatch per stage; interleaved and zero-bubble run in whole rounds of a microbatch per rank."""
+    """Interleaved and zero-bubble schedules run in rounds of equally many microbatches."""
     if not _has(settings, TrainingConfig) or settings[ParallelConfig].pipeline_model_parallel_size == 1:
         return
     parallel, training = settings[ParallelConfig], settings[TrainingConfig]
     unit = training.micro_batch_size * data_parallel_size(settings, world_size)
-    if not unit or training.global_batch_size % unit:
+    if parallel.pipeline_schedule in ("1f1b", "gpipe") or not unit or training.global_batch_size % unit:
         return
     count, stages = training.global_batch_size // unit, parallel.pipeline_model_parallel_size
-    rounds = max(1, count // stages)
-    simple = parallel.pipeline_schedule in ("1f1b", "gpipe")
-    if (parallel.pipeline_schedule == "1f1b" and count < stages) or (not simple and count % rounds):
-        expected = f"at least {stages}" if simple else f"a multiple of {stages}"
+    if count % max(1, count // stages):
         yield Violation(
             "global_batch_size",
             f"{training.global_batch_size} ({count} microbatches)",
-            f"{expected} microbatches for --pipeline-schedule {parallel.pipeline_schedule} over {stages} stages",
-            f"as --global-batch-size {unit * stages}",
+            f"a multiple of {stages} microbatches, or fewer than that, for --pipeline-schedule "
+            f"{parallel.pipeline_schedule} over {stages} stages",
+            f"as --global-batch-size {unit * stages * (count // stages)}",
         )
 
 

@@ -83,7 +83,8 @@ def build_schedule(
     if not training:
         return ForwardOnly(torch_stages, num_microbatches)
     options: dict[str, Any] = {"loss_fn": _loss_as_given, "scale_grads": False}
-    if kind == "gpipe":
+    few = num_microbatches < torch_stages[0].num_stages  # then 1F1B's order is GPipe's, and torch's 1F1B refuses
+    if kind == "gpipe" or (kind == "1f1b" and few):
         return ScheduleGPipe(torch_stages[0], num_microbatches, **options)
     if kind == "1f1b":
         return Schedule1F1B(torch_stages[0], num_microbatches, **options)
