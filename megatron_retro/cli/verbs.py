@@ -29,6 +29,7 @@ VERBS: tuple[Verb, ...] = (
     Verb("build-retrieval", "build_retrieval", "database, index and neighbour tables, with a report on their quality"),
     Verb("pretrain", "pretrain", "train a GPT or a Retro; the same command goes on where it stopped"),
     Verb("retrofit", "retrofit", "add a retriever to a pretrained GPT and train it"),
+    Verb("convert", "convert", "Hugging Face and Megatron-LM models in, Hugging Face models out"),
     Verb("generate", "generate", "text from a checkpoint, with the neighbours that each chunk read"),
     Verb("evaluate", "evaluate", "figures of a trained model: perplexity with intervals and leakage curve, task sets"),
     Verb("report", "report", "one HTML page about a run: curves, retrieval health, neighbours, settings"),

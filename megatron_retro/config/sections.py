@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.collect import CollectConfig
+from megatron_retro.config.convert import ConvertConfig
 from megatron_retro.config.data import DataConfig, TokenizerConfig
 from megatron_retro.config.evaluation import EvaluationConfig
 from megatron_retro.config.finetuning import InstructionConfig
@@ -42,6 +43,7 @@ ALL_SECTIONS: tuple[type, ...] = (
     InstructionConfig,
     PeftConfig,
     CheckpointConfig,
+    ConvertConfig,
     ObservabilityConfig,
     EmbedderConfig,
     RetrievalConfig,

@@ -38,6 +38,10 @@ class Neighbors:
             raise ValueError(f"{count} chunks are complete, but neighbours are given for {self.num_chunks}")
         return Neighbors(self.tokens_BCKR[:, :count], self.mask_BCKR[:, :count])
 
+    def without_masks(self) -> Neighbors:
+        """Everything exists, as the published checkpoints were trained: in place of the absent, what stands there."""
+        return Neighbors(self.tokens_BCKR.clamp(min=0), torch.ones_like(self.mask_BCKR))
+
     def safe_tokens(self) -> Tensor:
         """The tokens with 0 in place of those that do not exist, so that any table can be asked for them."""
         return self.tokens_BCKR.masked_fill(~self.mask_BCKR, 0).long()

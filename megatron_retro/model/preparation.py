@@ -78,15 +78,14 @@ class Preparation:
         if not self.reads or neighbors is None or num_chunks == 0 or not neighbors.has_room:
             return None
         neighbors = neighbors.first_chunks(num_chunks)
-        legacy = self.retro.retro_legacy_checkpoint
         chunk_mask_XM = None
-        if padding_mask_BS is not None and not legacy:
+        if padding_mask_BS is not None and not self.retro.retro_legacy_checkpoint:
             chunk_mask_XM = self.chunks(padding_mask_BS, num_chunks).flatten(0, 1)
         positions_BS = query_positions(length, first_position, self.chunk_length, device)[None]
         return self._neighbor_context(
             neighbors,
             neighbors.tokens_BCKR.shape[2:],
-            None if legacy else neighbors.mask_BCKR.flatten(2),
+            neighbors.mask_BCKR.flatten(2),
             chunk_mask_XM,
             positions_BS,
             first_position,

@@ -113,6 +113,8 @@ class Retro(nn.Module):
         cache: Cache | None = None,
     ) -> SequenceContext:
         """Positions, masks and neighbours of one forward, the same on every stage."""
+        if neighbors is not None and self.retro.retro_legacy_checkpoint:
+            neighbors = neighbors.without_masks()
         sequence = (batch_size, length, device, position_ids_BS, padding_mask_BS)
         if cache is not None:
             return self.preparation.piece_of_sequence(*sequence, neighbors, document_ids_BS, cache)
@@ -172,10 +174,9 @@ class Retro(nn.Module):
         dropout = self.retro.retro_encoder_hidden_dropout
         if dropout:
             embedded_BCKRH = functional.dropout(embedded_BCKRH, dropout, self.training)
-        mask_XKR = None if self.retro.retro_legacy_checkpoint else neighbors.mask_BCKR.flatten(0, 1)
         encoded = self.encoder(
             embedded_BCKRH.flatten(0, 1),
-            mask_XKR,
+            neighbors.mask_BCKR.flatten(0, 1),
             chunks_BCMH.flatten(0, 1),
             chunk_mask_XM,
             neighbors.tokens_BCKR.shape[-1],

@@ -1,0 +1,29 @@
+"""`megatron-retro convert`: foreign models into checkpoints, and checkpoints into Hugging Face folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_retro.config.command_line import Positional
+from megatron_retro.config.convert import ConvertConfig
+from megatron_retro.config.settings import Settings
+
+DESCRIPTION = """Read SOURCE, write DESTINATION.
+
+SOURCE is a Hugging Face folder (config.json with safetensors: Llama, Qwen 2 and 3, Mistral, Nemotron, StableLM,
+GPT-2), a checkpoint of Megatron-LM's Retro (mp_rank_XX/model_optim_rng.pt), or a checkpoint of ours. With
+--convert-to checkpoint (the default) DESTINATION becomes a run whose step 0 holds the weights: start from it with
+`pretrain --load DESTINATION --finetune` or `retrofit --load DESTINATION`. With --convert-to huggingface it becomes
+a folder that AutoModelForCausalLM loads. Tensors pass one by one; no model is ever whole in memory."""
+SECTIONS: tuple[type, ...] = (ConvertConfig,)
+POSITIONAL: Positional | None = Positional("paths", "*", "SOURCE DESTINATION")
+
+
+def run(settings: Settings, positional: Sequence[str]) -> None:
+    """Convert."""
+    from megatron_retro.convert.conversion import convert
+    from megatron_retro.errors import ConfigError
+
+    if len(positional) != 2:
+        raise ConfigError("convert takes two paths", got=" ".join(positional) or "none", expected="SOURCE DESTINATION")
+    convert(settings[ConvertConfig], positional[0], positional[1])

@@ -1,0 +1,22 @@
+"""What a conversion makes of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_retro.config.fields import option
+
+CONVERSIONS = ("checkpoint", "huggingface")
+EXPORT_TYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Conversion: into what"""
+
+    convert_to: str = option("checkpoint", "what DESTINATION becomes", choices=CONVERSIONS, ours=True)
+    convert_dtype: str = option("float32", "numbers of an exported model", choices=EXPORT_TYPES, ours=True)
+    convert_shard_megabytes: int = option(4096, "size of an exported file", minimum=1, ours=True)
+    convert_decoder_only: bool = option(
+        False, "export the decoder of a model that reads neighbours, as it computes with the gate shut", ours=True
+    )

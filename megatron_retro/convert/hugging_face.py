@@ -1,0 +1,152 @@
+"""A decoder from a Hugging Face folder into a checkpoint, and the decoder of a checkpoint into such a folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_retro.artifacts.files import new_directory, write_file
+from megatron_retro.artifacts.manifest import file_record
+from megatron_retro.checkpoint.live_state import MODEL
+from megatron_retro.checkpoint.loading import open_checkpoint
+from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.convert.checkpoint_files import parameter_shapes, read_parameter, stored_settings, write_checkpoint
+from megatron_retro.convert.families import GPT2, Family
+from megatron_retro.convert.hugging_face_config import family_of, hugging_face_from_model, model_from_hugging_face
+from megatron_retro.convert.safetensors_folder import SafetensorsFolder, read_json, write_folder
+from megatron_retro.convert.tensor_rules import Rule
+from megatron_retro.errors import ArtifactError, ConfigError
+
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+# tensors that some versions store and that follow from the configuration
+_DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
+
+
+def import_hugging_face(source: Path, run: Path) -> Path:
+    """Write step 0 of `run` from the folder; tensor by tensor, every name and shape checked first."""
+    config = read_json(source / CONFIG)
+    model, family = model_from_hugging_face(config), family_of(config)
+    folder = SafetensorsFolder(source)
+    rules = {rule.ours: rule for rule in family.tensor_rules(model)}
+    names = _stored_names(folder, family)
+    _require_all_used(folder, names, rules, model)
+    shapes = parameter_shapes(model, RetroConfig())
+    _require_shapes(folder, names, rules, model, shapes)
+
+    def load(name: str) -> Tensor:
+        parts = [folder.tensor(names[part]) for part in rules[name].theirs]
+        return rules[name].join(parts, model)
+
+    tokenizer = _imported_tokenizer(source)
+    settings = Settings([model, RetroConfig(), tokenizer])
+    return write_checkpoint(run, settings, shapes, load, {"config.json": file_record(source / CONFIG).sha256})
+
+
+def _imported_tokenizer(source: Path) -> TokenizerConfig:
+    path = source / TOKENIZER
+    if not path.is_file():
+        return TokenizerConfig()
+    return TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(path.absolute()))
+
+
+def _stored_names(folder: SafetensorsFolder, family: Family) -> dict[str, str]:
+    """Canonical name -> stored name: GPT-2's first checkpoints leave out the prefix."""
+    if family is not GPT2 or any(name.startswith("transformer.") for name in folder.files):
+        return {name: name for name in folder.files}
+    return {name if name.startswith("lm_head") else f"transformer.{name}": name for name in folder.files}
+
+
+def _require_all_used(
+    folder: SafetensorsFolder, names: Mapping[str, str], rules: Mapping[str, Rule], model: ModelConfig
+) -> None:
+    wanted = {part for rule in rules.values() for part in rule.theirs}
+    missing = sorted(wanted - set(names))
+    if missing:
+        raise ArtifactError(f"{folder.path} lacks tensors of its model", got=", ".join(missing[:5]))
+    tied = set() if model.untie_embeddings_and_output_weights else {"lm_head.weight"}
+    unknown = sorted(name for name in set(names) - wanted - tied if not _DERIVED.fullmatch(name))
+    if unknown:
+        raise ArtifactError(
+            f"{folder.path} has tensors that are not understood",
+            got=", ".join(unknown[:5]),
+            fix="the model is not what its config.json says, or of a variant that cannot be imported",
+        )
+
+
+def _require_shapes(
+    folder: SafetensorsFolder,
+    names: Mapping[str, str],
+    rules: Mapping[str, Rule],
+    model: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Join tensors without content, so that a wrong shape is found before anything is written."""
+    wrong = []
+    for ours, rule in rules.items():
+        parts = [torch.empty(folder.shape(names[part]), device="meta") for part in rule.theirs]
+        try:
+            got = tuple(rule.join(parts, model).shape)
+        except RuntimeError:
+            got = ()
+        if got != shapes[ours]:
+            wrong.append(f"{', '.join(rule.theirs)}: {[tuple(part.shape) for part in parts]}")
+    if wrong:
+        raise ArtifactError(
+            f"{folder.path} has tensors of another shape than its config.json says", got="; ".join(wrong[:5])
+        )
+
+
+def export_hugging_face(
+    source: Path,
+    destination: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: int = 4 << 30,
+    decoder_only: bool = False,
+) -> Path:
+    """Write the decoder of a checkpoint as a Hugging Face folder of the family that computes the same."""
+    checkpoint = open_checkpoint(source)
+    settings = stored_settings(checkpoint)
+    model, retro, tokenizer = settings[ModelConfig], settings[RetroConfig], settings[TokenizerConfig]
+    if retro.reads_neighbors() and not decoder_only:
+        raise ConfigError(
+            f"{checkpoint.path} reads neighbours (its gate is open), which no Hugging Face family does",
+            fix="--convert-decoder-only exports what it computes with the gate shut",
+        )
+    family, config = hugging_face_from_model(model)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    rules = family.tensor_rules(model)
+    lost = [rule.ours for rule in rules if MODEL + rule.ours not in checkpoint.index.sizes]
+    if lost:
+        raise ArtifactError(f"{checkpoint.path} does not hold the whole decoder", got=", ".join(lost[:5]))
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for rule in rules:
+            parts = rule.split(read_parameter(checkpoint, rule.ours), model)
+            yield from ((name, part.to(dtype)) for name, part in zip(rule.theirs, parts, strict=True))
+
+    with new_directory(destination) as partial:
+        write_folder(partial, tensors(), shard_bytes)
+        write_file(partial / CONFIG, json.dumps(config, indent=2) + "\n")
+        if tokenizer.tokenizer_type == "HuggingFaceTokenizer" and tokenizer.tokenizer_model is not None:
+            _export_tokenizer(Path(tokenizer.tokenizer_model), partial)
+    return destination
+
+
+def _export_tokenizer(stored: Path, partial: Path) -> None:
+    if not stored.is_file():
+        raise ArtifactError(
+            f"the tokenizer of the checkpoint is not at {stored} any more", fix="put it back, it belongs to the export"
+        )
+    shutil.copyfile(stored, partial / TOKENIZER)
+    write_file(partial / "tokenizer_config.json", json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}) + "\n")

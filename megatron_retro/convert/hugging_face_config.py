@@ -1,0 +1,267 @@
+"""`config.json` of a Hugging Face decoder <-> our settings, nothing understood by half."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.toml_files import nearest
+from megatron_retro.convert.families import FAMILIES, GPT2, Family
+from megatron_retro.errors import ConfigError
+
+# settings that name, seed, cache or time, and leave the function alone
+_NEUTRAL = {
+    "architectures", "model_type", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id",
+    "initializer_range", "use_cache", "transformers_version", "_name_or_path", "attention_dropout", "hidden_dropout",
+    "attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "task_specific_params", "output_attentions",
+    "output_hidden_states", "return_dict", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
+    "summary_type", "summary_use_proj", "unk_token_id", "name_or_path",
+}  # fmt: skip
+_ROPE_FIELDS = {
+    "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
+    "original_max_position_embeddings", "partial_rotary_factor",
+}  # fmt: skip
+_WINDOW_FIELDS = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
+_BIAS_FIELDS = {"attention_bias", "mlp_bias", "use_qkv_bias"}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family that a `config.json` names."""
+    model_type = str(config.get("model_type"))
+    if model_type not in FAMILIES:
+        raise ConfigError(
+            f"models of type {model_type!r} cannot be imported{nearest(model_type, FAMILIES)}",
+            expected=", ".join(FAMILIES),
+        )
+    return FAMILIES[model_type]
+
+
+def model_from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
+    """Our settings of the same function; what is not understood is refused, all of it in one message."""
+    family = family_of(config)
+    reader = _Reader(family, config)
+    model = reader.model()
+    if reader.problems:
+        listed = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(reader.problems, 1))
+        raise ConfigError(f"this {family.model_type} model cannot be imported:\n{listed}")
+    return model
+
+
+class _Reader:
+    """Reads fields of one file and remembers which were never asked for."""
+
+    def __init__(self, family: Family, config: Mapping[str, Any]) -> None:
+        self.family, self.config = family, config
+        self.problems: list[str] = []
+        self._asked: set[str] = set(_NEUTRAL)
+
+    def field(self, name: str, default: Any = None) -> Any:
+        """A field, or what the family has where the file leaves it out."""
+        self._asked.add(name)
+        return self.config.get(name, self.family.defaults.get(name, default))
+
+    def model(self) -> ModelConfig:
+        """Everything; problems are collected."""
+        values: dict[str, Any] = {**self.family.fixed}
+        for ours, theirs in self.family.names.items():
+            values[ours] = self.field(theirs)
+            if values[ours] is None and theirs != "n_inner":
+                self.problems.append(f"{theirs} is missing")
+        if self.problems:
+            return ModelConfig()
+        values |= self._heads(values) | self._activation() | self._rope() | self._window(values) | self._biases()
+        tied = self.field("tie_word_embeddings", False)
+        values["untie_embeddings_and_output_weights"] = not tied
+        self._check_rotated(ModelConfig(**values))
+        for name, only in self.family.must_be.items():
+            if self.field(name, only) != only:
+                self.problems.append(f"{name} = {self.config[name]!r}: only {only!r} is understood")
+        for name in sorted(set(self.config) - self._asked):
+            self.problems.append(f"{name} = {self.config[name]!r} is not understood")
+        return ModelConfig(**values)
+
+    def _heads(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        heads, width = values["num_attention_heads"], values["hidden_size"]
+        size = self.field("head_dim") if self.family is not GPT2 else None
+        groups = self.field("num_key_value_heads") if self.family is not GPT2 else None
+        groups = heads if groups is None else groups
+        return {
+            "kv_channels": None if size in (None, width // heads) and width % heads == 0 else size,
+            "group_query_attention": groups != heads,
+            "num_query_groups": groups if groups != heads else None,
+        }
+
+    def _activation(self) -> dict[str, Any]:
+        field = "activation_function" if self.family is GPT2 else "hidden_act"
+        default = next(iter(self.family.activations))
+        name = self.field(field, default)
+        if name not in self.family.activations:
+            self.problems.append(f"{field} = {name!r}: expected {' or '.join(self.family.activations)}")
+            return {}
+        return dict(self.family.activations[name])
+
+    def _rope(self) -> dict[str, Any]:
+        if self.family is GPT2:
+            return {}
+        old = dict(self.field("rope_scaling") or {})
+        new = dict(self.field("rope_parameters") or {})
+        rope = {"rope_theta": self.field("rope_theta", 10000.0), **old, **new}
+        rope.setdefault("partial_rotary_factor", self.field("partial_rotary_factor", 1.0))
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        unknown = sorted(set(rope) - _ROPE_FIELDS)
+        self.problems += [f"rope: {name} = {rope[name]!r} is not understood" for name in unknown]
+        if kind not in ("default", "linear", "llama3"):
+            self.problems.append(f"rope type {kind!r}: expected default, linear or llama3")
+        values = {
+            "rotary_base": float(rope["rope_theta"]),
+            "rotary_percent": float(rope["partial_rotary_factor"]),
+            "rope_scaling_type": "none" if kind == "default" else kind,
+            "rope_scaling_factor": float(rope.get("factor", 1.0)),
+        }
+        if kind == "llama3":
+            values |= {
+                "rope_scaling_low_freq_factor": float(rope["low_freq_factor"]),
+                "rope_scaling_high_freq_factor": float(rope["high_freq_factor"]),
+                "rope_scaling_original_max_positions": int(rope["original_max_position_embeddings"]),
+            }
+        return values
+
+    def _check_rotated(self, model: ModelConfig) -> None:
+        rotated = int(model.head_size() * model.rotary_percent)
+        if rotated % 2:
+            self.problems.append(f"partial_rotary_factor turns {rotated} dimensions of a head: expected an even number")
+
+    def _window(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        fields = {name: self.field(name) for name in _WINDOW_FIELDS} if self.family is not GPT2 else {}
+        window = fields.get("sliding_window")
+        if fields.get("use_sliding_window") is False:
+            window = None
+        layers, kinds = values["num_layers"], fields.get("layer_types")
+        if kinds is None and window is not None and fields.get("max_window_layers") is not None:
+            first = fields["max_window_layers"]
+            kinds = ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
+        if kinds is not None and window is not None:
+            if len(set(kinds)) > 1:
+                self.problems.append(
+                    "some layers have a sliding window and some do not: only all or none is understood"
+                )
+            elif set(kinds) == {"full_attention"}:
+                window = None
+        if kinds is not None and set(kinds) - {"full_attention", "sliding_attention"}:
+            self.problems.append(f"layer_types = {kinds!r}: expected full_attention or sliding_attention")
+        return {"sliding_window": window}
+
+    def _biases(self) -> dict[str, Any]:
+        if self.family is GPT2:
+            return {}
+        biases = {name: bool(self.field(name, False)) for name in _BIAS_FIELDS if name not in self.family.must_be}
+        attention, mlp = biases.get("attention_bias", False), biases.get("mlp_bias", False)
+        if attention != mlp:
+            self.problems.append(f"attention_bias = {attention} with mlp_bias = {mlp}: only both or none is understood")
+        values: dict[str, Any] = {"disable_bias_linear": not attention}
+        if biases.get("use_qkv_bias"):
+            values["add_qkv_bias"] = True
+        return values
+
+
+def hugging_face_from_model(model: ModelConfig) -> tuple[Family, dict[str, Any]]:
+    """The family that computes the same function, and its `config.json`; none is a refusal with every reason."""
+    reasons: dict[str, list[str]] = {}
+    for family in FAMILIES.values():
+        reasons[family.model_type] = found = not_supported_reasons(family, model)
+        if not found:
+            return family, _written_config(family, model)
+    listed = "\n".join(f"  {name}: {'; '.join(found)}" for name, found in reasons.items())
+    raise ConfigError(f"no Hugging Face family computes what this decoder computes:\n{listed}")
+
+
+def not_supported_reasons(family: Family, model: ModelConfig) -> list[str]:
+    """Why a decoder is no member of a family; empty when it is."""
+    wanted: dict[str, Any] = {"add_qkv_bias": False, "qk_layernorm": False, **family.fixed}
+    if family.model_type in ("stablelm", "gpt2"):
+        wanted.pop("add_qkv_bias")  # use_qkv_bias; GPT-2 has every bias anyway
+    if family.model_type != "nemotron":
+        wanted.pop("apply_layernorm_1p", None)  # folded into the weight
+    reasons = [
+        f"{name} is {getattr(model, name)!r}, not {value!r}"
+        for name, value in wanted.items()
+        if getattr(model, name) != value
+    ]
+    chosen = {"swiglu": model.swiglu, "squared_relu": model.squared_relu}
+    known = [
+        dict.fromkeys(chosen, False) | {k: v for k, v in act.items() if k in chosen}
+        for act in family.activations.values()
+    ]
+    if chosen not in known:
+        reasons.append("another activation")
+    reasons += _attention_reasons(family, model)
+    return reasons
+
+
+def _attention_reasons(family: Family, model: ModelConfig) -> list[str]:
+    reasons = []
+    if model.position_embedding_type == "rope" and model.rotary_interleaved:
+        reasons.append("rotary_interleaved has no counterpart")
+    if model.rotary_percent != 1.0 and family.model_type not in ("nemotron", "stablelm", "gpt2"):
+        reasons.append(f"rotary_percent is {model.rotary_percent}, not 1.0")
+    has_window = model.sliding_window is not None
+    if has_window and family.model_type not in ("mistral", "qwen2", "qwen3"):
+        reasons.append("it has no sliding window")
+    has_biases = not model.disable_bias_linear
+    if has_biases and family.model_type not in ("llama", "nemotron", "gpt2"):
+        reasons.append("it has no biases in all linear layers")
+    sized = model.kv_channels not in (None, model.hidden_size // model.num_attention_heads)
+    if sized and family.model_type in ("qwen2", "stablelm", "gpt2"):
+        reasons.append("its head size is hidden size / heads")
+    if family is GPT2 and model.num_key_value_heads() != model.num_attention_heads:
+        reasons.append("it has no grouped queries")
+    return reasons
+
+
+def _written_config(family: Family, model: ModelConfig) -> dict[str, Any]:
+    plain = dataclasses.replace(model, ffn_hidden_size=model.ffn_width())
+    config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
+    config |= {theirs: getattr(plain, ours) for ours, theirs in family.names.items()}
+    config |= {"tie_word_embeddings": not model.untie_embeddings_and_output_weights, "dtype": "float32"}
+    config |= {"attention_dropout": 0.0, "bos_token_id": None, "eos_token_id": None}
+    if family is GPT2:
+        names = {False: "gelu", True: "gelu_new"}
+        config |= {"activation_function": names[model.gelu_tanh], "attn_pdrop": 0.0, "embd_pdrop": 0.0}
+        return config | {"resid_pdrop": 0.0}
+    config |= {
+        "hidden_act": next(iter(family.activations)),
+        "num_key_value_heads": model.num_key_value_heads(),
+        **_written_rope(family, model),
+    }
+    if family.model_type not in ("qwen2", "stablelm"):
+        config["head_dim"] = model.head_size()
+    if family.model_type in ("llama", "nemotron"):
+        config |= {"attention_bias": not model.disable_bias_linear, "mlp_bias": not model.disable_bias_linear}
+    if family.model_type == "stablelm":
+        config["use_qkv_bias"] = model.add_qkv_bias
+    if family.model_type in ("mistral", "qwen2", "qwen3"):
+        config["sliding_window"] = model.sliding_window
+    if family.model_type in ("qwen2", "qwen3"):
+        config |= {"use_sliding_window": model.sliding_window is not None, "max_window_layers": 0}
+    return config
+
+
+def _written_rope(family: Family, model: ModelConfig) -> dict[str, Any]:
+    """Both spellings: `rope_parameters` is read by transformers 5, the others by 4."""
+    scaling: dict[str, Any] = {}
+    if model.rope_scaling_type != "none":
+        scaling = {"rope_type": model.rope_scaling_type, "factor": model.rope_scaling_factor}
+    if model.rope_scaling_type == "llama3":
+        scaling |= {
+            "low_freq_factor": model.rope_scaling_low_freq_factor,
+            "high_freq_factor": model.rope_scaling_high_freq_factor,
+            "original_max_position_embeddings": model.rope_scaling_original_max_positions,
+        }
+    partial = {"partial_rotary_factor": model.rotary_percent} if family.model_type in ("nemotron", "stablelm") else {}
+    return {
+        "rope_theta": model.rotary_base,
+        **partial,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base, **partial, **scaling},
+    } | ({"rope_scaling": scaling} if scaling else {})

@@ -1,0 +1,108 @@
+"""A folder of safetensors as Hugging Face lays it out: one file, or shards with an index; tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_retro.artifacts.files import write_file
+from megatron_retro.errors import ArtifactError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class SafetensorsFolder:
+    """Tensors by name; each is read from its file when it is asked for, so no file is ever whole in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files = self._files()
+
+    def _files(self) -> dict[str, Path]:
+        """Name -> file."""
+        index = self.path / INDEX
+        if index.is_file():
+            names: dict[str, str] = read_json(index)["weight_map"]
+            missing = sorted({file for file in names.values() if not (self.path / file).is_file()})
+            if missing:
+                raise ArtifactError(f"{self.path} lacks shards that its index names", got=", ".join(missing[:5]))
+            return {name: self.path / file for name, file in names.items()}
+        single = self.path / SINGLE
+        if not single.is_file():
+            raise ArtifactError(
+                f"{self.path} holds no safetensors",
+                expected=f"{SINGLE} or {INDEX}",
+                fix="save the model with save_pretrained(..., safe_serialization=True)",
+            )
+        with opened(single) as file:
+            return dict.fromkeys(file.keys(), single)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape, from the file's head alone."""
+        with opened(self.files[name]) as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor."""
+        with opened(self.files[name]) as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+
+def opened(path: Path) -> Any:
+    """A safetensors file to read from."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} is no intact safetensors file", got=error, fix="fetch it again") from None
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read", got=error) from None
+
+
+def write_folder(path: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
+    """Write tensors in shards of about `shard_bytes`; at most one shard is in memory."""
+    from safetensors.torch import save_file
+
+    shards: list[tuple[Path, list[str]]] = []
+    total = 0
+    for number, shard in enumerate(_shards(tensors, shard_bytes), 1):
+        file = path / f"part-{number:05}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in shard.items()}, file, metadata={"format": "pt"})
+        shards.append((file, list(shard)))
+        total += sum(tensor.nbytes for tensor in shard.values())
+    if len(shards) == 1:
+        shards[0][0].rename(path / SINGLE)
+        return
+    names: dict[str, str] = {}
+    for number, (file, held) in enumerate(shards, 1):
+        final = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        file.rename(path / final)
+        names |= dict.fromkeys(held, final)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
+    write_file(path / INDEX, json.dumps(index, indent=1) + "\n")
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    if shard:
+        yield shard

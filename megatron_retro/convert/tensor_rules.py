@@ -1,0 +1,87 @@
+"""How one of our tensors is joined from, and split into, the tensors of another program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_retro.config.model import ModelConfig
+
+Join = Callable[[Sequence[Tensor], ModelConfig], Tensor]
+Split = Callable[[Tensor, ModelConfig], list[Tensor]]
+Shapes = Callable[[ModelConfig], list[tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`ours` is made of `theirs`, in order; `{i}` stands for the layer."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    join: Join
+    split: Split
+
+    def of_layer(self, index: int) -> Rule:
+        """The rule of one layer."""
+        names = tuple(name.format(i=index) for name in self.theirs)
+        return Rule(self.ours.format(i=index), names, self.join, self.split)
+
+
+def same(ours: str, theirs: str) -> Rule:
+    """The same tensor under another name."""
+    return Rule(ours, (theirs,), lambda parts, _: parts[0], lambda whole, _: [whole])
+
+
+def transposed(ours: str, theirs: str) -> Rule:
+    """GPT-2 stores its matrices input first."""
+    return Rule(ours, (theirs,), lambda parts, _: parts[0].T, lambda whole, _: [whole.T])
+
+
+def norm_weight(ours: str, theirs: str) -> Rule:
+    """A norm whose weight the other program stores as it is applied; ours may be stored less one."""
+
+    def join(parts: Sequence[Tensor], config: ModelConfig) -> Tensor:
+        return parts[0] - 1 if config.apply_layernorm_1p else parts[0]
+
+    def split(whole: Tensor, config: ModelConfig) -> list[Tensor]:
+        return [whole + 1 if config.apply_layernorm_1p else whole]
+
+    return Rule(ours, (theirs,), join, split)
+
+
+def query_key_value(ours: str, theirs: tuple[str, str, str]) -> Rule:
+    """Three matrices (or biases) into one, grouped by key/value head: its query heads, its key, its value."""
+    return Rule(ours, theirs, join_heads, split_heads)
+
+
+def join_heads(parts: Sequence[Tensor], config: ModelConfig) -> Tensor:
+    """query [N*D, ...], key [G*D, ...], value -> [G, (N/G + 2) * D, ...]."""
+    groups = config.num_key_value_heads()
+    return torch.cat([part.reshape(groups, -1, *part.shape[1:]) for part in parts], 1)
+
+
+def split_heads(whole: Tensor, config: ModelConfig) -> list[Tensor]:
+    """The inverse."""
+    size = config.head_size()
+    rows = [config.num_attention_heads // config.num_key_value_heads() * size, size, size]
+    return [part.reshape(-1, *part.shape[2:]) for part in torch.split(whole, rows, 1)]
+
+
+def fused_query_key_value(ours: str, theirs: str) -> Rule:
+    """GPT-2's one matrix: all queries, all keys, all values, input first (a bias has no input dimension)."""
+
+    def join(parts: Sequence[Tensor], config: ModelConfig) -> Tensor:
+        return join_heads(parts[0].T.chunk(3), config)
+
+    def split(whole: Tensor, config: ModelConfig) -> list[Tensor]:
+        return [torch.cat(split_heads(whole, config)).T]
+
+    return Rule(ours, (theirs,), join, split)
+
+
+def gated(ours: str, theirs: tuple[str, str]) -> Rule:
+    """Gate and up into [2, F, ...]."""
+    return Rule(ours, theirs, lambda parts, _: torch.stack(list(parts)), lambda whole, _: list(whole))
