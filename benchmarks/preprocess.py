@@ -1,0 +1,225 @@
+"""Tokens per CPU-second of the whole preprocessing command against Megatron-LM's algorithm, outputs equal.
+
+Text: the standard library of this machine's Python, or the JSON lines in $MEGATRON_RETRO_BENCHMARK_TEXT.
+The peer is `benchmarks/peers/megatron_preprocess.py`; both run with one worker, in turn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from megatron_retro.config.preprocess import InputConfig, TrainTokenizerConfig
+from megatron_retro.data.preprocessing.tokenizer_training import train_tokenizer
+from megatron_retro.data.standard_library import standard_library_documents
+from megatron_retro.data.token_file import TokenFile
+from megatron_retro.runtime.console import say
+from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main, interleave, median_ratio
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGETS = {"sentencepiece BPE": 5.0, "byte-level BPE": 5.0, "sentencepiece unigram": 1.5}
+TEXT = os.environ.get("MEGATRON_RETRO_BENCHMARK_TEXT")
+
+
+def write_text(path: Path, characters: int) -> Path:
+    """JSON lines of about so much text."""
+    if TEXT is not None:
+        lines = Path(TEXT).read_text(encoding="utf-8").splitlines(keepends=True)
+    else:
+        lines = [json.dumps({"text": document.text}) + "\n" for document in standard_library_documents()]
+    with path.open("w", encoding="utf-8") as stream:
+        left = characters
+        for line in lines:
+            if left <= 0:
+                break
+            stream.write(line)
+            left -= len(line)
+    return path
+
+
+def train_models(folder: Path, source: Path, quick: bool) -> dict[str, list[str]]:
+    """Flags of our command for each kind of tokenizer."""
+    flags = {}
+    for name, algorithm in (("sentencepiece BPE", "bpe"), ("sentencepiece unigram", "unigram")):
+        prefix = folder / algorithm
+        train_tokenizer(
+            InputConfig(input=(str(source),)),
+            TrainTokenizerConfig(
+                tokenizer_output=str(prefix),
+                tokenizer_vocab_size=8000 if quick else 16000,
+                tokenizer_algorithm=algorithm,
+                tokenizer_sample_bytes=4 << 20,
+            ),
+        )
+        flags[name] = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", f"{prefix}.model"]
+    path = _byte_level(folder, source)
+    flags["byte-level BPE"] = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(path)]
+    return flags
+
+
+def _byte_level(folder: Path, source: Path) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    texts = [json.loads(line)["text"] for line in source.read_text(encoding="utf-8").splitlines()[:400]]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=32000, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    path = folder / "tokenizer.json"
+    backend.save(str(path))
+    return path
+
+
+def command(source: Path, prefix: Path, flags: list[str], workers: int) -> list[str]:
+    """Our command line."""
+    words = ["--input", str(source), "--output-prefix", str(prefix), "--append-eod", "--workers", str(workers)]
+    return [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *words, *flags]
+
+
+def peer_command(source: Path, prefix: Path, flags: list[str], workers: int) -> list[str]:
+    """The peer's."""
+    kind = "sentencepiece" if "SentencePieceTokenizer" in flags else "tokenizers"
+    return [
+        sys.executable,
+        str(ROOT / "benchmarks" / "peers" / "megatron_preprocess.py"),
+        *(kind, flags[-1], str(source), str(prefix), str(workers)),
+    ]
+
+
+def call(words: list[str]) -> None:
+    """Run a command quietly."""
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(words)}\n{done.stderr}")
+
+
+def ours(source: Path, prefix: Path, flags: list[str], workers: int = 1) -> None:
+    """Our command, from nothing."""
+    for path in prefix.parent.glob(f"{prefix.name}_text_document*"):
+        path.unlink()
+    call(command(source, prefix, flags, workers))
+
+
+def against_the_peer(folder: Path, source: Path, flags: dict[str, list[str]], rounds: int) -> list[Figure]:
+    """Tokens per CPU-second of both, per tokenizer."""
+    figures = []
+    for name, words in flags.items():
+        mine, theirs = folder / "ours", folder / "peer"
+        times = interleave(
+            {
+                "ours": lambda mine=mine, words=words: ours(source, mine, words),
+                "peer": lambda theirs=theirs, words=words: call(peer_command(source, theirs, words, 1)),
+            },
+            rounds,
+        )
+        for ending in (".bin", ".idx"):
+            same = Path(f"{mine}_text_document{ending}").read_bytes() == Path(f"{theirs}{ending}").read_bytes()
+            assert same, f"{name}: the outputs differ"
+        tokens = TokenFile(theirs).num_tokens
+        ratio = median_ratio(times["peer"].cpu, times["ours"].cpu)
+        figures += [
+            Figure(f"{name}: against Megatron's algorithm", ratio, "x CPU-seconds", TARGETS[name]),
+            Figure(f"{name}: ours", tokens / times["ours"].median_cpu / 1e6, "M tokens/CPU-s"),
+            Figure(f"{name}: peer", tokens / times["peer"].median_cpu / 1e6, "M tokens/CPU-s"),
+        ]
+        say(f"{name}: {ratio:.2f}x")
+    return figures
+
+
+def scaling(folder: Path, source: Path, flags: list[str], rounds: int) -> list[Figure]:
+    """Two workers against one, by the clock."""
+    prefix = folder / "scaling"
+    times = interleave(
+        {str(workers): lambda workers=workers: ours(source, prefix, flags, workers) for workers in (1, 2)}, rounds
+    )
+    return [Figure("2 workers against 1", median_ratio(times["1"].wall, times["2"].wall), "x wall time", 1.9)]
+
+
+def start_up(folder: Path, flags: list[str]) -> list[Figure]:
+    """The command on a single document."""
+    source = folder / "one.jsonl"
+    source.write_text('{"text": "one document"}\n')
+    times = interleave({"": lambda: ours(source, folder / "one", flags)}, 5)[""]
+    return [Figure("start-up", times.median_wall, "s", 1.0, LOWER)]
+
+
+def tree_memory_mb(process: int) -> float:
+    """Memory of a process and its descendants, shared pages counted once."""
+    total = 0.0
+    pending = [process]
+    while pending:
+        number = pending.pop()
+        try:
+            lines = Path(f"/proc/{number}/smaps_rollup").read_text().splitlines()
+            total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+            pending += [int(word) for word in Path(f"/proc/{number}/task/{number}/children").read_text().split()]
+        except (OSError, StopIteration):
+            continue
+    return total
+
+
+def peak_memory_mb(words: list[str]) -> float:
+    """The most memory that a command and its workers had."""
+    peak = 0.0
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        done = threading.Event()
+
+        def watch() -> None:
+            nonlocal peak
+            while not done.wait(0.05):
+                peak = max(peak, tree_memory_mb(run.pid))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        run.wait()
+        done.set()
+        watcher.join()
+    assert run.returncode == 0
+    return peak
+
+
+def memory(folder: Path, source: Path, flags: list[str], sizes_mb: list[int]) -> list[Figure]:
+    """Peak memory of two workers over growing corpora."""
+    figures = []
+    large, content = folder / "large.jsonl", source.read_bytes()
+    for size in sizes_mb:
+        with large.open("wb") as stream:
+            for _ in range(max(1, round(size * 1e6 / len(content)))):
+                stream.write(content)
+        for path in folder.glob("memory_text_document*"):
+            path.unlink()
+        began = time.perf_counter()
+        peak = peak_memory_mb(command(large, folder / "memory", flags, 2))
+        say(f"{size} MB: {peak:.0f} MB in {time.perf_counter() - began:.0f} s")
+        figures.append(Figure(f"peak memory, {size} MB of text, 2 workers", peak, "MB", 300.0 + 2 * 64, LOWER))
+    return figures
+
+
+def run(quick: bool) -> list[Figure]:
+    """All figures."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = write_text(folder / "text.jsonl", 4_000_000 if quick else 40_000_000)
+        flags = train_models(folder, source, quick)
+        bpe = flags["sentencepiece BPE"]
+        figures = against_the_peer(folder, source, flags, 1 if quick else 3)
+        if not quick:
+            with (folder / "long.jsonl").open("wb") as stream:
+                stream.write(source.read_bytes() * 6)
+            figures += scaling(folder, folder / "long.jsonl", bpe, 3)
+        figures += start_up(folder, bpe)
+        return figures + memory(folder, source, bpe, [20] if quick else [100, 1000, 4000])
+
+
+if __name__ == "__main__":
+    benchmark_main(__doc__, run)
