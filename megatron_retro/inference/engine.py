@@ -85,6 +85,7 @@ class Engine:
         generations = [self.submit(request) for request in requests]
         while self.step():
             pass
+        raise_failures(generations)
         return generations
 
     @torch.inference_mode()
@@ -206,6 +207,13 @@ class Engine:
         if step is not None and since_prompt % step == 0 and slot + 1 >= cache.chunk_length:
             cache.end_chunk_at(row, slot)
         return (slot + 1 + cache.offsets[row]) % cache.chunk_length == 0
+
+
+def raise_failures(generations: Sequence[Generation]) -> None:
+    """The first failure, if any text failed."""
+    for generation in generations:
+        if generation.failure is not None:
+            raise generation.failure
 
 
 def check_request(request: GenerationRequest, limits: EngineLimits, forward: Forward) -> None:

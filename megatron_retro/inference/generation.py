@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from megatron_retro.errors import MegatronRetroError
 from megatron_retro.inference.neighbor_sources import Found, NeighborSource
 from megatron_retro.inference.sampling import Sampler, Sampling
 from megatron_retro.inference.text_stream import TextStream
@@ -47,6 +48,7 @@ class Generation:
         self.log_probabilities: list[float] = []
         self.readings: list[Reading] = []
         self.finish_reason: str | None = None
+        self.failure: MegatronRetroError | None = None
         self.started = False
         self._sampler = Sampler(request.sampling)
         self._stream = TextStream(decode, request.prompt, request.stop_strings)
@@ -69,7 +71,12 @@ class Generation:
 
     def choose(self, logits_V: Tensor, eod: int) -> None:
         """Take the next token from the logits of the last position."""
-        token, log_probability = self._sampler.choose(logits_V, self.tokens)
+        try:
+            token, log_probability = self._sampler.choose(logits_V, self.tokens)
+        except MegatronRetroError as error:
+            self.failure = error
+            self.finish("error")
+            return
         if token == eod:
             self.finish("stop")
             return
@@ -82,7 +89,7 @@ class Generation:
             self.finish("length")
 
     def finish(self, reason: str) -> None:
-        """End with a reason: stop, length or cancelled."""
+        """End with a reason: stop, length, cancelled or error."""
         if not self.finished:
             self._tell(self._stream.finish())
             self.finish_reason = "stop" if self._stream.stopped and reason == "length" else reason

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_retro.config.inference import SamplingConfig
+from megatron_retro.errors import DataError
 from megatron_retro.runtime.seeds import generator
 
 
@@ -41,7 +42,13 @@ class Sampler:
 
     def choose(self, logits_V: Tensor, seen: Collection[int]) -> tuple[int, float]:
         """The next token and its log-probability under the model (before penalty, temperature and cuts)."""
-        logits = logits_V.float()
+        logits = logits_V.double()
+        if not logits.max().isfinite():
+            raise DataError(
+                "the model's logits are not finite",
+                got=float(logits.max()),
+                fix="use --dtype fp32, or another checkpoint: its weights have diverged",
+            )
         log_normalizer = torch.logsumexp(logits, -1)
         token = self._draw(logits, seen)
         return token, float(logits[token] - log_normalizer)
@@ -51,7 +58,8 @@ class Sampler:
         logits_V = penalize(logits_V, seen, settings.repetition_penalty)
         if settings.temperature == 0.0:
             return int(logits_V.argmax())
-        logits_V = keep_top_k(logits_V / settings.temperature, settings.top_k)
+        logits_V = (logits_V - logits_V.max()) / settings.temperature  # the shift keeps tiny temperatures finite
+        logits_V = keep_top_k(logits_V, settings.top_k)
         chances_V = keep_top_p(logits_V, settings.top_p).softmax(-1)
         return int(torch.multinomial(chances_V.cpu(), 1, generator=self._generator))
 

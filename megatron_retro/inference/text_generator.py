@@ -11,7 +11,7 @@ from megatron_retro.assembly.loaded_model import LoadedModel
 from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig
 from megatron_retro.data.tokenizers import Tokenizer
 from megatron_retro.errors import ConfigError
-from megatron_retro.inference.engine import Engine, EngineLimits
+from megatron_retro.inference.engine import Engine, EngineLimits, raise_failures
 from megatron_retro.inference.forward import Forward, LocalForward
 from megatron_retro.inference.generation import Generation, GenerationRequest
 from megatron_retro.inference.neighbor_sources import (
@@ -118,6 +118,7 @@ class TextGenerator:
         ]
         while self.engine.step():
             pass
+        raise_failures(generations)
         return generations
 
 

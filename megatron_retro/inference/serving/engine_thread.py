@@ -167,7 +167,8 @@ class EngineThread:
                 self._metrics.count("megatron_retro_generated_tokens_total", len(generation.new_tokens))
                 self._metrics.count("megatron_retro_prompt_tokens_total", len(generation.request.prompt))
                 self._metrics.observe("megatron_retro_request_seconds", now - ticket.asked_at)
-                self._end(ticket, None)
+                failed = generation.failure
+                self._end(ticket, None if failed is None else Refused(str(failed), 500))
 
     def _end(self, ticket: Ticket, failure: MegatronRetroError | None) -> None:
         ticket.failure = failure

@@ -42,7 +42,7 @@ class SharedRequest(StrictModel):
     frequency_penalty: float = Field(0.0, ge=0.0, le=0.0, description="only 0: not supported")
     presence_penalty: float = Field(0.0, ge=0.0, le=0.0, description="only 0: not supported")
     top_k: int = Field(0, ge=0, le=1 << 20)
-    repetition_penalty: float = Field(1.0, gt=0.0, le=100.0)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100.0)
     retrieval: bool = Field(False, description="send the neighbours that each chunk read with the answer")
     retrieval_mode: RetrievalMode | None = Field(None, description="where neighbours come from")
     retrieval_step: int | None = Field(None, ge=1, le=1 << 16, description="tokens between retrievals")
