@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from megatron_retro.artifacts.files import new_file
 from megatron_retro.errors import ArtifactError
 
+_ABOUT = "block"
 _READABLE = 0o644
 _REMEDY = "remove this file and run the same command again: only this block is made again"
 
@@ -26,7 +27,8 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], facts: Mapping[
     from safetensors.numpy import save_file
 
     ordered = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    header = {"facts": json.dumps(facts, sort_keys=True), "crc32": json.dumps(_checksums(ordered), sort_keys=True)}
+    # One entry: safetensors writes several in an order that changes from run to run.
+    header = {_ABOUT: json.dumps({"facts": facts, "crc32": _checksums(ordered)}, sort_keys=True)}
     with new_file(path) as partial:
         save_file(ordered, partial, metadata=header)
         partial.chmod(_READABLE)
@@ -35,7 +37,7 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], facts: Mapping[
 def map_arrays(path: Path, facts: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
     """The arrays of a block as views of the file, made from the same facts; checksums are `verify_arrays`'."""
     header, content = _opened(path)
-    found = json.loads(header["__metadata__"]["facts"])
+    found = _about(header)["facts"]
     wrong = sorted(name for name in facts if found.get(name) != facts[name])
     if wrong:
         raise ArtifactError(
@@ -51,7 +53,7 @@ def map_arrays(path: Path, facts: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
 def verify_arrays(path: Path, facts: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
     """The same, with every byte checked."""
     arrays = map_arrays(path, facts)
-    expected = json.loads(_opened(path)[0]["__metadata__"]["crc32"])
+    expected = _about(_opened(path)[0])["crc32"]
     damaged = sorted(name for name, value in _checksums(arrays).items() if value != expected[name])
     if damaged:
         raise ArtifactError(f"{path} is damaged: the checksum of {', '.join(damaged)} is wrong", fix=_REMEDY)
@@ -75,6 +77,11 @@ def _opened(path: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
         raise ArtifactError(f"{path} is missing", fix="run the same command again") from None
     except (ValueError, KeyError, IndexError) as error:
         raise ArtifactError(f"{path} is damaged", got=error, fix=_REMEDY) from None
+
+
+def _about(header: dict[str, Any]) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(header["__metadata__"][_ABOUT])
+    return content
 
 
 def _checksums(arrays: Mapping[str, NDArray[Any]]) -> dict[str, int]:

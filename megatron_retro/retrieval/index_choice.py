@@ -77,8 +77,9 @@ def _finder(lists: float) -> str:
 
 
 def _refuse_too_few(index_str: str, lists: int, sample: int, num_chunks: int) -> None:
-    quantized = bool(re.search(r"PQ\d", index_str))
-    needed = max(POINTS_PER_LIST * lists if lists > 1 else 1, 256 * POINTS_PER_LIST if quantized else 1)
+    quantizer = re.search(r"(?<!O)PQ\d+(?:x(\d+))?", index_str)
+    centroids = max(lists if lists > 1 else 0, 1 << int(quantizer[1] or 8) if quantizer else 0)
+    needed = max(1, POINTS_PER_LIST * centroids)
     if sample >= needed:
         return
     fitting = 2 ** int(math.log2(max(1, num_chunks // POINTS_PER_LIST)))
@@ -86,7 +87,7 @@ def _refuse_too_few(index_str: str, lists: int, sample: int, num_chunks: int) ->
         f"too few chunks to train {index_str}",
         got=f"{sample} training chunks of {num_chunks}",
         expected=f"at least {needed}",
-        fix=f"give --retro-index-str auto, at most IVF{fitting}, or a larger --retro-index-ntrain",
+        fix=f"give --retro-index-str auto, or at most IVF{fitting} without PQ, or a larger --retro-index-ntrain",
     )
 
 

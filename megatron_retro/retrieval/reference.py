@@ -41,7 +41,7 @@ def _embed_row(
         with np.errstate(over="ignore"):
             signs = mix(hashes[:, None] + words * np.uint64(0xD1342543DE82EF95))
         bits = (signs[:, :, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
-        sums += weight * bits.reshape(len(hashes), -1).sum(axis=0).astype(np.int64)
+        sums += weight * bits.sum(axis=0).reshape(-1).astype(np.int64)
     sums = 2 * sums - total
     length = math.sqrt(int((sums * sums).sum()))
     return (sums * (1.0 / length if length else 0.0)).astype(np.float32)
