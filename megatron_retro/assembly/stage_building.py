@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from megatron_retro.model.retro import Retro
 from megatron_retro.optim.groups import part_of
 from megatron_retro.parallel.collectives import TensorAxis
 from megatron_retro.parallel.cuts import CUTS, Cut
-from megatron_retro.parallel.data_parallel import precision, units, wrap_unit
+from megatron_retro.parallel.data_parallel import precision, sum_in_reduce_type, units, wrap_unit
 from megatron_retro.parallel.mesh import DATA, TENSOR, ParallelMesh
 from megatron_retro.parallel.partition import StagePart
 from megatron_retro.parallel.put_off import PutOffGradients
@@ -54,7 +55,7 @@ def build_stage(settings: Settings, part: StagePart, mesh: ParallelMesh, cuts: S
     """One stage with its first values, ready to run."""
     stage = stage_without_memory(settings, part, mesh, cuts)
     if settings[ParallelConfig].pipeline_schedule == "zero-bubble" and part.num_stages > 1:
-        stage.put_off = PutOffGradients()
+        stage.put_off = PutOffGradients(after=partial(sum_in_reduce_type, stage))
         stage.put_off.attach(stage.model)
     if has_dropout(settings[ModelConfig], settings[RetroConfig]):
         stage.streams = Streams(settings[TrainingConfig].seed, stage.axis)

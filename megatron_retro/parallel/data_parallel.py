@@ -30,10 +30,13 @@ def units(model: Retro) -> Iterator[nn.Module]:
 
 
 def precision(compute: torch.dtype, reduce: torch.dtype) -> MixedPrecisionPolicy:
-    """Float32 parameters used in `compute`, gradients summed in `reduce`."""
+    """Float32 parameters used in `compute`, gradients summed in `reduce`.
+
+    Inputs are left as they are: the stream has the type of the embedding's rows, and rotations stay float32.
+    """
     if compute == torch.float32:
         return MixedPrecisionPolicy()
-    return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
+    return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
 
 
 def wrap_unit(module: nn.Module, mesh: DeviceMesh, sharding: str, policy: MixedPrecisionPolicy) -> None:
@@ -55,3 +58,16 @@ def before_backward(root: nn.Module, sharding: str, *, last: bool) -> None:
     root.set_requires_gradient_sync(every or last)
     root.set_is_last_backward(last)
     root.set_reshard_after_backward(sharding == "full" or last)
+
+
+def sum_in_reduce_type(root: nn.Module) -> None:
+    """Move gradients that arose outside of a unit's own backward to its sums, which are in the type of reductions.
+
+    FSDP2 does so at the end of each unit's backward; a gradient that was put off comes after that.
+    """
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                for parameter in group.fsdp_params:
+                    parameter.accumulate_unsharded_grad_if_needed()
+                    parameter.to_accumulated_grad_if_needed()

@@ -20,10 +20,14 @@ from megatron_retro.model.leaves import Linear
 
 
 class PutOffGradients:
-    """The products that one stage still owes, in the order in which they came up."""
+    """The products that one stage still owes, in the order in which they came up.
 
-    def __init__(self) -> None:
+    `after` is told when some were paid.
+    """
+
+    def __init__(self, after: Callable[[], None]) -> None:
         self._owed: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._after = after
 
     def attach(self, module: nn.Module) -> None:
         """Let every linear layer of a module put its weight's gradient off."""
@@ -51,6 +55,7 @@ class PutOffGradients:
                 product = gradient.flatten(0, -2).T @ hidden.flatten(0, -2)
                 torch.autograd.backward(weight, product.to(weight.dtype))
             owed.clear()
+            self._after()
 
         return compute
 
