@@ -5,7 +5,9 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <tuple>
 
+#include "byte_level.h"
 #include "charsmap.h"
 #include "parallel.h"
 #include "token_source.h"
@@ -130,8 +132,51 @@ py::list scan_texts(WordCache& cache, const py::sequence& texts) {
     return keys;
 }
 
-void fill_missing(WordCache& cache, const py::sequence& found) {
-    for (const py::handle& ids : found) cache.fill(py::cast<std::vector<int32_t>>(ids));
+int32_t id_of(PyObject* number) {
+    const long value = PyLong_AsLong(number);
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return int32_t(value);
+}
+
+void fill_missing(WordCache& cache, const py::list& found) {
+    std::vector<int32_t> ids;
+    for (const py::handle& item : found) {
+        const auto list = py::cast<py::list>(item);
+        ids.clear();
+        for (const py::handle& id : list) ids.push_back(id_of(id.ptr()));
+        cache.fill(ids);
+    }
+}
+
+// Lists of ids as one array, and their lengths.
+template <typename Token>
+py::tuple join_lists(const py::list& lists) {
+    py::array_t<int64_t> counts(lists.size());
+    int64_t total = 0;
+    for (size_t place = 0; place < lists.size(); ++place) {
+        const int64_t count = int64_t(PyList_Size(lists[place].ptr()));
+        if (count < 0) throw py::error_already_set();
+        counts.mutable_data()[place] = count;
+        total += count;
+    }
+    py::array_t<Token> tokens(total);
+    Token* target = tokens.mutable_data();
+    for (const py::handle& list : lists) {
+        const Py_ssize_t count = PyList_GET_SIZE(list.ptr());
+        for (Py_ssize_t place = 0; place < count; ++place) *target++ = Token(id_of(PyList_GET_ITEM(list.ptr(), place)));
+    }
+    return py::make_tuple(tokens, counts);
+}
+
+ByteLevelMerges make_merges(const std::vector<int32_t>& bytes, const py::list& merges) {
+    std::array<int32_t, 256> by_byte;
+    std::copy_n(bytes.begin(), 256, by_byte.begin());
+    std::vector<Merge> ranked;
+    for (const py::handle& item : merges) {
+        const auto [left, right, merged] = py::cast<std::tuple<int32_t, int32_t, int32_t>>(item);
+        ranked.push_back({left, right, merged});
+    }
+    return ByteLevelMerges(by_byte, ranked);
 }
 
 template <typename Token>
@@ -145,8 +190,11 @@ py::tuple emit_as(WordCache& cache) {
 }
 
 WordCache make_cache(const std::string& spaces, const std::vector<uint32_t>& closed, bool wide_closed,
-                     bool newline_starts, const std::string& strip, size_t memory_limit) {
+                     bool newline_starts, const std::string& strip, bool gpt2_cuts,
+                     const std::vector<std::string>& atoms, size_t memory_limit) {
     Boundaries boundaries;
+    boundaries.gpt2_cuts = gpt2_cuts;
+    boundaries.atoms = atoms;
     for (const char space : spaces) boundaries.spaces[uint8_t(space)] = true;
     for (const uint32_t point : closed) {
         if (point < 128) boundaries.closed[point] = true;
@@ -173,11 +221,20 @@ PYBIND11_MODULE(_native, module) {
                py::arg("offsets"));
     py::class_<WordCache>(module, "WordCache")
         .def(py::init(&make_cache), py::arg("spaces"), py::arg("closed"), py::arg("wide_closed"),
-             py::arg("newline_starts"), py::arg("strip"), py::arg("memory_limit"))
+             py::arg("newline_starts"), py::arg("strip"), py::arg("gpt2_cuts"), py::arg("atoms"),
+             py::arg("memory_limit"))
+        .def(
+            "use_merges",
+            [](WordCache& cache, const std::vector<int32_t>& bytes, const py::list& merges) {
+                cache.use_merges(make_merges(bytes, merges));
+            },
+            py::arg("bytes"), py::arg("merges"))
         .def("scan", &scan_texts, py::arg("texts"))
         .def("fill", &fill_missing, py::arg("found"))
         .def("emit16", &emit_as<uint16_t>)
         .def("emit32", &emit_as<int32_t>);
+    module.def("join16", &join_lists<uint16_t>, py::arg("lists"));
+    module.def("join32", &join_lists<int32_t>, py::arg("lists"));
     module.def(
         "rules_touch_spaces",
         [](const py::bytes& charsmap, const py::bytes& spaces) {

@@ -53,6 +53,31 @@ WordCache::WordCache(Boundaries boundaries, size_t memory_limit)
     : boundaries_(std::move(boundaries)), memory_limit_(memory_limit), table_(first_slots) {}
 
 void WordCache::scan(std::string_view text) {
+    if (boundaries_.gpt2_cuts && !holds_atom(text)) scan_words(text);
+    else scan_units(text);
+    text_ends_.push_back(units_.size());
+}
+
+bool WordCache::holds_atom(std::string_view text) const {
+    const auto& atoms = boundaries_.atoms;
+    return std::any_of(atoms.begin(), atoms.end(),
+                       [&](const std::string& atom) { return text.find(atom) != std::string_view::npos; });
+}
+
+void WordCache::scan_words(std::string_view text) {
+    const char* const begin = text.data();
+    size_t unit = 0;
+    for (size_t place = 1; place < text.size(); ++place) {
+        const bool spaced = boundaries_.spaces[uint8_t(text[place])] && !boundaries_.spaces[uint8_t(text[place - 1])] &&
+                            may_end(boundaries_, begin, begin + place);
+        if (!spaced && !surely_cut(text, place)) continue;
+        add_unit(text.substr(unit, place - unit), unit == 0);
+        unit = place;
+    }
+    if (unit < text.size()) add_unit(text.substr(unit), unit == 0);
+}
+
+void WordCache::scan_units(std::string_view text) {
     const char* const begin = text.data();
     const char* const end = begin + text.size();
     const char* unit = begin;
@@ -76,7 +101,6 @@ void WordCache::scan(std::string_view text) {
         at = after - 1;
     }
     if (unit < end) add_unit({unit, size_t(end - unit)}, unit == begin);
-    text_ends_.push_back(units_.size());
 }
 
 void WordCache::add_unit(std::string_view unit, bool is_first) {
@@ -99,7 +123,8 @@ uint32_t WordCache::entry_of(std::string_view key) {
             table_[slot] = tag | (number + 1);
             entries_.push_back({keys_.size(), 0, uint32_t(key.size()), -1});
             keys_.insert(keys_.end(), key.begin(), key.end());
-            missing_.push_back(number);
+            if (merges_ && merges_->encode(key, merged_)) settle(number, merged_);
+            else missing_.push_back(number);
             if (entries_.size() * 2 > table_.size()) grow();
             return number;
         }
@@ -132,8 +157,10 @@ std::vector<std::string_view> WordCache::missing() const {
     return keys;
 }
 
-void WordCache::fill(const std::vector<int32_t>& ids) {
-    Entry& entry = entries_[missing_.at(filled_++)];
+void WordCache::fill(const std::vector<int32_t>& ids) { settle(missing_.at(filled_++), ids); }
+
+void WordCache::settle(uint32_t number, const std::vector<int32_t>& ids) {
+    Entry& entry = entries_[number];
     entry.ids_start = ids_.size();
     entry.num_ids = int32_t(ids.size());
     ids_.insert(ids_.end(), ids.begin(), ids.end());

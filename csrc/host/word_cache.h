@@ -7,8 +7,13 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
+#include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
+
+#include "byte_level.h"
 
 namespace host {
 
@@ -22,11 +27,16 @@ struct Boundaries {
     // Every "\n" begins a unit; the empty key stands for what the tokenizer puts before a text that begins so.
     bool newline_starts = false;
     Strip strip = Strip::nothing;           // what a unit's key leaves out at its front
+    bool gpt2_cuts = false;                 // units also end where GPT-2's pattern surely cuts
+    std::vector<std::string> atoms;         // a text that holds one of these is not cut so
 };
 
 class WordCache {
 public:
     WordCache(Boundaries boundaries, size_t memory_limit);
+
+    // Plain words are merged here instead of being asked for.
+    void use_merges(ByteLevelMerges merges) { merges_.emplace(std::move(merges)); }
 
     // Cuts a text; units that are not known yet are collected.
     void scan(std::string_view text);
@@ -49,13 +59,19 @@ private:
         int32_t num_ids;  // -1: not known yet
     };
 
+    void scan_words(std::string_view text);
+    void scan_units(std::string_view text);
+    bool holds_atom(std::string_view text) const;
     void add_unit(std::string_view unit, bool is_first);
+    void settle(uint32_t entry, const std::vector<int32_t>& ids);
     uint32_t entry_of(std::string_view key);
     void grow();
     void forget();
     size_t memory() const;
 
     Boundaries boundaries_;
+    std::optional<ByteLevelMerges> merges_;
+    std::vector<int32_t> merged_;
     size_t memory_limit_;
     std::vector<uint64_t> table_;  // hash tag in the high half, entry + 1 in the low one
     std::vector<Entry> entries_;

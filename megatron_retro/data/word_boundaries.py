@@ -46,7 +46,20 @@ _KNOWN_RULES = ("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLIT_PATTERNS = (rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}", rf"{_WORDS}|\p{{N}}|{_REST}")
+GPT2_SPACES = " \n\t\r"
 Resolve = Callable[[Sequence[str]], list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Gpt2Words:
+    """GPT-2's pattern and merges, so that plain ASCII words need no library: ids of bytes, merges by rank.
+
+    A text that holds an atom (an added token) is left to the library in larger units.
+    """
+
+    atoms: tuple[str, ...]
+    byte_ids: tuple[int, ...]
+    merges: tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -59,25 +72,46 @@ class UnitRule:
     newline_starts: bool
     strip: str
     resolve: Resolve
+    gpt2: Gpt2Words | None = None
 
 
 def unit_rule(tokenizer: Tokenizer) -> UnitRule | None:
     """The rule of a tokenizer, or None if none is known to be exact."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         return _sentencepiece_rule(tokenizer)
-    if isinstance(tokenizer, GPT2BPETokenizer):
-        return _byte_level_rule(tokenizer.backend, " \n\t\r")
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        spaces = _hugging_face_spaces(json.loads(tokenizer.backend.to_str()))
-        return _byte_level_rule(tokenizer.backend, spaces) if spaces else None
+    if isinstance(tokenizer, (GPT2BPETokenizer, HuggingFaceTokenizer)):
+        description = json.loads(tokenizer.backend.to_str())
+        spaces = _hugging_face_spaces(description)
+        gpt2 = _gpt2_words(description) if spaces == GPT2_SPACES else None
+        return _byte_level_rule(tokenizer.backend, spaces, gpt2) if spaces else None
     return None
 
 
-def _byte_level_rule(backend: Any, spaces: str) -> UnitRule:
+def _gpt2_words(description: dict[str, Any]) -> Gpt2Words | None:
+    """The merges as ids; None where the vocabulary lacks a byte or takes whole words without merging."""
+    model = description["model"]
+    vocabulary: dict[str, int] = model["vocab"]
+    letters = byte_letters()
+    if model.get("ignore_merges") or any(letter not in vocabulary for letter in letters):
+        return None
+    pairs = (pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"])
+    merges = tuple((vocabulary[a], vocabulary[b], vocabulary[a + b]) for a, b in pairs)
+    atoms = tuple(token["content"] for token in description.get("added_tokens", []))
+    return Gpt2Words(atoms, tuple(vocabulary[letter] for letter in letters), merges)
+
+
+def byte_letters() -> list[str]:
+    """The visible character that stands for each byte in byte-level vocabularies."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in visible else chr(next(others)) for byte in range(256)]
+
+
+def _byte_level_rule(backend: Any, spaces: str, gpt2: Gpt2Words | None) -> UnitRule:
     def resolve(keys: Sequence[str]) -> list[list[int]]:
         return [found.ids for found in backend.encode_batch_fast(list(keys), add_special_tokens=False)]
 
-    return UnitRule(spaces, tuple(sorted({*_CONTROLS, *_WIDE_SPACES})), False, False, "none", resolve)
+    return UnitRule(spaces, tuple(sorted({*_CONTROLS, *_WIDE_SPACES})), False, False, "none", resolve, gpt2)
 
 
 def _hugging_face_spaces(description: dict[str, Any]) -> str:
@@ -100,7 +134,7 @@ def _stands_alone(token: dict[str, Any]) -> bool:
 
 def _pre_tokenizer_spaces(pre_tokenizer: dict[str, Any]) -> str:
     if _is_byte_level(pre_tokenizer, use_regex=True):
-        return " \n\t\r"
+        return GPT2_SPACES
     steps = pre_tokenizer.get("pretokenizers", []) if pre_tokenizer.get("type") == "Sequence" else []
     if len(steps) != 2 or not _is_byte_level(steps[1], use_regex=False):
         return ""

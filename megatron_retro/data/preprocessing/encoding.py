@@ -40,7 +40,12 @@ class PlainEncoder:
             found = self.tokenizer.processor.encode(list(texts), num_threads=1)
         else:
             found = [self.tokenizer.encode(text) for text in texts]
-        return _joined([np.array(ids, self.dtype) for ids in found], self.dtype)
+        native = extension()
+        if native is None:
+            return _joined([np.array(ids, self.dtype) for ids in found], self.dtype)
+        joined: tuple[NDArray[Any], NDArray[np.int64]]
+        joined = native.join16(found) if self.dtype.itemsize == 2 else native.join32(found)
+        return joined
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,12 @@ class CachedEncoder:
             wide_closed=rule.wide_closed,
             newline_starts=rule.newline_starts,
             strip=rule.strip,
+            gpt2_cuts=rule.gpt2 is not None,
+            atoms=rule.gpt2.atoms if rule.gpt2 else (),
             memory_limit=CACHE_BYTES,
         )
+        if rule.gpt2 is not None:
+            self._cache.use_merges(rule.gpt2.byte_ids, list(rule.gpt2.merges))
         self._resolve = rule.resolve
         self._emit = self._cache.emit16 if dtype.itemsize == 2 else self._cache.emit32
 
