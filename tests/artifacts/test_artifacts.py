@@ -189,3 +189,9 @@ def test_manifest_is_plain_json(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "artifact" / "manifest.json").read_text())
     assert content["kind"] == KIND
     assert set(content["files"]) == {"a.bin", "b.bin"}
+
+
+@pytest.mark.skipif(not os.path.isdir("/sys/kernel"), reason="this system has no directory that even root may not write")
+def test_an_unwritable_directory_is_one_sentence() -> None:
+    with pytest.raises(EnvironmentProblem, match="/sys/kernel/x cannot be written"):
+        files.write_file(Path("/sys/kernel/x"), "content")
