@@ -68,14 +68,17 @@ class TrainingOptimizer:
         scale = config.initial_loss_scale if config.fp16 else 1.0
         self.loss_scale = LossScale(scale, config.loss_scale_window if config.fp16 else 0)
 
-    def update(self, squared_norm: Tensor, learning_rate: float, *, acceptable: bool = True) -> Update:
+    def update(
+        self, squared_norm: Tensor, learning_rate: float, *, finite: bool = True, acceptable: bool = True
+    ) -> Update:
         """Apply the gradients, unless they are not finite or the caller finds the step not acceptable.
 
-        `squared_norm` is that of the scaled gradients over all axes, so every rank reaches the same verdict.
+        `squared_norm` is that of the scaled gradients over all axes. `finite` is what all ranks found together: copies
+        of one gradient can be broken on one rank alone.
         """
         scale = self.loss_scale.scale
         norm = math.sqrt(squared_norm.item()) / scale if math.isfinite(squared_norm.item()) else math.inf
-        finite = math.isfinite(norm)
+        finite = finite and math.isfinite(norm)
         factor = clip_factor(norm, self.config.clip_grad) if finite else 1.0
         applied = finite and acceptable
         if applied:

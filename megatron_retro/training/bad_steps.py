@@ -1,7 +1,7 @@
 """Steps that must not count: loss or gradient not finite, or a loss far above the recent ones.
 
-The verdict is a function of numbers that every rank has (the reduced loss, the norm over all axes), so all ranks
-reach the same one. The batch is named by its samples and written to disk for inspection.
+Reasons are found on each rank, and a step is bad if it is on any rank. The batch is named by its samples and written to
+disk for inspection.
 """
 
 from __future__ import annotations
@@ -46,9 +46,11 @@ def sample_ids(microbatches: Sequence[Batch]) -> list[int]:
     return [int(number) for batch in microbatches for number in batch.sample_ids_B]
 
 
-def write_bad_batch(run: Path, rank: int, step: int, reason: str, microbatches: Sequence[Batch]) -> Path:
+def write_bad_batch(
+    run: Path, rank: int, step: int, first_sample: int, reason: str, microbatches: Sequence[Batch]
+) -> Path:
     """This rank's share of a bad batch: its arrays, and what was wrong in words."""
-    directory = run / BAD_BATCHES / f"step-{step:08}"
+    directory = run / BAD_BATCHES / f"step-{step:08}-sample-{first_sample}"
     arrays: dict[str, Any] = {}
     for number, batch in enumerate(microbatches):
         for field in fields(batch):

@@ -49,6 +49,14 @@ class Outcome:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class _Verdict:
+    """What all ranks think of a step: whether its numbers are finite, and why it must not count."""
+
+    finite: bool
+    reason: str | None
+
+
 class Trainer:
     """One run. Every rank has one and calls `run`."""
 
@@ -70,6 +78,7 @@ class Trainer:
         self._settings: Settings = parts.settings
         self._training = self._settings[TrainingConfig]
         self._heartbeat = heartbeat
+        self._stop_wish: str | None = None
         self._clock = Clock(self._note)
 
     def run(self) -> Outcome:
@@ -142,13 +151,13 @@ class Trainer:
         with self._clock.phase("save"):
             self._checkpoints.before_update()
         with self._clock.phase("optimizer"):
-            spike = spike_reason(result.loss, state.recent_losses, self._training.loss_spike_factor)
-            acceptable = math.isfinite(result.loss) and spike is None
-            rate = parts.schedule.at(state.samples)
-            update = parts.optimizer.update(parts.trainable.squared_gradient_norm(), rate, acceptable=acceptable)
-        reason = non_finite_reason(result.loss, update.gradient_norm) or spike
-        if reason is not None and not self._is_overflow(result.loss, update):
-            self._bad_step(batches, first_sample, reason)
+            squared_norm = parts.trainable.squared_gradient_norm()
+            verdict = self._verdict(result.loss, squared_norm.item())
+            update = parts.optimizer.update(
+                squared_norm, parts.schedule.at(state.samples), finite=verdict.finite, acceptable=verdict.reason is None
+            )
+        if verdict.reason is not None and not self._is_overflow(result.loss, update):
+            self._bad_step(batches, first_sample, verdict.reason)
             return None
         state.step += 1
         state.tokens += int(result.num_tokens)
@@ -171,6 +180,25 @@ class Trainer:
             memory_bytes=_memory_bytes(parts.trainable.device),
         )
 
+    def _verdict(self, loss: float, squared_norm: float) -> _Verdict:
+        """Whether the step may count, the same on every rank: a number that is broken on one rank alone counts too."""
+        broken = non_finite_reason(loss, math.sqrt(squared_norm) if math.isfinite(squared_norm) else math.inf)
+        spike = spike_reason(loss, self.state.recent_losses, self._training.loss_spike_factor)
+        mine = self._stops.reason()
+        any_broken, any_spike, any_stop = self._any_rank(broken is not None, spike is not None, mine is not None)
+        self._stop_wish = (mine or "another rank was asked to stop") if any_stop else None
+        if any_broken:
+            return _Verdict(False, broken or "another rank's gradient is not finite")
+        return _Verdict(True, (spike or "another rank's loss is a spike") if any_spike else None)
+
+    def _any_rank(self, *flags: bool) -> list[bool]:
+        """Each flag, raised if any rank raised it."""
+        if self.facts.world_size == 1:
+            return list(flags)
+        raised = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self._group)
+        return [bool(flag) for flag in raised]
+
     def _is_overflow(self, loss: float, update: Update) -> bool:
         """fp16 gradients that overflow at the present scale are the scale's fault, not the batch's."""
         return math.isfinite(loss) and not update.applied and update.loss_scale > 1.0
@@ -183,7 +211,7 @@ class Trainer:
         state.bad_samples.add(first_sample)
         bad_in_a_row = state.bad_in_a_row
         if self._checkpoints.run is not None:
-            write_bad_batch(self._checkpoints.run, self.facts.rank, state.step + 1, reason, batches)
+            write_bad_batch(self._checkpoints.run, self.facts.rank, state.step + 1, first_sample, reason, batches)
         facts = {"step": state.step + 1, "reason": reason, "policy": self._training.non_finite_policy}
         self._observer.happened("bad step", {**facts, "samples": self._global_samples(first_sample, batches)})
         if self._training.non_finite_policy == "stop" or bad_in_a_row >= self._training.max_bad_steps:
@@ -237,18 +265,13 @@ class Trainer:
             self._observer.happened("saved", {"step": self.state.step})
 
     def _stop_reason(self) -> str | None:
-        """Why all ranks stop now: any rank's signal or time limit counts, and all of them hear of it at this step."""
+        """Why all ranks stop now; a rank's signal or time limit is heard of by all within one step."""
         if self._finished():
             return None
         interval = self._training.exit_interval
         if interval and self.state.step and self.state.step % interval == 0:
             return f"--exit-interval {interval}"
-        mine = self._stops.reason()
-        if self.facts.world_size == 1:
-            return mine
-        wish = torch.tensor([mine is not None], dtype=torch.int32)
-        dist.all_reduce(wish, op=dist.ReduceOp.MAX, group=self._group)
-        return (mine or "another rank was asked to stop") if wish.item() else None
+        return self._stop_wish
 
 
 def _memory_bytes(device: torch.device) -> int:
