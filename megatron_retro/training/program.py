@@ -17,6 +17,7 @@ from megatron_retro.checkpoint.directory import clear_unfinished
 from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.checkpoint.run_lock import run_lock
 from megatron_retro.config.checkpoint import CheckpointConfig
+from megatron_retro.config.checks import require_legal
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.observability import ObservabilityConfig
@@ -30,7 +31,7 @@ from megatron_retro.model.costs import model_costs
 from megatron_retro.runtime.console import render_table, say
 from megatron_retro.runtime.heartbeat import start_heartbeat
 from megatron_retro.runtime.launch import Launch, find_launch
-from megatron_retro.runtime.process_group import process_group
+from megatron_retro.runtime.process_group import agree, process_group
 from megatron_retro.runtime.signals import StopRequests
 from megatron_retro.training.checkpoints import RunCheckpoints
 from megatron_retro.training.evaluator import Evaluator
@@ -59,6 +60,7 @@ def pretrain(settings: Settings, *, retrofit: bool = False) -> None:
     launch = find_launch()
     if retrofit:
         settings = _retrofit_settings(settings, say if launch.rank == 0 else None)
+    require_legal(settings, launch.world_size)
     stops = _stop_requests(settings)
     listening = stops.listening() if settings[TrainingConfig].exit_signal_handler else nullcontext()
     minutes = settings[ParallelConfig].distributed_timeout_minutes
@@ -88,6 +90,7 @@ def train(
 ) -> Outcome:
     """Build and run inside an open process group."""
     parts = build_run_parts(settings, device, launch.world_size)
+    agree({**settings.values(), **parts.inputs}, "settings or data")
     timeout = timedelta(minutes=settings[ParallelConfig].distributed_timeout_minutes)
     control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     state = TrainingState()
