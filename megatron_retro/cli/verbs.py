@@ -27,6 +27,7 @@ VERBS: tuple[Verb, ...] = (
     Verb("preprocess", "preprocess", "text files -> token files (.bin/.idx), resumable, by any number of workers"),
     Verb("train-tokenizer", "train_tokenizer", "a sentencepiece model from your own text"),
     Verb("build-retrieval", "build_retrieval", "database, index and neighbour tables, with a report on their quality"),
+    Verb("inspect-neighbors", "inspect_neighbors", "a page of chunks, their neighbours and what they share"),
     Verb("pretrain", "pretrain", "train a GPT or a Retro; the same command goes on where it stopped"),
     Verb("retrofit", "retrofit", "add a retriever to a pretrained GPT and train it"),
     Verb("convert", "convert", "Hugging Face and Megatron-LM models in, Hugging Face models out"),

@@ -75,3 +75,15 @@ class RetrievalConfig:
     retro_recall_floor: float | None = option(
         None, "fail (exit 3) below this recall@2", minimum=0.0, maximum=1.0, ours=True
     )
+
+
+@dataclass(frozen=True)
+class InspectorConfig:
+    """A page of query chunks and their neighbours"""
+
+    inspect_output: str | None = option(
+        None, "the page to write; PROJECT/report/neighbors-NAME.html when not set", ours=True
+    )
+    inspect_rows: int = option(200, "query chunks to show, evenly spread", minimum=1, ours=True)
+    inspect_neighbors: int = option(5, "neighbours of each", minimum=1, ours=True)
+    inspect_run: int = option(4, "shared runs of this many tokens are marked", minimum=1, ours=True)

@@ -23,7 +23,7 @@ from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.perplexity import PerplexityConfig
 from megatron_retro.config.planning import PlanningConfig
 from megatron_retro.config.preprocess import InputConfig, PreprocessConfig, TrainTokenizerConfig
-from megatron_retro.config.retrieval import EmbedderConfig, RetrievalConfig
+from megatron_retro.config.retrieval import EmbedderConfig, InspectorConfig, RetrievalConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.training import TrainingConfig
 from megatron_retro.config.workers import WorkersConfig
@@ -47,6 +47,7 @@ ALL_SECTIONS: tuple[type, ...] = (
     ObservabilityConfig,
     EmbedderConfig,
     RetrievalConfig,
+    InspectorConfig,
     WorkersConfig,
     PlanningConfig,
     SamplingConfig,

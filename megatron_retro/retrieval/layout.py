@@ -38,6 +38,11 @@ class ProjectLayout:
         return self.root / "index" / "plan.json"
 
     @property
+    def live_settings(self) -> Path:
+        """How the index is asked while text is generated."""
+        return self.root / "index" / "live.json"
+
+    @property
     def trained(self) -> Path:
         """The trained, empty index."""
         return self.root / "index" / "trained"

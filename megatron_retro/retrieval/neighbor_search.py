@@ -29,6 +29,7 @@ from megatron_retro.errors import ConfigError
 from megatron_retro.retrieval.encoding import BATCH_CHUNKS
 from megatron_retro.retrieval.layout import claimed
 from megatron_retro.retrieval.list_join import Excluded, Found
+from megatron_retro.retrieval.live_index import write_live_settings
 from megatron_retro.retrieval.merging import KIND, VERSION, open_merged
 from megatron_retro.retrieval.operating_point import operating_point
 from megatron_retro.retrieval.project import Project, QueryCorpus, parsed_range
@@ -141,6 +142,8 @@ class NeighborSearch:
 
 def query(project: Project) -> None:
     """Fill the table of every query corpus."""
+    point = operating_point(project)
+    write_live_settings(project, point.nprobe, point.ef_search)
     for corpus in project.query_corpora:
         _fill_table(project, corpus)
 

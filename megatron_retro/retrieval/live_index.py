@@ -1,0 +1,129 @@
+"""A finished project as something to ask while text is generated: chunks of tokens in, ids and distances out.
+
+Everything it needs is in the project directory: the index, the database, and which embedder and tokenizer made it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_retro.artifacts.files import write_file
+from megatron_retro.artifacts.manifest import read_manifest, require_same
+from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.config.retrieval import EmbedderConfig
+from megatron_retro.data.chunk_database import ChunkDatabase
+from megatron_retro.data.tokenizers import build_tokenizer
+from megatron_retro.errors import ArtifactError
+from megatron_retro.retrieval.embedders import build_embedder
+from megatron_retro.retrieval.faiss_index import set_search_effort
+from megatron_retro.retrieval.layout import ProjectLayout
+from megatron_retro.retrieval.merging import KIND, VERSION, open_merged
+from megatron_retro.retrieval.project import Project
+
+_FILES = ("tokenizer_model", "vocab_file", "merge_file")
+_CACHED_CHUNKS = 4096
+
+
+def write_live_settings(project: Project, nprobe: int, ef_search: int) -> None:
+    """Note beside the index how it is asked; paths of tokenizer files become absolute."""
+    tokenizer = asdict(project.settings[TokenizerConfig])
+    for name in _FILES:
+        tokenizer[name] = str(Path(tokenizer[name]).resolve()) if tokenizer[name] else None
+    settings = {
+        "tokenizer": tokenizer,
+        "embedder": asdict(project.settings[EmbedderConfig]),
+        "eod": project.eod,
+        "nprobe": nprobe,
+        "ef_search": ef_search,
+    }
+    write_file(project.layout.live_settings, json.dumps(settings, indent=1, sort_keys=True) + "\n")
+
+
+class LiveIndex:
+    """An open index. `search` may be called from several threads; the answers to recent chunks are remembered."""
+
+    def __init__(self, path: str | Path, *, nprobe: int | None = None, cached_chunks: int = _CACHED_CHUNKS) -> None:
+        layout = ProjectLayout(Path(path))
+        settings = live_settings(layout)
+        manifest = read_manifest(layout.merged, kind=KIND, version=VERSION)
+        tokenizer = build_tokenizer(TokenizerConfig(**settings["tokenizer"]))
+        self.tokenizer_fingerprint: str = tokenizer.fingerprint
+        self.database = ChunkDatabase.open(layout.database)
+        self.embedder = build_embedder(EmbedderConfig(**settings["embedder"]), tokenizer)
+        again = f"run build-retrieval again with --retro-project-dir {path}"
+        require_same(layout.merged, "database", manifest.inputs["database"], self.database.fingerprint, again)
+        require_same(layout.merged, "embedder", manifest.inputs["embedder"], self.embedder.fingerprint, again)
+        self._eod: int | None = settings["eod"]
+        self._index: Any = open_merged(layout.merged)
+        set_search_effort(self._index, nprobe or settings["nprobe"], settings["ef_search"])
+        self._limit, self._lock = cached_chunks, threading.Lock()
+        self._cache: OrderedDict[tuple[tuple[int, ...], int], tuple[NDArray[Any], NDArray[Any]]] = OrderedDict()
+
+    def search(
+        self, chunks: Sequence[Sequence[int]], num_neighbors: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Ids [n, k], -1 for none, and squared distances of the nearest chunks."""
+        keys = [(tuple(int(token) for token in chunk), num_neighbors) for chunk in chunks]
+        known = {key: answer for key in keys if (answer := self._remembered(key)) is not None}
+        asked = [key for key in dict.fromkeys(keys) if key not in known]
+        if asked:
+            known.update(zip(asked, self._answers([chunk for chunk, _ in asked], num_neighbors), strict=True))
+            self._remember({key: known[key] for key in asked})
+        shape = (len(keys), num_neighbors)
+        ids, distances = np.full(shape, -1, np.int64), np.full(shape, np.inf, np.float32)
+        for row, key in enumerate(keys):
+            ids[row], distances[row] = known[key]
+        return ids, distances
+
+    def _answers(
+        self, chunks: Sequence[tuple[int, ...]], num_neighbors: int
+    ) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+        length = max(1, *(len(chunk) for chunk in chunks))
+        tokens, present = np.zeros((len(chunks), length), np.int64), np.zeros((len(chunks), length), np.bool_)
+        for row, chunk in enumerate(chunks):
+            tokens[row, : len(chunk)] = chunk
+            present[row, : len(chunk)] = True
+        if self._eod is not None:
+            present &= tokens != self._eod
+        distances, ids = self._index.search(self.embedder.embed(tokens, present), num_neighbors)
+        return list(zip(ids, np.where(ids >= 0, distances, np.inf), strict=True))
+
+    def _remembered(self, key: tuple[tuple[int, ...], int]) -> tuple[NDArray[Any], NDArray[Any]] | None:
+        with self._lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+            return self._cache.get(key)
+
+    def _remember(self, answers: dict[tuple[tuple[int, ...], int], tuple[NDArray[Any], NDArray[Any]]]) -> None:
+        with self._lock:
+            self._cache.update(answers)
+            while len(self._cache) > self._limit:
+                self._cache.popitem(last=False)
+
+
+def live_settings(layout: ProjectLayout) -> dict[str, Any]:
+    """How a project is asked: tokenizer, embedder, effort."""
+    path = layout.live_settings
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"tokenizer", "embedder", "eod", "nprobe", "ef_search"} - set(settings)
+        if missing:
+            raise ValueError(f"lacks {', '.join(sorted(missing))}")
+        return settings
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{layout.root} holds no index that can be asked",
+            expected=str(path),
+            fix="give the --retro-project-dir of a finished build-retrieval",
+        ) from None
+    except ValueError as error:
+        raise ArtifactError(f"{path} is damaged", got=error, fix="remove it and run build-retrieval again") from None

@@ -1,0 +1,71 @@
+"""The inspector's page, in a real browser: complete, searchable, marked right, and asking for nothing from outside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_retro.cli.main import main
+from megatron_retro.retrieval.inspector import shared_runs
+from megatron_retro.retrieval.stages import build_retrieval
+from megatron_retro.testing.browser import Browser, missing_browser
+from megatron_retro.testing.retrieval_projects import project_settings, write_corpus
+
+
+def test_shared_runs_are_found_and_joined() -> None:
+    text = [1, 2, 3, 4, 5, 6, 9, 9]
+    assert shared_runs(text, [7, 2, 3, 4, 5, 7, 9, 9, 1, 2, 3], 3) == [(1, 5), (8, 11)]
+    assert shared_runs(text, [2, 3, 7, 4, 5], 3) == []
+    assert shared_runs(text, [1, 2], 3) == []
+
+
+def documents() -> list[list[int]]:
+    """A line that comes back, a tag that must not become HTML, and a document with nothing in common."""
+    line = "the quick brown fox jumps over <script>alert(1)</script> it"
+    other = "nothing shared here, 0123456789 ABCDEFGHIJ KLMNOP QRSTU"
+    return [list((line + " first").encode()), list(("again " + line).encode()), list(other.encode())]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inspector")
+    corpus = write_corpus(folder / "corpus", documents())
+    tasks = ["train", "encode", "merge", "query"]
+    build_retrieval(project_settings(folder / "project", [corpus], retro_tasks=tasks))
+    assert main(["inspect-neighbors", "--retro-project-dir", str(folder / "project")]) == 0
+    return folder / "project" / "report" / "neighbors-corpus.html"
+
+
+@pytest.mark.skipif(missing_browser() is not None, reason=str(missing_browser()))
+def test_the_page_searches_and_marks(page: Path, tmp_path: Path) -> None:
+    with Browser() as browser:
+        browser.open(page.as_uri())
+        total = browser.run("return document.querySelectorAll('article').length")
+        assert total == sum(len(one) + 1 for one in documents()) // 16
+        assert browser.text("#count") == f"{total} of {total} chunks"
+        marked = browser.run("return [...document.querySelectorAll('mark')].map(one => one.textContent).join('')")
+        assert "quick" in marked and "brown" in marked and "<script>" in marked
+        assert "nothing" not in marked and "0123" not in marked
+        browser.type("#find input", "NOTHING shared")
+        browser.wait_for("document.querySelector('#count').textContent.startsWith('1 of')")
+        shown = "return [...document.querySelectorAll('article')].filter(one => !one.hidden)[0].textContent"
+        assert "nothing shared" in browser.run(shown)
+        browser.clear("#find input")
+        assert browser.run("return performance.getEntriesByType('resource').length") == 0
+        assert [entry for entry in browser.log() if entry["level"] == "SEVERE"] == []
+        browser.screenshot(tmp_path / "page.png")
+        assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_text_of_the_corpus_is_no_markup(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "<script>alert" not in text.split("<article>", 1)[1].split("</main>")[0]
+    assert "http://" not in text and "https://" not in text
+
+
+def test_a_foreign_corpus_is_refused(page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = write_corpus(tmp_path / "other", [[1] * 50])
+    project = str(page.parent.parent)
+    assert main(["inspect-neighbors", "--retro-project-dir", project, "--retro-query-corpus", f"corpus={other}"]) == 2
+    assert "belongs to another corpus" in capsys.readouterr().err
