@@ -71,11 +71,11 @@ Tensor masked_softmax(const Tensor& scores, const OptionalTensor& mask, double s
     require(mask->scalar_type() == ScalarType::Bool && mask->is_contiguous(), "mask must be contiguous bool");
     const int64_t mask_rows = rows_of(*mask, call.width);
     require(
-        mask->dim() >= 1 && mask->size(mask->dim() - 1) == call.width && mask_rows > 0 && rows % mask_rows == 0,
+        mask->dim() >= 1 && mask->size(mask->dim() - 1) == call.width && (mask_rows ? rows % mask_rows : rows) == 0,
         "mask must have the columns of scores and rows that divide its rows: got ", shape_of(*mask), " for ",
         shape_of(scores));
     call.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
-    call.rows_per_mask = rows / mask_rows;
+    call.rows_per_mask = mask_rows ? rows / mask_rows : 1;
   }
   Tensor output = torch::stable::empty_like(scores);
   call.output = output.mutable_data_ptr();

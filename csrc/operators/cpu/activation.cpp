@@ -9,9 +9,10 @@ namespace {
 template <ActivationKind kind, typename Wide>
 inline void activate(Wide x, Wide& value, Wide& slope) {
   if constexpr (kind == ActivationKind::silu) {
-    const Wide gate = sigmoid(x);
+    Wide rest = x;
+    const Wide gate = sigmoid(x, rest);
     value = x * gate;
-    slope = gate * (1 + x * (1 - gate));
+    slope = gate * (1 + x * rest);
   } else if constexpr (kind == ActivationKind::gelu) {
     using Scalar = std::decay_t<decltype(x[0])>;
     const Wide share = (1 + error_function(x * Scalar(0.70710678118654752))) * Scalar(0.5);
@@ -20,9 +21,10 @@ inline void activate(Wide x, Wide& value, Wide& slope) {
   } else if constexpr (kind == ActivationKind::gelu_tanh) {
     using Scalar = std::decay_t<decltype(x[0])>;
     const Scalar scale = Scalar(1.5957691216057308), cubic = Scalar(0.044715);
-    const Wide share = sigmoid(x * (1 + x * x * cubic) * scale);
+    Wide rest = x;
+    const Wide share = sigmoid(x * (1 + x * x * cubic) * scale, rest);
     value = x * share;
-    slope = share + x * share * (1 - share) * scale * (1 + x * x * (3 * cubic));
+    slope = share + x * share * rest * scale * (1 + x * x * (3 * cubic));
   } else {
     const Wide positive = x > 0 ? x : Wide{};
     value = positive * positive;

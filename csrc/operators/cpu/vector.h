@@ -229,9 +229,13 @@ inline Vector<double> error_function(Vector<double> x) {
   return x;
 }
 
+// 1 / (1 + e^-x), and one minus it without cancellation.
 template <typename Wide>
-inline Wide sigmoid(Wide x) {
-  return 1 / (1 + exponential(-x));
+inline Wide sigmoid(Wide x, Wide& complement) {
+  const Wide tail = exponential(x < 0 ? x : -x);
+  const Wide larger_share = 1 / (1 + tail), smaller_share = tail * larger_share;
+  complement = x < 0 ? larger_share : smaller_share;
+  return x < 0 ? smaller_share : larger_share;
 }
 
 }  // namespace INSTRUCTION_SET
