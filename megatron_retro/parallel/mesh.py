@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.errors import DistributedError
@@ -47,4 +49,7 @@ def build_mesh(config: ParallelConfig, device: torch.device) -> ParallelMesh:
             fix="start that many, or change the parallel sizes",
         )
     shape = (pipeline, world_size // (tensor * pipeline), tensor)
-    return ParallelMesh(init_device_mesh(device.type, shape, mesh_dim_names=AXES), device)
+    mesh = ParallelMesh(init_device_mesh(device.type, shape, mesh_dim_names=AXES), device)
+    for axis in AXES:  # a group of its own gets torch's default of half an hour otherwise
+        _set_pg_timeout(timedelta(minutes=config.distributed_timeout_minutes), mesh.group(axis))
+    return mesh

@@ -123,9 +123,9 @@ def test_a_stopped_rank_ends_the_job_and_is_named(
         if os.environ["RANK"] == "1":
 
             def stop_when_it_runs() -> None:
-                while not (tmp_path / "run/events.jsonl").exists():
+                events = tmp_path / "run/events.jsonl"
+                while not (events.exists() and '"step"' in events.read_text()):
                     time.sleep(0.01)
-                time.sleep(0.5)
                 os.kill(os.getpid(), signal.SIGSTOP)
 
             threading.Thread(target=stop_when_it_runs, daemon=True).start()
