@@ -12,12 +12,13 @@ from torch.distributed.fsdp import FSDPModule
 
 from megatron_retro.assembly.pipeline_runs import PipelineRuns
 from megatron_retro.assembly.single_process import SingleProcess, set_gate_budgets
-from megatron_retro.assembly.stage_building import build_stage, compute_dtype, freeze_decoder, tensor_axis
+from megatron_retro.assembly.stage_building import build_stage, compute_dtype, freeze_decoder, is_tuned, tensor_axis
 from megatron_retro.assembly.trainable import StepResult, TensorBatch, Trainable
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.optimizer import OptimizerConfig
 from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
@@ -31,8 +32,10 @@ from megatron_retro.parallel.partition import StagePart, describe_stages, stage_
 from megatron_retro.parallel.recompute import recompute_layers
 from megatron_retro.parallel.replicas import require_equal, share_embedding
 from megatron_retro.parallel.styles import sum_partial_gradients
+from megatron_retro.peft.attach import attach, connect
+from megatron_retro.peft.attach import initialize as initialize_added
 from megatron_retro.runtime.console import say
-from megatron_retro.runtime.process_group import explain_failure
+from megatron_retro.runtime.process_group import explain_failure, on_axis
 
 
 def build_trainable(settings: Settings, device: torch.device) -> Trainable:
@@ -54,7 +57,11 @@ def _alone(settings: Settings, device: torch.device) -> Trainable:
     model, retro, training = settings[ModelConfig], settings[RetroConfig], settings[TrainingConfig]
     module = Retro(model, retro).to(device)
     initialize(module, model, retro, training.seed)
-    if training.freeze_decoder:
+    if is_tuned(settings):
+        attach(module, settings[PeftConfig])
+        connect(module)
+        initialize_added(module, training.seed)
+    elif training.freeze_decoder:
         freeze_decoder(module)
     recompute_layers(module, settings[ParallelConfig].recompute_granularity)
     return SingleProcess(module, device, compute_dtype(settings[OptimizerConfig]))
@@ -186,7 +193,8 @@ class ParallelModel:
         if self.mesh.size(axis) == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, group=self.mesh.group(axis))
+        with on_axis(axis):
+            dist.all_reduce(total, group=self.mesh.group(axis))
         return float(total)
 
 

@@ -17,7 +17,6 @@ import socket
 import traceback
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -108,6 +107,16 @@ def agree(facts: Mapping[str, object], what: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def on_axis(axis: str) -> Iterator[None]:
+    """Remember for `explain_failure` which axis a collective inside is on."""
+    try:
+        yield
+    except RuntimeError as error:
+        vars(error).setdefault("axis", axis)
+        raise
+
+
 def explain_failure(error: BaseException, step: int) -> DistributedError | None:
     """The named error for a collective that failed because a peer died or hangs; None for any other error."""
     chain: list[BaseException] = []
@@ -118,7 +127,7 @@ def explain_failure(error: BaseException, step: int) -> DistributedError | None:
     text = " ".join(str(part) for part in chain).lower()
     if not isinstance(error, RuntimeError) or not any(sign in text for sign in _SIGNS_OF_LOST_PEERS):
         return None
-    axis = next((found for part in reversed(chain) if (found := _axis_of(part.__traceback__))), "unknown")
+    axis = next((found for part in reversed(chain) if (found := _axis_of(part))), "unknown")
     return DistributedError(
         f"a collective of rank {dist.get_rank()} failed at step {step}, on the {axis} axis",
         got=str(chain[-1]).splitlines()[0],
@@ -127,9 +136,12 @@ def explain_failure(error: BaseException, step: int) -> DistributedError | None:
     )
 
 
-def _axis_of(trace: TracebackType | None) -> str | None:
-    """The axis whose collective stands nearest to the failure in a traceback."""
-    for frame in reversed(traceback.extract_tb(trace)):
+def _axis_of(error: BaseException) -> str | None:
+    """The axis that an error was marked with, or whose collective stands nearest to the failure in its traceback."""
+    marked: str | None = vars(error).get("axis")
+    if marked is not None:
+        return marked
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if "/fsdp/" in frame.filename:
             return "data"
         if frame.filename.endswith(("parallel/collectives.py", "parallel/vocabulary.py")):

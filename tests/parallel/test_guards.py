@@ -1,0 +1,95 @@
+"""Ranks that hang, die or drift apart end in an error that names them."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_retro.assembly.model_assembly import ParallelModel
+from megatron_retro.config.data import DataConfig
+from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.errors import DistributedError
+from megatron_retro.parallel.mesh import build_mesh
+from megatron_retro.parallel.partition import stage_parts
+from megatron_retro.runtime.launch import find_launch
+from megatron_retro.runtime.process_group import process_group
+from megatron_retro.testing.layouts import random_batches, tiny_settings
+from megatron_retro.testing.processes import run_ranks
+
+LAYOUTS = {
+    "tensor": {"tensor_model_parallel_size": 2},
+    "data": {"data_parallel_sharding": "full"},
+    "pipeline": {"pipeline_model_parallel_size": 2},
+}
+
+
+def _build(settings: Settings) -> ParallelModel:
+    mesh = build_mesh(settings[ParallelConfig], torch.device("cpu"))
+    return ParallelModel(settings, mesh, stage_parts(settings, settings[DataConfig].seq_length))
+
+
+@pytest.mark.parametrize("axis", LAYOUTS)
+def test_a_rank_that_stays_away_is_told_with_rank_axis_and_step(axis: str) -> None:
+    """Rank 1 ends after a good step; rank 0 says where it missed it."""
+    settings = tiny_settings(**LAYOUTS[axis], global_batch_size=2)
+    batches = random_batches(settings)
+
+    def lose_one() -> str:
+        with process_group(find_launch(), timeout_minutes=0.05, use_gpu=False):
+            model = _build(settings)
+            own = batches if axis != "data" else batches[:1]
+            model.train_step(own, step=41)
+            if model.mesh.devices.get_rank() == 1:
+                return "left"
+            with pytest.raises(DistributedError) as caught:
+                model.train_step(own, step=42)
+            return str(caught.value)
+
+    told, left = run_ranks(lose_one, 2, initialize=False)
+    assert left == "left"
+    assert f"a collective of rank 0 failed at step 42, on the {axis} axis" in told
+
+
+def test_a_rank_that_hangs_ends_the_others_when_the_timeout_passes() -> None:
+    settings = tiny_settings(**LAYOUTS["tensor"], global_batch_size=2)
+    batches = random_batches(settings)
+
+    def hang() -> tuple[str, float]:
+        with process_group(find_launch(), timeout_minutes=0.02, use_gpu=False):
+            model = _build(settings)
+            start = time.monotonic()
+            if model.mesh.devices.get_rank() == 1:
+                time.sleep(3)
+                return "hung", 0.0
+            with pytest.raises(DistributedError) as caught:
+                model.train_step(batches, step=3)
+            return str(caught.value), time.monotonic() - start
+
+    (told, seconds), _ = run_ranks(hang, 2, initialize=False)
+    assert "at step 3, on the tensor axis" in told
+    assert seconds < 3
+
+
+@pytest.mark.parametrize("axis", ["tensor", "data"])
+def test_replicas_that_drift_apart_are_found(axis: str) -> None:
+    settings = tiny_settings(**{**LAYOUTS[axis], "data_parallel_sharding": "none"}, global_batch_size=2)
+
+    def drift() -> str:
+        model = _build(settings)
+        model.check_replicas()
+        if dist.get_rank() == 1:
+            weight = dict(model.module.named_parameters())["layers.2.input_norm.weight"].detach()
+            local = weight.to_local() if hasattr(weight, "to_local") else weight
+            local.view(torch.int32)[3] ^= 1  # the last bit of one number
+        with pytest.raises(DistributedError) as caught:
+            model.check_replicas()
+        return str(caught.value)
+
+    for message in run_ranks(drift, 2):
+        assert "1 replicated parameters differ" in message
+        assert "layers.2.input_norm.weight" in message
+        assert axis in message
