@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_retro.errors import ArtifactError, EnvironmentProblem
 from megatron_retro.model.retro import Retro
 
+_TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
 _SECTIONS = (ModelConfig, RetroConfig, TokenizerConfig)
 
 
@@ -50,7 +52,7 @@ def load_model(
     """Load a checkpoint for use. `tokenizer` replaces the one that it was trained with, if its files moved."""
     checkpoint = open_checkpoint(path)
     settings = stored_settings(checkpoint)
-    built = build_tokenizer(tokenizer or settings[TokenizerConfig])
+    built = build_tokenizer(tokenizer or _found_files(settings[TokenizerConfig], checkpoint.path))
     _require_tokenizer(checkpoint, built)
     place = chosen_device(device)
     module = Retro(settings[ModelConfig], settings[RetroConfig])
@@ -78,6 +80,17 @@ def stored_settings(checkpoint: Checkpoint) -> Settings:
             )
         values.update({name: value for name, value in stored.items() if value is not None})
     return build_settings(_SECTIONS, values, {})
+
+
+def _found_files(config: TokenizerConfig, checkpoint: Path) -> TokenizerConfig:
+    """The tokenizer's files as they are seen from here: a relative path also counts from a folder above the run."""
+    found: dict[str, str] = {}
+    for name in _TOKENIZER_FILES:
+        stored = getattr(config, name)
+        if stored is not None and not Path(stored).is_absolute() and not Path(stored).exists():
+            places = (folder / stored for folder in checkpoint.resolve().parents)
+            found[name] = str(next((place for place in places if place.exists()), stored))
+    return dataclasses.replace(config, **found)
 
 
 def chosen_device(name: str) -> torch.device:
