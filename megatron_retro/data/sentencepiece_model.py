@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+_FLOAT = struct.Struct("<f")
 UNIGRAM, BPE = 1, 2
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -57,8 +58,14 @@ def parse_sentencepiece_model(content: bytes) -> SentencePieceModel:
 
 
 def _piece(content: bytes) -> Piece:
+    """A piece in the layout that every writer uses (text, score, kind if not normal), or field by field."""
+    end = 2 + content[1]
+    if content[0] == 0x0A and content[1] < 0x80 and content[end : end + 1] == b"\x15" and len(content) - end in (5, 7):
+        (score,) = _FLOAT.unpack_from(content, end + 1)
+        if len(content) == end + 5 or content[end + 5] == 0x18:
+            return Piece(content[2:end].decode("utf-8"), score, content[-1] if len(content) == end + 7 else NORMAL)
     fields = dict(_fields(content))
-    (score,) = struct.unpack("<f", _bytes(fields.get(2, b"\0\0\0\0")))
+    (score,) = _FLOAT.unpack(_bytes(fields.get(2, b"\0\0\0\0")))
     return Piece(_bytes(fields.get(1, b"")).decode("utf-8"), score, _number(fields.get(3, NORMAL)))
 
 

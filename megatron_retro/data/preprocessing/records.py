@@ -10,10 +10,10 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
-from megatron_retro.data.preprocessing.plan import GZIP, LINES, PARQUET, TEXT, Plan, Segment, format_of, parquet_module
+from megatron_retro.data.preprocessing.plan import GZIP, LINES, PARQUET, TEXT, Plan, Segment, parquet_module
 from megatron_retro.errors import DataError, EnvironmentProblem
 
 _PIECE = 1 << 20
@@ -26,13 +26,17 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """A record and where it lies. `content` is bytes, or a Parquet row; None when it is longer than allowed."""
+    """A record and where it lies. `content` is bytes, or a Parquet row; None when it is longer than allowed.
+
+    `is_plain` says that it is text as such, not JSON.
+    """
 
     path: str
     offset: int
     length: int
     content: bytes | dict[str, Any] | None
     unit: str = "byte"
+    is_plain: bool = False
 
     @property
     def place(self) -> str:
@@ -47,7 +51,8 @@ def read_segment(plan: Plan, segment: Segment) -> Iterator[Record]:
         yield from _rows(file.path, segment.start, plan.reading.json_keys)
     elif file.format == LINES or (file.format == TEXT and plan.reading.text_documents == "line"):
         with open(file.path, "rb", buffering=_PIECE) as stream:
-            yield from _lines_between(stream, file.path, segment.start, segment.stop, limit)
+            for record in _lines_between(stream, file.path, segment.start, segment.stop, limit):
+                yield replace(record, is_plain=True) if file.format == TEXT else record
     elif file.format == TEXT:
         yield _whole_file(file.path, file.bytes, limit)
     else:
@@ -88,10 +93,10 @@ def _lines(stream: BinaryIO, path: str, offset: int, limit: int) -> Iterator[Rec
 
 def _whole_file(path: str, size: int, limit: int) -> Record:
     if size > limit:
-        return Record(path, 0, size, None)
+        return Record(path, 0, size, None, is_plain=True)
     with open(path, "rb") as stream:
         content = stream.read(limit + 1)
-    return Record(path, 0, len(content), content if len(content) <= limit else None)
+    return Record(path, 0, len(content), content if len(content) <= limit else None, is_plain=True)
 
 
 def _rows(path: str, group: int, keys: tuple[str, ...]) -> Iterator[Record]:
@@ -188,17 +193,13 @@ def texts_of(record: Record, plan: Plan) -> Texts | None:
         text = record.content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise Refused(f"invalid UTF-8 at byte {record.offset + error.start}") from None
-    if _is_plain(record.path) and reading.text_documents == "file":
+    if record.is_plain and reading.text_documents == "file":
         return {key: [text] for key in reading.json_keys}
-    if not text.strip():
+    if not text or text.isspace():
         return None
-    if _is_plain(record.path):
+    if record.is_plain:
         return {key: [text.rstrip("\r\n")] for key in reading.json_keys}
     return _fields(text, reading.json_keys, reading.max_document_bytes)
-
-
-def _is_plain(path: str) -> bool:
-    return format_of(path) == TEXT
 
 
 def _fields(text: str, keys: tuple[str, ...], limit: int) -> Texts:
