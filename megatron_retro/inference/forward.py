@@ -71,11 +71,14 @@ class LocalForward:
         return hidden_BSH
 
 
-def stack(rows: Sequence[Sequence[Found]], shape: tuple[int, int], device: torch.device) -> Neighbors | None:
+def stack(
+    rows: Sequence[Sequence[Found]], shape: tuple[int, int], device: torch.device, at_least: int = 0
+) -> Neighbors | None:
     """[B, C, K, R] of what rows found, filled up with absent neighbours; None when nothing was found."""
     most = max(map(len, rows), default=0)
     if most == 0:
         return None
+    most = max(most, at_least)
     tokens = np.zeros((len(rows), most, *shape), np.int64)
     mask = np.zeros(tokens.shape, np.bool_)
     for row, chunks in enumerate(rows):

@@ -1,0 +1,148 @@
+"""lm-eval on our checkpoints, with and without neighbours.
+
+lm-eval finds models by a table of its own, so the program is started through this module, which adds one entry:
+
+    python -m megatron_retro.inference.lm_eval_adapter --model megatron_retro \\
+        --model_args load=RUN,retro_index=PROJECT,retrieval=live --tasks hellaswag
+
+`model_args`: load (checkpoint or run), retro_index, retrieval (live, none, random), max_length, batch_size,
+max_gen_toks, device, dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_retro.assembly.loaded_model import load_model
+from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig
+from megatron_retro.errors import ConfigError
+from megatron_retro.inference.sampling import Sampling
+from megatron_retro.inference.scoring import rolling_windows, score_continuations
+from megatron_retro.inference.text_generator import build_text_generator
+from megatron_retro.runtime.environment import require
+
+require("lm_eval", "the lm-eval adapter")
+from lm_eval.api.model import TemplateLM  # noqa: E402
+from lm_eval.api.registry import register_model  # noqa: E402
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+NAME = "megatron_retro"
+_SAMPLING_KEYS = ("until", "max_gen_toks", "max_tokens", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
+
+
+@register_model(NAME)
+class MegatronRetroLM(TemplateLM):  # type: ignore[misc]
+    """A checkpoint as lm-eval sees it."""
+
+    def __init__(
+        self,
+        load: str,
+        retro_index: str | None = None,
+        retrieval: str = "live",
+        max_length: int = 2048,
+        batch_size: int | str = 8,
+        max_gen_toks: int = 256,
+        device: str | None = None,
+        dtype: str = "auto",
+        **unknown: object,
+    ) -> None:
+        super().__init__()
+        refused = sorted(set(unknown) - {"max_batch_size"})
+        if refused:
+            raise ConfigError(f"no such model argument: {', '.join(refused)}", fix="see the head of this module")
+        engine = EngineConfig(max_sequence_length=int(max_length), device=device or "auto", dtype=dtype)
+        loaded = load_model(Path(load), device=engine.device, dtype=dtype)
+        self.module = loaded.module
+        self.generator = build_text_generator(loaded, engine, LiveRetrievalConfig(retro_index=retro_index))
+        self.source = self.generator.source("none" if retro_index is None else retrieval)
+        self.max_length, self.max_gen_toks = int(max_length), int(max_gen_toks)
+        self.batch_size = int(batch_size) if str(batch_size).isdigit() else 8
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end of a document, which stands before a text without context too."""
+        return self.generator.tokenizer.eod
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Identity for lm-eval's caches."""
+        return self.generator.tokenizer.fingerprint
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
+        """Tokens; nothing is added."""
+        return self.generator.tokenizer.encode(string)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: object
+    ) -> list[tuple[float, bool]]:
+        """Sums and greediness, in order; requests of like length share a forward."""
+        order = sorted(range(len(requests)), key=lambda number: len(requests[number][1]) + len(requests[number][2]))
+        answers: dict[int, tuple[float, bool]] = {}
+        for start in range(0, len(order), self.batch_size):
+            numbers = order[start : start + self.batch_size]
+            pairs = [(requests[number][1], requests[number][2]) for number in numbers]
+            scored = score_continuations(self.module, pairs, self.source, max_length=self.max_length)
+            for number, one in zip(numbers, scored, strict=True):
+                answers[number] = (one.log_probability, one.is_greedy)
+                if requests[number][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[number][0], answers[number])
+        return [answers[number] for number in range(len(requests))]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-probability of whole texts, window by window."""
+        totals = []
+        for request in requests:
+            (text,) = request.args
+            windows = rolling_windows(self.tok_encode(text), self.eot_token_id, self.max_length)
+            parts = self._loglikelihood_tokens([(None, *window) for window in windows if window[1]])
+            totals.append(sum(value for value, _ in parts))
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers up to a stop string; greedy unless sampling is asked for."""
+        answers: list[str] = []
+        for request in requests:
+            context, options = request.args
+            answers.append(self._answer(context, dict(options)))
+            self.cache_hook.add_partial("generate_until", (context, options), answers[-1])
+        return answers
+
+    def _answer(self, context: str, options: dict[str, Any]) -> str:
+        refused = sorted(set(options) - set(_SAMPLING_KEYS))
+        if refused:
+            raise ConfigError(f"generation arguments that are not supported: {', '.join(refused)}")
+        wanted = [options[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if options.get(name)]
+        length = min(int(wanted[0]) if wanted else self.max_gen_toks, self.max_length - 1)
+        until = options.get("until") or []
+        sampled = bool(options.get("do_sample", False))
+        sampling = Sampling(
+            float(options.get("temperature", 1.0)) if sampled else 0.0,
+            int(options.get("top_k", 0)) if sampled else 0,
+            float(options.get("top_p", 1.0)) if sampled else 1.0,
+        )
+        tokenizer = self.generator.tokenizer
+        tokens = tokenizer.encode(context)[-(self.max_length - length) :]
+        (generation,) = self.generator.generate(
+            [tokenizer.decode(tokens)] if len(tokens) < len(tokenizer.encode(context)) else [context],
+            max_new_tokens=length,
+            sampling=sampling,
+            stop_strings=[until] if isinstance(until, str) else until,
+            sources=[self.source],
+        )
+        return generation.text
+
+
+def main() -> None:
+    """lm-eval's own command line, with our model in its table."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    # Register under the importable name too, for the workers that lm-eval may start.
+    main()

@@ -1,0 +1,81 @@
+"""Log-probabilities of given continuations, with or without neighbours: what multiple-choice evaluation asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_retro.inference.forward import stack
+from megatron_retro.inference.neighbor_sources import NeighborSource
+from megatron_retro.model.retro import Retro
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Sum over the continuation, and whether each of its tokens was the most likely one."""
+
+    log_probability: float
+    is_greedy: bool
+
+
+@torch.inference_mode()
+def score_continuations(
+    model: Retro,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    source: NeighborSource | None,
+    *,
+    max_length: int,
+) -> list[Scored]:
+    """One forward over all pairs (context, continuation), padded at the right; long contexts lose their beginning.
+
+    The context must hold a token: the first of a continuation is predicted too.
+    """
+    rows = [kept_tokens(context, continuation, max_length) for context, continuation in pairs]
+    device = next(model.parameters()).device
+    longest = max(len(row) for row in rows)
+    tokens_BS = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
+    for number, row in enumerate(rows):
+        tokens_BS[number, : len(row)] = torch.tensor(row)
+    size = model.retro.retro_chunk_length
+    found = [
+        source.find([row[start : start + size] for start in range(0, len(row) - size + 1, size)])
+        if source is not None and model.retro.reads_neighbors() and len(row) >= size
+        else []
+        for row in rows
+    ]
+    shape = (max(1, model.retro.retro_num_neighbors), model.retro.retrieved_length())
+    neighbors = stack(found, shape, device, at_least=longest // size)
+    logits_BSV = model(tokens_BS, neighbors)
+    return [
+        _scored(logits_BSV[number], row, len(continuation))
+        for number, (row, (_, continuation)) in enumerate(zip(rows, pairs, strict=True))
+    ]
+
+
+def kept_tokens(context: Sequence[int], continuation: Sequence[int], max_length: int) -> list[int]:
+    """What of a pair is fed: its last `max_length` + 1 tokens, the last of which is only predicted."""
+    return [*context, *continuation][-(max_length + 1) : -1] + list(continuation[-1:])
+
+
+def _scored(logits_SV: Tensor, row: Sequence[int], length: int) -> Scored:
+    length = min(length, len(row) - 1)
+    predicted_LV = logits_SV[len(row) - length - 1 : len(row) - 1].float().log_softmax(-1)
+    wanted_L = torch.tensor(row[len(row) - length :], device=logits_SV.device)
+    chosen_L = predicted_LV.gather(1, wanted_L[:, None])[:, 0]
+    return Scored(float(chosen_L.sum()), bool((predicted_LV.argmax(-1) == wanted_L).all()))
+
+
+def rolling_windows(tokens: Sequence[int], first: int, max_length: int) -> list[tuple[list[int], list[int]]]:
+    """Pairs that predict each token once, each with as much context as fits; `first` stands before the text.
+
+    The first window predicts `max_length` tokens; a later one keeps the context that is left over.
+    """
+    windows = [([first], list(tokens[:max_length]))]
+    for start in range(max_length, len(tokens), max_length):
+        stop = min(start + max_length, len(tokens))
+        context = list(tokens[max(0, stop - max_length - 1) : start])
+        windows.append((context, list(tokens[start:stop])))
+    return windows

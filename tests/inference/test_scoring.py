@@ -1,0 +1,96 @@
+"""Scores of continuations equal a plain forward, window by window; lm-eval's own machinery gets the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_retro.inference.forward import LocalForward, stack
+from megatron_retro.inference.scoring import rolling_windows, score_continuations
+from megatron_retro.model.retro import Retro
+
+
+def plain(model: Retro, tokens: list[int], length: int, source: Any) -> tuple[float, bool]:
+    chunks = [tokens[start : start + 8] for start in range(0, len(tokens) - 7, 8)]
+    found = stack([source.find(chunks)], LocalForward(model).neighbor_shape, torch.device("cpu")) if source else None
+    with torch.inference_mode():
+        rows = model(torch.tensor([tokens]), found)[0].log_softmax(-1)
+    wanted = tokens[-length:]
+    picked = rows[len(tokens) - length - 1 : len(tokens) - 1]
+    return float(picked[range(length), wanted].sum()), picked.argmax(-1).tolist() == wanted
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_scores(small_model: Callable[..., Retro], hashed: Any, reads: bool) -> None:
+    model, source = small_model(), hashed if reads else None
+    draws = np.random.default_rng(3)
+    pairs = [
+        (draws.integers(0, 256, context).tolist(), draws.integers(0, 256, length).tolist())
+        for context, length in ((1, 1), (5, 3), (20, 9), (30, 1), (9, 40))
+    ]
+    greedy = model(torch.tensor([pairs[1][0]])).argmax(-1)[0, -1].item()
+    pairs.append((pairs[1][0], [int(greedy)]))
+    scored = score_continuations(model, pairs, source, max_length=100)
+    for (context, continuation), one in zip(pairs, scored, strict=True):
+        value, is_greedy = plain(model, [*context, *continuation], len(continuation), source)
+        assert one.log_probability == pytest.approx(value, abs=1e-3) and one.is_greedy == is_greedy
+    assert scored[-1].is_greedy
+    (cut,) = score_continuations(model, [pairs[2]], source, max_length=16)
+    assert cut.log_probability == pytest.approx(
+        plain(model, [*pairs[2][0], *pairs[2][1]][-17:], 9, source)[0], abs=1e-3
+    )
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 12, 13])
+def test_rolling_windows_predict_each_token_once(length: int) -> None:
+    tokens = list(range(10, 10 + length))
+    windows = rolling_windows(tokens, 0, 4)
+    assert [token for _, continuation in windows for token in continuation] == tokens
+    whole = [0, *tokens]
+    for context, continuation in windows:
+        start = whole.index(continuation[0])
+        assert context == whole[start - len(context) : start] and context
+        assert len(context) + len(continuation) <= 5
+    if length > 4:
+        assert len(windows[-1][0]) + len(windows[-1][1]) == 5
+
+
+def test_lm_eval_reads_the_adapter(
+    small_model: Callable[..., Retro], hashed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.registry import get_model
+
+    from megatron_retro.data.tokenizers import ByteTokenizer
+    from megatron_retro.inference import lm_eval_adapter
+    from megatron_retro.inference.engine import EngineLimits
+    from megatron_retro.inference.text_generator import TextGenerator
+
+    model = small_model()
+    generator = TextGenerator(LocalForward(model), ByteTokenizer(), EngineLimits(1, 64))
+    monkeypatch.setattr(lm_eval_adapter, "load_model", lambda *_, **__: type("Loaded", (), {"module": model}))
+    monkeypatch.setattr(lm_eval_adapter, "build_text_generator", lambda *_: generator)
+    adapter = get_model("megatron_retro")(load="anything", max_length=64, batch_size=2)
+    adapter.source = hashed
+    ask = [
+        Instance("loglikelihood", {}, ("The cat sat", text), number)
+        for number, text in enumerate((" on", " x", " mat."))
+    ]
+    for request, (value, _) in zip(ask, adapter.loglikelihood(ask), strict=True):
+        context, continuation = request.args
+        tokens = list((context + continuation).encode())
+        assert value == pytest.approx(plain(model, tokens, len(continuation), hashed)[0], abs=1e-3)
+    text = "a text that is longer than one window of the model, so that it is cut in two of them, or three"
+    (rolled,) = adapter.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
+    windows = rolling_windows(list(text.encode()), 256, 64)
+    assert len(windows) == 2
+    assert rolled == pytest.approx(sum(plain(model, [*a, *b], len(b), hashed)[0] for a, b in windows), abs=1e-3)
+    (answer,) = adapter.generate_until(
+        [Instance("generate_until", {}, ("Once", {"until": ["zz"], "max_gen_toks": 9}), 0)]
+    )
+    assert isinstance(answer, str)
