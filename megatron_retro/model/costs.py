@@ -142,7 +142,7 @@ def model_costs(
             units.append(_encoder_cost(model, retro, rows))
         cost = _decoder_layer_cost(block, seq_length if model.sliding_window is None else model.sliding_window)
         if layer in retrieval:
-            cost = _plus(cost, _cross_attention_cost(block, encoder_block(model, retro).width, retro))
+            cost = _plus(cost, _if_read(retro, _cross_attention_cost(block, encoder_block(model, retro).width, retro)))
         units.append(UnitCost(f"layers.{layer - 1}", *cost))
     own = matrix if model.untie_embeddings_and_output_weights else 0
     units.append(UnitCost("head", own + block.norm_parameters(), matrix))
@@ -152,6 +152,11 @@ def model_costs(
 def neighbor_tokens_per_token(retro: RetroConfig) -> float:
     """Neighbour tokens that go with each decoder token: k * r / m."""
     return retro.retro_num_neighbors * retro.retrieved_length() / retro.retro_chunk_length
+
+
+def _if_read(retro: RetroConfig, cost: tuple[int, float]) -> tuple[int, float]:
+    """Behind a shut gate parameters are there and do nothing."""
+    return cost if retro.reads_neighbors() else (cost[0], 0.0)
 
 
 def gate_parameters(block: Block, retro: RetroConfig) -> int:
@@ -202,4 +207,4 @@ def _encoder_cost(model: ModelConfig, retro: RetroConfig, rows: int) -> UnitCost
         model.hidden_size, _relative(retro)
     )
     parameters += rows * block.width if retro.retro_encoder_own_embedding else 0
-    return UnitCost("encoder", parameters, tokens * per_neighbor_token + key_value)
+    return UnitCost("encoder", *_if_read(retro, (parameters, tokens * per_neighbor_token + key_value)))

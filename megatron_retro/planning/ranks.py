@@ -83,7 +83,7 @@ def _rank_plan(rank: int, pieces: Sequence[StagePart], work: Workload, layout: L
         saved_bytes=sum(_kept(part, traced, layout) for part in parts),
         transient_bytes=_transient(parts, traced, layout),
         neighbor_bytes=float(sum(traced.encoded_bytes for piece in pieces if piece.retrieves)),
-        tensor_bytes=sum(traced.parts[part].sent_bytes * (1.5 if again and part in _LAYERS else 1.0) for part in parts),
+        tensor_bytes=sum(traced.part(part).sent_bytes * (1.5 if again and part in _LAYERS else 1.0) for part in parts),
         boundary_bytes=2.0 * sum(_boundary(piece, traced, layout) for piece in pieces),
     )
 
@@ -111,18 +111,18 @@ def _parts(piece: StagePart, work: Workload) -> list[str]:
 def _kept(part: str, traced: Trace, layout: Layout) -> float:
     """What a part keeps of a microbatch from its forward to its backward."""
     if part not in _LAYERS or layout.recompute == "none":
-        return traced.parts[part].saved_bytes
+        return traced.part(part).saved_bytes
     own_input = 0 if part == ENCODER else traced.hidden_bytes  # the encoder runs inside its layer's call
-    return own_input + (traced.parts[part].kept_bytes if layout.recompute == "selective" else 0)
+    return own_input + (traced.part(part).kept_bytes if layout.recompute == "selective" else 0)
 
 
 def _transient(parts: Sequence[str], traced: Trace, layout: Layout) -> float:
     """What the backward computes again and holds for one layer at a time; the encoder belongs to its layer."""
     if layout.recompute == "none":
         return 0.0
-    sizes = [float(traced.parts[part].saved_bytes) for part in parts if part in _LAYERS and part != ENCODER]
+    sizes = [float(traced.part(part).saved_bytes) for part in parts if part in _LAYERS and part != ENCODER]
     if ENCODER in parts:
-        sizes.append(float(traced.parts[FIRST].saved_bytes + traced.parts[ENCODER].saved_bytes))
+        sizes.append(float(traced.part(FIRST).saved_bytes + traced.part(ENCODER).saved_bytes))
     return max(sizes, default=0.0)
 
 

@@ -55,6 +55,10 @@ class Trace:
     hidden_bytes: int
     encoded_bytes: int
 
+    def part(self, name: str) -> PartTrace:
+        """What is traced of a part; nothing of one that does not run (the encoder behind a shut gate)."""
+        return self.parts.get(name, PartTrace())
+
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Attributes saved tensors and collectives to the innermost part that runs; a storage counts once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
+from itertools import combinations, product
 
 from megatron_retro.planning.hardware import Accelerator
 from megatron_retro.planning.plan import Plan, make_plan
@@ -19,27 +19,35 @@ _RECOMPUTE = ("none", "selective", "full")
 
 
 def fitting_change(plan: Plan, usable: float) -> str | None:
-    """The mildest single change under which the run fits."""
-    layout = plan.layout
-    changes: list[tuple[str, Layout]] = []
-    if layout.tensor > 1 and not layout.sequence_parallel:
-        changes.append(("--sequence-parallel", replace(layout, sequence_parallel=True)))
-    if layout.sharding == "none" and layout.data > 1:
-        changes.append(("--data-parallel-sharding optimizer", replace(layout, sharding="optimizer")))
-    if layout.micro_batch > 1:
-        changes.append(("--micro-batch-size 1", replace(layout, micro_batch=1)))
-    for granularity in _RECOMPUTE[_RECOMPUTE.index(layout.recompute) + 1 :]:
-        changes.append((f"--recompute-granularity {granularity}", replace(layout, recompute=granularity)))
-    for size in (layout.tensor * 2, layout.tensor * 4):
-        changes.append((f"--tensor-model-parallel-size {size}", replace(layout, tensor=size)))
-    for size in (layout.pipeline * 2, layout.pipeline * 4):
-        changes.append((f"--pipeline-model-parallel-size {size}", replace(layout, pipeline=size)))
-    for flags, changed in changes:
-        if is_legal(plan.work, changed):
-            other = make_plan(plan.work, changed, plan.machine, prove=False)
+    """The mildest change, or pair of changes, under which the run fits."""
+    single = list(_changes(plan.layout))
+    for chosen in [*((change,) for change in single), *combinations(single, 2)]:
+        layout = replace(plan.layout, **{field: value for _, field, value in chosen})  # type: ignore[arg-type]
+        if len({field for _, field, _ in chosen}) == len(chosen) and is_legal(plan.work, layout):
+            other = make_plan(plan.work, layout, plan.machine, prove=False)
             if other.peak_memory <= usable:
+                flags = " ".join(flag for flag, _, _ in chosen)
                 return f"{flags} fits ({other.peak_memory / 1e9:.1f} GB)"
     return None
+
+
+def _changes(layout: Layout) -> Iterator[tuple[str, str, object]]:
+    """Flag, field and value of what lowers memory, mildest first."""
+    if layout.tensor > 1 and not layout.sequence_parallel:
+        yield "--sequence-parallel", "sequence_parallel", True
+    if layout.sharding == "none" and layout.data > 1:
+        yield "--data-parallel-sharding optimizer", "sharding", "optimizer"
+    if layout.micro_batch > 1:
+        yield "--micro-batch-size 1", "micro_batch", 1
+    for granularity in _RECOMPUTE[_RECOMPUTE.index(layout.recompute) + 1 :]:
+        yield f"--recompute-granularity {granularity}", "recompute", granularity
+    for size in (layout.tensor * 2, layout.tensor * 4):
+        if size <= layout.gpus_per_node:
+            yield f"--tensor-model-parallel-size {size}", "tensor", size
+    for size in (layout.pipeline * 2, layout.pipeline * 4):
+        yield f"--pipeline-model-parallel-size {size}", "pipeline", size
+    if layout.sharding != "full" and layout.data > 1 and layout.pipeline == 1:
+        yield "--data-parallel-sharding full", "sharding", "full"
 
 
 def is_legal(work: Workload, layout: Layout) -> bool:

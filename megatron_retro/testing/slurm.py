@@ -7,9 +7,11 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 _POLL_SECONDS = 0.2
+_OLD_START_SECONDS = 4.0  # a node that has just been told to end a job refuses to start it again
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
@@ -66,13 +68,14 @@ class Cluster:
         return self.facts(job)
 
     def wait_until(self, condition: Callable[[], bool], seconds: float, what: str, job: int | None = None) -> None:
-        """Poll; a timeout shows the queue and the logs."""
+        """Poll; a timeout, or the end of the job before the condition, shows the queue and the logs."""
         deadline = time.monotonic() + seconds
         while not condition():
-            if time.monotonic() > deadline:
+            ended = job is not None and self.states(job) <= set(_ENDED)
+            if time.monotonic() > deadline or (ended and not condition()):
                 queue = self.run("squeue", "--format", "%i %j %T %r %S")
                 facts = "" if job is None else self.run("scontrol", "show", "job", str(job))
-                raise AssertionError(f"waited {seconds:g} s for {what}:\n{queue}\n{facts}\n{self.logs()}")
+                raise AssertionError(f"waited at most {seconds:g} s for {what}:\n{queue}\n{facts}\n{self.logs()}")
             time.sleep(_POLL_SECONDS)
 
     def skip_delay(self, job: int) -> None:
@@ -91,7 +94,7 @@ class Cluster:
 
     def _has_ended(self, job: int) -> bool:
         facts = self.facts(job)
-        if facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime":
+        if facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime" and _age(facts) > _OLD_START_SECONDS:
             self.skip_delay(job)
         return self.states(job) <= set(_ENDED)
 
@@ -110,6 +113,11 @@ class Cluster:
             check=True,
             timeout=60,
         )
+
+
+def _age(facts: Mapping[str, str]) -> float:
+    """Seconds since the job was (re)queued."""
+    return (datetime.now() - datetime.fromisoformat(facts["SubmitTime"])).total_seconds()
 
 
 def _tail(file: Path, lines: int = 12) -> str:

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Instruction-tunes the 48B Retro with the encoder off. DATA: instruction files; RUNS: where runs live.
+#SBATCH --job-name=instruct-48b
+#SBATCH --nodes=8 --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --requeue --open-mode=append --output=%x-%j.log
+#SBATCH --signal=USR1@300
+#SBATCH --mail-type=END,FAIL
+set -euo pipefail
+here="$(cd "$(dirname "$0")" && pwd)"
+if [ ! -e "$here/slurm/launch.sh" ]; then # sbatch runs a copy of this file
+  here="$SLURM_SUBMIT_DIR/examples"
+fi
+data="${DATA:-data}"
+runs="${RUNS:-runs}"
+choices=(
+  --config "$here/instruct_48b.toml"
+  --tokenizer-model "$data/tokenizer.model"
+  --instruction-data "$data"/instructions/*.jsonl
+  --load "$runs/retro-48b"
+  --save "$runs/instruct-48b"
+)
+exec "$here/slurm/launch.sh" finetune "${choices[@]}" "$@"

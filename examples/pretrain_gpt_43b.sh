@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Pretrains the 43B GPT on 1.1T tokens. DATA: token files; RUNS: where runs live.
+#SBATCH --job-name=gpt-43b
+#SBATCH --nodes=128 --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --requeue --open-mode=append --output=%x-%j.log
+#SBATCH --signal=USR1@300
+#SBATCH --mail-type=END,FAIL
+set -euo pipefail
+here="$(cd "$(dirname "$0")" && pwd)"
+if [ ! -e "$here/slurm/launch.sh" ]; then # sbatch runs a copy of this file
+  here="$SLURM_SUBMIT_DIR/examples"
+fi
+data="${DATA:-data}"
+runs="${RUNS:-runs}"
+choices=(
+  --config "$here/pretrain_gpt_43b.toml"
+  --tokenizer-model "$data/tokenizer.model"
+  --data-path "$data/tokens/corpus_text_document"
+  --save "$runs/gpt-43b"
+)
+exec "$here/slurm/launch.sh" pretrain "${choices[@]}" "$@"

@@ -1,0 +1,82 @@
+"""The whole chain under a real SLURM with the tiny recipes: submitted once, preempted, robbed of a node, and finished."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_retro.testing.slurm import Cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = "corpus index gpt retro evaluate"
+
+
+def write_text(directory: Path) -> None:
+    """Some of this repository's own sources as documents."""
+    sources = sorted((ROOT / "megatron_retro/runtime").glob("*.py"))
+    documents = [{"text": source.read_text()[:6000]} for source in sources]
+    assert sum(len(document["text"]) for document in documents) > 30_000
+    directory.mkdir(parents=True)
+    lines = "".join(json.dumps(document) + "\n" for document in documents)
+    (directory / "sources.jsonl").write_text(lines)
+
+
+def submit_chain(cluster: Cluster, room: Path) -> dict[str, int]:
+    output = cluster.run(
+        str(ROOT / "examples/slurm/submit_all.sh"),
+        "tiny",
+        f"--chdir={room}",
+        DATA=str(room / "data"),
+        RUNS=str(room / "runs"),
+        LOGS=str(room / "logs"),
+        STAGES=STAGES,
+        WORKERS="2",
+        HEALTH_CHECK="off",
+        OMP_NUM_THREADS="1",
+    )
+    return {stage: int(job) for stage, job in (line.split() for line in output.splitlines())}
+
+
+def saved_steps(room: Path, run: str) -> list[int]:
+    """Steps of the finished checkpoints of a run."""
+    found = (room / "runs" / run).glob("step-*/manifest.json")
+    return sorted(int(manifest.parent.name.removeprefix("step-")) for manifest in found)
+
+
+def starts(room: Path, pattern: str) -> str:
+    """What the first rank of a job said, over all its starts."""
+    return "".join(path.read_text() for path in sorted((room / "logs").glob(f"{pattern}/rank-0.log")))
+
+
+@pytest.mark.timeout(600)
+def test_the_chain_survives_preemption_and_a_lost_node(cluster: Cluster, tmp_path: Path) -> None:
+    write_text(tmp_path / "data/text")
+    jobs = submit_chain(cluster, tmp_path)
+
+    cluster.wait_until(lambda: bool(saved_steps(tmp_path, "gpt-tiny")), 300, "the GPT's first checkpoint", jobs["gpt"])
+    cluster.run("scontrol", "requeue", str(jobs["gpt"]))
+    facts = cluster.wait(jobs["gpt"], 300)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), starts(tmp_path, "gpt-tiny-*")
+
+    cluster.wait_until(lambda: bool(saved_steps(tmp_path, "retro-tiny")), 300, "a checkpoint", jobs["retro"])
+    cluster.kill_node(last_node(cluster, jobs["retro"]))
+    facts = cluster.wait(jobs["retro"], 300)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), starts(tmp_path, "retro-tiny-*")
+
+    for run in ("gpt-tiny", "retro-tiny"):
+        words = starts(tmp_path, f"{run}-*")
+        assert re.search(r"resum", words), words
+        assert max(saved_steps(tmp_path, run)) == 30
+
+    assert cluster.wait(jobs["evaluate"], 120)["JobState"] == "COMPLETED"
+    found = json.loads((tmp_path / "runs/evaluate-tiny/perplexity.json").read_text())
+    assert found
+    assert all(cluster.facts(job)["JobState"] == "COMPLETED" for job in jobs.values())
+
+
+def last_node(cluster: Cluster, job: int) -> str:
+    nodes = cluster.run("scontrol", "show", "hostnames", cluster.facts(job)["NodeList"]).split()
+    return nodes[-1]
