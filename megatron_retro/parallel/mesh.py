@@ -23,6 +23,7 @@ class ParallelMesh:
 
     devices: DeviceMesh
     device: torch.device
+    timeout: timedelta
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """The ranks along this axis that this rank talks to."""
@@ -49,7 +50,8 @@ def build_mesh(config: ParallelConfig, device: torch.device) -> ParallelMesh:
             fix="start that many, or change the parallel sizes",
         )
     shape = (pipeline, world_size // (tensor * pipeline), tensor)
-    mesh = ParallelMesh(init_device_mesh(device.type, shape, mesh_dim_names=AXES), device)
+    timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    mesh = ParallelMesh(init_device_mesh(device.type, shape, mesh_dim_names=AXES), device, timeout)
     for axis in AXES:  # a group of its own gets torch's default of half an hour otherwise
-        _set_pg_timeout(timedelta(minutes=config.distributed_timeout_minutes), mesh.group(axis))
+        _set_pg_timeout(timeout, mesh.group(axis))
     return mesh

@@ -75,7 +75,7 @@ def _group_of_stages(mesh: ParallelMesh, holders: Sequence[int]) -> dist.Process
     mine = None
     for data in range(mesh.size(DATA)):
         for tensor in range(mesh.size(TENSOR)):
-            group = dist.new_group([int(ranks[stage, data, tensor]) for stage in holders])
+            group = dist.new_group([int(ranks[stage, data, tensor]) for stage in holders], timeout=mesh.timeout)
             here = (mesh.rank(DATA), mesh.rank(TENSOR)) == (data, tensor)
             mine = group if here and mesh.rank(PIPELINE) in holders else mine
     return mine

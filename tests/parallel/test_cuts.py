@@ -9,12 +9,14 @@ import torch
 
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.peft import LORA_TARGETS, PARTS, PeftConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.model.retro import Retro
 from megatron_retro.parallel.collectives import TensorAxis
 from megatron_retro.parallel.cuts import CUTS, Style, cut_of, matches, regions_of
 from megatron_retro.parallel.mesh import TENSOR, build_mesh
 from megatron_retro.parallel.styles import cut_model, partial_parameters
+from megatron_retro.peft.attach import attach
 from megatron_retro.testing.layouts import tiny_settings
 from megatron_retro.testing.processes import run_ranks
 
@@ -25,6 +27,10 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "position_embedding_type": ("rope", "learned_absolute"),
     "normalization": ("LayerNorm", "RMSNorm"),
 }
+METHODS = [
+    PeftConfig(peft_method=method, peft_parts=PARTS, lora_targets=LORA_TARGETS)
+    for method in ("lora", "adapter", "ia3", "p-tuning")
+]
 VARIANTS = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
 
 
@@ -43,6 +49,10 @@ def test_every_parameter_matches_one_row_and_every_row_is_used() -> None:
         ):
             for name, _ in _model(**variant, **extra).named_parameters():
                 used.add(cut_of(name).pattern)
+    for config in METHODS:
+        tuned = _model(swiglu=True)
+        attach(tuned, config)
+        used |= {cut_of(name).pattern for name, _ in tuned.named_parameters()}
     assert {cut.pattern for cut in CUTS} - used == set()
 
 

@@ -55,7 +55,7 @@ def test_a_rank_that_stays_away_is_told_with_rank_axis_and_step(axis: str) -> No
 
 
 def test_a_rank_that_hangs_ends_the_others_when_the_timeout_passes() -> None:
-    settings = tiny_settings(**LAYOUTS["tensor"], global_batch_size=2)
+    settings = tiny_settings(**LAYOUTS["tensor"], global_batch_size=2, distributed_timeout_minutes=0.02)
     batches = random_batches(settings)
 
     def hang() -> tuple[str, float]:
@@ -63,7 +63,7 @@ def test_a_rank_that_hangs_ends_the_others_when_the_timeout_passes() -> None:
             model = _build(settings)
             start = time.monotonic()
             if model.mesh.devices.get_rank() == 1:
-                time.sleep(3)
+                time.sleep(6)
                 return "hung", 0.0
             with pytest.raises(DistributedError) as caught:
                 model.train_step(batches, step=3)
@@ -71,7 +71,7 @@ def test_a_rank_that_hangs_ends_the_others_when_the_timeout_passes() -> None:
 
     (told, seconds), _ = run_ranks(hang, 2, initialize=False)
     assert "at step 3, on the tensor axis" in told
-    assert seconds < 3
+    assert seconds < 5.5
 
 
 @pytest.mark.parametrize("axis", ["tensor", "data"])

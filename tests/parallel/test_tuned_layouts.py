@@ -1,0 +1,50 @@
+"""Every way of parameter-efficient tuning gives the one-process numbers on every kind of layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_retro.config.peft import LORA_TARGETS, PARTS
+from megatron_retro.peft.attach import is_added
+from megatron_retro.peft.prompts import virtual_token_ids
+from megatron_retro.testing.layouts import (
+    random_batches,
+    reference_outcome,
+    run_layout,
+    tiny_settings,
+    worst_differences,
+)
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"peft_method": "lora", "peft_parts": PARTS, "lora_targets": LORA_TARGETS, "lora_rank": 4},
+    "series adapter": {"peft_method": "adapter", "peft_parts": PARTS, "adapter_size": 6},
+    "parallel adapter": {"peft_method": "adapter", "peft_parts": PARTS, "adapter_size": 6, "adapter_parallel": True},
+    "ia3": {"peft_method": "ia3", "peft_parts": PARTS},
+    "p-tuning": {"peft_method": "p-tuning", "num_virtual_tokens": 3, "prompt_encoder_hidden_size": 12},
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tensor": {"tensor_model_parallel_size": 2},
+    "sequence": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "pipeline": {"pipeline_model_parallel_size": 2},
+    "data": {"data_parallel_sharding": "full"},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_tuning_equals_one_process(method: str, layout: str) -> None:
+    settings = tiny_settings(swiglu=True, global_batch_size=4, **METHODS[method], **LAYOUTS[layout])
+    batches = random_batches(settings)
+    if method == "p-tuning":
+        virtual = torch.tensor(virtual_token_ids(3))
+        for batch in batches:
+            batch.tokens_BS[:, 2:5] = virtual
+    batches = [dataclasses.replace(batch) for batch in batches]
+    reference = reference_outcome(settings, batches, steps=3)
+    assert {name for name in reference.gradients} == {name for name in reference.parameters if is_added(name)}
+    found = worst_differences(reference, run_layout(settings, 2, batches, steps=3))
+    assert max(found.values()) < 2e-4, {name: error for name, error in found.items() if error >= 2e-4}
