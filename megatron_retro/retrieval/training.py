@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from megatron_retro.artifacts.files import new_directory
 from megatron_retro.artifacts.manifest import damage, read_manifest, require_same, write_manifest
 from megatron_retro.data.chunk_database import ChunkDatabase
-from megatron_retro.errors import ArtifactError
+from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.retrieval.embedders import Embedder
 from megatron_retro.retrieval.encoding import BATCH_CHUNKS
 from megatron_retro.retrieval.faiss_index import faiss_module, new_index, read_index
@@ -32,7 +32,7 @@ def train(project: Project) -> None:
         vectors = sampled_vectors(project.database, project.embedder, sample)
         index = new_index(project.choice.index_str, project.embedder.dimension)
         _train_on_gpus(index)
-        index.train(vectors)
+        _train(index, vectors, project.choice.index_str)
         with new_directory(where) as directory:
             faiss_module().write_index(index, str(directory / TRAINED_FILE))
             write_manifest(
@@ -79,6 +79,17 @@ def sampled_vectors(database: ChunkDatabase, embedder: Embedder, sample: NDArray
 def _inputs(project: Project) -> dict[str, str]:
     names = ("database", "embedder", "index_str")
     return {name: project.decided[name] for name in names}
+
+
+def _train(index: Any, vectors: NDArray[np.float32], index_str: str) -> None:
+    try:
+        index.train(vectors)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"faiss cannot train {index_str} on {len(vectors)} vectors {vectors.shape[1]} wide",
+            got=str(error).split("Error: ")[-1].split("\n")[0],
+            fix="give --retro-index-str auto",
+        ) from None
 
 
 def _train_on_gpus(index: Any) -> None:
