@@ -97,9 +97,10 @@ def chosen_device(name: str) -> torch.device:
     """`auto` is the GPU where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentProblem("there is no usable GPU", got="--device cuda", fix="use --device cpu or auto")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentProblem("there is no usable GPU", got=f"--device {name}", fix="use --device cpu or auto")
+    return device
 
 
 def chosen_dtype(name: str, device: torch.device) -> torch.dtype:

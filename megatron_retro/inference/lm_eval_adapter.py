@@ -21,6 +21,7 @@ from megatron_retro.errors import ConfigError
 from megatron_retro.inference.sampling import Sampling
 from megatron_retro.inference.scoring import rolling_windows, score_continuations
 from megatron_retro.inference.text_generator import build_text_generator
+from megatron_retro.runtime.console import say
 from megatron_retro.runtime.environment import require
 
 require("lm_eval", "the lm-eval adapter")
@@ -54,7 +55,7 @@ class MegatronRetroLM(TemplateLM):  # type: ignore[misc]
         refused = sorted(set(unknown) - {"max_batch_size"})
         if refused:
             raise ConfigError(f"no such model argument: {', '.join(refused)}", fix="see the head of this module")
-        engine = EngineConfig(max_sequence_length=int(max_length), device=device or "auto", dtype=dtype)
+        engine = EngineConfig(max_sequence_length=int(max_length), device=_device(device), dtype=dtype)
         loaded = load_model(Path(load), device=engine.device, dtype=dtype)
         self.module = loaded.module
         self.generator = build_text_generator(loaded, engine, LiveRetrievalConfig(retro_index=retro_index))
@@ -136,6 +137,16 @@ class MegatronRetroLM(TemplateLM):  # type: ignore[misc]
         return generation.text
 
 
+def _device(wish: str | None) -> str:
+    """lm-eval asks for cuda:0 when its user asked for nothing, so that wish is not binding."""
+    import torch
+
+    if wish is not None and wish.startswith("cuda") and not torch.cuda.is_available():
+        say(f"no GPU here: the model runs on the CPU, not on {wish}")
+        return "cpu"
+    return wish or "auto"
+
+
 def main() -> None:
     """lm-eval's own command line, with our model in its table."""
     from lm_eval.__main__ import cli_evaluate
@@ -144,5 +155,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Register under the importable name too, for the workers that lm-eval may start.
     main()
