@@ -1,0 +1,120 @@
+"""Perplexity against a token-by-token computation, and the leakage curve against brute force."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from megatron_retro.assembly.loaded_model import LoadedModel, load_model
+from megatron_retro.config.evaluation import EvaluationConfig
+from megatron_retro.config.perplexity import PerplexityConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.data.builders import build_dataset
+from megatron_retro.data.dataset import Dataset
+from megatron_retro.errors import ConfigError
+from megatron_retro.evaluation.leakage import shared_shares, text_bytes
+from megatron_retro.evaluation.perplexity import measure, read_windows, sliding_windows
+from megatron_retro.evaluation.perplexity_run import run_perplexity
+from megatron_retro.model.neighbors import Neighbors
+from megatron_retro.testing.tiny_corpus import CHUNK, TinyCorpus, write_tiny_corpus
+from megatron_retro.training.program import pretrain
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A trained model and what it is measured on."""
+
+    corpus: TinyCorpus
+    run: Path
+    model: LoadedModel
+    dataset: Dataset
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
+    directory = tmp_path_factory.mktemp("perplexity")
+    corpus = write_tiny_corpus(directory / "corpus")
+    settings = corpus.settings(save=str(directory / "run"), train_iters=20, eval_iters=0)
+    pretrain(settings)
+    model = load_model(directory / "run")
+    yield Setting(corpus, directory / "run", model, build_dataset(settings, "valid", eod=model.tokenizer.eod))
+
+
+def test_each_token_is_scored_once_with_the_most_context(setting: Setting) -> None:
+    for stride in (CHUNK, 2 * CHUNK, 4 * CHUNK):
+        windows = sliding_windows(setting.dataset, stride)
+        measured = measure(setting.model.module, setting.dataset, windows, "real", batch_size=3)
+        assert len(np.unique(measured.offsets)) == len(measured.offsets)
+        assert np.array_equal(np.sort(measured.offsets), np.arange(measured.offsets.min(), measured.offsets.max() + 1))
+        later = [window for window in windows if window.first_scored > window.start + 1]
+        assert all(window.stop - window.first_scored == stride for window in later)
+    with pytest.raises(ConfigError, match="does not fit the chunk grid"):
+        sliding_windows(setting.dataset, CHUNK + 1)
+
+
+@pytest.mark.parametrize("variant", ["real", "none"])
+def test_losses_are_those_of_a_forward_per_token(setting: Setting, variant: str) -> None:
+    """Each token alone: a fresh forward of its window up to it, the softmax in float64."""
+    module = setting.model.module
+    windows = sliding_windows(setting.dataset, 2 * CHUNK)[:3]
+    measured = measure(module, setting.dataset, windows, variant, batch_size=2)
+    stream = setting.dataset.sources[0].samples.file.stream
+    for number in range(0, len(measured.losses), 7):
+        window, offset = windows[measured.windows[number]], int(measured.offsets[number])
+        batch = read_windows(setting.dataset, [window])
+        neighbors = Neighbors(
+            torch.from_numpy(batch.neighbor_tokens_BCKR.astype(np.int64)),  # type: ignore[union-attr]
+            torch.from_numpy(batch.neighbor_mask_BCKR),
+        )
+        tokens = torch.from_numpy(stream[window.start : offset].astype(np.int64))[None]
+        with torch.no_grad():
+            logits = module(tokens, neighbors if variant == "real" else None)[0, -1].double()
+        expected = -functional.log_softmax(logits, -1)[int(stream[offset])].item()
+        assert measured.losses[number] == pytest.approx(expected, abs=2e-5)
+
+
+def test_shared_runs_are_those_of_brute_force(setting: Setting) -> None:
+    source = setting.dataset.sources[0]
+    assert source.neighbors is not None
+    chunks = np.arange(*source.samples.chunk_ranges[0])[:6]
+    found = shared_shares(source, chunks, 2)
+    for chunk, share in zip(chunks, found, strict=True):
+        text = bytes(source.samples.file.stream[chunk * CHUNK : (chunk + 1) * CHUNK].astype(np.uint8))
+        tokens, mask = source.neighbors.read(np.array([chunk]), 1)
+        best = 0
+        for row in range(2):
+            other = bytes(tokens[0, 0, row][mask[0, 0, row]].astype(np.uint8))
+            for start in range(CHUNK):
+                for stop in range(start + best + 1, CHUNK + 1):
+                    if text[start:stop] in other:
+                        best = stop - start
+        assert share == pytest.approx(best / CHUNK)
+
+
+def test_the_verb_writes_figures_that_add_up(setting: Setting, tmp_path: Path) -> None:
+    settings = setting.corpus.settings(load=str(setting.run))
+    sections = [*settings, PerplexityConfig(perplexity_batch_size=4), EvaluationConfig(eval_output=str(tmp_path))]
+    result = run_perplexity(Settings(sections, settings.origins()))
+    assert json.loads((tmp_path / "perplexity.json").read_text()) == json.loads(json.dumps(result))
+    assert "Leakage curve" in (tmp_path / "perplexity.html").read_text()
+    real = result["variants"]["real"]
+    assert real["perplexity"] == pytest.approx(math.exp(real["loss"][0]))
+    nats = real["loss"][0] * result["tokens"]
+    assert real["bits_per_byte"] == pytest.approx(nats / math.log(2) / result["bytes"])
+    curve = result["leakage"]
+    assert curve["chunks"] == sorted(curve["chunks"])
+    assert set(curve["bits_per_byte"]) == {"real", "none", "random", "shuffled"}
+
+
+def test_bytes_of_text_survive_characters_cut_at_the_edges(setting: Setting) -> None:
+    text = "é日本".encode()
+    for stop in range(len(text) + 1):
+        assert abs(text_bytes(setting.model.tokenizer, np.frombuffer(text[:stop], np.uint8)) - stop) <= 2

@@ -1,0 +1,98 @@
+"""Intervals, variants of neighbours and alarms, against cases whose answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megatron_retro.data.batches import Batch
+from megatron_retro.data.neighbor_variants import with_variant
+from megatron_retro.runtime.statistics import bootstrap_ratio
+from megatron_retro.training.evaluation import TokenLosses
+from megatron_retro.training.health import LayerUse, RetrievalHealth, retrieval_health
+
+CHUNK = 8
+
+
+def batches(count: int = 3, size: int = 2, chunks: int = 4) -> list[Batch]:
+    """Every neighbour token names its sample and chunk."""
+    found = []
+    for number in range(count):
+        ids = np.arange(number * size, (number + 1) * size)
+        names = ids[:, None] * 100 + np.arange(chunks)
+        tokens = np.zeros((size, chunks * CHUNK), np.int32)
+        neighbors = np.broadcast_to(names[:, :, None, None], (size, chunks, 2, 5)).copy()
+        found.append(
+            Batch(tokens, tokens, np.ones(tokens.shape, np.bool_), ids, None, None, neighbors, neighbors % 2 == 0)
+        )
+    return found
+
+
+def names(found: list[Batch]) -> np.ndarray:
+    return np.concatenate([batch.neighbor_tokens_BCKR[:, :, 0, 0] for batch in found])  # type: ignore[index]
+
+
+def test_variants_take_neighbors_from_where_they_say() -> None:
+    real = batches()
+    own = names(real)
+    random = names(with_variant(real, "random", 0))
+    assert (random // 100 != own // 100).all(), "random: always another sample"
+    shuffled = names(with_variant(real, "shuffled", 0))
+    assert (shuffled // 100 == own // 100).all() and (shuffled != own).all(), "shuffled: another chunk of the same"
+    for batch in with_variant(real, "random", 0):
+        assert np.array_equal(batch.neighbor_mask_BCKR, batch.neighbor_tokens_BCKR % 2 == 0), "masks move along"
+    none = with_variant(real, "none", 0)
+    assert all(batch.neighbor_tokens_BCKR is None and batch.neighbor_mask_BCKR is None for batch in none)
+    assert np.array_equal(names(with_variant(real, "random", 0)), random), "a pure function of the seed"
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_claim() -> None:
+    random = np.random.default_rng(0)
+    hits = 0
+    for trial in range(200):
+        weights = random.integers(1, 20, 60)
+        values = random.normal(0.3, 1.0, 60)
+        hits += (interval := bootstrap_ratio(values * weights, weights, seed=trial)).low < 0.3 < interval.high
+    assert 0.88 * 200 <= hits <= 0.99 * 200
+
+
+def losses(excess: float, noise: float, seed: int, samples: int = 40) -> dict[str, TokenLosses]:
+    random = np.random.default_rng(seed)
+    real = random.normal(3.0, 1.0, (samples, 4 * CHUNK)).astype(np.float32)
+    mask = random.random(real.shape) < 0.9
+
+    def worse(by: float) -> TokenLosses:
+        found = real + by + random.normal(0, noise, (samples, 1))
+        found[:, : CHUNK - 1] = real[:, : CHUNK - 1]
+        return TokenLosses(found.astype(np.float32), mask)
+
+    return {"real": TokenLosses(real, mask), "none": worse(excess), "random": worse(excess), "shuffled": worse(excess)}
+
+
+def health(by_variant: dict[str, TokenLosses], share: float = 0.1, rate: float | None = None) -> RetrievalHealth:
+    return retrieval_health(by_variant, CHUNK, (LayerUse(3, share, 1.0, rate),), seed=0)
+
+
+def test_a_healthy_model_raises_no_alarm_and_has_its_excess() -> None:
+    found = health(losses(0.05, noise=0.01, seed=1))
+    assert found.alarms() == ()
+    for interval in found.excess.values():
+        assert interval.mean == pytest.approx(0.05, abs=3 * 0.01 / 40**0.5)
+        assert interval.low < interval.mean < interval.high and interval.high - interval.low < 0.01
+    assert all(value == pytest.approx(0.05, abs=0.01) for value in found.excess_by_position["random"])
+
+
+def test_alarms_name_what_is_wrong() -> None:
+    useless = health(losses(0.0, noise=0.01, seed=2)).alarms()
+    assert len(useless) == 2 and "random neighbours are no worse" in useless[0] and "off is no worse" in useless[1]
+    harmful = health(losses(-0.05, noise=0.01, seed=3)).alarms()
+    assert "-0.05" in harmful[0]
+    shut = health(losses(0.05, noise=0.01, seed=1), rate=1.7e-6).alarms()
+    assert shut == ("the gate of layer 3 is shut: mean rate 1.70e-06",)
+    silent = health(losses(0.05, noise=0.01, seed=1), share=1e-6).alarms()
+    assert len(silent) == 1 and "layer 3 adds 1.0e-06" in silent[0]
+
+
+def test_tokens_that_cannot_see_neighbors_do_not_dilute_the_excess() -> None:
+    found = health(losses(0.05, noise=0.0, seed=4))
+    assert found.excess["none"].mean == pytest.approx(0.05, rel=1e-4)

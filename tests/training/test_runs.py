@@ -1,0 +1,192 @@
+"""Whole tiny runs: pinned losses, observers that change nothing, retro-fitting, the report."""
+
+from __future__ import annotations
+
+import json
+import os
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_retro.assembly.retrofitting import collapsed, inherited_settings, retrofit_plan
+from megatron_retro.checkpoint.loading import open_checkpoint
+from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.runtime.launch import find_launch
+from megatron_retro.runtime.process_group import process_group
+from megatron_retro.runtime.signals import StopRequests
+from megatron_retro.testing.run_results import differences, losses, stored_tensors
+from megatron_retro.testing.tiny_corpus import TinyCorpus
+from megatron_retro.training import program
+from megatron_retro.training.program import pretrain
+from megatron_retro.training.report import write_report
+from megatron_retro.training.run_log import read_run_log
+
+GOLDEN = Path(__file__).parent / "golden_losses.json"
+KINDS: dict[str, dict[str, Any]] = {
+    "gpt": {"retro": False},
+    "gpt bf16": {"retro": False, "bf16": True},
+    "llama-like": {
+        "retro": False,
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "disable_bias_linear": True,
+        "group_query_attention": True,
+        "num_query_groups": 2,
+        "untie_embeddings_and_output_weights": True,
+    },
+    "retro": {},
+    "retro adaptive": {"retro_gate_type": "adaptive", "retro_gate_budget_warmup": 2},
+    "retro legacy positions": {"retro_neighbor_positions": "none", "position_embedding_type": "learned_absolute"},
+    "retro noisy": {"retro_no_retrieval_probability": 0.2, "retro_random_retrieval_probability": 0.2},
+}
+
+
+def short_run(corpus: TinyCorpus, run: Path, **more: Any) -> list[float]:
+    pretrain(corpus.settings(**{"save": str(run), "train_iters": 5, "eval_iters": 0, **more}))
+    return losses(run)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_are_the_committed_ones(corpus: TinyCorpus, tmp_path: Path, kind: str) -> None:
+    """Relative 1e-4 between machines (1e-2 in bf16), and the same bits on one; UPDATE_GOLDEN_LOSSES=1 writes them."""
+    first = short_run(corpus, tmp_path / "first", deterministic_mode=True, **KINDS[kind])
+    torch.use_deterministic_algorithms(False)
+    second = short_run(corpus, tmp_path / "second", **KINDS[kind])
+    assert first == second
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    if os.environ.get("UPDATE_GOLDEN_LOSSES"):
+        GOLDEN.write_text(json.dumps({**golden, kind: first}, indent=1) + "\n")
+    else:
+        assert first == pytest.approx(golden[kind], rel=1e-2 if "bf16" in kind else 1e-4)
+
+
+def test_observers_change_no_bit(
+    corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorboard")
+    watched = {"tensorboard_dir": str(tmp_path / "board"), "log_interval": 1, "profile": True, "hidden_dropout": 0.1}
+    watched |= {"profile_step_start": 2, "profile_step_end": 3, "eval_interval": 2, "eval_iters": 1}
+    short_run(corpus, tmp_path / "watched", **watched)
+    assert list((tmp_path / "board").iterdir()) and (tmp_path / "watched/profile/rank-00000.json").stat().st_size
+    assert capfd.readouterr().err.count("tokens/s") == 5
+    monkeypatch.setattr(program, "build_observers", lambda parts, launch: [])
+    blind = corpus.settings(save=str(tmp_path / "blind"), train_iters=5, eval_iters=0, hidden_dropout=0.1)
+    pretrain(blind)
+    assert not (tmp_path / "blind/events.jsonl").exists()
+    assert differences(tmp_path / "watched", tmp_path / "blind") == []
+
+
+def test_an_evaluation_is_repeatable_and_moves_no_random_state(corpus: TinyCorpus) -> None:
+    from megatron_retro.assembly.run_parts import build_run_parts
+    from megatron_retro.training.evaluator import Evaluator
+
+    with process_group(find_launch({})) as device:
+        parts = build_run_parts(corpus.settings(hidden_dropout=0.2), device, 1)
+        evaluator = Evaluator(parts, dist.new_group(backend="gloo"))
+        before = torch.get_rng_state()
+        first, second = evaluator.evaluate(0), evaluator.evaluate(0)
+        assert torch.equal(before, torch.get_rng_state())
+        assert first.loss == second.loss and first.facts == second.facts
+        assert [use["layer"] for use in first.facts["layers"]] == [1, 2]
+        assert all(use["share"] > 0 for use in first.facts["layers"])
+
+
+def test_retrofit_starts_as_the_gpt_and_freezes_what_it_says(
+    corpus: TinyCorpus, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    short_run(corpus, tmp_path / "gpt", retro=False, train_iters=8)
+    more = {"save": str(tmp_path / "retro"), "load": str(tmp_path / "gpt"), "train_iters": 3, "eval_iters": 0}
+    settings = corpus.settings(freeze_decoder=True, retro_zero_init_output=True, **more)
+    pretrain(settings, retrofit=True)
+    told = capfd.readouterr().err
+    assert "layers.{0-1}.cross_attention.query.weight" in told and "fresh       yes" in told
+    gpt, retro = stored_tensors(tmp_path / "gpt"), stored_tensors(tmp_path / "retro")
+    for name, tensor in gpt.items():
+        if name.startswith("model."):
+            assert torch.equal(tensor, retro[name]), f"{name} is frozen"
+    fresh = [name for name in retro if name.startswith("model.") and name not in gpt]
+    assert fresh and all("encoder" in name or "cross_" in name for name in fresh)
+    assert not any(name.startswith("optimizer.layers.0.mlp") for name in retro), "no moments of frozen parameters"
+    assert any(retro[name].any() for name in retro if name.endswith("layers.0.cross_attention.output.weight"))
+
+
+def test_the_plan_names_source_and_fate_of_every_parameter(corpus: TinyCorpus, tmp_path: Path) -> None:
+    short_run(corpus, tmp_path / "gpt", retro=False, train_iters=1, hidden_size=64)
+    checkpoint = open_checkpoint(tmp_path / "gpt")
+    settings = inherited_settings(corpus.settings(load=str(tmp_path / "gpt")), checkpoint)
+    rows = retrofit_plan(settings, checkpoint)
+    by_name = {row.parameter: row for row in rows}
+    assert by_name["embedding.word.weight"].source == "checkpoint"
+    assert by_name["embedding.word.weight"].shape[1] == 64, "the shape comes from the checkpoint"
+    assert by_name["encoder.layers.1.mlp.up.weight"].source == "fresh"
+    assert all(row.trains for row in rows)
+    assert sum(len(expand(row.parameter)) for row in collapsed(rows)) == len(rows)
+
+
+def expand(name: str) -> list[str]:
+    if "{" not in name:
+        return [name]
+    first, last = name[name.index("{") + 1 : name.index("}")].split("-")
+    return [name] * (int(last) - int(first) + 1)
+
+
+def test_retrofit_refuses_what_cannot_be(corpus: TinyCorpus, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="retrofit starts from a model"):
+        pretrain(corpus.settings(), retrofit=True)
+    with pytest.raises(ArtifactError, match="no complete checkpoint"):
+        pretrain(corpus.settings(load=str(tmp_path)), retrofit=True)
+    with pytest.raises(ConfigError, match="the data has no neighbours"):
+        pretrain(corpus.settings(retro=False, retro_add_retriever=True))
+
+
+def test_a_stop_without_a_place_to_save_says_so(corpus: TinyCorpus) -> None:
+    settings = corpus.settings(train_iters=50, eval_iters=0)
+    stops = StopRequests(0.0)
+    with process_group(find_launch({})) as device:
+        outcome = program.train(settings, find_launch({}), device, stops)
+    with pytest.raises(Exception, match="nothing was saved: there is no --save"):
+        program.finish(settings, outcome)
+
+
+class Page(HTMLParser):
+    """Counts what a page holds, and what it would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.fetched: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.fetched += [value for name, value in attrs if name in ("src", "href") and value and "data:" not in value]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_report_is_one_page_with_everything(corpus: TinyCorpus, tmp_path: Path) -> None:
+    short_run(corpus, tmp_path / "run", eval_iters=1, eval_interval=2)
+    page = Page()
+    page.feed(write_report(tmp_path / "run").read_text())
+    assert page.fetched == []
+    assert page.tags.count("svg") >= 8
+    for heading in ("Training loss", "Retrieval health", "Neighbours", "What happened", "Configuration", "Environment"):
+        assert heading in page.text
+    assert "seq_length = 64" in page.text and "neighbour 1" in page.text
+    assert f"{losses(tmp_path / 'run')[-1]:.4g}" in page.text
+    with pytest.raises(ArtifactError, match="is no run"):
+        write_report(tmp_path)
+
+
+def test_a_log_that_repeats_steps_counts_each_once(corpus: TinyCorpus, tmp_path: Path) -> None:
+    short_run(corpus, tmp_path / "run")
+    events = tmp_path / "run/events.jsonl"
+    lines = events.read_text().splitlines(keepends=True)
+    repeated = [line for line in lines if '"step": 4' in line and '"event": "step"' in line]
+    events.write_text("".join([*lines, *repeated, '{"event": "cut by a ki']))
+    assert [step["step"] for step in read_run_log(tmp_path / "run").steps] == [1, 2, 3, 4, 5]
