@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from megatron_retro.parallel.collectives import all_gather
 
-_TOKENS_AT_ONCE = 1024
+TOKENS_AT_ONCE = 1024
 
 
 def partial_embedding(ids: Tensor, rows_LH: Tensor, first_row: int) -> Tensor:
@@ -94,4 +94,4 @@ def _local_labels(labels_T: Tensor, num_rows: int, first_row: int) -> tuple[Tens
 
 
 def _blocks(num_tokens: int) -> list[slice]:
-    return [slice(start, start + _TOKENS_AT_ONCE) for start in range(0, num_tokens, _TOKENS_AT_ONCE)]
+    return [slice(start, start + TOKENS_AT_ONCE) for start in range(0, num_tokens, TOKENS_AT_ONCE)]
