@@ -6,6 +6,7 @@ A value depends on the seed and the parameter's name alone, so every layout star
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.model.initialization import initial_blocks
+from megatron_retro.peft.attach import initial_value, is_added
 
 
 @torch.no_grad()
@@ -50,6 +52,14 @@ def _filled(
     )
 
 
+def _first_blocks(
+    name: str, shape: tuple[int, ...], model: ModelConfig, retro: RetroConfig, seed: int
+) -> Iterable[tuple[int, Tensor]]:
+    if is_added(name):
+        return [(0, initial_value(name, shape, seed).view(-1, shape[-1]))]
+    return initial_blocks(name, shape, model, retro, seed)
+
+
 def _fill(
     part: Tensor,
     name: str,
@@ -65,7 +75,7 @@ def _fill(
     columns = slice(None)
     if dim == len(shape) - 1:
         columns = slice(start, start + part.shape[dim])
-    for first, block in initial_blocks(name, shape, model, retro, seed):
+    for first, block in _first_blocks(name, shape, model, retro, seed):
         if dim is None or dim == len(shape) - 1:
             rows[first : first + len(block)] = block[:, columns]
             continue

@@ -44,7 +44,7 @@ def build_trainable(settings: Settings, device: torch.device) -> Trainable:
     A program that has opened no process group is alone, and gets the plainest form.
     """
     if not dist.is_initialized():
-        return _alone(settings, device)
+        return one_process(settings, device)
     mesh = build_mesh(settings[ParallelConfig], device)
     parts = stage_parts(settings, settings[DataConfig].seq_length)
     trainable = ParallelModel(settings, mesh, parts)
@@ -53,7 +53,8 @@ def build_trainable(settings: Settings, device: torch.device) -> Trainable:
     return trainable
 
 
-def _alone(settings: Settings, device: torch.device) -> Trainable:
+def one_process(settings: Settings, device: torch.device) -> SingleProcess:
+    """The whole model with its first values."""
     model, retro, training = settings[ModelConfig], settings[RetroConfig], settings[TrainingConfig]
     module = Retro(model, retro).to(device)
     initialize(module, model, retro, training.seed)

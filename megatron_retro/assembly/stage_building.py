@@ -13,6 +13,7 @@ from megatron_retro.assembly.materialization import materialize
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.optimizer import OptimizerConfig
 from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
@@ -27,7 +28,8 @@ from megatron_retro.parallel.put_off import PutOffGradients
 from megatron_retro.parallel.randomness import Streams, has_dropout
 from megatron_retro.parallel.recompute import recompute_layers
 from megatron_retro.parallel.stages import Stage
-from megatron_retro.parallel.styles import cut_model
+from megatron_retro.parallel.styles import cut_model, cut_prompt
+from megatron_retro.peft.attach import attach, connect
 
 
 def compute_dtype(config: OptimizerConfig) -> torch.dtype:
@@ -72,12 +74,24 @@ def stage_without_memory(settings: Settings, part: StagePart, mesh: ParallelMesh
     if module.embedding is not None and not part.first:
         module.embedding.position = None
     axis = tensor_axis(settings, mesh)
+    tunes = is_tuned(settings)
+    if tunes:
+        attach(module, settings[PeftConfig])
     if axis is not None:
         cut_model(module, mesh.devices[TENSOR], axis, cuts)
-    if settings[TrainingConfig].freeze_decoder:
+    if tunes:
+        connect(module)
+        if axis is not None:
+            cut_prompt(module, axis)
+    elif settings[TrainingConfig].freeze_decoder:
         freeze_decoder(module)
     recompute_layers(module, settings[ParallelConfig].recompute_granularity)
     return Stage(module, part, axis)
+
+
+def is_tuned(settings: Settings) -> bool:
+    """Whether the run trains something beside a frozen model."""
+    return PeftConfig in settings and settings[PeftConfig].peft_method != "none"
 
 
 def freeze_decoder(module: nn.Module) -> None:

@@ -50,6 +50,8 @@ class Cut:
 
 _LAYER = "{layers,encoder.layers}.*"
 _ATTENTION = _LAYER + ".{attention,cross_attention}"
+_INTO_HEADS = _ATTENTION + ".{query_key_value,query,key_value}"
+_CLOSING = _LAYER + ".{attention.output,cross_attention.output,mlp.down}"
 
 CUTS: tuple[Cut, ...] = (
     Cut("{embedding,encoder.embedding}.word.weight", Style.VOCABULARY, 0),
@@ -67,6 +69,16 @@ CUTS: tuple[Cut, ...] = (
     Cut(_LAYER + ".mlp.down.bias", Style.STREAM),
     Cut(_LAYER + ".{input_norm,cross_norm,mlp_norm}.{weight,bias}", Style.STREAM),
     Cut("final_norm.{weight,bias}", Style.STREAM),
+    Cut(_INTO_HEADS + ".lora.down.weight", Style.HEADS),
+    Cut(_INTO_HEADS + ".lora.up.weight", Style.COLUMN, 0),
+    Cut(_LAYER + ".mlp.up.lora.down.weight", Style.HEADS),
+    Cut(_LAYER + ".mlp.up.lora.up.weight", Style.COLUMN, -2),
+    Cut(_CLOSING + ".lora.down.weight", Style.ROW, 1),
+    Cut(_CLOSING + ".lora.up.weight", Style.HEADS),
+    Cut(_LAYER + ".attention.query_key_value.ia3.weight", Style.COLUMN, 0),
+    Cut(_LAYER + ".mlp.down.ia3.weight", Style.COLUMN, 0),
+    Cut(_LAYER + ".{attention,mlp}.adapter.{down,up}.{weight,bias}", Style.STREAM),
+    Cut("embedding.prompt.{table,up,down}.{weight,bias}", Style.STREAM),
     Cut("output.weight", Style.VOCABULARY, 0),
 )
 

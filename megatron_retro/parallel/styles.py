@@ -131,6 +131,18 @@ def _own_positions(axis: TensorAxis, module: nn.Module, arguments: Any, vectors:
     return vectors.narrow(-2, axis.rank * length, length)
 
 
+def cut_prompt(model: Retro, axis: TensorAxis) -> None:
+    """Virtual tokens, where there are any, on this rank's part of the sequence."""
+    prompt = None if model.embedding is None else getattr(model.embedding, "prompt", None)
+    if prompt is not None and axis.sequence_parallel:
+
+        def own_part(tokens: Tensor) -> Tensor:
+            length = axis.local_length(tokens.shape[-1])
+            return tokens.narrow(-1, axis.rank * length, length)
+
+        prompt.own_part = own_part
+
+
 def _enter_reader(axis: TensorAxis, module: nn.Module, arguments: Any, keywords: Any) -> Any:
     """The first retrieval layer hands its state to the encoder, which reads whole chunks."""
     read = arguments[3] if len(arguments) > 3 else keywords.get("read")

@@ -16,13 +16,17 @@ from megatron_retro.model.retro import Retro
 from megatron_retro.model.self_attention import SelfAttention
 from megatron_retro.peft import adapters, lora, prompts, scaling
 from megatron_retro.runtime.console import render_table
+from megatron_retro.runtime.seeds import derived_seed
 
 ADDED_NAMES = frozenset({lora.NAME, adapters.NAME, scaling.NAME, prompts.NAME})
 _SMALL_STD = 0.02
 
 
 def attach(model: Retro, config: PeftConfig) -> None:
-    """Add the configured method's modules (values still to be initialized) and freeze the base."""
+    """Add the configured method's modules (values still to be initialized) and freeze the base.
+
+    `connect` must follow, after the model was cut.
+    """
     model.requires_grad_(False)
     before = set(dict(model.named_parameters()))
     if config.peft_method == "p-tuning":
@@ -38,6 +42,13 @@ def attach(model: Retro, config: PeftConfig) -> None:
             got=f"--peft-parts {' '.join(config.peft_parts)}, --lora-targets {' '.join(config.lora_targets)}",
             expected="parts and targets that this model has",
         )
+
+
+def connect(model: nn.Module) -> None:
+    """Let adapters act; the rest acts since it was attached."""
+    for module in model.modules():
+        if hasattr(module, adapters.NAME):
+            adapters.connect_adapter(module)
 
 
 def part_modules(model: Retro, part: str) -> Iterator[tuple[str, nn.Module]]:
@@ -81,15 +92,19 @@ def is_added(name: str) -> bool:
     return bool(ADDED_NAMES & set(name.split(".")))
 
 
-@torch.no_grad()
-def initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """The whole initial tensor of an added parameter. Updates start at nothing, factors at one."""
-    kind, leaf = name.split(".")[-3:-1] if scaling.NAME not in name.split(".")[-2] else (scaling.NAME, "")
-    if kind == scaling.NAME:
+def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """The whole first value of an added parameter: updates start at nothing, factors at one.
+
+    It depends on the seed and the name alone, as the base's do.
+    """
+    words = name.split(".")
+    if scaling.NAME in words:
         return torch.ones(shape)
-    if name.endswith("bias") or (kind in (lora.NAME, adapters.NAME) and leaf == "up"):
+    starts_at_zero = words[-2] == "up" and prompts.NAME not in words
+    if words[-1] == "bias" or starts_at_zero:
         return torch.zeros(shape)
-    if kind == lora.NAME:
+    generator = torch.Generator().manual_seed(derived_seed(seed, name))
+    if lora.NAME in words:
         bound = 1 / math.sqrt(shape[-1])
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     return torch.empty(shape).normal_(0.0, _SMALL_STD, generator=generator)
@@ -97,10 +112,9 @@ def initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> T
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int) -> None:
-    """Fill what was added, on one process."""
-    for number, (name, parameter) in enumerate(added_parameters(model).items()):
-        generator = torch.Generator().manual_seed(seed + number)
-        parameter.copy_(initial_value(name, parameter.shape, generator))
+    """Fill what was added, in one process."""
+    for name, parameter in added_parameters(model).items():
+        parameter.copy_(initial_value(name, parameter.shape, seed))
 
 
 def merge(model: Retro) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_retro.config.peft import PeftConfig
-from megatron_retro.model.leaves import Linear
+from megatron_retro.model.leaves import HeadsToHidden, Linear
 
 NAME = "lora"
 
@@ -41,11 +41,9 @@ def _add_update(base: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) 
     update: LowRankUpdate | None = getattr(base, NAME, None)
     if update is None:
         return output
-    hidden = arguments[0]
-    columns = update.down.weight.shape[-1]
     # The layer that closes an attention takes heads [..., N, D] and joins them itself.
-    joined = hidden if hidden.shape[-1] == columns else hidden.flatten(-2)
-    added: Tensor = update(joined)
+    hidden = arguments[0].flatten(-2) if isinstance(base, HeadsToHidden) else arguments[0]
+    added: Tensor = update(hidden)
     return output + added
 
 

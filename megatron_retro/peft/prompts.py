@@ -45,7 +45,8 @@ def virtual_token_ids(count: int) -> list[int]:
 
 def attach_prompt(embedding: TokenEmbedding, config: PeftConfig) -> None:
     """Let the embedding know virtual tokens."""
-    embedding.add_module(NAME, PromptEncoder(embedding.word.weight.shape[-1], config))
+    with embedding.word.weight.device:
+        embedding.add_module(NAME, PromptEncoder(embedding.word.weight.shape[-1], config))
     embedding.word.register_forward_pre_hook(_hide_virtual_ids)
     embedding.register_forward_hook(_insert_vectors)
 

@@ -10,19 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from megatron_retro.assembly.model_assembly import ParallelModel
-from megatron_retro.assembly.single_process import SingleProcess
-from megatron_retro.assembly.stage_building import compute_dtype, freeze_decoder
+from megatron_retro.assembly.model_assembly import ParallelModel, one_process
 from megatron_retro.assembly.trainable import TensorBatch
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.optimizer import OptimizerConfig
 from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
-from megatron_retro.model.initialization import initialize
-from megatron_retro.model.retro import Retro
 from megatron_retro.parallel.cuts import CUTS, Cut
 from megatron_retro.parallel.mesh import build_mesh
 from megatron_retro.parallel.partition import stage_parts
@@ -56,6 +53,7 @@ def tiny_settings(**changes: Any) -> Settings:
         OptimizerConfig(),
         TrainingConfig(),
         DataConfig(),
+        PeftConfig(),
     ]
     return Settings(sections).replace(**{**_TINY, **changes})
 
@@ -115,14 +113,7 @@ def whole_gradients(module: nn.Module) -> dict[str, Tensor]:
 
 def reference_outcome(settings: Settings, batches: Sequence[TensorBatch], steps: int = 1) -> StepOutcome:
     """The plain model in one process."""
-    model, retro = settings[ModelConfig], settings[RetroConfig]
-    module = Retro(model, retro)
-    initialize(module, model, retro, settings[TrainingConfig].seed)
-    if settings[TrainingConfig].freeze_decoder:
-        freeze_decoder(module)
-    return _outcome(
-        SingleProcess(module, torch.device("cpu"), compute_dtype(settings[OptimizerConfig])), batches, steps
-    )
+    return _outcome(one_process(settings, torch.device("cpu")), batches, steps)
 
 
 def layout_outcome(

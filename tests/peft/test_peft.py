@@ -12,7 +12,8 @@ from megatron_retro.config.retro import RetroConfig
 from megatron_retro.errors import ConfigError
 from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.retro import Retro
-from megatron_retro.peft.attach import added_parameters, attach, initialize, is_added, merge, trainable_table
+from megatron_retro.peft import attach as attaching
+from megatron_retro.peft.attach import added_parameters, connect, initialize, is_added, merge, trainable_table
 from megatron_retro.peft.prompts import virtual_token_ids
 
 PARTS = ("decoder", "encoder", "cross-attention")
@@ -39,6 +40,11 @@ def filled_model(retro: RetroConfig = RETRO, model: ModelConfig = MODEL) -> Retr
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise * 0.15 + ("norm.weight" in name))
     return built.eval()
+
+
+def attach(model: Retro, config: PeftConfig) -> None:
+    attaching.attach(model, config)
+    connect(model)
 
 
 def inputs() -> tuple[Tensor, Neighbors]:
