@@ -22,6 +22,7 @@ from megatron_retro.inference.neighbor_sources import (
     RandomNeighbors,
 )
 from megatron_retro.inference.sampling import Sampling
+from megatron_retro.inference.weight_layout import store_by_inputs
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def build_text_generator(loaded: LoadedModel, engine: EngineConfig, live: LiveRe
     """The generator of a loaded model, with an index that was checked to fit it."""
     index = None if live.retro_index is None else open_index(Path(live.retro_index), loaded)
     limits = EngineLimits(engine.max_batch_size, engine.max_sequence_length, engine.prefill_tokens)
-    return TextGenerator(LocalForward(loaded.module), loaded.tokenizer, limits, index)
+    return TextGenerator(LocalForward(store_by_inputs(loaded.module)), loaded.tokenizer, limits, index)
 
 
 def open_index(path: Path, loaded: LoadedModel) -> ChunkSearch:

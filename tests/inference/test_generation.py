@@ -18,6 +18,7 @@ from megatron_retro.inference.forward import LocalForward, stack
 from megatron_retro.inference.generation import Generation, GenerationRequest
 from megatron_retro.inference.neighbor_sources import GivenPassages
 from megatron_retro.inference.sampling import Sampling
+from megatron_retro.inference.weight_layout import store_by_inputs
 from megatron_retro.model.retro import Retro
 
 CHUNK = 8
@@ -153,6 +154,17 @@ def test_company_changes_nothing(small_model: Callable[..., Retro], hashed: Any)
     alone = [Engine(LocalForward(model), NeverEnds()).generate([request])[0].tokens for request in requests]
     together = Engine(LocalForward(model), NeverEnds(), EngineLimits(4, 128, 7)).generate(requests)
     assert [one.tokens for one in together] == alone
+
+
+def test_matrices_stored_by_inputs(small_model: Callable[..., Retro], hashed: Any) -> None:
+    """The layout for decoding changes no name, no shape and no result beyond rounding."""
+    model = small_model(untie_embeddings_and_output_weights=True)
+    tokens = prompts(8)[7]
+    before, shapes = teacher_forced(model, tokens, hashed), {name: one.shape for name, one in model.named_parameters()}
+    stored = store_by_inputs(model)
+    assert {name: one.shape for name, one in stored.named_parameters()} == shapes
+    assert not stored.layers["0"].mlp.down.weight.is_contiguous()
+    torch.testing.assert_close(teacher_forced(stored, tokens, hashed), before, atol=1e-4, rtol=1e-4)
 
 
 def test_given_passages_and_stop(small_model: Callable[..., Retro]) -> None:
