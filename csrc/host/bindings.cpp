@@ -11,6 +11,7 @@
 #include "charsmap.h"
 #include "parallel.h"
 #include "token_source.h"
+#include "unigram.h"
 #include "word_cache.h"
 
 namespace py = pybind11;
@@ -168,6 +169,44 @@ py::tuple join_lists(const py::list& lists) {
     return py::make_tuple(tokens, counts);
 }
 
+UnigramWords make_unigram(const py::list& pieces, float unknown_score, int32_t unknown_id,
+                          const std::vector<int32_t>& byte_ids) {
+    std::vector<UnigramPiece> found;
+    for (const py::handle& item : pieces) {
+        const auto [text, score, id, unused] = py::cast<std::tuple<std::string, float, int32_t, bool>>(item);
+        found.push_back({text, score, id, unused});
+    }
+    return UnigramWords(found, unknown_score, unknown_id, byte_ids);
+}
+
+py::list add_words(UnigramWords& words, const py::list& normalized) {
+    py::list numbers;
+    for (const py::handle& word : normalized) {
+        py::list one;
+        one.append(words.add(text_of(word)));
+        numbers.append(one);
+    }
+    return numbers;
+}
+
+// Tokens of all texts and how many each has; -1 and none where the library has to be asked.
+template <typename Token>
+py::tuple segment_texts(const UnigramWords& words, const py::array_t<int32_t>& numbers,
+                        const py::array_t<int64_t>& counts) {
+    std::vector<int32_t> ids;
+    py::array_t<int64_t> lengths(counts.size());
+    const int32_t* from = numbers.data();
+    for (int64_t text = 0; text < counts.size(); ++text) {
+        const size_t before = ids.size();
+        const bool sure = words.append(from, counts.data()[text], ids);
+        from += counts.data()[text];
+        lengths.mutable_data()[text] = sure ? int64_t(ids.size() - before) : -1;
+    }
+    py::array_t<Token> tokens(int64_t(ids.size()));
+    std::copy(ids.begin(), ids.end(), tokens.mutable_data());
+    return py::make_tuple(tokens, lengths);
+}
+
 ByteLevelMerges make_merges(const std::vector<int32_t>& bytes, const py::list& merges) {
     std::array<int32_t, 256> by_byte;
     std::copy_n(bytes.begin(), 256, by_byte.begin());
@@ -232,7 +271,17 @@ PYBIND11_MODULE(_native, module) {
         .def("scan", &scan_texts, py::arg("texts"))
         .def("fill", &fill_missing, py::arg("found"))
         .def("emit16", &emit_as<uint16_t>)
-        .def("emit32", &emit_as<int32_t>);
+        .def("emit32", &emit_as<int32_t>)
+        .def("forget", &WordCache::forget)
+        .def("__len__", &WordCache::size);
+    py::class_<UnigramWords>(module, "UnigramWords")
+        .def(py::init(&make_unigram), py::arg("pieces"), py::arg("unknown_score"), py::arg("unknown_id"),
+             py::arg("byte_ids"))
+        .def("add", &add_words, py::arg("normalized"))
+        .def("clear", &UnigramWords::clear)
+        .def_property_readonly("memory", &UnigramWords::memory)
+        .def("segment16", &segment_texts<uint16_t>, py::arg("numbers"), py::arg("counts"))
+        .def("segment32", &segment_texts<int32_t>, py::arg("numbers"), py::arg("counts"));
     module.def("join16", &join_lists<uint16_t>, py::arg("lists"));
     module.def("join32", &join_lists<int32_t>, py::arg("lists"));
     module.def(

@@ -50,6 +50,8 @@ public:
     template <typename Token>
     void emit(Token* target) const;
     void finish();
+    void forget();
+    size_t size() const { return entries_.size(); }
 
 private:
     struct Entry {
@@ -66,7 +68,6 @@ private:
     void settle(uint32_t entry, const std::vector<int32_t>& ids);
     uint32_t entry_of(std::string_view key);
     void grow();
-    void forget();
     size_t memory() const;
 
     Boundaries boundaries_;

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from megatron_retro.data.native import extension
 from megatron_retro.data.sentencepiece_model import (
     BPE,
+    BYTE,
+    NORMAL,
+    UNIGRAM,
+    UNUSED,
     USER_DEFINED,
     SentencePieceModel,
     parse_sentencepiece_model,
@@ -46,6 +52,7 @@ _KNOWN_RULES = ("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLIT_PATTERNS = (rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}", rf"{_WORDS}|\p{{N}}|{_REST}")
+UNKNOWN_PENALTY = 10.0
 GPT2_SPACES = " \n\t\r"
 Resolve = Callable[[Sequence[str]], list[list[int]]]
 
@@ -63,6 +70,20 @@ class Gpt2Words:
 
 
 @dataclass(frozen=True)
+class UnigramModel:
+    """What `csrc/host/unigram.h` needs: pieces, the score and id of the unknown, bytes that stand for it.
+
+    `normalize` gives keys as the model sees them.
+    """
+
+    pieces: tuple[tuple[str, float, int, bool], ...]
+    unknown_score: float
+    unknown_id: int
+    byte_ids: tuple[int, ...]
+    normalize: Callable[[Sequence[str]], list[str]]
+
+
+@dataclass(frozen=True)
 class UnitRule:
     """How texts are cut into units (`csrc/host/word_cache.h`), and how the ids of units are found."""
 
@@ -73,6 +94,7 @@ class UnitRule:
     strip: str
     resolve: Resolve
     gpt2: Gpt2Words | None = None
+    unigram: UnigramModel | None = None
 
 
 def unit_rule(tokenizer: Tokenizer) -> UnitRule | None:
@@ -152,11 +174,23 @@ def _is_byte_level(step: dict[str, Any], *, use_regex: bool) -> bool:
 
 
 def _sentencepiece_rule(tokenizer: SentencePieceTokenizer) -> UnitRule | None:
-    """BPE merges only into pieces, so where no piece reaches across, both sides are merged on their own."""
+    """Where no piece reaches across, both sides are segmented on their own.
+
+    BPE merges only into pieces. A unigram's best path goes through every such place; its scores, added in 32 bits over
+    the whole text, are followed by `csrc/host/unigram.h`.
+    """
     model = parse_sentencepiece_model(tokenizer.model_bytes)
-    if model.model_type != BPE or not model.escapes_spaces or model.space_is_suffix or not _pieces_allow(model):
+    if not model.escapes_spaces or model.space_is_suffix or not _pieces_allow(model):
         return None
-    processor = tokenizer.processor
+    rule = _space_rule(model, tokenizer.processor) if model.model_type in (BPE, UNIGRAM) else None
+    if rule is None or model.model_type == BPE:
+        return rule
+    if any(piece.kind == USER_DEFINED for piece in model.pieces):
+        return None
+    return replace(rule, unigram=_unigram_model(model, tokenizer.processor))
+
+
+def _space_rule(model: SentencePieceModel, processor: Any) -> UnitRule | None:
     if model.removes_extra_spaces:
         spaces = _collapsed_spaces(processor)
         if not model.dummy_prefix or _rules_touch(model, spaces):
@@ -171,6 +205,28 @@ def _sentencepiece_rule(tokenizer: SentencePieceTokenizer) -> UnitRule | None:
     newline = identity and _newline_is_alone(model, processor)
     resolve = _newline_resolve(processor) if newline else _plain_resolve(processor)
     return UnitRule(" ", closed, not identity, newline, "one", resolve)
+
+
+def _unigram_model(model: SentencePieceModel, processor: Any) -> UnigramModel:
+    numbered = list(enumerate(model.pieces))
+    scores = [piece.score for piece in model.pieces if piece.kind == NORMAL]
+    found = {piece.text: number for number, piece in numbered if piece.kind == BYTE}
+    return UnigramModel(
+        pieces=tuple((p.text, p.score, n, p.kind == UNUSED) for n, p in numbered if p.kind in (NORMAL, UNUSED)),
+        unknown_score=float(np.float32(min(scores)) - np.float32(UNKNOWN_PENALTY)),
+        unknown_id=int(processor.unk_id()),
+        byte_ids=tuple(found[f"<0x{byte:02X}>"] for byte in range(256)) if len(found) == 256 else (),
+        normalize=lambda keys: _normalized(processor, keys),
+    )
+
+
+def _normalized(processor: Any, keys: Sequence[str]) -> list[str]:
+    """Keys as they stand in a text; one that begins with a line feed has no space mark before it there."""
+    texts: list[str] = processor.normalize(list(keys))
+    return [
+        SPACE_MARK if not key else text[1:] if key[0] == "\n" and text.startswith(SPACE_MARK + "\n") else text
+        for key, text in zip(keys, texts, strict=True)
+    ]
 
 
 def _pieces_allow(model: SentencePieceModel) -> bool:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_retro.config.data import TokenizerConfig
-from megatron_retro.data.preprocessing.encoding import CachedEncoder, PlainEncoder, build_encoder
+from megatron_retro.data.preprocessing.encoding import CachedEncoder, PlainEncoder, UnigramEncoder, build_encoder
 from megatron_retro.data.token_index import token_dtype
 from megatron_retro.data.tokenizers import ByteTokenizer, Tokenizer, build_tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError, DataError
@@ -38,8 +38,12 @@ SENTENCEPIECE: dict[str, dict[str, object]] = {
     "bpe-suffix": {"treat_whitespace_as_suffix": True},
     "bpe-across": {"split_by_whitespace": False},
     "unigram": {"model_type": "unigram"},
+    "unigram-bytes": {"model_type": "unigram", "byte_fallback": True},
+    "unigram-llama": {"model_type": "unigram", "byte_fallback": True, "allow_whitespace_only_pieces": True, **RAW},
+    "unigram-symbols": {"model_type": "unigram", "user_defined_symbols": ["<sep>"]},
 }
 CACHED = {"bpe", "bpe-bytes", "bpe-llama", "bpe-no-prefix", "bpe-nfkc-raw", "gpt2", "json", "json-0", "json-1"}
+UNIGRAM = {"unigram", "unigram-bytes", "unigram-llama"}
 NAMES = [*SENTENCEPIECE, "gpt2", "json", "json-0", "json-1"]
 
 
@@ -95,6 +99,7 @@ def test_the_fast_encoder_gives_the_tokenizers_ids(
     tokenizer = tokenizers(name)
     fast, _ = encoders(tokenizer)
     assert isinstance(fast, CachedEncoder) == (name in CACHED)
+    assert isinstance(fast, UnigramEncoder) == (name in UNIGRAM)
 
     @settings(max_examples=count(120, 5000), deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(st.lists(texts, max_size=4))
@@ -104,7 +109,7 @@ def test_the_fast_encoder_gives_the_tokenizers_ids(
     equal()
 
 
-@pytest.mark.parametrize("name", sorted(CACHED))
+@pytest.mark.parametrize("name", sorted(CACHED | UNIGRAM))
 def test_long_texts_and_a_cache_that_forgets_change_nothing(
     name: str, tokenizers: Callable[[str], Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +119,7 @@ def test_long_texts_and_a_cache_that_forgets_change_nothing(
     generator = random.Random(1)
     for _ in range(6):
         batch = [random_text(generator, 300) for _ in range(3)] + ["", " ", "\n", "word" * 500]
+        batch += [random_text(generator, 6000), "xxiii 1,638 ii i " * 4000] if name in UNIGRAM else []
         batch += ["".join(chr(generator.randrange(0x20, 0x2FFF)) for _ in range(500))]
         require_equal(tokenizer, fast, batch)
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_retro.data.native import extension
 from megatron_retro.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, Tokenizer, utf8
-from megatron_retro.data.word_boundaries import UnitRule, unit_rule
+from megatron_retro.data.word_boundaries import UnigramModel, UnitRule, unit_rule
 
 CACHE_BYTES = 24 << 20
 
@@ -65,20 +65,25 @@ def _joined(parts: Sequence[NDArray[Any]], dtype: np.dtype[Any]) -> tuple[NDArra
     return tokens.astype(dtype, copy=False), lengths
 
 
+def new_cache(rule: UnitRule, native: ModuleType) -> Any:
+    """An empty word cache of a rule."""
+    return native.WordCache(
+        spaces=rule.spaces,
+        closed=sorted(rule.closed),
+        wide_closed=rule.wide_closed,
+        newline_starts=rule.newline_starts,
+        strip=rule.strip,
+        gpt2_cuts=rule.gpt2 is not None,
+        atoms=rule.gpt2.atoms if rule.gpt2 else (),
+        memory_limit=CACHE_BYTES,
+    )
+
+
 class CachedEncoder:
     """Units of text that the tokenizer has seen before are not tokenized again."""
 
     def __init__(self, rule: UnitRule, native: ModuleType, dtype: np.dtype[Any]) -> None:
-        self._cache = native.WordCache(
-            spaces=rule.spaces,
-            closed=sorted(rule.closed),
-            wide_closed=rule.wide_closed,
-            newline_starts=rule.newline_starts,
-            strip=rule.strip,
-            gpt2_cuts=rule.gpt2 is not None,
-            atoms=rule.gpt2.atoms if rule.gpt2 else (),
-            memory_limit=CACHE_BYTES,
-        )
+        self._cache = new_cache(rule, native)
         if rule.gpt2 is not None:
             self._cache.use_merges(rule.gpt2.byte_ids, list(rule.gpt2.merges))
         self._resolve = rule.resolve
@@ -93,6 +98,45 @@ class CachedEncoder:
         return tokens, lengths
 
 
+class UnigramEncoder:
+    """A sentencepiece unigram model: words kept with their margins, texts segmented from them."""
+
+    def __init__(self, rule: UnitRule, model: UnigramModel, native: ModuleType, plain: PlainEncoder) -> None:
+        self._cache = new_cache(rule, native)
+        self._plain = plain
+        self._words = native.UnigramWords(
+            list(model.pieces), model.unknown_score, model.unknown_id, list(model.byte_ids)
+        )
+        self._normalize = model.normalize
+        self._segment = self._words.segment16 if plain.dtype.itemsize == 2 else self._words.segment32
+
+    def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """See `Encoder`."""
+        missing = self._cache.scan(texts)
+        if missing:
+            self._cache.fill(self._words.add(self._normalize(missing)))
+        numbers, counts = self._cache.emit32()
+        tokens, lengths = self._segment(numbers, counts)
+        if (lengths < 0).any():
+            tokens, lengths = self._completed(texts, tokens, lengths)
+        if self._words.memory > CACHE_BYTES or not len(self._cache):
+            self._cache.forget()
+            self._words.clear()
+        return tokens, lengths
+
+    def _completed(
+        self, texts: Sequence[str], tokens: NDArray[Any], lengths: NDArray[np.int64]
+    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """With the texts that were left to the library (length -1)."""
+        left = np.flatnonzero(lengths < 0)
+        found, counts = self._plain.encode([texts[int(number)] for number in left])
+        parts = np.split(tokens, np.cumsum(np.maximum(lengths, 0))[:-1])
+        for number, part in zip(left, np.split(found, np.cumsum(counts)[:-1]), strict=True):
+            parts[number] = part
+        lengths[left] = counts
+        return np.concatenate(parts), lengths
+
+
 def build_encoder(tokenizer: Tokenizer, dtype: np.dtype[Any]) -> Encoder:
     """The fastest encoder that gives exactly the tokenizer's ids."""
     if isinstance(tokenizer, ByteTokenizer):
@@ -100,4 +144,6 @@ def build_encoder(tokenizer: Tokenizer, dtype: np.dtype[Any]) -> Encoder:
     native, rule = extension(), unit_rule(tokenizer)
     if native is None or rule is None:
         return PlainEncoder(tokenizer, dtype)
+    if rule.unigram is not None:
+        return UnigramEncoder(rule, rule.unigram, native, PlainEncoder(tokenizer, dtype))
     return CachedEncoder(rule, native, dtype)
