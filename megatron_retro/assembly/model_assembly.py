@@ -34,7 +34,7 @@ from megatron_retro.parallel.replicas import require_equal, share_embedding
 from megatron_retro.parallel.styles import sum_partial_gradients
 from megatron_retro.peft.attach import attach, connect
 from megatron_retro.peft.attach import initialize as initialize_added
-from megatron_retro.runtime.console import say
+from megatron_retro.runtime.console import say, warn
 from megatron_retro.runtime.process_group import explain_failure, on_axis
 
 
@@ -50,6 +50,8 @@ def build_trainable(settings: Settings, device: torch.device) -> Trainable:
     trainable = ParallelModel(settings, mesh, parts)
     if mesh.size(PIPELINE) > 1 and trainable.is_reporter:
         say(describe_stages(settings, settings[DataConfig].seq_length))
+        if settings[ParallelConfig].sharding() == "full" and trainable.data_size > 1:
+            warn("--data-parallel-sharding full gathers every stage again for each microbatch of the pipeline")
     return trainable
 
 
