@@ -154,10 +154,9 @@ def _costs(
     quantize = 256 * width * speeds.multiply_add if "PQ" in project.choice.index_str else 0.0
     train = sample * speeds.embed_chunk + _KMEANS_ROUNDS * points * lists * width * speeds.multiply_add
     written = chunks * (code + 8) / _WRITE_BYTES_PER_SECOND
-    per_score = width * speeds.multiply_add + speeds.collect_score
-    per_query = speeds.embed_chunk + assign + min(_nprobe(project), lists) * chunks / lists * per_score
+    per_query = speeds.embed_chunk + assign + min(_nprobe(project), lists) * chunks / lists * speeds.score
     queried, checked = sum(rows.values()), min(project.config.retro_verify_queries, max(rows.values())) * len(rows)
-    verify = len(rows) * chunks * speeds.embed_chunk + checked * (chunks * per_score + 8 * per_query)
+    verify = len(rows) * chunks * speeds.embed_chunk + checked * (chunks * speeds.score + 8 * per_query)
     block = project.config.retro_block_size
     return (
         StageCost("train", train, 1.5 * sample * dimension * 4),

@@ -12,8 +12,11 @@ import torch
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.retrieval.embedders import Embedder
 from megatron_retro.retrieval.faiss_index import faiss_module
+from megatron_retro.retrieval.list_join import Excluded
+from megatron_retro.retrieval.searching import Searcher, can_join
 
 _HNSW_SAMPLE_LISTS = 4096
+_SCORED_LISTS, _SCORING = 32, 1024
 _MINIMUM_SECONDS = 0.2
 
 
@@ -24,7 +27,7 @@ class Speeds:
     embed_chunk: float
     multiply_add: float
     hnsw_assign: float
-    collect_score: float
+    score: float
 
 
 def measure_speeds(database: ChunkDatabase, embedder: Embedder, dimension: int) -> Speeds:
@@ -32,23 +35,27 @@ def measure_speeds(database: ChunkDatabase, embedder: Embedder, dimension: int) 
     size = min(database.num_chunks, 256)
     ids = np.linspace(0, database.num_chunks - 1, size).astype(np.int64)
     embed = _seconds(lambda: embedder.embed(*database.gather(ids, database.chunk_length))) / size
-    product, pick = _product_seconds(dimension)
-    return Speeds(embed, product, _hnsw_seconds(dimension), pick)
+    product = _product_seconds(dimension)
+    return Speeds(embed, product, _hnsw_seconds(dimension), _score_seconds(dimension))
 
 
-def _product_seconds(dimension: int) -> tuple[float, float]:
-    """Of one multiply-add in a matrix product, and of passing one score by."""
-    from megatron_retro.retrieval.native import native_module
+def _product_seconds(dimension: int) -> float:
+    """Of one multiply-add in a matrix product."""
+    rows, columns, halves = torch.randn(1024, dimension), torch.randn(512, dimension), torch.zeros(512)
+    return _seconds(lambda: torch.addmm(halves, rows, columns.T)) / (1024 * 512 * dimension)
 
-    rows, columns = torch.randn(1024, dimension), torch.randn(512, dimension)
-    halves = torch.zeros(512)
-    product = _seconds(lambda: torch.addmm(halves, rows, columns.T)) / (1024 * 512 * dimension)
-    module = native_module()
-    if module is None:
-        return product, 0.0
-    candidates = module.TopCandidates(1024, 20, torch.get_num_threads())
-    scores, ids, places = torch.addmm(halves, rows, columns.T).numpy(), np.arange(512), np.arange(1024)
-    return product, _seconds(lambda: candidates.offer(places, scores, ids)) / scores.size
+
+def _score_seconds(dimension: int) -> float:
+    """Of comparing a query with one vector of a list that it probes, all that a search does included."""
+    faiss, random = faiss_module(), np.random.default_rng(0)
+    index = faiss.IndexIVFFlat(faiss.IndexFlatL2(dimension), dimension, _SCORED_LISTS)
+    index.quantizer.add(random.standard_normal((_SCORED_LISTS, dimension)).astype(np.float32))
+    index.is_trained = True
+    vectors = random.standard_normal((_SCORED_LISTS * 512, dimension)).astype(np.float32)
+    index.add(vectors)
+    queries, own = vectors[:_SCORING], Excluded(np.zeros(_SCORING, np.int64), np.zeros(_SCORING, np.int64))
+    searcher = Searcher(index, _SCORED_LISTS - 1, 16, can_join(index), 1e9)
+    return _seconds(lambda: searcher.search(queries, 20, own, 20)) / (_SCORING * len(vectors))
 
 
 def _hnsw_seconds(dimension: int) -> float:
@@ -62,12 +69,12 @@ def _hnsw_seconds(dimension: int) -> float:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """Of one call, the fastest of several."""
+    """Of one call, the fastest of several; CPU time where that is less, as on a busy machine with one thread."""
     work()
     best, spent = float("inf"), 0.0
     while spent < _MINIMUM_SECONDS:
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         work()
-        taken = time.perf_counter() - start
-        best, spent = min(best, taken), spent + taken
+        taken, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+        best, spent = min(best, taken, cpu), spent + taken
     return best
