@@ -27,9 +27,9 @@ from torch.distributed.tensor import DTensor
 from megatron_retro.artifacts.files import (
     TEMPORARY_MARK,
     flush_directory,
+    flush_file,
     named_disk_errors,
     publish_directory,
-    write_file,
 )
 from megatron_retro.artifacts.manifest import FileRecord, file_record, write_manifest
 from megatron_retro.checkpoint.directory import (
@@ -152,7 +152,9 @@ class Saver:
 
     def _publish(self, snapshot: Snapshot, writer: ShardWriter, partial: Path, target: Path) -> None:
         with named_disk_errors(target):
-            write_file(partial / STATE_NAME, json.dumps(snapshot.state) + "\n")
+            (partial / STATE_NAME).write_text(json.dumps(snapshot.state) + "\n", encoding="utf-8")
+            for name in (STATE_NAME, INDEX_NAME):
+                flush_file(partial / name)
             records: dict[str, FileRecord] = {name: file.record() for name, file in writer.files.items()}
             records |= {name: file_record(partial / name) for name in (STATE_NAME, INDEX_NAME)}
             write_manifest(

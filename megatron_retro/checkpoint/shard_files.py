@@ -174,19 +174,36 @@ def read_ranges(path: Path, num_bytes: int, checksums: Sequence[int], ranges: Se
         os.close(descriptor)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Open:
-    """A range that the pass has reached."""
+    """A range that the pass has reached, and how much of it is there."""
 
     wanted: Range
     target: memoryview
+    done: int = 0
 
-    def take(self, begin: int, block: memoryview) -> bool:
-        """Copy what this block holds of the range; True when that was the last of it."""
-        start, end = max(begin, self.wanted.begin), min(begin + len(block), self.wanted.end)
-        offset = start - self.wanted.begin
-        self.target[offset : offset + end - start] = block[start - begin : end - begin]
-        return end == self.wanted.end
+    def part(self, begin: int, length: int) -> memoryview:
+        """The room for what these bytes of the file hold of the range."""
+        start, end = max(begin, self.wanted.begin), min(begin + length, self.wanted.end)
+        return self.target[start - self.wanted.begin : end - self.wanted.begin]
+
+    def take(self, begin: int, block: memoryview) -> None:
+        """Copy what a block holds of the range, unless it was read straight into place; the last part finishes it."""
+        room = self.part(begin, len(block))
+        if len(room) != len(block) or room.obj is not block.obj:
+            start = max(begin, self.wanted.begin) - begin
+            room[:] = block[start : start + len(room)]
+        self.done += len(room)
+        if self.done == self.wanted.num_bytes:
+            self.wanted.finish()
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """One block to read, and the ranges that it touches."""
+
+    number: int
+    ranges: tuple[_Open, ...]
 
 
 def _fill(blocks: _VerifiedBlocks, ranges: Sequence[Range]) -> None:
@@ -194,55 +211,62 @@ def _fill(blocks: _VerifiedBlocks, ranges: Sequence[Range]) -> None:
         if wanted.num_bytes == 0:
             wanted.open_target()
             wanted.finish()
-    waiting = sorted((wanted for wanted in ranges if wanted.num_bytes), key=lambda wanted: wanted.begin, reverse=True)
-    is_open: list[_Open] = []
-    for begin, block in blocks.of(waiting):
-        while waiting and waiting[-1].begin < begin + len(block):
-            wanted = waiting.pop()
-            is_open.append(_Open(wanted, wanted.open_target()))
-        still_open = []
-        for item in is_open:
-            if item.take(begin, block):
-                item.wanted.finish()
-            else:
-                still_open.append(item)
-        is_open = still_open
+    for begin, block, touched in blocks.of([wanted for wanted in ranges if wanted.num_bytes]):
+        for item in touched:
+            item.take(begin, block)
 
 
 class _VerifiedBlocks:
-    """The blocks of a file: a thread reads ahead, the caller's thread verifies."""
+    """The blocks of a file: a thread reads ahead, the caller's thread verifies.
+
+    A block that lies inside a single range is read straight into place; others go through a buffer.
+    """
 
     def __init__(self, path: Path, descriptor: int, num_bytes: int, checksums: Sequence[int]) -> None:
         self._path, self._descriptor, self._num_bytes, self._checksums = path, descriptor, num_bytes, checksums
         self._buffers = [memoryview(bytearray(BLOCK_BYTES)) for _ in range(_BUFFERS)]
 
-    def of(self, ranges: Sequence[Range]) -> Iterator[tuple[int, memoryview]]:
-        """Beginning and content of every block that the ranges touch, each valid until the next is asked for."""
-        numbers = sorted(
-            {
-                number
-                for wanted in ranges
-                for number in range(wanted.begin // BLOCK_BYTES, -(-wanted.end // BLOCK_BYTES))
-            }
-        )
-        ahead: deque[Future[memoryview]] = deque()
+    def of(self, ranges: Sequence[Range]) -> Iterator[tuple[int, memoryview, tuple[_Open, ...]]]:
+        """Begin, content and ranges of every block that is touched, each valid until the next is asked for."""
+        plan = _touched(ranges)
+        ahead: deque[tuple[_Planned, Future[memoryview]]] = deque()
         with ThreadPoolExecutor(1) as pool:
-            for turn, number in enumerate(numbers):
-                while len(ahead) < _BUFFERS - 1 and turn + len(ahead) < len(numbers):
-                    ahead.append(pool.submit(self._read, numbers[turn + len(ahead)], turn + len(ahead)))
-                yield number * BLOCK_BYTES, self._verified(number, ahead.popleft().result())
+            for turn, planned in enumerate(self._opened(plan)):
+                ahead.append((planned, pool.submit(self._read, planned, turn)))
+                if len(ahead) == _BUFFERS - 1:
+                    yield self._next(ahead)
+            while ahead:
+                yield self._next(ahead)
 
-    def _read(self, number: int, turn: int) -> memoryview:
-        buffer = self._buffers[turn % _BUFFERS]
-        begin = number * BLOCK_BYTES
+    def _next(self, ahead: deque[tuple[_Planned, Future[memoryview]]]) -> tuple[int, memoryview, tuple[_Open, ...]]:
+        planned, reading = ahead.popleft()
+        return planned.number * BLOCK_BYTES, self._verified(planned.number, reading.result()), planned.ranges
+
+    def _opened(self, plan: Sequence[tuple[int, list[Range]]]) -> Iterator[_Planned]:
+        """Opens a target when its first block is about to be read."""
+        is_open: dict[int, _Open] = {}
+        for number, touched in plan:
+            for wanted in touched:
+                if id(wanted) not in is_open:
+                    is_open[id(wanted)] = _Open(wanted, wanted.open_target())
+            yield _Planned(number, tuple(is_open[id(wanted)] for wanted in touched))
+            for wanted in touched:
+                if wanted.end <= (number + 1) * BLOCK_BYTES:
+                    del is_open[id(wanted)]
+
+    def _read(self, planned: _Planned, turn: int) -> memoryview:
+        begin = planned.number * BLOCK_BYTES
         length = min(BLOCK_BYTES, self._num_bytes - begin)
+        buffer = self._buffers[turn % _BUFFERS][:length]
+        if len(planned.ranges) == 1 and len(room := planned.ranges[0].part(begin, length)) == length:
+            buffer = room
         done = 0
         while done < length:
-            count = os.preadv(self._descriptor, [buffer[done:length]], begin + done)
+            count = os.preadv(self._descriptor, [buffer[done:]], begin + done)
             if count == 0:
                 raise DamagedArtifact(f"{self._path} became shorter while it was read")
             done += count
-        return buffer[:length]
+        return buffer
 
     def _verified(self, number: int, block: memoryview) -> memoryview:
         if zlib.crc32(block) != self._checksums[number]:
@@ -252,3 +276,12 @@ class _VerifiedBlocks:
                 fix="load another checkpoint of this run",
             )
         return block
+
+
+def _touched(ranges: Sequence[Range]) -> list[tuple[int, list[Range]]]:
+    """Every block that some range touches, in order, with those ranges."""
+    found: dict[int, list[Range]] = {}
+    for wanted in sorted(ranges, key=lambda wanted: wanted.begin):
+        for number in range(wanted.begin // BLOCK_BYTES, -(-wanted.end // BLOCK_BYTES)):
+            found.setdefault(number, []).append(wanted)
+    return sorted(found.items())

@@ -36,7 +36,6 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from megatron_retro.artifacts.block_checksums import blocks_digest
-from megatron_retro.artifacts.files import write_file
 from megatron_retro.artifacts.manifest import FileRecord
 from megatron_retro.checkpoint.shard_files import (
     DTYPE_NAMES,
@@ -212,7 +211,7 @@ class ShardWriter(StorageWriter):
         sizes = {name: tuple(entry.size) for name, entry in _tensors(metadata).items()}
         dtypes = {name: DTYPE_NAMES[entry.properties.dtype] for name, entry in _tensors(metadata).items()}
         index = TensorIndex(sizes, dtypes, {name: tuple(found) for name, found in pieces.items()}, self.files)
-        write_file(self.directory / INDEX_NAME, index.to_json())
+        (self.directory / INDEX_NAME).write_text(index.to_json(), encoding="utf-8")
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
