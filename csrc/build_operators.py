@@ -36,7 +36,27 @@ def build_operators(target: Path) -> None:
     units += _kernel_units(compiler)
     if nvcc:
         units += _cuda_units(nvcc, compiler, torch_home)
-    link(_link_command(compiler, nvcc, torch_home), compile_all(units), target)
+    # nvcc links where there is one: it knows its static runtime, with which the file needs no CUDA to be loaded.
+    linker = (nvcc, "-ccbin", compiler) if nvcc else (compiler,)
+    link(linker, compile_all(units), target, _libraries(torch_home))
+
+
+def build_shim(target: Path) -> None:
+    """The CUDA sources for the host, as `torch.ops.megatron_retro_shim` on CPU tensors; for tests."""
+    torch_home = _torch_home()
+    compiler = host_compiler()
+    flags = (
+        "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas",
+        f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", "-DMEGATRON_RETRO_SHIM",
+        "-DMEGATRON_RETRO_NAMESPACE=megatron_retro_shim", f"-I{SOURCES.parent / 'shim'}", *_includes(torch_home),
+    )  # fmt: skip
+    units = [Unit(SOURCES / "schemas.cpp", (compiler, *flags), "shim")]
+    units += [Unit(source, (compiler, *flags, "-x", "c++"), "shim") for source in _cuda_sources()]
+    link((compiler,), compile_all(units), target, _libraries(torch_home))
+
+
+def _cuda_sources() -> list[Path]:
+    return sorted((SOURCES / "cuda").glob("*.cu"))
 
 
 def _torch_home() -> Path:
@@ -80,10 +100,8 @@ def _cuda_units(nvcc: str, compiler: str, torch_home: Path) -> list[Unit]:
         "--expt-relaxed-constexpr", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", "-DMEGATRON_RETRO_CUDA",
     )  # fmt: skip
     command = (nvcc, *flags, *targets, *_includes(torch_home))
-    return [Unit(source, command) for source in sorted((SOURCES / "cuda").glob("*.cu"))]
+    return [Unit(source, command) for source in _cuda_sources()]
 
 
-def _link_command(compiler: str, nvcc: str | None, torch_home: Path) -> tuple[str, ...]:
-    """nvcc links where there is one: it knows its static runtime, with which the file needs no CUDA to be loaded."""
-    libraries = (f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-lc10")
-    return (nvcc, "-ccbin", compiler, *libraries) if nvcc else (compiler, *libraries)
+def _libraries(torch_home: Path) -> tuple[str, ...]:
+    return (f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-lc10")

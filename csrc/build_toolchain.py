@@ -77,11 +77,11 @@ def compile_all(units: Sequence[Unit]) -> list[Path]:
         return list(pool.map(_compiled, units))
 
 
-def link(command: Sequence[str], objects: Sequence[Path], target: Path) -> None:
+def link(command: Sequence[str], objects: Sequence[Path], target: Path, libraries: Sequence[str] = ()) -> None:
     """A shared library from objects, moved into place only when complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    _run([*command, "-shared", "-o", str(unfinished), *map(str, objects)], target.name)
+    _run([*command, "-shared", "-o", str(unfinished), *map(str, objects), *libraries], target.name)
     os.replace(unfinished, target)
 
 

@@ -1,60 +1,23 @@
-// CPU side of `residual_norm`: checks, memory, threads.
+// CPU side of `residual_norm`: threads over rows.
+#include "norm.h"
+
 #include "cpu/dispatch.h"
-#include "tensors.h"
 
 namespace megatron_retro {
 namespace {
-
-int64_t rows_of(const Tensor& input, int64_t width) { return width ? input.numel() / width : 0; }
-
-// Weight and bias stay alive in `kept` in the type that the kernel computes in.
-Norm arguments(
-    const Tensor& input, const Tensor& weight, const OptionalTensor& bias, double epsilon, bool centered,
-    double weight_offset, std::vector<Tensor>& kept) {
-  require(input.dim() >= 1, "input must have at least one dimension");
-  require(input.is_contiguous(), "input must be contiguous");
-  Norm call{};
-  call.centered = centered;
-  call.epsilon = epsilon;
-  call.weight_offset = weight_offset;
-  call.width = input.size(input.dim() - 1);
-  check_vector(weight, "weight", call.width);
-  kept.push_back(torch::stable::contiguous(torch::stable::to(weight, compute_type(input))));
-  call.weight = kept.back().const_data_ptr();
-  if (bias) {
-    check_vector(*bias, "bias", call.width);
-    kept.push_back(torch::stable::contiguous(torch::stable::to(*bias, compute_type(input))));
-    call.bias = kept.back().const_data_ptr();
-  }
-  call.input = input.const_data_ptr();
-  return call;
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm(
     const Tensor& input, const OptionalTensor& residual, const Tensor& weight, const OptionalTensor& bias,
     double epsilon, bool centered, double weight_offset) {
   const Stored stored = stored_type(input, "input");
   std::vector<Tensor> kept;
-  Norm call = arguments(input, weight, bias, epsilon, centered, weight_offset, kept);
-  const int64_t rows = rows_of(input, call.width);
-  Tensor output = torch::stable::empty_like(input);
-  Tensor sum = residual ? torch::stable::empty_like(input) : torch::stable::new_empty(input, {0});
-  Tensor mean = torch::stable::new_empty(input, {rows}, compute_type(input));
-  Tensor inverse_deviation = torch::stable::empty_like(mean);
-  if (residual) {
-    check_like(*residual, "residual", input, "input");
-    check_same_shape(*residual, "residual", input, "input");
-    require(residual->is_contiguous(), "residual must be contiguous");
-    call.residual = residual->const_data_ptr();
-    call.sum = sum.mutable_data_ptr();
-  }
-  call.output = output.mutable_data_ptr();
-  call.mean = mean.mutable_data_ptr();
-  call.inverse_deviation = inverse_deviation.mutable_data_ptr();
+  Norm call = norm_arguments(input, weight, bias, epsilon, centered, weight_offset, kept);
+  const NormResults results(call, input, residual);
+  const int64_t rows = norm_rows(input, call.width);
   torch::stable::parallel_for(0, rows, grain_of(call.width), [&](int64_t first, int64_t last) {
     cpu::norm_forward(stored, call, first, last);
   });
-  return {output, sum, mean, inverse_deviation};
+  return results.all();
 }
 
 std::tuple<Tensor, Tensor, Tensor> residual_norm_backward(
@@ -63,22 +26,9 @@ std::tuple<Tensor, Tensor, Tensor> residual_norm_backward(
     double weight_offset) {
   const Stored stored = stored_type(input, "input");
   std::vector<Tensor> kept;
-  Norm call = arguments(input, weight, bias, 0.0, centered, weight_offset, kept);
-  const int64_t rows = rows_of(input, call.width), parts = num_parts(rows, grain_of(call.width));
-  check_like(grad_output, "grad_output", input, "input");
-  check_same_shape(grad_output, "grad_output", input, "input");
-  require(grad_output.is_contiguous(), "grad_output must be contiguous");
-  if (grad_sum) {
-    check_like(*grad_sum, "grad_sum", input, "input");
-    check_same_shape(*grad_sum, "grad_sum", input, "input");
-    require(grad_sum->is_contiguous(), "grad_sum must be contiguous");
-  }
-  Tensor grad_input = torch::stable::empty_like(input);
-  call.grad_output = grad_output.const_data_ptr();
-  call.grad_sum = pointer(grad_sum);
-  call.mean = const_cast<void*>(mean.const_data_ptr());
-  call.inverse_deviation = const_cast<void*>(inverse_deviation.const_data_ptr());
-  call.grad_input = grad_input.mutable_data_ptr();
+  Norm call = norm_arguments(input, weight, bias, 0.0, centered, weight_offset, kept);
+  const Tensor grad_input = norm_gradient(call, grad_output, grad_sum, input, mean, inverse_deviation);
+  const int64_t rows = norm_rows(input, call.width), parts = num_parts(rows, grain_of(call.width));
   PartialSums weights(input, parts, call.width), biases(input, bias ? parts : 0, call.width);
   for_parts(rows, parts, [&](int64_t part, int64_t first, int64_t last) {
     Norm own = call;

@@ -2,7 +2,12 @@
 // megatron_retro/ops/library.py.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(megatron_retro, library) {
+// Tests load the CUDA sources a second time, built for the host, under a name of their own.
+#ifndef MEGATRON_RETRO_NAMESPACE
+#define MEGATRON_RETRO_NAMESPACE megatron_retro
+#endif
+
+STABLE_TORCH_LIBRARY(MEGATRON_RETRO_NAMESPACE, library) {
   library.def("gated_activation(Tensor input, Tensor? bias, int kind, bool gated) -> Tensor");
   library.def(
       "gated_activation_backward(Tensor grad_output, Tensor input, Tensor? bias, int kind, bool gated)"

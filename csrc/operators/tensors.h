@@ -93,6 +93,14 @@ struct PartialSums {
   }
 };
 
+// The columns' sums over all rows, or nothing where it is not wanted.
+inline Tensor sum_over_rows(const Tensor& tensor, int64_t width, bool wanted) {
+  if (!wanted) return torch::stable::new_zeros(tensor, {width});
+  const std::vector<int64_t> over{0};
+  const Tensor rows = torch::stable::view(tensor, {width ? tensor.numel() / width : 0, width});
+  return torch::stable::to(torch::stable::sum(rows, over, false, compute_type(tensor)), tensor.scalar_type());
+}
+
 // Splits rows evenly over `parts` of torch's threads: visit(part, first, last).
 template <typename Visitor>
 inline void for_parts(int64_t rows, int64_t parts, const Visitor& visit) {

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-NAMESPACE = "megatron_retro"
-
-
-def register() -> None:
-    """Every operator's fake, then every gradient."""
+def register(namespace: str = "megatron_retro") -> None:
+    """Every operator's fake, then every gradient. Tests load the CUDA sources, built for the host, as a second name."""
     fakes: dict[str, Callable[..., Any]] = {
         "gated_activation": _activation_fake,
         "gated_activation_backward": _activation_backward_fake,
@@ -28,7 +26,7 @@ def register() -> None:
         "chunked_cross_attention_backward": _cross_attention_backward_fake,
     }
     for name, fake in fakes.items():
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
+        torch.library.register_fake(f"{namespace}::{name}", fake)
     gradients: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
         "gated_activation": (_activation_context, _activation_gradient),
         "residual_norm": (_norm_context, _norm_gradient),
@@ -37,7 +35,8 @@ def register() -> None:
         "chunked_cross_attention": (_cross_attention_context, _cross_attention_gradient),
     }
     for name, (context, gradient) in gradients.items():
-        torch.library.register_autograd(f"{NAMESPACE}::{name}", gradient, setup_context=context)
+        backward = partial(gradient, getattr(torch.ops, namespace))
+        torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=context)
 
 
 def _returns_nothing(*_arguments: object) -> None:
@@ -71,9 +70,9 @@ def _activation_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
     ctx.save_for_backward(projected, bias)
 
 
-def _activation_gradient(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+def _activation_gradient(ops: Any, ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     projected, bias = ctx.saved_tensors
-    grad_projected, grad_bias = torch.ops.megatron_retro.gated_activation_backward(
+    grad_projected, grad_bias = ops.gated_activation_backward(
         grad_output.contiguous(), projected, bias, ctx.kind, ctx.gated
     )
     return grad_projected, None if bias is None else grad_bias.view_as(bias), None, None
@@ -121,11 +120,13 @@ def _norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.save_for_backward(summed if ctx.has_residual else hidden, weight, bias, mean, inverse_deviation)
 
 
-def _norm_gradient(ctx: Any, grad_output: Tensor | None, grad_sum: Tensor | None, *_: object) -> tuple[Any, ...]:
+def _norm_gradient(
+    ops: Any, ctx: Any, grad_output: Tensor | None, grad_sum: Tensor | None, *_: object
+) -> tuple[Any, ...]:
     summed, weight, bias, mean, inverse_deviation = ctx.saved_tensors
     if grad_output is None:
         return grad_sum, grad_sum, None, None, None, None, None
-    grad_hidden, grad_weight, grad_bias = torch.ops.megatron_retro.residual_norm_backward(
+    grad_hidden, grad_weight, grad_bias = ops.residual_norm_backward(
         grad_output.contiguous(),
         grad_sum.contiguous() if grad_sum is not None and ctx.has_residual else None,
         summed,
@@ -152,11 +153,11 @@ def _rotary_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(cosine, sine)
 
 
-def _rotary_gradient(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+def _rotary_gradient(ops: Any, ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     cosine, sine = ctx.saved_tensors
     if grad_output.stride(-1) != 1:
         grad_output = grad_output.contiguous()
-    grad_heads = torch.ops.megatron_retro.rotary(grad_output, cosine, sine, ctx.interleaved, not ctx.inverse)
+    grad_heads = ops.rotary(grad_output, cosine, sine, ctx.interleaved, not ctx.inverse)
     return grad_heads, None, None, None, None
 
 
@@ -168,9 +169,9 @@ def _softmax_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(output)
 
 
-def _softmax_gradient(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+def _softmax_gradient(ops: Any, ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     (output,) = ctx.saved_tensors
-    return torch.ops.megatron_retro.masked_softmax_backward(grad_output.contiguous(), output, ctx.scale), None, None
+    return ops.masked_softmax_backward(grad_output.contiguous(), output, ctx.scale), None, None
 
 
 # ---- chunked_cross_attention ----------------------------------------------------------------------
@@ -195,9 +196,9 @@ def _cross_attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Te
     ctx.save_for_backward(query, key, value, mask, *output, *tables)
 
 
-def _cross_attention_gradient(ctx: Any, grad_output: Tensor, _: object) -> tuple[Any, ...]:
+def _cross_attention_gradient(ops: Any, ctx: Any, grad_output: Tensor, _: object) -> tuple[Any, ...]:
     query, key, value, mask, output, log_normalizer, *tables = ctx.saved_tensors
-    grads = torch.ops.megatron_retro.chunked_cross_attention_backward(
+    grads = ops.chunked_cross_attention_backward(
         grad_output.contiguous(),
         query,
         key,

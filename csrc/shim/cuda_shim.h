@@ -1,0 +1,202 @@
+// Runs CUDA kernels on the CPU, for tests: the same .cu sources, compiled by a C++ compiler with this in front.
+//
+// A block's threads are fibers that run until they wait; which one goes on is drawn from a seed
+// (MEGATRON_RETRO_SHIM_SEED), so a missing barrier shows as a wrong number under some seed. Shared memory holds NaN when
+// a block starts. Threads that wait for different things for ever are reported, not hung. Blocks run one after another
+// in an order that is drawn too.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __restrict__
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct uint4 {
+  unsigned x, y, z, w;
+};
+using cudaStream_t = void*;
+
+namespace shim {
+
+// Threads that wait for each other: a block's, or a warp's.
+struct Group {
+  int alive = 0, arrived = 0;
+  long generation = 0;
+  void leave() {
+    --alive;
+    release();
+  }
+  void release() {
+    if (alive > 0 && arrived == alive) arrived = 0, ++generation;
+  }
+};
+
+struct Fiber {
+  ucontext_t context{};
+  std::vector<char> stack;
+  dim3 thread;
+  int index = 0;
+  bool done = false;
+  Group* waits_for = nullptr;
+  long waited_generation = 0;
+  uint64_t mailbox = 0;
+};
+
+class Block {
+ public:
+  Block(dim3 grid, dim3 shape, size_t shared_bytes) : grid_size(grid), block_size(shape) {
+    const int count = int(shape.x * shape.y * shape.z);
+    fibers.resize(count);
+    for (Fiber& fiber : fibers) fiber.stack.resize(128 * 1024);
+    shared.resize(shared_bytes / sizeof(float) + 64);
+    warps.resize((count + 31) / 32);
+  }
+
+  void run(dim3 index, const std::function<void()>& kernel, std::mt19937& order) {
+    block_index = index;
+    body = &kernel;
+    std::fill(shared.begin(), shared.end(), std::nanf(""));
+    everyone = Group{int(fibers.size())};
+    std::fill(warps.begin(), warps.end(), Group{});
+    for (size_t i = 0; i < fibers.size(); ++i) start(int(i));
+    size_t left = fibers.size();
+    std::vector<int> turn(fibers.size());
+    for (size_t i = 0; i < turn.size(); ++i) turn[i] = int(i);
+    while (left) {
+      std::shuffle(turn.begin(), turn.end(), order);
+      bool moved = false;
+      for (int i : turn) {
+        Fiber& fiber = fibers[i];
+        if (fiber.done || (fiber.waits_for && fiber.waits_for->generation == fiber.waited_generation)) continue;
+        fiber.waits_for = nullptr;
+        moved = true;
+        current = &fiber;
+        swapcontext(&scheduler, &fiber.context);
+        if (fiber.done) {
+          --left;
+          everyone.leave();
+          warps[i / 32].leave();
+        }
+      }
+      if (!moved) throw std::runtime_error("the threads of a block wait for each other for ever");
+    }
+  }
+
+  void wait(Group& group) {
+    Fiber& self = *current;
+    self.waits_for = &group;
+    self.waited_generation = group.generation;
+    ++group.arrived;
+    group.release();
+    swapcontext(&self.context, &scheduler);
+  }
+
+  Group& warp() { return warps[current->index / 32]; }
+
+  // What the thread of this lane of the caller's warp has put into its mailbox.
+  uint64_t from_lane(uint64_t value, int lane) {
+    current->mailbox = value;
+    wait(warp());
+    const size_t other = size_t(current->index / 32 * 32 + lane);
+    const uint64_t received = other < fibers.size() ? fibers[other].mailbox : value;
+    wait(warp());
+    return received;
+  }
+
+  dim3 grid_size, block_size, block_index;
+  Fiber* current = nullptr;
+  Group everyone;
+  std::vector<float> shared;
+
+ private:
+  void start(int i) {
+    Fiber& fiber = fibers[i];
+    fiber.index = i;
+    fiber.done = false;
+    fiber.waits_for = nullptr;
+    fiber.thread = dim3(i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y);
+    ++warps[i / 32].alive;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_link = &scheduler;
+    makecontext(&fiber.context, &Block::enter, 0);
+  }
+  static void enter();
+
+  std::vector<Fiber> fibers;
+  std::vector<Group> warps;
+  ucontext_t scheduler{};
+  const std::function<void()>* body = nullptr;
+};
+
+inline Block*& running() {
+  static thread_local Block* block = nullptr;
+  return block;
+}
+
+inline void Block::enter() {
+  Block* block = running();
+  (*block->body)();
+  block->current->done = true;
+}
+
+inline void launch(dim3 grid, dim3 shape, size_t shared_bytes, const std::function<void()>& kernel) {
+  if (shape.x * shape.y * shape.z > 1024) throw std::runtime_error("a block has at most 1024 threads");
+  if (shared_bytes > 227 * 1024) throw std::runtime_error("a block has at most 227 KB of shared memory");
+  const char* seed = std::getenv("MEGATRON_RETRO_SHIM_SEED");
+  std::mt19937 order(seed ? std::atoi(seed) : 0);
+  std::vector<dim3> blocks;
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) blocks.emplace_back(x, y, z);
+  std::shuffle(blocks.begin(), blocks.end(), order);
+  Block block(grid, shape, shared_bytes);
+  running() = &block;
+  for (const dim3& index : blocks) block.run(index, kernel, order);
+  running() = nullptr;
+}
+
+}  // namespace shim
+
+#define threadIdx (shim::running()->current->thread)
+#define blockIdx (shim::running()->block_index)
+#define blockDim (shim::running()->block_size)
+#define gridDim (shim::running()->grid_size)
+
+inline void __syncthreads() { shim::running()->wait(shim::running()->everyone); }
+inline void __syncwarp(unsigned = 0xffffffffu) { shim::running()->wait(shim::running()->warp()); }
+
+template <typename Value>
+inline Value __shfl_sync(unsigned, Value value, int lane) {
+  static_assert(sizeof(Value) <= 8, "a shuffle moves up to 8 bytes");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(value));
+  bits = shim::running()->from_lane(bits, lane & 31);
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+template <typename Value>
+inline Value __shfl_xor_sync(unsigned mask, Value value, int lanes) {
+  return __shfl_sync(mask, value, (shim::running()->current->index & 31) ^ lanes);
+}

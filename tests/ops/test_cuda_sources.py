@@ -1,0 +1,278 @@
+"""The CUDA kernels are executed: on a GPU where there is one, and always on the host shim under several thread orders."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_retro.ops import library, registrations
+from megatron_retro.ops.backends import VARIABLE
+from megatron_retro.ops.chunked_cross_attention import chunked_cross_attention
+from megatron_retro.ops.rotary import RotaryFrequencies, RotaryTable, apply_rotary, rotary_table
+from megatron_retro.testing.precision import excess_over_twice
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+pytestmark = pytest.mark.skipif(COMPILER is None or not CSRC.exists(), reason="needs csrc and a C++ compiler")
+
+SHIM, DEVICE = "shim", "device"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The operators and where their tensors live."""
+
+    ops: Any
+    device: str
+
+    def excess(self, ours: Callable[..., Any], plain: Callable[..., Any], *inputs: Tensor | None) -> float:
+        moved = [
+            each if each is None else each.detach().to(self.device).requires_grad_(each.requires_grad) for each in inputs
+        ]
+        return max(excess_over_twice(ours, plain, moved), default=0.0)
+
+
+@pytest.fixture(scope="session")
+def shim_library() -> Any:
+    """csrc/operators/cuda/*.cu for the host; built once, kept while the sources stay as they are."""
+    sys.path.insert(0, str(CSRC))
+    try:
+        from build_operators import build_shim
+    finally:
+        sys.path.remove(str(CSRC))
+    target = ROOT / "build" / "csrc" / f"_shim.{os.getpid()}.so"
+    build_shim(target)
+    torch.ops.load_library(str(target))
+    target.unlink()
+    registrations.register("megatron_retro_shim")
+    return torch.ops.megatron_retro_shim
+
+
+@pytest.fixture(params=[SHIM, DEVICE])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    monkeypatch.setenv(VARIABLE, "reference")
+    torch.manual_seed(0)
+    if request.param == SHIM:
+        return Kernels(request.getfixturevalue("shim_library"), "cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    if not library.has_cuda_kernels():
+        pytest.skip("csrc was compiled without nvcc")
+    return Kernels(torch.ops.megatron_retro, "cuda")
+
+
+@pytest.fixture(params=[0, 1, 2])
+def thread_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The shim draws the order of threads and blocks from it."""
+    monkeypatch.setenv("MEGATRON_RETRO_SHIM_SEED", str(request.param))
+    return int(request.param)
+
+
+def leaf(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape) * scale).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm(kernels: Kernels, thread_order: int, dtype: torch.dtype) -> None:
+    for rows, width in ((3, 64), (2, 37), (300, 8), (1, 3000), (0, 8)):
+        hidden, residual = leaf(rows, width, dtype=dtype, scale=2.0), leaf(rows, width, dtype=dtype)
+        weight, bias = leaf(width, dtype=dtype), leaf(width, dtype=dtype)
+
+        def layer(h: Tensor, r: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+            return kernels.ops.residual_norm(h, r, w, b, 1e-5, True, 1.0)[:2]
+
+        def plain_layer(h: Tensor, r: Tensor, w: Tensor, b: Tensor, n: int = width) -> tuple[Tensor, ...]:
+            return functional.layer_norm(h + r, (n,), w + 1, b), h + r
+
+        def rms(h: Tensor, w: Tensor) -> Tensor:
+            return kernels.ops.residual_norm(h, None, w, None, 1e-5, False, 0.0)[0]
+
+        def plain_rms(h: Tensor, w: Tensor, n: int = width) -> Tensor:
+            return functional.rms_norm(h, (n,), w, 1e-5)
+
+        assert kernels.excess(layer, plain_layer, hidden, residual, weight, bias) <= 0.0
+        assert kernels.excess(rms, plain_rms, hidden, weight) <= 0.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activation(kernels: Kernels, thread_order: int, dtype: torch.dtype) -> None:
+    plain = {
+        0: functional.silu,
+        1: functional.gelu,
+        2: lambda x: functional.gelu(x, approximate="tanh"),
+        3: lambda x: functional.relu(x).square(),
+    }
+    for rows, width in ((5, 64), (3, 19), (0, 8)):
+        for kind, formula in plain.items():
+            projected, bias = leaf(rows, 2 * width, dtype=dtype, scale=3.0), leaf(2 * width, dtype=dtype)
+
+            def gated(x: Tensor, b: Tensor, f: Any = formula, n: int = width) -> Tensor:
+                return f((x + b)[..., :n]) * (x + b)[..., n:]
+
+            def ours(x: Tensor, b: Tensor, code: int = kind) -> Tensor:
+                return kernels.ops.gated_activation(x, b, code, True)
+
+            assert kernels.excess(ours, gated, projected, bias) <= 0.0
+            alone = leaf(rows, width, dtype=dtype, scale=3.0)
+            assert kernels.excess(lambda x, k=kind: kernels.ops.gated_activation(x, None, k, False), formula, alone) <= 0.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary(kernels: Kernels, thread_order: int, dtype: torch.dtype, interleaved: bool) -> None:
+    for batch, length, heads, size, rotated in ((2, 3, 2, 32, 16), (1, 2, 3, 10, 6), (2, 2, 1, 16, 16)):
+        table = rotary_table(torch.randint(0, 500, (batch, length)), RotaryFrequencies(rotated, 10000.0))
+        wide = leaf(batch, length, heads, size + 16, dtype=dtype)
+
+        def ours(x: Tensor, c: Tensor, s: Tensor, n: int = size) -> Tensor:
+            return kernels.ops.rotary(x[..., :n], c, s, interleaved, False)
+
+        def plain(x: Tensor, c: Tensor, s: Tensor, n: int = size) -> Tensor:
+            return apply_rotary(x[..., :n], RotaryTable(c, s), interleaved=interleaved)
+
+        assert kernels.excess(ours, plain, wide, table.cosine, table.sine) <= 0.0
+        where = wide.detach()[..., :size].to(kernels.device, copy=True)
+        cosine, sine = table.cosine.to(kernels.device), table.sine.to(kernels.device)
+        expected = kernels.ops.rotary(where, cosine, sine, interleaved, False)
+        kernels.ops.rotary_(where, cosine, sine, interleaved, False)
+        assert torch.equal(where, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softmax(kernels: Kernels, thread_order: int, dtype: torch.dtype) -> None:
+    scores = leaf(2, 3, 5, 45, dtype=dtype, scale=4.0)
+    mask = torch.rand(2, 1, 5, 45) > 0.5
+    mask[0, 0, 1] = False
+
+    def plain(s: Tensor, m: Tensor) -> Tensor:
+        weights = (s * 0.5).masked_fill(~m, float("-inf")).softmax(-1)
+        return weights.where(m.any(-1, keepdim=True), 0.0)
+
+    def ours(s: Tensor, m: Tensor) -> Tensor:
+        return kernels.ops.masked_softmax(s, m.expand(2, 3, 5, 45).contiguous(), 0.5)
+
+    assert kernels.excess(ours, plain, scores, mask) <= 0.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_vocabulary_block(kernels: Kernels, thread_order: int, dtype: torch.dtype) -> None:
+    logits = (torch.randn(4, 1100) * 5).to(dtype)
+    labels = torch.tensor([7, 1500, 0, 1099]) + 100
+    exact = logits.double()
+    found = [torch.zeros(4) for _ in range(3)]
+    logits, labels, *found = (each.to(kernels.device) for each in (logits, labels, *found))
+    kernels.ops.vocabulary_statistics(logits, labels, 100, *found)
+    largest, total, label_logit = (each.cpu() for each in found)
+    torch.testing.assert_close(largest.double() + total.double().log(), exact.logsumexp(1), rtol=1e-6, atol=1e-5)
+    assert label_logit.tolist() == [exact[0, 7].item(), 0.0, exact[2, 0].item(), exact[3, 1099].item()]
+    normalizer, scale, label_scale = exact.logsumexp(1).float(), torch.rand(4), torch.rand(4)
+    expected = (exact - normalizer[:, None].double()).exp() * scale[:, None]
+    for row, column in ((0, 7), (2, 0), (3, 1099)):
+        expected[row, column] -= label_scale[row]
+    kernels.ops.vocabulary_gradient_(
+        logits, labels, 100, *(each.to(kernels.device) for each in (normalizer, scale, label_scale))
+    )
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(logits.cpu().double(), expected, rtol=2 * rounding, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(2, 11, 0, 4, 2, 16, 4, 6, 2), (1, 9, 6, 2, 2, 12, 4, 40, 4), (1, 80, 0, 1, 1, 8, 40, 5, 2), (1, 5, 0, 1, 1, 72, 2, 3, 2)]
+)
+def test_chunked_cross_attention(
+    kernels: Kernels, thread_order: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    batch, length, first, heads, groups, size, chunk_length, keys, chunks = shape
+    query, both = leaf(batch, length, heads, size, dtype=dtype), leaf(batch, chunks, keys, groups, 2 * size, dtype=dtype)
+    mask = torch.rand(batch, chunks, keys) > 0.3
+    mask[0, 0] = False
+    frequencies = RotaryFrequencies(2 * (size // 4), 10000.0)
+    tables = [rotary_table(torch.arange(count)[None], frequencies) for count in (length, keys)]
+    turns = [turn[0].to(kernels.device) for table in tables for turn in (table.cosine, table.sine)]
+
+    def ours(q: Tensor, kv: Tensor, m: Tensor) -> Tensor:
+        return kernels.ops.chunked_cross_attention(
+            q, kv[..., :size], kv[..., size:], m, chunk_length, first, size**-0.5, *turns, False
+        )[0]
+
+    def plain(q: Tensor, kv: Tensor, m: Tensor) -> Tensor:
+        moved = [RotaryTable(table.cosine.to(q.device), table.sine.to(q.device)) for table in tables]
+        return chunked_cross_attention(
+            q, kv[..., :size], kv[..., size:], m, chunk_length, first_position=first,
+            query_table=moved[0], key_table=moved[1],
+        )  # fmt: skip
+
+    assert kernels.excess(ours, plain, query, both, mask) <= 0.0
+
+
+def test_absent_neighbors_have_no_influence(kernels: Kernels, thread_order: int) -> None:
+    query, key = leaf(1, 8, 1, 8, dtype=torch.float32), leaf(1, 2, 6, 1, 8, dtype=torch.float32)
+    mask = torch.tensor([[[True, True, False, True, False, False], [False] * 6]])
+    poisoned = key.detach().clone()
+    poisoned[~mask] = float("nan")
+    results = []
+    for source in (key.detach(), poisoned):
+        leaves = [query.detach().to(kernels.device).requires_grad_(), source.to(kernels.device).requires_grad_()]
+        out = kernels.ops.chunked_cross_attention(
+            leaves[0], leaves[1], leaves[1], mask.to(kernels.device), 4, 0, 0.5, None, None, None, None, False
+        )[0]
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
+    assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
+    assert float(results[0][0][:, 7:].abs().max()) == 0.0 and float(results[0][0][:, :3].abs().max()) == 0.0
+
+
+PLANTED = """
+#include <cstdio>
+#include "cuda_shim.h"
+__global__ void reversed(const float* from, float* to, bool with_barrier, bool stuck) {
+  float* shared = shim::running()->shared.data();
+  shared[threadIdx.x] = from[threadIdx.x];
+  if (with_barrier) __syncthreads();
+  if (stuck && threadIdx.x < 32) __syncwarp();
+  if (stuck && threadIdx.x == 0) __syncwarp();
+  to[threadIdx.x] = shared[blockDim.x - 1 - threadIdx.x];
+}
+int main(int, char** words) {
+  float from[64], to[64];
+  for (int i = 0; i < 64; ++i) from[i] = float(i);
+  try {
+    shim::launch(1, 64, 64 * 4, [&] { reversed(from, to, words[1][0] == '1', words[2][0] == '1'); });
+  } catch (const std::exception& problem) {
+    return std::puts(problem.what()), 3;
+  }
+  for (int i = 0; i < 64; ++i)
+    if (!(to[i] == float(63 - i))) return 1;
+  return 0;
+}
+"""
+
+
+def test_the_shim_notices_a_missing_barrier_and_a_deadlock(tmp_path: Path) -> None:
+    source, program = tmp_path / "planted.cpp", tmp_path / "planted"
+    source.write_text(PLANTED)
+    assert COMPILER is not None
+    command = [COMPILER, "-std=c++17", "-O1", "-w", f"-I{CSRC / 'shim'}", str(source), "-o", str(program)]
+    subprocess.run(command, check=True)
+
+    def exit_code(*words: str, seed: int = 0) -> int:
+        environment = {"MEGATRON_RETRO_SHIM_SEED": str(seed)}
+        return subprocess.run([program, *words], env=environment, capture_output=True, check=False).returncode
+
+    assert [exit_code("1", "0", seed=seed) for seed in range(4)] == [0] * 4
+    assert any(exit_code("0", "0", seed=seed) == 1 for seed in range(4))
+    assert exit_code("1", "1") == 3
