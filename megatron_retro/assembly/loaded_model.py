@@ -50,10 +50,7 @@ def load_model(
     tokenizer: TokenizerConfig | None = None,
 ) -> LoadedModel:
     """Load a checkpoint for use. `tokenizer` replaces the one that it was trained with, if its files moved."""
-    checkpoint = open_checkpoint(path)
-    settings = stored_settings(checkpoint)
-    built = build_tokenizer(tokenizer or _found_files(settings[TokenizerConfig], checkpoint.path))
-    _require_tokenizer(checkpoint, built)
+    checkpoint, settings, built = open_for_use(path, tokenizer)
     place = chosen_device(device)
     module = Retro(settings[ModelConfig], settings[RetroConfig])
     tensors = model_tensors(module)
@@ -63,6 +60,15 @@ def load_model(
         load_tensors(checkpoint, tensors, padded_rows(tensors, dict.fromkeys(VOCABULARY_PARAMETERS, vocab_size)))
     module = module.to(place, chosen_dtype(dtype, place)).eval().requires_grad_(False)
     return LoadedModel(module, built, settings, checkpoint.path, checkpoint.manifest.fingerprint)
+
+
+def open_for_use(path: Path, tokenizer: TokenizerConfig | None = None) -> tuple[Checkpoint, Settings, Tokenizer]:
+    """A checkpoint, what its model is, and the tokenizer that it was trained with."""
+    checkpoint = open_checkpoint(path)
+    settings = stored_settings(checkpoint)
+    built = build_tokenizer(tokenizer or _found_files(settings[TokenizerConfig], checkpoint.path))
+    _require_tokenizer(checkpoint, built)
+    return checkpoint, settings, built
 
 
 def stored_settings(checkpoint: Checkpoint) -> Settings:

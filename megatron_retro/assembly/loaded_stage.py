@@ -1,0 +1,55 @@
+"""This rank's part of a trained model, for generation on several processes: cut while it is loaded."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_retro.assembly.loaded_model import chosen_dtype, open_for_use
+from megatron_retro.assembly.run_parts import VOCABULARY_PARAMETERS
+from megatron_retro.assembly.stage_building import stage_without_memory
+from megatron_retro.checkpoint.live_state import model_tensors, padded_rows
+from megatron_retro.checkpoint.loading import load_tensors
+from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import TrainingConfig
+from megatron_retro.data.tokenizers import Tokenizer
+from megatron_retro.errors import ConfigError
+from megatron_retro.parallel.mesh import DATA, PIPELINE, ParallelMesh
+from megatron_retro.parallel.partition import stage_parts
+from megatron_retro.parallel.stages import Stage
+
+
+def load_stage(
+    path: Path,
+    parallel: ParallelConfig,
+    mesh: ParallelMesh,
+    *,
+    dtype: str = "auto",
+    tokenizer: TokenizerConfig | None = None,
+) -> tuple[Stage, Settings, Tokenizer]:
+    """The stage of this rank in evaluation mode. Every rank calls it; the mesh has no data axis."""
+    if mesh.size(DATA) > 1 or parallel.sequence_parallel or parallel.num_layers_per_virtual_pipeline_stage:
+        raise ConfigError(
+            "generation is cut over tensor and pipeline ranks only",
+            got=f"{mesh.size(DATA)} data ranks, sequence parallel {parallel.sequence_parallel}",
+            expected="as many processes as tensor x pipeline, no sequence parallelism, no virtual stages",
+        )
+    checkpoint, stored, built = open_for_use(path, tokenizer)
+    settings = Settings([stored[ModelConfig], stored[RetroConfig], stored[TokenizerConfig], parallel, TrainingConfig()])
+    part = stage_parts(settings, seq_length=1)[mesh.rank(PIPELINE)]
+    stage = stage_without_memory(settings, part, mesh)
+    stage.to_empty(device=mesh.device)
+    tensors = model_tensors(stage.model)
+    rows = padded_rows(tensors, dict.fromkeys(VOCABULARY_PARAMETERS, stored[ModelConfig].vocab_size or 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        load_tensors(checkpoint, tensors, rows, dist.group.WORLD)
+    stage.to(chosen_dtype(dtype, mesh.device))
+    stage.eval().requires_grad_(False)
+    return stage, settings, built
