@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from megatron_retro.ops.vocabulary_blocks import BLOCK_BYTES
+from megatron_retro.parallel.vocabulary import TOKENS_AT_ONCE
 from megatron_retro.planning.ranks import RankPlan
 from megatron_retro.planning.workload import Layout, Workload
 
 MASTER_BYTES, MOMENT_BYTES = 4, 8
-_LOSS_BLOCK_TOKENS = 1024  # as parallel.vocabulary and ops.linear_cross_entropy take them
 _LOSS_COPIES = 3.0  # logits, their float32 form and its slope
 
 
@@ -51,17 +52,24 @@ def microbatches_in_flight(layout: Layout, rank: int, microbatches: int) -> floa
 
 
 def rank_memory(plan: RankPlan, work: Workload, layout: Layout) -> Memory:
-    """The worst moment: the backward of the oldest microbatch while all others in flight wait."""
+    """The worse of two moments of the oldest microbatch's backward: its start, with every activation and the loss, or
+    its end, with every gradient. Gradients of earlier microbatches are there at both."""
+    start, end = (_at(moment, plan, work, layout) for moment in ("start", "end"))
+    return max(start, end, key=lambda memory: memory.total)
+
+
+def _at(moment: str, plan: RankPlan, work: Workload, layout: Layout) -> Memory:
     microbatches = layout.microbatches(work.global_batch)
     in_flight = microbatches_in_flight(layout, plan.rank, microbatches)
-    loss = _loss_bytes(work, layout) if plan.holds_head else 0.0
-    weights, gradients = _weights(plan, work, layout), _gradients(plan, layout, microbatches)
+    waiting = in_flight if moment == "start" else in_flight - 1.0
+    loss = _loss_bytes(work, layout) if plan.holds_head and moment == "start" else 0.0
+    gradients_are_there = moment == "end" or microbatches > 1
     return Memory(
-        weights=weights,
-        gradients=gradients,
+        weights=_weights(plan, work, layout),
+        gradients=_gradients(plan, layout, microbatches) if gradients_are_there else 0.0,
         optimizer=plan.trained_parameters * MOMENT_BYTES / _shards(layout),
-        activations=in_flight * plan.saved_bytes + max(plan.transient_bytes - loss, 0.0),
-        neighbors=in_flight * plan.neighbor_bytes,
+        activations=waiting * plan.saved_bytes + max(plan.transient_bytes - loss, 0.0),
+        neighbors=waiting * plan.neighbor_bytes,
         communication=_buffers(plan, work, layout),
         loss=loss,
     )
@@ -97,7 +105,9 @@ def _buffers(plan: RankPlan, work: Workload, layout: Layout) -> float:
 
 
 def _loss_bytes(work: Workload, layout: Layout) -> float:
-    """Logits of a block of tokens over this rank's rows, and the vocabulary matrix's gradient in float32."""
-    tokens = min(_LOSS_BLOCK_TOKENS, layout.micro_batch * work.seq_length)
-    rows = work.model.padded_vocab_size() / layout.tensor
-    return rows * (tokens * MASTER_BYTES * _LOSS_COPIES + work.model.hidden_size * MASTER_BYTES)
+    """Logits of a block, and the vocabulary matrix's gradient in float32, twice while it is scaled."""
+    rows, positions = work.model.padded_vocab_size() / layout.tensor, layout.micro_batch * work.seq_length
+    gradient = 2 * rows * work.model.hidden_size * MASTER_BYTES
+    if layout.tensor == 1:
+        return min(BLOCK_BYTES, positions * rows * MASTER_BYTES) + gradient
+    return min(TOKENS_AT_ONCE, positions) * rows * MASTER_BYTES * _LOSS_COPIES + gradient

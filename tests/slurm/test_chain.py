@@ -1,4 +1,4 @@
-"""The whole chain under a real SLURM with the tiny recipes: submitted once, preempted, robbed of a node, and finished."""
+"""The whole chain under a real SLURM with the tiny recipes: submitted once, preempted, robbed of a node, finished."""
 
 from __future__ import annotations
 

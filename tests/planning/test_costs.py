@@ -1,0 +1,101 @@
+"""Counts of parameters and work: against the built model, the published totals and the published arithmetic."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.model.costs import model_costs
+from megatron_retro.model.retro import Retro
+
+FAMILY = {"swiglu": True, "disable_bias_linear": True, "untie_embeddings_and_output_weights": True}
+PUBLISHED = [  # layers, width, heads, feed-forward, GPT and Retro parameters in billions
+    (24, 1024, 16, 2688, 0.8232, 0.8775),
+    (24, 2048, 32, 5440, 2.254, 2.471),
+    (32, 4096, 32, 10880, 8.523, 9.529),
+    (40, 6144, 48, 16384, 21.27, 23.98),
+    (48, 8192, 64, 21824, 42.83, 48.46),
+]
+SMALL = ModelConfig(num_layers=8, hidden_size=128, num_attention_heads=8, vocab_size=1000)
+MODELS: list[dict[str, Any]] = [
+    {},
+    FAMILY,
+    {"normalization": "RMSNorm", "group_query_attention": True, "num_query_groups": 2},
+    {"qk_layernorm": True, "add_qkv_bias": True, "disable_bias_linear": True},
+    {"position_embedding_type": "learned_absolute"},
+    {"position_embedding_type": "relative"},
+    {"kv_channels": 32, "ffn_hidden_size": 300},
+]
+RETRIEVERS: list[dict[str, Any]] = [
+    {},
+    {"retro_add_retriever": True},
+    {"retro_add_retriever": True, "retro_encoder_hidden_size": 64, "retro_encoder_own_embedding": True},
+    {"retro_add_retriever": True, "retro_gate_type": "scalar"},
+    {"retro_add_retriever": True, "retro_gate_type": "adaptive", "retro_encoder_layers": 3},
+    {"retro_add_retriever": True, "retro_neighbor_positions": "relative"},
+]
+
+
+def unit_of(name: str) -> str:
+    parts = name.split(".")
+    if parts[0] == "layers":
+        return ".".join(parts[:2])
+    return "head" if parts[0] in ("final_norm", "output") else parts[0]
+
+
+@pytest.mark.parametrize(("model", "retro"), list(itertools.product(MODELS, RETRIEVERS)))
+def test_every_part_holds_what_the_built_model_holds(model: dict[str, Any], retro: dict[str, Any]) -> None:
+    config, retriever = replace(SMALL, **model), RetroConfig(**retro)
+    with torch.device("meta"):
+        built = Retro(config, retriever)
+    held: Counter[str] = Counter()
+    for name, parameter in built.named_parameters():
+        held[unit_of(name)] += parameter.numel()
+    costs = model_costs(config, retriever, 64, vocabulary=config.padded_vocab_size())
+    assert held == Counter({unit.name: unit.parameters for unit in costs.units if unit.parameters})
+
+
+def family(row: tuple[Any, ...]) -> ModelConfig:
+    layers, width, heads, *_ = row
+    return ModelConfig(
+        num_layers=layers,
+        hidden_size=width,
+        num_attention_heads=heads,
+        vocab_size=256_000,
+        apply_layernorm_1p=True,
+        rotary_percent=0.5,
+        **FAMILY,
+    )
+
+
+@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: f"{row[-2]}B")
+def test_the_ten_published_totals(row: tuple[Any, ...]) -> None:
+    model, (feed_forward, gpt, retro) = family(row), row[3:]
+    assert model.ffn_width() == feed_forward
+    assert model_costs(model, RetroConfig(), 4096).parameters / 1e9 == pytest.approx(gpt, rel=3e-4)
+    with_retriever = model_costs(model, RetroConfig(retro_add_retriever=True), 4096)
+    assert with_retriever.parameters / 1e9 == pytest.approx(retro, rel=3e-4)
+
+
+def test_the_published_arithmetic_of_the_48b() -> None:
+    """In units of h^2 multiply-adds per token: GPT 631, encoder 106, cross-attentions 141, so +39 %."""
+    model, square = family(PUBLISHED[-1]), 8192**2
+    gpt = model_costs(model, RetroConfig(), 4096)
+    retro = model_costs(model, RetroConfig(retro_add_retriever=True), 4096)
+    encoder = retro.named("encoder").multiply_adds
+    assert gpt.forward_flops / 2 / square == pytest.approx(631, abs=0.5)
+    assert encoder / square == pytest.approx(106, abs=0.5)
+    assert (retro.forward_flops / 2 - gpt.forward_flops / 2 - encoder) / square == pytest.approx(141, abs=0.5)
+    assert retro.forward_flops / gpt.forward_flops == pytest.approx(1.39, abs=0.005)
+
+
+def test_behind_a_shut_gate_nothing_works() -> None:
+    shut = RetroConfig(retro_add_retriever=True, retro_attention_gate=0.0)
+    assert model_costs(SMALL, shut, 64).forward_flops == model_costs(SMALL, RetroConfig(), 64).forward_flops
