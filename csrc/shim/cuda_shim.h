@@ -6,6 +6,7 @@
 // in an order that is drawn too.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -14,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -50,9 +52,14 @@ struct Group {
   }
 };
 
+constexpr size_t stack_bytes = 64 * 1024;
+
+// Switches by _setjmp and _longjmp, which make no system call; a context only starts it, once per launch.
 struct Fiber {
   ucontext_t context{};
-  std::vector<char> stack;
+  jmp_buf jump;
+  std::unique_ptr<char[]> stack;
+  bool started = false;
   dim3 thread;
   int index = 0;
   bool done = false;
@@ -66,7 +73,7 @@ class Block {
   Block(dim3 grid, dim3 shape, size_t shared_bytes) : grid_size(grid), block_size(shape) {
     const int count = int(shape.x * shape.y * shape.z);
     fibers.resize(count);
-    for (Fiber& fiber : fibers) fiber.stack.resize(128 * 1024);
+    for (Fiber& fiber : fibers) fiber.stack.reset(new char[stack_bytes]);
     shared.resize(shared_bytes / sizeof(float) + 64);
     warps.resize((count + 31) / 32);
   }
@@ -90,7 +97,7 @@ class Block {
         fiber.waits_for = nullptr;
         moved = true;
         current = &fiber;
-        swapcontext(&scheduler, &fiber.context);
+        resume(fiber);
         if (fiber.done) {
           --left;
           everyone.leave();
@@ -107,7 +114,7 @@ class Block {
     self.waited_generation = group.generation;
     ++group.arrived;
     group.release();
-    swapcontext(&self.context, &scheduler);
+    yield(self);
   }
 
   Group& warp() { return warps[current->index / 32]; }
@@ -135,17 +142,26 @@ class Block {
     fiber.waits_for = nullptr;
     fiber.thread = dim3(i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y);
     ++warps[i / 32].alive;
+    if (fiber.started) return;
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
-    fiber.context.uc_link = &scheduler;
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = stack_bytes;
     makecontext(&fiber.context, &Block::enter, 0);
+  }
+  __attribute__((noinline)) void resume(Fiber& fiber) {
+    if (_setjmp(scheduler)) return;
+    if (fiber.started) _longjmp(fiber.jump, 1);
+    fiber.started = true;
+    setcontext(&fiber.context);
+  }
+  __attribute__((noinline)) void yield(Fiber& fiber) {
+    if (_setjmp(fiber.jump) == 0) _longjmp(scheduler, 1);
   }
   static void enter();
 
   std::vector<Fiber> fibers;
   std::vector<Group> warps;
-  ucontext_t scheduler{};
+  jmp_buf scheduler;
   const std::function<void()>* body = nullptr;
 };
 
@@ -156,8 +172,12 @@ inline Block*& running() {
 
 inline void Block::enter() {
   Block* block = running();
-  (*block->body)();
-  block->current->done = true;
+  Fiber& self = *block->current;
+  for (;;) {  // one turn per block of the grid
+    (*block->body)();
+    self.done = true;
+    block->yield(self);
+  }
 }
 
 inline void launch(dim3 grid, dim3 shape, size_t shared_bytes, const std::function<void()>& kernel) {
