@@ -189,7 +189,7 @@ py::list add_words(UnigramWords& words, const py::list& normalized) {
     return numbers;
 }
 
-// Tokens of all texts and how many each has; -1 and none where the library has to be asked.
+// Tokens of all texts and how many each has.
 template <typename Token>
 py::tuple segment_texts(const UnigramWords& words, const py::array_t<int32_t>& numbers,
                         const py::array_t<int64_t>& counts) {
@@ -198,9 +198,9 @@ py::tuple segment_texts(const UnigramWords& words, const py::array_t<int32_t>& n
     const int32_t* from = numbers.data();
     for (int64_t text = 0; text < counts.size(); ++text) {
         const size_t before = ids.size();
-        const bool sure = words.append(from, counts.data()[text], ids);
+        words.append(from, counts.data()[text], ids);
         from += counts.data()[text];
-        lengths.mutable_data()[text] = sure ? int64_t(ids.size() - before) : -1;
+        lengths.mutable_data()[text] = int64_t(ids.size() - before);
     }
     py::array_t<Token> tokens(int64_t(ids.size()));
     std::copy(ids.begin(), ids.end(), tokens.mutable_data());

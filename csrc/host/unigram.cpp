@@ -9,8 +9,8 @@ namespace host {
 
 namespace {
 
-// Behind a running score larger than this, near ties were seen to fall otherwise than here in a few texts.
-constexpr float surest_score = 32768;
+// Where the best score before a character is below this, the library counts from zero again.
+constexpr float lowest_score = -100000;
 
 size_t character_length(uint8_t lead) { return lead < 0x80 ? 1 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4; }
 
@@ -70,10 +70,12 @@ void UnigramWords::grow() {
     }
 }
 
-// Calls update(start, end, score, id) for every piece of the word in the library's order; id -1 is an unknown character.
-template <typename Update>
-void UnigramWords::each_piece(std::string_view word, const Update& update) const {
+// Calls begin(start) for every character and then update(start, end, score, id) for every piece that starts there, in the
+// library's order; id -1 is an unknown character.
+template <typename Begin, typename Update>
+void UnigramWords::each_piece(std::string_view word, const Begin& begin, const Update& update) const {
     for (size_t start = 0; start < word.size();) {
+        begin(start);
         const size_t single = std::min(character_length(uint8_t(word[start])), word.size() - start);
         bool has_single = false;
         int32_t node = 0;
@@ -100,7 +102,14 @@ float UnigramWords::segment(std::string_view word, float before, std::vector<Nod
     };
     std::vector<Best> best(word.size() + 1);
     best[0].score = before;
-    each_piece(word, [&](size_t start, size_t end, float score, int32_t id) {
+    const auto count_again = [&](size_t start) {
+        const float lowered = best[start].score;
+        if (lowered >= lowest_score) return;
+        for (size_t end = start; end <= word.size(); ++end) {
+            if (end == start || best[end].start != -1) best[end].score -= lowered;
+        }
+    };
+    each_piece(word, count_again, [&](size_t start, size_t end, float score, int32_t id) {
         const float candidate = score + best[start].score;
         Best& target = best[end];
         if (target.start == -1 || candidate > target.score) {
@@ -119,7 +128,8 @@ float UnigramWords::segment(std::string_view word, float before, std::vector<Nod
 UnigramWords::Word UnigramWords::measured(std::string_view word) {
     std::vector<Arrival> arrivals(word.size() + 1);
     uint32_t characters = 0;
-    each_piece(word, [&](size_t start, size_t end, float score, int32_t id) {
+    const auto nothing = [](size_t) {};
+    each_piece(word, nothing, [&](size_t start, size_t end, float score, int32_t id) {
         const double candidate = double(score) + arrivals[start].score;
         Arrival& target = arrivals[end];
         if (target.start == -1 || candidate > target.score) {
@@ -175,30 +185,25 @@ int32_t UnigramWords::add(std::string_view word) {
     return int32_t(words_.size()) - 1;
 }
 
-bool UnigramWords::append(const int32_t* words, int64_t count, std::vector<int32_t>& ids) const {
-    const size_t before = ids.size();
+void UnigramWords::append(const int32_t* words, int64_t count, std::vector<int32_t>& ids) const {
     float score = 0;
     std::vector<Node> nodes;
     for (int64_t place = 0; place < count; ++place) {
         const Word& word = words_[size_t(words[place])];
         const float reach = float(word.characters + 2) * 4 * spacing(std::fabs(score) + word.weight);
-        if (word.margin > reach) {
+        if (word.margin > reach && score - word.weight > lowest_score) {
             ids.insert(ids.end(), ids_.begin() + std::ptrdiff_t(word.ids_start),
                        ids_.begin() + std::ptrdiff_t(word.ids_start + word.num_ids));
             const float* piece = scores_.data() + word.scores_start;
             for (uint32_t number = 0; number < word.num_scores; ++number) {
                 score = piece[number] + score;
             }
-        } else if (std::fabs(score) > surest_score) {
-            ids.resize(before);
-            return false;
         } else {
             const std::string_view text(texts_.data() + word.text_start, word.text_length);
             score = segment(text, score, nodes);
             push_ids(text, nodes, ids);
         }
     }
-    return true;
 }
 
 void UnigramWords::clear() {

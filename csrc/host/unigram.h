@@ -2,8 +2,7 @@
 //
 // The library adds scores in 32 bits from the start of a text, so where two segmentations of a word are nearly equal the
 // choice depends on all words before it. A word is therefore kept with the margin of its best segmentation: where
-// rounding cannot reach the margin the kept ids stand, elsewhere the word is segmented again from the running score;
-// a long text in which that is not sure either is left to the library.
+// rounding cannot reach the margin the kept ids stand, elsewhere the word is segmented again from the running score.
 #pragma once
 
 #include <cstdint>
@@ -31,8 +30,8 @@ public:
     void clear();
     size_t memory() const;
 
-    // Appends the ids of one text, given as numbers of words; false, and nothing, where the library has to be asked.
-    bool append(const int32_t* words, int64_t count, std::vector<int32_t>& ids) const;
+    // Appends the ids of one text, given as numbers of words.
+    void append(const int32_t* words, int64_t count, std::vector<int32_t>& ids) const;
 
 private:
     struct Node {
@@ -57,8 +56,8 @@ private:
         bool has_second = false;
     };
 
-    template <typename Update>
-    void each_piece(std::string_view word, const Update& update) const;
+    template <typename Begin, typename Update>
+    void each_piece(std::string_view word, const Begin& begin, const Update& update) const;
     float segment(std::string_view word, float before, std::vector<Node>& nodes) const;
     Word measured(std::string_view word);
     void push_ids(std::string_view word, const std::vector<Node>& nodes, std::vector<int32_t>& ids) const;
