@@ -125,17 +125,20 @@ class TextGenerator:
 
 def build_text_generator(loaded: LoadedModel, engine: EngineConfig, live: LiveRetrievalConfig) -> TextGenerator:
     """The generator of a loaded model, with an index that was checked to fit it."""
-    index = None if live.retro_index is None else open_index(Path(live.retro_index), loaded)
+    index = None
+    if live.retro_index is not None:
+        chunk_length, tokenizer = loaded.retro.retro_chunk_length, loaded.tokenizer.fingerprint
+        index = open_index(Path(live.retro_index), chunk_length, tokenizer)
     limits = EngineLimits(engine.max_batch_size, engine.max_sequence_length, engine.prefill_tokens)
     return TextGenerator(LocalForward(store_by_inputs(loaded.module)), loaded.tokenizer, limits, index)
 
 
-def open_index(path: Path, loaded: LoadedModel) -> ChunkSearch:
+def open_index(path: Path, chunk_length: int, tokenizer_fingerprint: str) -> ChunkSearch:
     """A live index, if its chunks and its tokens are the model's."""
     from megatron_retro.retrieval.live_index import LiveIndex
 
     index = LiveIndex(path)
     rebuild = "build the retrieval project again with the model's settings, or give another --retro-index"
-    require_same(path, "the chunk length", index.database.chunk_length, loaded.retro.retro_chunk_length, rebuild)
-    require_same(path, "the tokenizer", index.tokenizer_fingerprint, loaded.tokenizer.fingerprint, rebuild)
+    require_same(path, "the chunk length", index.database.chunk_length, chunk_length, rebuild)
+    require_same(path, "the tokenizer", index.tokenizer_fingerprint, tokenizer_fingerprint, rebuild)
     return index
