@@ -43,8 +43,8 @@ class CrossAttention(nn.Module):
 
     def _keys_values(self, source: Tensor, table: RotaryTable | None) -> tuple[Tensor, Tensor]:
         """[X, T, G, D] twice, from [X, T, H]."""
-        projected = self.key_value(source)
-        return self._turned(projected[..., : self.head_size], table), projected[..., self.head_size :]
+        key, value = torch.split(self.key_value(source), self.head_size, -1)
+        return self._turned(key, table), value
 
 
 class ChunkedCrossAttention(CrossAttention):
@@ -65,20 +65,32 @@ class ChunkedCrossAttention(CrossAttention):
         cache: LayerCache | None = None,
     ) -> Tensor:
         """[B, S, H]: what neighbours add, zero where there are none."""
-        query_BSND = self._turned(self.query(normed_BSH), retrieval.query_rotary)
-        key, value = None, None
-        if encoded_BCKRH is not None:
-            key, value = self._chunk_keys_values(encoded_BCKRH, retrieval.key_rotary)
+        query_BSND = self.query(normed_BSH)
         if piece is not None and cache is not None:
+            query_BSND = self._turned(query_BSND, retrieval.query_rotary)
+            key, value = self._chunk_keys_values(encoded_BCKRH, retrieval.key_rotary)
             attended = self._attend_cached(query_BSND, key, value, normed_BSH, retrieval, piece, cache)
         else:
+            key, value = self._chunk_keys_values(encoded_BCKRH, None)
             assert key is not None and value is not None
-            attended = self._attend(query_BSND, key, value, retrieval, retrieval.mask_BCE, retrieval.first_position)
+            attended = self._attend(
+                query_BSND,
+                key,
+                value,
+                retrieval,
+                retrieval.mask_BCE,
+                retrieval.first_position,
+                tables=(retrieval.query_rotary, retrieval.key_rotary),
+            )
             attended = self._gated(attended, normed_BSH, key.shape[1], retrieval.first_position)
         output: Tensor = self.output(attended)
         return output
 
-    def _chunk_keys_values(self, encoded_BCKRH: Tensor, table: RotaryTable | None) -> tuple[Tensor, Tensor]:
+    def _chunk_keys_values(
+        self, encoded_BCKRH: Tensor | None, table: RotaryTable | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if encoded_BCKRH is None:
+            return None, None
         shape = encoded_BCKRH.shape[:2]
         key, value = self._keys_values(encoded_BCKRH.flatten(2, 3).flatten(0, 1), table)
         return torch.unflatten(key, 0, shape), torch.unflatten(value, 0, shape)
@@ -91,6 +103,7 @@ class ChunkedCrossAttention(CrossAttention):
         retrieval: NeighborContext,
         mask_BCE: Tensor | None,
         first_position: int,
+        tables: tuple[RotaryTable | None, RotaryTable | None] = (None, None),
     ) -> Tensor:
         bias = None
         if self.relative is not None:
@@ -107,6 +120,9 @@ class ChunkedCrossAttention(CrossAttention):
             first_position=first_position,
             bias_BNSE=bias,
             dropout=self._dropout(),
+            query_table=tables[0],
+            key_table=tables[1],
+            interleaved=self.interleaved,
         )
 
     def _gated(self, attended_BSND: Tensor, normed_BSH: Tensor, num_chunks: int, first_position: int) -> Tensor:

@@ -94,7 +94,9 @@ class Output(nn.Module):
         table = self.weight if self.weight is not None else tied.weight if tied is not None else None
         if table is None:
             raise ValueError("a tied output needs the embedding")
-        weight_VH = local(table)[: self.vocab_size]
+        weight_VH = local(table)
+        if len(weight_VH) > self.vocab_size:
+            weight_VH = weight_VH[: self.vocab_size]
         if labels_BS is None:
             return functional.linear(hidden_BSH, weight_VH)
         return linear_cross_entropy(hidden_BSH, weight_VH, labels_BS)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.model.leaves import Linear
 from megatron_retro.ops.activation import GELU, GELU_TANH, SQUARED_RELU, SWIGLU, activate
+from megatron_retro.ops.recomputation import recomputed
 
 
 def activation_kind(config: ModelConfig) -> str:
@@ -19,7 +20,7 @@ def activation_kind(config: ModelConfig) -> str:
 
 
 class MLP(nn.Module):
-    """up, nonlinearity, down; a gated one has two matrices up."""
+    """up, nonlinearity, down; a gated one has two matrices up. The backward pass computes the nonlinearity again."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -30,5 +31,8 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
-        output: Tensor = self.down(activate(self.up(hidden), self.kind))
+        projected = self.up(hidden)
+        activated = activate(projected, self.kind)
+        with recomputed(activated, lambda: activate(projected.detach(), self.kind)):
+            output: Tensor = self.down(activated)
         return output

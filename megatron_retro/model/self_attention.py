@@ -51,13 +51,14 @@ class SelfAttention(nn.Module):
 
     def _heads(self, hidden_BSH: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
         projected = torch.unflatten(self.query_key_value(hidden_BSH), -1, (-1, self.head_size))
-        query = projected[..., :-2, :].flatten(2, 3)
-        key, value = projected[..., -2, :], projected[..., -1, :]
+        query, key, value = torch.split(projected, [projected.shape[-2] - 2, 1, 1], -2)
+        query, key, value = query.flatten(2, 3), key.squeeze(-2), value.squeeze(-2)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if rotary is not None:
             query = apply_rotary(query, rotary, interleaved=self.interleaved)
             key = apply_rotary(key, rotary, interleaved=self.interleaved)
+            value = value.contiguous()  # else it would keep what queries and keys were turned from
         return query, key, value
 
     @staticmethod
