@@ -92,6 +92,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.seen[tensor.untyped_storage()._cdata] = None
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return arguments[0].dtype == torch.bool or 1  # code that looks at values sees full masks
         if function.namespace == "c10d":
             self.part.sent_bytes += self._sent(function.__name__, arguments)
         result = function(*arguments, **(keywords or {}))
