@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from megatron_retro.config.data import DataConfig
+from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
@@ -12,10 +13,12 @@ from megatron_retro.data.blends import Blend, WeightedPath, parse_data_path
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.dataset import Boundaries, Dataset, RetrievalNoise, Source
 from megatron_retro.data.loader import Loader
+from megatron_retro.data.mock_samples import MockSamples
 from megatron_retro.data.neighbor_table import NeighborTable, covered
 from megatron_retro.data.neighbors import NeighborReader
+from megatron_retro.data.order import key_of
 from megatron_retro.data.query_chunks import QueryChunks
-from megatron_retro.data.samples import CorpusSamples, check_lengths, parse_split, split_documents
+from megatron_retro.data.samples import SPLITS, CorpusSamples, check_lengths, parse_split, split_documents
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.errors import ConfigError, DataError
 
@@ -31,13 +34,28 @@ def build_loader(
 ) -> Loader:
     """The loader of a split (`train`, `valid`, `test`) for one data-parallel rank."""
     training = settings[TrainingConfig]
+    mock = settings[DataConfig].mock_data
     return Loader(
-        build_dataset(settings, split, eod=eod),
+        build_mock_samples(settings, split) if mock else build_dataset(settings, split, eod=eod),
         micro_batch_size=training.micro_batch_size,
         global_batch_size=global_batch_size or training.global_batch_size,
         data_rank=data_rank,
         data_size=data_size,
         num_threads=settings[DataConfig].num_workers,
+    )
+
+
+def build_mock_samples(settings: Settings, split: str) -> MockSamples:
+    """Random samples in the shape of the run's."""
+    data, retro = settings[DataConfig], settings[RetroConfig]
+    vocabulary = settings[ModelConfig].vocab_size if ModelConfig in settings else None
+    return MockSamples(
+        seed=key_of(settings[TrainingConfig].seed, SPLITS.index(split)) >> 1,
+        vocab_size=vocabulary or 256,
+        seq_length=data.seq_length,
+        chunk_length=chunk_length_of(data, retro),
+        num_neighbors=retro.retro_num_neighbors if retro.retro_add_retriever else 0,
+        retrieved_length=retro.retrieved_length(),
     )
 
 

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -281,6 +282,68 @@ def test_finished_and_foreign_work_is_not_overwritten(tmp_path: Path, capfd: pyt
     assert "exists already" in capfd.readouterr().err
     assert preprocess(tmp_path / "o", [source], "--resume") == 0
     assert "nothing to do" in capfd.readouterr().err and files(tmp_path / "o") == before
+
+
+MEASURED = """
+import resource, sys
+from megatron_retro.cli.main import main
+code = main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+sys.exit(code)
+"""
+
+
+def test_a_line_beyond_the_limit_is_named_and_never_held(tmp_path: Path) -> None:
+    def peak(path: Path, *flags: str) -> tuple[int, str]:
+        words = ["preprocess", "--input", str(path), "--output-prefix", str(path) + ".o", "--workers", "1", *flags]
+        run = subprocess.run([sys.executable, "-c", MEASURED, *words], capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        return int(run.stdout), run.stderr
+
+    small, large = tmp_path / "small.jsonl", tmp_path / "large.jsonl"
+    small.write_bytes(GOOD)
+    with large.open("wb") as stream:
+        stream.write(GOOD)
+        stream.truncate(300 << 20)
+    usual, _ = peak(small)
+    peak_mb, said = peak(large, "--on-error", "skip", "--max-document-bytes", "100000")
+    assert peak_mb < usual + 40
+    assert "1 records were refused" in said
+    assert "more than --max-document-bytes 100000" in Path(f"{large}.o.refused.txt").read_text()
+    assert large.stat().st_size - len(GOOD) == Path(f"{large}.o.refused.jsonl").stat().st_size
+
+
+def test_mpirun_gives_every_process_its_part(tmp_path: Path, larger: Path) -> None:
+    launcher = shutil.which("mpirun")
+    if launcher is None:
+        pytest.skip("no mpirun on this machine")
+    assert start(tmp_path / "whole", larger, "--workers", "1").wait() == 0
+    words = [launcher, "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-c", SCRIPT, "preprocess"]
+    words += ["--input", str(larger), "--output-prefix", str(tmp_path / "o"), "--append-eod", "--workers", "1"]
+    run = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    assert files(tmp_path / "o") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+def test_a_tokenizer_of_ones_own_covers_every_text(tmp_path: Path, algorithm: str) -> None:
+    source = write_json_lines(tmp_path / "a.jsonl", records(11, 300))
+    flags = ["--tokenizer-output", str(tmp_path / "m"), "--tokenizer-vocab-size", "400"]
+    assert main(["train-tokenizer", "--input", str(source), *flags, "--tokenizer-algorithm", algorithm]) == 0
+    first = (tmp_path / "m.model").read_bytes()
+    assert main(["train-tokenizer", "--input", str(source), *flags, "--tokenizer-algorithm", algorithm]) == 0
+    assert (tmp_path / "m.model").read_bytes() == first
+    tokenizer = SentencePieceTokenizer(tmp_path / "m.model")
+    for text in ("ordinary words\n\n  and 12,345", "\u2603 ∮ 𝔘 日本語\t\0"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len((tmp_path / "m.vocab").read_text().splitlines()) == 400
+
+
+def test_a_tokenizer_needs_enough_text(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(GOOD)
+    assert main(["train-tokenizer", "--input", str(source), "--tokenizer-output", str(tmp_path / "m")]) == 2
+    assert "smaller --tokenizer-vocab-size" in capfd.readouterr().err and not (tmp_path / "m.model").exists()
 
 
 SCRIPT = """

@@ -347,6 +347,15 @@ def test_a_validation_corpus_of_its_own_is_used_whole(tmp_path: Path) -> None:
     assert dataset.num_samples == (valid.num_tokens - 1) // 32
 
 
+def test_mock_data_has_the_shape_of_a_run_and_one_order() -> None:
+    setting = config(["nowhere"], {"retro_add_retriever": True}, mock_data=True)
+    whole, half = build_loader(setting, eod=None), build_loader(setting, eod=None, data_size=2, data_rank=1)
+    first, second = next(whole), next(half)
+    assert first[0].tokens_BS.shape == (2, 32) and first[0].neighbor_tokens_BCKR is not None
+    assert first[0].neighbor_tokens_BCKR.shape == (2, 4, 2, 16)
+    assert all(same(a, b) for a, b in zip(first[2:], second, strict=True)) and not same(first[0], first[1])
+
+
 BROKEN: list[tuple[str, Callable[[Path, TokenFile], Settings], type[Exception], str]] = [
     (
         "length",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from pathlib import Path
 
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.config.preprocess import InputConfig, TrainTokenizerConfig
@@ -21,8 +22,6 @@ _LONGEST_SENTENCE = 4000
 
 def train_tokenizer(inputs: InputConfig, config: TrainTokenizerConfig) -> None:
     """Write `PREFIX.model` and `PREFIX.vocab`."""
-    from pathlib import Path
-
     if inputs.input is None or config.tokenizer_output is None:
         raise ConfigError("--input and --tokenizer-output are needed")
     reading = Reading(inputs.json_keys, inputs.text_documents, inputs.max_document_bytes, inputs.on_error)

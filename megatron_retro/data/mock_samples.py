@@ -1,0 +1,52 @@
+"""Random tokens in the shape of a run's samples (`--mock-data`): for timing, without any file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+import numpy as np
+
+from megatron_retro.data.batches import Batch
+
+
+@dataclass(frozen=True)
+class MockSamples:
+    """Samples that are pure functions of (seed, number); every neighbour is there and full."""
+
+    seed: int
+    vocab_size: int
+    seq_length: int
+    chunk_length: int
+    num_neighbors: int
+    retrieved_length: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the settings, which are all there is."""
+        return hashlib.sha256(repr(("mock", *astuple(self))).encode()).hexdigest()
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Nothing was read."""
+        return {}
+
+    def read(self, numbers: Sequence[int]) -> Batch:
+        """The samples of these numbers."""
+        ids = np.asarray(numbers, np.int64)
+        chunks = self.seq_length // self.chunk_length
+        shape = (chunks, self.num_neighbors, self.retrieved_length)
+        rows = [np.random.Generator(np.random.Philox(key=(self.seed, int(number)))) for number in ids]
+        tokens = np.stack([row.integers(0, self.vocab_size, self.seq_length + 1, np.int32) for row in rows])
+        neighbors = None
+        if self.num_neighbors:
+            neighbors = np.stack([row.integers(0, self.vocab_size, shape, np.int32) for row in rows])
+        return Batch(
+            tokens_BS=tokens[:, :-1],
+            labels_BS=tokens[:, 1:],
+            loss_mask_BS=np.ones((len(ids), self.seq_length), np.bool_),
+            sample_ids_B=ids,
+            neighbor_tokens_BCKR=neighbors,
+            neighbor_mask_BCKR=None if neighbors is None else np.ones(neighbors.shape, np.bool_),
+        )
