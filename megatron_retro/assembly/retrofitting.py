@@ -25,7 +25,8 @@ from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.model.retro import Retro
 from megatron_retro.optim.groups import part_of
 
-_INHERITED = (ModelConfig, TokenizerConfig)
+DECODER_SECTIONS: tuple[type, ...] = (ModelConfig, TokenizerConfig)
+WHOLE_MODEL_SECTIONS: tuple[type, ...] = (*DECODER_SECTIONS, RetroConfig)
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,13 @@ class PlanRow:
     trains: bool
 
 
-def inherited_settings(settings: Settings, checkpoint: Checkpoint) -> Settings:
-    """Settings with the decoder's shape and the tokenizer of the GPT; what the user set otherwise is refused."""
-    changes: dict[str, object] = {"retro_add_retriever": True}
+def inherited_settings(
+    settings: Settings, checkpoint: Checkpoint, sections: tuple[type, ...] = DECODER_SECTIONS
+) -> Settings:
+    """Settings with the shape and the tokenizer of a model; a decoder that the user set otherwise is refused."""
+    changes: dict[str, object] = {}
     wrong = []
-    for section in _INHERITED:
+    for section in sections:
         stored = checkpoint.manifest.config.get(section_name(section), {})
         for spec in field_specs(section):
             if spec.name not in stored:
@@ -57,7 +60,7 @@ def inherited_settings(settings: Settings, checkpoint: Checkpoint) -> Settings:
         raise ConfigError(
             f"the model under {checkpoint.path} has another shape than was asked for",
             got="; ".join(wrong),
-            fix="leave the decoder's settings out: retrofit takes them from the checkpoint",
+            fix="leave the decoder's settings out: they come from the checkpoint",
         )
     return settings.replace(**changes)
 

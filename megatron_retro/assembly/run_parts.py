@@ -11,15 +11,16 @@ from dataclasses import dataclass
 import torch
 
 from megatron_retro.assembly.model_assembly import build_trainable
+from megatron_retro.assembly.run_data import is_instruction_run, open_loader
 from megatron_retro.assembly.trainable import Trainable
 from megatron_retro.config.checks import require_legal
 from megatron_retro.config.data import DataConfig, TokenizerConfig
+from megatron_retro.config.finetuning import InstructionConfig
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.optimizer import OptimizerConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
-from megatron_retro.data.builders import build_loader
 from megatron_retro.data.loader import Loader
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_retro.errors import ConfigError
@@ -30,7 +31,6 @@ from megatron_retro.optim.schedule import (
     batch_size_schedule,
     learning_rate,
     run_length,
-    schedule_violations,
 )
 from megatron_retro.runtime.seeds import derived_seed, seed_everything, use_deterministic_kernels
 
@@ -62,7 +62,7 @@ def resolved_settings(settings: Settings) -> Settings:
 
 def build_run_parts(settings: Settings, device: torch.device, world_size: int) -> RunParts:
     """Build everything, in the order in which it can go wrong cheaply: rules, data, model."""
-    _require_legal(settings, world_size)
+    require_legal(settings, world_size)
     settings = resolved_settings(settings)
     training, retro = settings[TrainingConfig], settings[RetroConfig]
     if training.deterministic_mode:
@@ -71,14 +71,7 @@ def build_run_parts(settings: Settings, device: torch.device, world_size: int) -
     batch_sizes = batch_size_schedule(training)
     trainable = build_trainable(settings, device)
     seed_everything(derived_seed(training.seed, "training", trainable.data_rank))
-    loader = build_loader(
-        settings,
-        "train",
-        eod=tokenizer.eod,
-        data_rank=trainable.data_rank,
-        data_size=trainable.data_size,
-        global_batch_size=batch_sizes.at,
-    )
+    loader = open_loader(settings, "train", tokenizer, trainable, batch_sizes.at)
     return RunParts(
         settings=settings,
         trainable=trainable,
@@ -93,35 +86,22 @@ def build_run_parts(settings: Settings, device: torch.device, world_size: int) -
     )
 
 
-def _require_legal(settings: Settings, world_size: int) -> None:
-    require_legal(settings, world_size)
-    found = schedule_violations(settings[OptimizerConfig], settings[TrainingConfig])
-    if found:
-        raise ConfigError.from_violations(found)
-
-
 def _validation(settings: Settings, tokenizer: Tokenizer, trainable: Trainable) -> Loader | None:
     """The loader of the validation split, or None when there is nothing to evaluate on or no wish to."""
     if settings[TrainingConfig].eval_iters == 0:
         return None
-    return build_loader(
-        settings.replace(num_workers=0),
-        "valid",
-        eod=tokenizer.eod,
-        data_rank=trainable.data_rank,
-        data_size=trainable.data_size,
+    if is_instruction_run(settings) and settings[InstructionConfig].instruction_valid_data is None:
+        return None
+    return open_loader(
+        settings.replace(num_workers=0), "valid", tokenizer, trainable, settings[TrainingConfig].global_batch_size
     )
 
 
 def data_inputs(loader: Loader, tokenizer: Tokenizer, retro: RetroConfig) -> dict[str, str]:
     """Fingerprints of everything that the run reads."""
-    inputs = {"tokenizer": tokenizer.fingerprint, "order": loader.dataset.fingerprint}
-    for number, source in enumerate(loader.dataset.sources):
-        inputs[f"corpus {number}"] = source.samples.file.fingerprint
-        if source.neighbors is not None:
-            inputs[f"neighbours {number}"] = source.neighbors.table.fingerprint
-            inputs["database"] = source.neighbors.database.fingerprint
-    if retro.retro_add_retriever and not any(source.neighbors for source in loader.dataset.sources):
+    samples = loader.dataset
+    inputs = {"tokenizer": tokenizer.fingerprint, "order": samples.fingerprint, **samples.inputs}
+    if retro.retro_add_retriever and "conversations" not in inputs and "database" not in inputs:
         raise ConfigError(
             "the model has a retriever, and the data has no neighbours",
             got="--retro-add-retriever without --neighbor-path",

@@ -94,6 +94,18 @@ def is_tuned(settings: Settings) -> bool:
     return PeftConfig in settings and settings[PeftConfig].peft_method != "none"
 
 
+def model_without_memory(settings: Settings) -> Retro:
+    """The whole model with what is tuned beside it, on the meta device: names, shapes and what trains."""
+    with torch.device("meta"):
+        module = Retro(settings[ModelConfig], settings[RetroConfig])
+    if is_tuned(settings):
+        attach(module, settings[PeftConfig])
+        connect(module)
+    elif settings[TrainingConfig].freeze_decoder:
+        freeze_decoder(module)
+    return module
+
+
 def freeze_decoder(module: nn.Module) -> None:
     """Train only what retro-fitting added."""
     for name, parameter in module.named_parameters():

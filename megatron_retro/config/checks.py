@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from megatron_retro.config.data import DataConfig
+from megatron_retro.config.instruction_checks import one_thing_is_frozen, passages_have_a_reader
 from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.optimizer import OptimizerConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.schedule_checks import schedule_violations
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
 from megatron_retro.errors import ConfigError, Violation
@@ -250,6 +253,12 @@ def no_context_parallelism(settings: Settings, world_size: int) -> Iterator[Viol
         )
 
 
+def schedule_fits(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """Lengths are given once, rates and ramps can be."""
+    if OptimizerConfig in settings and TrainingConfig in settings:
+        yield from schedule_violations(settings[OptimizerConfig], settings[TrainingConfig])
+
+
 RULES: tuple[Rule, ...] = (
     world_size_fits,
     heads_divide,
@@ -262,4 +271,7 @@ RULES: tuple[Rule, ...] = (
     batch_divides,
     microbatches_fill_the_pipeline,
     no_context_parallelism,
+    schedule_fits,
+    passages_have_a_reader,
+    one_thing_is_frozen,
 )

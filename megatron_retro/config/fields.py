@@ -80,8 +80,8 @@ class FieldSpec:
         return None if legal else self.expected()
 
     def _accepts(self, item: Any) -> bool:
-        kinds: tuple[type, ...] = (int, float) if self.kind is float else (self.kind,)
-        if not isinstance(item, kinds) or (isinstance(item, bool) and self.kind is not bool):
+        number_for_float = self.kind is float and type(item) is int
+        if type(item) is not self.kind and not number_for_float:
             return False
         if self.choices and item not in self.choices:
             return False

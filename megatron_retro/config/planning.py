@@ -12,6 +12,7 @@ class PlanningConfig:
     """Planning: cluster, prices, corpus"""
 
     plan_for: str = option("pretrain", "the verb that would run", ours=True)
+    plan_model: str | None = option(None, "a Hugging Face folder whose shape the plan takes", ours=True)
     plan_hardware: str = option("H100", "accelerator, a row of the hardware table", ours=True)
     plan_hardware_table: str | None = option(None, "a hardware table of your own (TOML)", ours=True)
     plan_nodes: int = option(1, "nodes of the cluster", minimum=1, ours=True)

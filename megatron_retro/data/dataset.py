@@ -84,6 +84,17 @@ class Dataset:
         facts += [self.boundaries, self.noise]
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of the corpora, their neighbour tables and the database."""
+        found = {}
+        for number, source in enumerate(self.sources):
+            found[f"corpus {number}"] = source.samples.file.fingerprint
+            if source.neighbors is not None:
+                found[f"neighbours {number}"] = source.neighbors.table.fingerprint
+                found["database"] = source.neighbors.database.fingerprint
+        return found
+
     def epochs(self, num_samples: int) -> list[float]:
         """How often each source is read by a run of so many samples."""
         counts = self.blend.counts(num_samples)

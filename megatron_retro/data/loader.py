@@ -8,15 +8,32 @@ so a run resumes exactly with any other R.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_retro.data.batches import Batch
-from megatron_retro.data.dataset import Dataset
 from megatron_retro.errors import ArtifactError, ConfigError
 
 _STEPS_AHEAD = 2
+
+
+class Samples(Protocol):
+    """What a loader reads: samples by their number in the order of the run."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with anything that the k-th sample depends on."""
+        ...
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """Fingerprints of what the samples are made of."""
+        ...
+
+    def read(self, numbers: Sequence[int]) -> Batch:
+        """The samples of these numbers."""
+        ...
 
 
 class Loader:
@@ -24,7 +41,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Samples,
         *,
         micro_batch_size: int,
         global_batch_size: int | Callable[[int], int],

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_retro.assembly.run_parts import MODEL_SECTIONS, RunParts
+from megatron_retro.assembly.stage_building import is_tuned
 from megatron_retro.checkpoint.directory import complete_checkpoints, set_aside
 from megatron_retro.checkpoint.live_state import (
     MODEL,
@@ -29,8 +30,10 @@ from megatron_retro.checkpoint.loading import (
 from megatron_retro.checkpoint.saver import Saver, Snapshot
 from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.settings import section_name
-from megatron_retro.errors import DamagedArtifact
+from megatron_retro.errors import ConfigError, DamagedArtifact
+from megatron_retro.peft.attach import is_added
 from megatron_retro.runtime.seeds import derived_seed, random_states, restore_random_states, seed_everything
 from megatron_retro.training.state import TrainingState
 
@@ -62,8 +65,10 @@ class RunCheckpoints:
         self._config = config
         self.run = Path(config.save) if config.save is not None else None
         create_moments(parts.trainable.module, parts.optimizer.inner)
+        model = model_tensors(parts.trainable.module)
+        self._base = {name: tensor for name, tensor in model.items() if is_tuned(parts.settings) and not is_added(name)}
         self._tensors = {
-            **model_tensors(parts.trainable.module),
+            **{name: tensor for name, tensor in model.items() if name not in self._base},
             **optimizer_tensors(parts.trainable.module, parts.optimizer.inner),
         }
         self._true_rows = padded_rows(self._tensors, parts.true_rows)
@@ -125,6 +130,8 @@ class RunCheckpoints:
         A checkpoint of this run that is damaged is set aside, loudly, and the one before it is taken: nobody is there
         to ask when a cluster restarts a job. One that --load names is refused instead.
         """
+        if self._base:
+            self._take_base()
         while self.run is not None and (found := self._newest(self.run)) is not None:
             try:
                 self._restore(open_checkpoint(found), finetune=False)
@@ -135,7 +142,7 @@ class RunCheckpoints:
                     set_aside(found)
                 dist.barrier(self._group)
                 report("damaged checkpoint", {"path": str(found), "reason": error.what})
-        if self._config.load is None:
+        if self._config.load is None or self._base:
             return False
         source = open_checkpoint(Path(self._config.load))
         if retrofit:
@@ -143,6 +150,20 @@ class RunCheckpoints:
             return False
         self._restore(source, finetune=self._config.finetune)
         return not self._config.finetune
+
+    def _take_base(self) -> None:
+        """The frozen model of a run that tunes beside it, which its checkpoints leave out; and an adapter to start from."""
+        adapter_path = self._parts.settings[PeftConfig].peft_load
+        if self._config.load is None:
+            raise ConfigError("--peft-method tunes beside a model", fix="give --load, the directory of its run")
+        base = open_checkpoint(Path(self._config.load))
+        self._require_own_model(base)
+        load_tensors(base, self._base, padded_rows(self._base, self._parts.true_rows), self._group)
+        if adapter_path is not None:
+            adapter = open_checkpoint(Path(adapter_path))
+            added = {name: tensor for name, tensor in self._tensors.items() if name.startswith(MODEL)}
+            require_tensors(adapter, added, self._true_rows)
+            load_tensors(adapter, added, self._true_rows, self._group)
 
     def _take_decoder(self, source: Checkpoint) -> None:
         """Every parameter that the GPT has; `assembly.retrofitting` has checked that it has the whole decoder."""
@@ -165,9 +186,7 @@ class RunCheckpoints:
         return True
 
     def _restore(self, checkpoint: Checkpoint, *, finetune: bool) -> None:
-        values = self._parts.settings.values()
-        sections = [section_name(section) for section in MODEL_SECTIONS]
-        require_same_model(checkpoint, {name: values[name] for name in sections}, FREE_MODEL_SETTINGS)
+        self._require_own_model(checkpoint)
         weights_only = finetune or self._config.no_load_optim
         wanted = {name: tensor for name, tensor in self._tensors.items() if name.startswith(MODEL) or not weights_only}
         require_tensors(checkpoint, wanted, self._true_rows)
@@ -183,6 +202,11 @@ class RunCheckpoints:
             self._parts.optimizer.load_state(checkpoint.state["optimizer"])
         self._parts.loader.load_state(checkpoint.state["loader"])
         self._restore_random(checkpoint, {name.rsplit(".", 1)[1]: state for name, state in kept.items()})
+
+    def _require_own_model(self, checkpoint: Checkpoint) -> None:
+        values = self._parts.settings.values()
+        sections = [section_name(section) for section in MODEL_SECTIONS]
+        require_same_model(checkpoint, {name: values[name] for name in sections}, FREE_MODEL_SETTINGS)
 
     def _restore_random(self, checkpoint: Checkpoint, states: dict[str, Tensor]) -> None:
         if states:

@@ -11,8 +11,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_retro.artifacts.files import write_file
-from megatron_retro.assembly.retrofitting import collapsed, inherited_settings, retrofit_plan
+from megatron_retro.assembly.retrofitting import (
+    WHOLE_MODEL_SECTIONS,
+    collapsed,
+    inherited_settings,
+    retrofit_plan,
+)
 from megatron_retro.assembly.run_parts import RunParts, build_run_parts
+from megatron_retro.assembly.stage_building import model_without_memory
 from megatron_retro.checkpoint.directory import clear_unfinished
 from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.checkpoint.run_lock import run_lock
@@ -28,6 +34,9 @@ from megatron_retro.config.toml_files import render_toml
 from megatron_retro.config.training import TrainingConfig
 from megatron_retro.errors import ConfigError, Requeue
 from megatron_retro.model.costs import model_costs
+from megatron_retro.ops.backends import backend_rows
+from megatron_retro.optim.schedule import run_length
+from megatron_retro.peft.attach import trainable_table
 from megatron_retro.runtime.console import render_table, say
 from megatron_retro.runtime.heartbeat import start_heartbeat
 from megatron_retro.runtime.launch import Launch, find_launch
@@ -60,7 +69,31 @@ def pretrain(settings: Settings, *, retrofit: bool = False) -> None:
     launch = find_launch()
     if retrofit:
         settings = _retrofit_settings(settings, say if launch.rank == 0 else None)
+    _run(settings, launch, retrofit=retrofit)
+
+
+def finetune(settings: Settings) -> None:
+    """Train a finished model on conversations: all of it, or what `--peft-method` puts beside it."""
+    launch = find_launch()
+    settings = _finetune_settings(settings)
+    if launch.rank == 0:
+        say(trainable_table(model_without_memory(settings)))
+    _run(settings, launch)
+
+
+def _finetune_settings(settings: Settings) -> Settings:
+    """The model's own settings, its weights taken over, everything else fresh."""
+    source = settings[CheckpointConfig].load
+    if source is None:
+        raise ConfigError("finetune starts from a model", fix="give --load, the directory of a GPT's or Retro's run")
+    checkpoint = open_checkpoint(Path(source))
+    return inherited_settings(settings, checkpoint, WHOLE_MODEL_SECTIONS).replace(finetune=True)
+
+
+def _run(settings: Settings, launch: Launch, *, retrofit: bool = False) -> None:
+    """Train on these processes, in a run's directory of its own."""
     require_legal(settings, launch.world_size)
+    run_length(settings[TrainingConfig])
     stops = _stop_requests(settings)
     listening = stops.listening() if settings[TrainingConfig].exit_signal_handler else nullcontext()
     minutes = settings[ParallelConfig].distributed_timeout_minutes
@@ -75,7 +108,7 @@ def _retrofit_settings(settings: Settings, tell: Callable[[str], None] | None) -
     if source is None:
         raise ConfigError("retrofit starts from a model", fix="give --load, the directory of a GPT's run")
     checkpoint = open_checkpoint(Path(source))
-    settings = inherited_settings(settings, checkpoint)
+    settings = inherited_settings(settings, checkpoint).replace(retro_add_retriever=True)
     rows = [
         (row.parameter, "x".join(map(str, row.shape)) or "1", row.source, "yes" if row.trains else "no")
         for row in collapsed(retrofit_plan(settings, checkpoint))
@@ -99,6 +132,8 @@ def train(
     heartbeat = start_heartbeat()
     try:
         checkpoints.resume(observer.happened, retrofit=retrofit)
+        if checkpoints.run is not None and launch.rank == 0:
+            write_file(checkpoints.run / CONFIG, render_toml(parts.settings))
         evaluator = Evaluator(parts, control) if parts.validation is not None else None
         facts = run_facts(parts, launch)
         return Trainer(parts, facts, state, checkpoints, evaluator, observer, stops, control, heartbeat).run()
@@ -136,7 +171,6 @@ def _owned_run(settings: Settings, launch: Launch) -> Iterator[None]:
     with run_lock(run) if launch.rank == 0 else nullcontext():
         if launch.rank == 0:
             clear_unfinished(run)
-            write_file(run / CONFIG, render_toml(settings))
         dist.barrier()
         yield
 
@@ -177,4 +211,5 @@ def run_facts(parts: RunParts, launch: Launch) -> RunFacts:
         total_samples=parts.total_samples,
         seq_length=length,
         inputs=dict(parts.inputs),
+        backends=dict(backend_rows(parts.trainable.device.type)),
     )

@@ -61,6 +61,11 @@ class InstructionDataset:
                     digest.update(b"passage" + passage.tobytes())
         return digest.hexdigest()
 
+    @property
+    def inputs(self) -> dict[str, str]:
+        """One fingerprint for all conversations: they are read whole."""
+        return {"conversations": self.fingerprint}
+
     def read(self, numbers: Sequence[int]) -> Batch:
         """The rows of the given numbers of the run."""
         return build_batch([self._row(int(number)) for number in numbers], numbers, self.shape)

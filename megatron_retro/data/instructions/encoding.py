@@ -29,19 +29,21 @@ class EncodedExample:
 
 @dataclass(frozen=True)
 class ConversationEncoder:
-    """Turns conversations into examples, all in one way."""
+    """Turns conversations into examples, all in one way. Virtual tokens (of P-tuning) lead each of them."""
 
     tokenizer: Tokenizer
     template: Template
     context_place: str = "prompt"
     num_contexts: int = 5
     loss_on_all_replies: bool = False
+    virtual_tokens: tuple[int, ...] = ()
 
     def encode(self, conversation: Conversation) -> EncodedExample:
         """The example of a conversation."""
         in_prompt, to_encoder = self.place(conversation.passages)
         segments = self.template.segments(conversation.turns, in_prompt)
         pieces = [self.tokenizer.encode(segment.text) for segment in segments]
+        pieces[0] = [*self.virtual_tokens, *pieces[0]]
         pieces[-1] = [*pieces[-1], self.tokenizer.eod]
         last = len(pieces) - 1
         learned = [

@@ -1,0 +1,34 @@
+"""Rules of instruction tuning and parameter-efficient tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_retro.config.finetuning import InstructionConfig
+from megatron_retro.config.peft import PeftConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import TrainingConfig
+from megatron_retro.errors import Violation
+
+
+def passages_have_a_reader(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """Passages for the encoder need an encoder that reads."""
+    if InstructionConfig not in settings:
+        return
+    place = settings[InstructionConfig].context_place
+    if place in ("encoder", "split") and not settings[RetroConfig].reads_neighbors():
+        yield Violation(
+            "context_place",
+            place,
+            "prompt or none",
+            "this model reads no neighbours: turn the gate on, or load a Retro",
+        )
+
+
+def one_thing_is_frozen(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """Tuning beside the model freezes all of it."""
+    if PeftConfig not in settings or settings[PeftConfig].peft_method == "none":
+        return
+    if settings[TrainingConfig].freeze_decoder:
+        yield Violation("freeze_decoder", True, "off", "--peft-method freezes the whole model already")

@@ -1,0 +1,145 @@
+"""Finished models trained on conversations: whole or beside, learned by heart, resumed, and nothing else moved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_retro.config.finetuning import InstructionConfig
+from megatron_retro.config.peft import LORA_TARGETS, PARTS, PeftConfig
+from megatron_retro.config.settings import Settings, build_settings
+from megatron_retro.errors import ConfigError, Requeue
+from megatron_retro.peft.attach import is_added
+from megatron_retro.testing.run_results import differences, losses, stored_tensors
+from megatron_retro.testing.tiny_corpus import SECTIONS, TinyCorpus
+from megatron_retro.training.program import finetune, pretrain
+
+WORDS = ("ab", "cd", "ef", "gh", "ij", "kl", "mn", "op")
+METHODS: dict[str, dict[str, Any]] = {
+    "whole": {"lr": 1e-2},
+    "lora": {"peft_method": "lora", "peft_parts": PARTS, "lora_targets": LORA_TARGETS, "lora_rank": 16, "lr": 3e-2},
+    "adapter": {"peft_method": "adapter", "peft_parts": PARTS, "adapter_size": 32, "lr": 3e-2},
+    "p-tuning": {"peft_method": "p-tuning", "num_virtual_tokens": 16, "prompt_encoder_hidden_size": 64, "lr": 3e-2},
+    "ia3": {"peft_method": "ia3", "peft_parts": PARTS, "lr": 1e-1},
+}
+
+
+@pytest.fixture(scope="module")
+def base(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Retro that has seen some text."""
+    run = tmp_path_factory.mktemp("base") / "run"
+    pretrain(corpus.settings(save=str(run), train_iters=40, eval_iters=0, init_method_std=0.2))
+    return run
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty-two questions with passages and one-word answers."""
+    path = tmp_path_factory.mktemp("conversations") / "questions.jsonl"
+    with path.open("w") as stream:
+        for number in range(32):
+            word = WORDS[number % 8]
+            record = {
+                "messages": [
+                    {"role": "system", "content": "s"},
+                    {"role": "user", "content": f"{number}"},
+                    {"role": "assistant", "content": word},
+                ],
+                "contexts": [{"title": "t", "text": word * 3}, {"text": "other"}],
+            }
+            stream.write(json.dumps(record) + "\n")
+    return path
+
+
+def settings(base: Path, conversations: Path, run: Path, **more: Any) -> Settings:
+    values: dict[str, Any] = {
+        "load": str(base),
+        "save": str(run),
+        "instruction_data": [str(conversations)],
+        "context_place": "encoder",
+        "seq_length": 64,
+        "micro_batch_size": 8,
+        "global_batch_size": 8,
+        "train_iters": 6,
+        "lr": 1e-2,
+        "lr_decay_style": "constant",
+        "weight_decay": 0.0,
+        "eval_iters": 0,
+        "num_workers": 0,
+        "log_interval": 1000,
+        **more,
+    }
+    origins = dict.fromkeys(values, "flag")
+    return build_settings((*SECTIONS, InstructionConfig, PeftConfig), values, origins)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_was_stopped_ends_where_the_unbroken_one_ends(
+    base: Path, conversations: Path, tmp_path: Path, method: str
+) -> None:
+    finetune(settings(base, conversations, tmp_path / "whole", pack_examples=True, **METHODS[method]))
+    stopped = settings(base, conversations, tmp_path / "parts", pack_examples=True, exit_interval=4, **METHODS[method])
+    with pytest.raises(Requeue):
+        finetune(stopped)
+    finetune(stopped)
+    assert differences(tmp_path / "whole", tmp_path / "parts") == []
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "whole"])
+def test_checkpoints_hold_what_was_added_and_the_base_keeps_its_bits(
+    base: Path, conversations: Path, tmp_path: Path, method: str
+) -> None:
+    before = {name: tensor.clone() for name, tensor in stored_tensors(base).items()}
+    finetune(settings(base, conversations, tmp_path / "run", **METHODS[method]))
+    stored = stored_tensors(tmp_path / "run")
+    assert any(is_added(name) for name in stored)
+    assert all(is_added(name) for name in stored if not name.startswith("random."))
+    after = stored_tensors(base)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("p-tuning", "ia3")])
+def test_thirty_two_examples_are_learned_by_heart(
+    base: Path, conversations: Path, tmp_path: Path, method: str, count: Any
+) -> None:
+    steps = count(60, 400)
+    finetune(settings(base, conversations, tmp_path / "run", train_iters=steps, **METHODS[method]))
+    found = losses(tmp_path / "run")
+    assert found[-1] < count(0.6, 0.05) * found[0], f"{found[0]:.3f} -> {found[-1]:.3f}"
+
+
+@pytest.mark.parametrize("method", ["p-tuning", "ia3"])
+def test_a_few_numbers_in_the_right_places_learn(base: Path, conversations: Path, tmp_path: Path, method: str) -> None:
+    """Sixteen vectors, or factors alone, hardly steer a model this small; over the same four batches the loss must fall."""
+    finetune(settings(base, conversations, tmp_path / "run", train_iters=40, **METHODS[method]))
+    found = losses(tmp_path / "run")
+    assert sum(found[-4:]) < sum(found[:4]) - 0.1, f"{found[:4]} -> {found[-4:]}"
+
+
+def test_the_gate_off_is_the_published_way(base: Path, conversations: Path, tmp_path: Path) -> None:
+    off = {"retro_attention_gate": 0.0, "context_place": "prompt", "seq_length": 96}
+    finetune(settings(base, conversations, tmp_path / "run", **off))
+    before, after = stored_tensors(base), stored_tensors(tmp_path / "run")
+    moved = {name for name in before if name.startswith("model.") and not torch.equal(before[name], after[name])}
+    assert moved
+    assert not any("cross" in name or name.startswith("model.encoder.") for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"retro_attention_gate": 0.0}, "--context-place = 'encoder'"),
+        ({"freeze_decoder": True, "peft_method": "lora"}, "--freeze-decoder = True"),
+        ({"hidden_size": 48}, "has another shape"),
+        ({"instruction_data": None}, "--instruction-data is not set"),
+    ],
+)
+def test_impossible_wishes_are_named(
+    base: Path, conversations: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        finetune(settings(base, conversations, tmp_path / "run", **change))
