@@ -41,6 +41,11 @@ def build_operators(target: Path) -> None:
     link(linker, compile_all(units), target, _libraries(torch_home))
 
 
+def kernel_objects() -> list[Path]:
+    """The CPU kernels' object files, one per source and instruction set."""
+    return compile_all(_kernel_units(host_compiler()))
+
+
 def build_shim(target: Path) -> None:
     """The CUDA sources for the host, as `torch.ops.megatron_retro_shim` on CPU tensors; for tests."""
     torch_home = _torch_home()

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import torch
+
 from megatron_retro.errors import ConfigError, EnvironmentProblem
 from megatron_retro.ops import library
 
@@ -44,6 +46,7 @@ class Choice:
     reason: str
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def uses_native(operator: str, device: str) -> bool:
     """Whether our compiled kernel serves `operator` on tensors of this device type."""
     return choice(operator, device).backend == NATIVE

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+
 def register(namespace: str = "megatron_retro") -> None:
     """Every operator's fake, then every gradient. Tests load the CUDA sources, built for the host, as a second name."""
     fakes: dict[str, Callable[..., Any]] = {

@@ -1,4 +1,4 @@
-"""The CUDA kernels are executed: on a GPU where there is one, and always on the host shim under several thread orders."""
+"""The CUDA kernels are executed: on a GPU where there is one, always on the host shim under several thread orders."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class Kernels:
 
     def excess(self, ours: Callable[..., Any], plain: Callable[..., Any], *inputs: Tensor | None) -> float:
         moved = [
-            each if each is None else each.detach().to(self.device).requires_grad_(each.requires_grad) for each in inputs
+            each if each is None else each.detach().to(self.device).requires_grad_(each.requires_grad)
+            for each in inputs
         ]
         return max(excess_over_twice(ours, plain, moved), default=0.0)
 
@@ -128,7 +129,9 @@ def test_activation(kernels: Kernels, thread_order: int, dtype: torch.dtype) -> 
 
             assert kernels.excess(ours, gated, projected, bias) <= 0.0
             alone = leaf(rows, width, dtype=dtype, scale=3.0)
-            assert kernels.excess(lambda x, k=kind: kernels.ops.gated_activation(x, None, k, False), formula, alone) <= 0.0
+            assert (
+                kernels.excess(lambda x, k=kind: kernels.ops.gated_activation(x, None, k, False), formula, alone) <= 0.0
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -192,13 +195,22 @@ def test_vocabulary_block(kernels: Kernels, thread_order: int, dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape", [(2, 11, 0, 4, 2, 16, 4, 6, 2), (1, 9, 6, 2, 2, 12, 4, 40, 4), (1, 80, 0, 1, 1, 8, 40, 5, 2), (1, 5, 0, 1, 1, 72, 2, 3, 2)]
+    "shape",
+    [
+        (2, 11, 0, 4, 2, 16, 4, 6, 2),
+        (1, 9, 6, 2, 2, 12, 4, 40, 4),
+        (1, 80, 0, 1, 1, 8, 40, 5, 2),
+        (1, 5, 0, 1, 1, 72, 2, 3, 2),
+    ],
 )
 def test_chunked_cross_attention(
     kernels: Kernels, thread_order: int, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     batch, length, first, heads, groups, size, chunk_length, keys, chunks = shape
-    query, both = leaf(batch, length, heads, size, dtype=dtype), leaf(batch, chunks, keys, groups, 2 * size, dtype=dtype)
+    query, both = (
+        leaf(batch, length, heads, size, dtype=dtype),
+        leaf(batch, chunks, keys, groups, 2 * size, dtype=dtype),
+    )
     mask = torch.rand(batch, chunks, keys) > 0.3
     mask[0, 0] = False
     frequencies = RotaryFrequencies(2 * (size // 4), 10000.0)

@@ -3,8 +3,9 @@
 // Scores are kept transposed, [keys, queries]: a vector holds one key's scores for 16 queries, so the softmax runs down
 // columns without reductions across lanes, keys that may not be seen are left out before any product, and keys and
 // values are read in the order in which they lie. Only the queries (a quarter of the keys) are transposed.
+#include <cstdlib>
 #include <limits>
-#include <vector>
+#include <new>
 
 #include "cpu/for_stored.h"
 #include "cpu/multiply.h"
@@ -16,6 +17,24 @@ namespace {
 
 constexpr int64_t tile_queries = 64;
 
+// Zeros at first. Not std::vector: its functions would be shared with other instruction sets at link time.
+template <typename Value>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : values(static_cast<Value*>(std::calloc(size > 0 ? size : 1, sizeof(Value)))) {
+    if (!values) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(values); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  Value* data() { return values; }
+  Value& operator[](int64_t index) { return values[index]; }
+  const Value& operator[](int64_t index) const { return values[index]; }
+
+ private:
+  Value* values;
+};
+
 template <typename Element>
 class Chunk {
  public:
@@ -23,7 +42,7 @@ class Chunk {
   using Wide = Vector<Scalar>;
   static constexpr int64_t step = lanes<Scalar>;
 
-  explicit Chunk(const CrossAttention& given)
+  Chunk(const CrossAttention& given, bool with_gradients)
       : call(given),
         padded((given.width + step - 1) / step * step),
         seen(given.keys),
@@ -32,7 +51,11 @@ class Chunk {
         scores(given.keys * tile_queries),
         queries(tile_queries * padded),
         across(padded * tile_queries),
-        result(padded * tile_queries) {}
+        result(padded * tile_queries),
+        grads(with_gradients ? tile_queries * padded : 0),
+        grad_scores(with_gradients ? given.keys * tile_queries : 0),
+        grad_keys(with_gradients ? given.keys * padded : 0),
+        grad_values(with_gradients ? given.keys * padded : 0) {}
 
   void forward(int64_t row) {
     place(row);
@@ -54,7 +77,8 @@ class Chunk {
   void backward(int64_t row) {
     place(row);
     gather();
-    reserve_gradients();
+    std::memset(grad_keys.data(), 0, num_seen * padded * sizeof(Scalar));
+    std::memset(grad_values.data(), 0, num_seen * padded * sizeof(Scalar));
     for (int64_t first = 0; first < num_rows(); first += tile_queries) {
       begin_tile(first);
       if (!num_seen) {
@@ -80,9 +104,9 @@ class Chunk {
  private:
   const CrossAttention& call;
   int64_t padded;
-  std::vector<int64_t> seen;
-  std::vector<Scalar> keys, values, scores, queries, across, result;
-  std::vector<Scalar> grads, grad_scores, grad_keys, grad_values;
+  Buffer<int64_t> seen;
+  Buffer<Scalar> keys, values, scores, queries, across, result;
+  Buffer<Scalar> grads, grad_scores, grad_keys, grad_values;
   int64_t sequence = 0, chunk = 0, group = 0, first_query = 0, num_queries = 0, num_seen = 0;
   int64_t tile_first = 0, tile_rows_used = 0, lane_columns = 0;
   Scalar normalizers[tile_queries] = {}, shares[tile_queries] = {};
@@ -195,13 +219,6 @@ class Chunk {
     }
   }
 
-  void reserve_gradients() {
-    grads.resize(tile_queries * padded);
-    grad_scores.resize(call.keys * tile_queries);
-    grad_keys.assign(num_seen * padded, 0);
-    grad_values.assign(num_seen * padded, 0);
-  }
-
   // The gradient of each query's output, and its inner product with that output.
   void read_grad_output() {
     for (int64_t lane = 0; lane < tile_rows_used; ++lane) {
@@ -267,14 +284,14 @@ class Chunk {
 
 void cross_attention_forward(Stored stored, const CrossAttention& call, int64_t first, int64_t last) {
   for_stored(stored, [&](auto element) {
-    Chunk<decltype(element)> chunk(call);
+    Chunk<decltype(element)> chunk(call, false);
     for (int64_t row = first; row < last; ++row) chunk.forward(row);
   });
 }
 
 void cross_attention_backward(Stored stored, const CrossAttention& call, int64_t first, int64_t last) {
   for_stored(stored, [&](auto element) {
-    Chunk<decltype(element)> chunk(call);
+    Chunk<decltype(element)> chunk(call, true);
     for (int64_t row = first; row < last; ++row) chunk.backward(row);
   });
 }

@@ -1,0 +1,211 @@
+"""The compiled library: registration is complete, bad input is one sentence, choices are explained."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_retro.errors import ConfigError, EnvironmentProblem
+from megatron_retro.ops import backends, library
+from megatron_retro.ops.activation import SWIGLU, activate
+
+ROOT = Path(__file__).parents[2]
+COMPILED = pytest.mark.skipif(library.problem() is not None, reason=str(library.problem()))
+
+
+def leaf(*shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape) * scale).requires_grad_()
+
+
+def operator_inputs() -> Iterator[tuple[str, tuple[Any, ...]]]:
+    table = torch.rand(1, 5, 4)
+    rows = torch.rand(3)
+    yield "gated_activation", (leaf(3, 20), leaf(20), 0, True)
+    yield "gated_activation_backward", (torch.randn(3, 10), torch.randn(3, 20), None, 1, True)
+    yield "residual_norm", (leaf(3, 20), leaf(3, 20), leaf(20), leaf(20), 1e-5, True, 0.0)
+    yield "residual_norm", (leaf(3, 20), None, leaf(20), None, 1e-5, False, 1.0)
+    statistics = (torch.rand(3), torch.rand(3))
+    yield "residual_norm_backward", (
+        torch.randn(3, 20), None, torch.randn(3, 20), *statistics, torch.randn(20), None, True, 0.0,
+    )  # fmt: skip
+    yield "rotary", (leaf(2, 5, 3, 8), table, table, False, False)
+    yield "rotary_", (torch.randn(2, 5, 3, 8), table, table, True, False)
+    yield "vocabulary_statistics", (torch.randn(3, 9), torch.tensor([0, 5, 20]), 0, rows, rows.clone(), rows.clone())
+    yield "vocabulary_gradient_", (torch.randn(3, 9), torch.tensor([0, 5, 20]), 0, rows, rows.clone(), rows.clone())
+    yield "masked_softmax", (leaf(2, 3, 7), torch.rand(2, 3, 7) > 0.3, 0.5)
+    yield "masked_softmax_backward", (torch.randn(2, 7), torch.rand(2, 7), 0.5)
+    attention = (leaf(1, 8, 2, 8), leaf(1, 2, 3, 2, 8), leaf(1, 2, 3, 2, 8), torch.rand(1, 2, 3) > 0.3)
+    turns = (torch.rand(8, 2), torch.rand(8, 2), torch.rand(3, 2), torch.rand(3, 2))
+    yield "chunked_cross_attention", (*attention, 4, 0, 0.3, *turns, False)
+    detached = tuple(each.detach() for each in attention)
+    yield "chunked_cross_attention_backward", (
+        torch.randn(1, 8, 2, 8), *detached, torch.randn(1, 8, 2, 8), torch.zeros(1, 2, 8), 4, 0, 0.3,
+        None, None, None, None, False,
+    )  # fmt: skip
+
+
+@COMPILED
+@pytest.mark.parametrize(("name", "inputs"), [pytest.param(*each, id=each[0]) for each in operator_inputs()])
+def test_opcheck(name: str, inputs: tuple[Any, ...]) -> None:
+    """Schema, fake, autograd registration and tracing, by torch's own checker."""
+    torch.library.opcheck(getattr(torch.ops.megatron_retro, name).default, inputs)
+
+
+@COMPILED
+def test_opcheck_covers_every_operator() -> None:
+    schema = (ROOT / "csrc" / "operators" / "schemas.cpp").read_text()
+    assert {name for name, _ in operator_inputs()} == set(re.findall(r'"(\w+)\(', schema))
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.ones(shape)
+
+
+def attend(query: Tensor, key: Tensor, mask: Tensor | None = None, table: Tensor | None = None) -> tuple[Any, ...]:
+    return "chunked_cross_attention", (query, key, key, mask, 4, 0, 1.0, table, None, None, None, False)
+
+
+def normalize(residual: Tensor | None, weight: Tensor) -> tuple[Any, ...]:
+    return "residual_norm", (ones(2, 4), residual, weight, None, 1e-5, True, 0.0)
+
+
+def turn(table: Tensor) -> tuple[Any, ...]:
+    return "rotary", (ones(1, 3, 2, 8), table, table, False, False)
+
+
+def activation(given: Tensor, bias: Tensor | None = None, kind: int = 0) -> tuple[Any, ...]:
+    return "gated_activation", (given, bias, kind, True)
+
+
+BAD_CALLS = {
+    "input must be float32, bfloat16, float16 or float64": activation(ones(2, 4).int()),
+    "a gated input must have an even last dimension, got 5": activation(ones(2, 5)),
+    "kind must be 0": activation(ones(2, 4), kind=9),
+    "bias must have 4 elements, got the shape [3]": activation(ones(2, 4), ones(3)),
+    "bias must have the dtype of input": activation(ones(2, 4), ones(4).half()),
+    "input must be contiguous": activation(ones(4, 6).T),
+    "residual must have the shape of input: got [3, 4], expected [2, 4]": normalize(ones(3, 4), ones(4)),
+    "weight must have 4 elements, got the shape [5]": normalize(None, ones(5)),
+    "cosine turns 10 dimensions of a head of 8": turn(ones(1, 3, 5)),
+    "cosine must have the sequences and positions of heads: got [1, 4, 2] for [1, 3, 2, 8]": turn(ones(1, 4, 2)),
+    "labels must be contiguous int64": ("vocabulary_statistics", (ones(2, 4), ones(2), 0, ones(2), ones(2), ones(2))),
+    "mask must be contiguous bool": ("masked_softmax", (ones(2, 4), ones(2, 4), 1.0)),
+    "the heads of query (3) must be a multiple of those of key (2)": attend(ones(1, 4, 3, 8), ones(1, 1, 2, 2, 8)),
+    "mask must be [sequences, chunks, keys] of key: got [1, 1, 3] for [1, 1, 2, 2, 8]": attend(
+        ones(1, 4, 2, 8), ones(1, 1, 2, 2, 8), mask=ones(1, 1, 3).bool()
+    ),
+    "rotary tables come all four or not at all, got 1": attend(ones(1, 4, 2, 8), ones(1, 1, 2, 2, 8), table=ones(4, 2)),
+}
+
+
+@COMPILED
+@pytest.mark.parametrize("sentence", BAD_CALLS)
+def test_bad_input_is_one_sentence(sentence: str) -> None:
+    name, inputs = BAD_CALLS[sentence]
+    with pytest.raises(RuntimeError) as problem:
+        getattr(torch.ops.megatron_retro, name)(*inputs)
+    message = str(problem.value)
+    assert message.startswith(sentence) and "\n" not in message and "/" not in message
+
+
+@COMPILED
+def test_index_arithmetic_beyond_32_bits() -> None:
+    """Rows far apart in memory: element offsets beyond 2^31, without filling that much memory."""
+    storage = torch.UntypedStorage(int(2.2e9) * 2 * 2)
+    rows = torch.empty(0, dtype=torch.bfloat16).set_(storage, 0, (1, 2, 1, 16), (0, int(2.2e9), 0, 1))
+    values = torch.randn(1, 2, 1, 16).to(torch.bfloat16)
+    rows.copy_(values)
+    table = torch.rand(1, 2, 8)
+    far = torch.ops.megatron_retro.rotary(rows, table, table, False, False)
+    assert torch.equal(far, torch.ops.megatron_retro.rotary(values, table, table, False, False))
+
+
+@COMPILED
+def test_every_instruction_set_agrees() -> None:
+    """The kernels that older processors would get, run in processes of their own."""
+    program = """
+import torch
+from megatron_retro.ops import library
+assert library.problem() is None
+torch.manual_seed(0)
+ops, x, q, k = torch.ops.megatron_retro, torch.randn(7, 90), torch.randn(1, 9, 2, 24), torch.randn(1, 2, 5, 2, 24)
+normed = ops.residual_norm(x, x, x[0], x[1], 1e-5, True, 0.0)[0]
+attended = ops.chunked_cross_attention(q, k, k, None, 4, 0, 0.2, None, None, None, None, False)[0]
+for values in (normed, attended, ops.gated_activation(x, None, 1, True)):
+    print(values.double().square().sum().item())
+"""
+    results = []
+    for name in ("generic", "avx2", "avx512"):
+        environment = {**os.environ, "MEGATRON_RETRO_INSTRUCTION_SET": name, "PYTHONPATH": str(ROOT)}
+        found = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        )
+        results.append([float(word) for word in found.stdout.split()])
+    assert results[0] == pytest.approx(results[1], rel=1e-5) and results[1] == pytest.approx(results[2], rel=1e-5)
+    assert len(results[0]) == 3
+
+
+@COMPILED
+@pytest.mark.skipif(not (shutil.which("nm") and (ROOT / "csrc").exists()), reason="needs nm and csrc")
+def test_no_function_is_shared_between_instruction_sets() -> None:
+    """A weak function of one set could be linked into another and stop an older processor."""
+    sys.path.insert(0, str(ROOT / "csrc"))
+    try:
+        from build_operators import kernel_objects
+    finally:
+        sys.path.remove(str(ROOT / "csrc"))
+    for path in kernel_objects():
+        listing = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True).stdout
+        weak = [line for line in listing.splitlines() if re.search(r" [WVu] ", line) and "personality" not in line]
+        assert [line for line in weak if not re.search(r"megatron_retro::(generic|avx2|avx512)::", line)] == []
+
+
+def test_a_wish_is_kept_or_refused_with_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(backends.VARIABLE, "rotary=reference,activation=auto")
+    assert backends.choice("rotary", "cpu").backend == "reference"
+    assert "asked for" in backends.choice("rotary", "cpu").reason
+    assert dict(backends.backend_rows())["kernel rotary"].startswith("reference: ")
+    for wrong in ("fast", "rotary=fast", "rotaries=native"):
+        monkeypatch.setenv(backends.VARIABLE, wrong)
+        with pytest.raises(ConfigError, match=backends.VARIABLE):
+            backends.choice("rotary", "cpu")
+    monkeypatch.setenv(backends.VARIABLE, "native")
+    with pytest.raises(EnvironmentProblem, match="not for meta"):
+        backends.choice("rotary", "meta")
+
+
+def test_without_the_library_the_references_serve(tmp_path: Path) -> None:
+    """A package without csrc: every operator says why, and the model's faces work."""
+    program = (
+        "from pathlib import Path; from megatron_retro.ops import library, backends;"
+        f"library.PATH = Path({str(tmp_path / 'absent.so')!r});"
+        "import torch; from megatron_retro.ops.activation import activate;"
+        "print(activate(torch.ones(1, 2, 3), 'swiglu').shape[-1]); print(backends.backend_rows()[0][1])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != backends.VARIABLE}
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[0] == "3" and "csrc is not compiled" in found.stdout
+    environment[backends.VARIABLE] = "native"
+    refused = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode != 0 and "csrc is not compiled" in refused.stderr
+
+
+@COMPILED
+def test_traced_by_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A face with a native kernel is one graph, without a break."""
+    monkeypatch.setenv(backends.VARIABLE, "native")
+    x = torch.randn(3, 2, 8)
+    compiled = torch.compile(lambda t: activate(t, SWIGLU) * 2, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), activate(x, SWIGLU) * 2)

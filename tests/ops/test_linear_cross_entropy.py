@@ -1,0 +1,151 @@
+"""The loss over a large vocabulary: value and gradients, skipped positions, cut vocabularies, memory."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_retro.ops import library, vocabulary_blocks
+from megatron_retro.ops.backends import VARIABLE
+from megatron_retro.ops.linear_cross_entropy import linear_cross_entropy
+from megatron_retro.ops.vocabulary_blocks import Slopes, gradients, statistics
+from megatron_retro.testing.precision import excess_over_twice, values_and_gradients
+
+NATIVE = pytest.mark.skipif(library.problem() is not None, reason=str(library.problem()))
+WISHES = ["reference", pytest.param("native", marks=NATIVE)]
+
+
+def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    logits = hidden @ weight.T
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-1, reduction="none").view_as(
+        labels
+    )
+
+
+def case(dtype: torch.dtype, tokens: int = 37, width: int = 24, vocabulary: int = 301) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    hidden = torch.randn(1, tokens, width).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, width).to(dtype).requires_grad_()
+    labels = torch.randint(0, vocabulary, (1, tokens))
+    labels[0, 3:9] = -1
+    return hidden, weight, labels
+
+
+@pytest.fixture(params=WISHES)
+def wish(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(VARIABLE, request.param)
+    return str(request.param)
+
+
+@pytest.fixture(params=[None, 20_000])
+def block_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block, and several with a short last one."""
+    if request.param is not None:
+        monkeypatch.setattr(vocabulary_blocks, "BLOCK_BYTES", request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_within_twice_the_plain_error(wish: str, block_bytes: None, dtype: torch.dtype) -> None:
+    """`values_and_gradients` weighs each position differently; equal weights take the way without a second pass."""
+    hidden, weight, labels = case(dtype)
+    assert max(excess_over_twice(linear_cross_entropy, plain, (hidden, weight, labels))) <= 0.0
+
+    def ours_summed(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        return linear_cross_entropy(h, w, t).sum()[None]
+
+    def plain_summed(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        return plain(h, w, t).sum()[None]
+
+    assert max(excess_over_twice(ours_summed, plain_summed, (hidden, weight, labels))) <= 0.0
+
+
+def test_skipped_positions(wish: str) -> None:
+    hidden, weight, labels = case(torch.float32)
+    losses, hidden_grad, _ = values_and_gradients(linear_cross_entropy, (hidden, weight, labels))
+    assert float(losses[labels < 0].abs().max()) == 0.0 and float(hidden_grad[labels < 0].abs().max()) == 0.0
+    none = torch.full_like(labels, -1)
+    results = values_and_gradients(linear_cross_entropy, (hidden, weight, none))
+    assert all(float(each.abs().max()) == 0.0 for each in results)
+    empty = values_and_gradients(linear_cross_entropy, (hidden[:, :0].detach().requires_grad_(), weight, labels[:, :0]))
+    assert empty[0].shape == (1, 0) and float(empty[2].abs().max()) == 0.0
+
+
+def test_z_loss(wish: str) -> None:
+    hidden, weight, labels = case(torch.float32)
+
+    def ours(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        return linear_cross_entropy(h, w, t, z_loss_weight=0.01)
+
+    def with_z(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        return plain(h, w, t) + 0.01 * (h @ w.T).logsumexp(-1).square().where(t >= 0, 0.0)
+
+    assert max(excess_over_twice(ours, with_z, (hidden, weight, labels))) <= 0.0
+
+
+def test_only_what_needs_a_gradient_gets_one(wish: str) -> None:
+    hidden, weight, labels = case(torch.float32)
+    expected = values_and_gradients(plain, (hidden, weight, labels))
+    frozen = values_and_gradients(linear_cross_entropy, (hidden, weight.detach(), labels))
+    torch.testing.assert_close(frozen, expected[:2])
+    fixed = values_and_gradients(linear_cross_entropy, (hidden.detach(), weight, labels))
+    torch.testing.assert_close(fixed, [expected[0], expected[2]])
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels), expected[0])
+
+
+def test_a_second_backward_gives_the_same(wish: str) -> None:
+    hidden, weight, labels = case(torch.float32)
+    loss = linear_cross_entropy(hidden, weight, labels).mean()
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, (hidden, weight)), first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+def test_a_cut_vocabulary(wish: str, cut: int) -> None:
+    """Each part's statistics, reduced as ranks reduce them, and its own gradients, give the whole."""
+    hidden, weight, labels = case(torch.float32)
+    expected = values_and_gradients(lambda h, w, t: plain(h, w, t).sum()[None], (hidden, weight, labels))
+    direction = torch.randn(1, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16).float()
+    rows, kept = hidden.detach()[0], labels[0] >= 0
+    parts = list(weight.detach().split(-(-weight.shape[0] // cut)))
+    firsts = [sum(len(part) for part in parts[:index]) for index in range(cut)]
+    found = [statistics(rows, part, labels[0], first) for part, first in zip(parts, firsts, strict=True)]
+    largest = torch.stack([each.largest_T for each in found]).amax(0)
+    total = sum((each.sum_T * (each.largest_T - largest).exp() for each in found), torch.zeros_like(largest))
+    normalizer = largest + total.log()
+    label_logit = sum((each.label_logit_T for each in found), torch.zeros_like(largest))
+    torch.testing.assert_close(((normalizer - label_logit) * kept).sum()[None], expected[0])
+    scale = kept.float() * direction
+    slopes = Slopes(normalizer, scale, scale)
+    pieces = [gradients(rows, part, labels[0], slopes, first) for part, first in zip(parts, firsts, strict=True)]
+    torch.testing.assert_close(
+        torch.stack([piece[0] for piece in pieces]).sum(0)[None], expected[1], rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(torch.cat([piece[1] for piece in pieces]), expected[2], rtol=1e-4, atol=1e-5)
+
+
+@NATIVE
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_memory_does_not_grow_with_positions_times_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "native")
+    monkeypatch.setattr(vocabulary_blocks, "BLOCK_BYTES", 1 << 22)
+    hidden = torch.randn(1, 2048, 4).requires_grad_()
+    weight = torch.randn(30_000, 4).requires_grad_()
+    labels = torch.randint(0, 30_000, (1, 2048))
+    logits_bytes = 2048 * 30_000 * 4
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    linear_cross_entropy(hidden, weight, labels).mean().backward()
+    assert resident("VmHWM") - before < logits_bytes / 6
+    assert weight.grad is not None and math.isfinite(float(weight.grad.sum()))
+
+
+def resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
