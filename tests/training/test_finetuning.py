@@ -114,7 +114,7 @@ def test_thirty_two_examples_are_learned_by_heart(
 
 @pytest.mark.parametrize("method", ["p-tuning", "ia3"])
 def test_a_few_numbers_in_the_right_places_learn(base: Path, conversations: Path, tmp_path: Path, method: str) -> None:
-    """Sixteen vectors, or factors alone, hardly steer a model this small; over the same four batches the loss must fall."""
+    """Sixteen vectors, or factors alone, hardly steer a model this small; the loss of the same batches falls."""
     finetune(settings(base, conversations, tmp_path / "run", train_iters=40, **METHODS[method]))
     found = losses(tmp_path / "run")
     assert sum(found[-4:]) < sum(found[:4]) - 0.1, f"{found[:4]} -> {found[-4:]}"
