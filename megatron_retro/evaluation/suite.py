@@ -1,7 +1,7 @@
 """Running the sets: ask, score, write predictions as they come, and the table when all are there.
 
-Any number of workers share a set: worker i of N answers every N-th question that nobody has answered yet and appends
-to a file of its own. Killed and started again, with more or fewer workers, it goes on where it was. Predictions made
+Any number of workers share a set: worker i of N has every N-th question, less those that are answered already by
+anyone, and appends to a file of its own. Killed and started again, with more or fewer workers, it goes on. Predictions made
 under another protocol or model are refused, never mixed in.
 """
 
@@ -69,8 +69,7 @@ class Evaluation:
         """Answer this worker's share; the results, once every question has an answer."""
         _require_distinct(self.examples)
         done = self._predictions()
-        open_ones = [example for example in self.examples if example.id not in done]
-        mine = open_ones[worker.index :: worker.count]
+        mine = [example for example in self.examples[worker.index :: worker.count] if example.id not in done]
         if mine:
             self._answer(mine, self._own_file(worker))
             done = self._predictions()

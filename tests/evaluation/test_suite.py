@@ -111,8 +111,7 @@ def test_killed_and_shared_runs_give_the_same_results(tmp_path: Path) -> None:
     rest = Model()
     for number in range(3):
         found = evaluation(shared, rest).run(Worker(number, 3))
-    while found is None:
-        found = evaluation(shared, rest).run(Worker(0, 1))
+    assert found is not None
     assert found["metrics"] == whole["metrics"] and second.asked + rest.asked == 23 - 4
     lines = [(tmp_path / name / "nq.examples.jsonl").read_text() for name in ("whole", "shared")]
     assert lines[0] == lines[1]

@@ -43,12 +43,9 @@ def build_model(seed: int = 1, **changes: object) -> Retro:
         swiglu=True,
         **{name: value for name, value in changes.items() if not name.startswith("retro_")},  # type: ignore[arg-type]
     )
-    retro = RetroConfig(
-        retro_add_retriever=True,
-        retro_chunk_length=8,
-        retro_layers=(2, 3),
-        **{name: value for name, value in changes.items() if name.startswith("retro_")},  # type: ignore[arg-type]
-    )
+    asked = {name: value for name, value in changes.items() if name.startswith("retro_")}
+    settings = {"retro_add_retriever": True, "retro_chunk_length": 8, "retro_layers": (2, 3), **asked}
+    retro = RetroConfig(**settings)  # type: ignore[arg-type]
     module = Retro(model, retro)
     initialize(module, model, retro, seed)
     with torch.no_grad():

@@ -1,0 +1,139 @@
+"""`megatron-retro generate` and `evaluate` from the command line: a checkpoint, an index, answers, bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_retro.cli.main import main
+from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.convert.checkpoint_files import parameter_shapes, write_checkpoint
+from megatron_retro.model.retro import Retro
+from megatron_retro.testing.retrieval_projects import CHUNK, echoing_documents, project_settings, write_corpus
+
+
+def write_run(run: Path, module: Retro) -> Path:
+    values = {name: value.detach() for name, value in module.named_parameters()}
+    shapes = parameter_shapes(module.model, module.retro)
+    settings = Settings([module.model, module.retro, TokenizerConfig()])
+    write_checkpoint(
+        run, settings, shapes, lambda name: values[name][tuple(map(slice, shapes[name]))].contiguous(), inputs={}
+    )
+    return run
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory, small_model: Callable[..., Retro]) -> Path:
+    """`retro` (m = 16), `other` (m = 8) and `project`, an index over chunks of 16 bytes."""
+    from megatron_retro.retrieval.stages import build_retrieval
+
+    folder = tmp_path_factory.mktemp("generate")
+    write_run(folder / "retro", small_model(retro_chunk_length=CHUNK))
+    write_run(folder / "other", small_model())
+    corpus = write_corpus(folder / "corpus", echoing_documents(1, 60))
+    build_retrieval(project_settings(folder / "project", [corpus]))
+    return folder
+
+
+def test_answers_with_neighbors(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["generate", "--load", str(room / "retro"), "--max-new-tokens", "30", "--device", "cpu"]
+    live = ["--retro-index", str(room / "project")]
+    prompt = "a prompt of forty bytes, or a little more"
+    assert main([*common, *live, "--prompt", prompt, "--output", str(room / "out.jsonl")]) == 0
+    printed = capsys.readouterr().out
+    (record,) = [json.loads(line) for line in (room / "out.jsonl").read_text().splitlines()]
+    assert printed.startswith(prompt) and "neighbour 1: chunk" in printed
+    stops = [chunk["query_stop"] for chunk in record["chunks"]]
+    assert stops[:2] == [16, 32] and all(chunk["neighbors"] for chunk in record["chunks"])
+    assert all(neighbor["id"] >= 0 for chunk in record["chunks"] for neighbor in chunk["neighbors"])
+    assert main([*common, "--prompt", prompt, "--no-show-neighbors"]) == 0
+    assert "neighbour" not in capsys.readouterr().out
+    (room / "prompts.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    given = ["--prompt-file", str(room / "prompts.jsonl"), "--passages", "some text", "--temperature", "0.8"]
+    assert main([*common, *given]) == 0
+    both = capsys.readouterr().out
+    assert "one" in both and "two" in both and "chunk -1" in both
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--load", "retro"], "there is no prompt"),
+        (["--prompt", "x"], "which model?"),
+        (["--load", "retro", "--prompt", "x", "--prompt-file", "y"], "exclude each other"),
+        (["--load", "retro", "--prompt-file", "missing.jsonl"], "cannot read"),
+        (["--load", "retro", "--prompt", "x", "--temperature", "-1"], "--temperature"),
+        (["--load", "retro", "--prompt", "x" * 3000], "too long"),
+        (["--load", "retro", "--prompt", "x", "--retrieval", "random"], "needs an index"),
+        (["--load", "retro", "--prompt", "x", "--retrieval-step", "17", "--retro-index", "project"], "retrieval step"),
+        (["--load", "other", "--prompt", "x", "--retro-index", "project"], "chunk length does not match"),
+        (["--load", "retro", "--prompt", "x", "--retro-index", "retro"], "no index that can be asked"),
+        (["--load", "nowhere", "--prompt", "x"], "nowhere"),
+        (["--load", "retro", "--prompt", "x", "--tensor-model-parallel-size", "2"], "processes are not those"),
+    ],
+)
+def test_bad_input(
+    room: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(room)
+    assert main(["generate", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_index_of_another_tokenizer(room: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The same index, said to be of GPT-2's tokenizer."""
+    import shutil
+
+    from megatron_retro.retrieval.layout import ProjectLayout
+
+    project = tmp_path / "project"
+    shutil.copytree(room / "project", project)
+    (tmp_path / "corpus.bin").symlink_to(room / "corpus.bin")
+    (tmp_path / "corpus.idx").symlink_to(room / "corpus.idx")
+    (tmp_path / "corpus.manifest.json").symlink_to(room / "corpus.manifest.json")
+    settings = ProjectLayout(project).live_settings
+    stored = json.loads(settings.read_text())
+    (tmp_path / "vocab.json").write_text('{"a": 0, "<|endoftext|>": 256}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    files = {"vocab_file": str(tmp_path / "vocab.json"), "merge_file": str(tmp_path / "merges.txt")}
+    stored["tokenizer"] |= {"tokenizer_type": "GPT2BPETokenizer", **files}
+    settings.write_text(json.dumps(stored))
+    assert main(["generate", "--load", str(room / "retro"), "--prompt", "x", "--retro-index", str(project)]) == 2
+    assert "the tokenizer does not match" in capsys.readouterr().err
+
+
+def squad_file(path: Path) -> Path:
+    questions = [
+        {"id": str(n), "question": f"what is {n}?", "answers": [{"text": f"w{n}", "answer_start": 0}]} for n in range(5)
+    ]
+    paragraph = {"context": "w0 w1 w2 w3 w4 are words.", "qas": questions}
+    path.write_text(json.dumps({"data": [{"title": "T", "paragraphs": [paragraph]}]}))
+    return path
+
+
+def test_evaluate(room: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    data, output = squad_file(room / "squad.json"), room / "evaluation"
+    words: list[Any] = ["evaluate", "squad1", "--load", room / "retro", "--eval-data", data, "--eval-output", output]
+    words = [str(word) for word in [*words, "--eval-max-new-tokens", 8, "--max-sequence-length", 512]]
+    assert main([*words, "--shard", "0/2"]) == 0
+    assert not (output / "results.json").exists()
+    assert main([*words, "--shard", "1/2"]) == 0
+    (result,) = json.loads((output / "results.json").read_text())
+    assert result["examples"] == 5 and set(result["metrics"]) == {"f1", "em"}
+    assert "squad1" in capsys.readouterr().out
+    assert main([*words, "--no-eval-encoder"]) == 2
+    assert "another model, set or protocol" in capsys.readouterr().err
+    off = [*words, "--no-eval-encoder", "--eval-output", str(room / "off"), "--eval-contexts", "bm25"]
+    assert main(off) == 0
+    texts = [
+        [json.loads(line)["prediction"] for line in (folder / "squad1.examples.jsonl").read_text().splitlines()]
+        for folder in (output, room / "off")
+    ]
+    assert texts[0] != texts[1], "the encoder is read"
+    assert main(["evaluate", "squad1", "nq", "--load", str(room / "retro"), "--eval-data", str(data)]) == 2
+    assert main(["evaluate", "sqad1", "--load", str(room / "retro")]) == 2
