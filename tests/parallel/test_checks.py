@@ -86,6 +86,7 @@ WRONG: list[tuple[str, int, dict[str, Any], str]] = [
         "global_batch_size",
     ),
     ("no_context_parallelism", 2, {"context_parallel_size": 2}, "context_parallel_size"),
+    ("schedule_fits", 1, {"train_iters": 3, "train_samples": 24}, "train_iters"),
 ]
 
 

@@ -26,7 +26,7 @@ def _inputs(vocab_size: int, padded: int) -> tuple[torch.Tensor, torch.Tensor, t
 @pytest.mark.parametrize(("vocab_size", "padded", "ranks"), [(9, 12, 2), (12, 12, 4), (3, 12, 4), (7, 8, 2)])
 def test_losses_and_gradients(vocab_size: int, padded: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With (3, 12, 4) three ranks hold padding only; blocks of 4 tokens make several blocks."""
-    monkeypatch.setattr(vocabulary, "_TOKENS_AT_ONCE", 4)
+    monkeypatch.setattr(vocabulary, "TOKENS_AT_ONCE", 4)
     hidden, table, labels, weights = _inputs(vocab_size, padded)
     hidden.requires_grad_()
     rows = table[:vocab_size].clone().requires_grad_()
