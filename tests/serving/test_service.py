@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -41,6 +42,9 @@ def test_openai_client_completions(service: Any, generator: Any) -> None:
     )
     events = list(stream)
     assert "".join(event.choices[0].text for event in events if event.choices) == whole.choices[0].text
+    asked: Any = {"retrieval": True}
+    extra = client.completions.create(model="small", prompt=PROMPT, max_tokens=8, extra_body=asked)
+    assert extra.choices[0].retrieval[0]["neighbors"][0]["id"] >= 0  # type: ignore[attr-defined]
     assert len(events) > 20 and events[-1].usage is not None and events[-1].usage.total_tokens == len(PROMPT) + 40
 
 
@@ -218,6 +222,31 @@ def test_slow_reader_does_not_hold_up_others(service_with: Callable[..., Any]) -
     assert post(service, prompt="quick", max_tokens=5).status_code == 200
     assert time.monotonic() - started < 5
     slow.close()
+
+
+def test_reader_that_takes_nothing_is_dropped() -> None:
+    """The sender's side alone: a connection that never accepts a byte ends the request, and what feeds it."""
+    from megatron_retro.inference.serving.guards import Guards
+
+    ended: list[str] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        finally:
+            ended.append("application")
+
+    async def stuck(_: Any) -> None:
+        await asyncio.sleep(60)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    guarded = Guards(application, max_body_bytes=1000, send_seconds=0.1, api_key=None)
+    scope = {"type": "http", "path": "/", "headers": []}
+    started = time.monotonic()
+    asyncio.run(guarded(scope, receive, stuck))
+    assert ended == ["application"] and time.monotonic() - started < 5
 
 
 def test_crowd(service: Any) -> None:
