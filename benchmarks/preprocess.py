@@ -1,6 +1,7 @@
 """Tokens per CPU-second of the whole preprocessing command against Megatron-LM's algorithm, outputs equal.
 
-Text: the standard library of this machine's Python, or the JSON lines in $MEGATRON_RETRO_BENCHMARK_TEXT.
+Text: the standard library of this machine's Python, or the JSON lines in $MEGATRON_RETRO_BENCHMARK_TEXT. The corpora
+whose peak memory is measured have the megabytes of $MEGATRON_RETRO_BENCHMARK_SIZES.
 The peer is `benchmarks/peers/megatron_preprocess.py`; both run with one worker, in turn.
 """
 
@@ -25,6 +26,7 @@ from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main, i
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {"sentencepiece BPE": 5.0, "byte-level BPE": 5.0, "sentencepiece unigram": 1.5}
 TEXT = os.environ.get("MEGATRON_RETRO_BENCHMARK_TEXT")
+SIZES_MB = [int(size) for size in os.environ.get("MEGATRON_RETRO_BENCHMARK_SIZES", "100,1000,4000").split(",")]
 
 
 def write_text(path: Path, characters: int) -> Path:
@@ -212,7 +214,7 @@ def run(quick: bool) -> list[Figure]:
     """All figures."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source = write_text(folder / "text.jsonl", 4_000_000 if quick else 45_000_000)
+        source = write_text(folder / "text.jsonl", 4_000_000 if quick else 24_000_000)
         flags = train_models(folder, source, quick)
         bpe = flags["sentencepiece BPE"]
         figures = against_the_peer(folder, source, flags, 1 if quick else 2)
@@ -221,7 +223,7 @@ def run(quick: bool) -> list[Figure]:
                 stream.write(source.read_bytes() * 3)
             figures += scaling(folder, folder / "long.jsonl", bpe, 2)
         figures += start_up(folder, bpe)
-        return figures + memory(folder, source, bpe, [20] if quick else [100, 400, 1600])
+        return figures + memory(folder, source, bpe, [20] if quick else SIZES_MB)
 
 
 if __name__ == "__main__":

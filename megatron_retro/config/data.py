@@ -33,6 +33,9 @@ class DataConfig:
     valid_data_path: tuple[str, ...] | None = option(None, "token files of a validation corpus of its own")
     valid_neighbor_path: tuple[str, ...] | None = option(None, "its neighbour tables", ours=True)
     epoch_chunk_offset: bool = option(False, "start each epoch at another chunk offset", ours=True)
+    max_data_epochs: float | None = option(
+        None, "refuse a run that would read some source more often than this", minimum=0.0, ours=True
+    )
     num_workers: int = option(2, "threads that prepare batches", minimum=0)
     data_cache_path: str | None = option(None, "where derived index files may be kept")
     mock_data: bool = option(False, "random tokens, for timing")

@@ -14,7 +14,7 @@ class InputConfig:
     input: tuple[str, ...] | None = option(None, "files, globs or folders; read in sorted order of each word")
     json_keys: tuple[str, ...] = option(("text",), "fields that hold text, one token file each")
     text_documents: str = option("file", "plain text: what a document is", choices=("file", "line"), ours=True)
-    max_document_bytes: int = option(8 << 20, "a longer line or file is refused, never held", minimum=1, ours=True)
+    max_document_bytes: int = option(6 << 20, "a longer line or file is refused, never held", minimum=1, ours=True)
     on_error: str = option("stop", "a record that cannot be used", choices=("stop", "skip"), ours=True)
 
 

@@ -74,13 +74,29 @@ def build_dataset(settings: Settings, split: str, *, eod: int | None) -> Dataset
         _source(path, table, database, data, retro, seed, shares, split)
         for path, table in zip(paths, tables, strict=True)
     )
-    return Dataset(
+    dataset = Dataset(
         sources,
         Blend(tuple(path.weight for path in paths)),
         seed,
         Boundaries(eod, data.reset_position_ids, data.reset_attention_mask, data.eod_mask_loss),
         _noise(retro) if split == "train" else RetrievalNoise(),
     )
+    if split == "train" and data.max_data_epochs is not None:
+        _require_enough(dataset, settings[TrainingConfig], data.max_data_epochs)
+    return dataset
+
+
+def _require_enough(dataset: Dataset, training: TrainingConfig, most: float) -> None:
+    """Refuse a run that exhausts a source; a ramp-up is counted as if batches were full from the start."""
+    samples = training.train_samples or (training.train_iters or 0) * training.global_batch_size
+    for source, epochs in zip(dataset.sources, dataset.epochs(samples), strict=True):
+        if epochs > most:
+            raise DataError(
+                f"{source.samples.file.prefix} is exhausted before the run ends",
+                got=f"{epochs:.2f} epochs of {source.samples.num_samples} samples",
+                expected=f"at most --max-data-epochs {most:g}",
+                fix="train for fewer samples, lower its weight, add text, or allow more epochs",
+            )
 
 
 def _noise(retro: RetroConfig) -> RetrievalNoise:

@@ -371,6 +371,12 @@ BROKEN: list[tuple[str, Callable[[Path, TokenFile], Settings], type[Exception], 
     ("no path", lambda p, f: config([]), ConfigError, "--data-path"),
     ("absent", lambda p, f: config([p / "none"]), ArtifactError, "there is no file"),
     (
+        "exhausted",
+        lambda p, f: config([f.prefix], training={"train_iters": 1000}, max_data_epochs=1.5),
+        DataError,
+        "is exhausted before the run ends",
+    ),
+    (
         "tables",
         lambda p, f: retro_config(p, f, neighbor_path=("x", "y")),
         ConfigError,
