@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Evaluates the tuned 48B Retro on the published sets. DATA: their files; RUNS: where runs live.
 #SBATCH --job-name=evaluate-48b
-#SBATCH --nodes=8 --ntasks-per-node=8
-#SBATCH --gpus-per-node=8
+#SBATCH --nodes=1 --ntasks-per-node=8
+#SBATCH --gpus-per-task=1
 #SBATCH --requeue --open-mode=append --output=%x-%j.log
 #SBATCH --signal=USR1@300
 #SBATCH --mail-type=END,FAIL
@@ -15,11 +15,12 @@ data="${DATA:-data}"
 runs="${RUNS:-runs}"
 tasks=(nq triviaqa newsqa squad2 squad1 quoref narrativeqa drop)
 choices=(
-  --config "$here/instruct_48b.toml"
+  --config "$here/evaluate_48b.toml"
   --load "$runs/instruct-48b"
   --eval-output "$runs/evaluate-48b"
+  --eval-data
 )
 for task in "${tasks[@]}"; do
-  choices+=(--eval-data "$task=$data/evaluation/$task")
+  choices+=("$task=$data/evaluation/$task.json")
 done
 exec "$here/slurm/launch.sh" evaluate "${tasks[@]}" "${choices[@]}" "$@"

@@ -17,7 +17,9 @@ from megatron_retro.planning.data_side import data_lines
 from megatron_retro.planning.faults import data_faults, memory_faults, structural_faults
 from megatron_retro.planning.figures import write_figures
 from megatron_retro.planning.hardware import Accelerator, accelerator
+from megatron_retro.planning.inference import inference_report
 from megatron_retro.planning.memory import Memory
+from megatron_retro.planning.model_shape import with_model_shape
 from megatron_retro.planning.plan import Plan, make_plan
 from megatron_retro.planning.shards import Shard, build_shards
 from megatron_retro.planning.variants import suggestions
@@ -30,6 +32,10 @@ TRAINING_VERBS = ("pretrain", "retrofit", "finetune")
 def print_plan(settings: Settings) -> int:
     """Print everything; raises when the recipe cannot run as it stands."""
     planning = settings[PlanningConfig]
+    settings = with_model_shape(settings)
+    if planning.plan_for == "evaluate":
+        print(inference_report(settings))
+        return 0
     if planning.plan_for not in TRAINING_VERBS:
         print("\n".join(data_lines(settings)))
         return 0
@@ -60,7 +66,8 @@ def _print_training(settings: Settings, planning: PlanningConfig, machine: Accel
     shards = build_shards(settings, plan) if planning.plan_shards else []
     wrong, absent = data_faults(settings)
     print("\n".join(plan_lines(plan, planning, shards)))
-    print("\n".join(["", *data_lines(settings), *(f"  note: {note}" for note in absent)]))
+    data = data_lines(settings) if planning.plan_for != "finetune" else []
+    print("\n".join(["", *data, *(f"  note: {note}" for note in absent)]))
     if planning.plan_json:
         write_figures(plan, Path(planning.plan_json))
     faults = [str(fault) for fault in memory_faults(plan, planning.plan_memory_margin)] + wrong

@@ -1,0 +1,42 @@
+"""What answering takes: each worker holds the whole model and the caches of its batch of prompts."""
+
+from __future__ import annotations
+
+from megatron_retro.config.evaluation import EvaluationConfig
+from megatron_retro.config.planning import PlanningConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.errors import ConfigError
+from megatron_retro.planning.hardware import accelerator
+from megatron_retro.planning.workload import Workload, workload_of
+from megatron_retro.runtime.console import readable_bytes, readable_count
+
+
+def cache_bytes(work: Workload) -> float:
+    """Keys and values of a prompt in every layer, and of one chunk's neighbours in every retrieval layer."""
+    model, retro = work.model, work.retro
+    one = 2 * model.num_key_value_heads() * model.head_size() * work.value_bytes
+    retrieval = len(retro.retrieval_layers(model.num_layers)) if retro.reads_neighbors() else 0
+    neighbors = retrieval * retro.retro_num_neighbors * retro.retrieved_length()
+    return float(one * (model.num_layers * work.seq_length + neighbors))
+
+
+def inference_report(settings: Settings) -> str:
+    """Sizes of an evaluation as text."""
+    planning, evaluation, work = settings[PlanningConfig], settings[EvaluationConfig], workload_of(settings)
+    machine = accelerator(planning.plan_hardware)
+    weights = work.costs.parameters * work.value_bytes
+    cache = cache_bytes(work) * evaluation.eval_batch_size
+    usable = machine.memory_bytes * (1 - planning.plan_memory_margin)
+    lines = [
+        f"evaluate on {planning.world_size()} {machine.name}, each with the whole model",
+        f"  weights      {readable_bytes(weights)}, {readable_count(work.costs.parameters)} parameters",
+        f"  caches       {readable_bytes(cache)} for {evaluation.eval_batch_size} prompts of {work.seq_length} tokens",
+    ]
+    if weights + cache > usable:
+        raise ConfigError(
+            "\n".join([*lines, "", "this does not fit"]),
+            got=readable_bytes(weights + cache),
+            expected=f"at most {readable_bytes(usable)}",
+            fix="take an accelerator with more memory, or lower --eval-batch-size",
+        )
+    return "\n".join([*lines, "", f"fits: {readable_bytes(weights + cache)} of {readable_bytes(usable)}"])
