@@ -131,14 +131,16 @@ def small_gpt2(folder: Path) -> GPT2BPETokenizer:
     return GPT2BPETokenizer(*small_byte_level_files(folder))
 
 
-def small_hugging_face(folder: Path, pattern: int | None = None) -> HuggingFaceTokenizer:
+def small_hugging_face(
+    folder: Path, pattern: int | None = None, *, nfc: bool = False, add_prefix_space: bool = False
+) -> HuggingFaceTokenizer:
     """A `tokenizer.json`: GPT-2's splitting, or one of the published patterns by number."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     vocabulary, merges = small_byte_level_files(folder)
     backend = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
     if pattern is None:
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=True)
     else:
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -146,6 +148,8 @@ def small_hugging_face(folder: Path, pattern: int | None = None) -> HuggingFaceT
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
+    if nfc:
+        backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken("<|endoftext|>", special=True), AddedToken("<|turn|>", special=True)])
     path = folder / "tokenizer.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,9 +43,27 @@ SENTENCEPIECE: dict[str, dict[str, object]] = {
     "unigram-llama": {"model_type": "unigram", "byte_fallback": True, "allow_whitespace_only_pieces": True, **RAW},
     "unigram-symbols": {"model_type": "unigram", "user_defined_symbols": ["<sep>"]},
 }
-CACHED = {"bpe", "bpe-bytes", "bpe-llama", "bpe-no-prefix", "bpe-nfkc-raw", "gpt2", "json", "json-0", "json-1"}
+CACHED = {
+    "bpe",
+    "bpe-bytes",
+    "bpe-llama",
+    "bpe-no-prefix",
+    "bpe-nfkc-raw",
+    "gpt2",
+    "json",
+    "json-0",
+    "json-1",
+    "json-nfc",
+}
 UNIGRAM = {"unigram", "unigram-bytes", "unigram-llama"}
-NAMES = [*SENTENCEPIECE, "gpt2", "json", "json-0", "json-1"]
+JSON: dict[str, dict[str, Any]] = {
+    "json": {},
+    "json-0": {"pattern": 0},
+    "json-1": {"pattern": 1},
+    "json-nfc": {"nfc": True},
+    "json-prefix": {"add_prefix_space": True},
+}
+NAMES = [*SENTENCEPIECE, "gpt2", *JSON]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +80,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Toke
             elif name == "gpt2":
                 made[name] = small_gpt2(place)
             else:
-                made[name] = small_hugging_face(place, int(name[-1]) if name != "json" else None)
+                made[name] = small_hugging_face(place, **JSON[name])
         return made[name]
 
     return get
