@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_retro.config.optimizer import OptimizerConfig
 from megatron_retro.config.training import TrainingConfig
-from megatron_retro.errors import ConfigError, Violation
+from megatron_retro.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -100,41 +100,3 @@ def learning_rate(optimizer: OptimizerConfig, training: TrainingConfig) -> Learn
         decay=decay,
         final_decay=optimizer.lr_wsd_decay_samples or decay // 10,
     )
-
-
-def schedule_violations(optimizer: OptimizerConfig, training: TrainingConfig) -> list[Violation]:
-    """Every rule about lengths, batches and rates that the settings break."""
-    found = _length_violations(optimizer, training) + _ramp_violations(training)
-    if optimizer.min_lr > optimizer.lr:
-        found.append(Violation("min_lr", optimizer.min_lr, f"at most --lr ({optimizer.lr})", "lower it"))
-    if optimizer.bf16 and optimizer.fp16:
-        found.append(Violation("fp16", True, "one of --bf16 and --fp16", "drop one"))
-    return found
-
-
-def _length_violations(optimizer: OptimizerConfig, training: TrainingConfig) -> list[Violation]:
-    found = []
-    for first, second, section in (
-        ("train_iters", "train_samples", training),
-        ("lr_decay_samples", "lr_decay_iters", optimizer),
-        ("lr_warmup_samples", "lr_warmup_iters", optimizer),
-    ):
-        if getattr(section, first) and getattr(section, second):
-            flag = "--" + second.replace("_", "-")
-            found.append(Violation(first, getattr(section, first), f"alone, without {flag}", "give one of the two"))
-    if training.train_iters is None and training.train_samples is None:
-        found.append(Violation("train_iters", None, "the length of the run", "give --train-iters or --train-samples"))
-    return found
-
-
-def _ramp_violations(training: TrainingConfig) -> list[Violation]:
-    ramp = training.rampup_batch_size
-    if ramp is None:
-        return []
-    if len(ramp) != 3:
-        return [Violation("rampup_batch_size", ramp, "three numbers: start, increment, samples", "give all three")]
-    start, increment, _ = ramp
-    if start > training.global_batch_size or (training.global_batch_size - start) % increment:
-        expected = f"a start that reaches {training.global_batch_size} by whole increments"
-        return [Violation("rampup_batch_size", ramp, expected, "change start or increment")]
-    return []

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from megatron_retro.config.optimizer import OptimizerConfig
+from megatron_retro.config.schedule_checks import schedule_violations
 from megatron_retro.config.training import TrainingConfig
-from megatron_retro.errors import EnvironmentProblem
+from megatron_retro.errors import ConfigError, EnvironmentProblem
 from megatron_retro.optim.clipping import squared_norm
 from megatron_retro.optim.groups import decays, part_of
 from megatron_retro.optim.loss_scale import LossScale
 from megatron_retro.optim.optimizer import TrainingOptimizer
-from megatron_retro.optim.schedule import batch_size_schedule, learning_rate, run_length, schedule_violations
+from megatron_retro.optim.schedule import batch_size_schedule, learning_rate, run_length
 from megatron_retro.testing.processes import run_ranks
 
 
@@ -207,6 +208,7 @@ def test_every_broken_rule_is_reported() -> None:
         "min_lr",
         "fp16",
         "lr_decay_samples",
-        "train_iters",
         "rampup_batch_size",
     }
+    with pytest.raises(ConfigError, match="the run has no length"):
+        run_length(TrainingConfig())
