@@ -2,7 +2,7 @@
 
     python benchmarks/kernels.py --json benchmarks/results/kernels.json [--quick]
 
-Every candidate's output and gradients are compared first. Figures are CPU seconds of one thread (medians, interleaved).
+Every candidate's output and gradients are compared with float64 first. Figures are CPU seconds of one thread (medians, interleaved).
 Sizes are those of an 823M model cut to what a laptop trains: hidden size 1024, 2048 tokens; --quick is smaller and
 leaves torch.compile out, as its compilation takes a minute.
 """
@@ -29,6 +29,7 @@ from megatron_retro.ops.masked_softmax import masked_softmax
 from megatron_retro.ops.norm import layer_norm, residual_norm, rms_norm
 from megatron_retro.ops.rotary import RotaryFrequencies, RotaryTable, apply_rotary, rotary_table
 from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main, interleave, median_ratio
+from megatron_retro.testing.precision import in_float64
 
 Formula = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
@@ -191,31 +192,38 @@ def loss_case(dtype: torch.dtype, tokens: int, width: int, vocabulary: int) -> C
     labels = torch.randint(0, vocabulary, (1, tokens))
 
     def plain(h: Tensor, w: Tensor, targets: Tensor) -> Tensor:
-        logits = functional.linear(h, w).float()
+        logits = functional.linear(h, w)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
         return functional.cross_entropy(logits[0], targets[0], reduction="none")[None]
 
     return Case("linear_cross_entropy", linear_cross_entropy, plain, (hidden, weight, labels))
 
 
-def check_equal(case: Case, runs: dict[str, Callable[[], list[Tensor]]], dtype: torch.dtype) -> None:
-    """Every candidate must compute the same thing."""
-    tolerance = 1e-4 if dtype == torch.float32 else 0.06
-    expected = runs["eager"]()
-    for name, run in runs.items():
-        for got, wanted in zip(run(), expected, strict=True):
-            worst = (got.float() - wanted.float()).abs().max() / wanted.float().abs().max()
-            if not worst <= tolerance:
-                raise SystemExit(f"{case.name}: {name} differs from eager by {worst:.2e} of the largest value")
+def check_equal(case: Case, runs: dict[str, Callable[[], list[Tensor]]]) -> None:
+    """No candidate may be further from float64 than three times eager, or a few roundings of the largest value."""
+    exact = with_gradients(case.plain, tuple(in_float64(case.inputs)))()
+    errors = {name: relative_errors(run(), exact) for name, run in runs.items()}
+    for name, each in errors.items():
+        for error, eager, value in zip(each, errors["eager"], runs["eager"](), strict=True):
+            if not error <= max(3 * eager, 8 * torch.finfo(value.dtype).eps):
+                raise SystemExit(f"{case.name}: {name} is {error:.2e} of the largest value off, eager {eager:.2e}")
 
 
-def measured(case: Case, dtype: torch.dtype, *, repeats: int, compiled: bool) -> Iterator[Figure]:
+def relative_errors(got: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """Largest difference of each tensor over its largest value."""
+    pairs = zip(got, exact, strict=True)
+    return [float((left.double() - right).abs().max() / right.abs().max()) for left, right in pairs]
+
+
+def measured(case: Case, dtype: torch.dtype, *, repeats: int, compiled: bool, exact: bool = True) -> Iterator[Figure]:
     """The speed-up over the best plain candidate, and each candidate's time."""
     formulas = {"ours": case.ours, "eager": case.plain}
     if compiled:
         torch._dynamo.reset()
         formulas["torch.compile"] = torch.compile(case.plain, dynamic=False)
     runs = {name: with_gradients(formula, case.inputs) for name, formula in formulas.items()}
-    check_equal(case, runs, dtype)
+    if exact:
+        check_equal(case, runs)
     times = interleave(runs, repeats, warm_up=1)
     label = f"{case.name}, {str(dtype).removeprefix('torch.')}"
     best = min((name for name in times if name != "ours"), key=lambda name: times[name].median_cpu)
@@ -259,15 +267,21 @@ def run(quick: bool) -> list[Figure]:
     """Every operator, float32 and bfloat16."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    tokens, width, repeats = (512, 512, 5) if quick else (2048, 1024, 9)
+    tokens, width, repeats = (512, 512, 5) if quick else (2048, 1024, 7)
     figures: list[Figure] = []
     for dtype in (torch.float32, torch.bfloat16):
         cases = [*norm_cases(dtype, tokens, width), *pointwise_cases(dtype, tokens, width)]
         cases.append(attention_case(dtype, tokens // 2, width))
         for case in cases:
             figures += measured(case, dtype, repeats=repeats, compiled=not quick)
-        loss = loss_case(dtype, tokens // 4, width // 2, 8000 if quick else 256_000)
-        figures += measured(loss, dtype, repeats=3, compiled=False)
+        # 256,000 logits of each token in float64 would not fit: equality is shown at 8,000
+        check = loss_case(dtype, 64, width // 2, 8000)
+        check_equal(
+            check,
+            {"ours": with_gradients(check.ours, check.inputs), "eager": with_gradients(check.plain, check.inputs)},
+        )
+        loss = loss_case(dtype, 256, width // 2, 8000 if quick else 256_000)
+        figures += measured(loss, dtype, repeats=3, compiled=False, exact=False)
     return [*figures, *memory_figures(tokens // 2, 64, 32_000 if quick else 256_000)]
 
 

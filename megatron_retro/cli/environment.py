@@ -14,8 +14,8 @@ POSITIONAL: Positional | None = None
 
 def run(settings: Settings, positional: Sequence[str]) -> None:
     """Print the table."""
+    from megatron_retro.ops.backends import backend_rows
+    from megatron_retro.runtime.console import render_table
     from megatron_retro.runtime.environment import environment_rows
 
-    from megatron_retro.runtime.console import render_table
-
-    print(render_table(("part", "state"), environment_rows()))
+    print(render_table(("part", "state"), [*environment_rows(), *backend_rows()]))

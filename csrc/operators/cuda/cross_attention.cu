@@ -104,6 +104,7 @@ __device__ void read_keys_values(const CrossAttention& call, const Place& place,
 
 __device__ __forceinline__ float dot(const float* left, const float* right, int64_t width) {
   float sum = 0.0f;
+#pragma unroll 4
   for (int64_t at = 0; at < width; ++at) sum += left[at] * right[at];
   return sum;
 }
@@ -117,6 +118,7 @@ __device__ __forceinline__ float over_sharers(float value, Operation operation) 
 
 __device__ __forceinline__ bool sees_any(const CrossAttention& call, const Place& place, int64_t first) {
   bool any = false;
+#pragma unroll 1
   for (int key = 0; key < tile; ++key) any |= place.sees(call, first + key);
   return any;
 }
@@ -162,6 +164,7 @@ __global__ void __launch_bounds__(threads) forward(CrossAttention call, int64_t 
       const int at = slot * sharers + share;
       if (at >= call.width) continue;
       float total = result[slot] * shrink;
+#pragma unroll 4
       for (int key = 0; key < tile; ++key) total += weights[row * score_row + key] * values[key * stride + at];
       result[slot] = total;
     }
@@ -239,6 +242,7 @@ __global__ void __launch_bounds__(threads) backward_queries(CrossAttention call,
     for (int slot = 0; slot < most_width / sharers; ++slot) {
       const int at = slot * sharers + share;
       if (at >= call.width) continue;
+#pragma unroll 4
       for (int key = 0; key < tile; ++key) result[slot] += slopes[row * score_row + key] * keys[key * stride + at];
     }
   }
@@ -293,6 +297,7 @@ __global__ void __launch_bounds__(threads) backward_keys(CrossAttention call, in
     for (int slot = 0; slot < most_width / sharers; ++slot) {
       const int at = slot * sharers + share;
       if (at >= call.width) continue;
+#pragma unroll 4
       for (int query = 0; query < tile; ++query) {
         grad_key[slot] += slopes[row * score_row + query] * queries[query * stride + at];
         grad_value[slot] += probabilities[row * score_row + query] * grads[query * stride + at];
