@@ -152,7 +152,7 @@ class RunCheckpoints:
         return not self._config.finetune
 
     def _take_base(self) -> None:
-        """The frozen model of a run that tunes beside it, which its checkpoints leave out; and an adapter to start from."""
+        """The frozen model of a run that tunes beside it (not in its checkpoints), and an adapter to start from."""
         adapter_path = self._parts.settings[PeftConfig].peft_load
         if self._config.load is None:
             raise ConfigError("--peft-method tunes beside a model", fix="give --load, the directory of its run")
