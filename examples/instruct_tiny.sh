@@ -15,6 +15,7 @@ runs="${RUNS:-runs}"
 choices=(
   --config "$here/tiny.toml"
   --retro-attention-gate 0
+  --seq-length 512 --train-iters 4
   --instruction-data "$data"/instructions/*.jsonl
   --load "$runs/retro-tiny"
   --save "$runs/instruct-tiny"

@@ -12,6 +12,8 @@ from megatron_retro.testing.slurm import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = "corpus index gpt retro evaluate"
+WITH_TUNING = "corpus index gpt retro instruct evaluate"
+STEPS = 18
 
 
 def write_text(directory: Path) -> None:
@@ -24,7 +26,16 @@ def write_text(directory: Path) -> None:
     (directory / "sources.jsonl").write_text(lines)
 
 
-def submit_chain(cluster: Cluster, room: Path) -> dict[str, int]:
+def write_conversations(directory: Path) -> None:
+    directory.mkdir(parents=True)
+    turns = [
+        [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"{i}."}] for i in range(40)
+    ]
+    lines = "".join(json.dumps({"messages": messages}) + "\n" for messages in turns)
+    (directory / "counting.jsonl").write_text(lines)
+
+
+def submit_chain(cluster: Cluster, room: Path, stages: str) -> dict[str, int]:
     output = cluster.run(
         str(ROOT / "examples/slurm/submit_all.sh"),
         "tiny",
@@ -32,7 +43,7 @@ def submit_chain(cluster: Cluster, room: Path) -> dict[str, int]:
         DATA=str(room / "data"),
         RUNS=str(room / "runs"),
         LOGS=str(room / "logs"),
-        STAGES=STAGES,
+        STAGES=stages,
         WORKERS="2",
         HEALTH_CHECK="off",
         OMP_NUM_THREADS="1",
@@ -52,9 +63,12 @@ def starts(room: Path, pattern: str) -> str:
 
 
 @pytest.mark.timeout(600)
-def test_the_chain_survives_preemption_and_a_lost_node(cluster: Cluster, tmp_path: Path) -> None:
+def test_the_chain_survives_preemption_and_a_lost_node(
+    cluster: Cluster, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
     write_text(tmp_path / "data/text")
-    jobs = submit_chain(cluster, tmp_path)
+    write_conversations(tmp_path / "data/instructions")
+    jobs = submit_chain(cluster, tmp_path, WITH_TUNING if pytestconfig.getoption("--full") else STAGES)
 
     cluster.wait_until(lambda: bool(saved_steps(tmp_path, "gpt-tiny")), 300, "the GPT's first checkpoint", jobs["gpt"])
     cluster.run("scontrol", "requeue", str(jobs["gpt"]))
@@ -69,7 +83,7 @@ def test_the_chain_survives_preemption_and_a_lost_node(cluster: Cluster, tmp_pat
     for run in ("gpt-tiny", "retro-tiny"):
         words = starts(tmp_path, f"{run}-*")
         assert re.search(r"resum", words), words
-        assert max(saved_steps(tmp_path, run)) == 30
+        assert max(saved_steps(tmp_path, run)) == STEPS
 
     assert cluster.wait(jobs["evaluate"], 120)["JobState"] == "COMPLETED"
     found = json.loads((tmp_path / "runs/evaluate-tiny/perplexity.json").read_text())
