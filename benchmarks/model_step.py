@@ -10,7 +10,6 @@ folder where they are installed (see `benchmarks/peers/retro_models.py`).
 from __future__ import annotations
 
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -191,13 +190,13 @@ def print_peak(name: str, quick: bool) -> None:
     built(small)()
     before = resident_megabytes()
     built(QUICK if quick else SIZES)()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024) - before)
+    print(resident_megabytes("VmHWM") - before)
 
 
-def resident_megabytes() -> float:
-    """Memory of this process now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+def resident_megabytes(field: str = "VmRSS") -> float:
+    """Memory of this process: now, or its peak (VmHWM; getrusage's would count the parent's)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def peak_megabytes(name: str, quick: bool) -> float:

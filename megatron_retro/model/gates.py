@@ -6,14 +6,14 @@ here is the divergence of the mean rate from a target rate, whose slope in the g
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.ops.local_tensors import local
-
-_SMALLEST_RATE = 1e-6
 
 
 class ScalarGate(nn.Module):
@@ -41,20 +41,24 @@ class AdaptiveGate(nn.Module):
 
     def forward(self, states_BCH: Tensor) -> Tensor:
         """[..., C] in (0, 1), one rate per state; in training the budget's gradient is attached."""
-        rates = torch.sigmoid((states_BCH * local(self.weight)).sum(-1) + local(self.bias))
-        if self.training:
-            divergence = rate_divergence(rates, self.target_rate)
-            rates = attach_loss(rates, self.budget_scale * divergence)
+        scores = (states_BCH * local(self.weight)).sum(-1) + local(self.bias)
+        rates = torch.sigmoid(scores)
+        if self.training and scores.numel():
+            rates = attach_loss(rates, self.budget_scale * rate_divergence(scores, self.target_rate))
         self.last_rates = rates.detach()
         return rates
 
 
-def rate_divergence(rates: Tensor, target: float) -> Tensor:
-    """Kullback-Leibler divergence of the mean rate from the target: 0 at the target, infinite at 0 and 1."""
-    mean = rates.float().mean().clamp(_SMALLEST_RATE, 1 - _SMALLEST_RATE)
-    goal = torch.full_like(mean, target)
-    cost = functional.binary_cross_entropy(mean, goal)
-    return cost - functional.binary_cross_entropy(goal.clamp(_SMALLEST_RATE, 1 - _SMALLEST_RATE), goal)
+def rate_divergence(scores: Tensor, target: float) -> Tensor:
+    """Kullback-Leibler divergence of the mean rate from the target: 0 at the target, infinite at 0 and 1.
+
+    Computed from the scores (the rates' logits), so that a rate too small for a float still has its slope.
+    """
+    scores = scores.float().flatten()
+    log_count = math.log(len(scores))
+    log_open = torch.logsumexp(functional.logsigmoid(scores), 0) - log_count
+    log_shut = torch.logsumexp(functional.logsigmoid(-scores), 0) - log_count
+    return target * (math.log(target) - log_open) + (1 - target) * (math.log1p(-target) - log_shut)
 
 
 def attach_loss(tensor: Tensor, loss: Tensor) -> Tensor:
