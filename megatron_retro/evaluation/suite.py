@@ -1,8 +1,8 @@
 """Running the sets: ask, score, write predictions as they come, and the table when all are there.
 
 Any number of workers share a set: worker i of N has every N-th question, less those that are answered already by
-anyone, and appends to a file of its own. Killed and started again, with more or fewer workers, it goes on. Predictions made
-under another protocol or model are refused, never mixed in.
+anyone, and appends to a file of its own. Killed and started again, with more or fewer workers, it goes on.
+Predictions made under another protocol or model are refused, never mixed in.
 """
 
 from __future__ import annotations
