@@ -62,12 +62,12 @@ for part in train held_out; do
 done
 
 step "index and neighbours"
-megatron-retro build-retrieval --retro-project-dir retrieval "${tokenizer[@]}" \
+megatron-retro build-retrieval --config "$config" --retro-project-dir retrieval "${tokenizer[@]}" \
   --retro-database-corpus corpus/train_text_document \
   --retro-query-corpus train=corpus/train_text_document held_out=corpus/held_out_text_document
 
 step "a GPT"
-megatron-retro pretrain --config "$config" "${tokenizer[@]}" "${data[@]}" --train-iters 600 --save gpt
+megatron-retro pretrain --config "$config" "${tokenizer[@]}" "${data[@]}" --train-iters 500 --save gpt
 
 step "retro-fitting it: encoder and chunked cross-attention are new, everything trains"
 until_done megatron-retro retrofit --config "$config" "${tokenizer[@]}" "${data[@]}" "${neighbors[@]}" \
