@@ -41,9 +41,9 @@ def run(quick: bool) -> list[Figure]:
     with tempfile.TemporaryDirectory(prefix="training-benchmark-", dir=os.environ.get("BENCHMARK_DIR")) as name:
         room = Path(name)
         return [
-            *loop_overhead(room, 40 if quick else 150),
-            *disk_rates(room, (64 if quick else 512) << 20, 3 if quick else 7),
-            *background_stall(room, (64 if quick else 512) << 20, 2 if quick else 5),
+            *loop_overhead(room, 20 if quick else 60),
+            *disk_rates(room, (64 if quick else 256) << 20, 3 if quick else 5),
+            *background_stall(room, (64 if quick else 256) << 20, 2 if quick else 3),
             *load_memory(room, (128 if quick else 512) << 20),
         ]
 
