@@ -71,7 +71,7 @@ megatron-retro pretrain --config "$config" "${tokenizer[@]}" "${data[@]}" --trai
 
 step "retro-fitting it: encoder and chunked cross-attention are new, everything trains"
 until_done megatron-retro retrofit --config "$config" "${tokenizer[@]}" "${data[@]}" "${neighbors[@]}" \
-  --train-iters 500 --load gpt --save retro --exit-interval 250
+  --train-iters 600 --load gpt --save retro --exit-interval 300
 
 step "report"
 megatron-retro report retro
