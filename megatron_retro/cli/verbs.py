@@ -34,6 +34,7 @@ VERBS: tuple[Verb, ...] = (
     Verb("convert", "convert", "Hugging Face and Megatron-LM models in, Hugging Face models out"),
     Verb("generate", "generate", "text from a checkpoint, with the neighbours that each chunk read"),
     Verb("evaluate", "evaluate", "figures of a trained model: perplexity with intervals and leakage curve, task sets"),
+    Verb("ablate", "ablate", "a grid of runs over any settings, and what they say side by side"),
     Verb("report", "report", "one HTML page about a run: curves, retrieval health, neighbours, settings"),
     Verb("serve", "serve", "OpenAI-compatible endpoint, and a page that shows what each chunk read"),
     Verb("inspect", "inspect", "explain any file or directory of ours: what, made from what, intact or not"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_retro.config.ablation import AblationConfig
 from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.collect import CollectConfig
 from megatron_retro.config.convert import ConvertConfig
@@ -57,4 +58,5 @@ ALL_SECTIONS: tuple[type, ...] = (
     ServeConfig,
     EvaluationConfig,
     PerplexityConfig,
+    AblationConfig,
 )

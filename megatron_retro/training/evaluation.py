@@ -50,6 +50,12 @@ def token_losses(
     return _joined(_gathered(mine, group))
 
 
+def sample_sums(measured: TokenLosses) -> dict[str, list[float] | list[int]]:
+    """Summed loss and number of tokens of each sample, so that two runs over the same samples can be paired."""
+    losses = measured.losses.sum(1, where=measured.mask, dtype=np.float64)
+    return {"losses": [round(float(loss), 4) for loss in losses], "tokens": measured.mask.sum(1).tolist()}
+
+
 def _gathered(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
     if group is None or dist.get_world_size(group) == 1:
         return [mine]

@@ -1,0 +1,146 @@
+"""Configurations against the baseline, paired: over held-out samples, and over seeds.
+
+Two sources of doubt, two intervals. Over held-out samples: both models read the same text, differences are taken
+within a sample and samples are drawn with replacement; it says how much the text could have mattered. Over seeds:
+Student's t of the differences of runs with the same seed; it says how much the run could have mattered, and needs two
+seeds at least. A difference counts only where every interval that exists is clear of zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_retro.ablation.results import Result
+from megatron_retro.runtime.statistics import Interval, bootstrap_ratio
+
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; 1.96 is the limit.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120)
+_T_BEYOND = 2.12
+# Fields that decide which held-out tokens are read; runs that differ in one have no common samples.
+SAMPLE_FIELDS = frozenset(
+    {
+        *("data_path", "split", "seq_length", "valid_data_path", "neighbor_path", "valid_neighbor_path"),
+        *("epoch_chunk_offset", "retro_chunk_length", "eod_mask_loss", "reset_attention_mask", "global_batch_size"),
+        *("eval_iters", "seed", "mock_data", "tokenizer_type", "tokenizer_model", "instruction_data"),
+        *("instruction_valid_data", "instruction_template", "loss_on_all_replies", "context_place", "num_contexts"),
+        "pack_examples",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """All runs of one configuration: one per seed."""
+
+    labels: tuple[str, ...]
+    results: tuple[Result, ...]
+
+    @property
+    def name(self) -> str:
+        """For legends and headings."""
+        return ", ".join(self.labels) or "all"
+
+    @property
+    def finished(self) -> list[Result]:
+        """The runs that may be compared."""
+        return [result for result in self.results if result.finished]
+
+    @property
+    def state(self) -> str:
+        """`finished`, or how many are and what the others are."""
+        others = [f"{result.cell.seed + ': ' if result.cell.seed else ''}{result.state}" for result in self.unfinished]
+        if not others:
+            return "finished"
+        return f"{len(self.finished)} of {len(self.results)} finished; " + "; ".join(others)
+
+    @property
+    def unfinished(self) -> list[Result]:
+        """The runs that may not."""
+        return [result for result in self.results if not result.finished]
+
+    def loss(self) -> float | None:
+        """Mean over the finished seeds."""
+        losses = [result.loss for result in self.finished]
+        return float(np.mean(losses)) if losses else None
+
+    def excess(self, variant: str) -> Interval | None:
+        """What other neighbours cost; of one seed over held-out samples, of several over seeds."""
+        found = [excess for result in self.finished if (excess := result.excess(variant)) is not None]
+        if not found:
+            return None
+        return Interval(*found[0]) if len(found) == 1 else student_interval([mean for mean, _, _ in found])
+
+    def shortage(self) -> float | None:
+        """Share of rows with fewer than k neighbours."""
+        found = [
+            result.outcome.shortage
+            for result in self.finished
+            if result.outcome is not None and result.outcome.shortage is not None
+        ]
+        return float(np.mean(found)) if found else None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A configuration minus the baseline, on the seeds that both finished; why an interval is absent is in words."""
+
+    mean: float
+    over_samples: Interval | str
+    over_seeds: Interval | str
+
+    @property
+    def clear(self) -> bool:
+        """Whether an interval exists and each that does is on one side of zero."""
+        intervals = [one for one in (self.over_samples, self.over_seeds) if isinstance(one, Interval)]
+        return bool(intervals) and (all(one.low > 0 for one in intervals) or all(one.high < 0 for one in intervals))
+
+
+def configurations(results: Sequence[Result]) -> list[Configuration]:
+    """Runs grouped by everything but the seed, in the order of the study."""
+    groups: dict[tuple[str, ...], list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.cell.configuration, []).append(result)
+    return [Configuration(labels, tuple(group)) for labels, group in groups.items()]
+
+
+def difference(configuration: Configuration, baseline: Configuration) -> Difference | None:
+    """Held-out loss of a configuration minus that of the baseline; None while no seed of both is finished."""
+    by_seed = {result.cell.seed: result for result in baseline.finished}
+    pairs = [(result, by_seed[result.cell.seed]) for result in configuration.finished if result.cell.seed in by_seed]
+    if not pairs:
+        return None
+    means = [one.loss - other.loss for one, other in pairs]
+    over_seeds = student_interval(means) if len(means) > 1 else "one seed"
+    return Difference(float(np.mean(means)), _over_samples(pairs), over_seeds)
+
+
+def student_interval(values: Sequence[float]) -> Interval:
+    """95 % interval of the mean of a few independent values, two at least."""
+    mean, degrees = float(np.mean(values)), len(values) - 1
+    quantile = _T[degrees - 1] if degrees <= len(_T) else _T_BEYOND
+    half = quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half)
+
+
+def _over_samples(pairs: Sequence[tuple[Result, Result]]) -> Interval | str:
+    tops, bottoms = [], []
+    for one, other in pairs:
+        if _changed(one, other) & SAMPLE_FIELDS:
+            return "other held-out samples"
+        ours, theirs = one.samples(), other.samples()
+        if ours is None or theirs is None:
+            return "no losses of single samples"
+        if not np.array_equal(ours[1], theirs[1]):
+            return "other held-out samples"
+        tops.append(ours[0] - theirs[0])
+        bottoms.append(ours[1])
+    return bootstrap_ratio(np.concatenate(tops), np.concatenate(bottoms), seed=0)
+
+
+def _changed(one: Result, other: Result) -> set[str]:
+    ours, theirs = one.cell.changes, other.cell.changes
+    return {name for name in {*ours, *theirs} if name not in ours or name not in theirs or ours[name] != theirs[name]}

@@ -1,0 +1,208 @@
+"""A study as a text table, raw results and one HTML page; what is unfinished says so, everywhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Sequence
+
+from megatron_retro.ablation.comparison import Configuration, Difference, configurations, difference
+from megatron_retro.ablation.grid import SEED, Axis
+from megatron_retro.ablation.results import Result, read_result
+from megatron_retro.ablation.running import Study
+from megatron_retro.artifacts.files import write_file
+from megatron_retro.runtime.console import readable_seconds, render_table
+from megatron_retro.runtime.html_page import facts, page, paragraph, preformatted, section, table
+from megatron_retro.runtime.statistics import Interval
+from megatron_retro.runtime.svg_plots import Series, bars, line_plot
+
+RESULTS, PAGE = "study.json", "report.html"
+_CURVE_POINTS = 120
+_COLUMNS = (
+    ("loss", "held-out loss"),
+    ("difference", "minus baseline"),
+    ("samples", "95% over samples"),
+    ("seeds", "95% over seeds"),
+    ("none", "no neighbours cost"),
+    ("random", "random neighbours cost"),
+    ("shortage", "rows short of k"),
+    ("parameters", "parameters"),
+    ("seconds", "time per run"),
+    ("state", "runs"),
+)
+
+
+def read_results(study: Study) -> list[Result]:
+    """All runs as they stand."""
+    return [read_result(cell, study.directory(cell)) for cell in study.cells]
+
+
+def write_study(study: Study, title: str, axes: Sequence[Axis]) -> str:
+    """Write raw results and the page; returns the table."""
+    results = read_results(study)
+    groups = configurations(results)
+    header, rows = summary_rows(groups, axes)
+    raw = {"title": title, "verb": study.verb, "runs": [result.raw() for result in results]}
+    write_file(study.output / RESULTS, json.dumps(raw, indent=1) + "\n")
+    write_file(study.output / PAGE, render(study, title, axes, results))
+    return render_table(header, rows)
+
+
+def summary_rows(
+    groups: Sequence[Configuration], axes: Sequence[Axis]
+) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+    """One row per configuration; columns that no row fills are left out."""
+    names = [axis.name for axis in axes if axis.name != SEED]
+    filled = [_cells(group, difference(group, groups[0]), group is groups[0]) for group in groups]
+    kept = [key for key, _ in _COLUMNS if any(cells[key] for cells in filled)]
+    titles = dict(_COLUMNS)
+    header = (*names, *(titles[key] for key in kept))
+    rows: list[tuple[object, ...]] = [
+        (*group.labels, *(cells[key] for key in kept)) for group, cells in zip(groups, filled, strict=True)
+    ]
+    return header, rows
+
+
+def render(study: Study, title: str, axes: Sequence[Axis], results: Sequence[Result]) -> str:
+    """The page."""
+    groups = configurations(results)
+    finished = sum(result.finished for result in results)
+    header, rows = summary_rows(groups, axes)
+    head = {"runs": len(results), "finished": finished, "configurations": len(groups)} | _overhead(results)
+    state = [] if finished == len(results) else [paragraph(_unfinished_words(results), "bad")]
+    parts = [
+        facts(head),
+        *state,
+        section("Configurations", table(header, rows), paragraph(_READING, "soft"), *_findings(groups)),
+        section("Plots", *_loss_plots(groups, axes), _curves(groups)),
+        section("Runs", table(("run", "state", "step", "held-out loss", "time", "what it said"), _run_rows(results))),
+        section("Commands", preformatted("\n".join(shlex.join(study.command(cell)) for cell in study.cells))),
+    ]
+    return page(title, parts, summary=f"{study.verb}: {', '.join(axis.name for axis in axes)} varied")
+
+
+_READING = (
+    "The first configuration is the baseline. Losses are nats per token, means over finished seeds; a difference is "
+    "taken between runs of one seed. Two intervals: over held-out samples (each read by both models; those of all "
+    "seeds together) and over seeds (Student's t). 'No neighbours cost' and 'random neighbours cost' are what the same "
+    "model loses without its real neighbours. 'Rows short of k' is the share of training chunks with fewer than k "
+    "legal neighbours in their row of the table."
+)
+
+
+def _cells(group: Configuration, against: Difference | None, is_baseline: bool) -> dict[str, str]:
+    finished = group.finished
+    loss = group.loss()
+    parameters = finished[0].facts.get("parameters") if finished else None
+    shortage = group.shortage()
+    seconds = [result.outcome.seconds for result in finished if result.outcome is not None]
+    compared = against is not None and not is_baseline
+    return {
+        "loss": "" if loss is None else f"{loss:.4f}",
+        "difference": "" if against is None else "baseline" if is_baseline else f"{against.mean:+.4f}",
+        "samples": _bounds(against.over_samples) if compared and against is not None else "",
+        "seeds": _bounds(against.over_seeds) if compared and against is not None else "",
+        "none": _interval(group.excess("none")),
+        "random": _interval(group.excess("random")),
+        "shortage": "" if shortage is None else f"{shortage:.2%}",
+        "parameters": "" if parameters is None else f"{parameters:,}",
+        "seconds": readable_seconds(sum(seconds) / len(seconds)) if seconds else "",
+        "state": group.state,
+    }
+
+
+def _bounds(value: Interval | str) -> str:
+    return value if isinstance(value, str) else f"[{value.low:+.4f}, {value.high:+.4f}]"
+
+
+def _interval(value: Interval | None) -> str:
+    return "" if value is None else str(value)
+
+
+def _overhead(results: Sequence[Result]) -> dict[str, str]:
+    """What processes cost beside their steps and evaluations: start, data, checkpoints."""
+    done = [(result.outcome.seconds, result.training_seconds) for result in results if result.outcome]
+    whole, training = sum(one for one, _ in done), sum(one for _, one in done)
+    return (
+        {"time of ended runs": readable_seconds(whole), "of it steps and evaluations": f"{training / whole:.1%}"}
+        if (whole)
+        else {}
+    )
+
+
+def _unfinished_words(results: Sequence[Result]) -> str:
+    left = [result for result in results if not result.finished]
+    return f"{len(left)} of {len(results)} runs are not finished: " + "; ".join(
+        f"{result.cell.name}: {result.state}" for result in left
+    )
+
+
+def _findings(groups: Sequence[Configuration]) -> list[str]:
+    """One sentence per configuration that can be compared."""
+    sentences = []
+    for group in groups[1:]:
+        found = difference(group, groups[0])
+        if found is not None:
+            better = "better" if found.mean < 0 else "worse"
+            words = f"{better} than {groups[0].name} by {abs(found.mean):.4f}" if found.clear else "not told apart from"
+            ending = ", clear of zero." if found.clear else f" {groups[0].name}: {found.mean:+.4f}."
+            sentences.append(paragraph(f"{group.name}: {words}{ending}"))
+    return sentences
+
+
+def _loss_plots(groups: Sequence[Configuration], axes: Sequence[Axis]) -> list[str]:
+    """Losses along a single numeric axis as a line, otherwise as bars of differences; only what is finished."""
+    done = [(group, loss) for group in groups if (loss := group.loss()) is not None]
+    varied = [axis for axis in axes if axis.name != SEED]
+    compared = [(group, found) for group in groups[1:] if (found := difference(group, groups[0])) is not None]
+    plots = []
+    if len(varied) == 1 and done and (places := _numbers([group.labels[0] for group, _ in done])) is not None:
+        losses = [loss for _, loss in done]
+        ordered = sorted(zip(places, losses, strict=True))
+        log = min(places) > 0 and max(places) / min(places) >= 8
+        line = Series("loss", [x for x, _ in ordered], [y for _, y in ordered])
+        title = f"Held-out loss against {varied[0].name}"
+        plots.append(line_plot([line], title=title, x_label=varied[0].name, y_label="nats per token", log_x=log))
+    if compared:
+        plots.append(
+            bars(
+                [group.name for group, _ in compared],
+                [found.mean for _, found in compared],
+                title=f"Held-out loss minus that of {groups[0].name}",
+                y_label="nats per token",
+            )
+        )
+    return plots or [paragraph("No configuration is finished yet.", "soft")]
+
+
+def _numbers(labels: Sequence[str]) -> list[float] | None:
+    try:
+        return [float(label) for label in labels]
+    except ValueError:
+        return None
+
+
+def _curves(groups: Sequence[Configuration]) -> str:
+    """Held-out loss during the runs of the first seed; empty with fewer than two evaluations."""
+    series = []
+    for group in groups:
+        evaluations = group.results[0].evaluations[-_CURVE_POINTS:]
+        if len(evaluations) > 1:
+            steps = [float(event["step"]) for event in evaluations]
+            series.append(Series(group.name, steps, [float(event["loss"]) for event in evaluations]))
+    if not series:
+        return ""
+    return line_plot(
+        series, title="Held-out loss while training (first seed)", x_label="step", y_label="nats per token"
+    )
+
+
+def _run_rows(results: Sequence[Result]) -> list[tuple[object, ...]]:
+    rows: list[tuple[object, ...]] = []
+    for result in results:
+        loss = f"{result.loss:.4f}" if result.evaluations and math.isfinite(result.loss) else ""
+        seconds = "" if result.outcome is None else readable_seconds(result.outcome.seconds)
+        message = "" if result.outcome is None else result.outcome.message
+        rows.append((result.cell.name, result.state, result.step, loss, seconds, message))
+    return rows

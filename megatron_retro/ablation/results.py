@@ -1,0 +1,91 @@
+"""What the runs of a study measured: read from their event logs, whether they ended or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_retro.ablation.directories import EVENTS, CellDirectory, Outcome
+from megatron_retro.ablation.grid import Cell
+from megatron_retro.runtime.events import read_events
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run of the study, as far as it got."""
+
+    cell: Cell
+    outcome: Outcome | None
+    step: int = 0
+    training_seconds: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)
+    evaluations: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def finished(self) -> bool:
+        """Whether its figures may be compared."""
+        return self.outcome is not None and self.outcome.exit_code == 0 and bool(self.evaluations)
+
+    @property
+    def state(self) -> str:
+        """In words, for tables."""
+        if self.outcome is None:
+            return f"unfinished at step {self.step}" if self.step else "not started"
+        if self.outcome.exit_code:
+            return f"failed (exit code {self.outcome.exit_code})"
+        return "finished" if self.evaluations else "finished without an evaluation"
+
+    @property
+    def loss(self) -> float:
+        """Held-out loss at the end."""
+        return float(self.evaluations[-1]["loss"])
+
+    def excess(self, variant: str) -> tuple[float, float, float] | None:
+        """What other neighbours cost more than real ones: mean, low, high over held-out samples."""
+        found = self.evaluations[-1]["facts"].get("excess", {}).get(variant) if self.evaluations else None
+        return None if found is None else (float(found[0]), float(found[1]), float(found[2]))
+
+    def samples(self) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        """Loss and tokens of each held-out sample."""
+        found = self.evaluations[-1]["facts"].get("samples")
+        return None if found is None else (np.asarray(found["losses"]), np.asarray(found["tokens"], np.float64))
+
+    def raw(self) -> dict[str, Any]:
+        """Plain JSON."""
+        last = self.evaluations[-1] if self.evaluations else None
+        outcome = None if self.outcome is None else vars(self.outcome)
+        return {
+            "name": self.cell.name,
+            "changes": self.cell.changes,
+            "state": self.state,
+            "outcome": outcome,
+            "step": self.step,
+            "training_seconds": self.training_seconds,
+            "parameters": self.facts.get("parameters"),
+            "flops_per_token": self.facts.get("flops_per_token"),
+            "inputs": self.facts.get("inputs"),
+            "evaluation": last,
+        }
+
+
+def read_result(cell: Cell, directory: CellDirectory) -> Result:
+    """The run as it stands; steps done twice after a resume count as they were last done."""
+    path = directory.run / EVENTS
+    if not path.is_file():
+        return Result(cell, directory.outcome())
+    facts: dict[str, Any] = {}
+    seconds: dict[int, float] = {}
+    evaluations: dict[int, dict[str, Any]] = {}
+    for event in read_events(path):
+        if event["event"] == "started":
+            facts = event
+        elif event["event"] == "step":
+            seconds[int(event["step"])] = sum(event["seconds"].values())
+        elif event["event"] == "evaluation":
+            evaluations[int(event["step"])] = event
+    training = sum(seconds.values()) + sum(float(event["seconds"]) for event in evaluations.values())
+    ordered = tuple(evaluations[step] for step in sorted(evaluations))
+    return Result(cell, directory.outcome(), max(seconds, default=0), training, facts, ordered)

@@ -1,0 +1,31 @@
+"""`megatron-retro ablate`: a grid of runs from one recipe, and what they say side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_retro.cli import finetune, pretrain, retrofit
+from megatron_retro.config.ablation import AblationConfig
+from megatron_retro.config.command_line import Positional
+from megatron_retro.config.settings import Settings
+from megatron_retro.config.workers import WorkersConfig
+
+DESCRIPTION = """Run a study: a recipe whose [ablation] table says which fields vary, one run per combination.
+
+Runs are those of pretrain, retrofit or finetune, each in --study-output/cells/NAME and each a process of its own. The
+same command goes on where it stopped; --shard i/N or a SLURM array shares the runs among workers. The table and
+report.html are rewritten after each run; unfinished runs say so."""
+_OF_VERB: dict[str, tuple[type, ...]] = {
+    "pretrain": pretrain.SECTIONS,
+    "retrofit": retrofit.SECTIONS,
+    "finetune": finetune.SECTIONS,
+}
+SECTIONS: tuple[type, ...] = (AblationConfig, WorkersConfig, *finetune.SECTIONS)
+POSITIONAL: Positional | None = None
+
+
+def run(settings: Settings, positional: Sequence[str]) -> None:
+    """Run the study."""
+    from megatron_retro.ablation.program import run_study
+
+    run_study(settings, _OF_VERB[settings[AblationConfig].study_verb])

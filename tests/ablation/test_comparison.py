@@ -1,0 +1,109 @@
+"""Pairing and intervals, against figures worked out elsewhere."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_retro.ablation.comparison import configurations, difference, student_interval
+from megatron_retro.ablation.directories import Outcome, cell_settings, render_recipe
+from megatron_retro.ablation.grid import Cell, Choice, study_axes, study_cells
+from megatron_retro.ablation.results import Result
+from megatron_retro.ablation.running import lone_environment
+from megatron_retro.cli import ablate, finetune
+from megatron_retro.config.ablation import AblationConfig
+from megatron_retro.config.command_line import parse_settings
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.sections import ALL_SECTIONS
+from megatron_retro.config.settings import build_settings
+from megatron_retro.runtime.statistics import Interval
+
+
+def result(configuration: str, seed: int, losses: list[float], field: str = "num_layers", code: int = 0) -> Result:
+    choices = {
+        field: Choice(configuration, {field: configuration}),
+        "seed": Choice(str(seed), {"seed": seed}),
+    }
+    tokens = [10] * len(losses)
+    event: dict[str, Any] = {
+        "step": 1,
+        "loss": float(np.mean(losses)),
+        "facts": {"samples": {"losses": [10 * loss for loss in losses], "tokens": tokens}},
+    }
+    return Result(Cell(choices), Outcome(code, 1.0, 0.0), 1, 1.0, {}, (event,))
+
+
+def test_students_interval_is_the_textbook_one() -> None:
+    values = [2.1, 1.9, 2.4, 2.0]
+    found = student_interval(values)
+    half = 3.182 * float(np.std(values, ddof=1)) / math.sqrt(4)
+    assert (found.mean, found.high - found.mean) == pytest.approx((2.1, half))
+
+
+def test_a_difference_common_to_all_samples_has_no_width() -> None:
+    """Samples differ much among themselves, models by the same amount on each: only pairing shows it."""
+    base = [1.0, 5.0, 2.0, 9.0]
+    results = [result("a", seed, base) for seed in (1, 2)]
+    results += [result("b", seed, [loss - 0.5 for loss in base]) for seed in (1, 2)]
+    first, second = configurations(results)
+    found = difference(second, first)
+    assert found is not None and found.mean == pytest.approx(-0.5) and found.clear
+    assert isinstance(found.over_samples, Interval) and isinstance(found.over_seeds, Interval)
+    assert found.over_samples.as_list() == pytest.approx([-0.5, -0.5, -0.5])
+    assert found.over_seeds.as_list() == pytest.approx([-0.5, -0.5, -0.5])
+
+
+def test_noise_is_not_called_a_difference() -> None:
+    base = [1.0, 5.0, 2.0, 9.0]
+    results = [result("a", seed, base) for seed in (1, 2)]
+    results += [result("b", 1, [0.9, 5.2, 2.1, 8.7]), result("b", 2, [1.2, 4.9, 2.3, 8.9])]
+    first, second = configurations(results)
+    found = difference(second, first)
+    assert found is not None and not found.clear
+
+
+def test_only_seeds_that_both_finished_are_compared() -> None:
+    results = [result("a", 1, [1.0]), result("a", 2, [5.0]), result("b", 1, [2.0]), result("b", 2, [0.0], code=1)]
+    first, second = configurations(results)
+    found = difference(second, first)
+    assert found is not None and found.mean == pytest.approx(1.0) and found.over_seeds == "one seed"
+    assert second.state == "1 of 2 finished; 2: failed (exit code 1)"
+
+
+def test_runs_over_other_samples_are_not_paired() -> None:
+    first, second = configurations([result("a", 1, [1.0], "split"), result("b", 1, [2.0], "split")])
+    found = difference(second, first)
+    assert found is not None and found.over_samples == "other held-out samples" and not found.clear
+
+
+def test_a_value_that_is_the_default_stays_in_the_recipe() -> None:
+    """Fine-tuning inherits what is not set; a gate set to 1 must not be taken for one that nobody set."""
+    settings = build_settings(ablate.SECTIONS, {"study_grid": ["retro_attention_gate = [1.0, 0.0]"]}, {})
+    cells = study_cells(study_axes(settings[AblationConfig], finetune.SECTIONS))
+    recipes = [render_recipe(cell_settings(settings, cell, finetune.SECTIONS)) for cell in cells]
+    assert recipes == [f"[retro]\nretro_attention_gate = {gate}\n" for gate in ("1.0", "0.0")]
+
+
+def test_recipes_read_back_as_the_settings(tmp_path: Any) -> None:
+    grid = ["retro_layers = [[1], [1, 2]]", "lr = [1e-3]", "seed = [1, 2]"]
+    cases = ["'a b/c' = {freeze_decoder = true}", "d = {}"]
+    settings = build_settings(ablate.SECTIONS, {"study_grid": grid, "study_cases": cases}, {})
+    cells = study_cells(study_axes(settings[AblationConfig], finetune.SECTIONS))
+    assert len({cell.name for cell in cells}) == len(cells) == 8
+    assert [cell.seed for cell in cells[:2]] == ["1", "2"]
+    for cell in cells:
+        assert "/" not in cell.name and " " not in cell.name
+        wanted = cell_settings(settings, cell, finetune.SECTIONS)
+        recipe = tmp_path / "recipe.toml"
+        recipe.write_text(render_recipe(wanted))
+        found, _ = parse_settings("x", finetune.SECTIONS, ["--config", str(recipe)], all_sections=ALL_SECTIONS)
+        assert found.values() == wanted.values()
+        assert found[RetroConfig].retro_layers in ((1,), (1, 2))
+
+
+def test_a_run_does_not_take_the_place_of_its_worker() -> None:
+    worker = {"PATH": "p", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "PMI_RANK": "1", "SLURM_JOB_ID": "9"}
+    assert lone_environment(worker) == {"PATH": "p", "SLURM_JOB_ID": "9"}
