@@ -72,6 +72,9 @@ class RetrievalConfig:
     retro_task_validate: float = option(0.0, "share of finished blocks to compute again", minimum=0.0, maximum=1.0)
     retro_verify_queries: int = option(1000, "queries compared with exact search", minimum=1, ours=True)
     retro_verify_rows: int = option(1_000_000, "rows audited for leaks", minimum=1, ours=True)
+    retro_verify_embedders: tuple[str, ...] | None = option(
+        None, "embedders to compare in the quality report", choices=EMBEDDERS, ours=True
+    )
     retro_recall_floor: float | None = option(
         None, "fail (exit 3) below this recall@2", minimum=0.0, maximum=1.0, ours=True
     )

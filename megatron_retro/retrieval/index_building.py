@@ -14,6 +14,7 @@ from megatron_retro.retrieval.faiss_index import inverted_parts
 from megatron_retro.retrieval.layout import claimed
 from megatron_retro.retrieval.merging import KIND, VERSION, ListMerge, merge_whole
 from megatron_retro.retrieval.project import Project
+from megatron_retro.retrieval.recomputing import recompute
 from megatron_retro.retrieval.training import open_trained, trained_fingerprint
 from megatron_retro.runtime.console import Progress
 
@@ -36,6 +37,9 @@ def encode(project: Project) -> None:
         for name in claimed(layout, "encode", list(named), is_done, project.worker):
             encoder.write_block(named[name], project.codes_path(named[name]), kept)
             progress.advance(named[name].size)
+    files = [project.codes_path(span) for span in project.blocks]
+    share = project.config.retro_task_validate
+    recompute("encode", files, share, lambda number, path: encoder.write_block(project.blocks[number], path, None))
 
 
 def merge(project: Project) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_retro.errors import ConfigError
@@ -18,6 +19,7 @@ POINTS_PER_LIST = 39
 _COMFORTABLE_POINTS_PER_LIST = 64
 _QUANTIZER_CHUNKS = 100_000
 _ID_BYTES = 8
+_TRAINING_BYTES = 6
 
 
 @dataclass(frozen=True)
@@ -31,19 +33,26 @@ class IndexChoice:
 
 
 def choose_index(
-    asked: str, num_chunks: int, dimension: int, memory_bytes: float, train_chunks: int | None
+    asked: str,
+    num_chunks: int,
+    dimension: int,
+    memory_bytes: float,
+    train_chunks: int | None,
+    width_in_lists: Callable[[str], int],
 ) -> IndexChoice:
     """The index to build; an impossible request is refused with what would fit."""
     if num_chunks == 0:
         raise ConfigError("the database has no chunks", fix="give token files that hold text")
-    index_str = automatic_index(num_chunks, dimension, memory_bytes) if asked == "auto" else asked
-    index_str = "IVF1,Flat" if index_str == "Flat" else index_str
+    index_str = "IVF1,Flat" if asked == "Flat" else asked
+    if asked == "auto":
+        index_str = automatic_index(num_chunks, dimension, memory_bytes)
+        index_str = _trainable_within(index_str, memory_bytes / (_TRAINING_BYTES * width_in_lists(index_str)))
     lists = number_of_lists(index_str)
     quantizer_chunks = _QUANTIZER_CHUNKS if re.search(r"PQ|SQ|PCA|RaBitQ|RQ", index_str) else 1024
     wanted = train_chunks or max(_COMFORTABLE_POINTS_PER_LIST * lists, quantizer_chunks)
     sample = min(wanted, num_chunks)
     _refuse_too_few(index_str, lists, sample, num_chunks)
-    _refuse_too_large(index_str, sample, dimension, memory_bytes)
+    _refuse_too_large(index_str, sample, width_in_lists(index_str), memory_bytes)
     return IndexChoice(index_str, sample, nprobe=max(1, min(lists, lists // 16 + 8)), ef_search=64)
 
 
@@ -56,6 +65,14 @@ def automatic_index(num_chunks: int, dimension: int, memory_bytes: float) -> str
     lists = _power_of_two(30 * math.sqrt(num_chunks) if num_chunks > 10**7 else 8 * math.sqrt(num_chunks), num_chunks)
     parts = next(size for size in (64, 32, 16, 8, 4, 2, 1) if dimension >= 2 * size or size == 1)
     return f"OPQ{parts}_{2 * parts if dimension >= 2 * parts else parts},IVF{lists}_HNSW32,PQ{parts}"
+
+
+def _trainable_within(index_str: str, most_chunks: float) -> str:
+    """The same index with as many lists as that many chunks can train comfortably."""
+    lists = number_of_lists(index_str)
+    while lists > 1 and lists * _COMFORTABLE_POINTS_PER_LIST > most_chunks:
+        lists //= 2
+    return re.sub(r"IVF\d+", f"IVF{lists}", index_str)
 
 
 def number_of_lists(index_str: str) -> int:
@@ -91,13 +108,13 @@ def _refuse_too_few(index_str: str, lists: int, sample: int, num_chunks: int) ->
     )
 
 
-def _refuse_too_large(index_str: str, sample: int, dimension: int, memory_bytes: float) -> None:
-    needed = 1.5 * sample * dimension * 4
+def _refuse_too_large(index_str: str, sample: int, width: int, memory_bytes: float) -> None:
+    needed, fitting = _TRAINING_BYTES * sample * width, int(memory_bytes / (_TRAINING_BYTES * width))
     if needed <= memory_bytes:
         return
     raise ConfigError(
         f"training {index_str} on {sample} chunks does not fit the memory allowed",
         got=f"{needed / 1e9:.2f} GB",
         expected=f"at most {memory_bytes / 1e9:.2f} GB (--retro-memory-gb)",
-        fix=f"give --retro-index-ntrain {int(memory_bytes / (6 * dimension))} or less, fewer lists, or more memory",
+        fix=f"give --retro-index-ntrain {fitting} or less, fewer lists, or more memory",
     )

@@ -33,6 +33,7 @@ from megatron_retro.retrieval.live_index import write_live_settings
 from megatron_retro.retrieval.merging import KIND, VERSION, open_merged
 from megatron_retro.retrieval.operating_point import operating_point
 from megatron_retro.retrieval.project import Project, QueryCorpus, parsed_range
+from megatron_retro.retrieval.recomputing import recompute
 from megatron_retro.retrieval.reordering import (
     BATCH_ROWS,
     Texts,
@@ -171,6 +172,15 @@ def _fill_table(project: Project, corpus: QueryCorpus) -> None:
         for block in claimed(project.layout, name, list(blocks), is_done, project.worker):
             write_block(directory, layout, blocks[block], search.rows(blocks[block].first, blocks[block].last))
             progress.advance(blocks[block].last - blocks[block].first)
+    again = [block for block in layout.blocks if (directory / block.name).exists()]
+    recompute(
+        f"query {corpus.name}",
+        [directory / block.name for block in again],
+        project.config.retro_task_validate,
+        lambda number, file: write_block(
+            file.parent, layout, again[number], search.rows(again[number].first, again[number].last)
+        ),
+    )
     for _ in claimed(project.layout, name, ["finish"], lambda _: path.exists(), project.worker):
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_foreign_files(directory, set(blocks))

@@ -13,8 +13,9 @@ import numpy as np
 
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.artifacts.manifest import read_manifest
+from megatron_retro.data.token_file import TokenFile
 from megatron_retro.errors import ArtifactError, ConfigError
-from megatron_retro.retrieval.faiss_index import inverted_parts
+from megatron_retro.retrieval.faiss_index import inverted_parts, new_index
 from megatron_retro.retrieval.layout import claimed
 from megatron_retro.retrieval.list_join import Excluded, Found
 from megatron_retro.retrieval.merging import KIND, VERSION, open_merged
@@ -39,7 +40,6 @@ class OperatingPoint:
 def operating_point(project: Project) -> OperatingPoint:
     """From flags where they are set, else calibrated once per index."""
     config, index = project.config, open_merged(project.layout.merged)
-    by_lists = _by_lists(config.retro_query_method, index)
     ef_search = config.retro_query_ef_search or project.choice.ef_search
     if config.retro_query_nprobe is not None:
         nprobe = config.retro_query_nprobe
@@ -48,10 +48,19 @@ def operating_point(project: Project) -> OperatingPoint:
     else:
         nprobe = project.choice.nprobe
     parts = inverted_parts(index)
-    return OperatingPoint(min(nprobe, parts.num_lists) if parts else nprobe, ef_search, by_lists)
+    nprobe = min(nprobe, parts.num_lists) if parts else nprobe
+    by_lists = _by_lists(config.retro_query_method, index, _lists_are_shared(project, nprobe))
+    return OperatingPoint(nprobe, ef_search, by_lists)
 
 
-def _by_lists(asked: str, index: Any) -> bool:
+def _lists_are_shared(project: Project, nprobe: int) -> bool:
+    """Whether a list is probed by several queries of a block: only then reading it once for all is the cheaper way."""
+    rows = max(TokenFile(corpus.prefix).num_tokens for corpus in project.query_corpora) // project.database.chunk_length
+    parts = inverted_parts(new_index(project.choice.index_str, project.embedder.dimension))
+    return parts is not None and min(rows, project.config.retro_block_size) * nprobe >= 2 * parts.num_lists
+
+
+def _by_lists(asked: str, index: Any, shared: bool) -> bool:
     if asked == "lists" and not can_join(index):
         raise ConfigError(
             "this index cannot be searched list by list",
@@ -59,7 +68,7 @@ def _by_lists(asked: str, index: Any) -> bool:
             expected="inverted lists of whole vectors, scalar- or product-quantized codes, and the compiled extension",
             fix="give --retro-query-method queries",
         )
-    return asked == "lists" or (asked == "auto" and can_join(index))
+    return asked == "lists" or (asked == "auto" and shared and can_join(index))
 
 
 def _is_calibrated(project: Project, index: Any) -> bool:

@@ -21,6 +21,7 @@ from megatron_retro.retrieval.merging import LISTS_FILE
 from megatron_retro.retrieval.neighbor_search import table_layout
 from megatron_retro.retrieval.project import Project
 from megatron_retro.retrieval.speeds import Speeds, measure_speeds
+from megatron_retro.retrieval.training import TRANSFORM_CHUNKS
 from megatron_retro.runtime.console import readable_bytes, readable_count, readable_seconds, render_table
 
 _KMEANS_ROUNDS = 10
@@ -158,8 +159,9 @@ def _costs(
     queried, checked = sum(rows.values()), min(project.config.retro_verify_queries, max(rows.values())) * len(rows)
     verify = len(rows) * chunks * speeds.embed_chunk + checked * (chunks * speeds.score + 8 * per_query)
     block = project.config.retro_block_size
+    learning = 1.5 * sample * width * 4 + (TRANSFORM_CHUNKS * dimension * 8 if width < dimension else 0)
     return (
-        StageCost("train", train, 1.5 * sample * dimension * 4),
+        StageCost("train", train, learning),
         StageCost("encode", chunks * (speeds.embed_chunk + assign + quantize) + written, block * (2 * code + 48)),
         StageCost("merge", 2 * written, min(SEGMENT_BYTES, project.memory_bytes / 4) * 2),
         StageCost("query", queried * per_query, min(project.memory_bytes, block * (8 * dimension + 2000.0))),

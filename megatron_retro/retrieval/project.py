@@ -130,12 +130,20 @@ class Project:
     @cached_property
     def choice(self) -> IndexChoice:
         """The index to build."""
-        config, chunks = self.config, self.database.num_chunks
-        choice = choose_index(
-            config.retro_index_str, chunks, self.embedder.dimension, self.memory_bytes, config.retro_index_ntrain
+        config = self.config
+        return choose_index(
+            config.retro_index_str,
+            self.database.num_chunks,
+            self.embedder.dimension,
+            self.memory_bytes,
+            config.retro_index_ntrain,
+            self._width_in_lists,
         )
-        new_index(choice.index_str, self.embedder.dimension)
-        return choice
+
+    def _width_in_lists(self, index_str: str) -> int:
+        """Width of vectors as the lists of an index see them; a string that faiss does not know is refused."""
+        parts = inverted_parts(new_index(index_str, self.embedder.dimension))
+        return parts.dimension if parts else self.embedder.dimension
 
     @cached_property
     def blocks(self) -> tuple[Span, ...]:

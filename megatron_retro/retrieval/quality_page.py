@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_retro.runtime.html_page import facts, page, paragraph, section, table
@@ -14,7 +14,22 @@ def quality_page(report: Mapping[str, Any]) -> str:
     parts = [_index_part(report)]
     for name, quality in report["tables"].items():
         parts.append(_table_part(name, quality, report["recall_floor"]))
+    if report["embedders"]:
+        parts.append(_embedders_part(report["embedders"]))
     return page("Retrieval quality", parts, summary=_summary(report))
+
+
+def _embedders_part(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Embedders side by side."""
+    header = tuple(rows[0])
+    return section(
+        "Embedders",
+        paragraph(
+            "Two exact neighbours in a sample of the database per query chunk. What they share with the text that "
+            "follows the chunk is what a model can gain."
+        ),
+        table(header, [tuple(row[name] for name in header) for row in rows]),
+    )
 
 
 def _summary(report: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.retrieval.embedders import Embedder
 from megatron_retro.retrieval.encoding import BATCH_CHUNKS
-from megatron_retro.retrieval.faiss_index import faiss_module, new_index, read_index
+from megatron_retro.retrieval.faiss_index import InvertedParts, faiss_module, inverted_parts, new_index, read_index
 from megatron_retro.retrieval.layout import claimed
 from megatron_retro.retrieval.project import Project
 from megatron_retro.runtime.console import Progress
@@ -21,6 +21,7 @@ from megatron_retro.runtime.console import Progress
 KIND = "trained-index"
 VERSION = 1
 TRAINED_FILE = "trained.faiss"
+TRANSFORM_CHUNKS = 100_000
 _SEED = 1234
 
 
@@ -29,10 +30,16 @@ def train(project: Project) -> None:
     where = project.layout.trained
     for _ in claimed(project.layout, "train", ["train"], lambda _: where.exists(), project.worker):
         sample = uniform_sample(project.database.num_chunks, int(project.decided["train_chunks"]))
-        vectors = sampled_vectors(project.database, project.embedder, sample)
         index = new_index(project.choice.index_str, project.embedder.dimension)
         _train_on_gpus(index)
-        _train(index, vectors, project.choice.index_str)
+        try:
+            _train(index, project, sample)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"faiss cannot train {project.choice.index_str} on {len(sample)} vectors",
+                got=str(error).split("Error: ")[-1].split("\n")[0],
+                fix="give --retro-index-str auto",
+            ) from None
         with new_directory(where) as directory:
             faiss_module().write_index(index, str(directory / TRAINED_FILE))
             write_manifest(
@@ -65,13 +72,16 @@ def uniform_sample(total: int, size: int) -> NDArray[np.int64]:
     return np.minimum(((np.arange(size) + within) * (total / size)).astype(np.int64), total - 1)
 
 
-def sampled_vectors(database: ChunkDatabase, embedder: Embedder, sample: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Vectors of chosen chunks."""
-    vectors = np.empty((len(sample), embedder.dimension), np.float32)
-    with Progress("train: vectors of the sample", len(sample), "chunks") as progress:
+def sampled_vectors(
+    database: ChunkDatabase, embedder: Embedder, sample: NDArray[np.int64], seen_by: InvertedParts | None = None
+) -> NDArray[np.float32]:
+    """Vectors of chosen chunks; as the lists of an index see them when one is given."""
+    vectors = np.empty((len(sample), seen_by.dimension if seen_by else embedder.dimension), np.float32)
+    with Progress("vectors of a sample", len(sample), "chunks") as progress:
         for first in range(0, len(sample), BATCH_CHUNKS):
             ids = sample[first : first + BATCH_CHUNKS]
-            vectors[first : first + len(ids)] = embedder.embed(*database.gather(ids, database.chunk_length))
+            batch = embedder.embed(*database.gather(ids, database.chunk_length))
+            vectors[first : first + len(ids)] = seen_by.transformed(batch) if seen_by else batch
             progress.advance(len(ids))
     return vectors
 
@@ -81,15 +91,20 @@ def _inputs(project: Project) -> dict[str, str]:
     return {name: project.decided[name] for name in names}
 
 
-def _train(index: Any, vectors: NDArray[np.float32], index_str: str) -> None:
-    try:
-        index.train(vectors)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"faiss cannot train {index_str} on {len(vectors)} vectors {vectors.shape[1]} wide",
-            got=str(error).split("Error: ")[-1].split("\n")[0],
-            fix="give --retro-index-str auto",
-        ) from None
+def _train(index: Any, project: Project, sample: NDArray[np.int64]) -> None:
+    """Transforms learn from part of the sample, so that the whole of it is held only as narrow as the lists see it."""
+    parts = inverted_parts(index)
+    if parts is None or parts.index is parts.inverted:
+        index.train(sampled_vectors(project.database, project.embedder, sample))
+        return
+    step = max(1, len(sample) // TRANSFORM_CHUNKS)
+    seen = sampled_vectors(project.database, project.embedder, sample[::step])
+    for number in range(index.chain.size()):
+        transform = faiss_module().downcast_VectorTransform(index.chain.at(number))
+        transform.train(seen)
+        seen = transform.apply(seen)
+    parts.inverted.train(sampled_vectors(project.database, project.embedder, sample, parts))
+    index.is_trained = True
 
 
 def _train_on_gpus(index: Any) -> None:

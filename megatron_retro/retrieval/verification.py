@@ -13,6 +13,7 @@ from megatron_retro.artifacts.manifest import damage, load_manifest, read_manife
 from megatron_retro.data.neighbor_table import NeighborTable
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.errors import ArtifactError, BelowFloor
+from megatron_retro.retrieval.embedder_comparison import compare_embedders
 from megatron_retro.retrieval.faiss_index import inverted_parts
 from megatron_retro.retrieval.layout import claimed
 from megatron_retro.retrieval.merging import KIND, VERSION
@@ -79,6 +80,7 @@ def _measured(project: Project) -> dict[str, Any]:
         "embedder": project.embedder.fingerprint,
         "index": _index_facts(project, searches[0]),
         "tables": tables,
+        "embedders": compare_embedders(searches[0], project.config.retro_verify_embedders or ()),
     }
 
 

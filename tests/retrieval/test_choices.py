@@ -1,0 +1,166 @@
+"""Re-ordering and dropping candidates, comparing embedders, choosing indexes, pricing them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_retro.data.chunk_database import ChunkDatabase
+from megatron_retro.data.neighbor_table import NeighborTable
+from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.retrieval.index_choice import automatic_index, choose_index, number_of_lists
+from megatron_retro.retrieval.planning import index_file_bytes, make_plan
+from megatron_retro.retrieval.project import Project
+from megatron_retro.retrieval.reference import longest_common_runs, token_overlaps
+from megatron_retro.retrieval.stages import build_retrieval
+from megatron_retro.testing.retrieval_projects import CHUNK, EOD, echoing_documents, project_settings, write_corpus
+
+TASKS = ["train", "encode", "merge", "query"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_corpus(tmp_path_factory.mktemp("choices") / "corpus", echoing_documents(21, 260))
+
+
+def stream_of(corpus: str) -> np.ndarray:
+    return np.fromfile(f"{corpus}.bin", np.uint16).astype(np.int64)
+
+
+def ids_of(root: Path) -> np.ndarray:
+    table = NeighborTable.open(root / "neighbors" / "corpus")
+    return table.rows(0, table.layout.num_rows)
+
+
+def test_overlap_reranking_orders_rows_by_shared_tokens(corpus: str, tmp_path: Path) -> None:
+    build_retrieval(project_settings(tmp_path / "p", [corpus], retro_tasks=TASKS, retro_rerank="overlap"))
+    ids = ids_of(tmp_path / "p")
+    database = ChunkDatabase.open(tmp_path / "p" / "database")
+    queries = stream_of(corpus)[: len(ids) * CHUNK].reshape(-1, CHUNK)
+    tokens, there = database.gather(ids, CHUNK)
+    shares = token_overlaps(queries.astype(np.int32), queries != EOD, tokens.astype(np.int32), there)
+    assert (np.diff(shares, axis=1) <= 1e-6).all()
+    assert shares[:, 0].mean() > 0.3
+
+
+def test_bm25_prefers_rare_shared_tokens(tmp_path: Path) -> None:
+    common, rare = list(range(10)), list(range(100, 106))
+    documents = [
+        common + rare,
+        [*common, *range(50, 56)],
+        [*rare, *range(60, 70)],
+        *[common * 2 for _ in range(12)],
+    ]
+    corpus = write_corpus(tmp_path / "corpus", documents)
+    build_retrieval(project_settings(tmp_path / "p", [corpus], retro_tasks=TASKS, retro_rerank="bm25"))
+    database = ChunkDatabase.open(tmp_path / "p" / "database")
+    first = ids_of(tmp_path / "p")[0, 0]
+    assert database.document_of(np.array([first]))[0] == 2
+
+
+def test_neighbors_that_hold_what_follows_are_dropped(corpus: str, tmp_path: Path) -> None:
+    roots = {share: tmp_path / str(share) for share in (None, 0.5)}
+    for share, root in roots.items():
+        settings = project_settings(root, [corpus], retro_tasks=TASKS, retro_query_num_neighbors_query=400)
+        build_retrieval(settings.replace(retro_drop_overlap=share))
+    longest = {}
+    for share, root in roots.items():
+        ids, database = ids_of(root), ChunkDatabase.open(root / "database")
+        stream = stream_of(corpus)
+        after = np.full(len(ids) * CHUNK, EOD)
+        after[: len(stream) - CHUNK] = stream[CHUNK : CHUNK + len(after)]
+        after = after.reshape(-1, CHUNK)
+        tokens, there = database.gather(ids, 2 * CHUNK)
+        longest[share] = longest_common_runs(after.astype(np.int32), after != EOD, tokens.astype(np.int32), there)
+    assert longest[None].max() > CHUNK // 2 >= longest[0.5].max()
+    kept = [
+        [one for one, run in zip(*row, strict=True) if run <= CHUNK // 2]
+        for row in zip(ids_of(roots[None]), longest[None], strict=True)
+    ]
+    dropped = ids_of(roots[0.5])
+    assert all(row[: len(keep)].tolist() == keep for row, keep in zip(dropped, kept, strict=True))
+
+
+def test_kept_vectors_make_codes_nearly_exact(corpus: str, tmp_path: Path) -> None:
+    coarse = {"retro_index_str": "IVF4,PQ4x4", "retro_index_ntrain": 10_000, "retro_query_nprobe": 4}
+    recalls = {}
+    for refine in (False, True):
+        root = tmp_path / str(refine)
+        changes = {**coarse, "retro_keep_embeddings": True, "retro_refine": refine}
+        build_retrieval(project_settings(root, [corpus], retro_query_num_neighbors_query=900, **changes))
+        quality = json.loads((root / "report" / "quality.json").read_text())
+        recalls[refine] = quality["tables"]["corpus"]["recall"]["2"]["recall"]
+    assert recalls[True] > 0.98 > recalls[False]
+
+
+def test_embedders_are_compared_on_the_same_text(corpus: str, tmp_path: Path) -> None:
+    settings = project_settings(tmp_path / "p", [corpus], retro_verify_embedders=["hashed"])
+    build_retrieval(settings)
+    report = json.loads((tmp_path / "p" / "report" / "quality.json").read_text())
+    random, hashed = report["embedders"]
+    assert hashed["shared with the chunk"] > 2 * random["shared with the chunk"]
+    assert hashed["shared with what follows"] > random["shared with what follows"]
+    assert "Embedders" in (tmp_path / "p" / "report" / "quality.html").read_text()
+
+
+def test_finished_blocks_can_be_computed_again(corpus: str, tmp_path: Path) -> None:
+    settings = project_settings(tmp_path / "p", [corpus], retro_tasks=["train", "encode"], retro_block_size=100)
+    build_retrieval(settings)
+    build_retrieval(settings.replace(retro_task_validate=1.0))
+    blocks = sorted((tmp_path / "p" / "index" / "codes").iterdir())
+    blocks[1].write_bytes(blocks[0].read_bytes())
+    with pytest.raises(ArtifactError, match="not what its inputs give"):
+        build_retrieval(settings.replace(retro_task_validate=1.0))
+
+
+@pytest.mark.parametrize(
+    ("chunks", "dimension", "memory", "expected"),
+    [
+        (1, 256, 1e9, "IVF1,Flat"),
+        (65_536, 256, 1e9, "IVF1,Flat"),
+        (200_000, 256, 1e9, "IVF2048,Flat"),
+        (1_000_000, 256, 4e9, "IVF4096,Flat"),
+        (19_000_000_000, 1024, 400e9, "OPQ64_128,IVF4194304_HNSW32,PQ64"),
+        (66_000_000, 1024, 4e9, "OPQ64_128,IVF262144_HNSW32,PQ64"),
+    ],
+)
+def test_the_automatic_index(chunks: int, dimension: int, memory: float, expected: str) -> None:
+    assert automatic_index(chunks, dimension, memory) == expected
+
+
+def test_an_automatic_index_can_always_be_trained() -> None:
+    for power in range(60):
+        chunks = int(1.5**power) + 1
+        for dimension in (64, 384, 1024):
+            choice = choose_index("auto", chunks, dimension, 1e12, None, lambda _, d=dimension: d)
+            assert choice.train_chunks <= chunks
+            assert choice.train_chunks >= 39 * number_of_lists(choice.index_str) or choice.index_str == "IVF1,Flat"
+            assert 1 <= choice.nprobe <= number_of_lists(choice.index_str)
+
+
+def test_what_does_not_fit_says_what_would() -> None:
+    with pytest.raises(ConfigError, match=r"retro-index-ntrain 166666 or less"):
+        choose_index("IVF64,Flat", 10**9, 1000, 1e9, 10**6, lambda _: 1000)
+    with pytest.raises(ConfigError, match="at most IVF256 without PQ"):
+        choose_index("IVF4096,Flat", 10_000, 64, 1e9, None, lambda _: 64)
+
+
+@pytest.mark.parametrize("index_str", ["IVF1,Flat", "IVF8,Flat", "OPQ8_32,IVF4_HNSW8,PQ8x4"])
+def test_the_plan_knows_every_file_to_the_byte(corpus: str, tmp_path: Path, index_str: str) -> None:
+    changes = {"retro_index_str": index_str, "retro_index_ntrain": 10_000, "retro_keep_embeddings": True}
+    settings = project_settings(tmp_path / "p", [corpus], retro_tasks=TASKS, **changes)
+    plan = make_plan(Project(settings))
+    build_retrieval(settings)
+    for name, size in plan.files.items():
+        path = tmp_path / "p" / name
+        written = [file for file in path.rglob("*") if file.name != "manifest.json"] if path.is_dir() else [path]
+        found = sum(file.stat().st_size for file in written)
+        assert found == size or (name == "index/codes" and 0 < found - size < 2000 * len(written)), name
+    assert {cost.stage for cost in plan.costs} == {"train", "encode", "merge", "query", "verify"}
+    assert all(cost.seconds > 0 for cost in plan.costs)
+    text = plan.text()
+    assert index_str in text and f"{plan.files['neighbors/corpus']:,}" in text
+    assert plan.files["index/merged/index.faiss"] == index_file_bytes(index_str, 64)
