@@ -8,6 +8,7 @@ instruction set; the best that the processor has is taken when the library is lo
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from build_toolchain import CompilerMissing, Unit, compile_all, cuda_compiler, host_compiler, is_x86, link, say
@@ -31,8 +32,7 @@ def build_operators(target: Path) -> None:
     compiler = host_compiler()
     nvcc = cuda_compiler()
     say(f"operators with {compiler}" + (f" and {nvcc}" if nvcc else "; no nvcc, so without CUDA kernels"))
-    common = _host_flags(torch_home, with_cuda=nvcc is not None)
-    units = [Unit(source, (compiler, *common)) for source in sorted(SOURCES.glob("*.cpp"))]
+    units = [Unit(source, (compiler, *_host_flags(torch_home))) for source in sorted(SOURCES.glob("*.cpp"))]
     units += _kernel_units(compiler)
     if nvcc:
         units += _cuda_units(nvcc, compiler, torch_home)
@@ -44,6 +44,24 @@ def build_operators(target: Path) -> None:
 def kernel_objects() -> list[Path]:
     """The CPU kernels' object files, one per source and instruction set."""
     return compile_all(_kernel_units(host_compiler()))
+
+
+def cuda_resources() -> list[tuple[str, str, int, int]]:
+    """(kernel, architecture, registers, bytes spilled) of every compiled kernel, from what ptxas said of it."""
+    nvcc = cuda_compiler()
+    if nvcc is None:
+        return []
+    found = []
+    for path in compile_all(_cuda_units(nvcc, host_compiler(), _torch_home())):
+        kernel, arch, spilled = "", "", 0
+        for line in path.with_suffix(".log").read_text().splitlines():
+            if match := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
+                kernel, arch = match.groups()
+            elif match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+                spilled = int(match[1]) + int(match[2])
+            elif match := re.search(r"Used (\d+) registers", line):
+                found.append((kernel, arch, int(match[1]), spilled))
+    return found
 
 
 def build_shim(target: Path) -> None:
@@ -79,9 +97,9 @@ def _includes(torch_home: Path) -> tuple[str, ...]:
     return (f"-I{SOURCES}", "-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include"))
 
 
-def _host_flags(torch_home: Path, *, with_cuda: bool) -> tuple[str, ...]:
+def _host_flags(torch_home: Path) -> tuple[str, ...]:
     flags = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", f"-DTORCH_TARGET_VERSION={TARGET_TORCH}")
-    return (*flags, *_includes(torch_home), *(("-DMEGATRON_RETRO_CUDA",) if with_cuda else ()))
+    return (*flags, *_includes(torch_home))
 
 
 def _kernel_units(compiler: str) -> list[Unit]:
@@ -102,7 +120,7 @@ def _cuda_units(nvcc: str, compiler: str, torch_home: Path) -> list[Unit]:
     targets = [word for arch in wanted for word in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
     flags = (
         "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-ccbin", compiler, "-Xptxas", "-v",
-        "--expt-relaxed-constexpr", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", "-DMEGATRON_RETRO_CUDA",
+        "--expt-relaxed-constexpr", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TARGET_TORCH}",
     )  # fmt: skip
     command = (nvcc, *flags, *targets, *_includes(torch_home))
     return [Unit(source, command) for source in _cuda_sources()]

@@ -29,8 +29,11 @@ std::tuple<Tensor, Tensor> gated_activation_backward(
   PartialSums sums(input, bias ? parts : 0, call.input_stride);
   for_parts(rows, parts, [&](int64_t part, int64_t first, int64_t last) {
     Activation own = call;
-    own.partial_grad_bias = bias ? sums.part(part) : nullptr;
-    cpu::activation_backward(stored, own, first, last);
+    own.partial_grad_bias = bias ? sums.block(part) : nullptr;
+    for (int64_t row = first; row < last; row += PartialSums::rows_per_flush) {
+      cpu::activation_backward(stored, own, row, std::min(row + PartialSums::rows_per_flush, last));
+      if (bias) sums.flush(part);
+    }
   });
   return {grad_input, sums.total(input)};
 }

@@ -32,9 +32,13 @@ std::tuple<Tensor, Tensor, Tensor> residual_norm_backward(
   PartialSums weights(input, parts, call.width), biases(input, bias ? parts : 0, call.width);
   for_parts(rows, parts, [&](int64_t part, int64_t first, int64_t last) {
     Norm own = call;
-    own.partial_grad_weight = weights.part(part);
-    own.partial_grad_bias = bias ? biases.part(part) : nullptr;
-    cpu::norm_backward(stored, own, first, last);
+    own.partial_grad_weight = weights.block(part);
+    own.partial_grad_bias = bias ? biases.block(part) : nullptr;
+    for (int64_t row = first; row < last; row += PartialSums::rows_per_flush) {
+      cpu::norm_backward(stored, own, row, std::min(row + PartialSums::rows_per_flush, last));
+      weights.flush(part);
+      if (bias) biases.flush(part);
+    }
   });
   return {grad_input, weights.total(weight), biases.total(bias ? *bias : weight)};
 }

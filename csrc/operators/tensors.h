@@ -73,32 +73,49 @@ inline void check_vector(const Tensor& tensor, const char* what, int64_t length)
 
 inline const void* pointer(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
-// A per-thread buffer of zeros for sums over rows, and its sum over threads.
-struct PartialSums {
-  Tensor buffer;  // [parts, width]
-  char* data = nullptr;
-  int64_t bytes = 0;
+// Sums over rows, one per thread, in two levels: kernels add to `block`, and after every few rows `flush` adds that to
+// the thread's total, so that the rounding error grows with the square root of the number of rows at most.
+class PartialSums {
+ public:
+  static constexpr int64_t rows_per_flush = 32;
 
   PartialSums(const Tensor& model, int64_t parts, int64_t width)
-      : buffer(torch::stable::new_zeros(model, {parts, width}, compute_type(model))),
+      : buffer(torch::stable::new_zeros(model, {2 * parts, width}, compute_type(model))),
         data(static_cast<char*>(buffer.mutable_data_ptr())),
-        bytes(width * (compute_type(model) == ScalarType::Double ? 8 : 4)) {}
+        width(width),
+        is_double(compute_type(model) == ScalarType::Double) {}
 
-  void* part(int64_t index) const { return data + index * bytes; }
+  void* block(int64_t part) const { return at(2 * part); }
+
+  void flush(int64_t part) const {
+    is_double ? add(static_cast<double*>(at(2 * part + 1)), static_cast<double*>(at(2 * part)))
+              : add(static_cast<float*>(at(2 * part + 1)), static_cast<float*>(at(2 * part)));
+  }
 
   // The sums over all parts, in the dtype of `model`.
   Tensor total(const Tensor& model) const {
     const std::vector<int64_t> over{0};
     return torch::stable::to(torch::stable::sum(buffer, over), model.scalar_type());
   }
+
+ private:
+  void* at(int64_t row) const { return data + row * width * (is_double ? 8 : 4); }
+
+  template <typename Scalar>
+  void add(Scalar* total, Scalar* block) const {
+    for (int64_t column = 0; column < width; ++column) total[column] += block[column], block[column] = 0;
+  }
+
+  Tensor buffer;  // [parts, block and total, width]
+  char* data;
+  int64_t width;
+  bool is_double;
 };
 
-// The columns' sums over all rows, or nothing where it is not wanted.
-inline Tensor sum_over_rows(const Tensor& tensor, int64_t width, bool wanted) {
-  if (!wanted) return torch::stable::new_zeros(tensor, {width});
+// Sums of the columns over all rows, in the dtype of `model`.
+inline Tensor sum_over_rows(const Tensor& rows, const Tensor& model) {
   const std::vector<int64_t> over{0};
-  const Tensor rows = torch::stable::view(tensor, {width ? tensor.numel() / width : 0, width});
-  return torch::stable::to(torch::stable::sum(rows, over, false, compute_type(tensor)), tensor.scalar_type());
+  return torch::stable::to(torch::stable::sum(rows, over, false, compute_type(model)), model.scalar_type());
 }
 
 // Splits rows evenly over `parts` of torch's threads: visit(part, first, last).

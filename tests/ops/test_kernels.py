@@ -74,6 +74,16 @@ def test_norm_of_a_large_mean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_that_sum_many_rows(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Thousands of rows in one thread: the error of a weight's gradient does not grow with their number."""
+    hidden, weight, bias = leaf(5000, 32, dtype=dtype), leaf(32, dtype=dtype), leaf(32, dtype=dtype)
+    ours, plain = pair(lambda h, w, b: layer_norm(h, w, b, epsilon=1e-5), monkeypatch)
+    assert_within_twice(ours, plain, hidden, weight, bias)
+    ours, plain = pair(lambda x, b: activate(x, SQUARED_RELU, b), monkeypatch)
+    assert_within_twice(ours, plain, hidden, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", [SWIGLU, GEGLU, GELU, GELU_TANH, SQUARED_RELU])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_activations(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kind: str, with_bias: bool) -> None:

@@ -112,7 +112,9 @@ std::tuple<Tensor, Tensor> gated_activation_backward(
   call.grad_output = grad_output.const_data_ptr();
   call.grad_input = grad_input.mutable_data_ptr();
   run(call, input, true);
-  return {grad_input, sum_over_rows(grad_input, call.input_stride, bias.has_value())};
+  if (!bias) return {grad_input, torch::stable::new_zeros(input, {call.input_stride})};
+  const Tensor rows = torch::stable::view(grad_input, {activation_rows(input), call.input_stride});
+  return {grad_input, sum_over_rows(rows, input)};
 }
 
 }  // namespace

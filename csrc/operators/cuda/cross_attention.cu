@@ -124,7 +124,7 @@ __device__ __forceinline__ bool sees_any(const CrossAttention& call, const Place
 }
 
 template <typename Element, int most_width>
-__global__ void __launch_bounds__(threads) forward(CrossAttention call, int64_t tiles) {
+__global__ void __launch_bounds__(threads, 1) forward(CrossAttention call, int64_t tiles) {
   const Place place(call, blockIdx.x / tiles);
   const int64_t first = int64_t(blockIdx.x % tiles) * tile;
   if (first >= place.rows(call)) return;
@@ -208,7 +208,7 @@ __device__ __forceinline__ void probability_and_slope(
 }
 
 template <typename Element, int most_width>
-__global__ void __launch_bounds__(threads) backward_queries(CrossAttention call, int64_t tiles) {
+__global__ void __launch_bounds__(threads, 1) backward_queries(CrossAttention call, int64_t tiles) {
   const Place place(call, blockIdx.x / tiles);
   const int64_t first = int64_t(blockIdx.x % tiles) * tile;
   if (first >= place.rows(call)) return;
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(threads) backward_queries(CrossAttention call,
 }
 
 template <typename Element, int most_width>
-__global__ void __launch_bounds__(threads) backward_keys(CrossAttention call, int64_t tiles) {
+__global__ void __launch_bounds__(threads, 1) backward_keys(CrossAttention call, int64_t tiles) {
   const Place place(call, blockIdx.x / tiles);
   const int64_t first_key = int64_t(blockIdx.x % tiles) * tile;
   const int stride = row_stride(call), row = threadIdx.x / sharers, share = threadIdx.x % sharers;

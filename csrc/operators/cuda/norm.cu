@@ -170,15 +170,17 @@ std::tuple<Tensor, Tensor, Tensor> residual_norm_backward(
   const OnDeviceOf guard(input);
   const int64_t rows = norm_rows(input, call.width);
   const unsigned blocks = num_blocks(rows, 1, row_blocks);
-  PartialSums weights(input, blocks, call.width), biases(input, bias ? blocks : 0, call.width);
-  call.partial_grad_weight = weights.part(0);
-  call.partial_grad_bias = bias ? biases.part(0) : nullptr;
+  // Every block of threads writes a row of each.
+  const Tensor weights = torch::stable::new_zeros(input, {blocks, call.width}, ScalarType::Float);
+  const Tensor biases = torch::stable::new_zeros(input, {bias ? blocks : 0, call.width}, ScalarType::Float);
+  call.partial_grad_weight = weights.mutable_data_ptr();
+  call.partial_grad_bias = bias ? biases.mutable_data_ptr() : nullptr;
   for_pack(call, input, [&](auto element, auto count) {
     const auto kernel = backward<decltype(element), decltype(count)::value>;
     const size_t shared = (call.width * (bias ? 2 : 1) + 32) * 4;
     launch(kernel, blocks, threads, shared, stream_of(input), call, rows);
   });
-  return {grad_input, weights.total(weight), biases.total(bias ? *bias : weight)};
+  return {grad_input, sum_over_rows(weights, weight), sum_over_rows(biases, bias ? *bias : weight)};
 }
 
 }  // namespace

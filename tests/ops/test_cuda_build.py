@@ -1,0 +1,42 @@
+"""What nvcc made of the CUDA kernels, where there is nvcc and the library was built with it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_retro.ops import library
+
+CSRC = Path(__file__).parents[2] / "csrc"
+
+
+@pytest.fixture
+def resources() -> Iterator[list[tuple[str, str, int, int]]]:
+    if not library.has_cuda_kernels() or not CSRC.exists():
+        pytest.skip("csrc was compiled without nvcc")
+    sys.path.insert(0, str(CSRC))
+    try:
+        from build_operators import cuda_resources
+    finally:
+        sys.path.remove(str(CSRC))
+    found = cuda_resources()
+    if not found:
+        pytest.skip("no nvcc on this machine")
+    yield found
+
+
+def test_no_kernel_spills_registers(resources: list[tuple[str, str, int, int]]) -> None:
+    assert [(kernel, arch, spilled) for kernel, arch, _, spilled in resources if spilled] == []
+
+
+def test_every_architecture_has_every_kernel(resources: list[tuple[str, str, int, int]]) -> None:
+    by_arch: dict[str, set[str]] = {}
+    for kernel, arch, _, _ in resources:
+        by_arch.setdefault(arch, set()).add(kernel)
+    assert {"sm_80", "sm_90"} <= set(by_arch)
+    assert by_arch["sm_80"] == by_arch["sm_90"]
+    for word in ("forward", "backward", "turn", "statistics", "gradient", "backward_queries", "backward_keys"):
+        assert any(word in kernel for kernel in by_arch["sm_90"])
