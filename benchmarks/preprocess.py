@@ -144,7 +144,10 @@ def scaling(folder: Path, source: Path, flags: list[str], rounds: int) -> list[F
     times = interleave(
         {str(workers): lambda workers=workers: ours(source, prefix, flags, workers) for workers in (1, 2)}, rounds
     )
-    return [Figure("2 workers against 1", median_ratio(times["1"].wall, times["2"].wall), "x wall time", 1.9)]
+    return [
+        Figure("2 workers against 1", median_ratio(times["1"].wall, times["2"].wall), "x wall time", 1.9),
+        Figure("work of 1 worker against that of 2", median_ratio(times["1"].cpu, times["2"].cpu), "x CPU-seconds"),
+    ]
 
 
 def start_up(folder: Path, flags: list[str]) -> list[Figure]:

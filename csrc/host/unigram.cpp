@@ -126,15 +126,15 @@ float UnigramWords::segment(std::string_view word, float before, std::vector<Nod
 
 // The best segmentation without rounding, and by how much it wins at every border that it has.
 UnigramWords::Word UnigramWords::measured(std::string_view word) {
-    std::vector<Arrival> arrivals(word.size() + 1);
+    arrivals_.assign(word.size() + 1, {});
     uint32_t characters = 0;
     const auto nothing = [](size_t) {};
     each_piece(word, nothing, [&](size_t start, size_t end, float score, int32_t id) {
-        const double candidate = double(score) + arrivals[start].score;
-        Arrival& target = arrivals[end];
+        const double candidate = double(score) + arrivals_[start].score;
+        Arrival& target = arrivals_[end];
         if (target.start == -1 || candidate > target.score) {
             if (target.start != -1) target.second = target.score, target.has_second = true;
-            target.score = candidate, target.start = int32_t(start), target.id = id;
+            target.score = candidate, target.start = int32_t(start), target.id = id, target.piece = score;
         } else if (!target.has_second || candidate > target.second) {
             target.second = candidate, target.has_second = true;
         }
@@ -142,16 +142,17 @@ UnigramWords::Word UnigramWords::measured(std::string_view word) {
     for (const char byte : word) characters += (uint8_t(byte) & 0xC0) != 0x80;
     double margin = std::numeric_limits<float>::max();
     std::vector<Node> nodes;
-    for (int32_t end = int32_t(word.size()); end > 0; end = arrivals[size_t(end)].start) {
-        const Arrival& arrival = arrivals[size_t(end)];
+    for (int32_t end = int32_t(word.size()); end > 0; end = arrivals_[size_t(end)].start) {
+        const Arrival& arrival = arrivals_[size_t(end)];
         if (arrival.has_second) margin = std::min(margin, arrival.score - arrival.second);
-        nodes.push_back({arrival.id, 0, end});
+        nodes.push_back({arrival.id, arrival.piece, end});
     }
     std::reverse(nodes.begin(), nodes.end());
     const float weight = float(characters) * std::fabs(unknown_score_);
     Word kept{texts_.size(), ids_.size(), scores_.size(), uint32_t(word.size()), 0, uint32_t(nodes.size()),
               float(margin), weight, characters};
     push_ids(word, nodes, ids_);
+    for (const Node& node : nodes) scores_.push_back(node.score);
     kept.num_ids = uint32_t(ids_.size() - kept.ids_start);
     return kept;
 }
@@ -177,11 +178,6 @@ void UnigramWords::push_ids(std::string_view word, const std::vector<Node>& node
 int32_t UnigramWords::add(std::string_view word) {
     words_.push_back(measured(word));
     texts_.append(word);
-    std::vector<Node> nodes;
-    segment(word, 0, nodes);
-    // Near ties may fall otherwise here than without rounding; such words never use their kept scores.
-    words_.back().num_scores = uint32_t(nodes.size());
-    for (const Node& node : nodes) scores_.push_back(node.score);
     return int32_t(words_.size()) - 1;
 }
 

@@ -53,6 +53,7 @@ private:
         double score = 0;
         double second = 0;
         int32_t start = -1, id = -1;
+        float piece = 0;
         bool has_second = false;
     };
 
@@ -73,6 +74,7 @@ private:
     float unknown_score_;
     int32_t unknown_id_;
     std::vector<int32_t> byte_ids_;
+    std::vector<Arrival> arrivals_;
     std::vector<Word> words_;
     std::string texts_;
     std::vector<int32_t> ids_;

@@ -8,6 +8,8 @@ namespace host {
 namespace {
 
 constexpr size_t first_slots = 1 << 14;
+constexpr size_t most_waiting = 512;
+constexpr size_t ahead = 8;
 
 uint64_t load_tail(const char* bytes, size_t count) {
     uint64_t value = 0;
@@ -55,6 +57,7 @@ WordCache::WordCache(Boundaries boundaries, size_t memory_limit)
 void WordCache::scan(std::string_view text) {
     if (boundaries_.gpt2_cuts && !holds_atom(text)) scan_words(text);
     else scan_units(text);
+    look_up();
     text_ends_.push_back(units_.size());
 }
 
@@ -82,7 +85,7 @@ void WordCache::scan_units(std::string_view text) {
     const char* const end = begin + text.size();
     const char* unit = begin;
     const auto& spaces = boundaries_.spaces;
-    if (boundaries_.newline_starts && at_newline(begin, end)) units_.push_back(entry_of({}));
+    if (boundaries_.newline_starts && at_newline(begin, end)) await({});
     for (const char* at = begin; at < end; ++at) {
         const uint8_t byte = uint8_t(*at);
         if (byte == '\n' && boundaries_.newline_starts) {
@@ -110,19 +113,38 @@ void WordCache::add_unit(std::string_view unit, bool is_first) {
     } else if (boundaries_.strip == Strip::one_space && !is_first && unit.front() == ' ') {
         unit.remove_prefix(1);
     }
-    units_.push_back(entry_of(unit));
+    await(unit);
 }
 
-uint32_t WordCache::entry_of(std::string_view key) {
-    const uint64_t hash = hash_of(key);
+void WordCache::await(std::string_view key) {
+    waiting_.push_back({key, hash_of(key)});
+    if (waiting_.size() == most_waiting) look_up();
+}
+
+// Lookups of many keys, the memory of later ones fetched while earlier ones are compared.
+void WordCache::look_up() {
+    const auto slot_of = [this](size_t place) { return waiting_[place].hash & (table_.size() - 1); };
+    for (size_t place = 0; place < waiting_.size(); ++place) {
+        if (place + 2 * ahead < waiting_.size()) __builtin_prefetch(&table_[slot_of(place + 2 * ahead)]);
+        if (place + ahead < waiting_.size()) {
+            const uint32_t number = uint32_t(table_[slot_of(place + ahead)]);
+            if (number != 0) __builtin_prefetch(&entries_[number - 1]);
+        }
+        units_.push_back(entry_of(waiting_[place].key, waiting_[place].hash));
+    }
+    waiting_.clear();
+}
+
+uint32_t WordCache::entry_of(std::string_view key, uint64_t hash) {
     const uint64_t tag = hash >> 32 << 32;
     for (size_t slot = hash & (table_.size() - 1);; slot = (slot + 1) & (table_.size() - 1)) {
         const uint64_t found = table_[slot];
         if (found == 0) {
             const uint32_t number = uint32_t(entries_.size());
             table_[slot] = tag | (number + 1);
-            entries_.push_back({keys_.size(), 0, uint32_t(key.size()), -1});
-            keys_.insert(keys_.end(), key.begin(), key.end());
+            entries_.push_back({keys_.size(), 0, uint32_t(key.size()), -1, {}});
+            if (key.size() <= sizeof(Entry::key)) std::memcpy(entries_.back().key, key.data(), key.size());
+            else keys_.insert(keys_.end(), key.begin(), key.end());
             if (merges_ && merges_->encode(key, merged_)) settle(number, merged_);
             else missing_.push_back(number);
             if (entries_.size() * 2 > table_.size()) grow();
@@ -130,7 +152,7 @@ uint32_t WordCache::entry_of(std::string_view key) {
         }
         if ((found >> 32 << 32) != tag) continue;
         const Entry& entry = entries_[uint32_t(found) - 1];
-        if (entry.key_length == key.size() && !std::memcmp(keys_.data() + entry.key_start, key.data(), key.size())) {
+        if (entry.key_length == key.size() && !std::memcmp(key_of(entry), key.data(), key.size())) {
             return uint32_t(found) - 1;
         }
     }
@@ -140,7 +162,7 @@ void WordCache::grow() {
     table_.assign(table_.size() * 2, 0);
     for (size_t number = 0; number < entries_.size(); ++number) {
         const Entry& entry = entries_[number];
-        const uint64_t hash = hash_of({keys_.data() + entry.key_start, entry.key_length});
+        const uint64_t hash = hash_of({key_of(entry), entry.key_length});
         size_t slot = hash & (table_.size() - 1);
         while (table_[slot] != 0) slot = (slot + 1) & (table_.size() - 1);
         table_[slot] = (hash >> 32 << 32) | (number + 1);
@@ -152,7 +174,7 @@ std::vector<std::string_view> WordCache::missing() const {
     keys.reserve(missing_.size() - filled_);
     for (size_t place = filled_; place < missing_.size(); ++place) {
         const Entry& entry = entries_[missing_[place]];
-        keys.emplace_back(keys_.data() + entry.key_start, entry.key_length);
+        keys.emplace_back(key_of(entry), entry.key_length);
     }
     return keys;
 }
@@ -202,6 +224,10 @@ void WordCache::finish() {
     missing_.clear();
     filled_ = 0;
     if (memory() > memory_limit_) forget();
+}
+
+const char* WordCache::key_of(const Entry& entry) const {
+    return entry.key_length <= sizeof(entry.key) ? entry.key : keys_.data() + entry.key_start;
 }
 
 size_t WordCache::memory() const {

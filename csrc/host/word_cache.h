@@ -59,6 +59,11 @@ private:
         uint64_t ids_start;
         uint32_t key_length;
         int32_t num_ids;  // -1: not known yet
+        char key[24];     // if it fits
+    };
+    struct Waiting {
+        std::string_view key;
+        uint64_t hash;
     };
 
     void scan_words(std::string_view text);
@@ -66,7 +71,10 @@ private:
     bool holds_atom(std::string_view text) const;
     void add_unit(std::string_view unit, bool is_first);
     void settle(uint32_t entry, const std::vector<int32_t>& ids);
-    uint32_t entry_of(std::string_view key);
+    void await(std::string_view key);
+    void look_up();
+    uint32_t entry_of(std::string_view key, uint64_t hash);
+    const char* key_of(const Entry& entry) const;
     void grow();
     size_t memory() const;
 
@@ -79,6 +87,7 @@ private:
     std::vector<char> keys_;
     std::vector<int32_t> ids_;
     std::vector<uint32_t> missing_;
+    std::vector<Waiting> waiting_;
     size_t filled_ = 0;
     std::vector<uint32_t> units_;
     std::vector<size_t> text_ends_;
