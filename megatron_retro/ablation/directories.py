@@ -69,15 +69,14 @@ class CellDirectory:
         """Write down how it ended."""
         write_file(self.path / "outcome.json", json.dumps(asdict(outcome), indent=1) + "\n")
 
-    def prepare(self, recipe: str) -> None:
-        """Write the recipe; a directory of other settings is refused, for its results would be mixed up."""
+    def refuse_other(self, recipe: str) -> None:
+        """A directory of other settings is refused, for its results would be mixed up."""
         if self.settings.is_file() and self.settings.read_text() != recipe:
             raise ArtifactError(
                 f"{self.path} was run with other settings",
                 got=_first_difference(recipe, self.settings.read_text()),
                 fix="give another --study-output, or remove that directory",
             )
-        write_file(self.settings, recipe)
 
 
 def cell_directory(study: Path, cell: Cell) -> CellDirectory:
@@ -109,6 +108,6 @@ def render_recipe(settings: Settings) -> str:
 
 
 def _first_difference(wanted: str, found: str) -> str:
-    ours, theirs = set(wanted.splitlines()), set(found.splitlines())
-    missing, extra = sorted(ours - theirs)[:1], sorted(theirs - ours)[:1]
-    return "; ".join([*(f"now {line!r}" for line in missing), *(f"then {line!r}" for line in extra)])
+    ours, theirs = ({line for line in text.splitlines() if "=" in line} for text in (wanted, found))
+    now, then = sorted(ours - theirs)[:1], sorted(theirs - ours)[:1]
+    return "; ".join([*(f"now {line}" for line in now), *(f"then {line}" for line in then)])

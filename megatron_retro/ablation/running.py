@@ -24,6 +24,7 @@ from megatron_retro.ablation.directories import (
 from megatron_retro.ablation.grid import Cell
 from megatron_retro.ablation.shortage import neighbor_shortage
 from megatron_retro.artifacts.claims import BlockClaims
+from megatron_retro.artifacts.files import write_file
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import Requeue
 from megatron_retro.runtime.console import readable_seconds, say
@@ -64,8 +65,14 @@ def own_launcher() -> tuple[str, ...]:
 
 def prepare_cells(study: Study) -> None:
     """Write the recipe of every run, or refuse the directory before the first one starts."""
-    for cell in study.cells:
-        study.directory(cell).prepare(render_recipe(cell_settings(study.settings, cell, study.sections)))
+    recipes = [
+        (study.directory(cell), render_recipe(cell_settings(study.settings, cell, study.sections)))
+        for cell in study.cells
+    ]
+    for place, recipe in recipes:
+        place.refuse_other(recipe)
+    for place, recipe in recipes:
+        write_file(place.settings, recipe)
 
 
 def run_cells(study: Study, worker: Worker, stops: StopRequests, ended: Callable[[], object]) -> None:

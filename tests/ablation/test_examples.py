@@ -1,0 +1,51 @@
+"""The example studies are studies: every recipe is legal, has a script, and varies what its name says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_retro.ablation.comparison import SAMPLE_FIELDS
+from megatron_retro.ablation.directories import cell_settings
+from megatron_retro.ablation.program import build_study
+from megatron_retro.cli import ablate, finetune, retrofit
+from megatron_retro.config.ablation import AblationConfig
+from megatron_retro.config.command_line import parse_settings
+from megatron_retro.config.peft import PeftConfig
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.sections import ALL_SECTIONS
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SECTIONS = {"retrofit": retrofit.SECTIONS, "finetune": finetune.SECTIONS}
+STUDIES = {
+    "ablate_database_size": ("retrofit", 4, {"database_keep_fraction"}),
+    "ablate_cross_attention": ("retrofit", 2, {"retro_attention_gate"}),
+    "frozen_vs_unfrozen": ("retrofit", 4, {"freeze_decoder", "lr"}),
+    "adaptive_gate": ("retrofit", 5, {"retro_gate_type", "retro_gate_target_rate"}),
+    "encoder_ablation": ("finetune", 3, {"retro_attention_gate", "context_place"}),
+    "peft_study": (
+        "finetune",
+        16,
+        {"load", "lr", "peft_method", "lora_rank", "lora_alpha", "adapter_size", "num_virtual_tokens"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_example(name: str) -> None:
+    verb, configurations, fields = STUDIES[name]
+    words = ["--config", str(EXAMPLES / f"{name}.toml")]
+    settings, _ = parse_settings("x", ablate.SECTIONS, words, all_sections=ALL_SECTIONS)
+    assert settings[AblationConfig].study_verb == verb
+    study, _ = build_study(settings, SECTIONS[verb])
+    assert len({cell.configuration for cell in study.cells}) == configurations
+    assert {cell.seed for cell in study.cells} == {"1", "2", "3"}
+    assert {field for cell in study.cells for field in cell.changes} == fields | {"seed"}
+    if verb == "retrofit":  # compared sample by sample
+        assert not fields & SAMPLE_FIELDS
+    every = [cell_settings(study.settings, cell, study.sections) for cell in study.cells]
+    assert all(one[RetroConfig].retro_attention_gate in (0.0, 1.0) for one in every)
+    assert (name == "peft_study") == (verb == "finetune" and len({one[PeftConfig].peft_method for one in every}) == 5)
+    script = (EXAMPLES / f"{name}.sh").read_text()
+    assert f'megatron-retro ablate --config "$here/{name}.toml"' in script
