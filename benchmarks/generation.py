@@ -268,7 +268,7 @@ def waiting_buckets(text: str) -> float:
 def run(quick: bool) -> list[Figure]:
     """All parts."""
     torch.set_num_threads(1)
-    rounds = 1 if quick else 5
+    rounds = 1 if quick else 3
     with tempfile.TemporaryDirectory() as name:
         room = Path(name)
         figures = against_transformers(room, 256 if quick else 1024, rounds)
