@@ -60,6 +60,12 @@ def verify_arrays(path: Path, facts: Mapping[str, Any]) -> dict[str, NDArray[Any
     return arrays
 
 
+def facts_of(path: Path) -> dict[str, Any]:
+    """What a block says that it was made from."""
+    facts: dict[str, Any] = _about(_opened(path)[0])["facts"]
+    return facts
+
+
 _DTYPES = {"I64": np.int64, "U8": np.uint8, "U16": np.uint16, "F32": np.float32, "I32": np.int32}
 
 

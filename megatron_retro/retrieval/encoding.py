@@ -7,6 +7,7 @@ number of workers in any order write the same bytes.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,14 +45,17 @@ class ChunkEncoder:
         """Encode a block; its codes are written last, so that their presence means all of it is there."""
         parts = inverted_parts(self.trained)
         encoded: list[dict[str, NDArray[Any]]] = []
-        first = span.first
+        first, checksum = span.first, 0
         for vectors in self.vectors(span):
             encoded.append(_encoded(parts, vectors))
             if kept is not None:
-                kept.write(first, vectors)
+                checksum = zlib.crc32(kept.write(first, vectors), checksum)
             first += len(vectors)
         joined = {name: np.concatenate([part[name] for part in encoded]) for name in encoded[0]}
-        write_arrays(path, _by_list(joined, span) if parts else joined, self.facts)
+        facts = self.facts
+        if kept is not None:
+            facts = {**facts, "first": span.first, "last": span.last, "vectors_crc32": checksum}
+        write_arrays(path, _by_list(joined, span) if parts else joined, facts)
 
 
 def database_vectors(database: ChunkDatabase, embedder: Embedder, span: Span) -> Iterator[NDArray[np.float32]]:
@@ -69,17 +73,28 @@ class KeptVectors:
     num_chunks: int
     dimension: int
 
-    def write(self, first: int, vectors: NDArray[np.float32]) -> None:
-        """Put vectors in the place of the chunks from `first` on."""
+    def write(self, first: int, vectors: NDArray[np.float32]) -> bytes:
+        """Put vectors in the place of the chunks from `first` on; returns the bytes that they have there."""
+        content = as_bfloat16(vectors).tobytes()
         with named_disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 if os.fstat(descriptor).st_size != self.num_chunks * self.dimension * 2:
                     os.ftruncate(descriptor, self.num_chunks * self.dimension * 2)
-                os.pwrite(descriptor, as_bfloat16(vectors).tobytes(), first * self.dimension * 2)
+                os.pwrite(descriptor, content, first * self.dimension * 2)
             finally:
                 os.close(descriptor)
+        return content
+
+    def verify(self, facts: dict[str, Any]) -> None:
+        """Refuse vectors that are not those of the block that noted `facts`."""
+        rows = np.ascontiguousarray(self.mapped()[facts["first"] : facts["last"]])
+        if zlib.crc32(rows.data) != facts["vectors_crc32"]:
+            raise ArtifactError(
+                f"{self.path} is damaged at the vectors of the chunks {facts['first']} to {facts['last']}",
+                fix="remove the codes of these chunks and encode again",
+            )
 
     def mapped(self) -> NDArray[np.uint16]:
         """All vectors [chunks, dimension], as bits."""

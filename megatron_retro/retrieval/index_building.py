@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from megatron_retro.artifacts.files import remove_leftovers, write_file
 from megatron_retro.artifacts.manifest import read_manifest, require_same
-from megatron_retro.retrieval.block_files import verify_arrays
+from megatron_retro.retrieval.block_files import facts_of, verify_arrays
 from megatron_retro.retrieval.encoding import ChunkEncoder
 from megatron_retro.retrieval.faiss_index import inverted_parts
 from megatron_retro.retrieval.layout import claimed
@@ -39,7 +41,7 @@ def encode(project: Project) -> None:
             progress.advance(named[name].size)
     files = [project.codes_path(span) for span in project.blocks]
     share = project.config.retro_task_validate
-    recompute("encode", files, share, lambda number, path: encoder.write_block(project.blocks[number], path, None))
+    recompute("encode", files, share, lambda number, path: encoder.write_block(project.blocks[number], path, kept))
 
 
 def merge(project: Project) -> None:
@@ -49,8 +51,9 @@ def merge(project: Project) -> None:
         check_merged(project)
         return
     paths, facts = tuple(project.codes_path(span) for span in project.blocks), block_facts(project)
+    key = _key(facts)
     _check_blocks(project, paths, facts)
-    directory = layout.work("merged")
+    directory = layout.work(f"merged-{key}")
 
     def done(_: str) -> bool:
         return layout.merged.exists()
@@ -63,7 +66,7 @@ def merge(project: Project) -> None:
         return
     segment_bytes = int(min(SEGMENT_BYTES, project.memory_bytes / 4))
     task = ListMerge(
-        directory, layout.work("merged-ranges"), paths, facts, parts.num_lists, parts.code_size, segment_bytes
+        directory, layout.work(f"merged-ranges-{key}"), paths, facts, parts.num_lists, parts.code_size, segment_bytes
     )
     for _ in claimed(
         layout, "merge", ["prepare"], lambda _: layout.merged.exists() or task.is_prepared(), project.worker
@@ -79,7 +82,7 @@ def merge(project: Project) -> None:
             progress.advance(1)
     for _ in claimed(layout, "merge", ["finish"], done, project.worker):
         task.finish(parts, layout.merged, inputs, config)
-    for leftover in ("checked", "merged-ranges"):
+    for leftover in (f"checked-{key}", f"merged-ranges-{key}"):
         shutil.rmtree(layout.work(leftover), ignore_errors=True)
 
 
@@ -105,7 +108,7 @@ def _merged_inputs(project: Project) -> dict[str, str]:
 
 def _check_blocks(project: Project, paths: tuple[Path, ...], facts: dict[str, Any]) -> None:
     """Every byte of every block, once, by whichever worker."""
-    marks = project.layout.work("checked")
+    marks = project.layout.work(f"checked-{_key(facts)}")
     by_name = {path.name: path for path in paths}
 
     def is_done(name: str) -> bool:
@@ -113,4 +116,11 @@ def _check_blocks(project: Project, paths: tuple[Path, ...], facts: dict[str, An
 
     for name in claimed(project.layout, "check", list(by_name), is_done, project.worker):
         verify_arrays(by_name[name], facts)
+        if project.kept_vectors is not None:
+            project.kept_vectors.verify(facts_of(by_name[name]))
         write_file(marks / name, "")
+
+
+def _key(facts: dict[str, Any]) -> str:
+    """Unfinished work on other codes must never be taken for this one's."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]

@@ -128,6 +128,14 @@ def test_a_damaged_block_is_made_again_alone(settings: Settings, tmp_path: Path)
     assert changed == [False, True, *[False] * (len(blocks) - 2)]
 
 
+def test_damaged_kept_vectors_are_named(settings: Settings, tmp_path: Path) -> None:
+    kept = settings.replace(retro_keep_embeddings=True)
+    run_stages(kept, "train", "encode")
+    flip_byte(tmp_path / "project/index/embeddings/vectors.bf16")
+    with pytest.raises(ArtifactError, match="damaged at the vectors of the chunks"):
+        run_stages(kept, "merge")
+
+
 def test_verify_sees_a_flipped_byte_in_the_index_and_in_a_table(settings: Settings, tmp_path: Path) -> None:
     run_stages(settings, "train", "encode", "merge", "query")
     for file in ("index/merged/lists.ivfdata", "neighbors/corpus/*.ids"):
