@@ -1,17 +1,16 @@
 #!/usr/bin/env bash
 # Instruction tuning with the encoder, and with its gate shut. CONVERSATIONS and HELD_OUT are files of conversations.
 #SBATCH --job-name=encoder-ablation
-#SBATCH --array=0-3 --ntasks=1
-#SBATCH --open-mode=append --output=%x-%A-%a.log
-#SBATCH --signal=B:USR1@300
+#SBATCH --nodes=1 --ntasks-per-node=1 --array=0-3
+#SBATCH --requeue --open-mode=append --output=%x-%A-%a.log
+#SBATCH --signal=USR1@300
+#SBATCH --mail-type=END,FAIL
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
-if [ ! -e "$here/encoder_ablation.toml" ]; then # sbatch runs a copy of this file
+if [ ! -e "$here/slurm/launch.sh" ]; then # sbatch runs a copy of this file
   here="$SLURM_SUBMIT_DIR/examples"
 fi
-if [ -x "$here/../.venv/bin/python" ]; then
-  export PATH="$here/../.venv/bin:$PATH"
-fi
+export PROCESSES=1 # one worker; its runs are processes of their own
 cd "${DATA:-$here/../runs/quickstart}" # what examples/quickstart.sh made
 for name in "${CONVERSATIONS:?set it to a file of conversations to train on}" "${HELD_OUT:?set it to a file of conversations to measure on}"; do
   if [ ! -f "$name" ]; then
@@ -19,4 +18,4 @@ for name in "${CONVERSATIONS:?set it to a file of conversations to train on}" "$
     exit 2
   fi
 done
-exec megatron-retro ablate --config "$here/encoder_ablation.toml" --instruction-data "$CONVERSATIONS" --instruction-valid-data "$HELD_OUT" "$@"
+exec "$here/slurm/launch.sh" ablate --config "$here/encoder_ablation.toml" --instruction-data "$CONVERSATIONS" --instruction-valid-data "$HELD_OUT" "$@"

@@ -48,4 +48,4 @@ def test_example(name: str) -> None:
     assert all(one[RetroConfig].retro_attention_gate in (0.0, 1.0) for one in every)
     assert (name == "peft_study") == (verb == "finetune" and len({one[PeftConfig].peft_method for one in every}) == 5)
     script = (EXAMPLES / f"{name}.sh").read_text()
-    assert f'megatron-retro ablate --config "$here/{name}.toml"' in script
+    assert f'"$here/slurm/launch.sh" ablate --config "$here/{name}.toml"' in script
