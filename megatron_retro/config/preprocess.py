@@ -24,7 +24,7 @@ class PreprocessConfig:
 
     output_prefix: str | None = option(None, "writes PREFIX_KEY_document.bin and .idx")
     append_eod: bool = option(False, "end every document with the end-of-document id")
-    workers: int | None = option(None, "processes; the cores of this machine when not set", minimum=1)
+    workers: int | None = option(None, "processes; the cores that this process may use when not set", minimum=1)
     partitions: int = option(1, "Megatron's flag; work is always cut into byte ranges, order never changes", minimum=1)
     shards: int = option(1, "cut the output into this many token files", minimum=1, ours=True)
     shuffle_documents: int | None = option(None, "write documents in a random order of this seed", minimum=0, ours=True)

@@ -280,6 +280,9 @@ def test_finished_and_foreign_work_is_not_overwritten(tmp_path: Path, capfd: pyt
     before = files(tmp_path / "o")
     assert preprocess(tmp_path / "o", [source], "--append-eod") == 2
     assert "exists already" in capfd.readouterr().err
+    for flag in ("--resume", "--shard=0/2"):
+        assert preprocess(tmp_path / "o", [source], "--append-eod", flag) == 2
+        assert "made by another run" in capfd.readouterr().err
     assert preprocess(tmp_path / "o", [source], "--resume") == 0
     assert "nothing to do" in capfd.readouterr().err and files(tmp_path / "o") == before
 

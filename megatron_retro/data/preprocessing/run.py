@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_retro.artifacts.claims import BlockClaims
 from megatron_retro.artifacts.files import write_file
+from megatron_retro.artifacts.manifest import load_manifest, manifest_path
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.preprocess import InputConfig, PreprocessConfig
 from megatron_retro.data.preprocessing.assembly import Output, assemble, is_finished
@@ -63,8 +64,20 @@ class Run:
         total = len(self.plan.blocks)
         start = total * (self.worker.index * workers + number) // (self.worker.count * workers)
         order = [f"{block % total:06d}" for block in range(start, start + total)]
-        claims = BlockClaims(self.directory / "claims", order, self.is_done, CLAIM_SECONDS, wait=wait)
-        return (int(block) for block in claims)
+        return (int(block) for block in self._claimed(order, self.is_done, wait=wait))
+
+    def finish_claim(self) -> Iterator[str]:
+        """One claim, for the worker that puts the pieces together; the others wait for it."""
+        return self._claimed([_FINISH], lambda _: is_finished(self.plan, self.output), wait=True)
+
+    def _claimed(self, blocks: Sequence[str], is_done: Callable[[str], bool], *, wait: bool) -> Iterator[str]:
+        claims = BlockClaims(self.directory / "claims", blocks, is_done, CLAIM_SECONDS, wait=wait)
+        try:
+            yield from claims
+        except FileNotFoundError:
+            # Another worker finished everything and removed the directory under us.
+            if not is_finished(self.plan, self.output):
+                raise
 
     def maker(self) -> BlockMaker:
         """Makes blocks in this process."""
@@ -97,7 +110,7 @@ def preprocess(
         say(f"{run.output.prefix}: finished before, nothing to do")
         return
     _enter(run, resume=config.resume)
-    _make_blocks(run, config.workers or os.cpu_count() or 1, log_interval)
+    _make_blocks(run, config.workers or len(os.sched_getaffinity(0)), log_interval)
     summary = _finish(run)
     if config.verify:
         verify(run)
@@ -125,12 +138,8 @@ def plan_run(inputs: InputConfig, config: PreprocessConfig, tokenizer_config: To
 
 def _enter(run: Run, *, resume: bool) -> None:
     """Open the work directory, or say why not."""
-    for _, _, target in run.output.targets(run.plan):
-        for path in (bin_path(target), idx_path(target)):
-            if path.exists() and not (resume or run.worker.count > 1):
-                raise ArtifactError(
-                    f"{path} exists already", fix="remove it, give another --output-prefix, or --resume what began it"
-                )
+    for key, shard, target in run.output.targets(run.plan):
+        _require_free(run, target, run.output.config_of(run.plan, key, shard), resume=resume)
     plan_file = run.directory / "plan.json"
     if plan_file.exists():
         found = json.loads(plan_file.read_text())["fingerprint"]
@@ -146,6 +155,20 @@ def _enter(run: Run, *, resume: bool) -> None:
                 f"{run.directory} holds unfinished work of this same run", fix="--resume goes on; or remove it"
             )
     write_file(plan_file, json.dumps({"fingerprint": run.plan.fingerprint, **asdict(run.plan)}, indent=1))
+
+
+def _require_free(run: Run, target: str, config: dict[str, Any], *, resume: bool) -> None:
+    """Refuse to write over files that are not this run's."""
+    path = next((path for path in (bin_path(target), idx_path(target)) if path.exists()), None)
+    if path is None:
+        return
+    finished = manifest_path(Path(target)).exists()
+    others = finished and load_manifest(Path(target)).config != config
+    if others or not (resume or run.worker.count > 1):
+        raise ArtifactError(
+            f"{path} exists already" + (", made by another run" if others else ""),
+            fix="remove it, give another --output-prefix, or --resume what began it",
+        )
 
 
 def _make_blocks(run: Run, workers: int, log_interval: int | None) -> None:
@@ -197,11 +220,8 @@ def _make_here(run: Run, log: _Log) -> None:
 
 def _finish(run: Run) -> Summary | None:
     """Put the pieces together, in one worker; the others wait for it. None where another one did it."""
-    claims = BlockClaims(
-        run.directory / "claims", [_FINISH], lambda _: is_finished(run.plan, run.output), CLAIM_SECONDS
-    )
     summary = None
-    for _ in claims:
+    for _ in run.finish_claim():
         counts = [read_counts(run.directory, block) or BlockCounts() for block in range(len(run.plan.blocks))]
         summary = Summary(*(sum(getattr(c, name) for c in counts) for name in Summary.__dataclass_fields__))
         assemble(run.plan, run.directory, run.output)
