@@ -6,6 +6,7 @@ The rates are those of the published build; `build-retrieval --retro-tasks plan`
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,12 +16,12 @@ from megatron_retro.config.retrieval import RetrievalConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.planning.workload import workload_of
-from megatron_retro.runtime.console import readable_bytes, readable_count
+from megatron_retro.runtime.console import readable_bytes, readable_count, readable_seconds
 
 EMBEDDED_CHUNKS_PER_GPU_HOUR = 6.22e6  # published: BERT-large on an A100
 ADDED_CHUNKS_PER_CPU_HOUR = 19e9 / 192  # published
 QUERIES_PER_CPU_HOUR = 1.56e9 / 1736  # published, nprobe 4096
-TOKENIZED_PER_CPU_HOUR = 5.8e6 * 3600  # five times Megatron's measured rate on one core
+TOKENIZED_PER_CPU_HOUR = 1.16e6 * 3600  # measured: Megatron's own preprocessing, sentencepiece BPE, one core
 CODE_BYTES, ID_BYTES, TABLE_ID_BYTES = 64, 8, 5
 
 
@@ -56,13 +57,19 @@ def data_plan(settings: Settings) -> DataPlan:
         queries=queries,
         token_file_bytes=corpus * token_bytes,
         database_bytes=8 * database / planning.plan_document_tokens,
-        index_bytes=chunks * (CODE_BYTES + ID_BYTES),
+        index_bytes=chunks * (_code_bytes(retrieval.retro_index_str) + ID_BYTES),
         table_bytes=queries * TABLE_ID_BYTES * retrieval.retro_query_num_neighbors_save,
         tokenize_cpu_hours=corpus / TOKENIZED_PER_CPU_HOUR,
         embed_gpu_hours=(chunks + queries) / EMBEDDED_CHUNKS_PER_GPU_HOUR,
         add_cpu_hours=chunks / ADDED_CHUNKS_PER_CPU_HOUR,
         query_cpu_hours=queries / QUERIES_PER_CPU_HOUR,
     )
+
+
+def _code_bytes(index: str) -> int:
+    """Bytes of a stored vector: what a product quantizer at the end of the factory string says, else the published."""
+    found = re.search(r"PQ(\d+)$", index)
+    return int(found[1]) if found else CODE_BYTES
 
 
 def _chunks(tokens: float, length: int, document_tokens: int) -> float:
@@ -90,7 +97,10 @@ def data_lines(settings: Settings) -> Iterator[str]:
             f"table         {readable_count(plan.queries)} queries x {saved} "
             f"neighbours: {readable_bytes(plan.table_bytes)}, {readable_count(plan.query_cpu_hours)} CPU hours"
         )
+    hours = plan.tokenize_cpu_hours
+    hours += plan.add_cpu_hours + plan.query_cpu_hours if retro.retro_add_retriever else 0.0
+    if planning.plan_data_workers > 1:
+        wall = readable_seconds(hours / planning.plan_data_workers * 3600)
+        yield f"              {wall} of CPU work on {planning.plan_data_workers} workers of one core"
     if planning.plan_price_per_cpu_hour is not None:
-        hours = plan.tokenize_cpu_hours
-        hours += plan.add_cpu_hours + plan.query_cpu_hours if retro.retro_add_retriever else 0.0
         yield f"price         {hours * planning.plan_price_per_cpu_hour:,.0f} of CPU hours"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from megatron_retro.config.planning import PlanningConfig
 from megatron_retro.config.toml_files import nearest, parse_toml
 from megatron_retro.errors import ConfigError
 
@@ -39,6 +40,12 @@ def read_hardware(path: Path | None = None) -> dict[str, Accelerator]:
         raise ConfigError(f"cannot read the hardware table {source}", got=error.strerror) from None
     rows = parse_toml(text, str(source))
     return {name: _row(name, row, source) for name, row in rows.items()}
+
+
+def machine_of(planning: PlanningConfig) -> Accelerator:
+    """The accelerator that a plan is for."""
+    table = planning.plan_hardware_table
+    return accelerator(planning.plan_hardware, None if table is None else Path(table))
 
 
 def accelerator(name: str, path: Path | None = None) -> Accelerator:

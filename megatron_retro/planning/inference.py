@@ -6,7 +6,7 @@ from megatron_retro.config.evaluation import EvaluationConfig
 from megatron_retro.config.planning import PlanningConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import ConfigError
-from megatron_retro.planning.hardware import accelerator
+from megatron_retro.planning.hardware import machine_of
 from megatron_retro.planning.workload import Workload, workload_of
 from megatron_retro.runtime.console import readable_bytes, readable_count
 
@@ -23,7 +23,7 @@ def cache_bytes(work: Workload) -> float:
 def inference_report(settings: Settings) -> str:
     """Sizes of an evaluation as text."""
     planning, evaluation, work = settings[PlanningConfig], settings[EvaluationConfig], workload_of(settings)
-    machine = accelerator(planning.plan_hardware)
+    machine = machine_of(planning)
     weights = work.costs.parameters * work.value_bytes
     cache = cache_bytes(work) * evaluation.eval_batch_size
     usable = machine.memory_bytes * (1 - planning.plan_memory_margin)

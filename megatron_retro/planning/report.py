@@ -16,7 +16,7 @@ from megatron_retro.errors import ConfigError, Violation
 from megatron_retro.planning.data_side import data_lines
 from megatron_retro.planning.faults import data_faults, memory_faults, structural_faults
 from megatron_retro.planning.figures import write_figures
-from megatron_retro.planning.hardware import Accelerator, accelerator
+from megatron_retro.planning.hardware import Accelerator, machine_of
 from megatron_retro.planning.inference import inference_report
 from megatron_retro.planning.memory import Memory
 from megatron_retro.planning.model_shape import with_model_shape
@@ -40,10 +40,8 @@ def print_plan(settings: Settings) -> int:
         print("\n".join(data_lines(settings)))
         return 0
     broken = structural_faults(settings)
-    machine = accelerator(
-        planning.plan_hardware, Path(planning.plan_hardware_table) if planning.plan_hardware_table else None
-    )
-    if planning.suggest and not _only_layout(broken):
+    machine = machine_of(planning)
+    if planning.suggest and not _beyond_layouts(broken):
         print(_suggestions(workload_of(settings), planning, machine))
         return 0
     if broken:
@@ -56,7 +54,7 @@ def _counts_by_hand(settings: Settings) -> tuple[int, ...] | None:
     return None if layout is None else parse_layout(layout)
 
 
-def _only_layout(broken: list[Violation]) -> bool:
+def _beyond_layouts(broken: list[Violation]) -> bool:
     """Faults that another layout cannot heal."""
     return any(violation.field in ("vocab_size", "seq_length", "retro_layers", "hidden_size") for violation in broken)
 
