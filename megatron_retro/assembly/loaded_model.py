@@ -10,20 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_retro.assembly.run_parts import VOCABULARY_PARAMETERS
 from megatron_retro.checkpoint.live_state import model_tensors, padded_rows
 from megatron_retro.checkpoint.loading import Checkpoint, load_tensors, open_checkpoint
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings, build_settings, section_name, specs_by_name
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_retro.errors import ArtifactError, EnvironmentProblem
+from megatron_retro.errors import ArtifactError, ConfigError, EnvironmentProblem
 from megatron_retro.model.retro import Retro
+from megatron_retro.peft.attach import attach, connect, is_added, merge
 
 _TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
-_SECTIONS = (ModelConfig, RetroConfig, TokenizerConfig)
+_SECTIONS = (ModelConfig, RetroConfig, TokenizerConfig, PeftConfig)
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,48 @@ def load_model(
     checkpoint, settings, built = open_for_use(path, tokenizer)
     place = chosen_device(device)
     module = Retro(settings[ModelConfig], settings[RetroConfig])
-    tensors = model_tensors(module)
-    vocab_size = settings[ModelConfig].vocab_size or 0
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process, on purpose
-        load_tensors(checkpoint, tensors, padded_rows(tensors, dict.fromkeys(VOCABULARY_PARAMETERS, vocab_size)))
+    if settings[PeftConfig].peft_method == "none":
+        _fill(module, checkpoint, settings, model_tensors(module))
+    else:
+        _fill_tuned(module, checkpoint, settings)
     module = module.to(place, chosen_dtype(dtype, place)).eval().requires_grad_(False)
     return LoadedModel(module, built, settings, checkpoint.path, checkpoint.manifest.fingerprint)
+
+
+def _fill(module: Retro, checkpoint: Checkpoint, settings: Settings, tensors: Mapping[str, Tensor]) -> None:
+    rows = padded_rows(tensors, dict.fromkeys(VOCABULARY_PARAMETERS, settings[ModelConfig].vocab_size or 0))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process, on purpose
+        load_tensors(checkpoint, tensors, rows)
+
+
+def _fill_tuned(module: Retro, checkpoint: Checkpoint, settings: Settings) -> None:
+    """The model that was tuned beside, and what was tuned: merged where that is exact, else left in place."""
+    method = settings[PeftConfig].peft_method
+    if method == "p-tuning":
+        raise ConfigError(
+            f"{checkpoint.path} holds virtual tokens, which nothing but training puts before a text",
+            got="peft_method = p-tuning",
+            expected="lora, adapter or ia3",
+        )
+    stored = str(checkpoint.manifest.config.get("checkpoint", {}).get("load") or "")
+    base = open_checkpoint(seen_from(stored, checkpoint.path))
+    _fill(module, base, settings, model_tensors(module))
+    attach(module, settings[PeftConfig])
+    added = {name: tensor for name, tensor in model_tensors(module).items() if is_added(name)}
+    _fill(module, checkpoint, settings, added)
+    connect(module)
+    if method in ("lora", "ia3"):
+        merge(module)
+
+
+def seen_from(stored: str, checkpoint: Path) -> Path:
+    """A path as a run noted it; a relative one also counts from a folder above the run."""
+    path = Path(stored)
+    if path.is_absolute() or path.exists():
+        return path
+    places = (folder / path for folder in checkpoint.resolve().parents)
+    return next((place for place in places if place.exists()), path)
 
 
 def open_for_use(path: Path, tokenizer: TokenizerConfig | None = None) -> tuple[Checkpoint, Settings, Tokenizer]:
@@ -90,12 +128,8 @@ def stored_settings(checkpoint: Checkpoint) -> Settings:
 
 def _found_files(config: TokenizerConfig, checkpoint: Path) -> TokenizerConfig:
     """The tokenizer's files as they are seen from here: a relative path also counts from a folder above the run."""
-    found: dict[str, str] = {}
-    for name in _TOKENIZER_FILES:
-        stored = getattr(config, name)
-        if stored is not None and not Path(stored).is_absolute() and not Path(stored).exists():
-            places = (folder / stored for folder in checkpoint.resolve().parents)
-            found[name] = str(next((place for place in places if place.exists()), stored))
+    stored = {name: getattr(config, name) for name in _TOKENIZER_FILES}
+    found = {name: str(seen_from(value, checkpoint)) for name, value in stored.items() if value is not None}
     return dataclasses.replace(config, **found)
 
 

@@ -15,6 +15,7 @@ from megatron_retro.checkpoint.loading import load_tensors
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
@@ -41,6 +42,12 @@ def load_stage(
             expected="as many processes as tensor x pipeline, no sequence parallelism, no virtual stages",
         )
     checkpoint, stored, built = open_for_use(path, tokenizer)
+    if stored[PeftConfig].peft_method != "none":
+        raise ConfigError(
+            f"{checkpoint.path} tunes beside another model",
+            got=f"peft_method = {stored[PeftConfig].peft_method}",
+            fix="generate from it with one process",
+        )
     settings = Settings([stored[ModelConfig], stored[RetroConfig], stored[TokenizerConfig], parallel, TrainingConfig()])
     part = stage_parts(settings, seq_length=1)[mesh.rank(PIPELINE)]
     stage = stage_without_memory(settings, part, mesh)

@@ -124,7 +124,8 @@ def _doc2dial_turns(talk: Mapping[str, Any], document: Mapping[str, Any], path: 
 
 def _referred_text(turn: Mapping[str, Any], document: Mapping[str, Any]) -> str:
     spans = document.get("spans", {})
-    return " ".join(str(spans[one["sp_id"]]["text_sp"]).strip() for one in turn["references"] if one["sp_id"] in spans)
+    names = [need(one, "sp_id", "references") for one in turn["references"]]
+    return " ".join(str(need(spans[name], "text_sp", "spans")).strip() for name in names if name in spans)
 
 
 def load_scrolls(path: Path) -> Iterator[Example]:

@@ -32,7 +32,7 @@ def _open_records(records: list[dict[str, Any]], path: Path) -> Iterator[Example
 
 def given_contexts(record: Mapping[str, Any]) -> tuple[Passage, ...]:
     """The passages that DPR's layout carries."""
-    return tuple(Passage(str(one.get("title", "")), str(one["text"])) for one in record.get("ctxs", ()))
+    return tuple(Passage(str(one.get("title", "")), str(need(one, "text", "ctxs"))) for one in record.get("ctxs", ()))
 
 
 def load_trivia_qa(path: Path) -> Iterator[Example]:
