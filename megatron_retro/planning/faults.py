@@ -9,13 +9,10 @@ from megatron_retro.config.checks import violations
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.model_checks import model_violations
-from megatron_retro.config.optimizer import OptimizerConfig
 from megatron_retro.config.planning import PlanningConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.config.training import TrainingConfig
 from megatron_retro.errors import MegatronRetroError, Violation
-from megatron_retro.optim.schedule import schedule_violations
 from megatron_retro.planning.plan import Plan
 from megatron_retro.planning.variants import fitting_change
 from megatron_retro.runtime.console import readable_bytes
@@ -25,7 +22,6 @@ def structural_faults(settings: Settings) -> list[Violation]:
     """Broken rules between settings, and between settings and the number of processes."""
     found = violations(settings, settings[PlanningConfig].world_size())
     found += model_violations(settings[ModelConfig], settings[RetroConfig])
-    found += schedule_violations(settings[OptimizerConfig], settings[TrainingConfig])
     found += _missing_vocabulary(settings)
     found += _sequence_against_chunk(settings)
     unique = {(violation.field, str(violation.got)): violation for violation in found}
