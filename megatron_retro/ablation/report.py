@@ -19,6 +19,8 @@ from megatron_retro.runtime.svg_plots import Series, bars, line_plot
 
 RESULTS, PAGE = "study.json", "report.html"
 _CURVE_POINTS = 120
+_ROOM = 60  # letters that the names of a plot may take together
+_LINES = 6
 _COLUMNS = (
     ("loss", "held-out loss"),
     ("difference", "minus baseline"),
@@ -75,7 +77,7 @@ def render(study: Study, title: str, axes: Sequence[Axis], results: Sequence[Res
         facts(head),
         *state,
         section("Configurations", table(header, rows), paragraph(_READING, "soft"), *_findings(groups)),
-        section("Plots", *_loss_plots(groups, axes), _curves(groups)),
+        section("Plots", *_loss_plots(groups, axes), *_curves(groups)),
         section("Runs", table(("run", "state", "step", "held-out loss", "time", "what it said"), _run_rows(results))),
         section("Commands", preformatted("\n".join(shlex.join(study.command(cell)) for cell in study.cells))),
     ]
@@ -165,11 +167,13 @@ def _loss_plots(groups: Sequence[Configuration], axes: Sequence[Axis]) -> list[s
         title = f"Held-out loss against {varied[0].name}"
         plots.append(line_plot([line], title=title, x_label=varied[0].name, y_label="nats per token", log_x=log))
     if compared:
+        names = _short_names(groups)
+        by_row = "" if names[0] == groups[0].name else " (numbers are rows of the table)"
         plots.append(
             bars(
-                [group.name for group, _ in compared],
+                [names[groups.index(group)] for group, _ in compared],
                 [found.mean for _, found in compared],
-                title=f"Held-out loss minus that of {groups[0].name}",
+                title=f"Held-out loss minus that of {groups[0].name}{by_row}",
                 y_label="nats per token",
             )
         )
@@ -183,19 +187,25 @@ def _numbers(labels: Sequence[str]) -> list[float] | None:
         return None
 
 
-def _curves(groups: Sequence[Configuration]) -> str:
-    """Held-out loss during the runs of the first seed; empty with fewer than two evaluations."""
+def _short_names(groups: Sequence[Configuration]) -> list[str]:
+    """Names for a plot; where they would run into each other, the rows of the table."""
+    names = [group.name for group in groups]
+    return names if sum(map(len, names)) <= _ROOM else [str(row) for row in range(1, len(groups) + 1)]
+
+
+def _curves(groups: Sequence[Configuration]) -> list[str]:
+    """Held-out loss during the runs of the first seed; none with fewer than two evaluations."""
     series = []
-    for group in groups:
+    for name, group in zip(_short_names(groups), groups, strict=True):
         evaluations = group.results[0].evaluations[-_CURVE_POINTS:]
         if len(evaluations) > 1:
             steps = [float(event["step"]) for event in evaluations]
-            series.append(Series(group.name, steps, [float(event["loss"]) for event in evaluations]))
-    if not series:
-        return ""
-    return line_plot(
-        series, title="Held-out loss while training (first seed)", x_label="step", y_label="nats per token"
-    )
+            series.append(Series(name, steps, [float(event["loss"]) for event in evaluations]))
+    title = "Held-out loss while training (first seed)"
+    return [
+        line_plot(series[first : first + _LINES], title=title, x_label="step", y_label="nats per token")
+        for first in range(0, len(series), _LINES)
+    ]
 
 
 def _run_rows(results: Sequence[Result]) -> list[tuple[object, ...]]:

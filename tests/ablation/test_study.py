@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -205,3 +207,24 @@ def test_shortage_is_that_of_the_rows(corpus: TinyCorpus) -> None:
                 legal = [one for one in documents if one not in own and bool(reader.keeps(np.array([one]))[0])]
                 short.append(len(legal) < 2)
         assert neighbor_shortage(settings) == pytest.approx(np.mean(short))
+
+
+def test_a_request_to_stop_reaches_the_run_and_leaves_it_to_the_next_start(tmp_path: Path) -> None:
+    program = tmp_path / "patient.py"
+    program.write_text(
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        f"pathlib.Path({str(tmp_path / 'started')!r}).touch()\n"
+        "time.sleep(60)\n"
+    )
+    launcher = ["--study-launcher", sys.executable, str(program)]
+    words = ["--study-output", str(tmp_path / "study"), "--study-grid", "lr = [1.0, 2.0]", *launcher]
+    process = subprocess.Popen([sys.executable, "-m", "megatron_retro.cli.main", "ablate", *words])
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    states = {result["state"] for result in raw_results(tmp_path / "study").values()}
+    assert states == {"not started"}
+    assert not list((tmp_path / "study" / "claims").glob("*.claim"))
