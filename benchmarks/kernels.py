@@ -2,7 +2,8 @@
 
     python benchmarks/kernels.py --json benchmarks/results/kernels.json [--quick]
 
-Every candidate's output and gradients are compared with float64 first. Figures are CPU seconds of one thread (medians, interleaved).
+Outputs and gradients of every candidate are compared with float64 first. Figures are CPU seconds of one thread
+(medians, interleaved).
 Sizes are those of an 823M model cut to what a laptop trains: hidden size 1024, 2048 tokens; --quick is smaller and
 leaves torch.compile out, as its compilation takes a minute.
 """
@@ -200,12 +201,12 @@ def loss_case(dtype: torch.dtype, tokens: int, width: int, vocabulary: int) -> C
 
 
 def check_equal(case: Case, runs: dict[str, Callable[[], list[Tensor]]]) -> None:
-    """No candidate may be further from float64 than three times eager, or a few roundings of the largest value."""
+    """No candidate may be further from float64 than three times eager, or 32 roundings of the largest value."""
     exact = with_gradients(case.plain, tuple(in_float64(case.inputs)))()
     errors = {name: relative_errors(run(), exact) for name, run in runs.items()}
     for name, each in errors.items():
         for error, eager, value in zip(each, errors["eager"], runs["eager"](), strict=True):
-            if not error <= max(3 * eager, 8 * torch.finfo(value.dtype).eps):
+            if not error <= max(3 * eager, 32 * torch.finfo(value.dtype).eps):
                 raise SystemExit(f"{case.name}: {name} is {error:.2e} of the largest value off, eager {eager:.2e}")
 
 
@@ -267,7 +268,7 @@ def run(quick: bool) -> list[Figure]:
     """Every operator, float32 and bfloat16."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    tokens, width, repeats = (512, 512, 5) if quick else (2048, 1024, 7)
+    tokens, width, repeats = (512, 512, 5) if quick else (2048, 1024, 5)
     figures: list[Figure] = []
     for dtype in (torch.float32, torch.bfloat16):
         cases = [*norm_cases(dtype, tokens, width), *pointwise_cases(dtype, tokens, width)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,7 +47,9 @@ class SingleProcess:
         set_gate_budgets(self._module, self._module.retro, step, loss_scale / len(microbatches))
         loss_sum = torch.zeros((), dtype=torch.float64)
         for batch in microbatches:
-            part = (self._losses(batch) * batch.loss_mask_BS).sum()
+            # a label below zero costs the loss no work
+            counted = replace(batch, labels_BS=batch.labels_BS.where(batch.loss_mask_BS > 0, -1))
+            part = (self._losses(counted) * batch.loss_mask_BS).sum()
             (part * (loss_scale / max(num_tokens, 1))).backward()  # type: ignore[no-untyped-call]
             loss_sum += part.detach().double().cpu()
         return StepResult(loss_sum.item(), float(num_tokens), {})

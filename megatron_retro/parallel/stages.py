@@ -82,6 +82,8 @@ class Stage(nn.Module):
             entered = self.axis.enter(passed)
         hidden, encoded = self.model.run_layers(hidden, entered, context)
         if self.part.last:
+            # a label below zero costs the loss no work
+            labels_BS = labels_BS.where(loss_mask_BS > 0, -1) if self.training else labels_BS
             losses_BS = self.model.head(hidden, labels_BS)
             return self._training_loss((losses_BS * loss_mask_BS).sum()) if self.training else losses_BS
         if not self.part.sends_neighbors or context.retrieval is None:
