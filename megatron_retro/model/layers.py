@@ -45,9 +45,9 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The new hidden state and the encoded neighbours; `read` encodes them, in the first retrieval layer."""
         layer_cache = None if cache is None else cache.layer(self.index)
-        attended = self.attention(
-            self.input_norm(hidden_BSH), context.pattern, context.rotary, context.piece, layer_cache
-        )
+        normed_BSH = self.input_norm(hidden_BSH)
+        with self.input_norm.recomputed(normed_BSH, hidden_BSH):
+            attended = self.attention(normed_BSH, context.pattern, context.rotary, context.piece, layer_cache)
         hidden_BSH = hidden_BSH + self._dropped(attended)
         retrieval = context.retrieval
         if self.cross_attention is not None and self.cross_norm is not None and retrieval is not None:
@@ -57,7 +57,9 @@ class DecoderLayer(nn.Module):
             if encoded_neighbors is not None or retrieval.mask_BCE is not None:
                 found = self.cross_attention(normed_BSH, encoded_neighbors, retrieval, context.piece, layer_cache)
                 hidden_BSH = hidden_BSH + self._dropped(found)
-        hidden_BSH = hidden_BSH + self._dropped(self.mlp(self.mlp_norm(hidden_BSH)))
+        normed_BSH = self.mlp_norm(hidden_BSH)
+        with self.mlp_norm.recomputed(normed_BSH, hidden_BSH):
+            hidden_BSH = hidden_BSH + self._dropped(self.mlp(normed_BSH))
         return hidden_BSH, encoded_neighbors
 
     def _dropped(self, hidden: Tensor) -> Tensor:
@@ -81,19 +83,20 @@ class EncoderLayer(nn.Module):
     def forward(self, hidden_XKRH: Tensor, chunk_XMH: Tensor, context: EncoderContext) -> Tensor:
         """[X, K, R, H] for X chunks."""
         shape = hidden_XKRH.shape[:2]
-        normed = self.input_norm(hidden_XKRH).flatten(0, 1)
-        attended = self.attention(normed, context.pattern, context.rotary)
+        normed = self.input_norm(hidden_XKRH)
+        with self.input_norm.recomputed(normed, hidden_XKRH):
+            attended = self.attention(normed.flatten(0, 1), context.pattern, context.rotary)
         hidden_XKRH = hidden_XKRH + self._dropped(torch.unflatten(attended, 0, shape))
         if self.cross_attention is not None and self.cross_norm is not None:
-            found = self.cross_attention(
-                self.cross_norm(hidden_XKRH),
-                chunk_XMH,
-                context.chunk_mask_XM,
-                context.query_rotary,
-                context.chunk_rotary,
-            )
+            normed = self.cross_norm(hidden_XKRH)
+            with self.cross_norm.recomputed(normed, hidden_XKRH):
+                found = self.cross_attention(
+                    normed, chunk_XMH, context.chunk_mask_XM, context.query_rotary, context.chunk_rotary
+                )
             hidden_XKRH = hidden_XKRH + self._dropped(found)
-        return hidden_XKRH + self._dropped(self.mlp(self.mlp_norm(hidden_XKRH)))
+        normed = self.mlp_norm(hidden_XKRH)
+        with self.mlp_norm.recomputed(normed, hidden_XKRH):
+            return hidden_XKRH + self._dropped(self.mlp(normed))
 
     def _dropped(self, hidden: Tensor) -> Tensor:
         return functional.dropout(hidden, self.dropout, self.training) if self.dropout else hidden

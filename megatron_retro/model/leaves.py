@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from megatron_retro.config.model import ModelConfig
 from megatron_retro.ops.linear_cross_entropy import linear_cross_entropy
 from megatron_retro.ops.local_tensors import local
 from megatron_retro.ops.norm import layer_norm, rms_norm
+from megatron_retro.ops.recomputation import recomputed
 
 
 class Linear(nn.Module):
@@ -65,6 +68,12 @@ class Norm(nn.Module):
             return rms_norm(hidden, weight, epsilon=self.epsilon, weight_plus_one=self.weight_plus_one)
         bias = local(self.bias)
         return layer_norm(hidden, weight, bias, epsilon=self.epsilon, weight_plus_one=self.weight_plus_one)
+
+    def recomputed(self, normed: Tensor, hidden: Tensor) -> AbstractContextManager[Any]:
+        """In this block `normed` is not kept for the backward pass; it follows from `hidden`, which the norm keeps."""
+        if normed.numel() != hidden.numel():  # entered a region of a cut: no longer what the norm gave
+            return nullcontext()
+        return recomputed(normed, lambda: self.forward(hidden.detach()))
 
 
 class Embedding(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,21 +20,27 @@ def recomputed(tensor: Tensor, compute: Callable[[], Tensor]) -> AbstractContext
     `compute` must give the same values from tensors that are kept anyway. Where saved tensors are already taken care
     of (a checkpointed region computes all of them again), nothing is added.
     """
-    hooks_are_set = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    if hooks_are_set or not tensor.requires_grad or not torch.is_grad_enabled():
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    foreign_hooks = hooks is not None and not isinstance(hooks[0], _Pack)
+    if foreign_hooks or not tensor.requires_grad or not torch.is_grad_enabled():
         return nullcontext()
-    place, count = tensor.data_ptr(), tensor.numel()
+    return saved_tensors_hooks(_Pack(tensor, compute), _unpack)
 
-    def pack(saved: Tensor) -> _Packed:
-        if saved.data_ptr() != place or saved.numel() != count:
+
+class _Pack:
+    """Gives the recipe for one tensor and every other tensor as it is. Blocks nest: the inner one's tensor counts."""
+
+    def __init__(self, tensor: Tensor, compute: Callable[[], Tensor]) -> None:
+        self.place, self.count, self.compute = tensor.data_ptr(), tensor.numel(), compute
+
+    def __call__(self, saved: Tensor) -> _Packed:
+        if saved.data_ptr() != self.place or saved.numel() != self.count:
             return saved
-        shape = saved.shape
-        return lambda: _again(compute, shape)
+        return partial(_again, self.compute, saved.shape)
 
-    def unpack(packed: _Packed) -> Tensor:
-        return packed if isinstance(packed, Tensor) else packed()
 
-    return saved_tensors_hooks(pack, unpack)
+def _unpack(packed: _Packed) -> Tensor:
+    return packed if isinstance(packed, Tensor) else packed()
 
 
 def _again(compute: Callable[[], Tensor], shape: torch.Size) -> Tensor:
