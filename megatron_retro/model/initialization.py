@@ -34,7 +34,7 @@ def initial_value(
 def initial_blocks(
     name: str, shape: torch.Size | tuple[int, ...], model: ModelConfig, retro: RetroConfig, seed: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """The same in blocks of rows, each with its first row; a row is the last dimension. For what is never held whole."""
+    """The same in blocks of rows (the last dimension), each with its first row; for what is never held whole."""
     width = shape[-1]
     num_rows = math.prod(shape[:-1])
     deviation = standard_deviation(name, model, retro)
