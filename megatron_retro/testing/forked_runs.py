@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -17,9 +18,11 @@ from megatron_retro.errors import MegatronRetroError
 
 def fork(function: Callable[[], object]) -> int:
     """Start a child that calls the function and exits with 0, with the code of a named error, or with 1."""
+    gc.collect()
     process = os.fork()
     if process:
         return process
+    gc.freeze()  # collecting what the parent left (process groups, say) would wait for threads that are not here
     code = 1
     try:
         torch.set_num_threads(1)

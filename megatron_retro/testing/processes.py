@@ -9,6 +9,7 @@ caller's output goes. Killing a rank on purpose belongs in the function: `os.kil
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -67,9 +68,11 @@ def _free_port() -> int:
 
 
 def _fork(room: Path, rank: int, world_size: int, port: int, timeout: float, call: Callable[[], Any]) -> int:
+    gc.collect()
     process = os.fork()
     if process:
         return process
+    gc.freeze()  # collecting what the parent left (process groups, say) would wait for threads that are not here
     code = 1
     try:
         code = _rank_main(room, rank, world_size, port, timeout, call)

@@ -37,7 +37,7 @@ def test_bf16_errs_no_more_than_twice_as_much_as_one_process(world_size: int, la
     settings = exact_settings.replace(bf16=True)
     alone = worst_differences(exact, [reference_outcome(settings, batches)])
     cut = worst_differences(exact, run_layout(settings.replace(**layout), world_size, batches))
-    floor = 0.01  # of a parameter's largest gradient: a few roundings of bf16, where one process was lucky
+    floor = 0.02  # of a parameter's largest gradient: five roundings of bf16, where one process was lucky
     worse = {name: (error, alone[name]) for name, error in cut.items() if error > max(2 * alone[name], floor)}
     assert worse == {}
     assert max(cut.values()) > 1e-4  # it did compute in bf16
