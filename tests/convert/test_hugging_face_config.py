@@ -1,0 +1,88 @@
+"""Settings of published models, as their files spell them, become ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.convert.hugging_face_config import hugging_face_from_model, model_from_hugging_face
+from megatron_retro.testing.tiny_models import tiny_model
+
+LLAMA_31_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+
+
+def test_the_older_spelling_of_rotary_rescaling() -> None:
+    model = model_from_hugging_face(LLAMA_31_8B)
+    newer = {name: value for name, value in LLAMA_31_8B.items() if not name.startswith("rope")}
+    newer["rope_parameters"] = {**LLAMA_31_8B["rope_scaling"], "rope_theta": 500000.0}
+    assert model_from_hugging_face(newer) == model
+    assert (model.rotary_base, model.rope_scaling_type, model.rope_scaling_factor) == (500000.0, "llama3", 8.0)
+    assert (model.num_key_value_heads(), model.head_size(), model.ffn_width()) == (8, 128, 14336)
+
+
+def test_what_a_file_leaves_out_is_what_the_family_has() -> None:
+    shape = {"vocab_size": 10, "hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 1}
+    mistral = model_from_hugging_face({"model_type": "mistral", **shape, "num_attention_heads": 16})
+    assert (mistral.sliding_window, mistral.num_key_value_heads()) == (4096, 8)
+    full = model_from_hugging_face(
+        {"model_type": "mistral", **shape, "num_attention_heads": 16, "sliding_window": None}
+    )
+    assert full.sliding_window is None
+    stablelm = model_from_hugging_face(
+        {"model_type": "stablelm", **shape, "num_attention_heads": 4, "num_key_value_heads": 4}
+    )
+    assert stablelm.rotary_percent == 0.25
+    qwen3 = model_from_hugging_face({"model_type": "qwen3", **shape, "num_attention_heads": 4})
+    assert qwen3.kv_channels == 128
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True},
+        {"normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True, "sliding_window": 9},
+        {"normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True, "add_qkv_bias": True},
+        {"apply_layernorm_1p": True, "squared_relu": True, "rotary_percent": 0.5},
+        {"swiglu": True, "disable_bias_linear": True, "rotary_percent": 0.5},
+        {"position_embedding_type": "learned_absolute", "untie_embeddings_and_output_weights": False},
+    ],
+)
+def test_out_and_in_is_the_same_function(changes: dict[str, Any]) -> None:
+    model = tiny_model(**changes)
+    _, config = hugging_face_from_model(model)
+    again = model_from_hugging_face(config)
+    told = {name for name in vars(ModelConfig()) if getattr(again, name) != getattr(model, name)}
+    assert told <= {"make_vocab_size_divisible_by"}
