@@ -49,8 +49,10 @@ def test_the_page_searches_and_marks(page: Path, tmp_path: Path) -> None:
         assert "nothing" not in marked and "0123" not in marked
         browser.type("#find input", "TAGAIN Quick")
         browser.wait_for("document.querySelector('#count').textContent.startsWith('2 of')")
-        shown = "return [...document.querySelectorAll('article')].filter(one => !one.hidden).map(one => one.textContent)"
-        assert all("tagain" in text and "quick" in text for text in browser.run(shown))
+        shown = browser.run(
+            "return [...document.querySelectorAll('article:not([hidden])')].map(one => one.textContent)"
+        )
+        assert all("tagain" in text and "quick" in text for text in shown)
         browser.clear("#find input")
         assert browser.run("return performance.getEntriesByType('resource').length") == 0
         assert [entry for entry in browser.log() if entry["level"] == "SEVERE"] == []
