@@ -24,8 +24,10 @@
 #endif
 
 #ifndef MEGATRON_RETRO_SHIM
-// A torch without CUDA has no such symbol; the library loads there all the same.
+// A torch without CUDA has no such symbols; the library loads there all the same.
 #pragma weak aoti_torch_get_current_cuda_stream
+#pragma weak torch_c10_cuda_check_msg
+#pragma weak torch_c10_cuda_free_error_msg
 #endif
 
 namespace megatron_retro {
