@@ -37,7 +37,6 @@ class Preparation:
 
     def whole_sequence(
         self,
-        batch_size: int,
         length: int,
         device: torch.device,
         position_ids_BS: Tensor | None,

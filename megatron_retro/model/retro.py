@@ -115,9 +115,9 @@ class Retro(nn.Module):
         """Positions, masks and neighbours of one forward, the same on every stage."""
         if neighbors is not None and self.retro.retro_legacy_checkpoint:
             neighbors = neighbors.without_masks()
-        sequence = (batch_size, length, device, position_ids_BS, padding_mask_BS)
+        sequence = (length, device, position_ids_BS, padding_mask_BS)
         if cache is not None:
-            return self.preparation.piece_of_sequence(*sequence, neighbors, document_ids_BS, cache)
+            return self.preparation.piece_of_sequence(batch_size, *sequence, neighbors, document_ids_BS, cache)
         return self.preparation.whole_sequence(*sequence, neighbors, document_ids_BS)
 
     def embed(self, tokens_BS: Tensor, context: SequenceContext) -> Tensor:
