@@ -55,12 +55,17 @@ def load_model(
     """Load a checkpoint for use. `tokenizer` replaces the one that it was trained with, if its files moved."""
     checkpoint, settings, built = open_for_use(path, tokenizer)
     place = chosen_device(device)
-    module = Retro(settings[ModelConfig], settings[RetroConfig])
+    kind = chosen_dtype(dtype, place)
     if settings[PeftConfig].peft_method == "none":
+        with torch.device("meta"):
+            module = Retro(settings[ModelConfig], settings[RetroConfig]).to(kind)
+        module.to_empty(device=place)  # filled where it is used, never whole in another type or place
         _fill(module, checkpoint, settings, model_tensors(module))
     else:
+        module = Retro(settings[ModelConfig], settings[RetroConfig])
         _fill_tuned(module, checkpoint, settings)
-    module = module.to(place, chosen_dtype(dtype, place)).eval().requires_grad_(False)
+        module.to(place, kind)
+    module.eval().requires_grad_(False)
     return LoadedModel(module, built, settings, checkpoint.path, checkpoint.manifest.fingerprint)
 
 

@@ -127,6 +127,13 @@ def build_text_generator(loaded: LoadedModel, engine: EngineConfig, live: LiveRe
     """The generator of a loaded model, with an index that was checked to fit it."""
     index = None
     if live.retro_index is not None:
+        if not loaded.retro.reads_neighbors():
+            raise ConfigError(
+                f"{loaded.path} reads no neighbours",
+                got=f"--retro-index {live.retro_index}",
+                expected="a model with a retriever whose gate is open",
+                fix="leave --retro-index out, or load a Retro",
+            )
         chunk_length, tokenizer = loaded.retro.retro_chunk_length, loaded.tokenizer.fingerprint
         index = open_index(Path(live.retro_index), chunk_length, tokenizer)
     limits = EngineLimits(engine.max_batch_size, engine.max_sequence_length, engine.prefill_tokens)

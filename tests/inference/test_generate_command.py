@@ -35,6 +35,7 @@ def room(tmp_path_factory: pytest.TempPathFactory, small_model: Callable[..., Re
     folder = tmp_path_factory.mktemp("generate")
     write_run(folder / "retro", small_model(retro_chunk_length=CHUNK))
     write_run(folder / "other", small_model())
+    write_run(folder / "shut", small_model(retro_chunk_length=CHUNK, retro_attention_gate=0.0))
     corpus = write_corpus(folder / "corpus", echoing_documents(1, 60))
     build_retrieval(project_settings(folder / "project", [corpus]))
     return folder
@@ -73,6 +74,7 @@ def test_answers_with_neighbors(room: Path, capsys: pytest.CaptureFixture[str]) 
         (["--load", "retro", "--prompt", "x", "--retrieval-step", "17", "--retro-index", "project"], "retrieval step"),
         (["--load", "other", "--prompt", "x", "--retro-index", "project"], "chunk length does not match"),
         (["--load", "retro", "--prompt", "x", "--retro-index", "retro"], "no index that can be asked"),
+        (["--load", "shut", "--prompt", "x", "--retro-index", "project"], "reads no neighbours"),
         (["--load", "nowhere", "--prompt", "x"], "nowhere"),
         (["--load", "retro", "--prompt", "x", "--tensor-model-parallel-size", "2"], "processes are not those"),
     ],
