@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_retro.data.neighbor_table import NeighborTable
 from megatron_retro.retrieval.exact_search import Truth, distances_to, exact_neighbors
+from megatron_retro.retrieval.faiss_index import set_search_effort
 from megatron_retro.retrieval.list_join import Found
 from megatron_retro.retrieval.native import longest_common_runs, token_overlaps
 from megatron_retro.retrieval.neighbor_search import NeighborSearch
@@ -89,7 +90,7 @@ def effort_sweep(search: NeighborSearch, rows: SampledRows, efforts: Sequence[in
         share = row_recalls(Found(np.sort(exact, axis=1), found.ids_QK), rows.truth.found, 2)
         cost = seconds * 1000 / len(rows.numbers)
         points.append({"effort": effort, "recall@2": float(share.mean()), "milliseconds": cost})
-    Searcher(current.index, current.nprobe, current.ef_search, current.by_lists, current.memory_bytes)
+    set_search_effort(current.index, current.nprobe, current.ef_search)
     return points
 
 

@@ -13,6 +13,7 @@ from megatron_retro.retrieval.list_join import JOINABLE, Excluded, Found, search
 from megatron_retro.retrieval.native import keep_foreign, native_module
 
 _WIDENING = 4
+_WIDE_CANDIDATES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,27 @@ def _search_by_queries(index: Any, vectors: NDArray[np.float32], keep: int, excl
     wide = keep
     while len(short) and wide < index.ntotal:
         wide = min(wide * _WIDENING, index.ntotal)
-        distances, ids = index.search(np.ascontiguousarray(vectors[short], np.float32), wide)
-        own = Excluded(excluded.first[short], excluded.last[short])
-        again = _foreign(distances, ids, own, keep)
-        found.distances_QK[short], found.ids_QK[short] = again.distances_QK, again.ids_QK
-        short = short[(again.ids_QK[:, :enough] < 0).any(axis=1) & (ids[:, -1] >= 0)]
+        step = max(1, _WIDE_CANDIDATES // wide)
+        parts = [short[start : start + step] for start in range(0, len(short), step)]
+        short = np.concatenate([_widened(index, vectors, found, rows, wide, excluded, enough) for rows in parts])
     return found
+
+
+def _widened(
+    index: Any,
+    vectors: NDArray[np.float32],
+    found: Found,
+    rows: NDArray[np.int64],
+    wide: int,
+    excluded: Excluded,
+    enough: int,
+) -> NDArray[np.int64]:
+    """Search some rows again, put what is found in their place; returns the rows that are still short."""
+    distances, ids = index.search(np.ascontiguousarray(vectors[rows], np.float32), wide)
+    again = _foreign(distances, ids, Excluded(excluded.first[rows], excluded.last[rows]), found.ids_QK.shape[1])
+    found.distances_QK[rows], found.ids_QK[rows] = again.distances_QK, again.ids_QK
+    still: NDArray[np.int64] = rows[(again.ids_QK[:, :enough] < 0).any(axis=1) & (ids[:, -1] >= 0)]
+    return still
 
 
 def _foreign(distances: NDArray[np.float32], ids: NDArray[np.int64], excluded: Excluded, keep: int) -> Found:
