@@ -104,7 +104,7 @@ class _PositionBlocks(torch.autograd.Function):
         losses = hidden.new_empty(len(counting), dtype=torch.float32)
         normalizers = torch.empty_like(losses)
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
-        weight_grad = torch.zeros_like(weight_VH, dtype=torch.float32) if wants_weight else None
+        weight_grad: Tensor | None = None
         for rows in blocks(len(counting), weight_VH.shape[0] * weight_VH.element_size()):
             logits = hidden[rows] @ weight_VH.T
             found = statistics_of(logits, labels[rows])
@@ -117,8 +117,10 @@ class _PositionBlocks(torch.autograd.Function):
             logits_to_slopes(logits, labels[rows], slopes)
             if hidden_grad is not None:
                 torch.mm(logits, weight_VH, out=hidden_grad[rows])
-            if weight_grad is not None:
+            if wants_weight:
                 weight_grad = _with_product(weight_grad, logits, hidden[rows], last=rows.stop == len(counting))
+        if wants_weight and not len(counting):
+            weight_grad = torch.zeros_like(weight_VH)
         ctx.z_loss_weight = z_loss_weight
         ctx.save_for_backward(hidden, weight_VH, labels, counting, normalizers, hidden_grad, weight_grad)
         return losses.new_zeros(len(labels_T)).index_copy_(0, counting, losses)
@@ -141,8 +143,11 @@ class _PositionBlocks(torch.autograd.Function):
         return hidden_grad, weight_grad, None, None
 
 
-def _with_product(total_VH: Tensor, slope_TV: Tensor, hidden_TH: Tensor, last: bool) -> Tensor:
-    """`total` in float32 plus slope.T @ hidden, in the dtype of `hidden` after the last block."""
+def _with_product(total_VH: Tensor | None, slope_TV: Tensor, hidden_TH: Tensor, last: bool) -> Tensor:
+    """`total` (in float32 between blocks) plus slope.T @ hidden, in the dtype of `hidden` after the last block."""
+    if total_VH is None:
+        product = slope_TV.T @ hidden_TH
+        return product if last else product.float()
     if slope_TV.dtype == torch.float32:
         return total_VH.addmm_(slope_TV.T, hidden_TH)
     total_VH += slope_TV.T @ hidden_TH

@@ -71,7 +71,7 @@ def gradients(
 
 def statistics_of(logits_TV: Tensor, labels_T: Tensor, first_label: int = 0) -> Statistics:
     """Of logits that are there."""
-    if not uses_native("linear_cross_entropy", logits_TV.device.type):
+    if not _native(logits_TV):
         return _reference_statistics(logits_TV, labels_T, first_label)
     whole = _new_statistics(logits_TV)
     torch.ops.megatron_retro.vocabulary_statistics(
@@ -83,7 +83,7 @@ def statistics_of(logits_TV: Tensor, labels_T: Tensor, first_label: int = 0) -> 
 def logits_to_slopes(logits_TV: Tensor, labels_T: Tensor, slopes: Slopes, first_label: int = 0) -> None:
     """Turn logits into the gradient of the loss by them, in place."""
     scales = slopes.log_normalizer_T, slopes.probability_scale_T, slopes.label_scale_T
-    if uses_native("linear_cross_entropy", logits_TV.device.type):
+    if _native(logits_TV):
         torch.ops.megatron_retro.vocabulary_gradient_(logits_TV, labels_T, first_label, *scales)
         return
     normalizer, probability_scale, label_scale = (scale[:, None] for scale in scales)
@@ -98,6 +98,10 @@ def blocks(length: int, bytes_each: int) -> Iterator[slice]:
     step = max(_MINIMUM, BLOCK_BYTES // max(1, bytes_each) // _MINIMUM * _MINIMUM)
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
+
+
+def _native(logits_TV: Tensor) -> bool:
+    return logits_TV.dtype != torch.float64 and uses_native("linear_cross_entropy", logits_TV.device.type)
 
 
 def _new_statistics(like_TX: Tensor) -> Statistics:

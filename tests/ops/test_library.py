@@ -170,6 +170,13 @@ def test_no_function_is_shared_between_instruction_sets() -> None:
         assert [line for line in weak if not re.search(r"megatron_retro::(generic|avx2|avx512)::", line)] == []
 
 
+def test_a_library_that_was_built_loads() -> None:
+    """Everything else here is skipped without it, so a build that cannot be loaded must not look like no build."""
+    if not library.PATH.exists():
+        pytest.skip("csrc is not compiled")
+    assert library.problem() is None
+
+
 def test_a_wish_is_kept_or_refused_with_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(backends.VARIABLE, "rotary=reference,activation=auto")
     assert backends.choice("rotary", "cpu").backend == "reference"

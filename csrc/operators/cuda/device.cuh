@@ -152,6 +152,13 @@ struct OnDeviceOf {
 #endif
 };
 
+#ifndef MEGATRON_RETRO_SHIM
+// torch's own check would need symbols that a torch without CUDA does not have.
+inline void check(cudaError_t status) {
+  require(status == cudaSuccess, "CUDA: ", cudaGetErrorString(status));
+}
+#endif
+
 template <typename... Parameters, typename... Arguments>
 void launch(
     void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
@@ -161,9 +168,9 @@ void launch(
   shim::launch(grid, block, shared_bytes, [&] { kernel(arguments...); });
 #else
   if (shared_bytes > 48 * 1024)
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
   kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
-  STD_CUDA_CHECK(cudaGetLastError());
+  check(cudaGetLastError());
 #endif
 }
 
