@@ -1,6 +1,6 @@
 """Run every benchmark, print one table, refresh `benchmarks/results/`.
 
-    python benchmarks/run_all.py [--quick] [NAME ...]
+python benchmarks/run_all.py [--quick] [NAME ...]
 """
 
 from __future__ import annotations
