@@ -57,12 +57,6 @@ def choice(operator: str, device: str) -> Choice:
     return _decided(os.environ.get(VARIABLE, AUTO), operator, device)
 
 
-def request(wish: str) -> None:
-    """Make `wish` this process's and its children's; raises unless every part of it can be served on the CPU."""
-    _parsed(wish)
-    os.environ[VARIABLE] = wish
-
-
 def backend_rows(device: str = CPU) -> list[tuple[str, str]]:
     """Operator and decision, for the table that is printed at start."""
     choices = [choice(operator, device) for operator in FASTEST]

@@ -132,26 +132,29 @@ def test_index_arithmetic_beyond_32_bits() -> None:
 
 @COMPILED
 def test_every_instruction_set_agrees() -> None:
-    """The kernels that older processors would get, run in processes of their own."""
+    """The kernels that older processors would get, run in processes of their own; and two threads agree with one."""
     program = """
 import torch
 from megatron_retro.ops import library
 assert library.problem() is None
 torch.manual_seed(0)
-ops, x, q, k = torch.ops.megatron_retro, torch.randn(7, 90), torch.randn(1, 9, 2, 24), torch.randn(1, 2, 5, 2, 24)
-normed = ops.residual_norm(x, x, x[0], x[1], 1e-5, True, 0.0)[0]
+ops, x, q, k = torch.ops.megatron_retro, torch.randn(700, 90), torch.randn(1, 9, 2, 24), torch.randn(1, 2, 5, 2, 24)
+weight, bias = x[0].clone().requires_grad_(), x[1].clone().requires_grad_()
+normed = ops.residual_norm(x, x, weight, bias, 1e-5, True, 0.0)[0]
+gated = ops.gated_activation(x, bias, 1, True)
 attended = ops.chunked_cross_attention(q, k, k, None, 4, 0, 0.2, None, None, None, None, False)[0]
-for values in (normed, attended, ops.gated_activation(x, None, 1, True)):
+gradients = torch.autograd.grad(normed.square().sum() + gated.square().sum(), (weight, bias))
+for values in (normed, attended, gated, *gradients):
     print(values.double().square().sum().item())
 """
     results = []
-    for name in ("generic", "avx2", ""):
-        environment = {**os.environ, "MEGATRON_RETRO_INSTRUCTION_SET": name, "PYTHONPATH": str(ROOT)}
+    for name, threads in (("generic", "1"), ("avx2", "1"), ("", "2")):
+        environment = {**os.environ, "MEGATRON_RETRO_INSTRUCTION_SET": name, "OMP_NUM_THREADS": threads}
         found = subprocess.run(
             [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
         )
         results.append([float(word) for word in found.stdout.split()])
-    assert len(results[0]) == 3
+    assert len(results[0]) == 5
     assert results[0] == pytest.approx(results[2], rel=1e-5) and results[1] == pytest.approx(results[2], rel=1e-5)
 
 
