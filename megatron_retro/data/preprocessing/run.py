@@ -107,6 +107,7 @@ def preprocess(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run = plan_run(inputs, config, tokenizer_config, worker)
     if is_finished(run.plan, run.output) and (config.resume or worker.count > 1):
+        shutil.rmtree(run.directory, ignore_errors=True)  # a kill may have come between the last file and this
         say(f"{run.output.prefix}: finished before, nothing to do")
         return
     _enter(run, resume=config.resume)
