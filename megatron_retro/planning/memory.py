@@ -61,16 +61,16 @@ def rank_memory(plan: RankPlan, work: Workload, layout: Layout) -> Memory:
 def _at(moment: str, plan: RankPlan, work: Workload, layout: Layout) -> Memory:
     microbatches = layout.microbatches(work.global_batch)
     in_flight = microbatches_in_flight(layout, plan.rank, microbatches)
-    waiting = in_flight if moment == "start" else in_flight - 1.0
-    loss = _loss_bytes(work, layout) if plan.holds_head and moment == "start" else 0.0
-    gradients_are_there = moment == "end" or microbatches > 1
+    starts = moment == "start"
+    waiting = in_flight if starts else in_flight - 1.0
+    loss = _loss_bytes(work, layout) if plan.holds_head and starts else 0.0
     return Memory(
         weights=_weights(plan, work, layout),
-        gradients=_gradients(plan, layout, microbatches) if gradients_are_there else 0.0,
+        gradients=_earlier_gradients(plan, layout, microbatches) if starts else _gradients(plan, layout),
         optimizer=plan.trained_parameters * MOMENT_BYTES / _shards(layout),
         activations=waiting * plan.saved_bytes + max(plan.transient_bytes - loss, 0.0),
         neighbors=waiting * plan.neighbor_bytes,
-        communication=_buffers(plan, work, layout),
+        communication=_buffers(plan, layout, starts),
         loss=loss,
     )
 
@@ -88,26 +88,37 @@ def _weights(plan: RankPlan, work: Workload, layout: Layout) -> float:
     return masters
 
 
-def _gradients(plan: RankPlan, layout: Layout, microbatches: int) -> float:
-    whole = plan.trained_parameters * MASTER_BYTES
-    if _shards(layout) == 1:
+def _earlier_gradients(plan: RankPlan, layout: Layout, microbatches: int) -> float:
+    """Those of the microbatches before: whole unless each was reduced at once."""
+    whole = float(plan.trained_parameters * MASTER_BYTES)
+    if microbatches == 1:
+        return 0.0
+    return whole / layout.data if _reduces_each(layout) else whole
+
+
+def _gradients(plan: RankPlan, layout: Layout) -> float:
+    """At the end of a backward; without a pipeline each sharded unit is reduced as soon as it is complete."""
+    whole = float(plan.trained_parameters * MASTER_BYTES)
+    if _shards(layout) == 1 or layout.pipeline > 1:
         return whole
-    kept_whole = layout.sharding == "optimizer" and microbatches > 1
-    unit = min(plan.largest_unit, plan.trained_parameters) * MASTER_BYTES
-    return whole / layout.data + (whole if kept_whole else 2 * unit)
+    return whole / layout.data + min(plan.largest_unit, plan.trained_parameters) * MASTER_BYTES
 
 
-def _buffers(plan: RankPlan, work: Workload, layout: Layout) -> float:
-    """Boundary tensors being received and sent; gathered or reduced units of the data axis."""
+def _reduces_each(layout: Layout) -> bool:
+    return layout.sharding in ("gradients", "full") and layout.data > 1 and layout.pipeline == 1
+
+
+def _buffers(plan: RankPlan, layout: Layout, starts: bool) -> float:
+    """Boundary tensors being received and sent; a unit being reduced over the data ranks."""
     boundary = 2 * plan.boundary_bytes if layout.pipeline > 1 else 0.0
-    data = plan.largest_unit * MASTER_BYTES if layout.data > 1 else 0.0
-    return boundary + data
+    reduced = plan.largest_unit * MASTER_BYTES if layout.data > 1 and not starts else 0.0
+    return boundary + reduced
 
 
 def _loss_bytes(work: Workload, layout: Layout) -> float:
-    """Logits of a block, and the vocabulary matrix's gradient in float32, twice while it is scaled."""
+    """Logits of a block and the vocabulary matrix's gradient in float32; later that gradient twice, to scale it."""
     rows, positions = work.model.padded_vocab_size() / layout.tensor, layout.micro_batch * work.seq_length
-    gradient = 2 * rows * work.model.hidden_size * MASTER_BYTES
+    gradient = rows * work.model.hidden_size * MASTER_BYTES
     if layout.tensor == 1:
-        return min(BLOCK_BYTES, positions * rows * MASTER_BYTES) + gradient
-    return min(TOKENS_AT_ONCE, positions) * rows * MASTER_BYTES * _LOSS_COPIES + gradient
+        return gradient + max(min(BLOCK_BYTES, positions * rows * MASTER_BYTES), gradient)
+    return gradient + min(TOKENS_AT_ONCE, positions) * rows * MASTER_BYTES * _LOSS_COPIES
