@@ -21,7 +21,7 @@ __device__ __forceinline__ float weight_at(const Norm& call, int64_t column) {
 }
 
 template <typename Element, int count>
-__global__ void __launch_bounds__(threads) forward(Norm call, int64_t rows) {
+__global__ void __launch_bounds__(threads, 4) forward(Norm call, int64_t rows) {
   float* scratch = shared_memory<float>();
   float* values = scratch + 32;
   const int64_t stride = int64_t(threads) * count, first = int64_t(threadIdx.x) * count;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(threads) forward(Norm call, int64_t rows) {
 }
 
 template <typename Element, int count>
-__global__ void __launch_bounds__(threads) backward(Norm call, int64_t rows) {
+__global__ void __launch_bounds__(threads, 4) backward(Norm call, int64_t rows) {
   float* scratch = shared_memory<float>();
   float* grad_weight = scratch + 32;
   float* grad_bias = grad_weight + call.width;
