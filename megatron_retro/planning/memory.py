@@ -63,12 +63,14 @@ def _at(moment: str, plan: RankPlan, work: Workload, layout: Layout) -> Memory:
     in_flight = microbatches_in_flight(layout, plan.rank, microbatches)
     starts = moment == "start"
     waiting = in_flight if starts else in_flight - 1.0
-    loss = _loss_bytes(work, layout) if plan.holds_head and starts else 0.0
+    loss = 0.0
+    if plan.holds_head:
+        loss = _loss_bytes(work, layout) if starts else _kept_loss_bytes(work, layout)
     return Memory(
         weights=_weights(plan, work, layout),
         gradients=_earlier_gradients(plan, layout, microbatches) if starts else _gradients(plan, layout),
         optimizer=plan.trained_parameters * MOMENT_BYTES / _shards(layout),
-        activations=waiting * plan.saved_bytes + max(plan.transient_bytes - loss, 0.0),
+        activations=waiting * plan.saved_bytes + max(plan.transient_bytes - (loss if starts else 0.0), 0.0),
         neighbors=waiting * plan.neighbor_bytes,
         communication=_buffers(plan, layout, starts),
         loss=loss,
@@ -122,3 +124,8 @@ def _loss_bytes(work: Workload, layout: Layout) -> float:
     if layout.tensor == 1:
         return gradient + max(min(BLOCK_BYTES, positions * rows * MASTER_BYTES), gradient)
     return gradient + min(TOKENS_AT_ONCE, positions) * rows * MASTER_BYTES * _LOSS_COPIES
+
+
+def _kept_loss_bytes(work: Workload, layout: Layout) -> float:
+    """An uncut model's loss makes the vocabulary's gradient in its forward; it is there until the backward ends."""
+    return float(work.model.padded_vocab_size() * work.model.hidden_size * MASTER_BYTES) if layout.tensor == 1 else 0.0
