@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_retro import __version__
 from megatron_retro.artifacts.block_checksums import PREFIX, blocks_digest, read_block_checksums
-from megatron_retro.artifacts.files import write_file
+from megatron_retro.artifacts.files import recover_directory, write_file
 from megatron_retro.errors import ArtifactError, DamagedArtifact
 
 MANIFEST_NAME = "manifest.json"
@@ -145,6 +145,7 @@ def read_manifest(artifact: Path, *, kind: str, version: int) -> Manifest:
 
 def load_manifest(artifact: Path) -> Manifest:
     """The manifest of any artifact, its own checksum verified."""
+    recover_directory(artifact)
     path = manifest_path(artifact)
     try:
         text = path.read_text(encoding="utf-8")

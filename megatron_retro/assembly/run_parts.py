@@ -14,7 +14,7 @@ from megatron_retro.assembly.model_assembly import build_trainable
 from megatron_retro.assembly.run_data import is_instruction_run, open_loader
 from megatron_retro.assembly.trainable import Trainable
 from megatron_retro.config.checks import require_legal
-from megatron_retro.config.data import DataConfig, TokenizerConfig
+from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.finetuning import InstructionConfig
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.optimizer import OptimizerConfig
@@ -111,4 +111,3 @@ def data_inputs(loader: Loader, tokenizer: Tokenizer, retro: RetroConfig) -> dic
 
 
 MODEL_SECTIONS = (ModelConfig, RetroConfig)
-DATA_SECTIONS = (TokenizerConfig, DataConfig)

@@ -37,7 +37,7 @@ class DataConfig:
         None, "refuse a run that would read some source more often than this", minimum=0.0, ours=True
     )
     num_workers: int = option(2, "threads that prepare batches", minimum=0)
-    data_cache_path: str | None = option(None, "where derived index files may be kept")
+    data_cache_path: str | None = option(None, "accepted and not needed: no index files are derived from a corpus")
     mock_data: bool = option(False, "random tokens, for timing")
     reset_position_ids: bool = option(False, "positions start again after each document")
     reset_attention_mask: bool = option(False, "no attention over document borders")

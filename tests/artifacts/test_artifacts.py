@@ -16,7 +16,7 @@ import pytest
 
 from megatron_retro.artifacts import files
 from megatron_retro.artifacts.claims import BlockClaims
-from megatron_retro.artifacts.files import new_directory, publish_directory, recover_directory, remove_leftovers
+from megatron_retro.artifacts.files import new_directory, publish_directory, remove_leftovers
 from megatron_retro.artifacts.manifest import damage, load_manifest, read_manifest, require_same, write_manifest
 from megatron_retro.errors import ArtifactError, EnvironmentProblem
 
@@ -60,7 +60,6 @@ def test_a_kill_leaves_the_old_or_the_new(
     last = 0
     for _ in range(count(40, 200)):
         run_until_killed(partial(rewrite_forever, path, last + 1), chance.uniform(0.002, 0.06))
-        recover_directory(path)
         manifest = read_manifest(path, kind=KIND, version=1)
         assert damage(path, manifest) == []
         assert manifest.counts["generation"] >= last
