@@ -40,6 +40,7 @@ class BlockClaims:
             waiting = False
             for block in self.blocks:
                 if self.is_done(block):
+                    self._drop_expired(self._path(block))  # of a worker that died between its output and its release
                     continue
                 with self._claim(block) as held:
                     if held and not self.is_done(block):
@@ -108,15 +109,12 @@ class BlockClaims:
 
 
 def _create_exclusively(path: Path, content: str) -> bool:
-    """Create `path` with its content in one step (a hard link to a finished file), unless it exists."""
-    draft = path.with_name(f"{path.name}.draft-{uuid.uuid4().hex[:8]}")
-    draft.write_text(content)
+    """Create `path` unless it exists. A worker killed before the content is in holds it until the lease ends."""
     try:
-        os.link(draft, path)
+        with path.open("x") as claim:
+            claim.write(content)
     except FileExistsError:
         return False
-    finally:
-        draft.unlink()
     return True
 
 
