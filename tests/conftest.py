@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 RESULTS = Path(__file__).parent / "results"
+LONGEST_SECONDS = 3600  # of one test under --full
 long_reports = pytest.StashKey[list[pytest.TestReport]]()
 
 
@@ -32,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
+        if config.getoption("--full") and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(LONGEST_SECONDS))
         if item.get_closest_marker("full") is None:
             continue
         item.user_properties.append(("count", 1))

@@ -23,10 +23,12 @@ _activate_environment() {
   local root="$1" folder
   folder="${MEGATRON_RETRO_VENV:-${VIRTUAL_ENV:-${CONDA_PREFIX:-$root/.venv}}}"
   if [ ! -x "$folder/bin/python" ]; then
-    local python
-    python="$(command -v python3 || true)"
-    if [ -z "$python" ] || ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-      echo "error: Python 3.10 or newer is needed; got: ${python:+$("$python" --version)}${python:-none}" >&2
+    local python found=none
+    if python="$(command -v python3)"; then
+      found="$("$python" --version)"
+    fi
+    if [ "$found" = none ] || ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+      echo "error: Python 3.10 or newer is needed; got: $found" >&2
       return 2
     fi
     echo "creating $folder"
@@ -65,6 +67,8 @@ _install_torch() {
   if [ -n "${MEGATRON_RETRO_TORCH_INDEX:-}" ] && ! command -v nvidia-smi >/dev/null; then
     "$@" --index-url "$MEGATRON_RETRO_TORCH_INDEX" torch
   else
+    command -v nvidia-smi >/dev/null ||
+      echo "  (no NVIDIA driver: MEGATRON_RETRO_TORCH_INDEX may name an index of CPU-only torch, which spares gigabytes)"
     "$@" torch
   fi
 }
