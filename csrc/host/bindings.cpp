@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <stdexcept>
 #include <string>
 #include <tuple>
 
@@ -80,10 +81,14 @@ py::tuple gather(const OwnedStore& owned, const py::array_t<int64_t, py::array::
                            : gather_as<int32_t>(owned.store, ids, length, threads);
 }
 
-// Rows are grouped by sample; `excluded` has one interval of documents per sample.
+// Rows are grouped by sample; `excluded` has one interval of documents per sample, `limits` one number per corpus or
+// nothing, when everything counts.
 py::array_t<int64_t> select(const OwnedStore& owned, const py::array_t<uint8_t, py::array::c_style>& packed,
                             const py::array_t<int64_t, py::array::c_style>& excluded, int64_t wanted,
-                            uint64_t keep_limit, int threads) {
+                            const py::array_t<uint64_t, py::array::c_style>& limits, bool by_chunk, int threads) {
+    if (limits.size() != 0 && size_t(limits.size()) != owned.store.corpora.size())
+        throw std::invalid_argument("one limit per corpus, or none");
+    const Thinning thinning{limits.size() ? limits.data() : nullptr, by_chunk};
     const int64_t rows = packed.shape(0), row_bytes = packed.shape(1);
     const int64_t per_sample = rows / std::max<int64_t>(1, excluded.shape(0));
     py::array_t<int64_t> chosen({rows, wanted});
@@ -95,7 +100,7 @@ py::array_t<int64_t> select(const OwnedStore& owned, const py::array_t<uint8_t, 
         for (int64_t row = first; row < last; ++row) {
             const int64_t* interval = intervals + 2 * (row / per_sample);
             select_neighbors(owned.store, from + row * row_bytes, row_bytes / id_bytes, {interval[0], interval[1]},
-                             keep_limit, wanted, to + row * wanted);
+                             thinning, wanted, to + row * wanted);
         }
     });
     return chosen;
@@ -253,8 +258,8 @@ PYBIND11_MODULE(_native, module) {
         .def(py::init(&make_store), py::arg("corpora"), py::arg("chunks_before"), py::arg("chunk_length"),
              py::arg("eod"))
         .def("gather", &gather, py::arg("ids"), py::arg("length"), py::arg("item_bytes"), py::arg("threads"))
-        .def("select", &select, py::arg("packed"), py::arg("excluded"), py::arg("wanted"), py::arg("keep_limit"),
-             py::arg("threads"))
+        .def("select", &select, py::arg("packed"), py::arg("excluded"), py::arg("wanted"), py::arg("limits"),
+             py::arg("by_chunk"), py::arg("threads"))
         .def("documents", &chunk_documents, py::arg("ids"));
     module.def("token_documents", &token_documents, py::arg("stream"), py::arg("pointers"), py::arg("documents"),
                py::arg("offsets"));

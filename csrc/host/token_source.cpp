@@ -57,12 +57,21 @@ int64_t ChunkStore::document_of(int64_t chunk) const {
     return last_at_or_before(chunks_before, num_documents, chunk);
 }
 
+size_t ChunkStore::corpus_of(int64_t document) const {
+    size_t number = corpora.size() - 1;
+    while (corpora[number].documents_before > document) --number;
+    return number;
+}
+
+bool ChunkStore::keeps(const Thinning& thinning, int64_t chunk, int64_t document) const {
+    const uint64_t hash = mix(uint64_t(thinning.by_chunk ? chunk : document));
+    return (hash >> 1) < thinning.limits[corpus_of(document)];
+}
+
 template <typename Token>
 int64_t ChunkStore::copy(int64_t chunk, int64_t length, Token* target) const {
     const int64_t document = document_of(chunk);
-    size_t number = corpora.size() - 1;
-    while (corpora[number].documents_before > document) --number;
-    const Corpus& corpus = corpora[number];
+    const Corpus& corpus = corpora[corpus_of(document)];
     const TokenSource& source = corpus.source;
     const int64_t local = document - corpus.documents_before + corpus.first_document;
     const int64_t begin = source.document_start(local);
@@ -82,16 +91,16 @@ template int64_t ChunkStore::copy<uint16_t>(int64_t, int64_t, uint16_t*) const;
 template int64_t ChunkStore::copy<int32_t>(int64_t, int64_t, int32_t*) const;
 
 void select_neighbors(const ChunkStore& store, const uint8_t* packed, int64_t saved, Excluded excluded,
-                      uint64_t keep_limit, int64_t wanted, int64_t* chosen) {
+                      const Thinning& thinning, int64_t wanted, int64_t* chosen) {
     int64_t found = 0;
     for (int64_t place = 0; place < saved && found < wanted; ++place) {
         int64_t id = 0;
         std::memcpy(&id, packed + place * id_bytes, id_bytes);
         if (id == none_bits) continue;
-        if (excluded.first < excluded.last || keep_limit) {
+        if (excluded.first < excluded.last || thinning.limits) {
             const int64_t document = store.document_of(id);
             if (document >= excluded.first && document < excluded.last) continue;
-            if (keep_limit && mix(uint64_t(document)) >= keep_limit) continue;
+            if (thinning.limits && !store.keeps(thinning, id, document)) continue;
         }
         chosen[found++] = id;
     }

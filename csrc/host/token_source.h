@@ -39,6 +39,12 @@ struct Excluded {
     int64_t first, last;  // global documents [first, last)
 };
 
+// What counts of a database: per corpus, the number below which a halved hash (of a document, or a chunk) is kept.
+struct Thinning {
+    const uint64_t* limits;  // nullptr: everything counts
+    bool by_chunk;
+};
+
 struct ChunkStore {
     std::vector<Corpus> corpora;
     const uint8_t* chunks_before;
@@ -47,6 +53,8 @@ struct ChunkStore {
     int64_t eod;  // -1: none
 
     int64_t document_of(int64_t chunk) const;
+    size_t corpus_of(int64_t document) const;
+    bool keeps(const Thinning& thinning, int64_t chunk, int64_t document) const;
 
     // Tokens of one chunk and what follows in its document; returns how many there are, at most `length`.
     template <typename Token>
@@ -55,7 +63,7 @@ struct ChunkStore {
 
 // The first `wanted` of a row's packed ids whose document is not excluded and is kept; the rest is -1.
 void select_neighbors(const ChunkStore& store, const uint8_t* packed, int64_t saved, Excluded excluded,
-                      uint64_t keep_limit, int64_t wanted, int64_t* chosen);
+                      const Thinning& thinning, int64_t wanted, int64_t* chosen);
 
 constexpr int id_bytes = 5;
 constexpr int64_t none_bits = (int64_t(1) << 40) - 1;

@@ -259,6 +259,16 @@ def schedule_fits(settings: Settings, world_size: int) -> Iterator[Violation]:
         yield from schedule_violations(settings[OptimizerConfig], settings[TrainingConfig])
 
 
+def degraded_shares_fit(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """A chunk reads its own neighbours, another's, or none."""
+    if DataConfig not in settings:
+        return
+    data = settings[DataConfig]
+    if data.neighbor_random_share + data.neighbor_absent_share > 1:
+        got = f"{data.neighbor_random_share} with --neighbor-absent-share {data.neighbor_absent_share}"
+        yield Violation("neighbor_random_share", got, "shares of together at most 1", "lower one of them")
+
+
 RULES: tuple[Rule, ...] = (
     world_size_fits,
     heads_divide,
@@ -272,6 +282,7 @@ RULES: tuple[Rule, ...] = (
     microbatches_fill_the_pipeline,
     no_context_parallelism,
     schedule_fits,
+    degraded_shares_fit,
     passages_have_a_reader,
     one_thing_is_frozen,
 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_retro.config.fields import option
 
+KEPT_AS_ONE = ("document", "chunk")
 TOKENIZERS = ("ByteTokenizer", "SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer")
 
 
@@ -43,5 +44,16 @@ class DataConfig:
     reset_attention_mask: bool = option(False, "no attention over document borders")
     eod_mask_loss: bool = option(False, "no loss on end-of-document tokens")
     database_keep_fraction: float = option(
-        1.0, "keep this share of database documents (chosen by a hash of the id)", minimum=0.0, maximum=1.0, ours=True
+        1.0, "keep this share of the database (chosen by a hash of the id)", minimum=0.0, maximum=1.0, ours=True
+    )
+    database_keep_by: str = option("document", "what is kept or dropped as one", choices=KEPT_AS_ONE, ours=True)
+    database_corpus_fractions: tuple[float, ...] | None = option(
+        None, "the same, one share per corpus of the database, times that one", minimum=0.0, maximum=1.0, ours=True
+    )
+    neighbor_random_share: float = option(
+        0.0, "this share of chunks reads another chunk's neighbours, in training and evaluation (a worse retriever)",
+        minimum=0.0, maximum=1.0, ours=True,
+    )  # fmt: skip
+    neighbor_absent_share: float = option(
+        0.0, "this share of chunks reads no neighbours, in training and evaluation", minimum=0.0, maximum=1.0, ours=True
     )

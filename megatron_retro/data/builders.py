@@ -14,11 +14,13 @@ from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.dataset import Boundaries, Dataset, RetrievalNoise, Source
 from megatron_retro.data.loader import Loader
 from megatron_retro.data.mock_samples import MockSamples
+from megatron_retro.data.neighbor_degradation import Degradation
 from megatron_retro.data.neighbor_table import NeighborTable, covered
 from megatron_retro.data.neighbors import NeighborReader
 from megatron_retro.data.order import key_of
 from megatron_retro.data.query_chunks import QueryChunks
 from megatron_retro.data.samples import SPLITS, CorpusSamples, check_lengths, parse_split, split_documents
+from megatron_retro.data.thinning import Thinning
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.errors import ConfigError, DataError
 
@@ -165,6 +167,7 @@ def _source(
         chunk_length,
         retro.retro_num_neighbors,
         retro.retrieved_length(),
-        data.database_keep_fraction,
+        Thinning(data.database_keep_fraction, data.database_keep_by == "chunk", data.database_corpus_fractions or ()),
+        Degradation(data.neighbor_random_share, data.neighbor_absent_share),
     )
     return Source(samples, reader)

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from megatron_retro.data.batches import Batch
 from megatron_retro.data.blends import Blend
+from megatron_retro.data.neighbor_degradation import Degradation
 from megatron_retro.data.neighbors import NeighborReader
 from megatron_retro.data.order import key_of, mix_array
 from megatron_retro.data.samples import CorpusSamples
+from megatron_retro.data.thinning import Thinning
 from megatron_retro.errors import DataError
 
 _ABSENT_KEY, _RANDOM_KEY, _OTHER_KEY = 11, 12, 13
@@ -80,7 +82,12 @@ class Dataset:
             facts += [samples.shift_epochs]
             if neighbors is not None:
                 facts += [neighbors.table.fingerprint, neighbors.num_neighbors, neighbors.retrieved_length]
-                facts += [neighbors.keep_fraction]
+                facts += [neighbors.thinning.fraction]
+                # Only what is not the default counts, so that older fingerprints stay what they were.
+                if neighbors.thinning != Thinning(neighbors.thinning.fraction):
+                    facts += [neighbors.thinning]
+                if neighbors.degradation != Degradation():
+                    facts += [neighbors.degradation]
         facts += [self.boundaries, self.noise]
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 

@@ -6,7 +6,7 @@ next saved one moves up. What is missing in the end is absent, under a mask.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from megatron_retro.artifacts.manifest import require_same
 from megatron_retro.data.chunk_database import ChunkDatabase
+from megatron_retro.data.neighbor_degradation import Degradation
 from megatron_retro.data.neighbor_table import NONE, NeighborTable, unpack_ids
-from megatron_retro.data.order import mix_array
+from megatron_retro.data.thinning import Thinning
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.errors import DataError
 
@@ -30,7 +31,8 @@ class NeighborReader:
     chunk_length: int
     num_neighbors: int
     retrieved_length: int
-    keep_fraction: float = 1.0
+    thinning: Thinning = field(default_factory=Thinning)
+    degradation: Degradation = field(default_factory=Degradation)
 
     def __post_init__(self) -> None:
         query = "run `megatron-retro build-retrieval` for this corpus and database"
@@ -40,6 +42,7 @@ class NeighborReader:
         require_same(
             self.database.path, "the chunk length", self.database.chunk_length, self.chunk_length, "set it to the same"
         )
+        self.thinning.check(self.database)
         if self.num_neighbors > self.table.num_saved:
             raise DataError(
                 f"{table} has too few neighbours per chunk", got=self.table.num_saved, expected=self.num_neighbors
@@ -52,16 +55,32 @@ class NeighborReader:
 
     def select(self, first_chunks: NDArray[np.int64], chunks_per_sample: int) -> NDArray[np.int64]:
         """The chosen neighbours [B, C, K], -1 where there is none."""
-        packed = np.stack(
-            [self.table.packed_rows(chunk, chunk + chunks_per_sample) for chunk in map(int, first_chunks)]
-        )
+        chosen = self._select_legal(self._packed(first_chunks, chunks_per_sample), first_chunks, chunks_per_sample)
+        if self.degradation.absent:
+            chosen[self.degradation.loses(first_chunks[:, None] + np.arange(chunks_per_sample))] = NONE
+        return chosen
+
+    def _packed(self, first_chunks: NDArray[np.int64], chunks_per_sample: int) -> NDArray[np.uint8]:
+        """Saved ids as they are stored, [B, C, bytes]."""
+        if not self.degradation.random:
+            return np.stack(
+                [self.table.packed_rows(chunk, chunk + chunks_per_sample) for chunk in map(int, first_chunks)]
+            )
+        chunks_BC = first_chunks[:, None] + np.arange(chunks_per_sample)
+        rows_BC = self.degradation.rows(chunks_BC, self.table.row_ranges)
+        packed = np.concatenate([self.table.packed_rows(row, row + 1) for row in map(int, rows_BC.reshape(-1))])
+        return packed.reshape(*rows_BC.shape, -1)
+
+    def _select_legal(
+        self, packed: NDArray[np.uint8], first_chunks: NDArray[np.int64], chunks_per_sample: int
+    ) -> NDArray[np.int64]:
         first, last = self._own_documents(first_chunks, chunks_per_sample)
         if self.database.native is None:
             return self.select_plainly(unpack_ids(packed), first, last)
         excluded = np.stack([first, last], axis=1)
         rows = packed.reshape(-1, packed.shape[-1])
-        limit = 0 if self.keep_fraction >= 1.0 else _keep_limit(self.keep_fraction)
-        chosen: NDArray[np.int64] = self.database.native.select(rows, excluded, self.num_neighbors, limit, 1)
+        limits, by_chunk = self.thinning.limits(self.database), self.thinning.by_chunk
+        chosen: NDArray[np.int64] = self.database.native.select(rows, excluded, self.num_neighbors, limits, by_chunk, 1)
         return chosen.reshape(*packed.shape[:2], self.num_neighbors)
 
     def select_plainly(
@@ -70,7 +89,7 @@ class NeighborReader:
         """The rule in NumPy: `saved` [B, C, saved], and the documents [first, last) of each sample."""
         documents = self.database.document_of(np.maximum(saved, 0)) if self.database.num_chunks else saved
         own = (documents >= first[:, None, None]) & (documents < last[:, None, None])
-        legal = (saved != NONE) & ~own & self.keeps(documents)
+        legal = (saved != NONE) & ~own & self.thinning.keeps(self.database, saved, documents)
         nearest_first = np.argsort(~legal, axis=-1, kind="stable")[..., : self.num_neighbors]
         chosen = np.take_along_axis(saved, nearest_first, -1)
         return np.where(np.take_along_axis(legal, nearest_first, -1), chosen, NONE)
@@ -83,15 +102,3 @@ class NeighborReader:
         label = np.minimum(start + chunks_per_sample * self.chunk_length, self.file.num_tokens - 1)
         first, last = self.file.documents_of(start), self.file.documents_of(label) + 1
         return self.database.map_documents(self.file.fingerprint, first, last)
-
-    def keeps(self, documents: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Whether a document is in the kept share; smaller shares are subsets of larger ones."""
-        if self.keep_fraction >= 1.0:
-            return np.ones(documents.shape, np.bool_)
-        limit = np.uint64(_keep_limit(self.keep_fraction))
-        return np.asarray(mix_array(documents.astype(np.uint64)) < limit)
-
-
-def _keep_limit(fraction: float) -> int:
-    """Documents whose hash is below it are kept; never 0, which stands for "all" in the C++."""
-    return max(1, int(fraction * (1 << 64)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,17 @@ from megatron_retro.data.batches import Batch
 from megatron_retro.data.builders import build_dataset, build_loader
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.dataset import Dataset
-from megatron_retro.data.neighbor_table import NONE, NeighborTable, TableLayout, finish_table, write_block
+from megatron_retro.data.neighbor_table import (
+    NONE,
+    NeighborTable,
+    TableLayout,
+    finish_table,
+    unpack_ids,
+    write_block,
+)
 from megatron_retro.data.neighbors import NeighborReader
+from megatron_retro.data.order import mix
+from megatron_retro.data.thinning import Thinning
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.errors import ArtifactError, ConfigError, DataError
 from megatron_retro.testing.corpora import random_documents, write_reference_token_file
@@ -139,8 +149,6 @@ def test_no_neighbour_comes_from_a_document_of_the_sample(
     chosen = source.neighbors.select(chunks, 4)
     assert chosen.tolist() == [by_hand(file, source.neighbors, int(chunk), 4) for chunk in chunks]
     own = np.array([[file.document_of(int(c) * LENGTH), file.document_of((int(c) + 4) * LENGTH) + 1] for c in chunks])
-    from megatron_retro.data.neighbor_table import unpack_ids
-
     packed = np.stack([source.neighbors.table.packed_rows(int(c), int(c) + 4) for c in chunks])
     plain = source.neighbors.select_plainly(unpack_ids(packed), own[:, 0], own[:, 1])
     assert (plain == chosen).all()
@@ -172,20 +180,50 @@ def test_a_corpus_outside_the_database_excludes_nothing(tmp_path: Path) -> None:
     assert [[id for id in row if id != NONE] for row in chosen.reshape(8, 2).tolist()] == rows
 
 
-def test_kept_shares_are_nested_and_as_large_as_asked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_chunk", [False, True])
+def test_kept_shares_are_nested_and_as_large_as_asked(tmp_path: Path, by_chunk: bool) -> None:
     file = corpus(tmp_path / "a", count=3000, longest=20)
     database = ChunkDatabase.create(tmp_path / "db", [file.prefix], LENGTH, eod=EOD)
     made = table(tmp_path / "t", file, database)
-    documents = np.arange(database.num_documents)
-    kept = [
-        NeighborReader(file, made, database, LENGTH, 2, 2 * LENGTH, share).keeps(documents)
-        for share in (0.25, 0.5, 1.0)
-    ]
-    assert (kept[0] <= kept[1]).all() and kept[2].all()
-    assert abs(kept[0].mean() - 0.25) < 0.05 and abs(kept[1].mean() - 0.5) < 0.05
-    reader = NeighborReader(file, made, database, LENGTH, 2, 2 * LENGTH, 0.25)
-    ids = reader.select(np.arange(0, 80, 4), 4)
-    assert kept[0][database.document_of(ids[ids != NONE])].all() and (ids != NONE).any()
+    chunks = np.arange(database.num_chunks)
+    documents = database.document_of(chunks)
+    shares = (0.0, 0.125, 0.25, 0.5, 1.0)
+    kept = [Thinning(share, by_chunk).keeps(database, chunks, documents) for share in shares]
+    assert all((smaller <= larger).all() for smaller, larger in itertools.pairwise(kept))
+    assert not kept[0].any() and kept[-1].all()
+    assert [mask.mean() for mask in kept] == pytest.approx(shares, abs=0.05)
+    whole = [len(np.unique(kept[2][documents == document])) == 1 for document in np.unique(documents)]
+    assert all(whole) != by_chunk
+    for share, mask in zip(shares, kept, strict=True):
+        reader = NeighborReader(file, made, database, LENGTH, 2, 2 * LENGTH, Thinning(share, by_chunk))
+        ids = reader.select(np.arange(0, 80, 4), 4)
+        assert mask[ids[ids != NONE]].all() and (ids != NONE).any() == (share > 0)
+
+
+def test_corpora_of_a_database_are_thinned_each_by_its_own_share(tmp_path: Path) -> None:
+    """Composition by source, against the rule written out; the compiled choice and the plain one agree."""
+    files = [corpus(tmp_path / name, number, count=400) for number, name in enumerate("abc")]
+    database = ChunkDatabase.create(tmp_path / "db", [file.prefix for file in files], LENGTH, eod=EOD)
+    made, chunks = table(tmp_path / "table", files[0], database), np.arange(database.num_chunks)
+    owner = np.searchsorted(database.documents_before, database.document_of(chunks), side="right") - 1
+    for by_chunk in (False, True):
+        numbers = chunks if by_chunk else database.document_of(chunks)
+        shares = np.array([1.0, 0.0, 0.25])[owner] * 0.5
+        wanted = np.array([mix(int(number)) / 2**64 for number in numbers]) < shares
+        thinning = Thinning(0.5, by_chunk, (1.0, 0.0, 0.25))
+        assert (thinning.keeps(database, chunks, database.document_of(chunks)) == wanted).all()
+        reader = NeighborReader(files[0], made, database, LENGTH, 2, 2 * LENGTH, thinning)
+        firsts = np.arange(0, 200, 4)
+        chosen = reader.select(firsts, 4)
+        assert wanted[chosen[chosen != NONE]].all() and (chosen != NONE).any()
+        packed = np.stack([made.packed_rows(int(first), int(first) + 4) for first in firsts])
+        own = np.array([[files[0].document_of(int(f) * 8), files[0].document_of(int(f) * 8 + 32) + 1] for f in firsts])
+        assert (reader.select_plainly(unpack_ids(packed), own[:, 0], own[:, 1]) == chosen).all()
+    settings = retro_config(
+        tmp_path, files[0], database_corpus_fractions=(0.5, 1.0), database_path=str(tmp_path / "db")
+    )
+    with pytest.raises(ConfigError, match=r"one share per corpus of the database\s+got: +2"):
+        build_dataset(settings, "train", eod=EOD)
 
 
 def test_samples_come_only_from_rows_that_the_table_has(tmp_path: Path) -> None:
