@@ -27,7 +27,7 @@ from megatron_retro.artifacts.block_checksums import BLOCK_BYTES
 from megatron_retro.checkpoint.loading import load_tensors, open_checkpoint
 from megatron_retro.checkpoint.saver import Saver, Snapshot
 from megatron_retro.checkpoint.shard_files import tensor_bytes
-from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main, interleave, median_ratio
+from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main, median_ratio
 from megatron_retro.testing.processes import run_ranks
 from megatron_retro.testing.tiny_corpus import write_tiny_corpus
 from megatron_retro.training.program import pretrain
@@ -42,8 +42,8 @@ def run(quick: bool) -> list[Figure]:
         room = Path(name)
         return [
             *loop_overhead(room, 20 if quick else 60),
-            *disk_rates(room, (64 if quick else 256) << 20, 3 if quick else 5),
-            *background_stall(room, (64 if quick else 256) << 20, 2 if quick else 3),
+            *disk_rates(room, (64 if quick else 1024) << 20, 3 if quick else 7),
+            *background_stall(room, (64 if quick else 256) << 20, 2 if quick else 5),
             *load_memory(room, (128 if quick else 512) << 20),
         ]
 
@@ -104,45 +104,39 @@ def disk_rates(room: Path, num_bytes: int, rounds: int) -> list[Figure]:
         "ours": load_ours,
         "torch": lambda: load_by_torch(room_for_load, checkpoint_id=str(paths["torch"]), no_dist=True),
     }
-    saved = interleave({name: fresh(paths[name], save) for name, save in saves.items()}, rounds, 1)
+    saved = take_turns(saves, lambda name: shutil.rmtree(paths[name], ignore_errors=True), rounds)
     for load in loads.values():
         for tensor in room_for_load.values():
             tensor.zero_()
         load()
         if not all(torch.equal(tensor, room_for_load[name]) for name, tensor in values.items()):
             raise AssertionError("what was loaded is not what was saved")
-    loaded = interleave({name: cold(paths[name], load) for name, load in loads.items()}, rounds, 1)
+    loaded = take_turns(loads, lambda name: forget_pages(paths[name]), rounds)
     for path in paths.values():
         shutil.rmtree(path, ignore_errors=True)
     figures = []
     for what, times, target in (("save", saved, 0.9), ("verified load", loaded, 0.85)):
-        raw, theirs = times["raw"].wall, f"{what} by torch's default (unverified), share of the raw rate"
+        raw, theirs = times["raw"], f"{what} by torch's default (unverified), share of the raw rate"
         figures += [
-            Figure(f"{what}, share of the raw rate", median_ratio(raw, times["ours"].wall), "", target),
-            Figure(theirs, median_ratio(raw, times["torch"].wall), ""),
-            Figure(f"raw rate for {what}", num_bytes / 1e9 / times["raw"].median_wall, "GB/s"),
+            Figure(f"{what}, share of the raw rate", median_ratio(raw, times["ours"]), "", target),
+            Figure(theirs, median_ratio(raw, times["torch"]), ""),
+            Figure(f"raw rate for {what}", num_bytes / 1e9 / statistics.median(raw), "GB/s"),
         ]
     return figures
 
 
-def fresh(path: Path, save: Callable[[], object]) -> Callable[[], object]:
-    """A save that begins with nothing there; clearing costs each candidate the same and a few milliseconds."""
-
-    def candidate() -> None:
-        shutil.rmtree(path, ignore_errors=True)
-        save()
-
-    return candidate
-
-
-def cold(path: Path, load: Callable[[], object]) -> Callable[[], object]:
-    """A load from the disk instead of the page cache."""
-
-    def candidate() -> None:
-        forget_pages(path)
-        load()
-
-    return candidate
+def take_turns(
+    candidates: dict[str, Callable[[], object]], prepare: Callable[[str], object], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each candidate in every round; what prepares it is not counted, nor is the first round."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds + 1):
+        for name, candidate in candidates.items():
+            prepare(name)
+            start = time.perf_counter()
+            candidate()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: found[1:] for name, found in seconds.items()}
 
 
 def write_raw(path: Path, values: dict[str, Tensor]) -> None:

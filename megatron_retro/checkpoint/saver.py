@@ -24,13 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.tensor import DTensor
 
-from megatron_retro.artifacts.files import (
-    TEMPORARY_MARK,
-    flush_directory,
-    flush_file,
-    named_disk_errors,
-    publish_directory,
-)
+from megatron_retro.artifacts.files import TEMPORARY_MARK, flush_file, named_disk_errors, publish_directory
 from megatron_retro.artifacts.manifest import FileRecord, file_record, write_manifest
 from megatron_retro.checkpoint.directory import (
     KIND,
@@ -157,7 +151,7 @@ class Saver:
                 flush_file(partial / name)
             records: dict[str, FileRecord] = {name: file.record() for name, file in writer.files.items()}
             records |= {name: file_record(partial / name) for name in (STATE_NAME, INDEX_NAME)}
-            write_manifest(
+            write_manifest(  # forces itself and all names of the directory to disk
                 partial,
                 kind=KIND,
                 version=VERSION,
@@ -166,7 +160,6 @@ class Saver:
                 counts=snapshot.counts,
                 files=records,
             )
-            flush_directory(partial)
             publish_directory(partial, target)
             point_to(self.run, target, snapshot.step)
             keep_newest(self.run, self._keep)

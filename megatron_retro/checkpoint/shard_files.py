@@ -1,18 +1,16 @@
 """One shard on disk: a safetensors file written in one pass and read in verified blocks.
 
 torch's own safetensors writer builds the whole file in memory and knows no checksum; here tensors stream from where
-they lie, and a second thread computes the block checksums while the disk is busy. The files are plain safetensors,
-with the offsets of each piece in the place where torch's `HuggingFaceStorageReader` looks for them.
+they lie, and every block is checksummed on the way. The disk is told to begin while later blocks are still copied. The
+files are plain safetensors, with the offsets of each piece in the place where torch's `HuggingFaceStorageReader` looks
+for them.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_retro.artifacts.block_checksums import BLOCK_BYTES, RunningBlocks
+from megatron_retro.artifacts.block_checksums import BLOCK_BYTES, RunningBlocks, checksum_of
 from megatron_retro.errors import DamagedArtifact
 
 DTYPE_NAMES = {
@@ -37,7 +35,7 @@ DTYPE_NAMES = {
 }
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _HEADER_ALIGNMENT = 64
-_BUFFERS = 4
+_FLUSHED_BYTES = 4 * BLOCK_BYTES
 
 
 @dataclass(frozen=True)
@@ -115,30 +113,43 @@ class WrittenShard:
 def write_shard(path: Path, pieces: Sequence[PieceSpec], load: Callable[[int], Tensor]) -> WrittenShard:
     """Write a shard and force it to disk; `load(i)` gives piece i, contiguous or not, on any device."""
     head, begins = shard_header(pieces)
-    running = RunningBlocks()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
-        with ThreadPoolExecutor(1) as pool:
-            pending = [_write_piece(descriptor, memoryview(head), running, pool)]
-            for number in range(len(pieces)):
-                tensor = load(number).detach().to("cpu").contiguous()
-                pending.append(_write_piece(descriptor, tensor_bytes(tensor), running, pool))
-                del tensor
-            os.fsync(descriptor)
-            for checksum in pending:
-                checksum.result()
+        stream = _ChecksummedStream(descriptor)
+        stream.write(memoryview(head))
+        for number in range(len(pieces)):
+            tensor = load(number).detach().to("cpu").contiguous()
+            stream.write(tensor_bytes(tensor))
+            del tensor
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
     stored = tuple(StoredPiece(piece, path.name, begin) for piece, begin in zip(pieces, begins, strict=True))
-    return WrittenShard(stored, running.size, tuple(running.checksums()))
+    return WrittenShard(stored, stream.blocks.size, tuple(stream.blocks.checksums()))
 
 
-def _write_piece(descriptor: int, data: memoryview, running: RunningBlocks, pool: ThreadPoolExecutor) -> Future[None]:
-    checksum = pool.submit(running.feed, data)
-    written = 0
-    while written < len(data):
-        written += os.write(descriptor, data[written : written + 8 * BLOCK_BYTES])
-    return checksum
+class _ChecksummedStream:
+    """A file that is written from its beginning; the disk begins with what is there while more is written."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.blocks = RunningBlocks()
+        self._descriptor = descriptor
+        self._flushed = 0
+
+    def write(self, data: memoryview) -> None:
+        """Append, in blocks that are checksummed while the processor still has them at hand."""
+        while len(data):
+            written = os.write(self._descriptor, data[:BLOCK_BYTES])
+            self.blocks.feed(data[:written])
+            data = data[written:]
+            self._flush()
+
+    def _flush(self) -> None:
+        """Ask the kernel to write back what it holds; this does not wait, `fsync` at the end does."""
+        waiting = self.blocks.size - self._flushed
+        if waiting >= _FLUSHED_BYTES:
+            os.posix_fadvise(self._descriptor, self._flushed, waiting, os.POSIX_FADV_DONTNEED)
+            self._flushed = self.blocks.size
 
 
 @dataclass(frozen=True)
@@ -217,30 +228,20 @@ def _fill(blocks: _VerifiedBlocks, ranges: Sequence[Range]) -> None:
 
 
 class _VerifiedBlocks:
-    """The blocks of a file: a thread reads ahead, the caller's thread verifies.
+    """The blocks of a file, in order, each verified as soon as it is read.
 
     A block that lies inside a single range is read straight into place; others go through a buffer.
     """
 
     def __init__(self, path: Path, descriptor: int, num_bytes: int, checksums: Sequence[int]) -> None:
         self._path, self._descriptor, self._num_bytes, self._checksums = path, descriptor, num_bytes, checksums
-        self._buffers = [memoryview(bytearray(BLOCK_BYTES)) for _ in range(_BUFFERS)]
+        self._buffer = memoryview(bytearray(BLOCK_BYTES))
 
     def of(self, ranges: Sequence[Range]) -> Iterator[tuple[int, memoryview, tuple[_Open, ...]]]:
         """Begin, content and ranges of every block that is touched, each valid until the next is asked for."""
-        plan = _touched(ranges)
-        ahead: deque[tuple[_Planned, Future[memoryview]]] = deque()
-        with ThreadPoolExecutor(1) as pool:
-            for turn, planned in enumerate(self._opened(plan)):
-                ahead.append((planned, pool.submit(self._read, planned, turn)))
-                if len(ahead) == _BUFFERS - 1:
-                    yield self._next(ahead)
-            while ahead:
-                yield self._next(ahead)
-
-    def _next(self, ahead: deque[tuple[_Planned, Future[memoryview]]]) -> tuple[int, memoryview, tuple[_Open, ...]]:
-        planned, reading = ahead.popleft()
-        return planned.number * BLOCK_BYTES, self._verified(planned.number, reading.result()), planned.ranges
+        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        for planned in self._opened(_touched(ranges)):
+            yield planned.number * BLOCK_BYTES, self._verified(planned.number, self._read(planned)), planned.ranges
 
     def _opened(self, plan: Sequence[tuple[int, list[Range]]]) -> Iterator[_Planned]:
         """Opens a target when its first block is about to be read."""
@@ -254,10 +255,10 @@ class _VerifiedBlocks:
                 if wanted.end <= (number + 1) * BLOCK_BYTES:
                     del is_open[id(wanted)]
 
-    def _read(self, planned: _Planned, turn: int) -> memoryview:
+    def _read(self, planned: _Planned) -> memoryview:
         begin = planned.number * BLOCK_BYTES
         length = min(BLOCK_BYTES, self._num_bytes - begin)
-        buffer = self._buffers[turn % _BUFFERS][:length]
+        buffer = self._buffer[:length]
         if len(planned.ranges) == 1 and len(room := planned.ranges[0].part(begin, length)) == length:
             buffer = room
         done = 0
@@ -269,7 +270,7 @@ class _VerifiedBlocks:
         return buffer
 
     def _verified(self, number: int, block: memoryview) -> memoryview:
-        if zlib.crc32(block) != self._checksums[number]:
+        if checksum_of(block) != self._checksums[number]:
             begin = number * BLOCK_BYTES
             raise DamagedArtifact(
                 f"{self._path}: bytes {begin} to {begin + len(block)} have changed since they were written (checksum)",
