@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,18 +14,19 @@ from torch import Tensor
 from megatron_retro.assembly.run_parts import VOCABULARY_PARAMETERS
 from megatron_retro.checkpoint.live_state import model_tensors, padded_rows
 from megatron_retro.checkpoint.loading import Checkpoint, load_tensors, open_checkpoint
+from megatron_retro.checkpoint.stored_settings import open_base, seen_from, stored_settings
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.retro import RetroConfig
-from megatron_retro.config.settings import Settings, build_settings, section_name, specs_by_name
+from megatron_retro.config.settings import Settings
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_retro.errors import ArtifactError, ConfigError, EnvironmentProblem
+from megatron_retro.errors import ArtifactError, EnvironmentProblem
 from megatron_retro.model.retro import Retro
 from megatron_retro.peft.attach import attach, connect, is_added, merge
+from megatron_retro.peft.prompts import fold_prompt
 
 _TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
-_SECTIONS = (ModelConfig, RetroConfig, TokenizerConfig, PeftConfig)
 
 
 @dataclass(frozen=True)
@@ -78,31 +78,15 @@ def _fill(module: Retro, checkpoint: Checkpoint, settings: Settings, tensors: Ma
 
 def _fill_tuned(module: Retro, checkpoint: Checkpoint, settings: Settings) -> None:
     """The model that was tuned beside, and what was tuned: merged where that is exact, else left in place."""
-    method = settings[PeftConfig].peft_method
-    if method == "p-tuning":
-        raise ConfigError(
-            f"{checkpoint.path} holds virtual tokens, which nothing but training puts before a text",
-            got="peft_method = p-tuning",
-            expected="lora, adapter or ia3",
-        )
-    stored = str(checkpoint.manifest.config.get("checkpoint", {}).get("load") or "")
-    base = open_checkpoint(seen_from(stored, checkpoint.path))
-    _fill(module, base, settings, model_tensors(module))
+    _fill(module, open_base(checkpoint), settings, model_tensors(module))
     attach(module, settings[PeftConfig])
     added = {name: tensor for name, tensor in model_tensors(module).items() if is_added(name)}
     _fill(module, checkpoint, settings, added)
     connect(module)
-    if method in ("lora", "ia3"):
+    if settings[PeftConfig].peft_method in ("lora", "ia3"):
         merge(module)
-
-
-def seen_from(stored: str, checkpoint: Path) -> Path:
-    """A path as a run noted it; a relative one also counts from a folder above the run."""
-    path = Path(stored)
-    if path.is_absolute() or path.exists():
-        return path
-    places = (folder / path for folder in checkpoint.resolve().parents)
-    return next((place for place in places if place.exists()), path)
+    elif module.embedding is not None:
+        fold_prompt(module.embedding)
 
 
 def open_for_use(path: Path, tokenizer: TokenizerConfig | None = None) -> tuple[Checkpoint, Settings, Tokenizer]:
@@ -112,23 +96,6 @@ def open_for_use(path: Path, tokenizer: TokenizerConfig | None = None) -> tuple[
     built = build_tokenizer(tokenizer or _found_files(settings[TokenizerConfig], checkpoint.path))
     _require_tokenizer(checkpoint, built)
     return checkpoint, settings, built
-
-
-def stored_settings(checkpoint: Checkpoint) -> Settings:
-    """The sections that make the model, as they were when it was trained."""
-    values: dict[str, Any] = {}
-    known = specs_by_name(_SECTIONS)
-    for section in _SECTIONS:
-        stored: Mapping[str, Any] = checkpoint.manifest.config.get(section_name(section), {})
-        unknown = [name for name in stored if name not in known]
-        if unknown:
-            raise ArtifactError(
-                f"{checkpoint.path} has settings that this version does not know",
-                got=", ".join(unknown),
-                fix="use the version of megatron_retro that wrote it",
-            )
-        values.update({name: value for name, value in stored.items() if value is not None})
-    return build_settings(_SECTIONS, values, {})
 
 
 def _found_files(config: TokenizerConfig, checkpoint: Path) -> TokenizerConfig:

@@ -9,9 +9,10 @@ import torch.distributed as dist
 
 from megatron_retro.assembly.loaded_model import chosen_dtype, open_for_use
 from megatron_retro.assembly.run_parts import VOCABULARY_PARAMETERS
-from megatron_retro.assembly.stage_building import stage_without_memory
+from megatron_retro.assembly.stage_building import is_tuned, stage_without_memory
 from megatron_retro.checkpoint.live_state import model_tensors, padded_rows
-from megatron_retro.checkpoint.loading import load_tensors
+from megatron_retro.checkpoint.loading import Checkpoint, load_tensors
+from megatron_retro.checkpoint.stored_settings import open_base
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.parallel import ParallelConfig
@@ -24,6 +25,7 @@ from megatron_retro.errors import ConfigError
 from megatron_retro.parallel.mesh import DATA, PIPELINE, ParallelMesh
 from megatron_retro.parallel.partition import stage_parts
 from megatron_retro.parallel.stages import Stage
+from megatron_retro.peft.attach import is_added
 
 
 def load_stage(
@@ -42,21 +44,27 @@ def load_stage(
             expected="as many processes as tensor x pipeline, no sequence parallelism, no virtual stages",
         )
     checkpoint, stored, built = open_for_use(path, tokenizer)
-    if stored[PeftConfig].peft_method != "none":
-        raise ConfigError(
-            f"{checkpoint.path} tunes beside another model",
-            got=f"peft_method = {stored[PeftConfig].peft_method}",
-            fix="generate from it with one process",
-        )
-    settings = Settings([stored[ModelConfig], stored[RetroConfig], stored[TokenizerConfig], parallel, TrainingConfig()])
+    kinds = (ModelConfig, RetroConfig, TokenizerConfig, PeftConfig)
+    settings = Settings([*(stored[kind] for kind in kinds), parallel, TrainingConfig()])
     part = stage_parts(settings, seq_length=1)[mesh.rank(PIPELINE)]
     stage = stage_without_memory(settings, part, mesh)
     stage.to_empty(device=mesh.device)
-    tensors = model_tensors(stage.model)
-    rows = padded_rows(tensors, dict.fromkeys(VOCABULARY_PARAMETERS, stored[ModelConfig].vocab_size or 0))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        load_tensors(checkpoint, tensors, rows, dist.group.WORLD)
+    _fill(stage, checkpoint, stored)
     stage.to(chosen_dtype(dtype, mesh.device))
     stage.eval().requires_grad_(False)
     return stage, settings, built
+
+
+def _fill(stage: Stage, checkpoint: Checkpoint, stored: Settings) -> None:
+    """From the checkpoint; of a run that tuned beside a model, that model from its own."""
+    tensors = model_tensors(stage.model)
+    added = {name: tensor for name, tensor in tensors.items() if is_added(name)}
+    sources = [(checkpoint, tensors)]
+    if is_tuned(stored):
+        frozen = {name: tensor for name, tensor in tensors.items() if name not in added}
+        sources = [(open_base(checkpoint), frozen), (checkpoint, added)]
+    for source, wanted in sources:
+        rows = padded_rows(wanted, dict.fromkeys(VOCABULARY_PARAMETERS, stored[ModelConfig].vocab_size or 0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            load_tensors(source, wanted, rows, dist.group.WORLD)

@@ -20,7 +20,7 @@ from megatron_retro.data.instructions.templates import build_template
 from megatron_retro.data.loader import Loader
 from megatron_retro.data.tokenizers import Tokenizer
 from megatron_retro.errors import ConfigError
-from megatron_retro.peft.prompts import virtual_token_ids
+from megatron_retro.peft.prompts import configured_virtual_tokens
 
 
 def is_instruction_run(settings: Settings) -> bool:
@@ -74,15 +74,13 @@ def instruction_dataset(settings: Settings, split: str, tokenizer: Tokenizer) ->
 def conversation_encoder(settings: Settings, tokenizer: Tokenizer) -> ConversationEncoder:
     """How conversations become tokens, in training and afterwards."""
     config = settings[InstructionConfig]
-    prompted = is_tuned(settings) and settings[PeftConfig].peft_method == "p-tuning"
-    virtual = virtual_token_ids(settings[PeftConfig].num_virtual_tokens) if prompted else ()
     return ConversationEncoder(
         tokenizer,
         build_template(config.instruction_template),
         config.context_place,
         config.num_contexts,
         config.loss_on_all_replies,
-        tuple(virtual),
+        configured_virtual_tokens(settings[PeftConfig]) if is_tuned(settings) else (),
     )
 
 

@@ -16,10 +16,9 @@ from megatron_retro.checkpoint.live_state import MODEL
 from megatron_retro.checkpoint.loading import Checkpoint, load_tensors
 from megatron_retro.checkpoint.shard_files import DTYPES, PieceSpec, StoredPiece, write_shard
 from megatron_retro.checkpoint.storage import INDEX_NAME, ShardFile, TensorIndex, shard_name
-from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.retro import RetroConfig
-from megatron_retro.config.settings import Settings, build_settings, section_name
+from megatron_retro.config.settings import Settings
 from megatron_retro.model.retro import Retro
 
 _SHARD_BYTES = 4 << 30
@@ -92,11 +91,3 @@ def read_parameter(checkpoint: Checkpoint, name: str) -> Tensor:
     tensor = torch.empty(checkpoint.index.sizes[key], dtype=DTYPES[checkpoint.index.dtypes[key]])
     load_tensors(checkpoint, {key: tensor})
     return tensor
-
-
-def stored_settings(checkpoint: Checkpoint) -> Settings:
-    """Decoder, retriever and tokenizer as the checkpoint's manifest has them."""
-    sections = (ModelConfig, RetroConfig, TokenizerConfig)
-    stored = [checkpoint.manifest.config.get(section_name(section), {}) for section in sections]
-    values = {name: value for fields in stored for name, value in fields.items() if value is not None}
-    return build_settings(sections, values, {})

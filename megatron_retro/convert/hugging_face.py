@@ -15,11 +15,12 @@ from megatron_retro.artifacts.files import new_directory, write_file
 from megatron_retro.artifacts.manifest import file_record
 from megatron_retro.checkpoint.live_state import MODEL
 from megatron_retro.checkpoint.loading import open_checkpoint
+from megatron_retro.checkpoint.stored_settings import stored_settings
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.convert.checkpoint_files import parameter_shapes, read_parameter, stored_settings, write_checkpoint
+from megatron_retro.convert.checkpoint_files import parameter_shapes, read_parameter, write_checkpoint
 from megatron_retro.convert.families import GPT2, Family
 from megatron_retro.convert.hugging_face_config import family_of, hugging_face_from_model, model_from_hugging_face
 from megatron_retro.convert.safetensors_folder import SafetensorsFolder, read_json, write_folder

@@ -17,6 +17,7 @@ from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.evaluation import EvaluationConfig
 from megatron_retro.config.fields import field_specs
+from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.perplexity import PerplexityConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings, section_name
@@ -42,6 +43,11 @@ def run_perplexity(settings: Settings, tasks: Sequence[str] = ()) -> dict[str, A
     if load is None:
         raise ConfigError("perplexity is that of a model", fix="give --load, a run's directory or a checkpoint")
     model = load_model(Path(load))
+    if model.settings[PeftConfig].peft_method == "p-tuning":
+        raise ConfigError(
+            f"{model.path} was tuned with virtual tokens, which stand before prompts and not before documents",
+            fix="evaluate its answers, or measure the model that it was tuned beside",
+        )
     config = settings[PerplexityConfig]
     dataset = held_out(settings, model)
     stride = config.perplexity_stride or _half(dataset)

@@ -24,7 +24,7 @@ from megatron_retro.model.cache import Cache
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """Sizes of the engine."""
+    """Sizes of the engine. Virtual tokens (of P-tuning) come on top of a sequence's length."""
 
     max_batch_size: int = 8
     max_sequence_length: int = 2048
@@ -64,7 +64,7 @@ class Engine:
     def submit(self, request: GenerationRequest, listener: Callable[[str], None] | None = None) -> Generation:
         """Queue a request; refused if it can never fit."""
         check_request(request, self.limits, self.forward)
-        generation = Generation(request, self.tokenizer.decode, listener)
+        generation = Generation(request, self.tokenizer.decode, listener, self.forward.virtual_tokens)
         self._waiting.append(generation)
         return generation
 
@@ -103,10 +103,9 @@ class Engine:
 
     def _start_prefill(self, generation: Generation) -> None:
         generation.started = True
-        request = generation.request
-        length = len(request.prompt) + request.max_new_tokens
+        length = generation.num_given + generation.request.max_new_tokens
         size = self.forward.chunk_length
-        whole = (len(request.prompt) - 1) // size
+        whole = (generation.num_given - 1) // size
         spans = [(number * size, (number + 1) * size) for number in range(whole)]
         self._prefill = _Prefill(generation, self.forward.new_cache(1, length), self._find(generation, spans))
 
@@ -115,7 +114,7 @@ class Engine:
         source = generation.request.source
         if source is None or not spans or not self.forward.reads_neighbors:
             return []
-        found = source.find([generation.tokens[start:stop] for start, stop in spans])
+        found = source.find([generation.words(start, stop) for start, stop in spans])
         for (start, stop), one in zip(spans, found, strict=True):
             generation.readings.append(Reading(start, stop, one))
         return found
@@ -125,7 +124,7 @@ class Engine:
         if generation.finished:
             self._prefill = None
             return
-        start, end = cache.lengths[0], len(generation.request.prompt) - 1
+        start, end = cache.lengths[0], generation.num_given - 1
         if start < end:
             stop = min(start + self.limits.prefill_tokens, end)
             size = self.forward.chunk_length
@@ -136,7 +135,7 @@ class Engine:
 
     def _join(self, generation: Generation, cache: Cache) -> None:
         """Move a filled row into the batch."""
-        need = len(generation.request.prompt) + generation.request.max_new_tokens
+        need = generation.num_given + generation.request.max_new_tokens
         if self._cache is None:
             self._rows, self._cache = [None], self.forward.new_cache(1, need)
         size = len(self._rows) if None in self._rows else 2 * len(self._rows)
@@ -190,7 +189,7 @@ class Engine:
         for source, rows in by_source.values():
             spans = [(cache.lengths[row] + 1 - cache.chunk_length, cache.lengths[row] + 1) for row in rows]
             owners = [generation for row in rows if (generation := self._rows[row]) is not None]
-            queries = [one.tokens[start:stop] for one, (start, stop) in zip(owners, spans, strict=True)]
+            queries = [one.words(start, stop) for one, (start, stop) in zip(owners, spans, strict=True)]
             for row, one, span, answer in zip(rows, owners, spans, source.find(queries), strict=True):
                 one.readings.append(Reading(*span, answer))
                 found[row] = answer
@@ -203,7 +202,7 @@ class Engine:
         if generation is None:
             return False
         step = generation.request.retrieval_step
-        since_prompt = slot + 1 - len(generation.request.prompt)
+        since_prompt = slot + 1 - generation.num_given
         if step is not None and since_prompt % step == 0 and slot + 1 >= cache.chunk_length:
             cache.end_chunk_at(row, slot)
         return (slot + 1 + cache.offsets[row]) % cache.chunk_length == 0

@@ -13,15 +13,17 @@ from megatron_retro.inference.neighbor_sources import Found
 from megatron_retro.model.cache import Cache
 from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.retro import Retro
+from megatron_retro.peft.prompts import virtual_tokens_of
 
 
 class Forward(Protocol):
-    """A model that can be fed in pieces, however it is cut."""
+    """A model that can be fed in pieces, however it is cut. `virtual_tokens` (of P-tuning) lead every text."""
 
     chunk_length: int
     vocab_size: int
     reads_neighbors: bool
     neighbor_shape: tuple[int, int]
+    virtual_tokens: tuple[int, ...]
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """Room for sequences."""
@@ -43,6 +45,7 @@ class LocalForward:
         self.vocab_size = model.model.vocab_size or 0
         self.reads_neighbors = model.retro.reads_neighbors()
         self.neighbor_shape = (max(1, model.retro.retro_num_neighbors), model.retro.retrieved_length())
+        self.virtual_tokens = virtual_tokens_of(model.embedding)
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """Room for sequences."""

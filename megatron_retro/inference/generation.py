@@ -35,16 +35,21 @@ class Reading:
 
 
 class Generation:
-    """State of one request. `listener` hears each piece of text, and "" at the end."""
+    """State of one request. `listener` hears each piece of text, and "" at the end.
+
+    `tokens` is what the model is fed: the virtual tokens that `lead`, the prompt, and what was chosen.
+    """
 
     def __init__(
         self,
         request: GenerationRequest,
         decode: Callable[[Sequence[int]], str],
         listener: Callable[[str], None] | None = None,
+        lead: tuple[int, ...] = (),
     ) -> None:
         self.request = request
-        self.tokens = list(request.prompt)
+        self.tokens = [*lead, *request.prompt]
+        self.num_leading, self.num_given = len(lead), len(self.tokens)
         self.log_probabilities: list[float] = []
         self.readings: list[Reading] = []
         self.finish_reason: str | None = None
@@ -62,7 +67,11 @@ class Generation:
     @property
     def new_tokens(self) -> list[int]:
         """Tokens after the prompt."""
-        return self.tokens[len(self.request.prompt) :]
+        return self.tokens[self.num_given :]
+
+    def words(self, start: int, stop: int) -> list[int]:
+        """The tokens of a span that stand for words."""
+        return self.tokens[max(start, self.num_leading) : stop]
 
     @property
     def finished(self) -> bool:
@@ -72,7 +81,7 @@ class Generation:
     def choose(self, logits_V: Tensor, eod: int) -> None:
         """Take the next token from the logits of the last position."""
         try:
-            token, log_probability = self._sampler.choose(logits_V, self.tokens)
+            token, log_probability = self._sampler.choose(logits_V, self.tokens[self.num_leading :])
         except MegatronRetroError as error:
             self.failure = error
             self.finish("error")

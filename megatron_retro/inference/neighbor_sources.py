@@ -32,7 +32,7 @@ class Found:
 
 
 class NeighborSource(Protocol):
-    """Finds neighbours."""
+    """Finds neighbours. A chunk is its words alone: one of nothing but virtual tokens is empty."""
 
     def find(self, chunks: Sequence[Sequence[int]]) -> list[Found]:
         """One answer per chunk."""
@@ -56,6 +56,7 @@ class LiveNeighbors:
     def find(self, chunks: Sequence[Sequence[int]]) -> list[Found]:
         """Embed, search, gather."""
         ids, distances = self.index.search(chunks, self.num_neighbors)
+        ids[[not len(chunk) for chunk in chunks]] = -1  # there is nothing to search for
         return gathered(self.index.database, ids, distances, self.retrieved_length)
 
 

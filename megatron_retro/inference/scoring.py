@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_retro.inference.forward import stack
 from megatron_retro.inference.neighbor_sources import NeighborSource
 from megatron_retro.model.retro import Retro
+from megatron_retro.peft.prompts import virtual_tokens_of
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,10 @@ def score_continuations(
 ) -> list[Scored]:
     """One forward over all pairs (context, continuation), padded at the right; long contexts lose their beginning.
 
-    The context must hold a token: the first of a continuation is predicted too.
+    The context must hold a token: the first of a continuation is predicted too. Virtual tokens lead every row.
     """
-    rows = [kept_tokens(context, continuation, max_length) for context, continuation in pairs]
+    lead = virtual_tokens_of(model.embedding)
+    rows = [[*lead, *kept_tokens(context, continuation, max_length)] for context, continuation in pairs]
     device = next(model.parameters()).device
     longest = max(len(row) for row in rows)
     tokens_BS = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
@@ -41,7 +43,7 @@ def score_continuations(
         tokens_BS[number, : len(row)] = torch.tensor(row)
     size = model.retro.retro_chunk_length
     found = [
-        source.find([row[start : start + size] for start in range(0, len(row) - size + 1, size)])
+        source.find([row[max(start, len(lead)) : start + size] for start in range(0, len(row) - size + 1, size)])
         if source is not None and model.retro.reads_neighbors() and len(row) >= size
         else []
         for row in rows

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.inference.forward import stack
@@ -24,6 +25,7 @@ from megatron_retro.model.context import SequenceContext
 from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.parallel.mesh import PIPELINE, ParallelMesh
 from megatron_retro.parallel.stages import Stage
+from megatron_retro.peft.prompts import configured_virtual_tokens
 
 
 class StagedForward:
@@ -36,6 +38,7 @@ class StagedForward:
         self.vocab_size = model.vocab_size or 0
         self.reads_neighbors = retro.reads_neighbors()
         self.neighbor_shape = (max(1, retro.retro_num_neighbors), retro.retrieved_length())
+        self.virtual_tokens = configured_virtual_tokens(settings[PeftConfig])
         self._hidden_size, self._encoder_size = model.hidden_size, retro.encoder_model(model).hidden_size
         self._dtype = next(parameter.dtype for parameter in stage.parameters())
         self._group = mesh.group(PIPELINE)

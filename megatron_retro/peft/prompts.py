@@ -15,6 +15,7 @@ from torch.nn import functional
 from megatron_retro.config.peft import PeftConfig
 from megatron_retro.model.embeddings import TokenEmbedding
 from megatron_retro.model.leaves import Embedding, Linear
+from megatron_retro.ops.local_tensors import local
 
 NAME = "prompt"
 
@@ -25,22 +26,49 @@ class PromptEncoder(nn.Module):
     def __init__(self, width: int, config: PeftConfig) -> None:
         super().__init__()
         self.table = Embedding(config.num_virtual_tokens, width)
-        self.up = Linear(width, (config.prompt_encoder_hidden_size,), bias=True)
-        self.down = Linear(config.prompt_encoder_hidden_size, (width,), bias=True)
+        self.up: Linear | None = Linear(width, (config.prompt_encoder_hidden_size,), bias=True)
+        self.down: Linear | None = Linear(config.prompt_encoder_hidden_size, (width,), bias=True)
 
     def own_part(self, tokens_BS: Tensor) -> Tensor:
         """The tokens whose vectors this rank holds: all, unless a cut replaces this method."""
         return tokens_BS
 
-    def forward(self, virtual_ids: Tensor) -> Tensor:
-        """The vectors of virtual tokens, counted from 0."""
-        vectors: Tensor = self.down(functional.relu(self.up(self.table(virtual_ids))))
-        return vectors
+    def forward(self) -> Tensor:
+        """The vectors of all virtual tokens [V, H]."""
+        vectors = local(self.table.weight)
+        if self.up is None or self.down is None:
+            return vectors
+        made: Tensor = self.down(functional.relu(self.up(vectors)))
+        return made
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Keep the vectors and drop the network that makes them: a model that trains no more needs only those."""
+        self.table.weight.copy_(self())
+        self.up = self.down = None
 
 
-def virtual_token_ids(count: int) -> list[int]:
+def virtual_token_ids(count: int) -> tuple[int, ...]:
     """The ids of the virtual tokens, in order."""
-    return [-1 - number for number in range(count)]
+    return tuple(-1 - number for number in range(count))
+
+
+def configured_virtual_tokens(config: PeftConfig) -> tuple[int, ...]:
+    """What leads every text of a tuned model: virtual tokens with P-tuning, else nothing."""
+    return virtual_token_ids(config.num_virtual_tokens) if config.peft_method == "p-tuning" else ()
+
+
+def fold_prompt(embedding: TokenEmbedding) -> None:
+    """Fold the prompt encoder of an embedding, if it has one."""
+    prompt: PromptEncoder | None = getattr(embedding, NAME, None)
+    if prompt is not None:
+        prompt.fold()
+
+
+def virtual_tokens_of(embedding: nn.Module | None) -> tuple[int, ...]:
+    """The same, read off a model's embedding."""
+    prompt: PromptEncoder | None = getattr(embedding, NAME, None)
+    return () if prompt is None else virtual_token_ids(len(prompt.table.weight))
 
 
 def attach_prompt(embedding: TokenEmbedding, config: PeftConfig) -> None:
@@ -58,5 +86,5 @@ def _hide_virtual_ids(word: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[T
 def _insert_vectors(embedding: nn.Module, arguments: tuple[Any, ...], hidden_BSH: Tensor) -> Tensor:
     prompt: PromptEncoder = getattr(embedding, NAME)
     tokens_BS = prompt.own_part(arguments[0])
-    vectors = prompt((-1 - tokens_BS).clamp(min=0))
+    vectors = functional.embedding((-1 - tokens_BS).clamp(min=0), prompt())
     return torch.where((tokens_BS < 0)[..., None], vectors.to(hidden_BSH.dtype), hidden_BSH)
