@@ -60,7 +60,9 @@ class RetrievalConfig:
     retro_query_num_neighbors_query: int = option(200, "candidates of one query", minimum=1)
     retro_query_num_neighbors_save: int = option(20, "neighbours kept of them", minimum=1)
     retro_query_method: str = option("auto", "search list by list, or query by query", choices=QUERY_METHODS, ours=True)
-    retro_refine: bool = option(False, "order candidates by the kept vectors instead of their codes", ours=True)
+    retro_refine: bool = option(
+        False, "order candidates by their vectors, kept or embedded again, instead of their codes", ours=True
+    )
     retro_rerank: str = option("none", "order candidates by shared tokens", choices=RERANKS, ours=True)
     retro_drop_overlap: float | None = option(
         None,

@@ -39,6 +39,7 @@ from megatron_retro.retrieval.reordering import (
     Texts,
     TokenStatistics,
     refined,
+    refined_anew,
     reranked,
     statistics_of,
     without_leaks,
@@ -131,7 +132,7 @@ class NeighborSearch:
         config, database = self.project.config, self.project.database
         last = first + len(vectors)
         if config.retro_refine:
-            found = refined(found, vectors, self.project.required_vectors().mapped())
+            found = self._refined(found, vectors)
         if config.retro_rerank != "none":
             found = reranked(found, self.texts(first, last), database, config.retro_rerank, self.statistics)
         if config.retro_drop_overlap is not None:
@@ -139,6 +140,12 @@ class NeighborSearch:
             length = self.project.retrieved_length
             found = without_leaks(found, successors, database, length, config.retro_drop_overlap)
         return found
+
+    def _refined(self, found: Found, vectors: NDArray[np.float32]) -> Found:
+        project = self.project
+        if project.kept_vectors is not None:
+            return refined(found, vectors, project.kept_vectors.mapped())
+        return refined_anew(found, vectors, project.database, project.embedder, project.memory_bytes / 4)
 
 
 def query(project: Project) -> None:

@@ -20,6 +20,7 @@ from megatron_retro.retrieval.index_building import SEGMENT_BYTES
 from megatron_retro.retrieval.merging import LISTS_FILE
 from megatron_retro.retrieval.neighbor_search import table_layout
 from megatron_retro.retrieval.project import Project
+from megatron_retro.retrieval.reordering import BATCH_ROWS
 from megatron_retro.retrieval.speeds import Speeds, measure_speeds
 from megatron_retro.retrieval.training import TRANSFORM_CHUNKS
 from megatron_retro.runtime.console import readable_bytes, readable_count, readable_seconds, render_table
@@ -156,6 +157,10 @@ def _costs(
     train = sample * speeds.embed_chunk + _KMEANS_ROUNDS * points * lists * width * speeds.multiply_add
     written = chunks * (code + 8) / _WRITE_BYTES_PER_SECOND
     per_query = speeds.embed_chunk + assign + min(_nprobe(project), lists) * chunks / lists * speeds.score
+    if project.config.retro_refine and project.kept_vectors is None:
+        # As if no two queries of a batch shared a candidate; the database is the most that a batch can need.
+        candidates = min(project.config.retro_query_num_neighbors_query, chunks / BATCH_ROWS)
+        per_query += candidates * speeds.embed_chunk
     queried, checked = sum(rows.values()), min(project.config.retro_verify_queries, max(rows.values())) * len(rows)
     verify = len(rows) * chunks * speeds.embed_chunk + checked * (chunks * speeds.score + 8 * per_query)
     block = project.config.retro_block_size

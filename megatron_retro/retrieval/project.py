@@ -191,12 +191,6 @@ class Project:
         path = self.layout.embeddings / "vectors.bf16"
         return KeptVectors(path, self.database.num_chunks, self.embedder.dimension)
 
-    def required_vectors(self) -> KeptVectors:
-        """The file of kept vectors, for those who need it."""
-        if self.kept_vectors is None:
-            raise ConfigError("--retro-refine needs kept vectors", fix="add --retro-keep-embeddings and build again")
-        return self.kept_vectors
-
     def codes_path(self, span: Span) -> Path:
         """The file of a block's codes."""
         return self.layout.codes / f"{span.name}.safetensors"

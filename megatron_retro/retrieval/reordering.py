@@ -10,11 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_retro.data.chunk_database import ChunkDatabase
+from megatron_retro.retrieval.embedders import Embedder
+from megatron_retro.retrieval.encoding import BATCH_CHUNKS, as_bfloat16
 from megatron_retro.retrieval.list_join import Found
 from megatron_retro.retrieval.native import bm25_scores, candidate_distances, longest_common_runs, token_overlaps
 
 BATCH_ROWS = 4096
 _SAMPLED_CHUNKS = 200_000
+_HALF_BYTES = 2
 _K1, _B = 1.2, 0.75
 
 
@@ -56,6 +59,33 @@ def refined(found: Found, queries: NDArray[np.float32], vectors: NDArray[np.uint
     """Candidates ordered by their kept vectors instead of their codes; distances are those of the kept vectors."""
     distances = candidate_distances(queries, found.ids_QK, vectors)
     return in_order(Found(distances, found.ids_QK), distances)
+
+
+def refined_anew(
+    found: Found, queries: NDArray[np.float32], database: ChunkDatabase, embedder: Embedder, memory_bytes: float
+) -> Found:
+    """The same where no vectors were kept: every candidate of a few rows is embedded again, once for all of them."""
+    step = max(1, int(memory_bytes / (found.ids_QK.shape[1] * embedder.dimension * _HALF_BYTES)))
+    parts = []
+    for start in range(0, max(len(queries), 1), step):
+        ids = found.ids_QK[start : start + step]
+        wanted, places = np.unique(np.maximum(ids, 0), return_inverse=True)
+        distances = candidate_distances(
+            queries[start : start + step],
+            np.where(ids >= 0, places.reshape(ids.shape), -1),
+            _half_vectors(wanted, database, embedder),
+        )
+        parts.append(in_order(Found(distances, ids), distances))
+    return Found(np.concatenate([part.distances_QK for part in parts]), np.concatenate([part.ids_QK for part in parts]))
+
+
+def _half_vectors(chunks: NDArray[np.int64], database: ChunkDatabase, embedder: Embedder) -> NDArray[np.uint16]:
+    """Vectors of chunks as they would have been kept."""
+    vectors = np.empty((len(chunks), embedder.dimension), np.uint16)
+    for start in range(0, len(chunks), BATCH_CHUNKS):
+        part = chunks[start : start + BATCH_CHUNKS]
+        vectors[start : start + len(part)] = as_bfloat16(embedder.embed(*database.gather(part, database.chunk_length)))
+    return vectors
 
 
 def reranked(found: Found, texts: Texts, database: ChunkDatabase, kind: str, statistics: TokenStatistics) -> Found:

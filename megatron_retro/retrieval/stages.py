@@ -47,8 +47,6 @@ def build_retrieval(settings: Settings) -> None:
 def check_settings(project: Project) -> None:
     """Refuse what cannot be before anything is written."""
     config = project.config
-    if config.retro_refine and not config.retro_keep_embeddings:
-        raise ConfigError("--retro-refine needs the vectors of the database", fix="add --retro-keep-embeddings")
     if config.retro_query_num_neighbors_query < config.retro_query_num_neighbors_save:
         raise ConfigError(
             "--retro-query-num-neighbors-query is smaller than --retro-query-num-neighbors-save",

@@ -84,16 +84,17 @@ def test_neighbors_that_hold_what_follows_are_dropped(corpus: str, tmp_path: Pat
     assert all(row[: len(keep)].tolist() == keep for row, keep in zip(dropped, kept, strict=True))
 
 
-def test_kept_vectors_make_codes_nearly_exact(corpus: str, tmp_path: Path) -> None:
+def test_refining_makes_codes_nearly_exact_and_kept_vectors_only_save_time(corpus: str, tmp_path: Path) -> None:
     coarse = {"retro_index_str": "IVF4,PQ4x4", "retro_index_ntrain": 10_000, "retro_query_nprobe": 4}
-    recalls = {}
-    for refine in (False, True):
-        root = tmp_path / str(refine)
-        changes = {**coarse, "retro_keep_embeddings": True, "retro_refine": refine}
-        build_retrieval(project_settings(root, [corpus], retro_query_num_neighbors_query=900, **changes))
-        quality = json.loads((root / "report" / "quality.json").read_text())
-        recalls[refine] = quality["tables"]["corpus"]["recall"]["2"]["recall"]
-    assert recalls[True] > 0.98 > recalls[False]
+    recalls, found = {}, {}
+    for name, refine, kept in (("codes", False, False), ("kept", True, True), ("anew", True, False)):
+        changes = {**coarse, "retro_keep_embeddings": kept, "retro_refine": refine, "retro_memory_gb": 0.1}
+        build_retrieval(project_settings(tmp_path / name, [corpus], retro_query_num_neighbors_query=900, **changes))
+        quality = json.loads((tmp_path / name / "report" / "quality.json").read_text())
+        recalls[name] = quality["tables"]["corpus"]["recall"]["2"]["recall"]
+        found[name] = ids_of(tmp_path / name)
+    assert recalls["kept"] > 0.98 > recalls["codes"]
+    assert (found["kept"] == found["anew"]).all() and (found["kept"] != found["codes"]).any()
 
 
 def test_embedders_are_compared_on_the_same_text(corpus: str, tmp_path: Path) -> None:

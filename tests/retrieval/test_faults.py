@@ -186,7 +186,6 @@ def test_no_space_left_is_a_named_error(settings: Settings, monkeypatch: pytest.
         ({"retro_memory_gb": 0.1, "retro_index_ntrain": 10**6, "retro_index_str": "IVF4,Flat"}, None, ""),
         ({"retro_embedder_dimension": 100}, ConfigError, "no multiple of 64"),
         ({"retro_embedder": "huggingface"}, ConfigError, "needs a model"),
-        ({"retro_refine": True}, ConfigError, "keep-embeddings"),
         ({"retro_query_num_neighbors_query": 3}, ConfigError, "smaller than"),
         ({"retro_query_corpus": ["a/x", "b/x"]}, ConfigError, "one name"),
         ({"retro_database_corpus": ["nowhere"]}, MegatronRetroError, "nowhere"),
