@@ -117,6 +117,7 @@ def load_tensors(
 ) -> None:
     """Fill `tensors` in place, on any layout; every byte that is read is verified. All ranks of `group` call it."""
     rows = true_rows or {}
+    alone = group is None or dist.get_world_size(group) == 1
     require_tensors(checkpoint, tensors, rows)
     with named_failure(checkpoint.path), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is meant
@@ -124,6 +125,6 @@ def load_tensors(
             {name: tensor.detach() for name, tensor in tensors.items()},
             storage_reader=ShardReader(checkpoint.path, checkpoint.index),
             planner=PaddingLoadPlanner(rows),
-            process_group=group,
-            no_dist=group is None,
+            process_group=None if alone else group,
+            no_dist=alone,
         )

@@ -60,8 +60,8 @@ class Saver:
     def __init__(self, run: Path, *, keep: int = 0, group: dist.ProcessGroup | None = None) -> None:
         self.run = run
         self._keep = keep
-        self._group = group
-        self._rank = dist.get_rank(group) if group is not None else 0
+        self._group = None if group is None or dist.get_world_size(group) == 1 else group
+        self._rank = 0 if self._group is None else dist.get_rank(self._group)
         self._room: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._staged = threading.Event()
