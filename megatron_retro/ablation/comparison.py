@@ -20,16 +20,6 @@ from megatron_retro.runtime.statistics import Interval, bootstrap_ratio
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; 1.96 is the limit.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120)
 _T_BEYOND = 2.12
-# Fields that decide which held-out tokens are read; runs that differ in one have no common samples.
-SAMPLE_FIELDS = frozenset(
-    {
-        *("data_path", "split", "seq_length", "valid_data_path", "neighbor_path", "valid_neighbor_path"),
-        *("epoch_chunk_offset", "retro_chunk_length", "eod_mask_loss", "reset_attention_mask", "global_batch_size"),
-        *("eval_iters", "seed", "mock_data", "tokenizer_type", "tokenizer_model", "instruction_data"),
-        *("instruction_valid_data", "instruction_template", "loss_on_all_replies", "context_place", "num_contexts"),
-        "pack_examples",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -129,18 +119,11 @@ def student_interval(values: Sequence[float]) -> Interval:
 def _over_samples(pairs: Sequence[tuple[Result, Result]]) -> Interval | str:
     tops, bottoms = [], []
     for one, other in pairs:
-        if _changed(one, other) & SAMPLE_FIELDS:
-            return "other held-out samples"
         ours, theirs = one.samples(), other.samples()
         if ours is None or theirs is None:
             return "no losses of single samples"
-        if not np.array_equal(ours[1], theirs[1]):
+        if ours.texts != theirs.texts:
             return "other held-out samples"
-        tops.append(ours[0] - theirs[0])
-        bottoms.append(ours[1])
+        tops.append(ours.losses - theirs.losses)
+        bottoms.append(ours.tokens)
     return bootstrap_ratio(np.concatenate(tops), np.concatenate(bottoms), seed=0)
-
-
-def _changed(one: Result, other: Result) -> set[str]:
-    ours, theirs = one.cell.changes, other.cell.changes
-    return {name for name in {*ours, *theirs} if name not in ours or name not in theirs or ours[name] != theirs[name]}

@@ -14,6 +14,15 @@ from megatron_retro.runtime.events import read_events
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Loss, number of tokens, and checksum of what was predicted, of each held-out sample."""
+
+    losses: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+    texts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Result:
     """One run of the study, as far as it got."""
 
@@ -48,10 +57,12 @@ class Result:
         found = self.evaluations[-1]["facts"].get("excess", {}).get(variant) if self.evaluations else None
         return None if found is None else (float(found[0]), float(found[1]), float(found[2]))
 
-    def samples(self) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-        """Loss and tokens of each held-out sample."""
+    def samples(self) -> Samples | None:
+        """The held-out samples of the last evaluation."""
         found = self.evaluations[-1]["facts"].get("samples")
-        return None if found is None else (np.asarray(found["losses"]), np.asarray(found["tokens"], np.float64))
+        if found is None or "texts" not in found:
+            return None
+        return Samples(np.asarray(found["losses"]), np.asarray(found["tokens"], np.float64), tuple(found["texts"]))
 
     def raw(self) -> dict[str, Any]:
         """Plain JSON."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ class TokenLosses:
 
     losses: NDArray[np.float32]
     mask: NDArray[np.bool_]
+    texts: NDArray[np.int64] | None = None  # a checksum per sample of what was predicted
 
     @property
     def mean(self) -> float:
@@ -42,18 +44,26 @@ def token_losses(
     """Losses under a variant, gathered from all data ranks, the same on every rank. Every rank calls it."""
     tensors = [to_tensors(batch, trainable.device) for batch in with_variant(batches, variant, seed)]
     losses = trainable.evaluate(tensors)
-    mine: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]] | None = None
+    mine: list[tuple[NDArray[Any], ...]] | None = None
     if losses is not None:
         mine = [
-            (batch.sample_ids_B, loss.numpy(), batch.loss_mask_BS) for batch, loss in zip(batches, losses, strict=True)
+            (batch.sample_ids_B, loss.numpy(), batch.loss_mask_BS, _checksums(batch))
+            for batch, loss in zip(batches, losses, strict=True)
         ]
     return _joined(_gathered(mine, group))
 
 
 def sample_sums(measured: TokenLosses) -> dict[str, list[float] | list[int]]:
-    """Summed loss and number of tokens of each sample, so that two runs over the same samples can be paired."""
+    """Loss, number of tokens and checksum of each sample, so that two runs that predicted the same can be paired."""
     losses = measured.losses.sum(1, where=measured.mask, dtype=np.float64)
-    return {"losses": [round(float(loss), 4) for loss in losses], "tokens": measured.mask.sum(1).tolist()}
+    sums = {"losses": [round(float(loss), 4) for loss in losses], "tokens": measured.mask.sum(1).tolist()}
+    return sums if measured.texts is None else {**sums, "texts": measured.texts.tolist()}
+
+
+def _checksums(batch: Batch) -> NDArray[np.int64]:
+    """Of the labels that count: what was read beside them (passages, padding) may differ between two runs."""
+    rows = zip(batch.labels_BS, batch.loss_mask_BS, strict=True)
+    return np.array([zlib.crc32(labels[counts].astype("<i4").tobytes()) for labels, counts in rows], np.int64)
 
 
 def _gathered(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
@@ -71,4 +81,5 @@ def _joined(everyone: Sequence[Any]) -> TokenLosses:
     _, first = np.unique(ids, return_index=True)
     losses = np.concatenate([part[1] for part in parts])[first]
     mask = np.concatenate([part[2] for part in parts])[first]
-    return TokenLosses(losses.astype(np.float32), mask.astype(np.bool_))
+    texts = np.concatenate([part[3] for part in parts])[first]
+    return TokenLosses(losses.astype(np.float32), mask.astype(np.bool_), texts)

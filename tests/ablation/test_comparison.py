@@ -22,16 +22,16 @@ from megatron_retro.config.settings import build_settings
 from megatron_retro.runtime.statistics import Interval
 
 
-def result(configuration: str, seed: int, losses: list[float], field: str = "num_layers", code: int = 0) -> Result:
+def result(configuration: str, seed: int, losses: list[float], text: int = 7, code: int = 0) -> Result:
     choices = {
-        field: Choice(configuration, {field: configuration}),
+        "num_layers": Choice(configuration, {"num_layers": configuration}),
         "seed": Choice(str(seed), {"seed": seed}),
     }
-    tokens = [10] * len(losses)
+    tokens, texts = [10] * len(losses), [text + number for number in range(len(losses))]
     event: dict[str, Any] = {
         "step": 1,
         "loss": float(np.mean(losses)),
-        "facts": {"samples": {"losses": [10 * loss for loss in losses], "tokens": tokens}},
+        "facts": {"samples": {"losses": [10 * loss for loss in losses], "tokens": tokens, "texts": texts}},
     }
     return Result(Cell(choices), Outcome(code, 1.0, 0.0), 1, 1.0, {}, (event,))
 
@@ -74,7 +74,7 @@ def test_only_seeds_that_both_finished_are_compared() -> None:
 
 
 def test_runs_over_other_samples_are_not_paired() -> None:
-    first, second = configurations([result("a", 1, [1.0], "split"), result("b", 1, [2.0], "split")])
+    first, second = configurations([result("a", 1, [1.0], text=7), result("b", 1, [2.0], text=8)])
     found = difference(second, first)
     assert found is not None and found.over_samples == "other held-out samples" and not found.clear
 

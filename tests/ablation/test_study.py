@@ -40,7 +40,7 @@ events = [
     {"event": "step", "step": 1 + done, "seconds": {"compute": 1.0}},
 ]
 if done:
-    samples = {"losses": [loss * 4, loss * 8], "tokens": [4, 8]}
+    samples = {"losses": [loss * 4, loss * 8], "tokens": [4, 8], "texts": [1, 2]}
     events.append({"event": "evaluation", "step": 2, "seconds": 0.5, "loss": loss, "facts": {"samples": samples}})
 log.write("".join(json.dumps(event) + chr(10) for event in events))
 sys.exit(0 if done else 75)
@@ -192,8 +192,8 @@ def test_what_cannot_be_a_study_is_said_and_nothing_written(
 
 def test_shortage_is_that_of_the_rows(corpus: TinyCorpus) -> None:
     """Counted the slow way: every chunk that a training sample holds, by the rule written in NumPy."""
-    for fraction in (1.0, 0.5, 0.1):
-        settings = corpus.settings(retro_num_neighbors=2, database_keep_fraction=fraction)
+    for fraction, unit in ((1.0, "document"), (0.5, "document"), (0.1, "document"), (0.5, "chunk")):
+        settings = corpus.settings(retro_num_neighbors=2, database_keep_fraction=fraction, database_keep_by=unit)
         source = build_dataset(settings, "train", eod=None).sources[0]
         reader, length = source.neighbors, source.samples.chunks_per_sample
         assert reader is not None
@@ -202,10 +202,11 @@ def test_shortage_is_that_of_the_rows(corpus: TinyCorpus) -> None:
         for first in firsts:
             saved = unpack_ids(reader.table.packed_rows(int(first), int(first) + length))
             for row in saved:
-                documents = [int(reader.database.document_of(np.array([one]))[0]) for one in row if one >= 0]
+                ids = row[row >= 0]
+                documents = reader.database.document_of(ids)
                 own = range(int(first) // 8, (int(first) + length) // 8 + 1)
-                legal = [one for one in documents if one not in own and bool(reader.keeps(np.array([one]))[0])]
-                short.append(len(legal) < 2)
+                legal = reader.thinning.keeps(reader.database, ids, documents) & ~np.isin(documents, own)
+                short.append(legal.sum() < 2)
         assert neighbor_shortage(settings) == pytest.approx(np.mean(short))
 
 
