@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from megatron_retro.testing.layouts import (
 TOLERANCE = 1e-5
 STEPS_TOLERANCE = 1e-4
 _SHARDINGS = ("none", "optimizer", "gradients", "full")
+_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 _VIRTUAL = {"num_layers_per_virtual_pipeline_stage": 1}
 _SCHEDULES: dict[int, tuple[dict[str, Any], ...]] = {
     1: ({},),
@@ -60,6 +62,22 @@ class Case:
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in {**self.mesh, **self.variant}.items()) or "one process"
 
+    @property
+    def features(self) -> frozenset[str]:
+        """What this case tries: its choices, the forms of pipeline and sharding with those of freezing, joint axes."""
+        choices = {f"{name}={value}" for name, value in {**self.mesh, **self.variant}.items()}
+        frozen = self.variant.get("freeze_decoder", False)
+        schedule = (self.mesh.get("pipeline_schedule"), *(name for name in _VIRTUAL if name in self.mesh))
+        sharding = self.mesh.get("data_parallel_sharding") if self.has_data_ranks else None
+        axes = [self.mesh.get(name, 1) > 1 for name in _SIZES]
+        joint = (*axes, self.mesh.get("sequence_parallel", False), self.has_data_ranks)
+        return frozenset(choices | {f"frozen={frozen} {schedule}", f"frozen={frozen} {sharding}", f"axes {joint}"})
+
+    @property
+    def has_data_ranks(self) -> bool:
+        """Whether more than one rank reads data."""
+        return self.world_size > math.prod(self.mesh.get(name, 1) for name in _SIZES)
+
 
 def meshes(largest_world: int = 8) -> Iterator[tuple[int, dict[str, Any]]]:
     """Every mesh of up to so many ranks, with every schedule and every sharding that it can have."""
@@ -84,6 +102,18 @@ def whole_grid(seed: int) -> list[Case]:
     """Every mesh with a variant drawn for it."""
     draw = random.Random(seed)
     return [Case(world, mesh, _variant(draw)) for world, mesh in meshes()]
+
+
+def drawn_part(seed: int) -> list[Case]:
+    """A small part of a grid in which every form appears: each schedule, sharding, cut, gate and choice of a model."""
+    cases = whole_grid(seed)
+    missing = {feature for case in cases for feature in case.features}
+    part = []
+    while missing:
+        best = max(cases, key=lambda case: len(case.features & missing) / case.world_size)
+        part.append(best)
+        missing -= best.features
+    return part
 
 
 def _variant(draw: random.Random) -> dict[str, Any]:

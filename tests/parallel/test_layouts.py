@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_retro.parallel.cuts import CUTS, Cut, Style
-from megatron_retro.testing.layout_grid import Case, tolerance, whole_grid, worst_of_case
+from megatron_retro.testing.layout_grid import Case, drawn_part, tolerance, whole_grid, worst_of_case
 from megatron_retro.testing.layouts import (
     random_batches,
     reference_outcome,
@@ -20,34 +21,21 @@ from megatron_retro.testing.layouts import (
 )
 from megatron_retro.testing.processes import RankFailure
 
-TENSOR = {"tensor_model_parallel_size": 2}
-SEQUENCE = {**TENSOR, "sequence_parallel": True}
-PIPELINE = {"pipeline_model_parallel_size": 2}
-VIRTUAL = {"num_layers_per_virtual_pipeline_stage": 1}
-ZERO_BUBBLE = {**PIPELINE, "pipeline_schedule": "zero-bubble"}
-INTERLEAVED = {**PIPELINE, "pipeline_schedule": "interleaved", **VIRTUAL}
+SEED = int(os.environ.get("LAYOUT_SEED", "0"))  # another part of another grid
 
-CHOSEN = [
-    Case(2, TENSOR, {"retro_gate_type": "adaptive", "make_vocab_size_divisible_by": 1, "qk_layernorm": True}),
-    Case(2, SEQUENCE, {"swiglu": True, "disable_bias_linear": True, "normalization": "RMSNorm"}),
-    Case(2, SEQUENCE, {"retro_neighbor_positions": "relative", "position_embedding_type": "learned_absolute"}),
-    Case(2, SEQUENCE, {"group_query_attention": True, "num_query_groups": 2, "retro_gate_type": "scalar"}),
-    Case(2, PIPELINE, {"freeze_decoder": True, "retro_gate_type": "adaptive", "steps": 3}),
-    Case(4, {"pipeline_model_parallel_size": 4}, {"untie_embeddings_and_output_weights": True}),
-    Case(2, INTERLEAVED, {"retro_encoder_own_embedding": True, "retro_encoder_hidden_size": 16}),
-    Case(2, {**ZERO_BUBBLE, **VIRTUAL}, {"steps": 3}),
-    Case(
-        4, {**ZERO_BUBBLE, "data_parallel_sharding": "full"}, {"freeze_decoder": True, "recompute_granularity": "full"}
-    ),
-    Case(2, {"data_parallel_sharding": "optimizer"}, {"steps": 3, "recompute_granularity": "selective"}),
-    Case(2, {"data_parallel_sharding": "none"}, {"neighbors": "none"}),
-    Case(4, {**SEQUENCE, **PIPELINE}, {"retro_attention_gate": 0.0}),
-    Case(4, {**SEQUENCE, "data_parallel_sharding": "gradients"}, {"retro_gate_type": "adaptive"}),
-    Case(8, {**SEQUENCE, **ZERO_BUBBLE, "data_parallel_sharding": "full"}, {"recompute_granularity": "full"}),
-]
+# no draw may leave this out: frozen layers, put-off weight gradients, recomputation and sharded parameters at once
+TRAP = Case(
+    4,
+    {
+        "pipeline_model_parallel_size": 2,
+        "pipeline_schedule": "zero-bubble",
+        "data_parallel_sharding": "full",
+    },
+    {"freeze_decoder": True, "recompute_granularity": "full"},
+)
 
 
-@pytest.mark.parametrize("case", CHOSEN, ids=str)
+@pytest.mark.parametrize("case", [TRAP, *drawn_part(SEED)], ids=str)
 def test_layout_equals_one_process(case: Case) -> None:
     worst = worst_of_case(case)
     assert {name: error for name, error in worst.items() if not error < tolerance(case)} == {}
@@ -58,7 +46,7 @@ def test_layout_equals_one_process(case: Case) -> None:
 def test_whole_grid() -> None:
     """Every mesh, schedule and sharding of up to 8 ranks, each with a variant drawn for it; the result is written."""
     start, rows = time.time(), []
-    for case in whole_grid(seed=0):
+    for case in whole_grid(SEED):
         try:
             worst = worst_of_case(case)
         except RankFailure as failure:
@@ -66,7 +54,7 @@ def test_whole_grid() -> None:
         name = max(worst, key=lambda key: worst[key])
         rows.append({"case": str(case), "worst": name, "error": worst[name], "equal": worst[name] < tolerance(case)})
     unequal = [row for row in rows if not row["equal"]]
-    result = {"cases": len(rows), "unequal": unequal, "seconds": round(time.time() - start), "rows": rows}
+    result = {"seed": SEED, "cases": len(rows), "unequal": unequal, "seconds": round(time.time() - start), "rows": rows}
     path = Path(__file__).parents[1] / "results" / "parallel_grid.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
