@@ -23,7 +23,8 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_retro.errors import ArtifactError, EnvironmentProblem
 from megatron_retro.model.retro import Retro
-from megatron_retro.peft.attach import attach, connect, is_added, merge
+from megatron_retro.peft.attach import attach, connect, is_added
+from megatron_retro.peft.merging import MERGEABLE, merge
 from megatron_retro.peft.prompts import fold_prompt
 
 _TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
@@ -83,8 +84,8 @@ def _fill_tuned(module: Retro, checkpoint: Checkpoint, settings: Settings) -> No
     added = {name: tensor for name, tensor in model_tensors(module).items() if is_added(name)}
     _fill(module, checkpoint, settings, added)
     connect(module)
-    if settings[PeftConfig].peft_method in ("lora", "ia3"):
-        merge(module)
+    if settings[PeftConfig].peft_method in MERGEABLE:
+        merge(module, settings[PeftConfig])
     elif module.embedding is not None:
         fold_prompt(module.embedding)
 

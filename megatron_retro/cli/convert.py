@@ -14,7 +14,12 @@ SOURCE is a Hugging Face folder (config.json with safetensors: Llama, Qwen 2 and
 GPT-2), a checkpoint of Megatron-LM's Retro (mp_rank_XX/model_optim_rng.pt), or a checkpoint of ours. With
 --convert-to checkpoint (the default) DESTINATION becomes a run whose step 0 holds the weights: start from it with
 `pretrain --load DESTINATION --finetune` or `retrofit --load DESTINATION`. With --convert-to huggingface it becomes
-a folder that AutoModelForCausalLM loads. Tensors pass one by one; no model is ever whole in memory."""
+a folder that AutoModelForCausalLM loads.
+
+A run that tuned LoRA or (IA)3 beside a model becomes a whole model with --convert-merge, ours or Hugging Face's;
+with --convert-to peft, what it tuned (P-tuning too) becomes a folder that PeftModel.from_pretrained loads over the
+exported base. Such a folder comes in with --convert-base, the checkpoint that it belongs to. Tensors pass one by one;
+no model is ever whole in memory."""
 SECTIONS: tuple[type, ...] = (ConvertConfig,)
 POSITIONAL: Positional | None = Positional("paths", "*", "SOURCE DESTINATION")
 

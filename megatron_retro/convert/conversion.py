@@ -8,8 +8,11 @@ import torch
 
 from megatron_retro.config.convert import ConvertConfig
 from megatron_retro.convert.hugging_face import CONFIG, export_hugging_face, import_hugging_face
+from megatron_retro.convert.hugging_face_peft import ADAPTER_CONFIG, export_peft
 from megatron_retro.convert.megatron_checkpoint import import_megatron
 from megatron_retro.convert.megatron_files import is_megatron
+from megatron_retro.convert.peft_import import import_peft
+from megatron_retro.convert.stored_model import write_merged
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.runtime.console import say
 
@@ -19,22 +22,44 @@ def convert(config: ConvertConfig, source_name: str, destination_name: str) -> N
     source, destination = Path(source_name), Path(destination_name)
     if not source.is_dir():
         raise ArtifactError(f"{source} is no directory", expected="a model's folder")
+    _require_fitting(config, source)
+    say(f"wrote {_written(config, source, destination)}")
+
+
+def _written(config: ConvertConfig, source: Path, destination: Path) -> Path:
+    dtype, decoder_only = getattr(torch, config.convert_dtype), config.convert_decoder_only
+    if config.convert_to == "peft":
+        return export_peft(source, destination, dtype=dtype, decoder_only=decoder_only)
     if config.convert_to == "huggingface":
-        written = export_hugging_face(
+        return export_hugging_face(
             source,
             destination,
-            dtype=getattr(torch, config.convert_dtype),
+            dtype=dtype,
             shard_bytes=config.convert_shard_megabytes << 20,
-            decoder_only=config.convert_decoder_only,
+            decoder_only=decoder_only,
+            merge=config.convert_merge,
         )
-    elif (source / CONFIG).is_file():
-        written = import_hugging_face(source, destination)
-    elif is_megatron(source):
-        written = import_megatron(source, destination, say)
-    else:
-        raise ConfigError(
-            f"{source} is no model that can be imported",
-            expected=f"{CONFIG} with safetensors beside it, or mp_rank_XX folders",
-            fix="a checkpoint of ours is exported with --convert-to huggingface",
-        )
-    say(f"wrote {written}")
+    if config.convert_merge:
+        return write_merged(source, destination)
+    if config.convert_base is not None:
+        return import_peft(source, Path(config.convert_base), destination)
+    if (source / CONFIG).is_file():
+        return import_hugging_face(source, destination)
+    if is_megatron(source):
+        return import_megatron(source, destination, say)
+    raise ConfigError(
+        f"{source} is no model that can be imported",
+        expected=f"{CONFIG} with safetensors beside it, {ADAPTER_CONFIG}, or mp_rank_XX folders",
+        fix="a checkpoint of ours is exported with --convert-to huggingface, or merged with --convert-merge",
+    )
+
+
+def _require_fitting(config: ConvertConfig, source: Path) -> None:
+    """Refuse flags that this conversion would not read."""
+    is_adapter = (source / ADAPTER_CONFIG).is_file()
+    if is_adapter and config.convert_base is None:
+        raise ConfigError(f"{source} is an adapter", fix="give --convert-base, the checkpoint that it belongs to")
+    if config.convert_base is not None and not is_adapter:
+        raise ConfigError(f"{source} holds no {ADAPTER_CONFIG}", got="--convert-base", expected="a folder of peft")
+    if config.convert_merge and config.convert_to == "peft":
+        raise ConfigError("--convert-merge and --convert-to peft exclude each other", fix="give one of them")

@@ -13,17 +13,15 @@ from torch import Tensor
 
 from megatron_retro.artifacts.files import new_directory, write_file
 from megatron_retro.artifacts.manifest import file_record
-from megatron_retro.checkpoint.live_state import MODEL
-from megatron_retro.checkpoint.loading import open_checkpoint
-from megatron_retro.checkpoint.stored_settings import stored_settings
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.convert.checkpoint_files import parameter_shapes, read_parameter, write_checkpoint
+from megatron_retro.convert.checkpoint_files import parameter_shapes, write_checkpoint
 from megatron_retro.convert.families import GPT2, Family
 from megatron_retro.convert.hugging_face_config import family_of, hugging_face_from_model, model_from_hugging_face
 from megatron_retro.convert.safetensors_folder import SafetensorsFolder, read_json, write_folder
+from megatron_retro.convert.stored_model import open_stored
 from megatron_retro.convert.tensor_rules import Rule
 from megatron_retro.errors import ArtifactError, ConfigError
 
@@ -114,26 +112,27 @@ def export_hugging_face(
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = 4 << 30,
     decoder_only: bool = False,
+    merge: bool = False,
 ) -> Path:
     """Write the decoder of a checkpoint as a Hugging Face folder of the family that computes the same."""
-    checkpoint = open_checkpoint(source)
-    settings = stored_settings(checkpoint)
+    stored = open_stored(source, merge=merge)
+    settings = stored.settings
     model, retro, tokenizer = settings[ModelConfig], settings[RetroConfig], settings[TokenizerConfig]
     if retro.reads_neighbors() and not decoder_only:
         raise ConfigError(
-            f"{checkpoint.path} reads neighbours (its gate is open), which no Hugging Face family does",
+            f"{stored.path} reads neighbours (its gate is open), which no Hugging Face family does",
             fix="--convert-decoder-only exports what it computes with the gate shut",
         )
     family, config = hugging_face_from_model(model)
     config["dtype"] = str(dtype).removeprefix("torch.")
     rules = family.tensor_rules(model)
-    lost = [rule.ours for rule in rules if MODEL + rule.ours not in checkpoint.index.sizes]
+    lost = [rule.ours for rule in rules if rule.ours not in stored.names]
     if lost:
-        raise ArtifactError(f"{checkpoint.path} does not hold the whole decoder", got=", ".join(lost[:5]))
+        raise ArtifactError(f"{stored.path} does not hold the whole decoder", got=", ".join(lost[:5]))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for rule in rules:
-            parts = rule.split(read_parameter(checkpoint, rule.ours), model)
+            parts = rule.split(stored.load(rule.ours), model)
             yield from ((name, part.to(dtype)) for name, part in zip(rule.theirs, parts, strict=True))
 
     with new_directory(destination) as partial:

@@ -74,10 +74,10 @@ def fused_query_key_value(ours: str, theirs: str) -> Rule:
     """GPT-2's one matrix: all queries, all keys, all values, input first (a bias has no input dimension)."""
 
     def join(parts: Sequence[Tensor], config: ModelConfig) -> Tensor:
-        return join_heads(parts[0].T.chunk(3), config)
+        return join_heads(parts[0].movedim(0, -1).chunk(3), config)
 
     def split(whole: Tensor, config: ModelConfig) -> list[Tensor]:
-        return [torch.cat(split_heads(whole, config)).T]
+        return [torch.cat(split_heads(whole, config)).movedim(-1, 0)]
 
     return Rule(ours, (theirs,), join, split)
 

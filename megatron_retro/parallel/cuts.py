@@ -75,7 +75,7 @@ CUTS: tuple[Cut, ...] = (
     Cut(_LAYER + ".mlp.up.lora.up.weight", Style.COLUMN, -2),
     Cut(_CLOSING + ".lora.down.weight", Style.ROW, 1),
     Cut(_CLOSING + ".lora.up.weight", Style.HEADS),
-    Cut(_LAYER + ".attention.query_key_value.ia3.weight", Style.COLUMN, 0),
+    Cut(_ATTENTION + ".{query_key_value,key_value}.ia3.weight", Style.COLUMN, 0),
     Cut(_LAYER + ".mlp.down.ia3.weight", Style.COLUMN, 0),
     Cut(_LAYER + ".{attention,mlp}.adapter.{down,up}.{weight,bias}", Style.STREAM),
     Cut("embedding.prompt.{table,up,down}.{weight,bias}", Style.STREAM),

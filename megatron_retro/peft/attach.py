@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron_retro.config.peft import PeftConfig
 from megatron_retro.errors import ConfigError
+from megatron_retro.model.cross_attention import CrossAttention
 from megatron_retro.model.leaves import Linear
 from megatron_retro.model.mlp import MLP
 from megatron_retro.model.retro import Retro
@@ -73,6 +74,8 @@ def _attach_to(name: str, module: nn.Module, config: PeftConfig) -> None:
             adapters.attach_adapter(module, _width(module), config)
         elif config.peft_method == "ia3" and isinstance(module, SelfAttention):
             scaling.attach_key_value_factors(module.query_key_value, module.head_size)
+        elif config.peft_method == "ia3" and isinstance(module, CrossAttention):
+            scaling.attach_key_value_factors(module.key_value, module.head_size)
         elif config.peft_method == "ia3" and isinstance(module, MLP):
             scaling.attach_inner_factors(module.down)
 
@@ -115,21 +118,6 @@ def initialize(model: nn.Module, seed: int) -> None:
     """Fill what was added, in one process."""
     for name, parameter in added_parameters(model).items():
         parameter.copy_(initial_value(name, parameter.shape, seed))
-
-
-def merge(model: Retro) -> None:
-    """Write LoRA's updates or (IA)3's factors into the weights; the model is a plain one again."""
-    for module in list(model.modules()):
-        if isinstance(module, Linear) and hasattr(module, lora.NAME):
-            lora.merge_lora(module)
-        elif isinstance(module, Linear) and hasattr(module, scaling.NAME):
-            scaling.merge_factors(module)
-    left = sorted(added_parameters(model))
-    if left:
-        raise ConfigError(
-            "this method cannot be merged exactly", got=f"{left[0]} and {len(left) - 1} more", expected="LoRA or (IA)3",
-            fix="keep the adapter beside the model",
-        )  # fmt: skip
 
 
 def trainable_table(model: nn.Module) -> str:

@@ -47,10 +47,8 @@ def _add_update(base: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) 
     return output + added
 
 
-def merge_lora(base: Linear) -> None:
-    """Write the update into the weight (in float32) and remove it."""
-    update: LowRankUpdate = getattr(base, NAME)
-    with torch.no_grad():
-        product = torch.tensordot(update.up.weight.float(), update.down.weight.float(), dims=1)
-        base.weight.copy_(base.weight.float() + update.scale * product)
-    delattr(base, NAME)
+def merged_weight(weight: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
+    """The weight that does what base and update do, in float32 or finer."""
+    kind = torch.promote_types(weight.dtype, torch.float32)
+    merged: Tensor = weight.to(kind) + scale * torch.tensordot(up.to(kind), down.to(kind), dims=1)
+    return merged

@@ -27,10 +27,10 @@ class Factors(nn.Module):
         return torch.cat((hidden[..., :-scaled], hidden[..., -scaled:] * factors), -1)
 
 
-def attach_key_value_factors(query_key_value: Linear, head_size: int) -> None:
-    """Scale the keys and values that a projection gives."""
-    query_key_value.add_module(NAME, Factors(query_key_value.weight.shape[0], 2 * head_size))
-    query_key_value.register_forward_hook(_scale_output, prepend=True)
+def attach_key_value_factors(projection: Linear, head_size: int) -> None:
+    """Scale the keys and values that a projection gives, the last 2 * D entries of each group."""
+    projection.add_module(NAME, Factors(projection.weight.shape[0], 2 * head_size))
+    projection.register_forward_hook(_scale_output, prepend=True)
 
 
 def attach_inner_factors(down: Linear) -> None:
@@ -49,16 +49,11 @@ def _scale_input(base: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor
     return arguments if factors is None else (factors(arguments[0]), *arguments[1:])
 
 
-def merge_factors(base: Linear) -> None:
-    """Write the factors into the weight (in float32) and remove them."""
-    factors: Tensor = getattr(base, NAME).weight.float()
-    with torch.no_grad():
-        weight = base.weight.float()
-        if factors.dim() == 1:
-            weight = weight * factors
-        else:
-            weight[:, -factors.shape[-1] :] *= factors[..., None]
-            if base.bias is not None:
-                base.bias[:, -factors.shape[-1] :] *= factors.to(base.bias.dtype)
-        base.weight.copy_(weight)
-    delattr(base, NAME)
+def merged_weight(parameter: Tensor, factors: Tensor, *, is_bias: bool) -> Tensor:
+    """The weight or the bias that does what base and factors do, in float32 or finer."""
+    kind = torch.promote_types(parameter.dtype, torch.float32)
+    whole, factors = parameter.to(kind, copy=True), factors.to(kind)
+    if factors.dim() == 1:
+        return whole if is_bias else whole * factors
+    whole[:, -factors.shape[-1] :] *= factors if is_bias else factors[..., None]
+    return whole

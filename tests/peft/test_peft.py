@@ -13,7 +13,8 @@ from megatron_retro.errors import ConfigError
 from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.retro import Retro
 from megatron_retro.peft import attach as attaching
-from megatron_retro.peft.attach import added_parameters, connect, initialize, is_added, merge, trainable_table
+from megatron_retro.peft.attach import added_parameters, connect, initialize, is_added, trainable_table
+from megatron_retro.peft.merging import merge
 from megatron_retro.peft.prompts import virtual_token_ids
 
 PARTS = ("decoder", "encoder", "cross-attention")
@@ -99,7 +100,7 @@ def test_merged_equals_unmerged(method: str, bias: bool) -> None:
     tokens, neighbors = inputs()
     before = model.double()(tokens, neighbors)
     model.float()
-    merge(model)
+    merge(model, METHODS[method])
     assert not added_parameters(model)
     assert sorted(dict(model.named_parameters())) == sorted(dict(filled_model().named_parameters())) or bias is False
     torch.testing.assert_close(model(tokens, neighbors), before.float(), rtol=1e-4, atol=1e-4)
@@ -109,7 +110,7 @@ def test_what_cannot_be_merged_says_so() -> None:
     model = filled_model()
     attach(model, METHODS["series adapter"])
     with pytest.raises(ConfigError, match="cannot be merged exactly"):
-        merge(model)
+        merge(model, METHODS["series adapter"])
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,0 +1,189 @@
+"""What was tuned beside a decoder, to and from the format of Hugging Face's `peft`.
+
+LoRA and (IA)3 follow the tensor rules of the decoder's family: an update of our fused matrices is one update of each of
+theirs. Virtual tokens go out as their vectors (prompt tuning); the network that made them stays here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_retro.artifacts.files import new_directory, write_file
+from megatron_retro.checkpoint.loading import Checkpoint, open_checkpoint
+from megatron_retro.checkpoint.stored_settings import open_base, stored_settings
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.peft import PeftConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.convert.checkpoint_files import read_parameter
+from megatron_retro.convert.families import GPT2, Family
+from megatron_retro.convert.hugging_face_config import hugging_face_from_model
+from megatron_retro.convert.stored_model import parameter_names
+from megatron_retro.convert.tensor_rules import Rule
+from megatron_retro.errors import ConfigError
+from megatron_retro.peft import lora, prompts, scaling
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_TENSORS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+PROMPT_VECTORS = "prompt_embeddings"
+
+
+@dataclass(frozen=True)
+class LinearNames:
+    """One of our linear layers and those of a family that it is made of; `input_first` is how GPT-2 stores a matrix."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    rule: Rule
+    input_first: bool
+
+    def split(self, weight: Tensor, model: ModelConfig) -> list[Tensor]:
+        """A weight of any number of columns into one [rows, columns] for each of theirs."""
+        parts = self.rule.split(weight, model)
+        return [part.T if self.input_first else part for part in parts]
+
+    def join(self, parts: list[Tensor], model: ModelConfig) -> Tensor:
+        """The inverse."""
+        return self.rule.join([part.T if self.input_first else part for part in parts], model)
+
+
+def linear_names(model: ModelConfig) -> tuple[Family, list[LinearNames]]:
+    """The decoder's linear layers, under our names and under their family's."""
+    family, _ = hugging_face_from_model(model)
+    weights = [rule for rule in family.tensor_rules(model) if ".attention." in rule.ours or ".mlp." in rule.ours]
+    found = [
+        LinearNames(
+            rule.ours.removesuffix(".weight"),
+            tuple(name.removesuffix(".weight") for name in rule.theirs),
+            rule,
+            family is GPT2,
+        )
+        for rule in weights
+        if rule.ours.endswith(".weight") and "norm." not in rule.ours
+    ]
+    return family, found
+
+
+def export_peft(source: Path, destination: Path, *, dtype: torch.dtype, decoder_only: bool = False) -> Path:
+    """Write what a run tuned as a folder that `PeftModel.from_pretrained(base, folder)` loads."""
+    from safetensors.torch import save_file
+
+    checkpoint = open_checkpoint(source)
+    settings = stored_settings(checkpoint)
+    method, model = settings[PeftConfig].peft_method, settings[ModelConfig]
+    if method not in _WRITERS:
+        raise ConfigError(
+            f"{checkpoint.path} holds nothing that peft has a form for",
+            got=f"--peft-method {method}",
+            expected="lora, ia3 or p-tuning",
+            fix="--convert-to huggingface exports a whole model" if method == "none" else "keep it in our format",
+        )
+    names = parameter_names(checkpoint)
+    elsewhere = sorted(name for name in names if name.startswith("encoder.") or ".cross_attention." in name)
+    if elsewhere and not decoder_only:
+        raise ConfigError(
+            f"{checkpoint.path} tunes parts that no Hugging Face decoder has",
+            got=", ".join(elsewhere[:3]),
+            fix="--convert-decoder-only exports the decoder's part alone",
+        )
+    family, linears = linear_names(model)
+    tensors = dict(_WRITERS[method](checkpoint, settings, linears))
+    config = {"task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": None}
+    config |= _config(settings, tensors, family)
+    with new_directory(destination) as partial:
+        stored = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+        save_file(stored, partial / ADAPTER_TENSORS, metadata={"format": "pt"})
+        write_file(partial / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+    return destination
+
+
+def _config(settings: Settings, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Any]:
+    peft, model = settings[PeftConfig], settings[ModelConfig]
+    if peft.peft_method == "p-tuning":
+        return {
+            "peft_type": "PROMPT_TUNING",
+            "num_virtual_tokens": peft.num_virtual_tokens,
+            "token_dim": model.hidden_size,
+            "num_transformer_submodules": 1,
+            "num_attention_heads": model.num_attention_heads,
+            "num_layers": model.num_layers,
+        }
+    modules = {_module_of(name) for name in tensors}
+    targets = sorted({".".join(module.split(".")[-2:]) for module in modules})
+    common = {"target_modules": targets, "fan_in_fan_out": family is GPT2}
+    if peft.peft_method == "lora":
+        numbers = {"r": peft.lora_rank, "lora_alpha": peft.lora_alpha, "lora_dropout": peft.lora_dropout}
+        return {"peft_type": "LORA", "bias": "none", **numbers, **common}
+    return {"peft_type": "IA3", "feedforward_modules": [name for name in targets if name.startswith("mlp.")], **common}
+
+
+def _module_of(name: str) -> str:
+    return name.removeprefix(PREFIX).split(".lora_")[0].removesuffix(".ia3_l")
+
+
+def _lora_tensors(
+    checkpoint: Checkpoint, settings: Settings, linears: list[LinearNames]
+) -> Iterator[tuple[str, Tensor]]:
+    names = parameter_names(checkpoint)
+    for linear in linears:
+        path = f"{linear.ours}.{lora.NAME}"
+        if f"{path}.up.weight" in names:
+            down = read_parameter(checkpoint, f"{path}.down.weight")
+            parts = linear.split(read_parameter(checkpoint, f"{path}.up.weight"), settings[ModelConfig])
+            for module, part in zip(linear.theirs, parts, strict=True):
+                yield f"{PREFIX}{module}.lora_A.weight", down.clone()
+                yield f"{PREFIX}{module}.lora_B.weight", part
+
+
+def _factor_tensors(
+    checkpoint: Checkpoint, settings: Settings, linears: list[LinearNames]
+) -> Iterator[tuple[str, Tensor]]:
+    names, model = parameter_names(checkpoint), settings[ModelConfig]
+    for linear in linears:
+        if f"{linear.ours}.{scaling.NAME}.weight" not in names:
+            continue
+        factors = read_parameter(checkpoint, f"{linear.ours}.{scaling.NAME}.weight")
+        if factors.dim() == 1:
+            yield f"{PREFIX}{linear.theirs[0]}.ia3_l", factors[None]
+            continue
+        queries = factors.new_ones(len(factors), _query_rows(model))
+        parts = linear.split(torch.cat((queries, factors), 1)[..., None], model)
+        # Factors of queries are ones: they go out only where the family has one matrix for all three.
+        for module, part in list(zip(linear.theirs, parts, strict=True))[-2:]:
+            yield f"{PREFIX}{module}.ia3_l", part
+
+
+def _query_rows(model: ModelConfig) -> int:
+    return model.num_attention_heads // model.num_key_value_heads() * model.head_size()
+
+
+def _prompt_tensors(
+    checkpoint: Checkpoint, settings: Settings, linears: list[LinearNames]
+) -> Iterator[tuple[str, Tensor]]:
+    encoder = prompts.PromptEncoder(settings[ModelConfig].hidden_size, settings[PeftConfig])
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            parameter.copy_(read_parameter(checkpoint, f"embedding.{prompts.NAME}.{name}"))
+        yield PROMPT_VECTORS, encoder() - learned_positions(open_base(checkpoint), settings)
+
+
+def learned_positions(base: Checkpoint, settings: Settings) -> Tensor:
+    """What a family with learned positions adds to virtual tokens; ours replace word and position."""
+    count = settings[PeftConfig].num_virtual_tokens
+    if settings[ModelConfig].position_embedding_type != "learned_absolute":
+        return torch.zeros(count, settings[ModelConfig].hidden_size)
+    return read_parameter(base, "embedding.position.weight")[:count]
+
+
+_WRITERS: Mapping[str, Callable[[Checkpoint, Settings, list[LinearNames]], Iterator[tuple[str, Tensor]]]] = {
+    "lora": _lora_tensors,
+    "ia3": _factor_tensors,
+    "p-tuning": _prompt_tensors,
+}
