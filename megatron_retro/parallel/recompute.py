@@ -2,8 +2,9 @@
 
 `full` keeps a layer's inputs only, and covers the neighbour encoder as part of the first retrieval layer, whose call
 encodes. `selective` keeps what matrix products and attention gave and computes the rest again (norms, activations,
-rotations, residual sums), in every layer of decoder and encoder but that one. Both cover cross-attention, and both
-repeat a layer's collectives of the tensor axis.
+rotations, residual sums), in every layer of decoder and encoder. The layer that encodes neighbours does so part by
+part (attention, cross-attention, MLP), because its call runs units of FSDP2 inside, which torch cannot replay
+selectively. Both cover cross-attention, and both repeat a layer's collectives of the tensor axis.
 """
 
 from __future__ import annotations
@@ -39,11 +40,16 @@ def recompute_layers(model: Retro, granularity: str) -> None:
             _recompute(layer, None)
     if granularity == "selective":
         contexts = partial(create_selective_checkpoint_contexts, _policy)
-        # the layer that encodes neighbours calls units of FSDP2 inside, which torch cannot replay selectively
-        plain = [layer for name, layer in model.layers.items() if int(name) != model.first_retrieval_layer]
-        encoder = [] if model.encoder is None else list(model.encoder.layers.values())
-        for layer in [*plain, *encoder]:
+        for name, layer in model.layers.items():
+            for part in _parts(layer) if int(name) == model.first_retrieval_layer else [layer]:
+                _recompute(part, contexts)
+        for layer in [] if model.encoder is None else model.encoder.layers.values():
             _recompute(layer, contexts)
+
+
+def _parts(layer: nn.Module) -> list[nn.Module]:
+    """What a decoder layer calls beside its norms, whose outputs these calls keep."""
+    return [layer.get_submodule(name) for name in ("attention", "cross_attention", "mlp")]
 
 
 def _recompute(layer: nn.Module, contexts: Callable[[], Any] | None) -> None:

@@ -68,6 +68,23 @@ def test_recomputation_keeps_less() -> None:
     assert full < 0.25 * everything
 
 
+@pytest.mark.parametrize(("granularity", "calls"), [("none", 1), ("selective", 2), ("full", 2)])
+def test_recomputation_covers_decoder_encoder_and_cross_attention(granularity: str, calls: int) -> None:
+    settings = tiny_settings(recompute_granularity=granularity, global_batch_size=1)
+    model = one_process(settings, torch.device("cpu"))
+    first_of_part = ("attention.query_key_value", "cross_attention.query", "mlp.up")
+    counts = {name: 0 for name, _ in model.module.named_modules() if name.endswith(first_of_part)}
+
+    def count(name: str) -> None:
+        counts[name] += 1
+
+    for name in counts:
+        model.module.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: count(name))
+    model.train_step(random_batches(settings))
+    assert len(counts) == (4 + 2) * 2 + 2 + 1, "attention and MLP of 4 + 2 layers; cross-attention of 2 and of 1"
+    assert set(counts.values()) == {calls}, counts
+
+
 @pytest.mark.parametrize("missing", ["neighbours", "length"])
 def test_microbatches_of_a_pipeline_are_alike(missing: str) -> None:
     first, second = random_batches(tiny_settings(global_batch_size=2))
