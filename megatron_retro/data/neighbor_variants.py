@@ -1,13 +1,14 @@
 """The same samples with other neighbours, to see whether a model uses them.
 
-`real` as retrieved; `none`; `random`: those of a chunk of another sample; `shuffled`: those of another chunk of the
-same sample. Random and shuffled neighbours come from the same distribution as the real ones, so a model that does as
-well with them uses no retrieval.
+`real` as retrieved; `none`; `random`: those of another sample, a chunk drawn for each; `shuffled`: those of another
+chunk of the same sample. Random and shuffled neighbours come from the same distribution as the real ones, so a model
+that does as well with them uses no retrieval. What a sample gets depends on the seed and its number alone, so every
+layout of ranks measures the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,35 +18,77 @@ from numpy.typing import NDArray
 from megatron_retro.data.batches import Batch
 
 VARIANTS = ("real", "none", "random", "shuffled")
+ReadSamples = Callable[[Sequence[int]], Batch]
 
 
-def with_variant(batches: Sequence[Batch], variant: str, seed: int) -> list[Batch]:
-    """All batches of an evaluation under one variant; a pure function of the batches and the seed."""
+def with_variant(
+    batches: Sequence[Batch], variant: str, seed: int, *, num_samples: int = 0, read: ReadSamples | None = None
+) -> list[Batch]:
+    """All batches under one variant; a pure function of the batches and the seed.
+
+    Random neighbours are those of another of `batches`' samples; or, where these are one rank's share of the samples
+    0 to `num_samples`, of any other, which `read` gives.
+    """
     if variant == "real":
         return list(batches)
     if variant == "none":
         return [replace(batch, neighbor_tokens_BCKR=None, neighbor_mask_BCKR=None) for batch in batches]
-    random = np.random.default_rng(seed)
-    samples = sum(batch.num_samples for batch in batches)
-    tokens, mask = _joined(batches)
-    chunks = tokens.shape[1]
-    sample_of = np.arange(samples)[:, None].repeat(chunks, 1)
-    chunk_of = np.arange(chunks)[None].repeat(samples, 0)
+    own = _Neighbors.of(batches)
     if variant == "random":
-        if samples > 1:
-            sample_of = (sample_of + random.integers(1, samples, size=sample_of.shape)) % samples
-        chunk_of = random.integers(0, chunks, size=chunk_of.shape)
-    elif variant == "shuffled" and chunks > 1:
-        chunk_of = (chunk_of + random.integers(1, chunks, size=chunk_of.shape)) % chunks
-    return _split(batches, tokens[sample_of, chunk_of], mask[sample_of, chunk_of])
+        everyone = np.arange(num_samples) if num_samples else own.ids
+        donors, chunks = _drawn(own.ids, everyone, own.num_chunks, seed)
+        absent = np.setdiff1d(donors, own.ids)
+        if len(absent) and read is not None:
+            own = _Neighbors.of([*batches, read(absent.tolist())])
+        rows = own.rows_of(donors)
+    else:
+        rows, chunks = np.arange(len(own.ids)), _shuffled(own.ids, own.num_chunks, seed)
+    return _split(batches, own.tokens[rows[:, None], chunks], own.mask[rows[:, None], chunks])
 
 
-def _joined(batches: Sequence[Batch]) -> tuple[NDArray[Any], NDArray[Any]]:
-    tokens = [batch.neighbor_tokens_BCKR for batch in batches if batch.neighbor_tokens_BCKR is not None]
-    masks = [batch.neighbor_mask_BCKR for batch in batches if batch.neighbor_mask_BCKR is not None]
-    if len(tokens) != len(batches) or len(masks) != len(batches):
-        raise ValueError("variants of neighbours need batches with neighbours")
-    return np.concatenate(tokens), np.concatenate(masks)
+class _Neighbors:
+    """The neighbours of many samples, found by the sample's number."""
+
+    def __init__(self, ids: NDArray[np.int64], tokens: NDArray[Any], mask: NDArray[Any]) -> None:
+        self.ids, self.tokens, self.mask = ids, tokens, mask
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch]) -> _Neighbors:
+        tokens = [batch.neighbor_tokens_BCKR for batch in batches if batch.neighbor_tokens_BCKR is not None]
+        masks = [batch.neighbor_mask_BCKR for batch in batches if batch.neighbor_mask_BCKR is not None]
+        if len(tokens) != len(batches) or len(masks) != len(batches):
+            raise ValueError("variants of neighbours need batches with neighbours")
+        return cls(np.concatenate([batch.sample_ids_B for batch in batches]), *map(np.concatenate, (tokens, masks)))
+
+    @property
+    def num_chunks(self) -> int:
+        return int(self.tokens.shape[1])
+
+    def rows_of(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        order = np.argsort(self.ids, kind="stable")
+        found: NDArray[np.int64] = order[np.searchsorted(self.ids, ids, sorter=order)]
+        return found
+
+
+def _drawn(
+    ids: NDArray[np.int64], everyone: NDArray[np.int64], num_chunks: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For each sample another one, and a chunk of it for each chunk."""
+    donors, chunks = [], []
+    for number in ids.tolist():
+        random = np.random.default_rng((seed, number))
+        others = everyone[everyone != number]
+        donors.append(random.choice(others) if len(others) else number)
+        chunks.append(random.integers(0, num_chunks, num_chunks))
+    return np.array(donors, np.int64), np.array(chunks, np.int64)
+
+
+def _shuffled(ids: NDArray[np.int64], num_chunks: int, seed: int) -> NDArray[np.int64]:
+    """For each chunk of each sample another chunk of it."""
+    if num_chunks == 1:
+        return np.zeros((len(ids), 1), np.int64)
+    steps = [np.random.default_rng((seed, number)).integers(1, num_chunks, num_chunks) for number in ids.tolist()]
+    return (np.arange(num_chunks) + np.array(steps, np.int64).reshape(-1, num_chunks)) % num_chunks
 
 
 def _split(batches: Sequence[Batch], tokens: NDArray[Any], mask: NDArray[Any]) -> list[Batch]:

@@ -38,12 +38,15 @@ def evaluation_batches(loader: Loader, steps: int) -> list[Batch]:
     return [batch for _ in range(steps) for batch in next(loader)]
 
 
-def token_losses(
-    trainable: Trainable, batches: Sequence[Batch], variant: str, seed: int, group: dist.ProcessGroup | None
-) -> TokenLosses:
-    """Losses under a variant, gathered from all data ranks, the same on every rank. Every rank calls it."""
-    tensors = [to_tensors(batch, trainable.device) for batch in with_variant(batches, variant, seed)]
-    losses = trainable.evaluate(tensors)
+def variant_batches(loader: Loader, batches: Sequence[Batch], variant: str, seed: int) -> list[Batch]:
+    """This rank's share under a variant; random neighbours come from any sample of the evaluation."""
+    everyone = sum(batch.num_samples for batch in batches) * loader.data_size
+    return with_variant(batches, variant, seed, num_samples=everyone, read=loader.dataset.read)
+
+
+def token_losses(trainable: Trainable, batches: Sequence[Batch], group: dist.ProcessGroup | None) -> TokenLosses:
+    """Losses gathered from all data ranks, the same on every rank. Every rank calls it."""
+    losses = trainable.evaluate([to_tensors(batch, trainable.device) for batch in batches])
     mine: list[tuple[NDArray[Any], ...]] | None = None
     if losses is not None:
         mine = [

@@ -11,7 +11,7 @@ from megatron_retro.assembly.run_parts import RunParts
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.training import TrainingConfig
 from megatron_retro.data.neighbor_variants import VARIANTS
-from megatron_retro.training.evaluation import evaluation_batches, sample_sums, token_losses
+from megatron_retro.training.evaluation import evaluation_batches, sample_sums, token_losses, variant_batches
 from megatron_retro.training.health import retrieval_health
 from megatron_retro.training.layer_use import watched_layers
 from megatron_retro.training.records import EvaluationRecord
@@ -33,15 +33,15 @@ class Evaluator:
         seed = self._training.seed
         batches = evaluation_batches(self._parts.validation, self._training.eval_iters)
         with watched_layers(self._parts.trainable.module) as watch:
-            real = token_losses(self._parts.trainable, batches, "real", seed, self._group)
+            real = token_losses(self._parts.trainable, batches, self._group)
         facts: dict[str, Any] = {"tokens": int(real.mask.sum()), "samples": sample_sums(real)}
         alarms: tuple[str, ...] = ()
         if self._retro.reads_neighbors() and self._training.retrieval_health:
             layers = watch.measured(self._group)
-            others = [variant for variant in VARIANTS if variant != "real"]
-            by_variant = {"real": real} | {
-                variant: token_losses(self._parts.trainable, batches, variant, seed, self._group) for variant in others
-            }
+            by_variant = {"real": real}
+            for variant in (variant for variant in VARIANTS if variant != "real"):
+                changed = variant_batches(self._parts.validation, batches, variant, seed)
+                by_variant[variant] = token_losses(self._parts.trainable, changed, self._group)
             health = retrieval_health(by_variant, self._retro.retro_chunk_length, layers, seed)
             facts, alarms = {**facts, **health.facts()}, health.alarms()
         return EvaluationRecord(step, time.perf_counter() - start, real.mean, facts, alarms)

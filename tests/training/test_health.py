@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import fields
+
 import numpy as np
 import pytest
 
@@ -44,6 +47,31 @@ def test_variants_take_neighbors_from_where_they_say() -> None:
     none = with_variant(real, "none", 0)
     assert all(batch.neighbor_tokens_BCKR is None and batch.neighbor_mask_BCKR is None for batch in none)
     assert np.array_equal(names(with_variant(real, "random", 0)), random), "a pure function of the seed"
+
+
+@pytest.mark.parametrize("variant", ["random", "shuffled"])
+def test_what_a_sample_gets_does_not_depend_on_who_reads_it(variant: str) -> None:
+    """Two data ranks with half of every batch each, and one with all of them."""
+    together = batches(count=4, size=4)
+
+    def read(numbers: Sequence[int]) -> Batch:
+        return sliced(together, np.array(numbers))
+
+    whole = names(with_variant(together, variant, 5, num_samples=16, read=read))
+    for rank in range(2):
+        share = [sliced([batch], batch.sample_ids_B[2 * rank : 2 * rank + 2]) for batch in together]
+        ids = np.concatenate([batch.sample_ids_B for batch in share])
+        assert np.array_equal(names(with_variant(share, variant, 5, num_samples=16, read=read)), whole[ids])
+
+
+def sliced(found: list[Batch], ids: np.ndarray) -> Batch:
+    known = np.concatenate([batch.sample_ids_B for batch in found])
+    rows = [int(np.flatnonzero(known == number)[0]) for number in ids]
+    values = {}
+    for field in fields(Batch):
+        parts = [getattr(batch, field.name) for batch in found]
+        values[field.name] = None if parts[0] is None else np.concatenate(parts)[rows]
+    return Batch(**values)
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_claim() -> None:

@@ -18,6 +18,7 @@ from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.runtime.launch import find_launch
 from megatron_retro.runtime.process_group import process_group
 from megatron_retro.runtime.signals import StopRequests
+from megatron_retro.testing.processes import run_ranks
 from megatron_retro.testing.run_results import differences, losses, stored_tensors
 from megatron_retro.testing.tiny_corpus import TinyCorpus
 from megatron_retro.training import program
@@ -93,6 +94,31 @@ def test_an_evaluation_is_repeatable_and_moves_no_random_state(corpus: TinyCorpu
         assert first.loss == second.loss and first.facts == second.facts
         assert [use["layer"] for use in first.facts["layers"]] == [1, 2]
         assert all(use["share"] > 0 for use in first.facts["layers"])
+
+
+@pytest.mark.parametrize(
+    "layout", [{}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}], ids=str
+)
+def test_every_layout_measures_the_same_health(corpus: TinyCorpus, layout: dict[str, Any]) -> None:
+    """Two data ranks read half of the samples each, random neighbours included."""
+
+    def health(**more: Any) -> dict[str, Any]:
+        from megatron_retro.assembly.run_parts import build_run_parts
+        from megatron_retro.training.evaluator import Evaluator
+
+        launch = find_launch()
+        with process_group(launch) as device:
+            parts = build_run_parts(corpus.settings(global_batch_size=8, **more), device, launch.world_size)
+            return Evaluator(parts, dist.new_group(backend="gloo")).evaluate(0).facts
+
+    (one,) = run_ranks(health, 1, initialize=False)
+    for cut in run_ranks(lambda: health(**layout), 2, initialize=False):
+        for variant, interval in one["excess"].items():
+            assert cut["excess"][variant] == pytest.approx(interval, abs=1e-5), variant
+            assert cut["excess_by_position"][variant] == pytest.approx(one["excess_by_position"][variant], abs=1e-5)
+        assert [use["share"] for use in cut["layers"]] == pytest.approx(
+            [use["share"] for use in one["layers"]], rel=1e-4
+        )
 
 
 def test_retrofit_starts_as_the_gpt_and_freezes_what_it_says(
