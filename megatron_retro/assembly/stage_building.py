@@ -59,7 +59,7 @@ def build_stage(settings: Settings, part: StagePart, mesh: ParallelMesh, cuts: S
     if settings[ParallelConfig].pipeline_schedule == "zero-bubble" and part.num_stages > 1:
         stage.put_off = PutOffGradients(after=partial(sum_in_reduce_type, stage))
         stage.put_off.attach(stage.model)
-    if has_dropout(settings[ModelConfig], settings[RetroConfig]):
+    if has_dropout(stage.model, settings[ModelConfig], settings[RetroConfig]):
         stage.streams = Streams(settings[TrainingConfig].seed, stage.axis)
         stage.streams.attach(stage.model)
     _fill_and_wrap(stage, settings, mesh, padded_for_cut(settings[ModelConfig], mesh.size(TENSOR)))

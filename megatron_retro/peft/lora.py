@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from megatron_retro.config.peft import PeftConfig
+from megatron_retro.model.dropout import Dropout
 from megatron_retro.model.leaves import HeadsToHidden, Linear
 
 NAME = "lora"
@@ -21,13 +21,11 @@ class LowRankUpdate(nn.Module):
         self.down = Linear(input_size, (config.lora_rank,), bias=False)
         self.up = Linear(config.lora_rank, tuple(output_shape), bias=False)
         self.scale = config.lora_alpha / config.lora_rank
-        self.dropout = config.lora_dropout
+        self.dropout = Dropout(config.lora_dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """The update of the base's output for this input."""
-        if self.dropout:
-            hidden = functional.dropout(hidden, self.dropout, self.training)
-        update: Tensor = self.up(self.down(hidden)) * self.scale
+        update: Tensor = self.up(self.down(self.dropout(hidden))) * self.scale
         return update
 
 

@@ -52,3 +52,18 @@ def test_tuning_equals_one_process(method: str, layout: str) -> None:
     assert set(reference.gradients) == {name for name in reference.parameters if is_added(name)}
     found = worst_differences(reference, run_layout(settings, 2, batches, steps=3))
     assert max(found.values()) < 2e-4, {name: error for name, error in found.items() if error >= 2e-4}
+
+
+@pytest.mark.parametrize(
+    ("layout", "recompute"),
+    [("tensor", "full"), ("sequence", "selective"), ("pipeline", "none"), ("pipeline", "full"), ("data", "none")],
+)
+def test_dropout_of_lora_drops_the_same_on_every_layout(layout: str, recompute: str) -> None:
+    dropping = {**METHODS["lora"], "lora_dropout": 0.3}
+    settings = tiny_settings(swiglu=True, global_batch_size=4, **dropping)
+    batches = random_batches(settings)
+    reference = run_layout(settings, 1, batches, steps=3)[0]
+    assert abs(reference.loss - run_layout(settings.replace(lora_dropout=0.0), 1, batches, steps=3)[0].loss) > 1e-6
+    cut = settings.replace(**LAYOUTS[layout], recompute_granularity=recompute)
+    found = worst_differences(reference, run_layout(cut, 2, batches, steps=3))
+    assert max(found.values()) < 2e-4, {name: error for name, error in found.items() if error >= 2e-4}
