@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from megatron_retro.assembly.pipeline_runs import PipelineRuns
-from megatron_retro.assembly.single_process import SingleProcess, set_gate_budgets
+from megatron_retro.assembly.single_process import GATE_BUDGET, SingleProcess, charged_budgets, set_gate_budgets
 from megatron_retro.assembly.stage_building import build_stage, compute_dtype, freeze_decoder, is_tuned, tensor_axis
 from megatron_retro.assembly.trainable import StepResult, TensorBatch, Trainable
 from megatron_retro.config.data import DataConfig
@@ -136,7 +136,20 @@ class ParallelModel:
             self._accumulate(microbatches, numbers)
         self._finish_gradients()
         loss_sum = sum(float(stage.loss_sum) for stage in self.stages)
-        return StepResult(self._sum_over(DATA, self._sum_over(PIPELINE, loss_sum)), num_tokens, {})
+        extra = {GATE_BUDGET: self._gate_budget() / loss_scale} if self._has_adaptive_gates else {}
+        return StepResult(self._sum_over(DATA, self._sum_over(PIPELINE, loss_sum)), num_tokens, extra)
+
+    @property
+    def _has_adaptive_gates(self) -> bool:
+        retro = self.settings[RetroConfig]
+        return retro.reads_neighbors() and retro.retro_gate_type == "adaptive"
+
+    def _gate_budget(self) -> float:
+        """Of all gates: each tensor rank charges its part, each stage its gates, each data rank its microbatches."""
+        charged = sum(charged_budgets(stage.model) or 0.0 for stage in self.stages)
+        for axis in (TENSOR, PIPELINE, DATA):
+            charged = self._sum_over(axis, charged)
+        return charged
 
     def evaluate(self, microbatches: Sequence[TensorBatch]) -> list[Tensor] | None:
         """Loss of every token, on the ranks that hold the end of the model."""

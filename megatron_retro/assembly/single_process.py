@@ -17,6 +17,8 @@ from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.retro import Retro
 from megatron_retro.optim.clipping import squared_norm
 
+GATE_BUDGET = "gate budget"
+
 
 class SingleProcess:
     """Trains a model on one device; parameters stay float32, `compute_dtype` is what they are used in."""
@@ -52,7 +54,9 @@ class SingleProcess:
             part = (self._losses(counted) * batch.loss_mask_BS).sum()
             (part * (loss_scale / max(num_tokens, 1))).backward()  # type: ignore[no-untyped-call]
             loss_sum += part.detach().double().cpu()
-        return StepResult(loss_sum.item(), float(num_tokens), {})
+        budgets = charged_budgets(self._module)
+        extra = {} if budgets is None else {GATE_BUDGET: budgets / loss_scale}
+        return StepResult(loss_sum.item(), float(num_tokens), extra)
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[TensorBatch]) -> list[Tensor]:
@@ -98,3 +102,10 @@ def set_gate_budgets(module: nn.Module, retro: RetroConfig, step: int, factor: f
     for part in module.modules():
         if isinstance(part, AdaptiveGate):
             part.budget_scale = retro.retro_gate_budget_weight * grown * factor
+            part.charged = 0.0
+
+
+def charged_budgets(module: nn.Module) -> float | None:
+    """What the gates here charged since their budgets were set; None where no gate decides for itself."""
+    charged = [float(part.charged) for part in module.modules() if isinstance(part, AdaptiveGate)]
+    return sum(charged) if charged else None

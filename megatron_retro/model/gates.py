@@ -7,6 +7,8 @@ here is the divergence of the mean rate from a target rate, whose slope in the g
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,15 +40,22 @@ class AdaptiveGate(nn.Module):
         self.target_rate = config.retro_gate_target_rate
         self.budget_scale = config.retro_gate_budget_weight
         self.last_rates: Tensor | None = None
+        self.charged: Tensor | float = (
+            0.0  # for the budget, since it was last set to zero
+        )
 
     def forward(self, states_BCH: Tensor) -> Tensor:
         """[..., C] in (0, 1), one rate per state; in training the budget's gradient is attached."""
         scores = (states_BCH * local(self.weight)).sum(-1) + local(self.bias)
         rates = torch.sigmoid(scores)
         if self.training and scores.numel():
-            rates = attach_loss(rates, self.budget_scale * rate_divergence(scores, self.target_rate))
+            budget = self.budget_scale * rate_divergence(scores, self.target_rate)
+            rates = attach_loss(rates, budget, self._charge)
         self.last_rates = rates.detach()
         return rates
+
+    def _charge(self, loss: Tensor) -> None:
+        self.charged = self.charged + loss
 
 
 def rate_divergence(scores: Tensor, target: float) -> Tensor:
@@ -61,9 +70,9 @@ def rate_divergence(scores: Tensor, target: float) -> Tensor:
     return target * (math.log(target) - log_open) + (1 - target) * (math.log1p(-target) - log_shut)
 
 
-def attach_loss(tensor: Tensor, loss: Tensor) -> Tensor:
-    """The tensor; its backward pass charges the loss too."""
-    attached: Tensor = _AttachLoss.apply(tensor, loss)  # type: ignore[no-untyped-call]
+def attach_loss(tensor: Tensor, loss: Tensor, tell: Callable[[Tensor], None]) -> Tensor:
+    """The tensor; its backward pass charges the loss too, and tells what it charged (once, also with recomputation)."""
+    attached: Tensor = _AttachLoss.apply(tensor, loss, tell)  # type: ignore[no-untyped-call]
     return attached
 
 
@@ -71,13 +80,15 @@ class _AttachLoss(torch.autograd.Function):
     """Passes a tensor through; in the backward pass a second loss is charged too, on whatever stage it arose."""
 
     @staticmethod
-    def forward(context: torch.autograd.function.FunctionCtx, tensor: Tensor, loss: Tensor) -> Tensor:
+    def forward(context: Any, tensor: Tensor, loss: Tensor, tell: Callable[[Tensor], None]) -> Tensor:
         """The tensor."""
         context.save_for_backward(loss)
+        context.tell = tell
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(context: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         """Its gradient, and 1 for the loss."""
-        (loss,) = context.saved_tensors  # type: ignore[attr-defined]
-        return gradient, torch.ones_like(loss)
+        (loss,) = context.saved_tensors
+        context.tell(loss.detach())
+        return gradient, torch.ones_like(loss), None

@@ -76,7 +76,7 @@ class Case:
     @property
     def has_data_ranks(self) -> bool:
         """Whether more than one rank reads data."""
-        return self.world_size > math.prod(self.mesh.get(name, 1) for name in _SIZES)
+        return self.world_size > math.prod(int(self.mesh.get(name, 1)) for name in _SIZES)
 
 
 def meshes(largest_world: int = 8) -> Iterator[tuple[int, dict[str, Any]]]:

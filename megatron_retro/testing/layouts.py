@@ -95,6 +95,7 @@ class StepOutcome:
     losses: list[Tensor]
     parameters: dict[str, Tensor]
     data_rank: int
+    extra_losses: dict[str, float]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -139,7 +140,8 @@ def _outcome(trainable: Any, batches: Sequence[TensorBatch], steps: int) -> Step
         if step < steps - 1:
             optimizer.step()
     norm = float(trainable.squared_gradient_norm())
-    return StepOutcome(result.loss, norm, whole_gradients(trainable.module), losses, start, trainable.data_rank)
+    gradients = whole_gradients(trainable.module)
+    return StepOutcome(result.loss, norm, gradients, losses, start, trainable.data_rank, result.extra_losses)
 
 
 def run_layout(
@@ -165,6 +167,11 @@ def worst_differences(reference: StepOutcome, outcomes: Sequence[StepOutcome]) -
     for outcome in outcomes:
         note("loss", abs(outcome.loss - reference.loss) / abs(reference.loss))
         note("norm", abs(outcome.squared_norm - reference.squared_norm) / max(reference.squared_norm, 1e-30))
+        for name in reference.extra_losses.keys() ^ outcome.extra_losses.keys():
+            note(name, float("inf"))
+        for name in reference.extra_losses.keys() & outcome.extra_losses.keys():
+            expected = reference.extra_losses[name]  # near 0 all of it is rounding: the loss says what is much
+            note(name, abs(outcome.extra_losses[name] - expected) / max(abs(expected), 0.01 * abs(reference.loss)))
         for name, gradient in outcome.gradients.items():
             note(name, _difference(reference.gradients.get(name), gradient, least))
         for name, value in outcome.parameters.items():

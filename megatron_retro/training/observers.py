@@ -184,6 +184,7 @@ class ConsoleLines(BlankObserver):
             f"rate {record.learning_rate:.3e}",
             f"samples {record.samples}",
         ]
+        parts += [f"{name} {loss:.2e}" for name, loss in record.extra_losses.items()]
         if record.loss_scale != 1.0:
             parts.append(f"scale {record.loss_scale:g}")
         if self._show_throughput and self._throughput is not None:
@@ -230,6 +231,8 @@ class TensorBoard(BlankObserver):
         """Scalars of a step."""
         for name in ("loss", "gradient_norm", "learning_rate", "batch_size", "loss_scale", "step_seconds"):
             self._writer.add_scalar(f"train/{name}", getattr(record, name), record.step)
+        for name, loss in record.extra_losses.items():
+            self._writer.add_scalar(f"train/{name}", loss, record.step)
         for name, seconds in record.seconds.items():
             self._writer.add_scalar(f"seconds/{name}", seconds, record.step)
 

@@ -12,12 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_retro.assembly.model_assembly import one_process
 from megatron_retro.assembly.retrofitting import collapsed, inherited_settings, retrofit_plan
 from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.model.gates import AdaptiveGate
 from megatron_retro.runtime.launch import find_launch
 from megatron_retro.runtime.process_group import process_group
 from megatron_retro.runtime.signals import StopRequests
+from megatron_retro.testing.layouts import random_batches, tiny_settings
 from megatron_retro.testing.processes import run_ranks
 from megatron_retro.testing.run_results import differences, losses, stored_tensors
 from megatron_retro.testing.tiny_corpus import TinyCorpus
@@ -63,6 +66,29 @@ def test_losses_are_the_committed_ones(corpus: TinyCorpus, tmp_path: Path, kind:
         GOLDEN.write_text(json.dumps({**golden, kind: first}, indent=1) + "\n")
     else:
         assert first == pytest.approx(golden[kind], rel=1e-2 if "bf16" in kind else 1e-4)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_budget_of_gates_is_the_divergence_from_the_target_rate(recompute: str) -> None:
+    settings = tiny_settings(
+        retro_gate_type="adaptive", retro_gate_budget_weight=0.5, retro_gate_budget_warmup=10,
+        retro_gate_target_rate=0.3, global_batch_size=1, recompute_granularity=recompute,
+    )  # fmt: skip
+    model = one_process(settings, torch.device("cpu"))
+    gates = [part for part in model.module.modules() if isinstance(part, AdaptiveGate)]
+    for gate in gates:
+        torch.nn.init.normal_(gate.weight, std=0.5)
+    result = model.train_step(random_batches(settings), step=5, loss_scale=8.0)
+    rates = [gate.last_rates.mean() for gate in gates if gate.last_rates is not None]
+    assert len(rates) == 2
+    expected = sum(0.3 * torch.log(0.3 / rate) + 0.7 * torch.log(0.7 / (1 - rate)) for rate in rates)
+    assert result.extra_losses == {"gate budget": pytest.approx(0.5 * 5 / 10 * float(expected), rel=1e-4)}
+
+
+def test_the_budget_of_gates_is_told_with_every_step(corpus: TinyCorpus, tmp_path: Path) -> None:
+    short_run(corpus, tmp_path, retro_gate_type="adaptive", retro_gate_budget_warmup=2)
+    told = [step["extra_losses"]["gate budget"] for step in read_run_log(tmp_path).steps]
+    assert told[0] == 0.0 and min(told[1:]) > 0.0
 
 
 def test_observers_change_no_bit(
