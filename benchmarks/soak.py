@@ -23,6 +23,7 @@ from megatron_retro.assembly.trainable import StepResult
 from megatron_retro.config.settings import Settings
 from megatron_retro.data.loader import Loader
 from megatron_retro.ops.local_tensors import local
+from megatron_retro.runtime.console import say
 from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main
 from megatron_retro.testing.forked_runs import exit_code_of, fork, wait
 from megatron_retro.testing.run_results import differences
@@ -55,6 +56,8 @@ def run(quick: bool) -> list[Figure]:
         useful = Events(room / "whole" / EVENTS).steps_so_far()
         executed = soak.events.steps_so_far()
         unequal = differences(room / "whole", room / "broken")
+        if unequal:
+            say(f"not bit-equal: {', '.join(unequal)}")
     nans = steps // STEPS_PER_NAN
     faults = f"{steps} steps, {soak.kills} kills, {soak.terminations} SIGTERM, {nans} NaN"
     return [
@@ -75,7 +78,7 @@ def settings_of(corpus: TinyCorpus, run: Path, steps: int, **more: Any) -> Setti
 
 
 def train_with_nans(settings: Settings) -> None:
-    """Train; one gradient of every `STEPS_PER_NAN`-th sample is not a number, whenever that sample comes."""
+    """Train; one gradient of one in `STEPS_PER_NAN` samples is not a number, whenever that sample comes."""
     read, train_step = Loader.__next__, ParallelModel.train_step
     samples: list[int] = []
 
@@ -85,7 +88,7 @@ def train_with_nans(settings: Settings) -> None:
 
     def step(self: ParallelModel, microbatches: Any, **more: Any) -> StepResult:
         result = train_step(self, microbatches, **more)
-        if samples[0] % STEPS_PER_NAN == STEPS_PER_NAN - 1:
+        if samples[0] % STEPS_PER_NAN == STEPS_PER_NAN // 2:
             gradient = next(parameter.grad for parameter in self.module.parameters() if parameter.grad is not None)
             local(gradient).reshape(-1)[0] = float("nan")
         return result
