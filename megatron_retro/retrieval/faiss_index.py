@@ -153,6 +153,14 @@ def set_search_effort(index: Any, nprobe: int, ef_search: int) -> None:
         finder.hnsw.efSearch = max(ef_search, nprobe)
 
 
+def search_one_by_one(index: Any) -> None:
+    """Prepare for single queries: faiss starts 32 threads per search to read lists ahead, most of a query's time."""
+    parts = inverted_parts(index)
+    lists = faiss_module().downcast_InvertedLists(parts.inverted.invlists) if parts else None
+    if hasattr(lists, "prefetch_nthread"):
+        lists.prefetch_nthread = 0
+
+
 @contextmanager
 def list_content(lists: Any, number: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
     """Ids and codes of an inverted list, as views that end with the block."""

@@ -18,7 +18,7 @@ from megatron_retro.retrieval.faiss_index import InvertedParts, list_content
 from megatron_retro.retrieval.native import Candidates, top_candidates
 
 _TILE_VECTORS = 1024
-_TILE_SCORES = 1 << 20
+_TILE_SCORES = 1 << 18
 JOINABLE = ("IndexIVFFlat", "IndexIVFPQ", "IndexIVFScalarQuantizer")
 
 
@@ -78,11 +78,10 @@ def _join_list(
         for first in range(0, len(ids), _TILE_VECTORS):
             tile = slice(first, first + _TILE_VECTORS)
             vectors = torch.from_numpy(parts.decoded(number, codes[tile]))
-            halves = torch.linalg.vecdot(vectors, vectors).mul_(-0.5)
+            halves = vectors.square().sum(1).mul_(-0.5).numpy()
             step = max(1, _TILE_SCORES // len(vectors))
             for start in range(0, len(rows), step):
                 chosen = rows[start : start + step]
                 whole = len(rows) == len(queries)
-                asking = queries[start : start + step] if whole else queries[torch.from_numpy(chosen)]
-                scores = torch.addmm(halves, asking, vectors.T)
-                candidates.offer(chosen, scores.numpy(), ids[tile])
+                asking = queries[start : start + step] if whole else queries.index_select(0, torch.from_numpy(chosen))
+                candidates.offer(chosen, (asking @ vectors.T).numpy(), halves, ids[tile])

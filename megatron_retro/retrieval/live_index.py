@@ -24,7 +24,7 @@ from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.tokenizers import build_tokenizer
 from megatron_retro.errors import ArtifactError
 from megatron_retro.retrieval.embedders import build_embedder
-from megatron_retro.retrieval.faiss_index import set_search_effort
+from megatron_retro.retrieval.faiss_index import search_one_by_one, set_search_effort
 from megatron_retro.retrieval.layout import ProjectLayout
 from megatron_retro.retrieval.merging import KIND, VERSION, open_merged
 from megatron_retro.retrieval.project import Project
@@ -64,6 +64,7 @@ class LiveIndex:
         require_same(layout.merged, "embedder", manifest.inputs["embedder"], self.embedder.fingerprint, again)
         self._eod: int | None = settings["eod"]
         self._index: Any = open_merged(layout.merged)
+        search_one_by_one(self._index)
         set_search_effort(self._index, nprobe or settings["nprobe"], settings["ef_search"])
         self._limit, self._lock = cached_chunks, threading.Lock()
         self._cache: OrderedDict[tuple[tuple[int, ...], int], tuple[NDArray[Any], NDArray[Any]]] = OrderedDict()

@@ -27,8 +27,14 @@ class Candidates(Protocol):
     def exclude(self, first: NDArray[np.int64], last: NDArray[np.int64]) -> None:
         """Per query, an interval of ids that are never candidates."""
 
-    def offer(self, rows: NDArray[np.int64], scores: NDArray[np.float32], ids: NDArray[np.int64]) -> None:
-        """`scores[i, j]`: how near vector `ids[j]` is to query `rows[i]`; larger is nearer."""
+    def offer(
+        self,
+        rows: NDArray[np.int64],
+        products: NDArray[np.float32],
+        offsets: NDArray[np.float32],
+        ids: NDArray[np.int64],
+    ) -> None:
+        """`products[i, j] + offsets[j]`: how near vector `ids[j]` is to query `rows[i]`; larger is nearer."""
 
     def best(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Scores and ids, nearest first, -inf and -1 where there are too few."""

@@ -1,6 +1,7 @@
 """One form for all benchmarks: candidates interleaved in one run, medians, targets, versions and hardware beside them.
 
-A program in `benchmarks/` defines `run(quick) -> list[Figure]` and ends with `benchmark_main(__doc__, run)`:
+A program in `benchmarks/` defines `run(quick)`, which returns its figures or yields them one by one, and ends with
+`benchmark_main(__doc__, run)`. The file is written after every figure, so a run that is cut keeps what it has:
 
     python benchmarks/NAME.py --json OUT [--quick]
 """
@@ -17,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -125,17 +126,26 @@ def versions() -> dict[str, str]:
     return found
 
 
-def benchmark_main(description: str | None, run: Callable[[bool], list[Figure]]) -> None:
+def benchmark_main(description: str | None, run: Callable[[bool], Iterable[Figure]]) -> None:
     """Parse the flags, run, print the table and write the file; a missed target is a figure, not a failure."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--quick", action="store_true", help="smaller sizes, under a minute; targets may not hold")
     arguments = parser.parse_args()
-    figures = run(arguments.quick)
+    about, figures = _about(arguments.quick), list[Figure]()
+    for figure in run(arguments.quick):
+        figures.append(figure)
+        _write(arguments.json, {**about, "complete": False}, figures)
     print(render_table(("figure", "value", "unit", "target", "met"), [_row(figure) for figure in figures]))
+    _write(arguments.json, {**about, "complete": True}, figures)
     if arguments.json is not None:
-        write_file(arguments.json, json.dumps(_report(figures, arguments.quick), indent=1) + "\n")
         say(f"wrote {arguments.json}")
+
+
+def _write(path: Path | None, about: Mapping[str, Any], figures: Sequence[Figure]) -> None:
+    if path is not None:
+        measured = [{**asdict(figure), "met": figure.met} for figure in figures]
+        write_file(path, json.dumps({**about, "figures": measured}, indent=1) + "\n")
 
 
 def _row(figure: Figure) -> tuple[object, ...]:
@@ -145,11 +155,11 @@ def _row(figure: Figure) -> tuple[object, ...]:
     return figure.name, f"{figure.value:.4g}", figure.unit, target, met
 
 
-def _report(figures: Sequence[Figure], quick: bool) -> dict[str, Any]:
+def _about(quick: bool) -> dict[str, Any]:
+    """What was run, when and on what."""
     return {
         "command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *(["--quick"] if quick else [])]),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "hardware": hardware(),
         "versions": versions(),
-        "figures": [{**asdict(figure), "met": figure.met} for figure in figures],
     }

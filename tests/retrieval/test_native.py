@@ -85,7 +85,9 @@ def test_own_chunks_are_dropped_in_order(seed: int) -> None:
 def test_candidates_are_the_best_of_all_that_was_offered(seed: int) -> None:
     random = np.random.default_rng(seed)
     queries, ids, keep = int(random.integers(1, 8)), int(random.integers(1, 300)), int(random.integers(1, 40))
-    scores = random.integers(0, 50, (queries, ids)).astype(np.float32)
+    products = random.integers(0, 50, (queries, ids)).astype(np.float32)
+    offsets = random.integers(0, 5, ids).astype(np.float32)
+    scores = products + offsets
     first = random.integers(0, ids, queries)
     last = first + random.integers(0, 30, queries)
     candidates = native.top_candidates(queries, keep)
@@ -93,7 +95,7 @@ def test_candidates_are_the_best_of_all_that_was_offered(seed: int) -> None:
     for start in range(0, ids, 37):
         part = np.arange(start, min(start + 37, ids))
         rows = random.permutation(queries)
-        candidates.offer(rows, np.ascontiguousarray(scores[rows][:, part]), part)
+        candidates.offer(rows, np.ascontiguousarray(products[rows][:, part]), offsets[part], part)
     found_scores, found_ids = candidates.best()
     for row in range(queries):
         allowed = [number for number in range(ids) if not first[row] <= number < last[row]]

@@ -18,6 +18,12 @@
 #define WIDEST
 #endif
 
+#if defined(__GNUC__)
+#define PREFETCH(address) __builtin_prefetch(address)
+#else
+#define PREFETCH(address)
+#endif
+
 namespace py = pybind11;
 
 template <typename T>

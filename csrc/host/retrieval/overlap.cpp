@@ -205,12 +205,16 @@ py::array_t<float> candidate_distances(const Array<float>& queries, const Array<
   const uint16_t* vector = vectors.data();
   float* out = result.mutable_data();
   py::gil_scoped_release release;
+  constexpr int64_t ahead = 4;
   over_rows(rows, threads, number * dimension, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row)
-      for (int64_t place = row * number; place < (row + 1) * number; ++place)
+      for (int64_t place = row * number; place < (row + 1) * number; ++place) {
+        if (place + ahead < last * number && id[place + ahead] >= 0)
+          for (int64_t part = 0; part < dimension; part += 32) PREFETCH(vector + id[place + ahead] * dimension + part);
         out[place] = id[place] < 0
                          ? std::numeric_limits<float>::infinity()
                          : squared_distance(query + row * dimension, vector + id[place] * dimension, dimension);
+      }
   });
   return result;
 }

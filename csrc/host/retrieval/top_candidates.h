@@ -1,6 +1,8 @@
 // The best candidates of many queries, offered a block of scores at a time; larger scores are better.
 #pragma once
 
+#include <limits>
+
 #include "arrays.h"
 
 class TopCandidates {
@@ -10,8 +12,9 @@ class TopCandidates {
   // Ids in [first, last) of its row are never candidates of a query: the chunks of its own documents.
   void exclude(const Array<int64_t>& first, const Array<int64_t>& last);
 
-  // scores[i, j] is what query rows[i] and vector ids[j] have in common; rows are distinct.
-  void offer(const Array<int64_t>& rows, const Array<float>& scores, const Array<int64_t>& ids);
+  // The score of query rows[i] and vector ids[j] is products[i, j] + offsets[j]; rows are distinct.
+  void offer(const Array<int64_t>& rows, const Array<float>& products, const Array<float>& offsets,
+             const Array<int64_t>& ids);
 
   // (scores, ids), best first, equal scores by id; -inf and -1 where there are fewer than `keep`.
   py::tuple best();
@@ -21,11 +24,16 @@ class TopCandidates {
     float score;
     int64_t id;
   };
-  void offer_row(int64_t query, const float* scores, const int64_t* ids, int64_t count);
+  // What a visit of a query touches lies together: queries come in any order, and each would miss the cache anew.
+  struct alignas(32) Query {
+    int64_t excluded_first = 0, excluded_last = 0;
+    int32_t count = 0;
+    float threshold = -std::numeric_limits<float>::infinity();
+  };
+  void offer_row(int64_t query, const float* products, const float* offsets, const int64_t* ids, int64_t count);
   void shrink(int64_t query);
 
   int64_t num_queries_, keep_, capacity_, threads_;
   std::vector<Candidate> kept_;
-  std::vector<int64_t> counts_, excluded_first_, excluded_last_;
-  std::vector<float> thresholds_;
+  std::vector<Query> queries_;
 };
