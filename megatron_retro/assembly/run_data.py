@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from megatron_retro.assembly.stage_building import is_tuned
 from megatron_retro.assembly.trainable import Trainable
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.finetuning import InstructionConfig
+from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
 from megatron_retro.data.builders import build_loader
+from megatron_retro.data.instructions.buckets import Buckets
 from megatron_retro.data.instructions.dataset import InstructionDataset, open_instructions
 from megatron_retro.data.instructions.encoding import ConversationEncoder
 from megatron_retro.data.instructions.rows import RowShape
@@ -68,7 +71,16 @@ def instruction_dataset(settings: Settings, split: str, tokenizer: Tokenizer) ->
         seed=settings[TrainingConfig].seed,
         packed=config.pack_examples,
         skip_long=config.skip_long_examples,
+        buckets=row_buckets(settings) if config.bucket_by_length and split == "train" else None,
     )
+
+
+def row_buckets(settings: Settings) -> Buckets:
+    """Lengths that chunks and ranks of a cut sequence divide."""
+    parallel, retro = settings[ParallelConfig], settings[RetroConfig]
+    ranks = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    chunk = retro.retro_chunk_length if retro.reads_neighbors() else 1
+    return Buckets(settings[TrainingConfig].global_batch_size, math.lcm(8, ranks, chunk))
 
 
 def conversation_encoder(settings: Settings, tokenizer: Tokenizer) -> ConversationEncoder:

@@ -10,7 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from megatron_retro.config.data import DataConfig
-from megatron_retro.config.instruction_checks import one_thing_is_frozen, passages_have_a_reader
+from megatron_retro.config.instruction_checks import (
+    buckets_are_of_one_size,
+    one_thing_is_frozen,
+    passages_have_a_reader,
+)
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.optimizer import OptimizerConfig
 from megatron_retro.config.parallel import ParallelConfig
@@ -284,5 +288,6 @@ RULES: tuple[Rule, ...] = (
     schedule_fits,
     degraded_shares_fit,
     passages_have_a_reader,
+    buckets_are_of_one_size,
     one_thing_is_frozen,
 )

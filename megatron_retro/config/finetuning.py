@@ -27,4 +27,7 @@ class InstructionConfig:
     )  # fmt: skip
     num_contexts: int = option(5, "passages of a conversation that are used", minimum=0, ours=True)
     pack_examples: bool = option(False, "several conversations per row, each blind to the others", ours=True)
+    bucket_by_length: bool = option(
+        False, "a step's rows are of like length, and cut to the longest of them", ours=True
+    )
     skip_long_examples: bool = option(False, "pass over conversations longer than a row instead of stopping", ours=True)

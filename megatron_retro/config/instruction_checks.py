@@ -26,6 +26,14 @@ def passages_have_a_reader(settings: Settings, world_size: int) -> Iterator[Viol
         )
 
 
+def buckets_are_of_one_size(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """A bucket is the rows of a step, so steps must be of one size."""
+    if InstructionConfig in settings and settings[InstructionConfig].bucket_by_length:
+        ramp = settings[TrainingConfig].rampup_batch_size
+        if ramp is not None:
+            yield Violation("rampup_batch_size", ramp, "none", "--bucket-by-length needs steps of one size")
+
+
 def one_thing_is_frozen(settings: Settings, world_size: int) -> Iterator[Violation]:
     """Tuning beside the model freezes all of it."""
     if PeftConfig not in settings or settings[PeftConfig].peft_method == "none":

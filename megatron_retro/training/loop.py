@@ -169,6 +169,7 @@ class Trainer:
             samples=state.samples,
             tokens=state.tokens,
             batch_size=batch_size,
+            positions=sum(batch.tokens_BS.size for batch in batches) * parts.trainable.data_size,
             loss=result.loss,
             gradient_norm=update.gradient_norm,
             learning_rate=update.learning_rate,

@@ -116,7 +116,7 @@ class Throughput:
 
     def tokens_per_second(self) -> float:
         """Tokens of the whole run, all ranks together."""
-        tokens = sum(record.batch_size * self._facts.seq_length for record in self._steps)
+        tokens = sum(record.positions for record in self._steps)
         return tokens / max(sum(record.step_seconds for record in self._steps), 1e-9)
 
     def utilization(self) -> float | None:

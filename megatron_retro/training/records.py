@@ -24,12 +24,13 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step, done or skipped."""
+    """One step, done or skipped. `tokens` counts those with loss so far, `positions` the step's with padding."""
 
     step: int
     samples: int
     tokens: int
     batch_size: int
+    positions: int
     loss: float
     gradient_norm: float
     learning_rate: float

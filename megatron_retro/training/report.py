@@ -58,7 +58,7 @@ def _overview(run: Path, log: RunLog) -> str:
     }
     if log.steps:
         recent = log.steps[-100:]
-        tokens = sum(step["batch_size"] for step in recent) * int(log.facts.get("seq_length", 0))
+        tokens = sum(step.get("positions", 0) for step in recent)
         seconds = sum(sum(step["seconds"].values()) for step in recent)
         shown |= {
             "last loss": log.steps[-1]["loss"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import random
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_retro.data.instructions.buckets import Buckets
 from megatron_retro.data.instructions.conversations import Conversation, Passage, Turn, read_conversations
 from megatron_retro.data.instructions.dataset import InstructionDataset, open_instructions
 from megatron_retro.data.instructions.encoding import ConversationEncoder, EncodedExample
@@ -270,3 +273,47 @@ def test_long_conversations_are_named_or_passed_over(tmp_path: Path, capsys: pyt
     dataset = dataset_of(tmp_path, packed=False, seq_length=340, skip_long=True)
     assert "passed over" in capsys.readouterr().err
     assert 0 < dataset.num_conversations < 40
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_of_like_length_come_together(tmp_path: Path, packed: bool) -> None:
+    """Every conversation once per epoch, a block's rows in one length that holds them, and far fewer positions."""
+    plain = dataset_of(tmp_path, packed=packed, seq_length=1024)
+    bucketed = dataclasses.replace(plain, buckets=Buckets(4, 8))
+    assert bucketed.fingerprint != plain.fingerprint
+    positions, count = 0, 3 * bucketed.num_samples
+    for block in range(count // 4):
+        numbers = range(4 * block, 4 * block + 4)
+        batch = bucketed.read(numbers)
+        length = batch.tokens_BS.shape[1]
+        positions += batch.tokens_BS.size
+        for number in numbers:  # one at a time, as another cluster reads them, from a dataset that read nothing yet
+            alone = dataclasses.replace(bucketed).read([number])
+            assert np.array_equal(alone.tokens_BS[0], batch.tokens_BS[number - 4 * block])
+        assert length % 8 == 0 and length - 1024 // 8 < max(np.flatnonzero(row).max() for row in batch.document_ids_BS)
+    for epoch in range(3):
+        places = [place for row in bucketed.plan_epoch(epoch) for place in row]
+        assert sorted(places) == list(range(40 * epoch, 40 * epoch + 40))
+    assert positions < 0.8 * count // 4 * 4 * 1024 or packed
+
+
+@given(
+    lengths=st.lists(st.integers(1, 64), max_size=60),
+    size=st.integers(1, 7),
+    first=st.integers(0, 20),
+    key=st.integers(0),
+)
+def test_buckets_are_a_permutation_in_whole_blocks(lengths: list[int], size: int, first: int, key: int) -> None:
+    order = Buckets(size, 1).arranged(lengths, first, key)
+    assert sorted(order) == list(range(len(lengths)))
+    head = -first % size
+    blocks = [order[start : start + size] for start in range(head, len(order) - size + 1, size)]
+    if len(lengths) <= 32 * size:  # one window: no length of another block lies between two of a block
+        ranges = sorted((min(lengths[row] for row in block), max(lengths[row] for row in block)) for block in blocks)
+        assert all(low >= high for (_, high), (low, _) in itertools.pairwise(ranges))
+
+
+def test_lengths_are_eighths_that_divide() -> None:
+    buckets = Buckets(4, 8)
+    assert {buckets.row_length(longest, 512) for longest in range(1, 513)} == set(range(64, 513, 64))
+    assert buckets.row_length(33, 40) == 40 and buckets.row_length(3, 40) == 8

@@ -81,8 +81,9 @@ def settings(base: Path, conversations: Path, run: Path, **more: Any) -> Setting
 def test_a_run_that_was_stopped_ends_where_the_unbroken_one_ends(
     base: Path, conversations: Path, tmp_path: Path, method: str
 ) -> None:
-    finetune(settings(base, conversations, tmp_path / "whole", pack_examples=True, **METHODS[method]))
-    stopped = settings(base, conversations, tmp_path / "parts", pack_examples=True, exit_interval=4, **METHODS[method])
+    rows = {"pack_examples": True, "bucket_by_length": method == "lora"}
+    finetune(settings(base, conversations, tmp_path / "whole", **rows, **METHODS[method]))
+    stopped = settings(base, conversations, tmp_path / "parts", exit_interval=4, **rows, **METHODS[method])
     with pytest.raises(Requeue):
         finetune(stopped)
     finetune(stopped)
@@ -134,6 +135,7 @@ def test_the_gate_off_is_the_published_way(base: Path, conversations: Path, tmp_
     [
         ({"retro_attention_gate": 0.0}, "--context-place = 'encoder'"),
         ({"freeze_decoder": True, "peft_method": "lora"}, "--freeze-decoder = True"),
+        ({"bucket_by_length": True, "rampup_batch_size": (8, 8, 64)}, "--bucket-by-length needs steps of one size"),
         ({"hidden_size": 48}, "has another shape"),
         ({"instruction_data": None}, "--instruction-data is not set"),
     ],

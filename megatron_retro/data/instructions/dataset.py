@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_retro.data.batches import Batch
 from megatron_retro.data.blends import Blend, parse_data_path
+from megatron_retro.data.instructions.buckets import Buckets
 from megatron_retro.data.instructions.conversations import read_conversations
 from megatron_retro.data.instructions.encoding import ConversationEncoder, EncodedExample
 from megatron_retro.data.instructions.rows import RowShape, build_batch, pack
@@ -34,6 +35,7 @@ class InstructionDataset:
     shape: RowShape
     seed: int
     packed: bool
+    buckets: Buckets | None = None
 
     @property
     def seq_length(self) -> int:
@@ -54,6 +56,8 @@ class InstructionDataset:
     def fingerprint(self) -> str:
         """Changes with anything that the k-th row depends on."""
         digest = hashlib.sha256(repr((self.blend.weights, self.shape, self.seed, self.packed)).encode())
+        if self.buckets is not None:
+            digest.update(repr(self.buckets).encode())
         for file in self.files:
             for example in file:
                 digest.update(example.tokens.tobytes() + example.learned.tobytes())
@@ -68,7 +72,24 @@ class InstructionDataset:
 
     def read(self, numbers: Sequence[int]) -> Batch:
         """The rows of the given numbers of the run."""
-        return build_batch([self._row(int(number)) for number in numbers], numbers, self.shape)
+        rows = [self._row(int(number)) for number in numbers]
+        if self.buckets is None:
+            return build_batch(rows, numbers, self.shape)
+        blocks = {int(number) // self.buckets.size for number in numbers}
+        longest = max(self._block_length(block) for block in blocks)
+        return build_batch(rows, numbers, self.shape, self.buckets.row_length(longest, self.shape.length))
+
+    def _block_length(self, block: int) -> int:
+        """The longest row of a block."""
+        size = 0 if self.buckets is None else self.buckets.size
+        if block not in self._block_lengths:
+            rows = (self._row(number) for number in range(block * size, (block + 1) * size))
+            self._block_lengths[block] = max(sum(map(self.shape.span, row)) for row in rows)
+        return self._block_lengths[block]
+
+    @cached_property
+    def _block_lengths(self) -> dict[int, int]:
+        return {}
 
     def _row(self, number: int) -> list[EncodedExample]:
         epoch = 0
@@ -95,14 +116,20 @@ class InstructionDataset:
         return self._plans[epoch]
 
     def plan_epoch(self, epoch: int) -> list[tuple[int, ...]]:
-        """Rows of an epoch as places of the blended order; packed rows come in a shuffled order."""
+        """Rows of an epoch as places of the blended order; packed rows and buckets come in a shuffled order."""
         places = range(epoch * self.num_conversations, (epoch + 1) * self.num_conversations)
-        if not self.packed:
+        if not self.packed and self.buckets is None:
             return [(place,) for place in places]
         spans = [self.shape.span(self._conversation(place)) for place in places]
-        rows = [tuple(places[index] for index in row) for row in pack(spans, self.shape.length)]
-        order = permuted(np.arange(len(rows)), len(rows), key_of(self.seed, len(self.files), epoch))
-        return [rows[index] for index in order]
+        rows = pack(spans, self.shape.length) if self.packed else [(index,) for index in range(len(places))]
+        key = key_of(self.seed, len(self.files), epoch)
+        if self.packed:
+            rows = [rows[index] for index in permuted(np.arange(len(rows)), len(rows), key)]
+        if self.buckets is not None:
+            lengths = [sum(spans[index] for index in row) for row in rows]
+            first = sum(len(self._epoch_rows(earlier)) for earlier in range(epoch))
+            rows = [rows[index] for index in self.buckets.arranged(lengths, first, key_of(key, 1))]
+        return [tuple(places[index] for index in row) for row in rows]
 
 
 def open_instructions(
@@ -113,6 +140,7 @@ def open_instructions(
     seed: int,
     packed: bool,
     skip_long: bool,
+    buckets: Buckets | None = None,
 ) -> InstructionDataset:
     """Read and encode the files of a blend; conversations longer than a row stop, or are passed over when asked."""
     paths = parse_data_path(words)
@@ -121,7 +149,7 @@ def open_instructions(
         path = Path(weighted.path)
         examples = [encoder.encode(conversation) for conversation in read_conversations(path)]
         files.append(_fitting(path, examples, shape, skip_long))
-    return InstructionDataset(tuple(files), Blend(tuple(path.weight for path in paths)), shape, seed, packed)
+    return InstructionDataset(tuple(files), Blend(tuple(path.weight for path in paths)), shape, seed, packed, buckets)
 
 
 def _fitting(

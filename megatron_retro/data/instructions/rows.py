@@ -8,7 +8,7 @@ chunk after it, so the last chunk of an example has none: they would be read by 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,8 +65,11 @@ def pack(spans: Sequence[int], row_length: int) -> list[tuple[int, ...]]:
     return rows + [tuple(members) for _, members in open_rows]
 
 
-def build_batch(rows: Sequence[Sequence[EncodedExample]], sample_ids: Sequence[int], shape: RowShape) -> Batch:
-    """The rows as one batch."""
+def build_batch(
+    rows: Sequence[Sequence[EncodedExample]], sample_ids: Sequence[int], shape: RowShape, length: int | None = None
+) -> Batch:
+    """The rows as one batch, cut to a length that holds them all."""
+    shape = shape if length is None else replace(shape, length=length)
     size = (len(rows), shape.length)
     tokens = np.full(size, shape.padding_token, dtype=np.int32)
     labels = np.full(size, shape.padding_token, dtype=np.int32)
