@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.retro import RetroConfig
 
+ENCODER = "encoder"
+
 
 @dataclass(frozen=True)
 class Block:
@@ -71,12 +73,53 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Work:
+    """Parameters, and multiply-adds per decoder token: products with the parameters, and attention's scores."""
+
+    parameters: int = 0
+    products: float = 0.0
+    scores: float = 0.0
+
+    @property
+    def forward(self) -> float:
+        """Multiply-adds of the forward pass."""
+        return self.products + self.scores
+
+    @property
+    def backward(self) -> float:
+        """For the gradients of everything."""
+        return 2 * self.forward
+
+    @property
+    def input_gradient(self) -> float:
+        """For the gradient that goes on to what lies before, where the parameters are frozen."""
+        return self.products + 2 * self.scores
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.parameters + other.parameters, self.products + other.products, self.scores + other.scores)
+
+
+_NOTHING = Work()
+
+
+@dataclass(frozen=True)
 class UnitCost:
-    """One part that a stage holds whole: its parameters and forward multiply-adds per decoder token."""
+    """One part that a stage holds whole. In a layer `before` is what comes before its cross-attention, `added`."""
 
     name: str
-    parameters: int
-    multiply_adds: float
+    own: Work = _NOTHING
+    before: Work = _NOTHING
+    added: Work = _NOTHING
+
+    @property
+    def parameters(self) -> int:
+        """Its parameters."""
+        return (self.own + self.before + self.added).parameters
+
+    @property
+    def multiply_adds(self) -> float:
+        """Of the forward pass, per decoder token."""
+        return (self.own + self.before + self.added).forward
 
 
 @dataclass(frozen=True)
@@ -103,6 +146,29 @@ class ModelCosts:
     def training_flops(self) -> float:
         """Forward and backward of one token, nothing recomputed, nothing frozen."""
         return 3 * self.forward_flops
+
+    @property
+    def added_training_flops(self) -> float:
+        """The same when the decoder is frozen and what retro-fitting added is trained.
+
+        Frozen parts pass gradients on from the first cross-attention; what lies before it has no backward pass.
+        """
+        total, reached = self.forward_flops, False
+        for unit in self.units:
+            begins = not reached and unit.added.parameters > 0
+            reached = reached or begins
+            if unit.name == ENCODER:
+                total += 2 * unit.own.backward
+            elif reached:
+                passed_on = unit.own if begins else unit.own + unit.before
+                total += 2 * (passed_on.input_gradient + unit.added.backward)
+        return total
+
+    @property
+    def tuning_flops(self) -> float:
+        """The same when all of it is frozen and passes gradients on to what is tuned beside it."""
+        units = (unit.own + unit.before + unit.added for unit in self.units)
+        return self.forward_flops + 2 * sum(work.input_gradient for work in units)
 
 
 def decoder_block(model: ModelConfig) -> Block:
@@ -136,16 +202,17 @@ def model_costs(
     block, matrix = decoder_block(model), rows * model.hidden_size
     retrieval = set(retro.retrieval_layers(model.num_layers))
     positions = model.max_position_embeddings if model.position_embedding_type == "learned_absolute" else 0
-    units = [UnitCost("embedding", matrix + positions * model.hidden_size, 0.0)]
+    units = [UnitCost("embedding", Work(matrix + positions * model.hidden_size))]
+    seen = seq_length if model.sliding_window is None else model.sliding_window
     for layer in range(1, model.num_layers + 1):
         if retrieval and layer == min(retrieval):
             units.append(_encoder_cost(model, retro, rows))
-        cost = _decoder_layer_cost(block, seq_length if model.sliding_window is None else model.sliding_window)
+        added = _NOTHING
         if layer in retrieval:
-            cost = _plus(cost, _if_read(retro, _cross_attention_cost(block, encoder_block(model, retro).width, retro)))
-        units.append(UnitCost(f"layers.{layer - 1}", *cost))
+            added = _if_read(retro, _cross_attention_work(block, encoder_block(model, retro).width, retro))
+        units.append(UnitCost(f"layers.{layer - 1}", _feed_forward_work(block), _attention_work(block, seen), added))
     own = matrix if model.untie_embeddings_and_output_weights else 0
-    units.append(UnitCost("head", own + block.norm_parameters(), matrix))
+    units.append(UnitCost("head", Work(own + block.norm_parameters(), matrix)))
     return ModelCosts(tuple(units))
 
 
@@ -154,9 +221,9 @@ def neighbor_tokens_per_token(retro: RetroConfig) -> float:
     return retro.retro_num_neighbors * retro.retrieved_length() / retro.retro_chunk_length
 
 
-def _if_read(retro: RetroConfig, cost: tuple[int, float]) -> tuple[int, float]:
+def _if_read(retro: RetroConfig, work: Work) -> Work:
     """Behind a shut gate parameters are there and do nothing."""
-    return cost if retro.reads_neighbors() else (cost[0], 0.0)
+    return work if retro.reads_neighbors() else Work(work.parameters)
 
 
 def gate_parameters(block: Block, retro: RetroConfig) -> int:
@@ -174,24 +241,21 @@ def _relative(retro: RetroConfig) -> bool:
     return retro.neighbor_positions() == "relative"
 
 
-def _plus(first: tuple[int, float], second: tuple[int, float]) -> tuple[int, float]:
-    return first[0] + second[0], first[1] + second[1]
-
-
-def _decoder_layer_cost(block: Block, seq_length: int) -> tuple[int, float]:
-    parameters = block.self_attention_parameters() + block.feed_forward_parameters()
+def _attention_work(block: Block, seq_length: int) -> Work:
     scores = block.num_heads * block.head_size * seq_length  # queries x keys and weights x values, half of the square
-    return parameters, float(sum(block.attention_matrices()) + block.feed_forward_matrices() + scores)
+    return Work(block.self_attention_parameters(), sum(block.attention_matrices()), scores)
 
 
-def _cross_attention_cost(block: Block, encoder_width: int, retro: RetroConfig) -> tuple[int, float]:
+def _feed_forward_work(block: Block) -> Work:
+    return Work(block.feed_forward_parameters(), block.feed_forward_matrices())
+
+
+def _cross_attention_work(block: Block, encoder_width: int, retro: RetroConfig) -> Work:
     query, key_value, output = block.attention_matrices(encoder_width)
     keys = retro.retro_num_neighbors * retro.retrieved_length()
-    scores = 2 * block.num_heads * block.head_size * keys
-    multiply_adds = query + output + key_value * neighbor_tokens_per_token(retro) + scores
-    return block.cross_attention_parameters(encoder_width, _relative(retro)) + gate_parameters(
-        block, retro
-    ), multiply_adds
+    parameters = block.cross_attention_parameters(encoder_width, _relative(retro)) + gate_parameters(block, retro)
+    products = query + output + key_value * neighbor_tokens_per_token(retro)
+    return Work(parameters, products, 2 * block.num_heads * block.head_size * keys)
 
 
 def _encoder_cost(model: ModelConfig, retro: RetroConfig, rows: int) -> UnitCost:
@@ -199,12 +263,12 @@ def _encoder_cost(model: ModelConfig, retro: RetroConfig, rows: int) -> UnitCost
     block, tokens = encoder_block(model, retro), neighbor_tokens_per_token(retro)
     inner = block.num_heads * block.head_size
     matrices = sum(block.attention_matrices()) + block.feed_forward_matrices()
-    per_neighbor_token = retro.retro_encoder_layers * (matrices + 2 * inner * retro.retrieved_length())
     query, key_value, output = block.attention_matrices(model.hidden_size)
-    per_neighbor_token += query + output + 2 * inner * retro.retro_chunk_length
+    products = retro.retro_encoder_layers * matrices + query + output
+    scores = 2 * inner * (retro.retro_encoder_layers * retro.retrieved_length() + retro.retro_chunk_length)
     layer = block.self_attention_parameters() + block.feed_forward_parameters()
     parameters = retro.retro_encoder_layers * layer + block.cross_attention_parameters(
         model.hidden_size, _relative(retro)
     )
     parameters += rows * block.width if retro.retro_encoder_own_embedding else 0
-    return UnitCost("encoder", *_if_read(retro, (parameters, tokens * per_neighbor_token + key_value)))
+    return UnitCost(ENCODER, _if_read(retro, Work(parameters, tokens * products + key_value, tokens * scores)))

@@ -18,7 +18,7 @@ from megatron_retro.assembly.retrofitting import (
     retrofit_plan,
 )
 from megatron_retro.assembly.run_parts import RunParts, build_run_parts
-from megatron_retro.assembly.stage_building import model_without_memory
+from megatron_retro.assembly.stage_building import is_tuned, model_without_memory
 from megatron_retro.checkpoint.directory import clear_unfinished
 from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.checkpoint.run_lock import run_lock
@@ -33,7 +33,7 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.config.toml_files import render_toml
 from megatron_retro.config.training import TrainingConfig
 from megatron_retro.errors import ConfigError, Requeue
-from megatron_retro.model.costs import model_costs
+from megatron_retro.model.costs import ModelCosts, model_costs
 from megatron_retro.ops.backends import backend_rows
 from megatron_retro.optim.schedule import run_length
 from megatron_retro.peft.attach import trainable_table
@@ -206,10 +206,17 @@ def run_facts(parts: RunParts, launch: Launch) -> RunFacts:
         world_size=launch.world_size,
         is_reporter=parts.trainable.is_reporter,
         parameters=costs.parameters,
-        flops_per_token=costs.training_flops,
+        flops_per_token=_training_flops(costs, settings),
         peak_flops=None if peak is None else peak * 1e12,
         total_samples=parts.total_samples,
         seq_length=length,
         inputs=dict(parts.inputs),
         backends=dict(backend_rows(parts.trainable.device.type)),
     )
+
+
+def _training_flops(costs: ModelCosts, settings: Settings) -> float:
+    """Of one token, without the gradients of what is frozen."""
+    if is_tuned(settings):
+        return costs.tuning_flops
+    return costs.added_training_flops if settings[TrainingConfig].freeze_decoder else costs.training_flops

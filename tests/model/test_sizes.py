@@ -17,6 +17,7 @@ from megatron_retro.config.toml_files import preset_names, preset_path, read_rec
 from megatron_retro.model.costs import model_costs
 from megatron_retro.model.retro import Retro
 from megatron_retro.ops.backends import VARIABLE
+from megatron_retro.optim.groups import part_of
 from megatron_retro.testing.tiny_models import lively, random_neighbors, random_tokens, tiny_model, tiny_retro
 
 # in millions: REFERENCE's rebuilt totals to their digits
@@ -100,3 +101,25 @@ def test_counted_flops_are_those_that_torch_counts(kind: str, monkeypatch: pytes
     other_half = 2 * model.num_layers * model.hidden_size * length * length  # torch counts the whole square
     expected = costs.forward_flops * length + other_half
     assert abs(counter.get_total_flops() / expected - 1) < 0.02
+
+
+@pytest.mark.parametrize("trained", ["all", "added", "beside"])
+def test_training_flops_count_what_freezing_leaves(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against torch's counter; a frozen part passes gradients on, and only behind what is trained."""
+    monkeypatch.setenv(VARIABLE, "reference")
+    length, chunk = 128, 16
+    model = tiny_model(num_layers=8, hidden_size=32, ffn_hidden_size=128, max_position_embeddings=length)
+    retro = tiny_retro(retro_chunk_length=chunk, retro_layers=(3, 6))
+    built = lively(model, retro).train()
+    for name, parameter in built.named_parameters():
+        trains = {"all": True, "added": part_of(name) != "decoder", "beside": name.endswith("norm.weight")}
+        parameter.requires_grad_(trains[trained])
+    neighbors = random_neighbors(1, length // chunk, retro.retro_num_neighbors, 2 * chunk)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        built(random_tokens(1, length), neighbors).sum().backward()
+    costs = model_costs(model, retro, length)
+    flops = {"all": costs.training_flops, "added": costs.added_training_flops, "beside": costs.tuning_flops}[trained]
+    square = 2 * model.hidden_size * length * length  # torch counts the whole square of a layer's scores
+    layers_behind = model.num_layers - 3 if trained == "added" else model.num_layers
+    expected = flops * length + square * (model.num_layers + 2 * layers_behind)
+    assert abs(counter.get_total_flops() / expected - 1) < 0.03
