@@ -31,10 +31,9 @@ _TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """A model in evaluation mode with what belongs to it. `fingerprint` identifies the weights."""
+class Loaded:
+    """What belongs to a model in evaluation mode. `fingerprint` identifies the weights."""
 
-    module: Retro
     tokenizer: Tokenizer
     settings: Settings
     path: Path
@@ -44,6 +43,13 @@ class LoadedModel:
     def retro(self) -> RetroConfig:
         """Retrieval in the model."""
         return self.settings[RetroConfig]
+
+
+@dataclass(frozen=True)
+class LoadedModel(Loaded):
+    """A whole model."""
+
+    module: Retro
 
 
 def load_model(
@@ -67,7 +73,7 @@ def load_model(
         _fill_tuned(module, checkpoint, settings)
         module.to(place, kind)
     module.eval().requires_grad_(False)
-    return LoadedModel(module, built, settings, checkpoint.path, checkpoint.manifest.fingerprint)
+    return LoadedModel(built, settings, checkpoint.path, checkpoint.manifest.fingerprint, module)
 
 
 def _fill(module: Retro, checkpoint: Checkpoint, settings: Settings, tensors: Mapping[str, Tensor]) -> None:

@@ -1,13 +1,14 @@
-"""This rank's part of a trained model, for generation on several processes: cut while it is loaded."""
+"""This rank's part of a trained model, to be used on several processes: cut while it is loaded."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_retro.assembly.loaded_model import chosen_dtype, open_for_use
+from megatron_retro.assembly.loaded_model import Loaded, chosen_dtype, open_for_use
 from megatron_retro.assembly.run_parts import VOCABULARY_PARAMETERS
 from megatron_retro.assembly.stage_building import is_tuned, stage_without_memory
 from megatron_retro.checkpoint.live_state import model_tensors, padded_rows
@@ -20,12 +21,18 @@ from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
-from megatron_retro.data.tokenizers import Tokenizer
 from megatron_retro.errors import ConfigError
-from megatron_retro.parallel.mesh import DATA, PIPELINE, ParallelMesh
+from megatron_retro.parallel.mesh import PIPELINE, ParallelMesh
 from megatron_retro.parallel.partition import stage_parts
 from megatron_retro.parallel.stages import Stage
 from megatron_retro.peft.attach import is_added
+
+
+@dataclass(frozen=True)
+class LoadedStage(Loaded):
+    """This rank's stage of a replica."""
+
+    stage: Stage
 
 
 def load_stage(
@@ -35,13 +42,13 @@ def load_stage(
     *,
     dtype: str = "auto",
     tokenizer: TokenizerConfig | None = None,
-) -> tuple[Stage, Settings, Tokenizer]:
-    """The stage of this rank in evaluation mode. Every rank calls it; the mesh has no data axis."""
-    if mesh.size(DATA) > 1 or parallel.sequence_parallel or parallel.num_layers_per_virtual_pipeline_stage:
+) -> LoadedStage:
+    """The stage of this rank in evaluation mode. Every rank calls it; each data rank holds a replica of its own."""
+    if parallel.sequence_parallel or parallel.num_layers_per_virtual_pipeline_stage:
         raise ConfigError(
-            "generation is cut over tensor and pipeline ranks only",
-            got=f"{mesh.size(DATA)} data ranks, sequence parallel {parallel.sequence_parallel}",
-            expected="as many processes as tensor x pipeline, no sequence parallelism, no virtual stages",
+            "a model that is only used is cut over tensor and pipeline ranks",
+            got="--sequence-parallel or --num-layers-per-virtual-pipeline-stage",
+            expected="no sequence parallelism, no virtual stages",
         )
     checkpoint, stored, built = open_for_use(path, tokenizer)
     kinds = (ModelConfig, RetroConfig, TokenizerConfig, PeftConfig)
@@ -52,7 +59,7 @@ def load_stage(
     _fill(stage, checkpoint, stored)
     stage.to(chosen_dtype(dtype, mesh.device))
     stage.eval().requires_grad_(False)
-    return stage, settings, built
+    return LoadedStage(built, settings, checkpoint.path, checkpoint.manifest.fingerprint, stage)
 
 
 def _fill(stage: Stage, checkpoint: Checkpoint, stored: Settings) -> None:

@@ -10,6 +10,7 @@ from megatron_retro.config.command_line import Positional
 from megatron_retro.config.data import DataConfig, TokenizerConfig
 from megatron_retro.config.evaluation import EvaluationConfig
 from megatron_retro.config.inference import EngineConfig
+from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.perplexity import PerplexityConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.toml_files import nearest
@@ -42,6 +43,7 @@ SECTIONS: tuple[type, ...] = (
     EvaluationConfig,
     EngineConfig,
     WorkersConfig,
+    ParallelConfig,
 )
 POSITIONAL: Positional | None = Positional("tasks", "+", "what to measure: " + ", ".join(TASKS))
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.artifacts.manifest import file_record
-from megatron_retro.cli.generate import load
+from megatron_retro.cli.generation_ranks import Replica, ask_model
 from megatron_retro.config.evaluation import EvaluationConfig
-from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig
+from megatron_retro.config.inference import EngineConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.workers import WorkersConfig
 from megatron_retro.data.instructions.conversations import Passage
@@ -32,42 +32,56 @@ from megatron_retro.evaluation.prompts import STOP_STRINGS, Prompt, build_prompt
 from megatron_retro.evaluation.suite import ContextSource, Evaluation, results_table
 from megatron_retro.evaluation.tasks import Scoring, Task, find_task
 from megatron_retro.inference.sampling import Sampling
-from megatron_retro.inference.text_generator import TextGenerator, build_text_generator
+from megatron_retro.inference.text_generator import TextGenerator
 from megatron_retro.runtime.console import say
-from megatron_retro.runtime.workers import this_worker
+from megatron_retro.runtime.signals import StopRequests
 
 
 def run_sets(settings: Settings, names: Sequence[str]) -> None:
-    """Answer and score each set; the table holds the sets that are complete."""
+    """Answer and score each set; the table is written by the worker that finds all of them complete."""
     config = settings[EvaluationConfig]
     tasks = [find_task(name) for name in names]
     paths = data_paths(config, tasks)
     sets = {task.name: _examples(task, paths[task.name], config) for task in tasks}  # bad files fail before the model
-    contexts = context_source(config)
-    loaded = load(settings)
-    generator = build_text_generator(loaded, settings[EngineConfig], LiveRetrievalConfig())
-    results = []
-    for task in tasks:
-        evaluation = Evaluation(
-            task=task,
-            examples=sets[task.name],
-            contexts=contexts,
-            build_prompt=_prompt_builder(generator, task, config),
-            answer=_answerer(generator, config),
-            scoring=Scoring(config.eval_first_answer, config.eval_stemming),
-            identity=_identity(config, settings[EngineConfig], loaded.fingerprint, paths[task.name]),
-            directory=Path(config.eval_output),
-            batch_size=config.eval_batch_size,
-        )
-        found = evaluation.run(this_worker(settings[WorkersConfig].shard))
-        if found is None:
-            say(f"{task.title}: this worker's share is done; the results come with the last worker")
-        else:
-            results.append(found)
-    if results:
-        write_file(Path(config.eval_output) / "results.json", json.dumps(results, indent=1, default=str) + "\n")
-        write_file(Path(config.eval_output) / "results.txt", results_table(results) + "\n")
-        print(results_table(results))
+
+    def answer(replica: Replica) -> None:
+        contexts = context_source(config)
+        evaluations = [
+            _evaluation(task, sets[task.name], contexts, replica, settings, paths[task.name]) for task in tasks
+        ]
+        with StopRequests().listening() as requests:
+            for evaluation in evaluations:
+                evaluation.run(replica.worker, requests.reason)
+        _report([evaluation.results() for evaluation in evaluations], Path(config.eval_output))
+
+    ask_model(settings, answer, shard=settings[WorkersConfig].shard, replicas=True)
+
+
+def _evaluation(
+    task: Task, examples: Sequence[Example], contexts: ContextSource, replica: Replica, settings: Settings, path: Path
+) -> Evaluation:
+    config = settings[EvaluationConfig]
+    return Evaluation(
+        task=task,
+        examples=examples,
+        contexts=contexts,
+        build_prompt=_prompt_builder(replica.generator, task, config),
+        answer=_Answers(replica.generator, config),
+        scoring=Scoring(config.eval_first_answer, config.eval_stemming),
+        identity=_identity(config, settings[EngineConfig], replica.fingerprint, path),
+        directory=Path(config.eval_output),
+        batch_size=config.eval_batch_size,
+    )
+
+
+def _report(found: Sequence[dict[str, Any] | None], directory: Path) -> None:
+    results = [one for one in found if one is not None]
+    if len(results) < len(found):
+        say("this worker's share is done; the results come with the last worker")
+        return
+    write_file(directory / "results.json", json.dumps(results, indent=1, default=str) + "\n")
+    write_file(directory / "results.txt", results_table(results) + "\n")
+    print(results_table(results))
 
 
 def data_paths(config: EvaluationConfig, tasks: Sequence[Task]) -> dict[str, Path]:
@@ -163,10 +177,6 @@ class _Answers:
             retrieval_step=generator.forward.chunk_length,
         )
         return [generation.text for generation in generations]
-
-
-def _answerer(generator: TextGenerator, config: EvaluationConfig) -> _Answers:
-    return _Answers(generator, config)
 
 
 def _identity(config: EvaluationConfig, engine: EngineConfig, model: str, data: Path) -> dict[str, Any]:

@@ -17,8 +17,6 @@ from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings
 from megatron_retro.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from megatron_retro.assembly.loaded_model import LoadedModel
-    from megatron_retro.cli.generation_ranks import Ready
     from megatron_retro.inference.generation import Generation
     from megatron_retro.inference.text_generator import TextGenerator
 
@@ -38,32 +36,17 @@ _SHOWN_CHARACTERS = 200
 
 def run(settings: Settings, positional: Sequence[str]) -> None:
     """Generate, print, write."""
-    from megatron_retro.cli.generation_ranks import ready_generator
+    from megatron_retro.cli.generation_ranks import Replica, ask_model
 
-    prompts = _prompts(settings[GenerateConfig])
-    with ready_generator(settings, checkpoint_path(settings)) as ready:
-        generations = _generate(ready, [_written(prompt, settings) for prompt in prompts], settings)
-        output = settings[GenerateConfig].output
-        if output is not None and ready.is_reporter:
-            _write(Path(output), prompts, generations, ready.generator)
+    prompts, output = _prompts(settings[GenerateConfig]), settings[GenerateConfig].output
 
+    def answer(replica: Replica) -> None:
+        generator = replica.generator
+        generations = _generate(generator, [_written(prompt, settings) for prompt in prompts], settings)
+        if output is not None:
+            _write(Path(output), prompts, generations, generator)
 
-def checkpoint_path(settings: Settings) -> Path:
-    """The path of --load."""
-    path = settings[CheckpointConfig].load
-    if path is None:
-        raise ConfigError("which model?", expected="--load DIR", fix="give the directory of a checkpoint or of a run")
-    return Path(path)
-
-
-def load(settings: Settings) -> LoadedModel:
-    """The model of --load."""
-    from megatron_retro.assembly.loaded_model import load_model
-
-    engine = settings[EngineConfig]
-    given = settings.origin("tokenizer_type") != DEFAULT_ORIGIN
-    tokenizer = settings[TokenizerConfig] if given else None
-    return load_model(checkpoint_path(settings), device=engine.device, dtype=engine.dtype, tokenizer=tokenizer)
+    ask_model(settings, answer, live=settings[LiveRetrievalConfig])
 
 
 def _prompts(config: GenerateConfig) -> list[str]:
@@ -95,11 +78,11 @@ def _written(prompt: str, settings: Settings) -> str:
     return "".join(segment.text for segment in InstructRetroTemplate().segments([Turn("user", prompt)], ()))
 
 
-def _generate(ready: Ready, prompts: Sequence[str], settings: Settings) -> list[Generation]:
+def _generate(generator: TextGenerator, prompts: Sequence[str], settings: Settings) -> list[Generation]:
     from megatron_retro.inference.sampling import Sampling
 
     sampling, config = settings[SamplingConfig], settings[GenerateConfig]
-    streamed = config.stream and len(prompts) == 1 and ready.is_reporter
+    streamed = config.stream and len(prompts) == 1
     mode = config.retrieval
     if (
         mode == "live"
@@ -107,11 +90,11 @@ def _generate(ready: Ready, prompts: Sequence[str], settings: Settings) -> list[
         and settings.origin("retrieval") == DEFAULT_ORIGIN
     ):
         mode = "none"
-    source = ready.source(mode, config.passages or ())
+    source = generator.source(mode, config.passages or ())
     stops = [*(sampling.stop or ()), *(("\n\nUser:",) if config.chat else ())]
     if streamed:
         print(prompts[0], end="", flush=True)
-    generations = ready.generator.generate(
+    generations = generator.generate(
         prompts,
         max_new_tokens=sampling.max_new_tokens,
         sampling=Sampling.from_config(sampling),
@@ -120,10 +103,10 @@ def _generate(ready: Ready, prompts: Sequence[str], settings: Settings) -> list[
         retrieval_step=config.retrieval_step,
         listener=_print_piece if streamed else None,
     )
-    for prompt, generation in zip(prompts, generations, strict=True) if ready.is_reporter else ():
+    for prompt, generation in zip(prompts, generations, strict=True):
         print() if streamed else print(f"{prompt}{generation.text}")
         if config.show_neighbors:
-            print(_explained(ready.generator, generation))
+            print(_explained(generator, generation))
     return generations
 
 

@@ -1,87 +1,136 @@
-"""Where `generate` meets several processes: each holds a part of the model, the first one searches and prints."""
+"""Where a generator meets several processes: those of a replica hold a part of the model each, and the first leads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import contextlib
+import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_retro.config.checkpoint import CheckpointConfig
+from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.settings import Settings
-from megatron_retro.errors import ConfigError
+from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings
+from megatron_retro.errors import ConfigError, Requeue
+from megatron_retro.runtime.launch import Launch, find_launch
+from megatron_retro.runtime.signals import STOP_SIGNALS, StopRequests
+from megatron_retro.runtime.workers import Worker, this_replica
 
 if TYPE_CHECKING:
-    import torch
-
-    from megatron_retro.inference.neighbor_sources import NeighborSource
     from megatron_retro.inference.text_generator import TextGenerator
+    from megatron_retro.parallel.mesh import ParallelMesh
+
+_USE_GPU = {"cpu": False, "cuda": True}
 
 
 @dataclass(frozen=True)
-class Ready:
-    """A generator, whether this process tells what it does, and the device if others share the work."""
+class Replica:
+    """A model that answers, which of its replicas it is, and where its weights come from."""
 
     generator: TextGenerator
-    is_reporter: bool
-    shared_device: torch.device | None = None
-
-    def source(self, mode: str, passages: Sequence[str]) -> NeighborSource | None:
-        """As the generator's; among several processes the first one's answers are everybody's."""
-        generator = self.generator
-        if self.shared_device is None:
-            return generator.source(mode, passages)
-        if (mode == "none" and not passages) or not generator.forward.reads_neighbors:
-            return None
-        from megatron_retro.inference.staged_forward import SharedSource
-
-        own = generator.source(mode, passages) if self.is_reporter else None
-        return SharedSource(own, generator.forward.neighbor_shape, self.shared_device)
+    worker: Worker
+    path: Path
+    fingerprint: str
 
 
-@contextmanager
-def ready_generator(settings: Settings, path: Path) -> Iterator[Ready]:
-    """The generator of --load, alone or as a part of the processes that a launcher started."""
-    from megatron_retro.cli.generate import load
-    from megatron_retro.inference.text_generator import build_text_generator
-    from megatron_retro.runtime.launch import find_launch
+def checkpoint_path(settings: Settings) -> Path:
+    """The path of --load."""
+    path = settings[CheckpointConfig].load
+    if path is None:
+        raise ConfigError("which model?", expected="--load DIR", fix="give the directory of a checkpoint or of a run")
+    return Path(path)
 
+
+def given_tokenizer(settings: Settings) -> TokenizerConfig | None:
+    """The tokenizer of the flags, in place of the one that the checkpoint names."""
+    return settings[TokenizerConfig] if settings.origin("tokenizer_type") != DEFAULT_ORIGIN else None
+
+
+def ask_model(
+    settings: Settings,
+    work: Callable[[Replica], None],
+    *,
+    live: LiveRetrievalConfig | None = None,
+    shard: str | None = None,
+    replicas: bool = False,
+) -> None:
+    """Call `work` with the model of --load, here or on the first rank of its replica; the replica's others follow.
+
+    With `replicas` the processes may hold any number of them, each a worker of its own.
+    """
     launch, parallel = find_launch(), settings[ParallelConfig]
-    if launch.world_size != parallel.model_parallel_size():
-        raise ConfigError(
-            "the processes are not those of one model",
-            got=f"{launch.world_size} process(es)",
-            expected=f"tensor x pipeline = {parallel.model_parallel_size()}",
-            fix="start that many (torchrun --nproc-per-node), or change the parallel sizes",
-        )
-    if launch.alone:
-        yield Ready(build_text_generator(load(settings), settings[EngineConfig], settings[LiveRetrievalConfig]), True)
+    _require_processes(launch, parallel.model_parallel_size(), replicas)
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    live = live or LiveRetrievalConfig()
+    worker = this_replica(shard, launch, tensor, pipeline)
+    if parallel.model_parallel_size() == 1:
+        work(_whole(settings, live, launch, worker))
         return
+    from megatron_retro.parallel.mesh import build_mesh
     from megatron_retro.runtime.process_group import process_group
 
-    minutes = parallel.distributed_timeout_minutes
-    use_gpu = {"cpu": False, "cuda": True}.get(settings[EngineConfig].device)
+    minutes, use_gpu = parallel.distributed_timeout_minutes, _USE_GPU.get(settings[EngineConfig].device)
     with process_group(launch, timeout_minutes=minutes, use_gpu=use_gpu) as device:
-        yield Ready(_staged(settings, path, device, launch.rank == 0), launch.rank == 0, device)
+        _as_a_part(settings, work, live, build_mesh(parallel, device), worker)
 
 
-def _staged(settings: Settings, path: Path, device: torch.device, searches: bool) -> TextGenerator:
-    """This rank's part; the first rank opens the index."""
+def _require_processes(launch: Launch, size: int, replicas: bool) -> None:
+    count = launch.world_size
+    if count % size if replicas else count != size:
+        raise ConfigError(
+            "the processes are not those of one model" if not replicas else "the processes are no whole replicas",
+            got=f"{count} process(es)",
+            expected=f"{'a multiple of ' if replicas else ''}tensor x pipeline = {size}",
+            fix="start that many (torchrun --nproc-per-node), or change the parallel sizes",
+        )
+
+
+def _whole(settings: Settings, live: LiveRetrievalConfig, launch: Launch, worker: Worker) -> Replica:
+    from megatron_retro.assembly.loaded_model import load_model
+    from megatron_retro.inference.text_generator import build_text_generator
+    from megatron_retro.runtime.process_group import choose_device
+
+    engine = settings[EngineConfig]
+    choose_device(launch, use_gpu=_USE_GPU.get(engine.device))  # "cuda" is this process's own GPU from here on
+    path, tokenizer = checkpoint_path(settings), given_tokenizer(settings)
+    loaded = load_model(path, device=engine.device, dtype=engine.dtype, tokenizer=tokenizer)
+    generator = build_text_generator(loaded, engine, live)
+    return Replica(generator, worker, loaded.path, loaded.fingerprint)
+
+
+def _as_a_part(
+    settings: Settings,
+    work: Callable[[Replica], None],
+    live: LiveRetrievalConfig,
+    mesh: ParallelMesh,
+    worker: Worker,
+) -> None:
     from megatron_retro.assembly.loaded_stage import load_stage
-    from megatron_retro.config.retro import RetroConfig
-    from megatron_retro.inference.engine import EngineLimits
+    from megatron_retro.inference.engine import Engine
+    from megatron_retro.inference.leading import LeadingEngine, follow
     from megatron_retro.inference.staged_forward import StagedForward
-    from megatron_retro.inference.text_generator import TextGenerator, open_index
-    from megatron_retro.parallel.mesh import build_mesh
+    from megatron_retro.inference.text_generator import TextGenerator, index_for, limits_of
+    from megatron_retro.parallel.replica_channel import ReplicaChannel
 
-    engine, parallel = settings[EngineConfig], settings[ParallelConfig]
-    mesh = build_mesh(parallel, device)
-    stage, stored, tokenizer = load_stage(path, parallel, mesh, dtype=engine.dtype)
-    folder = settings[LiveRetrievalConfig].retro_index
-    index = None
-    if searches and folder is not None:
-        index = open_index(Path(folder), stored[RetroConfig].retro_chunk_length, tokenizer.fingerprint)
-    limits = EngineLimits(engine.max_batch_size, engine.max_sequence_length, engine.prefill_tokens)
-    return TextGenerator(StagedForward(stage, stored, mesh), tokenizer, limits, index)
+    path, limits = checkpoint_path(settings), limits_of(settings[EngineConfig])
+    dtype, tokenizer = settings[EngineConfig].dtype, given_tokenizer(settings)
+    loaded = load_stage(path, settings[ParallelConfig], mesh, dtype=dtype, tokenizer=tokenizer)
+    forward, channel = StagedForward(loaded.stage, loaded.settings, mesh), ReplicaChannel(mesh)
+    stopped: Requeue | None = None
+    if channel.leads:
+        with contextlib.closing(LeadingEngine(forward, loaded.tokenizer, limits, channel)) as engine:
+            index = index_for(loaded, live)
+            generator = TextGenerator(forward, loaded.tokenizer, limits, index, engine)
+            try:
+                work(Replica(generator, worker, loaded.path, loaded.fingerprint))
+            except Requeue as request:
+                stopped = request
+    else:
+        with StopRequests().listening((*STOP_SIGNALS, signal.SIGINT)):  # the leader hears them too, and says the end
+            follow(Engine(forward, loaded.tokenizer, limits), channel)
+    channel.wait_for_everyone()
+    if stopped is not None:
+        raise stopped

@@ -8,10 +8,18 @@ from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.command_line import Positional
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig, ServeConfig
+from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 
 DESCRIPTION = "Serve a checkpoint (--load): /v1/completions, /v1/chat/completions, metrics, and a page at /."
-SECTIONS: tuple[type, ...] = (ServeConfig, EngineConfig, LiveRetrievalConfig, CheckpointConfig, TokenizerConfig)
+SECTIONS: tuple[type, ...] = (
+    ServeConfig,
+    EngineConfig,
+    LiveRetrievalConfig,
+    CheckpointConfig,
+    TokenizerConfig,
+    ParallelConfig,
+)
 POSITIONAL: Positional | None = None
 
 
@@ -20,7 +28,10 @@ def run(settings: Settings, positional: Sequence[str]) -> None:
     from megatron_retro.runtime.environment import require
 
     require("fastapi", "serving")
-    from megatron_retro.cli.generate import load
+    from megatron_retro.cli.generation_ranks import Replica, ask_model
     from megatron_retro.inference.serving.program import serve
 
-    serve(load(settings), settings[EngineConfig], settings[LiveRetrievalConfig], settings[ServeConfig])
+    def answer(replica: Replica) -> None:
+        serve(replica.generator, replica.path, settings[ServeConfig])
+
+    ask_model(settings, answer, live=settings[LiveRetrievalConfig])

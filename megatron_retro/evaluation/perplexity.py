@@ -13,12 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_retro.assembly.batch_tensors import to_tensors
-from megatron_retro.assembly.single_process import neighbors_of
+from megatron_retro.assembly.replica_losses import Losses
 from megatron_retro.data.batches import Batch
 from megatron_retro.data.dataset import Dataset, Source
 from megatron_retro.data.neighbor_variants import with_variant
 from megatron_retro.errors import ConfigError
-from megatron_retro.model.retro import Retro
 
 
 @dataclass(frozen=True)
@@ -87,35 +86,67 @@ def _neighbors(source: Source, starts: NDArray[np.int64]) -> tuple[NDArray[np.in
     return tokens, mask
 
 
-@torch.no_grad()
-def measure(
-    module: Retro, dataset: Dataset, windows: Sequence[Window], variant: str, *, batch_size: int, seed: int = 0
-) -> Measured:
-    """Losses of all scored tokens under a variant of neighbours."""
-    device = next(module.parameters()).device
-    losses, sources, offsets, numbers = [], [], [], []
-    for first, group in _groups(windows, batch_size):
-        batch = read_windows(dataset, group)
-        (changed,) = with_variant([batch], variant, seed + first)
-        tensors = to_tensors(changed, device)
-        found = module(tensors.tokens_BS, neighbors_of(tensors), labels_BS=tensors.labels_BS).float().cpu().numpy()
-        places = batch.sample_ids_B[:, None] + 1 + np.arange(found.shape[1])
-        losses.append(found[batch.loss_mask_BS])
-        offsets.append(places[batch.loss_mask_BS])
-        sources.append(np.full(losses[-1].shape, group[0].source, np.int64))
-        rows = np.broadcast_to(first + np.arange(len(group))[:, None], found.shape)
-        numbers.append(rows[batch.loss_mask_BS])
-    return Measured(np.concatenate(losses), np.concatenate(sources), np.concatenate(offsets), np.concatenate(numbers))
+@dataclass(frozen=True)
+class Group:
+    """Windows of one source that share a forward; `first` is the number of the first of them."""
+
+    first: int
+    windows: Sequence[Window]
 
 
-def _groups(windows: Sequence[Window], batch_size: int) -> list[tuple[int, Sequence[Window]]]:
-    """Runs of windows of one source, with the number of the first."""
+def grouped(windows: Sequence[Window], batch_size: int) -> list[Group]:
+    """Runs of windows of one source."""
     groups = []
     first = 0
     while first < len(windows):
         last = first
         while last < len(windows) and last - first < batch_size and windows[last].source == windows[first].source:
             last += 1
-        groups.append((first, windows[first:last]))
+        groups.append(Group(first, windows[first:last]))
         first = last
     return groups
+
+
+def losses_of_group(
+    losses: Losses, dataset: Dataset, group: Group, variants: Sequence[str], device: torch.device, seed: int = 0
+) -> NDArray[np.float32] | None:
+    """[variants, tokens] of the scored tokens, where `losses` gives them to this process; its replica calls it."""
+    batch = read_windows(dataset, group.windows)
+    rows = []
+    for variant in variants:
+        (changed,) = with_variant([batch], variant, seed + group.first)
+        found = losses(to_tensors(changed, device))
+        rows.append(None if found is None else found[batch.loss_mask_BS])
+    present = [row for row in rows if row is not None]
+    return np.stack(present) if present else None
+
+
+def measured(
+    groups: Sequence[Group], losses: Sequence[NDArray[np.float32]], variants: Sequence[str]
+) -> dict[str, Measured]:
+    """All scored tokens of each variant, with where they stand."""
+    sources, offsets, numbers = [], [], []
+    for group in groups:
+        for number, window in enumerate(group.windows):
+            places = np.arange(window.first_scored, window.stop)
+            offsets.append(places)
+            sources.append(np.full(len(places), window.source, np.int64))
+            numbers.append(np.full(len(places), group.first + number, np.int64))
+    places_of = (np.concatenate(sources), np.concatenate(offsets), np.concatenate(numbers))
+    joined = np.concatenate(losses, axis=1)
+    return {variant: Measured(joined[row], *places_of) for row, variant in enumerate(variants)}
+
+
+def measure(
+    losses: Losses,
+    dataset: Dataset,
+    windows: Sequence[Window],
+    variants: Sequence[str],
+    *,
+    batch_size: int,
+    device: torch.device,
+) -> dict[str, Measured]:
+    """Losses of all scored tokens under each variant of neighbours, by one process that has them all."""
+    groups = grouped(windows, batch_size)
+    found = [losses_of_group(losses, dataset, group, variants, device) for group in groups]
+    return measured(groups, [one for one in found if one is not None], variants)

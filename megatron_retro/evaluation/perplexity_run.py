@@ -4,60 +4,102 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import write_file
-from megatron_retro.assembly.loaded_model import LoadedModel, load_model
+from megatron_retro.assembly.loaded_model import Loaded
+from megatron_retro.assembly.replica_losses import ReplicaLosses, replica_losses
 from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.evaluation import EvaluationConfig
 from megatron_retro.config.fields import field_specs
+from megatron_retro.config.inference import EngineConfig
 from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.perplexity import PerplexityConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings, section_name
 from megatron_retro.config.training import TrainingConfig
+from megatron_retro.config.workers import WorkersConfig
 from megatron_retro.data.builders import build_dataset
-from megatron_retro.data.dataset import Dataset
+from megatron_retro.data.dataset import Dataset, short_rows
 from megatron_retro.data.neighbor_variants import VARIANTS
-from megatron_retro.errors import ConfigError
+from megatron_retro.errors import ConfigError, Requeue
 from megatron_retro.evaluation.leakage import LeakageCurve, leakage_curve, text_bytes
-from megatron_retro.evaluation.perplexity import Measured, measure, sliding_windows
+from megatron_retro.evaluation.perplexity import Group, Measured, grouped, losses_of_group, measured, sliding_windows
+from megatron_retro.evaluation.perplexity_parts import PerplexityParts
 from megatron_retro.runtime.console import render_table, say
 from megatron_retro.runtime.html_page import facts, page, section, table
+from megatron_retro.runtime.signals import StopRequests
 from megatron_retro.runtime.statistics import bootstrap_ratio
 from megatron_retro.runtime.svg_plots import Series, line_plot
 
 RESULT = "perplexity.json"
 PAGE = "perplexity.html"
+_MOST_SAMPLES = 2000
+PARTS = "perplexity.parts"
 
 
-def run_perplexity(settings: Settings, tasks: Sequence[str] = ()) -> dict[str, Any]:
-    """Measure, print, write; returns the result. `tasks` is what the verb was asked for: this one."""
+def run_perplexity(settings: Settings, tasks: Sequence[str] = ()) -> dict[str, Any] | None:
+    """Measure this worker's share, print, write; the result, from the worker that finds all shares done.
+
+    `tasks` is what the verb was asked for: this one.
+    """
     load = settings[CheckpointConfig].load
     if load is None:
         raise ConfigError("perplexity is that of a model", fix="give --load, a run's directory or a checkpoint")
-    model = load_model(Path(load))
+    stopped: Requeue | None = None
+    with replica_losses(settings, Path(load), settings[WorkersConfig].shard) as replica:
+        _require_plain(replica.loaded)
+        dataset = held_out(settings, replica.loaded)
+        parts, protocol = _parts(settings, replica.loaded, dataset)
+        try:
+            _measure_share(replica, dataset, parts, _variants(settings, replica.loaded, dataset))
+        except Requeue as request:
+            stopped = request
+        found = parts.losses() if replica.writes and stopped is None else None
+    if stopped is not None:
+        raise stopped
+    if found is None:
+        if replica.writes:
+            say("this worker's share is done; the results come with the last worker")
+        return None
+    return _results(
+        settings,
+        replica.loaded,
+        dataset,
+        measured(parts.groups, found, _variants(settings, replica.loaded, dataset)),
+        protocol,
+    )
+
+
+def _require_plain(model: Loaded) -> None:
     if model.settings[PeftConfig].peft_method == "p-tuning":
         raise ConfigError(
             f"{model.path} was tuned with virtual tokens, which stand before prompts and not before documents",
             fix="evaluate its answers, or measure the model that it was tuned beside",
         )
+
+
+def _variants(settings: Settings, model: Loaded, dataset: Dataset) -> tuple[str, ...]:
+    if not settings[TrainingConfig].retrieval_health:
+        return ("real",)
+    reads = model.retro.reads_neighbors() and all(source.neighbors for source in dataset.sources)
+    return VARIANTS if reads else ("real",)
+
+
+def _parts(settings: Settings, model: Loaded, dataset: Dataset) -> tuple[PerplexityParts, dict[str, Any]]:
+    """The blocks of work, and what the result says of the protocol."""
     config = settings[PerplexityConfig]
-    dataset = held_out(settings, model)
     stride = config.perplexity_stride or _half(dataset)
     windows = sliding_windows(dataset, stride)[: config.perplexity_windows]
-    reads = model.retro.reads_neighbors() and all(source.neighbors for source in dataset.sources)
-    measured = {
-        variant: measure(model.module, dataset, windows, variant, batch_size=config.perplexity_batch_size)
-        for variant in (VARIANTS if reads else ("real",))
-    }
-    result = summary(dataset, model, measured) | {
+    protocol = {
         "checkpoint": str(model.path),
         "model": model.fingerprint,
         "data": dataset.fingerprint,
@@ -65,15 +107,44 @@ def run_perplexity(settings: Settings, tasks: Sequence[str] = ()) -> dict[str, A
         "stride": stride,
         "windows": len(windows),
     }
-    curve = None
-    if reads and config.leakage_neighbors:
-        curve = leakage_curve(dataset, measured, model.tokenizer, config.leakage_neighbors)
+    size, dtype = config.perplexity_batch_size, settings[EngineConfig].dtype
+    identity = {**protocol, "checkpoint": None, "batch_size": size, "dtype": dtype}
+    directory = Path(settings[EvaluationConfig].eval_output) / PARTS
+    return PerplexityParts(
+        directory, grouped(windows, size), len(_variants(settings, model, dataset)), identity
+    ), protocol
+
+
+def _measure_share(replica: ReplicaLosses, dataset: Dataset, parts: PerplexityParts, variants: Sequence[str]) -> None:
+    def measure(group: Group) -> NDArray[np.float32] | None:
+        return losses_of_group(replica.losses, dataset, group, variants, replica.device)
+
+    with StopRequests().listening() as requests:
+
+        def stop() -> str | None:
+            asked = replica.agree([int(requests.reason() is not None)])
+            return "a signal arrived" if asked[0] else None
+
+        parts.fill(replica.agree(parts.open_blocks(replica.worker)), measure, replica.writes, stop)
+
+
+def _results(
+    settings: Settings,
+    model: Loaded,
+    dataset: Dataset,
+    found: Mapping[str, Measured],
+    protocol: Mapping[str, Any],
+) -> dict[str, Any]:
+    result = {**summary(dataset, model, found), **protocol}
+    curve, count = None, settings[PerplexityConfig].leakage_neighbors
+    if len(found) > 1 and count:
+        curve = leakage_curve(dataset, found, model.tokenizer, count)
         result["leakage"] = curve.facts()
     _write(Path(settings[EvaluationConfig].eval_output), result, curve)
     return result
 
 
-def held_out(settings: Settings, model: LoadedModel) -> Dataset:
+def held_out(settings: Settings, model: Loaded) -> Dataset:
     """The split to measure on; data settings that are not given are those of the training run."""
     stored = open_checkpoint(model.path).manifest.config
     changes: dict[str, Any] = {}
@@ -92,7 +163,7 @@ def _half(dataset: Dataset) -> int:
     return max(1, samples.chunks_per_sample // 2) * samples.chunk_length
 
 
-def summary(dataset: Dataset, model: LoadedModel, measured: Mapping[str, Measured]) -> dict[str, Any]:
+def summary(dataset: Dataset, model: Loaded, measured: Mapping[str, Measured]) -> dict[str, Any]:
     """Loss, perplexity and bits per byte per variant, with intervals over windows."""
     real = measured["real"]
     size = _scored_bytes(dataset, model, real)
@@ -109,10 +180,33 @@ def summary(dataset: Dataset, model: LoadedModel, measured: Mapping[str, Measure
         if name != "real":
             difference = np.bincount(one.windows, weights=one.losses.astype(np.float64) - real.losses)
             variants[name]["excess"] = bootstrap_ratio(difference, counts, seed=0).as_list()
-    return {"tokens": len(real.losses), "bytes": size, "variants": variants}
+    return {
+        "tokens": len(real.losses),
+        "bytes": size,
+        "variants": variants,
+        "shortage": _shortage(dataset),
+        "samples": _window_sums(dataset, real),
+    }
 
 
-def _scored_bytes(dataset: Dataset, model: LoadedModel, measured: Measured) -> int:
+def _shortage(dataset: Dataset) -> float | None:
+    """Share of the rows that have fewer than k neighbours."""
+    short, looked = np.sum([short_rows(source, _MOST_SAMPLES) for source in dataset.sources], axis=0)
+    return float(short / looked) if looked else None
+
+
+def _window_sums(dataset: Dataset, real: Measured) -> dict[str, list[float] | list[int]]:
+    """Loss, tokens and checksum of the text of each window, so that two measurements can be paired."""
+    numbers, firsts, counts = np.unique(real.windows, return_index=True, return_counts=True)
+    sums = np.bincount(real.windows, weights=real.losses)[numbers]
+    texts = []
+    for first, count in zip(firsts, counts, strict=True):
+        stream = dataset.sources[real.sources[first]].samples.file.stream
+        texts.append(zlib.crc32(stream[real.offsets[first : first + count]].astype("<i4").tobytes()))
+    return {"losses": [round(float(one), 4) for one in sums], "tokens": counts.tolist(), "texts": texts}
+
+
+def _scored_bytes(dataset: Dataset, model: Loaded, measured: Measured) -> int:
     """Bytes of the text of all scored tokens, stretch by stretch."""
     size = 0
     for number, source in enumerate(dataset.sources):

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.data.instructions.conversations import Passage
-from megatron_retro.errors import ArtifactError, DataError
+from megatron_retro.errors import ArtifactError, DataError, Requeue
 from megatron_retro.evaluation.examples import Example
 from megatron_retro.evaluation.prompts import Prompt
 from megatron_retro.evaluation.tasks import Scoring, Task, average
@@ -65,21 +65,26 @@ class Evaluation:
         content = {"task": self.task.name, "ids": [example.id for example in self.examples], **self.identity}
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
-    def run(self, worker: Worker) -> dict[str, Any] | None:
-        """Answer this worker's share; the results, once every question has an answer."""
+    def run(self, worker: Worker, stop: Callable[[], str | None] = lambda: None) -> dict[str, Any] | None:
+        """Answer this worker's share; the results, once every question has an answer.
+
+        When `stop` gives a reason, `Requeue` is raised: all answers so far are kept.
+        """
         _require_distinct(self.examples)
         done = self._predictions()
         mine = [example for example in self.examples[worker.index :: worker.count] if example.id not in done]
         if mine:
-            self._answer(mine, self._own_file(worker))
-            done = self._predictions()
-        if len(done) < len(self.examples):
-            return None
-        return self._write_results(done)
+            self._answer(mine, self._own_file(worker), stop)
+        return self.results()
 
-    def _answer(self, examples: Sequence[Example], path: Path) -> None:
+    def results(self) -> dict[str, Any] | None:
+        """What is written once every question has an answer, whoever gave it; None before."""
+        done = self._predictions()
+        return self._write_results(done) if len(done) == len(self.examples) else None
+
+    def _answer(self, examples: Sequence[Example], path: Path, stop: Callable[[], str | None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not path.exists()
+        fresh = not _repaired(path)
         with path.open("a", encoding="utf-8") as stream, Progress(self.task.title, len(examples), "questions") as bar:
             if fresh:
                 stream.write(json.dumps({"fingerprint": self.fingerprint, **self.identity}, default=str) + "\n")
@@ -88,6 +93,8 @@ class Evaluation:
                 stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in self._records(batch))
                 stream.flush()
                 bar.advance(len(batch))
+                if (reason := stop()) is not None:
+                    raise Requeue(f"the evaluation stopped early: {reason}", fix="run the same command again to go on")
 
     def _records(self, batch: Sequence[Example]) -> Iterator[dict[str, Any]]:
         contexts = self.contexts(batch)
@@ -132,16 +139,22 @@ class Evaluation:
         return results
 
 
-def _whole_lines(path: Path, fingerprint: str) -> Iterator[dict[str, Any]]:
-    """Records of a predictions file; a line cut by a kill is removed, so that appending goes on after a whole one."""
+def _repaired(path: Path) -> bool:
+    """Whether this worker's file holds whole lines to go on after; a line cut by a kill is removed first."""
+    if not path.exists():
+        return False
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
         with path.open("r+b") as stream:
-            stream.truncate(len(whole))
-    lines = whole.decode("utf-8").split("\n")[:-1]
+            stream.truncate(whole)
+    return whole > 0
+
+
+def _whole_lines(path: Path, fingerprint: str) -> Iterator[dict[str, Any]]:
+    """Records of a predictions file, which another worker may be writing: what is no whole line yet is not there."""
+    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")[:-1]
     if not lines:
-        path.unlink()
         return
     head = json.loads(lines[0])
     if head.get("fingerprint") != fingerprint:

@@ -1,15 +1,14 @@
 """Generation on tensor and pipeline ranks: every rank runs the same engine on the same requests, with its own layers.
 
 A pipeline is a chain of point-to-point messages here: each step's tokens are known everywhere, hidden states (and newly
-encoded neighbours) go down the chain, the last stage's logits come back to all. So all ranks choose the same tokens,
-and no rank needs to be told what to do. Only the first rank searches; what it found is broadcast.
+encoded neighbours) go down the chain, the last stage's logits come back to all, so all ranks choose the same tokens.
+Which requests there are only the first rank knows: see `leading`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,7 +18,7 @@ from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.inference.forward import stack
-from megatron_retro.inference.neighbor_sources import Found, NeighborSource
+from megatron_retro.inference.neighbor_sources import Found
 from megatron_retro.model.cache import Cache
 from megatron_retro.model.context import SequenceContext
 from megatron_retro.model.neighbors import Neighbors
@@ -98,33 +97,3 @@ class StagedForward:
 
     def _send(self, tensor: Tensor) -> None:
         dist.send(tensor.contiguous(), dist.get_global_rank(self._group, self.stage.part.index + 1), self._group)
-
-
-class SharedSource:
-    """A source that the first rank asks and all ranks hear; every rank calls `find` with the same chunks."""
-
-    def __init__(self, source: NeighborSource | None, shape: tuple[int, int], device: torch.device) -> None:
-        self._source, self._shape, self._device = source, shape, device
-
-    def find(self, chunks: Sequence[Sequence[int]]) -> list[Found]:
-        """What the first rank found."""
-        num_neighbors, length = self._shape
-        numbers = torch.zeros(len(chunks), num_neighbors, 2 * length + 2, dtype=torch.float64)
-        if self._source is not None:
-            for row, one in enumerate(self._source.find(chunks)):
-                numbers[row, :, :length] = torch.from_numpy(one.tokens_KR)
-                numbers[row, :, length : 2 * length] = torch.from_numpy(one.mask_KR)
-                numbers[row, :, -2] = torch.tensor(one.chunk_ids)
-                numbers[row, :, -1] = torch.tensor(one.distances)
-        numbers = numbers.to(self._device)
-        dist.broadcast(numbers, 0)
-        return [_found(row.cpu().numpy(), length) for row in numbers]
-
-
-def _found(numbers_KX: np.ndarray[tuple[int, ...], np.dtype[np.float64]], length: int) -> Found:
-    return Found(
-        numbers_KX[:, :length].astype(np.int64),
-        numbers_KX[:, length : 2 * length] > 0,
-        tuple(int(number) for number in numbers_KX[:, -2]),
-        tuple(float(number) for number in numbers_KX[:, -1]),
-    )

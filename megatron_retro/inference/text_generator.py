@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_retro.artifacts.manifest import require_same
-from megatron_retro.assembly.loaded_model import LoadedModel
+from megatron_retro.assembly.loaded_model import Loaded, LoadedModel
 from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig
 from megatron_retro.data.tokenizers import Tokenizer
 from megatron_retro.errors import ConfigError
@@ -48,11 +48,16 @@ class TextGenerator:
     """Generation for programs that think in text."""
 
     def __init__(
-        self, forward: Forward, tokenizer: Tokenizer, limits: EngineLimits, index: ChunkSearch | None = None
+        self,
+        forward: Forward,
+        tokenizer: Tokenizer,
+        limits: EngineLimits,
+        index: ChunkSearch | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self.forward, self.tokenizer, self.index = forward, tokenizer, index
         self.limits = limits
-        self.engine = Engine(forward, tokenizer, limits)
+        self.engine = engine or Engine(forward, tokenizer, limits)
 
     def tokens_of(self, text: str) -> tuple[int, ...]:
         """A prompt's tokens; an empty prompt begins a document."""
@@ -125,19 +130,27 @@ class TextGenerator:
 
 def build_text_generator(loaded: LoadedModel, engine: EngineConfig, live: LiveRetrievalConfig) -> TextGenerator:
     """The generator of a loaded model, with an index that was checked to fit it."""
-    index = None
-    if live.retro_index is not None:
-        if not loaded.retro.reads_neighbors():
-            raise ConfigError(
-                f"{loaded.path} reads no neighbours",
-                got=f"--retro-index {live.retro_index}",
-                expected="a model with a retriever whose gate is open",
-                fix="leave --retro-index out, or load a Retro",
-            )
-        chunk_length, tokenizer = loaded.retro.retro_chunk_length, loaded.tokenizer.fingerprint
-        index = open_index(Path(live.retro_index), chunk_length, tokenizer)
-    limits = EngineLimits(engine.max_batch_size, engine.max_sequence_length, engine.prefill_tokens)
-    return TextGenerator(LocalForward(store_by_inputs(loaded.module)), loaded.tokenizer, limits, index)
+    index = index_for(loaded, live)
+    return TextGenerator(LocalForward(store_by_inputs(loaded.module)), loaded.tokenizer, limits_of(engine), index)
+
+
+def limits_of(engine: EngineConfig) -> EngineLimits:
+    """As the flags say."""
+    return EngineLimits(engine.max_batch_size, engine.max_sequence_length, engine.prefill_tokens)
+
+
+def index_for(loaded: Loaded, live: LiveRetrievalConfig) -> ChunkSearch | None:
+    """The index that a model reads, if one is given."""
+    if live.retro_index is None:
+        return None
+    if not loaded.retro.reads_neighbors():
+        raise ConfigError(
+            f"{loaded.path} reads no neighbours",
+            got=f"--retro-index {live.retro_index}",
+            expected="a model with a retriever whose gate is open",
+            fix="leave --retro-index out, or load a Retro",
+        )
+    return open_index(Path(live.retro_index), loaded.retro.retro_chunk_length, loaded.tokenizer.fingerprint)
 
 
 def open_index(path: Path, chunk_length: int, tokenizer_fingerprint: str) -> ChunkSearch:

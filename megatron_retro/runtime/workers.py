@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_retro.errors import ConfigError
+from megatron_retro.runtime.launch import Launch
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,24 @@ def this_worker(shard: str | None, environment: Mapping[str, str] | None = None)
         if rank in variables and size in variables:
             return Worker(int(variables[rank]), int(variables[size]))
     return Worker(0, 1)
+
+
+def this_replica(
+    shard: str | None, launch: Launch, tensor: int, pipeline: int, environment: Mapping[str, str] | None = None
+) -> Worker:
+    """The worker that this process's replica of a model is, where tensor x pipeline processes hold one replica.
+
+    An array job or `--shard` divides the work first, and the replicas of each launch divide its part. Where every
+    process holds a whole model, an explicit `--shard` is this process's own number.
+    """
+    variables = os.environ if environment is None else environment
+    count = launch.world_size // (tensor * pipeline)
+    if shard is not None and tensor * pipeline == 1:
+        return this_worker(shard)
+    whole = Worker(0, 1)
+    if shard is not None or "SLURM_ARRAY_TASK_ID" in variables:
+        whole = this_worker(shard, variables)
+    return Worker(whole.index * count + launch.rank // tensor % count, whole.count * count)
 
 
 def _from_text(shard: str) -> Worker:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,16 +16,20 @@ import torch
 from torch.nn import functional
 
 from megatron_retro.assembly.loaded_model import LoadedModel, load_model
+from megatron_retro.assembly.replica_losses import losses_of_model
 from megatron_retro.config.evaluation import EvaluationConfig
+from megatron_retro.config.inference import EngineConfig
 from megatron_retro.config.perplexity import PerplexityConfig
 from megatron_retro.config.settings import Settings
+from megatron_retro.config.workers import WorkersConfig
 from megatron_retro.data.builders import build_dataset
 from megatron_retro.data.dataset import Dataset
-from megatron_retro.errors import ConfigError
+from megatron_retro.errors import ConfigError, DamagedArtifact
 from megatron_retro.evaluation.leakage import shared_shares, text_bytes
-from megatron_retro.evaluation.perplexity import measure, read_windows, sliding_windows
+from megatron_retro.evaluation.perplexity import Measured, Window, measure, read_windows, sliding_windows
 from megatron_retro.evaluation.perplexity_run import run_perplexity
 from megatron_retro.model.neighbors import Neighbors
+from megatron_retro.testing.processes import run_ranks
 from megatron_retro.testing.tiny_corpus import CHUNK, TinyCorpus, write_tiny_corpus
 from megatron_retro.training.program import pretrain
 
@@ -48,10 +54,15 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
     yield Setting(corpus, directory / "run", model, build_dataset(settings, "valid", eod=model.tokenizer.eod))
 
 
+def of_model(setting: Setting, windows: Sequence[Window], variant: str, batch_size: int) -> Measured:
+    losses, device = losses_of_model(setting.model), torch.device("cpu")
+    return measure(losses, setting.dataset, windows, [variant], batch_size=batch_size, device=device)[variant]
+
+
 def test_each_token_is_scored_once_with_the_most_context(setting: Setting) -> None:
     for stride in (CHUNK, 2 * CHUNK, 4 * CHUNK):
         windows = sliding_windows(setting.dataset, stride)
-        measured = measure(setting.model.module, setting.dataset, windows, "real", batch_size=3)
+        measured = of_model(setting, windows, "real", 3)
         assert len(np.unique(measured.offsets)) == len(measured.offsets)
         assert np.array_equal(np.sort(measured.offsets), np.arange(measured.offsets.min(), measured.offsets.max() + 1))
         later = [window for window in windows if window.first_scored > window.start + 1]
@@ -65,7 +76,7 @@ def test_losses_are_those_of_a_forward_per_token(setting: Setting, variant: str)
     """Each token alone: a fresh forward of its window up to it, the softmax in float64."""
     module = setting.model.module
     windows = sliding_windows(setting.dataset, 2 * CHUNK)[:3]
-    measured = measure(module, setting.dataset, windows, variant, batch_size=2)
+    measured = of_model(setting, windows, variant, 2)
     stream = setting.dataset.sources[0].samples.file.stream
     for number in range(0, len(measured.losses), 7):
         window, offset = windows[measured.windows[number]], int(measured.offsets[number])
@@ -99,10 +110,16 @@ def test_shared_runs_are_those_of_brute_force(setting: Setting) -> None:
         assert share == pytest.approx(best / CHUNK)
 
 
-def test_the_verb_writes_figures_that_add_up(setting: Setting, tmp_path: Path) -> None:
+def evaluated(setting: Setting, output: Path, **changes: Any) -> dict[str, Any] | None:
     settings = setting.corpus.settings(load=str(setting.run))
-    sections = [*settings, PerplexityConfig(perplexity_batch_size=4), EvaluationConfig(eval_output=str(tmp_path))]
-    result = run_perplexity(Settings(sections, settings.origins()))
+    perplexity = PerplexityConfig(perplexity_batch_size=2, perplexity_stride=CHUNK)
+    sections = [*settings, perplexity, EvaluationConfig(eval_output=str(output)), EngineConfig(), WorkersConfig()]
+    return run_perplexity(Settings(sections, settings.origins()).replace(**changes))
+
+
+def test_the_verb_writes_figures_that_add_up(setting: Setting, tmp_path: Path) -> None:
+    result = evaluated(setting, tmp_path)
+    assert result is not None
     assert json.loads((tmp_path / "perplexity.json").read_text()) == json.loads(json.dumps(result))
     assert "Leakage curve" in (tmp_path / "perplexity.html").read_text()
     real = result["variants"]["real"]
@@ -112,6 +129,48 @@ def test_the_verb_writes_figures_that_add_up(setting: Setting, tmp_path: Path) -
     curve = result["leakage"]
     assert curve["chunks"] == sorted(curve["chunks"])
     assert set(curve["bits_per_byte"]) == {"real", "none", "random", "shuffled"}
+
+
+def parts_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (directory / "perplexity.parts").iterdir()}
+
+
+def test_workers_and_killed_runs_give_one_result(setting: Setting, tmp_path: Path) -> None:
+    """Each block of losses the same bytes, whoever measured it; what is there is not measured again."""
+    whole = evaluated(setting, tmp_path / "whole")
+    shares = [evaluated(setting, tmp_path / "shared", shard=f"{number}/3") for number in (2, 0)]
+    assert shares == [None, None] and not (tmp_path / "shared/perplexity.json").exists()
+    some = sorted((tmp_path / "shared/perplexity.parts").iterdir())[0]
+    some.unlink()
+    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "shared/perplexity.parts").iterdir()}
+    assert len(first) >= 2
+    assert evaluated(setting, tmp_path / "shared") == whole
+    assert parts_of(tmp_path / "shared") == parts_of(tmp_path / "whole")
+    assert all(path.stat().st_mtime_ns == time for path, time in first.items())
+    some.write_bytes(b"no losses")
+    with pytest.raises(DamagedArtifact, match="cannot be read"):
+        evaluated(setting, tmp_path / "shared")
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "world_size"), [(1, 1, 2), (2, 1, 2), (1, 2, 2), (2, 1, 4)])
+def test_processes_give_the_result_of_one(
+    setting: Setting, tmp_path: Path, tensor: int, pipeline: int, world_size: int
+) -> None:
+    whole = evaluated(setting, tmp_path / "whole")
+    assert whole is not None
+    cut = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
+    run_ranks(lambda: evaluated(setting, tmp_path / "cut", **cut), world_size, initialize=False)
+    found = json.loads((tmp_path / "cut/perplexity.json").read_text())
+    if tensor * pipeline == 1:
+        assert found == json.loads(json.dumps(whole))
+        return
+    wanted, got = parts_of(tmp_path / "whole"), parts_of(tmp_path / "cut")
+    assert sorted(got) == sorted(wanted)
+    for name, content in wanted.items():
+        ours, theirs = (np.load(io.BytesIO(data)) for data in (got[name], content))
+        assert np.allclose(ours, theirs, atol=1e-4, rtol=0)
+    for variant, facts in whole["variants"].items():
+        assert found["variants"][variant]["loss"] == pytest.approx(facts["loss"], abs=1e-5)
 
 
 def test_bytes_of_text_survive_characters_cut_at_the_edges(setting: Setting) -> None:

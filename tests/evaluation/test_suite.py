@@ -119,6 +119,17 @@ def test_killed_and_shared_runs_give_the_same_results(tmp_path: Path) -> None:
     assert evaluation(shared, again).run(Worker(0, 1)) == found and again.asked == 0
 
 
+def test_a_worker_that_is_done_leaves_the_files_of_others_alone(tmp_path: Path) -> None:
+    """Another worker may be in the middle of a line, or may not have written its first."""
+    for name, content in (("1-of-3", b""), ("2-of-3", b'{"fingerprint": "')):
+        (tmp_path / f"nq.predictions.{name}.jsonl").write_bytes(content)
+        assert evaluation(tmp_path, Model()).run(Worker(0, 3)) is None
+        assert (tmp_path / f"nq.predictions.{name}.jsonl").read_bytes() == content
+    for number in (1, 2):
+        found = evaluation(tmp_path, Model()).run(Worker(number, 3))
+    assert found is not None and found["examples"] == 23
+
+
 def test_other_predictions_are_refused(tmp_path: Path) -> None:
     evaluation(tmp_path, Model()).run(Worker(0, 1))
     with pytest.raises(ArtifactError, match="another model"):

@@ -3,42 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_retro.cli.main import main
-from megatron_retro.config.data import TokenizerConfig
-from megatron_retro.config.settings import Settings
-from megatron_retro.convert.checkpoint_files import parameter_shapes, write_checkpoint
-from megatron_retro.model.retro import Retro
-from megatron_retro.testing.retrieval_projects import CHUNK, echoing_documents, project_settings, write_corpus
-
-
-def write_run(run: Path, module: Retro) -> Path:
-    values = {name: value.detach() for name, value in module.named_parameters()}
-    shapes = parameter_shapes(module.model, module.retro)
-    settings = Settings([module.model, module.retro, TokenizerConfig()])
-    write_checkpoint(
-        run, settings, shapes, lambda name: values[name][tuple(map(slice, shapes[name]))].contiguous(), inputs={}
-    )
-    return run
-
-
-@pytest.fixture(scope="module")
-def room(tmp_path_factory: pytest.TempPathFactory, small_model: Callable[..., Retro]) -> Path:
-    """`retro` (m = 16), `other` (m = 8) and `project`, an index over chunks of 16 bytes."""
-    from megatron_retro.retrieval.stages import build_retrieval
-
-    folder = tmp_path_factory.mktemp("generate")
-    write_run(folder / "retro", small_model(retro_chunk_length=CHUNK))
-    write_run(folder / "other", small_model())
-    write_run(folder / "shut", small_model(retro_chunk_length=CHUNK, retro_attention_gate=0.0))
-    corpus = write_corpus(folder / "corpus", echoing_documents(1, 60))
-    build_retrieval(project_settings(folder / "project", [corpus]))
-    return folder
 
 
 def test_answers_with_neighbors(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,17 +79,10 @@ def test_index_of_another_tokenizer(room: Path, capsys: pytest.CaptureFixture[st
     assert "the tokenizer does not match" in capsys.readouterr().err
 
 
-def squad_file(path: Path) -> Path:
-    questions = [
-        {"id": str(n), "question": f"what is {n}?", "answers": [{"text": f"w{n}", "answer_start": 0}]} for n in range(5)
-    ]
-    paragraph = {"context": "w0 w1 w2 w3 w4 are words.", "qas": questions}
-    path.write_text(json.dumps({"data": [{"title": "T", "paragraphs": [paragraph]}]}))
-    return path
-
-
-def test_evaluate(room: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    data, output = squad_file(room / "squad.json"), room / "evaluation"
+def test_evaluate(
+    room: Path, squad_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, output = squad_file, room / "evaluation"
     words: list[Any] = ["evaluate", "squad1", "--load", room / "retro", "--eval-data", data, "--eval-output", output]
     words = [str(word) for word in [*words, "--eval-max-new-tokens", 8, "--max-sequence-length", 512]]
     assert main([*words, "--shard", "0/2"]) == 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,17 @@ from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.convert.checkpoint_files import parameter_shapes, write_checkpoint
 from megatron_retro.data.tokenizers import ByteTokenizer
-from megatron_retro.errors import ConfigError
+from megatron_retro.errors import ConfigError, DataError, DistributedError
 from megatron_retro.inference.engine import Engine, EngineLimits
-from megatron_retro.inference.forward import Forward, LocalForward
+from megatron_retro.inference.forward import LocalForward
 from megatron_retro.inference.generation import GenerationRequest
+from megatron_retro.inference.leading import LeadingEngine, follow
+from megatron_retro.inference.neighbor_sources import Found, NeighborSource
 from megatron_retro.inference.sampling import Sampling
-from megatron_retro.inference.staged_forward import SharedSource, StagedForward
+from megatron_retro.inference.staged_forward import StagedForward
 from megatron_retro.model.retro import Retro
 from megatron_retro.parallel.mesh import build_mesh
+from megatron_retro.parallel.replica_channel import ReplicaChannel
 from megatron_retro.testing.processes import run_ranks
 
 PROMPTS = ((1, 2, 3), tuple(range(40, 70)), (9,) * 8)
@@ -48,39 +53,120 @@ def checkpoint(small_model: Callable[..., Retro], tmp_path: Path) -> Path:
     return tmp_path
 
 
-def texts(forward: Forward, source: Any) -> list[tuple[list[int], list[float], int]]:
+def texts(engine: Engine, source: Any) -> list[tuple[list[int], list[float], int]]:
     requests = [GenerationRequest(prompt, 20 + number, source=source) for number, prompt in enumerate(PROMPTS)]
     requests.append(
         GenerationRequest(PROMPTS[1], 12, Sampling(temperature=1.0, seed=4), retrieval_step=3, source=source)
     )
-    done = Engine(forward, NeverEnds(), EngineLimits(3, 64, 10)).generate(requests)
+    done = engine.generate(requests)
     return [(one.tokens, one.log_probabilities, len(one.readings)) for one in done]
 
 
-@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (1, 3), (2, 2)])
-def test_layouts_write_the_same(checkpoint: Path, hashed: Any, tensor: int, pipeline: int) -> None:
-    alone = texts(LocalForward(load_model(checkpoint, device="cpu").module), hashed)
+def parts(checkpoint: Path, tensor: int, pipeline: int) -> tuple[StagedForward, ReplicaChannel]:
+    """This rank's part of a replica; data ranks are what is left of the processes."""
     parallel = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    mesh = build_mesh(parallel, torch.device("cpu"))
+    loaded = load_stage(checkpoint, parallel, mesh)
+    return StagedForward(loaded.stage, loaded.settings, mesh), ReplicaChannel(mesh)
+
+
+LIMITS = EngineLimits(3, 64, 10)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "data"), [(2, 1, 1), (1, 2, 2), (1, 3, 1), (2, 2, 1)])
+def test_layouts_write_the_same(checkpoint: Path, hashed: Any, tensor: int, pipeline: int, data: int) -> None:
+    """Only the first rank of each replica knows the requests and can search."""
+    alone = texts(Engine(LocalForward(load_model(checkpoint, device="cpu").module), NeverEnds(), LIMITS), hashed)
 
     def rank() -> Any:
-        mesh = build_mesh(parallel, torch.device("cpu"))
-        stage, settings, _ = load_stage(checkpoint, parallel, mesh)
-        forward = StagedForward(stage, settings, mesh)
-        own = hashed if dist.get_rank() == 0 else None  # only the first rank can search
-        return texts(forward, SharedSource(own, forward.neighbor_shape, torch.device("cpu")))
+        forward, channel = parts(checkpoint, tensor, pipeline)
+        if not channel.leads:
+            return follow(Engine(forward, NeverEnds(), LIMITS), channel)
+        with closing(LeadingEngine(forward, NeverEnds(), LIMITS, channel)) as engine:
+            return texts(engine, hashed)
 
-    for found in run_ranks(rank, tensor * pipeline):
+    found = [one for one in run_ranks(rank, tensor * pipeline * data) if one is not None]
+    assert len(found) == data
+    for replica in found:
         for (tokens, chances, readings), (expected, expected_chances, expected_readings) in zip(
-            found, alone, strict=True
+            replica, alone, strict=True
         ):
             assert tokens == expected and readings == expected_readings
             assert chances == pytest.approx(expected_chances, abs=1e-3)
 
 
-def test_data_ranks_are_refused(checkpoint: Path) -> None:
+class FailsOnce:
+    """A source that fails at its second question, as a search may."""
+
+    def __init__(self, source: NeighborSource) -> None:
+        self.source, self.asked = source, 0
+
+    def find(self, chunks: Sequence[Sequence[int]]) -> list[Found]:
+        self.asked += 1
+        if self.asked == 2:
+            raise OSError("the index is gone")
+        return self.source.find(chunks)
+
+
+def test_followers_keep_up_with_texts_that_come_and_go(checkpoint: Path, hashed: Any) -> None:
+    """Cancelled texts, refused requests, a search that fails and is forgotten: what comes after is as ever."""
+    requests = [GenerationRequest(prompt, 20, source=hashed) for prompt in PROMPTS]
+
+    def story(engine: Engine) -> list[list[int]]:
+        first, second = engine.submit(requests[0]), engine.submit(requests[1])
+        for _ in range(6):
+            engine.step()
+        engine.cancel(first)
+        with pytest.raises(DataError, match="too long"):
+            engine.submit(GenerationRequest(PROMPTS[1], 1000))
+        third = engine.submit(requests[2])
+        while engine.step():
+            pass
+        engine.submit(GenerationRequest(PROMPTS[1], 20, source=FailsOnce(hashed)))
+        with pytest.raises(OSError, match="the index is gone"):
+            while engine.step():
+                pass
+        engine.reset()
+        engine.step()  # an idle service steps too
+        return [one.tokens for one in (first, second, third, *engine.generate(requests))]
+
+    alone = story(Engine(LocalForward(load_model(checkpoint, device="cpu").module), NeverEnds(), LIMITS))
+
+    def rank() -> Any:
+        forward, channel = parts(checkpoint, 1, 2)
+        if not channel.leads:
+            return follow(Engine(forward, NeverEnds(), LIMITS), channel)
+        with closing(LeadingEngine(forward, NeverEnds(), LIMITS, channel)) as engine:
+            return story(engine)
+
+    assert run_ranks(rank, 2)[0] == alone
+
+
+def test_a_leader_that_fails_alone_says_so(checkpoint: Path) -> None:
+    def rank() -> Any:
+        forward, channel = parts(checkpoint, 1, 2)
+        if not channel.leads:
+            with pytest.raises((DistributedError, RuntimeError)):
+                follow(Engine(forward, NeverEnds(), LIMITS), channel)
+            return None
+        with closing(LeadingEngine(forward, NeverEnds(), LIMITS, channel)) as engine:
+            engine.submit(GenerationRequest(PROMPTS[0], 20))
+            engine.forward = None  # type: ignore[assignment]
+            with pytest.raises(DistributedError, match="out of step"):
+                engine.step()
+        dist.destroy_process_group()
+        os._exit(0)
+
+    with pytest.raises(AssertionError, match="died without a word"):  # that was the leader's end
+        run_ranks(rank, 2, timeout=20)
+
+
+def test_layouts_of_training_alone_are_refused(checkpoint: Path) -> None:
+    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+
     def rank() -> None:
-        mesh = build_mesh(ParallelConfig(), torch.device("cpu"))
-        with pytest.raises(ConfigError, match="tensor and pipeline ranks only"):
-            load_stage(checkpoint, ParallelConfig(), mesh)
+        mesh = build_mesh(parallel, torch.device("cpu"))
+        with pytest.raises(ConfigError, match="only used is cut over tensor and pipeline ranks"):
+            load_stage(checkpoint, parallel, mesh)
 
     run_ranks(rank, 2)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from megatron_retro.assembly.loaded_model import load_model
@@ -23,12 +23,14 @@ from megatron_retro.data.tokenizers import ByteTokenizer
 from megatron_retro.inference.engine import Engine, EngineLimits
 from megatron_retro.inference.forward import Forward, LocalForward, stack
 from megatron_retro.inference.generation import GenerationRequest
+from megatron_retro.inference.leading import LeadingEngine, follow
 from megatron_retro.inference.sampling import Sampling
 from megatron_retro.inference.scoring import score_continuations
-from megatron_retro.inference.staged_forward import SharedSource, StagedForward
+from megatron_retro.inference.staged_forward import StagedForward
 from megatron_retro.inference.text_generator import TextGenerator
 from megatron_retro.model.retro import Retro
 from megatron_retro.parallel.mesh import build_mesh
+from megatron_retro.parallel.replica_channel import ReplicaChannel
 from megatron_retro.peft.attach import added_parameters, attach, connect
 from megatron_retro.peft.prompts import virtual_token_ids
 from megatron_retro.testing.processes import run_ranks
@@ -59,6 +61,7 @@ def tuned_run(module: Retro, folder: Path, method: str) -> None:
         peft_method=method, lora_rank=4, adapter_size=4, num_virtual_tokens=VIRTUAL, prompt_encoder_hidden_size=16
     )
     attach(module, peft)
+    torch.manual_seed(2)
     with torch.no_grad():
         for parameter in added_parameters(module).values():
             parameter.copy_(torch.randn(parameter.shape) * 0.3)
@@ -124,8 +127,10 @@ def test_virtual_tokens_lead_what_is_scored_and_are_no_text(
     tuned_run(module, tmp_path, "p-tuning")
     loaded = load_model(tmp_path / "tuned", device="cpu").module
     generator = TextGenerator(LocalForward(loaded), ByteTokenizer(), EngineLimits(1, 64))
-    (generation,) = generator.generate(["the prompt"], max_new_tokens=20, sampling=PENALIZED, sources=[hashed])
-    assert "".join(chunk.query for chunk in generator.report(generation)).startswith("the prompt")
+    (generation,) = generator.generate(
+        ["the prompt of a text"], max_new_tokens=20, sampling=PENALIZED, sources=[hashed]
+    )
+    assert "".join(chunk.query for chunk in generator.report(generation)).startswith("the prompt of")
     context, answer = list(generation.request.prompt), generation.new_tokens
     (scored,) = score_continuations(loaded, [(context, answer)], hashed, max_length=64)
     assert scored.log_probability == pytest.approx(sum(generation.log_probabilities), abs=1e-3)
@@ -137,23 +142,31 @@ def test_tuned_runs_write_the_same_on_several_ranks(
     small_model: Callable[..., Retro], hashed: Any, tmp_path: Path, method: str, tensor: int, pipeline: int
 ) -> None:
     tuned_run(small_model(untie_embeddings_and_output_weights=True), tmp_path, method)
-    alone = texts(LocalForward(load_model(tmp_path / "tuned", device="cpu").module), hashed)
+    alone = texts(engine_of(LocalForward(load_model(tmp_path / "tuned", device="cpu").module)), hashed)
     parallel = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
 
-    def rank() -> list[tuple[list[int], list[float]]]:
+    def rank() -> list[tuple[list[int], list[float]]] | None:
         mesh = build_mesh(parallel, torch.device("cpu"))
-        stage, settings, _ = load_stage(tmp_path / "tuned", parallel, mesh)
-        forward = StagedForward(stage, settings, mesh)
-        own = hashed if dist.get_rank() == 0 else None
-        return texts(forward, SharedSource(own, forward.neighbor_shape, torch.device("cpu")))
+        loaded = load_stage(tmp_path / "tuned", parallel, mesh)
+        forward, channel = StagedForward(loaded.stage, loaded.settings, mesh), ReplicaChannel(mesh)
+        if not channel.leads:
+            return follow(engine_of(forward), channel)
+        with closing(LeadingEngine(forward, NeverEnds(), LIMITS, channel)) as engine:
+            return texts(engine, hashed)
 
-    for found in run_ranks(rank, 2):
-        assert [tokens for tokens, _ in found] == [tokens for tokens, _ in alone]
-        for (_, chances), (_, expected) in zip(found, alone, strict=True):
-            assert chances == pytest.approx(expected, abs=1e-3)
+    found, _ = run_ranks(rank, 2)
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in alone]
+    for (_, chances), (_, expected) in zip(found, alone, strict=True):
+        assert chances == pytest.approx(expected, abs=1e-3)
 
 
-def texts(forward: Forward, source: Any) -> list[tuple[list[int], list[float]]]:
+LIMITS = EngineLimits(3, 64, 10)
+
+
+def engine_of(forward: Forward) -> Engine:
+    return Engine(forward, NeverEnds(), LIMITS)
+
+
+def texts(engine: Engine, source: Any) -> list[tuple[list[int], list[float]]]:
     requests = [GenerationRequest(prompt, 12, source=source) for prompt in PROMPTS]
-    done = Engine(forward, NeverEnds(), EngineLimits(3, 64, 10)).generate(requests)
-    return [(one.tokens, one.log_probabilities) for one in done]
+    return [(one.tokens, one.log_probabilities) for one in engine.generate(requests)]

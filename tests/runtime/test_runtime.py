@@ -12,7 +12,8 @@ from megatron_retro.errors import ConfigError, EnvironmentProblem
 from megatron_retro.runtime import environment
 from megatron_retro.runtime.console import Progress, readable_bytes, readable_seconds, render_table
 from megatron_retro.runtime.events import EventLog, read_events
-from megatron_retro.runtime.workers import Worker, this_worker
+from megatron_retro.runtime.launch import Launch
+from megatron_retro.runtime.workers import Worker, this_replica, this_worker
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,21 @@ def test_the_flag_wins_and_is_checked() -> None:
     for wrong in ("5/5", "x", "1/0", "-1/2"):
         with pytest.raises(ConfigError, match="i/N"):
             this_worker(wrong, {})
+
+
+def test_replicas_of_a_launch_are_workers() -> None:
+    """Tensor ranks are neighbours, stages are outermost; an array or --shard divides the work before."""
+
+    def replicas(tensor: int, pipeline: int, shard: str | None, variables: dict[str, str]) -> list[Worker]:
+        launches = [Launch("torchrun", rank, 8, rank, 8, "127.0.0.1", 1) for rank in range(8)]
+        return [this_replica(shard, launch, tensor, pipeline, variables) for launch in launches]
+
+    assert replicas(1, 1, None, {}) == [Worker(rank, 8) for rank in range(8)]
+    assert replicas(2, 2, None, {}) == [Worker(number, 2) for number in (0, 0, 1, 1, 0, 0, 1, 1)]
+    array = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_PROCID": "5", "SLURM_NTASKS": "8"}
+    assert replicas(4, 1, None, array) == [Worker(number, 6) for number in (4, 4, 4, 4, 5, 5, 5, 5)]
+    assert replicas(4, 2, "1/3", {}) == [Worker(1, 3)] * 8
+    assert set(replicas(1, 1, "1/3", {})) == {Worker(1, 3)}, "each process was told its own"
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])

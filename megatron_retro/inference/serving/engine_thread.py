@@ -12,10 +12,10 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from megatron_retro.errors import MegatronRetroError
+from megatron_retro.errors import DistributedError, MegatronRetroError
 from megatron_retro.inference.engine import Engine, check_request
 from megatron_retro.inference.generation import Generation, GenerationRequest
 from megatron_retro.inference.serving.metrics import Metrics
@@ -61,8 +61,17 @@ class Ticket:
 class EngineThread:
     """Runs an engine until it is closed."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, *, queue_size: int, queue_seconds: float) -> None:
-        self._engine, self._metrics = engine, metrics
+    def __init__(
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        *,
+        queue_size: int,
+        queue_seconds: float,
+        on_loss: Callable[[DistributedError], None] | None = None,
+    ) -> None:
+        """`on_loss` hears that the model's other processes are gone, after which nothing can be served."""
+        self._engine, self._metrics, self._on_loss = engine, metrics, on_loss
         self._queue_size, self._queue_seconds = queue_size, queue_seconds
         self._arrived: deque[Ticket] = deque()
         self._open: list[Ticket] = []
@@ -128,6 +137,11 @@ class EngineThread:
             try:
                 self._review()
                 self._engine.step()
+            except DistributedError as error:
+                self.failures += 1
+                self._end_all(Refused("the model's other processes are gone", 503))
+                if self._on_loss is not None:
+                    self._on_loss(error)
             except MegatronRetroError as error:
                 self._end_all(error)
             except Exception as error:  # a fault of ours must not stop the service for others

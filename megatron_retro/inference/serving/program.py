@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
 
-from megatron_retro.assembly.loaded_model import LoadedModel
-from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig, ServeConfig
+from megatron_retro.config.inference import ServeConfig
 from megatron_retro.data.instructions.templates import build_template
-from megatron_retro.errors import ConfigError, EnvironmentProblem
+from megatron_retro.errors import ConfigError, DistributedError, EnvironmentProblem
 from megatron_retro.inference.serving import answering
 from megatron_retro.inference.serving.application import build_application
 from megatron_retro.inference.serving.engine_thread import EngineThread
 from megatron_retro.inference.serving.guards import Guards
 from megatron_retro.inference.serving.metrics import Metrics
-from megatron_retro.inference.text_generator import TextGenerator, build_text_generator
+from megatron_retro.inference.text_generator import TextGenerator
 from megatron_retro.runtime.console import say, warn
+from megatron_retro.runtime.signals import StopRequests
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-def serve(loaded: LoadedModel, engine: EngineConfig, live: LiveRetrievalConfig, config: ServeConfig) -> None:
+def serve(generator: TextGenerator, checkpoint: Path, config: ServeConfig) -> None:
     """Answer requests until a signal comes."""
     api_key = read_api_key(config)
-    name = config.served_model_name or loaded.path.parent.name or "model"
-    application = build_service(build_text_generator(loaded, engine, live), config, name, api_key)
+    name = config.served_model_name or checkpoint.parent.name or "model"
+    losses: list[DistributedError] = []
+
+    def end(loss: DistributedError) -> None:
+        losses.append(loss)
+        server.should_exit = True
+
+    application = build_service(generator, config, name, api_key, end)
     listener = listening_socket(config)
     if config.host not in _LOOPBACK and api_key is None:
         warn(f"anyone who reaches {config.host} can use this service: give --api-key-file")
@@ -35,13 +43,29 @@ def serve(loaded: LoadedModel, engine: EngineConfig, live: LiveRetrievalConfig, 
     settings = uvicorn.Config(
         application, log_level="warning", timeout_graceful_shutdown=5, timeout_keep_alive=15, server_header=False
     )
-    uvicorn.Server(settings).run(sockets=[listener])
+    server = uvicorn.Server(settings)
+    with StopRequests().listening((signal.SIGTERM, signal.SIGINT)):  # uvicorn sends itself what it has caught
+        server.run(sockets=[listener])
+    if losses:
+        raise losses[0]
 
 
-def build_service(generator: TextGenerator, config: ServeConfig, name: str, api_key: str | None = None) -> Guards:
+def build_service(
+    generator: TextGenerator,
+    config: ServeConfig,
+    name: str,
+    api_key: str | None = None,
+    on_loss: Callable[[DistributedError], None] | None = None,
+) -> Guards:
     """The ASGI application of a generator."""
     metrics = Metrics()
-    thread = EngineThread(generator.engine, metrics, queue_size=config.queue_size, queue_seconds=config.queue_seconds)
+    thread = EngineThread(
+        generator.engine,
+        metrics,
+        queue_size=config.queue_size,
+        queue_seconds=config.queue_seconds,
+        on_loss=on_loss,
+    )
     service = answering.Service(generator, thread, build_template(config.chat_template), name, answering.now())
     return build_application(service, metrics, config, api_key)
 
