@@ -26,15 +26,17 @@ def squared_norm(parameters: Iterable[Tensor], extra_axes: Sequence[dist.Process
     """Sum of squares of all gradients, the same on every rank; float64, on the gradients' device.
 
     Every rank of the groups concerned must call it. `extra_axes` are groups whose ranks hold different parameters
-    (pipeline stages); parameters marked `counted_elsewhere` (a tied copy on another stage) are left out.
+    (pipeline stages); parameters marked `counted_elsewhere` (a tied copy on another stage) add nothing, unless what
+    they have is not finite, which must not go unnoticed.
     """
     sums: dict[CutAxes, list[Tensor]] = {}
     device = torch.device("cpu")
     for parameter in parameters:
         device = parameter.device
-        if parameter.grad is not None and not getattr(parameter, "counted_elsewhere", False):
+        if parameter.grad is not None:
             local, axes = _local_square(parameter.grad)
-            sums.setdefault(axes, []).append(local)
+            counts = not getattr(parameter, "counted_elsewhere", False)
+            sums.setdefault(axes, []).append(local if counts else 0.0 * local)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for axes, squares in sums.items():
         part = torch.stack([square.double() for square in squares]).sum()
