@@ -29,6 +29,7 @@ VERBS: tuple[Verb, ...] = (
     Verb("build-retrieval", "build_retrieval", "database, index and neighbour tables, with a report on their quality"),
     Verb("inspect-neighbors", "inspect_neighbors", "a page of chunks, their neighbours and what they share"),
     Verb("pretrain", "pretrain", "train a GPT or a Retro; the same command goes on where it stopped"),
+    Verb("retrieve-contexts", "retrieve_contexts", "passages of an index, written into conversations to train on"),
     Verb("finetune", "finetune", "train a finished model on conversations, whole or beside it"),
     Verb("retrofit", "retrofit", "add a retriever to a pretrained GPT and train it"),
     Verb("convert", "convert", "Hugging Face and Megatron-LM models in, Hugging Face models out"),

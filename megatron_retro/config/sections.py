@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_retro.config.ablation import AblationConfig
 from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.collect import CollectConfig
+from megatron_retro.config.contexts import ContextsConfig
 from megatron_retro.config.convert import ConvertConfig
 from megatron_retro.config.data import DataConfig, TokenizerConfig
 from megatron_retro.config.evaluation import EvaluationConfig
@@ -42,6 +43,7 @@ ALL_SECTIONS: tuple[type, ...] = (
     TokenizerConfig,
     DataConfig,
     InstructionConfig,
+    ContextsConfig,
     PeftConfig,
     CheckpointConfig,
     ConvertConfig,

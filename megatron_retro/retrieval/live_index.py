@@ -55,10 +55,10 @@ class LiveIndex:
         layout = ProjectLayout(Path(path))
         settings = live_settings(layout)
         manifest = read_manifest(layout.merged, kind=KIND, version=VERSION)
-        tokenizer = build_tokenizer(TokenizerConfig(**settings["tokenizer"]))
-        self.tokenizer_fingerprint: str = tokenizer.fingerprint
+        self.tokenizer = build_tokenizer(TokenizerConfig(**settings["tokenizer"]))
+        self.tokenizer_fingerprint: str = self.tokenizer.fingerprint
         self.database = ChunkDatabase.open(layout.database)
-        self.embedder = build_embedder(EmbedderConfig(**settings["embedder"]), tokenizer)
+        self.embedder = build_embedder(EmbedderConfig(**settings["embedder"]), self.tokenizer)
         again = f"run build-retrieval again with --retro-project-dir {path}"
         require_same(layout.merged, "database", manifest.inputs["database"], self.database.fingerprint, again)
         require_same(layout.merged, "embedder", manifest.inputs["embedder"], self.embedder.fingerprint, again)

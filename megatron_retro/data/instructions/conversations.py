@@ -52,11 +52,16 @@ class _Fault(ValueError):
 
 def read_conversations(path: Path) -> list[Conversation]:
     """All conversations of a JSON lines file."""
-    found: list[Conversation] = []
+    return [conversation for _, conversation in read_records(path)]
+
+
+def read_records(path: Path) -> list[tuple[dict[str, Any], Conversation]]:
+    """The same, each with the record that it stands in."""
+    found: list[tuple[dict[str, Any], Conversation]] = []
     faults: list[str] = []
     for number, line in _numbered_lines(path):
         try:
-            found.append(parse_conversation(line, f"{path}:{number}"))
+            found.append(parse_record(line, f"{path}:{number}"))
         except _Fault as fault:
             faults.append(f"line {number}: {fault}")
     if faults:
@@ -82,7 +87,7 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path} is not UTF-8", got=error) from None
 
 
-def parse_conversation(line: str, origin: str) -> Conversation:
+def parse_record(line: str, origin: str) -> tuple[dict[str, Any], Conversation]:
     """One record; raises `ValueError` with the reason."""
     try:
         record = json.loads(line)
@@ -92,7 +97,7 @@ def parse_conversation(line: str, origin: str) -> Conversation:
         raise _Fault(f"expected an object, got {type(record).__name__}")
     turns = _turns(record)
     _check(turns)
-    return Conversation(turns, _passages(record), origin)
+    return record, Conversation(turns, _passages(record), origin)
 
 
 def _turns(record: Mapping[str, Any]) -> tuple[Turn, ...]:
