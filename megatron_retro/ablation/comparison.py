@@ -66,12 +66,20 @@ class Configuration:
 
     def shortage(self) -> float | None:
         """Share of rows with fewer than k neighbours."""
-        found = [
-            result.outcome.shortage
-            for result in self.finished
-            if result.outcome is not None and result.outcome.shortage is not None
-        ]
-        return float(np.mean(found)) if found else None
+        return self._mean([result.shortage for result in self.finished])
+
+    def gate_rate(self) -> float | None:
+        """Share of chunks that read."""
+        return self._mean([result.gate_rate for result in self.finished])
+
+    def operations(self) -> float | None:
+        """Floating point operations of a run."""
+        return self._mean([result.operations for result in self.finished])
+
+    @staticmethod
+    def _mean(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return float(np.mean(known)) if known else None
 
 
 @dataclass(frozen=True)

@@ -121,8 +121,8 @@ def _field_problems(where: str, changes: Mapping[str, Any], known: Mapping[str, 
     for field, value in changes.items():
         if field not in known:
             problems.append(f"{where}: {field} is no setting of these runs{nearest(field, known)}")
-        elif field == "save":
-            problems.append(f"{where}: save is set by the study, one directory per run")
+        elif field in ("save", "eval_output"):
+            problems.append(f"{where}: {field} is set by the study, one directory per run")
         elif (expected := known[field].problem(value)) is not None:
             problems.append(f"{where}: {field} = {value!r}: expected {expected}")
     return problems

@@ -9,7 +9,7 @@ from megatron_retro.ablation.directories import cell_settings
 from megatron_retro.ablation.grid import Axis, Cell, study_axes, study_cells
 from megatron_retro.ablation.report import PAGE, read_results, write_study
 from megatron_retro.ablation.running import Study, own_launcher, prepare_cells, run_cells
-from megatron_retro.config.ablation import AblationConfig
+from megatron_retro.config.ablation import PERPLEXITY, AblationConfig
 from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
@@ -53,7 +53,8 @@ def build_study(settings: Settings, sections: Sequence[type]) -> tuple[Study, tu
     cells = study_cells(axes)
     launcher = config.study_launcher or own_launcher()
     study = Study(Path(config.study_output), config.study_verb, launcher, settings, tuple(sections), cells)
-    _refuse_without_evaluation(study)
+    if config.study_verb != PERPLEXITY:
+        _refuse_without_evaluation(study)
     return study, axes
 
 

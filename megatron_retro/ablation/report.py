@@ -28,8 +28,10 @@ _COLUMNS = (
     ("seeds", "95% over seeds"),
     ("none", "no neighbours cost"),
     ("random", "random neighbours cost"),
+    ("gate", "chunks that read"),
     ("shortage", "rows short of k"),
     ("parameters", "parameters"),
+    ("operations", "operations"),
     ("seconds", "time per run"),
     ("state", "runs"),
 )
@@ -97,7 +99,7 @@ def _cells(group: Configuration, against: Difference | None, is_baseline: bool) 
     finished = group.finished
     loss = group.loss()
     parameters = finished[0].facts.get("parameters") if finished else None
-    shortage = group.shortage()
+    shortage, rate, operations = group.shortage(), group.gate_rate(), group.operations()
     seconds = [result.outcome.seconds for result in finished if result.outcome is not None]
     compared = against is not None and not is_baseline
     return {
@@ -107,8 +109,10 @@ def _cells(group: Configuration, against: Difference | None, is_baseline: bool) 
         "seeds": _bounds(against.over_seeds) if compared and against is not None else "",
         "none": _interval(group.excess("none")),
         "random": _interval(group.excess("random")),
+        "gate": "" if rate is None else f"{rate:.1%}",
         "shortage": "" if shortage is None else f"{shortage:.2%}",
         "parameters": "" if parameters is None else f"{parameters:,}",
+        "operations": "" if operations is None else f"{operations:.3g}",
         "seconds": readable_seconds(sum(seconds) / len(seconds)) if seconds else "",
         "state": group.state,
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,10 @@ from numpy.typing import NDArray
 
 from megatron_retro.ablation.directories import EVENTS, CellDirectory, Outcome
 from megatron_retro.ablation.grid import Cell
+from megatron_retro.errors import ArtifactError
 from megatron_retro.runtime.events import read_events
+
+PERPLEXITY_RESULT = "perplexity.json"
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,27 @@ class Result:
         found = self.evaluations[-1]["facts"].get("excess", {}).get(variant) if self.evaluations else None
         return None if found is None else (float(found[0]), float(found[1]), float(found[2]))
 
+    @property
+    def shortage(self) -> float | None:
+        """Share of rows with fewer than k neighbours."""
+        own = self.evaluations[-1]["facts"].get("shortage") if self.evaluations else None
+        return own if own is not None or self.outcome is None else self.outcome.shortage
+
+    @property
+    def gate_rate(self) -> float | None:
+        """Mean rate of the layers' gates, of those that decide."""
+        layers = self.evaluations[-1]["facts"].get("layers", ()) if self.evaluations else ()
+        rates = [layer["gate_rate"] for layer in layers if layer["gate_rate"] is not None]
+        return float(np.mean(rates)) if rates else None
+
+    @property
+    def operations(self) -> float | None:
+        """Floating point operations of the whole training."""
+        per_token = self.facts.get("flops_per_token")
+        if per_token is None or "total_samples" not in self.facts:
+            return None
+        return float(per_token) * self.facts["total_samples"] * self.facts["seq_length"]
+
     def samples(self) -> Samples | None:
         """The held-out samples of the last evaluation."""
         found = self.evaluations[-1]["facts"].get("samples")
@@ -84,6 +110,8 @@ class Result:
 
 def read_result(cell: Cell, directory: CellDirectory) -> Result:
     """The run as it stands; steps done twice after a resume count as they were last done."""
+    if (directory.run / PERPLEXITY_RESULT).is_file():
+        return Result(cell, directory.outcome(), evaluations=(_perplexity(directory.run / PERPLEXITY_RESULT),))
     path = directory.run / EVENTS
     if not path.is_file():
         return Result(cell, directory.outcome())
@@ -100,3 +128,18 @@ def read_result(cell: Cell, directory: CellDirectory) -> Result:
     training = sum(seconds.values()) + sum(float(event["seconds"]) for event in evaluations.values())
     ordered = tuple(evaluations[step] for step in sorted(evaluations))
     return Result(cell, directory.outcome(), max(seconds, default=0), training, facts, ordered)
+
+
+def _perplexity(path: Path) -> dict[str, Any]:
+    """What `evaluate perplexity` wrote, in the form of a run's evaluation."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        variants = found["variants"]
+        excess = {name: one["excess"] for name, one in variants.items() if "excess" in one}
+        facts = {"samples": found["samples"], "shortage": found["shortage"], "leakage": found.get("leakage")}
+        facts |= {"losses": {name: one["loss"] for name, one in variants.items()}, "excess": excess}
+        return {"step": 0, "seconds": 0.0, "loss": variants["real"]["loss"][0], "facts": facts}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{path} is no result of evaluate perplexity", got=repr(error), fix="run it again"
+        ) from None

@@ -25,6 +25,7 @@ from megatron_retro.ablation.grid import Cell
 from megatron_retro.ablation.shortage import neighbor_shortage
 from megatron_retro.artifacts.claims import BlockClaims
 from megatron_retro.artifacts.files import write_file
+from megatron_retro.config.ablation import PERPLEXITY
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import Requeue
 from megatron_retro.runtime.console import readable_seconds, say
@@ -55,7 +56,10 @@ class Study:
     def command(self, cell: Cell) -> list[str]:
         """The command of a run."""
         place = self.directory(cell)
-        return [*self.launcher, self.verb, "--config", str(place.settings), "--save", str(place.run)]
+        verb, output = (
+            (["evaluate", PERPLEXITY], "--eval-output") if self.verb == PERPLEXITY else ([self.verb], "--save")
+        )
+        return [*self.launcher, *verb, "--config", str(place.settings), output, str(place.run)]
 
 
 def own_launcher() -> tuple[str, ...]:

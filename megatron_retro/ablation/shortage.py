@@ -13,7 +13,7 @@ from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
 from megatron_retro.data.builders import build_dataset
-from megatron_retro.data.dataset import Source
+from megatron_retro.data.dataset import short_rows
 
 _MOST_SAMPLES = 2000
 
@@ -23,22 +23,13 @@ def neighbor_shortage(settings: Settings, *, most_samples: int = _MOST_SAMPLES) 
 
     None for runs that read no neighbours from tables.
     """
+    if RetroConfig not in settings:  # an evaluation knows its model's and says so itself
+        return None
     data, retro = settings[DataConfig], settings[RetroConfig]
     if not retro.retro_add_retriever or data.data_path is None or data.neighbor_path is None or data.mock_data:
         return None
     dataset = build_dataset(Settings([data, retro, settings[TrainingConfig]]), "train", eod=None)
-    counts = np.array([_short_rows(source, most_samples) for source in dataset.sources])
+    counts = np.array([short_rows(source, most_samples) for source in dataset.sources])
     weights = np.asarray(dataset.blend.weights, np.float64)
     shares = counts[:, 0] / np.maximum(counts[:, 1], 1)
     return float((weights * shares).sum() / weights.sum())
-
-
-def _short_rows(source: Source, most_samples: int) -> tuple[int, int]:
-    """Rows with too few neighbours, and rows looked at."""
-    if source.neighbors is None:
-        return 0, 0
-    samples = source.samples
-    drawn = np.arange(min(samples.num_samples, most_samples), dtype=np.int64)
-    chosen = source.neighbors.select(samples.first_chunks(drawn), samples.chunks_per_sample)
-    short = (chosen < 0).any(-1)
-    return int(short.sum()), int(short.size)

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_retro.cli import finetune, pretrain, retrofit
-from megatron_retro.config.ablation import AblationConfig
+from megatron_retro.cli import evaluate, finetune, pretrain, retrofit
+from megatron_retro.config.ablation import PERPLEXITY, AblationConfig
 from megatron_retro.config.command_line import Positional
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.workers import WorkersConfig
 
 DESCRIPTION = """Run a study: a recipe whose [ablation] table says which fields vary, one run per combination.
 
-Runs are those of pretrain, retrofit or finetune, each in --study-output/cells/NAME and each a process of its own. The
-same command goes on where it stopped; --shard i/N or a SLURM array shares the runs among workers. The table and
-report.html are rewritten after each run; unfinished runs say so."""
+Runs are those of pretrain, retrofit, finetune or evaluate perplexity, each in --study-output/cells/NAME and each a
+process of its own. The same command goes on where it stopped; --shard i/N or a SLURM array shares the runs among
+workers. The table and report.html are rewritten after each run; unfinished runs say so."""
 _OF_VERB: dict[str, tuple[type, ...]] = {
     "pretrain": pretrain.SECTIONS,
     "retrofit": retrofit.SECTIONS,
     "finetune": finetune.SECTIONS,
+    # The workers are those of the study: a run of it is whole.
+    PERPLEXITY: tuple(section for section in evaluate.SECTIONS if section is not WorkersConfig),
 }
-SECTIONS: tuple[type, ...] = (AblationConfig, WorkersConfig, *finetune.SECTIONS)
+SECTIONS: tuple[type, ...] = (
+    AblationConfig,
+    WorkersConfig,
+    *dict.fromkeys((*finetune.SECTIONS, *_OF_VERB[PERPLEXITY])),
+)
 POSITIONAL: Positional | None = None
 
 

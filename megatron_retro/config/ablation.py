@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from megatron_retro.config.fields import option
 
-TRAINING_VERBS = ("pretrain", "retrofit", "finetune")
+PERPLEXITY = "perplexity"
+VERBS = ("pretrain", "retrofit", "finetune", PERPLEXITY)
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,9 @@ class AblationConfig:
 
     study_output: str | None = option(None, "directory of the study: one directory per run, and the report", ours=True)
     study_title: str = option("Ablation", "heading of the report", ours=True)
-    study_verb: str = option("pretrain", "the verb of every run", choices=TRAINING_VERBS, ours=True)
+    study_verb: str = option(
+        "pretrain", "the verb of every run; perplexity = evaluate perplexity", choices=VERBS, ours=True
+    )
     study_grid: tuple[str, ...] = option(
         (), 'fields to vary, each as TOML: "retro_num_neighbors = [0, 2, 4]"; runs are the product', ours=True
     )

@@ -164,6 +164,17 @@ class Dataset:
         return tokens, mask
 
 
+def short_rows(source: Source, most_samples: int) -> tuple[int, int]:
+    """Rows with fewer than k legal neighbours left, and rows looked at, of at most so many samples."""
+    if source.neighbors is None:
+        return 0, 0
+    samples = source.samples
+    drawn = np.arange(min(samples.num_samples, most_samples), dtype=np.int64)
+    chosen = source.neighbors.select(samples.first_chunks(drawn), samples.chunks_per_sample)
+    short = (chosen < 0).any(-1)
+    return int(short.sum()), int(short.size)
+
+
 def _uniform(ids: NDArray[np.int64], seed: int, key: int) -> NDArray[np.float64]:
     """A number in [0, 1) per sample."""
     mixed = mix_array(ids.astype(np.uint64) ^ np.uint64(key_of(seed, key)))
