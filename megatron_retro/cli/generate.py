@@ -73,9 +73,9 @@ def _written(prompt: str, settings: Settings) -> str:
     if not settings[GenerateConfig].chat:
         return prompt
     from megatron_retro.data.instructions.conversations import Turn
-    from megatron_retro.data.instructions.templates import InstructRetroTemplate
+    from megatron_retro.data.instructions.templates import InstructRetroTemplate, prompt_of
 
-    return "".join(segment.text for segment in InstructRetroTemplate().segments([Turn("user", prompt)], ()))
+    return prompt_of([Turn("user", prompt)], InstructRetroTemplate())
 
 
 def _generate(generator: TextGenerator, prompts: Sequence[str], settings: Settings) -> list[Generation]:

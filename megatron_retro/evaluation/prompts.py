@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from megatron_retro.data.instructions.conversations import Passage, Turn
-from megatron_retro.data.instructions.templates import InstructRetroTemplate
+from megatron_retro.data.instructions.templates import InstructRetroTemplate, prompt_of
 from megatron_retro.evaluation.examples import Example
 
 STOP_STRINGS = ("User:", "System:", "Assistant:")
@@ -108,5 +108,5 @@ def cut_passage(passage: Passage, room: int, encode: Encode, decode: Decode) -> 
 
 def _written(example: Example, form: Form, passages: Sequence[Passage]) -> str:
     turns = [Turn(role.lower(), text) for role, text in example.history]
-    segments = InstructRetroTemplate().segments([*turns, Turn("user", asked(example, form))], passages)
-    return "".join(segment.text for segment in segments) + form.opening
+    turns.append(Turn("user", asked(example, form)))
+    return prompt_of(turns, InstructRetroTemplate(), passages) + form.opening

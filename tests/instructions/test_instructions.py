@@ -10,9 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_retro.assembly.batch_tensors import to_tensors
+from megatron_retro.assembly.single_process import neighbors_of
+from megatron_retro.config.retro import RetroConfig
 from megatron_retro.data.instructions.buckets import Buckets
 from megatron_retro.data.instructions.conversations import Conversation, Passage, Turn, read_conversations
 from megatron_retro.data.instructions.dataset import InstructionDataset, open_instructions
@@ -27,6 +31,7 @@ from megatron_retro.data.instructions.templates import (
 )
 from megatron_retro.data.tokenizers import ByteTokenizer
 from megatron_retro.errors import ConfigError, DataError
+from megatron_retro.testing.tiny_models import lively, tiny_model, tiny_retro
 
 TOKENIZER = ByteTokenizer()
 JINJA = (
@@ -73,7 +78,7 @@ def test_loss_mask_equals_the_hand_written_form(every_reply: bool) -> None:
         expected = written_by_hand(conversation, conversation.passages, every_reply)
         assert example.tokens.tolist() == [token for token, _ in expected]
         assert example.learned.tolist() == [learned for _, learned in expected]
-        prompt = prompt_of(conversation, encoder.template, conversation.passages)
+        prompt = prompt_of(conversation.turns[:-1], encoder.template, conversation.passages)
         assert TOKENIZER.encode(prompt) == example.tokens[: example.prompt_length].tolist()
 
 
@@ -317,3 +322,39 @@ def test_lengths_are_eighths_that_divide() -> None:
     buckets = Buckets(4, 8)
     assert {buckets.row_length(longest, 512) for longest in range(1, 513)} == set(range(64, 513, 64))
     assert buckets.row_length(33, 40) == 40 and buckets.row_length(3, 40) == 8
+
+
+@pytest.mark.parametrize("kind", ["gpt", "retro"])
+def test_no_example_sees_another_in_a_packed_row(kind: str) -> None:
+    """Other tokens and other passages of one example change no bit of what the model says to the others."""
+    module = lively(tiny_model(vocab_size=64), tiny_retro() if kind == "retro" else RetroConfig())
+    chunks = {"chunk_length": 4, "num_neighbors": 2, "retrieved_length": 8} if kind == "retro" else {}
+    shape = RowShape(64, 0, **chunks)
+    examples = [example_of(9, 6, (8, 5), 1), example_of(5, 9, (7,), 20), example_of(11, 3, (8, 8), 40)]
+    changed = dataclasses.replace(
+        examples[1], tokens=examples[1].tokens[::-1].copy(), passages=(np.full(3, 9, dtype=np.int32),)
+    )
+
+    def logits(row: list[EncodedExample]) -> tuple[torch.Tensor, np.ndarray]:
+        batch = to_tensors(build_batch([row], [0], shape), torch.device("cpu"))
+        with torch.no_grad():
+            found = module(
+                batch.tokens_BS,
+                neighbors_of(batch),
+                position_ids_BS=batch.position_ids_BS,
+                document_ids_BS=batch.document_ids_BS,
+            )
+        assert batch.document_ids_BS is not None
+        return found[0], batch.document_ids_BS[0].numpy()
+
+    before, documents = logits(examples)
+    after, _ = logits([examples[0], changed, examples[2]])
+    own = documents == 3 + 2
+    others = (documents == 2) | (documents == 6 + 2)
+    assert torch.equal(before[others], after[others])
+    assert not torch.equal(before[own], after[own])
+    if kind == "retro":
+        unread = dataclasses.replace(examples[0], passages=())
+        told, _ = logits([unread, *examples[1:]])
+        assert not torch.equal(told[documents == 2], before[documents == 2]), "its own passages are read"
+        assert torch.equal(told[documents == 5], before[documents == 5])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from megatron_retro.data.instructions.conversations import Conversation, Passage, Turn
+from megatron_retro.data.instructions.conversations import Passage, Turn
 from megatron_retro.errors import DataError
 from megatron_retro.runtime.environment import require
 
@@ -122,6 +122,6 @@ def build_template(name: str) -> Template:
     raise DataError(f"there is no template {name!r}", expected="instruct-retro, or the path of a .jinja file")
 
 
-def prompt_of(conversation: Conversation, template: Template, passages: Sequence[Passage]) -> str:
-    """What stands before the last reply: the prompt of a generation."""
-    return "".join(segment.text for segment in template.segments(conversation.turns, passages)[:-1])
+def prompt_of(turns: Sequence[Turn], template: Template, passages: Sequence[Passage] = ()) -> str:
+    """The written form of what was said so far: the prompt of a generation."""
+    return "".join(segment.text for segment in template.segments(turns, passages))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_retro.data.instructions.conversations import Turn
-from megatron_retro.data.instructions.templates import Template
+from megatron_retro.data.instructions.templates import Template, prompt_of
 from megatron_retro.inference.generation import Generation, GenerationRequest
 from megatron_retro.inference.sampling import Sampling
 from megatron_retro.inference.serving import schema
@@ -81,7 +81,7 @@ class Service:
         if isinstance(body, schema.ChatRequest):
             roles = {"developer": "system"}
             turns = [Turn(roles.get(one.role, one.role), one.text()) for one in body.messages]
-            return [tokens_of("".join(segment.text for segment in self.template.segments(turns, ())))]
+            return [tokens_of(prompt_of(turns, self.template))]
         prompt = body.prompt
         if isinstance(prompt, str):
             return [tokens_of(prompt)]
