@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import time
@@ -24,8 +25,8 @@ class Cluster:
     environment: Mapping[str, str]
 
     def start(self, nodes: int) -> None:
-        """Start the daemons; returns when every node is idle."""
-        self._script("start", str(nodes))
+        """Start the daemons, which end with this process at the latest; returns when every node is idle."""
+        self._script("start", str(nodes), str(os.getpid()))
 
     def stop(self) -> None:
         """End every process of the cluster."""

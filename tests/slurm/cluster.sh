@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A real SLURM on this machine: munged, slurmctld and several slurmd, without systemd and without root.
 #
-#   cluster.sh start DIR [NODES]     start it; everything that it writes is in DIR; export SLURM_CONF=DIR/slurm.conf
+#   cluster.sh start DIR [NODES [OWNER]]  start it; everything that it writes is in DIR; export SLURM_CONF=DIR/slurm.conf;
+#                                    it stops by itself when the process number OWNER is gone
 #   cluster.sh stop DIR              end every process of it
 #   cluster.sh kill-node DIR NAME    kill -9 a slurmd and the steps that it runs, as a power cut would
 #   cluster.sh start-node DIR NAME   start it again
@@ -15,8 +16,9 @@ main() {
   directory="$(cd "$directory" && pwd)"
   export SLURM_CONF="$directory/slurm.conf"
   case "$action" in
-    start) start "$directory" "${1:-2}" ;;
+    start) start "$directory" "${1:-2}" "${2:-}" ;;
     stop) stop "$directory" ;;
+    watch) watch "$directory" "${1:?a process number}" ;;
     kill-node) kill_node "$directory" "${1:?a node}" ;;
     start-node) start_node "$directory" "${1:?a node}" ;;
     *)
@@ -27,8 +29,12 @@ main() {
 }
 
 start() {
-  local directory="$1" nodes="$2" node
+  local directory="$1" nodes="$2" owner="$3" node
   mkdir -p "$directory"/{state,spool,log,munge}
+  if [ -n "$owner" ]; then
+    setsid "$(realpath "$0")" watch "$directory" "$owner" </dev/null >/dev/null 2>&1 &
+    echo $! >"$directory/watcher"
+  fi
   chmod 700 "$directory/munge" # munged refuses a key that others could read
   (umask 077 && dd if=/dev/urandom of="$directory/munge/key" bs=1024 count=1 status=none)
   munged --force --socket "$directory/munge/socket" --key-file "$directory/munge/key" --num-threads 2 \
@@ -122,18 +128,23 @@ wait_until_idle() {
   return 1
 }
 
+# In a process of its own, which outlives a killed test and stops what that one can stop no more.
+watch() {
+  tail --pid="$2" -f /dev/null
+  rm -f "$1/watcher"
+  stop "$1"
+}
+
 # The process numbers of a node: its slurmd, its tasks (known by their environment), and the step daemons above them.
 node_processes() {
   local environment process parent
   cat "$1/spool/$2.pid"
-  for environment in /proc/[0-9]*/environ; do
-    if { tr "\0" "\n" <"$environment"; } 2>/dev/null | grep -cxE "SLURMD_NODENAME=$2|SLURM_CONF=$1/slurm.conf" | grep -qx 2; then
-      process="${environment//[^0-9]/}"
-      parent="$(cut -d ' ' -f 4 "/proc/$process/stat" 2>/dev/null || true)"
-      echo "$process"
-      if grep -qs slurmstepd "/proc/$parent/comm"; then
-        echo "$parent"
-      fi
+  for environment in $(grep -slzx "SLURMD_NODENAME=$2" /proc/[0-9]*/environ | xargs --no-run-if-empty grep -slzx "SLURM_CONF=$1/slurm.conf"); do
+    process="${environment//[^0-9]/}"
+    parent="$(cut -d ' ' -f 4 "/proc/$process/stat" 2>/dev/null || true)"
+    echo "$process"
+    if grep -qs slurmstepd "/proc/$parent/comm"; then
+      echo "$parent"
     fi
   done
 }
@@ -146,6 +157,10 @@ kill_node() {
 
 stop() {
   local directory="$1" pid_file
+  if [ -e "$directory/watcher" ]; then
+    kill -- "-$(cat "$directory/watcher")" 2>/dev/null || true # with the tail that it waits for
+    rm -f "$directory/watcher"
+  fi
   scancel --user "$(id -un)" 2>/dev/null || true
   for pid_file in "$directory"/spool/*.pid; do
     if [ -e "$pid_file" ]; then

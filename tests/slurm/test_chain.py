@@ -11,8 +11,7 @@ import pytest
 from megatron_retro.testing.slurm import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = "corpus index gpt retro evaluate"
-WITH_TUNING = "corpus index gpt retro instruct evaluate"
+STAGES = "corpus index gpt retro instruct evaluate"
 STEPS = 18
 
 
@@ -35,7 +34,7 @@ def write_conversations(directory: Path) -> None:
     (directory / "counting.jsonl").write_text(lines)
 
 
-def submit_chain(cluster: Cluster, room: Path, stages: str) -> dict[str, int]:
+def submit_chain(cluster: Cluster, room: Path) -> dict[str, int]:
     output = cluster.run(
         str(ROOT / "examples/slurm/submit_all.sh"),
         "tiny",
@@ -43,7 +42,7 @@ def submit_chain(cluster: Cluster, room: Path, stages: str) -> dict[str, int]:
         DATA=str(room / "data"),
         RUNS=str(room / "runs"),
         LOGS=str(room / "logs"),
-        STAGES=stages,
+        STAGES=STAGES,
         WORKERS="2",
         HEALTH_CHECK="off",
         OMP_NUM_THREADS="1",
@@ -63,12 +62,10 @@ def starts(room: Path, pattern: str) -> str:
 
 
 @pytest.mark.timeout(600)
-def test_the_chain_survives_preemption_and_a_lost_node(
-    cluster: Cluster, tmp_path: Path, pytestconfig: pytest.Config
-) -> None:
+def test_the_chain_survives_preemption_and_a_lost_node(cluster: Cluster, tmp_path: Path) -> None:
     write_text(tmp_path / "data/text")
     write_conversations(tmp_path / "data/instructions")
-    jobs = submit_chain(cluster, tmp_path, WITH_TUNING if pytestconfig.getoption("--full") else STAGES)
+    jobs = submit_chain(cluster, tmp_path)
 
     cluster.wait_until(lambda: bool(saved_steps(tmp_path, "gpt-tiny")), 300, "the GPT's first checkpoint", jobs["gpt"])
     cluster.run("scontrol", "requeue", str(jobs["gpt"]))
@@ -85,6 +82,8 @@ def test_the_chain_survives_preemption_and_a_lost_node(
         assert re.search(r"resum", words), words
         assert max(saved_steps(tmp_path, run)) == STEPS
 
+    assert cluster.wait(jobs["instruct"], 200)["JobState"] == "COMPLETED", starts(tmp_path, "instruct-tiny-*")
+    assert max(saved_steps(tmp_path, "instruct-tiny")) == 4
     assert cluster.wait(jobs["evaluate"], 120)["JobState"] == "COMPLETED"
     found = json.loads((tmp_path / "runs/evaluate-tiny/perplexity.json").read_text())
     assert found

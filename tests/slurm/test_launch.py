@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 from megatron_retro.testing.slurm import Cluster
@@ -33,6 +34,33 @@ def test_four_ranks_on_two_nodes_meet(cluster: Cluster, tmp_path: Path) -> None:
     assert "4 processes reach each other" in (tmp_path / f"logs/meet-{job}/rank-0.log").read_text()
     assert (tmp_path / f"logs/meet-{job}/rank-3.log").exists()
     assert f"reach meet {job}: finished" in log
+
+
+def test_a_killed_test_leaves_no_daemon_behind(cluster: Cluster, tmp_path: Path) -> None:
+    """A second cluster whose owner is killed with SIGKILL ends by itself; the first one stays."""
+    owner = f"""
+import os, sys
+from pathlib import Path
+from megatron_retro.testing.slurm import Cluster
+Cluster(Path({str(cluster.script)!r}), Path({str(tmp_path)!r}), os.environ).start(1)
+print("up", flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", owner], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(cluster.environment)
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"up\n"
+        assert len(daemons(tmp_path)) == 3
+        process.kill()
+    cluster.wait_until(lambda: not daemons(tmp_path), 30, "the daemons of a killed owner to end")
+    assert len(daemons(cluster.directory)) == 2 + 3
+
+
+def daemons(directory: Path) -> list[str]:
+    """Command lines of the running daemons of a cluster."""
+    lines = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    names = ("munged", "slurmctld", "slurmd")
+    return [line for line in lines if f"{directory}/" in line and Path(line.split()[0]).name in names]
 
 
 def test_an_unfit_node_ends_the_job_before_its_work(cluster: Cluster, tmp_path: Path) -> None:
