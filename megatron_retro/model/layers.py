@@ -48,17 +48,17 @@ class DecoderLayer(nn.Module):
         normed_BSH = self.input_norm(hidden_BSH)
         with self.input_norm.recomputed(normed_BSH, hidden_BSH):
             attended = self.attention(normed_BSH, context.pattern, context.rotary, context.piece, layer_cache)
-        hidden_BSH = hidden_BSH + self._dropped(attended)
+        added = self._dropped(attended)
         retrieval = context.retrieval
         if self.cross_attention is not None and self.cross_norm is not None and retrieval is not None:
-            normed_BSH = self.cross_norm(hidden_BSH)
+            normed_BSH, summed_BSH = self.cross_norm(hidden_BSH, added)
             if read is not None:
                 encoded_neighbors = read(normed_BSH)
             if encoded_neighbors is not None or retrieval.mask_BCE is not None:
                 found = self.cross_attention(normed_BSH, encoded_neighbors, retrieval, context.piece, layer_cache)
-                hidden_BSH = hidden_BSH + self._dropped(found)
-        normed_BSH = self.mlp_norm(hidden_BSH)
-        with self.mlp_norm.recomputed(normed_BSH, hidden_BSH):
+                hidden_BSH, added = summed_BSH, self._dropped(found)
+        normed_BSH, hidden_BSH = self.mlp_norm(hidden_BSH, added)
+        with self.mlp_norm.recomputed_from_sum(normed_BSH, hidden_BSH):
             hidden_BSH = hidden_BSH + self._dropped(self.mlp(normed_BSH))
         return hidden_BSH, encoded_neighbors
 
@@ -86,16 +86,16 @@ class EncoderLayer(nn.Module):
         normed = self.input_norm(hidden_XKRH)
         with self.input_norm.recomputed(normed, hidden_XKRH):
             attended = self.attention(normed.flatten(0, 1), context.pattern, context.rotary)
-        hidden_XKRH = hidden_XKRH + self._dropped(torch.unflatten(attended, 0, shape))
+        added = self._dropped(torch.unflatten(attended, 0, shape))
         if self.cross_attention is not None and self.cross_norm is not None:
-            normed = self.cross_norm(hidden_XKRH)
-            with self.cross_norm.recomputed(normed, hidden_XKRH):
+            normed, hidden_XKRH = self.cross_norm(hidden_XKRH, added)
+            with self.cross_norm.recomputed_from_sum(normed, hidden_XKRH):
                 found = self.cross_attention(
                     normed, chunk_XMH, context.chunk_mask_XM, context.query_rotary, context.chunk_rotary
                 )
-            hidden_XKRH = hidden_XKRH + self._dropped(found)
-        normed = self.mlp_norm(hidden_XKRH)
-        with self.mlp_norm.recomputed(normed, hidden_XKRH):
+            added = self._dropped(found)
+        normed, hidden_XKRH = self.mlp_norm(hidden_XKRH, added)
+        with self.mlp_norm.recomputed_from_sum(normed, hidden_XKRH):
             return hidden_XKRH + self._dropped(self.mlp(normed))
 
     def _dropped(self, hidden: Tensor) -> Tensor:

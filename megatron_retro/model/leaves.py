@@ -14,7 +14,7 @@ from torch.nn import functional
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.ops.linear_cross_entropy import linear_cross_entropy
 from megatron_retro.ops.local_tensors import local
-from megatron_retro.ops.norm import layer_norm, rms_norm
+from megatron_retro.ops.norm import layer_norm, norm_of_sum, residual_norm, rms_norm
 from megatron_retro.ops.recomputation import recomputed
 
 
@@ -61,19 +61,49 @@ class Norm(nn.Module):
         self.epsilon = config.norm_epsilon
         self.weight_plus_one = config.apply_layernorm_1p
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Same shape."""
-        weight = local(self.weight)
-        if self.bias is None:
+    def forward(self, hidden: Tensor, added: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Same shape. With `added`: the norm of their sum, and the sum, in one pass over memory."""
+        weight, bias = self._here()
+        if added is not None:
+            return residual_norm(
+                added,
+                hidden,
+                weight,
+                bias,
+                epsilon=self.epsilon,
+                centered=bias is not None,
+                weight_plus_one=self.weight_plus_one,
+            )
+        if bias is None:
             return rms_norm(hidden, weight, epsilon=self.epsilon, weight_plus_one=self.weight_plus_one)
-        bias = local(self.bias)
         return layer_norm(hidden, weight, bias, epsilon=self.epsilon, weight_plus_one=self.weight_plus_one)
 
     def recomputed(self, normed: Tensor, hidden: Tensor) -> AbstractContextManager[Any]:
         """In this block `normed` is not kept for the backward pass; it follows from `hidden`, which the norm keeps."""
+        return self._recomputed(normed, hidden, lambda: self.forward(hidden.detach()))
+
+    def recomputed_from_sum(self, normed: Tensor, summed: Tensor) -> AbstractContextManager[Any]:
+        """The same for what this norm made of a sum."""
+        return self._recomputed(normed, summed, lambda: self._of_sum(summed.detach()))
+
+    def _recomputed(self, normed: Tensor, hidden: Tensor, compute: Callable[[], Any]) -> AbstractContextManager[Any]:
         if normed.numel() != hidden.numel():  # entered a region of a cut: no longer what the norm gave
             return nullcontext()
-        return recomputed(normed, lambda: self.forward(hidden.detach()))
+        return recomputed(normed, compute)
+
+    def _of_sum(self, summed: Tensor) -> Tensor:
+        weight, bias = self._here()
+        return norm_of_sum(
+            summed,
+            weight,
+            bias,
+            epsilon=self.epsilon,
+            centered=bias is not None,
+            weight_plus_one=self.weight_plus_one,
+        )
+
+    def _here(self) -> tuple[Tensor, Tensor | None]:
+        return local(self.weight), None if self.bias is None else local(self.bias)
 
 
 class Embedding(nn.Module):

@@ -56,9 +56,11 @@ class SelfAttention(nn.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if rotary is not None:
-            query = apply_rotary(query, rotary, interleaved=self.interleaved)
-            key = apply_rotary(key, rotary, interleaved=self.interleaved)
-            value = value.contiguous()  # else it would keep what queries and keys were turned from
+            query, key = (
+                apply_rotary(each, rotary, interleaved=self.interleaved, may_overwrite=True) for each in (query, key)
+            )
+            if value.requires_grad:
+                value = value.contiguous()  # else it would keep what queries and keys were turned from
         return query, key, value
 
     @staticmethod

@@ -15,15 +15,15 @@ _CODES = {SWIGLU: 0, GELU: 1, GEGLU: 1, GELU_TANH: 2, SQUARED_RELU: 3}
 
 def activate(projected: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
     """[..., F] -> [..., F]; gated kinds [..., 2, F] (gate, then up) -> [..., F]. `bias` is added in front."""
-    if uses_native("activation", projected.device.type):
-        gated = kind in GATED
+    gated = kind in GATED
+    if uses_native("gated_activation" if gated else kind, projected.device.type):
         rows = projected.flatten(-2) if gated else projected
         activated: Tensor = torch.ops.megatron_retro.gated_activation(
             rows.contiguous(), None if bias is None else bias.flatten(), _CODES[kind], gated
         )
         return activated
     projected = projected if bias is None else projected + bias
-    if kind in GATED:
+    if gated:
         gate, up = projected.unbind(-2)
         return (functional.silu(gate) if kind == SWIGLU else functional.gelu(gate)) * up
     if kind == SQUARED_RELU:

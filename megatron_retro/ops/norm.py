@@ -1,33 +1,34 @@
 """Normalization over the last dimension: LayerNorm, LayerNorm with its weight stored as 1 + w, RMSNorm.
 
-`residual_norm` adds the residual in front and gives both the normed and the summed hidden state, in one pass.
+`residual_norm` adds the residual in front and gives both the normed and the summed hidden state, in one pass;
+`norm_of_sum` gives what it gave once more, from a sum that is there.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_retro.ops.backends import uses_native
+from megatron_retro.ops.backends import APEX, NATIVE, REFERENCE, TRANSFORMER_ENGINE, backend_of
+from megatron_retro.ops.engines import apex_norm, transformer_engine_norm
+
+# hidden, weight, bias, epsilon, centered, weight_plus_one
+_Form = Callable[[Tensor, Tensor, "Tensor | None", float, bool, bool], Tensor]
 
 
 def layer_norm(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *, epsilon: float, weight_plus_one: bool = False
 ) -> Tensor:
     """LayerNorm."""
-    if uses_native("layer_norm", hidden.device.type):
-        return _native(hidden, None, weight, bias, epsilon, True, weight_plus_one)[0]
-    scale = weight + 1 if weight_plus_one else weight
-    return functional.layer_norm(hidden, hidden.shape[-1:], scale, bias, epsilon)
+    return _form("layer_norm", hidden)(hidden, weight, bias, epsilon, True, weight_plus_one)
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, *, epsilon: float, weight_plus_one: bool = False) -> Tensor:
     """RMSNorm."""
-    if uses_native("rms_norm", hidden.device.type):
-        return _native(hidden, None, weight, None, epsilon, False, weight_plus_one)[0]
-    scale = weight + 1 if weight_plus_one else weight
-    return functional.rms_norm(hidden, hidden.shape[-1:], scale, epsilon)
+    return _form("rms_norm", hidden)(hidden, weight, None, epsilon, False, weight_plus_one)
 
 
 def residual_norm(
@@ -41,16 +42,42 @@ def residual_norm(
     weight_plus_one: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The norm (LayerNorm when centered, RMSNorm otherwise) of hidden + residual, and that sum."""
-    if uses_native("residual_norm", hidden.device.type):
-        return _native(hidden, residual, weight, bias, epsilon, centered, weight_plus_one)
+    form = _form("residual_norm", hidden)
+    if form is _native:
+        return _native_operator(hidden, residual, weight, bias, epsilon, centered, weight_plus_one)
     summed = hidden + residual
+    return form(summed, weight, bias, epsilon, centered, weight_plus_one), summed
+
+
+def norm_of_sum(
+    summed: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    epsilon: float,
+    centered: bool,
+    weight_plus_one: bool = False,
+) -> Tensor:
+    """The first result of `residual_norm`, bit for bit, from the second."""
+    return _form("residual_norm", summed)(summed, weight, bias, epsilon, centered, weight_plus_one)
+
+
+def _reference(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, centered: bool, weight_plus_one: bool
+) -> Tensor:
     scale = weight + 1 if weight_plus_one else weight
     if centered:
-        return functional.layer_norm(summed, summed.shape[-1:], scale, bias, epsilon), summed
-    return functional.rms_norm(summed, summed.shape[-1:], scale, epsilon), summed
+        return functional.layer_norm(hidden, hidden.shape[-1:], scale, bias, epsilon)
+    return functional.rms_norm(hidden, hidden.shape[-1:], scale, epsilon)
 
 
 def _native(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, centered: bool, weight_plus_one: bool
+) -> Tensor:
+    return _native_operator(hidden, None, weight, bias, epsilon, centered, weight_plus_one)[0]
+
+
+def _native_operator(
     hidden: Tensor,
     residual: Tensor | None,
     weight: Tensor,
@@ -69,3 +96,15 @@ def _native(
         1.0 if weight_plus_one else 0.0,
     )
     return normed, summed
+
+
+_FORMS: Mapping[str, _Form] = {
+    REFERENCE: _reference,
+    NATIVE: _native,
+    TRANSFORMER_ENGINE: transformer_engine_norm,
+    APEX: apex_norm,
+}
+
+
+def _form(operator: str, hidden: Tensor) -> _Form:
+    return _FORMS[backend_of(operator, hidden.device.type, hidden.dtype)]

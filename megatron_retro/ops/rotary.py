@@ -55,13 +55,20 @@ def rotary_table(position_ids_BS: Tensor, frequencies: RotaryFrequencies) -> Rot
     return RotaryTable(angles.cos(), angles.sin())
 
 
-def apply_rotary(heads_BSND: Tensor, table: RotaryTable, *, interleaved: bool = False) -> Tensor:
-    """Turn the first dimensions of each head by its position's angles; the rest passes."""
+def apply_rotary(
+    heads_BSND: Tensor, table: RotaryTable, *, interleaved: bool = False, may_overwrite: bool = False
+) -> Tensor:
+    """Turn the first dimensions of each head by its position's angles; the rest passes.
+
+    `may_overwrite` says that nobody else needs `heads`: where no gradient is recorded they are turned where they lie.
+    """
     if uses_native("rotary", heads_BSND.device.type):
         heads_BSND = heads_BSND if heads_BSND.stride(-1) == 1 else heads_BSND.contiguous()
-        turned: Tensor = torch.ops.megatron_retro.rotary(
-            heads_BSND, table.cosine.contiguous(), table.sine.contiguous(), interleaved, False
-        )
+        tables = table.cosine.contiguous(), table.sine.contiguous()
+        if may_overwrite and not (torch.is_grad_enabled() and heads_BSND.requires_grad):
+            torch.ops.megatron_retro.rotary_(heads_BSND, *tables, interleaved, False)
+            return heads_BSND
+        turned: Tensor = torch.ops.megatron_retro.rotary(heads_BSND, *tables, interleaved, False)
         return turned
     rotated = 2 * table.cosine.shape[-1]
     turning, passing = heads_BSND[..., :rotated], heads_BSND[..., rotated:]

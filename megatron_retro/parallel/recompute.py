@@ -29,7 +29,8 @@ _KEPT = (
     "aten::addmm",
     "aten::bmm",
     "aten::_scaled_dot_product",
-    "megatron_retro::",
+    "aten::_scaled_mm",
+    "megatron_retro::chunked_cross_attention",
 )
 
 

@@ -69,8 +69,8 @@ def watched_layers(module: nn.Module) -> Iterator[LayerWatch]:
 
 
 def _hooks(sums: _Sums, layer: nn.Module, cross_attention: nn.Module) -> list[RemovableHandle]:
-    def before_norm(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        sums.residual += _square(inputs[0])
+    def after_norm(module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        sums.residual += _square(output[1])
 
     def after_attention(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         sums.output += _square(output)
@@ -80,7 +80,7 @@ def _hooks(sums: _Sums, layer: nn.Module, cross_attention: nn.Module) -> list[Re
             sums.rate_count += rates.numel()
 
     norm = layer.get_submodule("cross_norm")
-    return [norm.register_forward_pre_hook(before_norm), cross_attention.register_forward_hook(after_attention)]
+    return [norm.register_forward_hook(after_norm), cross_attention.register_forward_hook(after_attention)]
 
 
 def _square(tensor: Any) -> float:
