@@ -21,10 +21,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, TCPStore
+from torch._C._distributed_c10d import HashStore, Store, TCPStore
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_retro.errors import DistributedError, EnvironmentProblem
 from megatron_retro.runtime.launch import Launch
+from megatron_retro.runtime.meeting import fresh_corner
 
 _SIGNS_OF_LOST_PEERS = ("timed out", "timeout", "connection closed", "connection reset", "broken pipe", "aborted")
 
@@ -71,19 +73,26 @@ def _initialize(launch: Launch, device: torch.device, timeout: timedelta) -> Non
         dist.init_process_group(backend, store=HashStore(), **place)
         return
     try:
-        if launch.launcher == "torchrun":  # whose agent may already hold the store
-            dist.init_process_group(backend, init_method="env://", **place)
-            return
-        address, port = launch.master_address, launch.master_port
-        store = TCPStore(address, port, launch.world_size, is_master=launch.rank == 0, timeout=timeout)
-        dist.init_process_group(backend, store=store, **place)
+        dist.init_process_group(backend, store=_store(launch, timeout), **place)
     except (RuntimeError, ValueError) as error:
         raise DistributedError(
             f"rank {launch.rank} of {launch.world_size} on {socket.gethostname()} could not meet the others",
             got=str(error).splitlines()[0],
             expected=f"every rank at {launch.master_address}:{launch.master_port} (told by {launch.launcher})",
-            fix="set MASTER_ADDR and MASTER_PORT to an address that every host reaches",
+            fix="set MASTER_ADDR and MASTER_PORT to an address that every host reaches (torchrun on one host: "
+            "--standalone)",
         ) from error
+
+
+def _store(launch: Launch, timeout: timedelta) -> Store:
+    """The first rank's store; under torchrun that of its agent, which outlives restarts."""
+    if launch.launcher == "torchrun":
+        if launch.master_port == 0:
+            raise ValueError("port 0: the agent's store took a free port and did not tell which")
+        store, rank, world_size = next(rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
+        return fresh_corner(store, rank, world_size, timeout)
+    address, port = launch.master_address, launch.master_port
+    return TCPStore(address, port, launch.world_size, is_master=launch.rank == 0, timeout=timeout)
 
 
 def agree(facts: Mapping[str, object], what: str) -> None:

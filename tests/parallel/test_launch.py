@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from megatron_retro.errors import DistributedError
 from megatron_retro.runtime.launch import Launch, find_launch, first_host
+from megatron_retro.runtime.meeting import fresh_corner
 from megatron_retro.runtime.process_group import agree, choose_device, explain_failure, process_group
 from megatron_retro.testing.processes import run_ranks
 
@@ -146,3 +151,33 @@ def test_other_errors_are_left_alone() -> None:
 
 def test_cpu_is_chosen_where_there_is_no_gpu() -> None:
     assert choose_device(find_launch({}), use_gpu=False).type == "cpu"
+
+
+def test_each_attempt_meets_in_a_corner_of_its_own() -> None:
+    """On one store, as torchrun's agent keeps it; a rank of the first attempt died while it was asking."""
+    store, limit = HashStore(), timedelta(seconds=20)
+    store.set("meeting/asks/2", "asked by a rank that is dead")
+
+    def attempt(number: int) -> set[str]:
+        def meet(rank: int) -> str:
+            time.sleep(0.05 * ((rank + number) % 3))
+            corner = fresh_corner(store, rank, 3, limit)
+            corner.set(f"from {rank}", str(number))
+            return ",".join(bytes(corner.get(f"from {other}")).decode() for other in range(3))
+
+        with ThreadPoolExecutor(3) as pool:
+            return set(pool.map(meet, range(3)))
+
+    assert [attempt(number) for number in (1, 2, 3)] == [{"1,1,1"}, {"2,2,2"}, {"3,3,3"}]
+
+
+def test_a_rank_that_never_comes_is_named() -> None:
+    with pytest.raises(RuntimeError, match=r"timed out waiting for ranks \[1\]"):
+        fresh_corner(HashStore(), 0, 2, timedelta(seconds=0.1))
+
+
+def test_port_0_of_torchrun_is_refused_at_once() -> None:
+    launch = Launch("torchrun", 0, 2, 0, 2, "a", 0)
+    with pytest.raises(DistributedError, match="port 0") as refused, process_group(launch):
+        pass
+    assert "--standalone" in str(refused.value)

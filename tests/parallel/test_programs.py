@@ -58,7 +58,7 @@ def test_quickstart_on_two_ranks(corpus: Path) -> None:
     alone = _losses(corpus, "alone", flags=[])
     assert len(alone) == 4
     for name, flags in LAYOUTS.items():
-        launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
+        launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
         assert _losses(corpus, name, *launcher, flags=flags) == pytest.approx(alone, rel=2e-5), name
 
 
