@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from megatron_retro.ops.vocabulary_blocks import Slopes, gradients, statistics
 from megatron_retro.parallel.collectives import all_gather
-
-TOKENS_AT_ONCE = 1024
 
 
 def partial_embedding(ids: Tensor, rows_LH: Tensor, first_row: int) -> Tensor:
@@ -41,7 +41,8 @@ def parallel_losses(
 ) -> Tensor:
     """[B, S] float32: -log softmax over all ranks' rows; two small collectives for all tokens together.
 
-    `hidden` is entered (its gradient is this rank's part); every rank of the group must call.
+    A label below zero marks a position that does not count. `hidden` is entered (its gradient is this rank's part);
+    every rank of the group must call.
     """
     arguments = (hidden_BSH.flatten(0, -2), rows_LH, labels_BS.flatten(), first_row, group)
     losses: Tensor = _ParallelLosses.apply(*arguments)  # type: ignore[no-untyped-call]
@@ -49,49 +50,27 @@ def parallel_losses(
 
 
 class _ParallelLosses(torch.autograd.Function):
-    """Logits exist for a block of tokens at a time, in the forward and again in the backward."""
+    """Logits exist for a block of the vocabulary at a time, in the forward and again in the backward."""
 
     @staticmethod
     def forward(
         context: Any, hidden_TH: Tensor, rows_LH: Tensor, labels_T: Tensor, first_row: int, group: dist.ProcessGroup
     ) -> Tensor:
-        local_labels, held = _local_labels(labels_T, rows_LH.shape[0], first_row)
-        top = hidden_TH.new_full(labels_T.shape, float("-inf"), dtype=torch.float32)
-        sums = top.new_zeros(2, *labels_T.shape)
-        for block in _blocks(labels_T.numel()):
-            if rows_LH.shape[0]:
-                logits = functional.linear(hidden_TH[block], rows_LH).float()
-                top[block] = logits.amax(-1)
-                sums[0, block] = (logits - top[block, None]).exp_().sum(-1)
-                sums[1, block] = logits.gather(-1, local_labels[block, None])[:, 0] * held[block]
-        whole_top = top.clone()
-        dist.all_reduce(whole_top, dist.ReduceOp.MAX, group=group)
-        sums[0] *= (top - whole_top).exp()
-        dist.all_reduce(sums, group=group)
-        context.save_for_backward(hidden_TH, rows_LH, local_labels, held, whole_top, sums[0])
-        return sums[0].log() + (whole_top - sums[1])
+        own = statistics(hidden_TH, rows_LH, labels_T, first_row)
+        largest_T = own.largest_T.clone()
+        dist.all_reduce(largest_T, dist.ReduceOp.MAX, group=group)
+        sums_2T = torch.stack((own.sum_T * (own.largest_T - largest_T).exp(), own.label_logit_T))
+        dist.all_reduce(sums_2T, group=group)
+        context.first_row = first_row
+        context.save_for_backward(hidden_TH, rows_LH, labels_T, largest_T + sums_2T[0].log())
+        # in this order large logits cancel before the small logarithm is added
+        losses_T = sums_2T[0].log() + (largest_T - sums_2T[1])
+        return losses_T.where(labels_T >= 0, 0.0)
 
     @staticmethod
+    @once_differentiable
     def backward(context: Any, gradient_T: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        hidden_TH, rows_LH, local_labels, held, top, sums = context.saved_tensors
-        hidden_gradient = torch.zeros_like(hidden_TH)
-        rows_gradient = torch.zeros_like(rows_LH, dtype=torch.float32)
-        for block in _blocks(len(local_labels)):
-            if rows_LH.shape[0]:
-                logits = functional.linear(hidden_TH[block], rows_LH).float()
-                slope = (logits - top[block, None]).exp_() / sums[block, None]
-                slope.scatter_add_(-1, local_labels[block, None], -held[block, None].to(slope.dtype))
-                slope = (slope * gradient_T[block, None]).to(rows_LH.dtype)
-                hidden_gradient[block] = slope @ rows_LH
-                rows_gradient += slope.T @ hidden_TH[block]
-        return hidden_gradient, rows_gradient.to(rows_LH.dtype), None, None, None
-
-
-def _local_labels(labels_T: Tensor, num_rows: int, first_row: int) -> tuple[Tensor, Tensor]:
-    local = labels_T - first_row
-    held = (local >= 0) & (local < num_rows)
-    return local.where(held, 0), held
-
-
-def _blocks(num_tokens: int) -> list[slice]:
-    return [slice(start, start + TOKENS_AT_ONCE) for start in range(0, num_tokens, TOKENS_AT_ONCE)]
+        hidden_TH, rows_LH, labels_T, log_normalizer_T = context.saved_tensors
+        scale_T = gradient_T.float().where(labels_T >= 0, 0.0).contiguous()
+        slopes = Slopes(log_normalizer_T, scale_T, scale_T)
+        return *gradients(hidden_TH, rows_LH, labels_T, slopes, context.first_row), None, None, None

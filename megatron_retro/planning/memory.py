@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from megatron_retro.ops.vocabulary_blocks import BLOCK_BYTES
-from megatron_retro.parallel.vocabulary import TOKENS_AT_ONCE
 from megatron_retro.planning.ranks import RankPlan
 from megatron_retro.planning.workload import Layout, Workload
 
@@ -123,7 +122,7 @@ def _loss_bytes(work: Workload, layout: Layout) -> float:
     gradient = rows * work.model.hidden_size * MASTER_BYTES
     if layout.tensor == 1:
         return gradient + max(min(BLOCK_BYTES, positions * rows * MASTER_BYTES), gradient)
-    return gradient + min(TOKENS_AT_ONCE, positions) * rows * MASTER_BYTES * _LOSS_COPIES
+    return gradient + min(BLOCK_BYTES, positions * rows * MASTER_BYTES) * _LOSS_COPIES
 
 
 def _kept_loss_bytes(work: Workload, layout: Layout) -> float:

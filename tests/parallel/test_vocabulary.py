@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from megatron_retro.parallel import vocabulary
+from megatron_retro.ops import vocabulary_blocks
 from megatron_retro.parallel.vocabulary import gathered_logits, parallel_losses, partial_embedding, true_rows
 from megatron_retro.testing.processes import run_ranks
 
@@ -19,18 +19,22 @@ def _inputs(vocab_size: int, padded: int) -> tuple[torch.Tensor, torch.Tensor, t
     hidden = torch.randn(2, 5, HIDDEN, generator=draw) * 3
     table = torch.randn(padded, HIDDEN, generator=draw) * 3
     labels = torch.randint(vocab_size, (2, 5), generator=draw)
+    labels[0, 1] = -1
     weights = torch.rand(2, 5, generator=draw)
     return hidden, table, labels, weights
 
 
 @pytest.mark.parametrize(("vocab_size", "padded", "ranks"), [(9, 12, 2), (12, 12, 4), (3, 12, 4), (7, 8, 2)])
 def test_losses_and_gradients(vocab_size: int, padded: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With (3, 12, 4) three ranks hold padding only; blocks of 4 tokens make several blocks."""
-    monkeypatch.setattr(vocabulary, "TOKENS_AT_ONCE", 4)
+    """With (3, 12, 4) three ranks hold padding only; small blocks make several of them."""
+    monkeypatch.setattr(vocabulary_blocks, "BLOCK_BYTES", 40)
+    monkeypatch.setattr(vocabulary_blocks, "_MINIMUM", 1)
     hidden, table, labels, weights = _inputs(vocab_size, padded)
     hidden.requires_grad_()
     rows = table[:vocab_size].clone().requires_grad_()
-    expected = functional.cross_entropy((hidden @ rows.T).flatten(0, 1), labels.flatten(), reduction="none").view(2, 5)
+    expected = functional.cross_entropy(
+        (hidden @ rows.T).flatten(0, 1), labels.flatten(), ignore_index=-1, reduction="none"
+    ).view(2, 5)
     (expected * weights).sum().backward()
 
     def losses() -> tuple[torch.Tensor, ...]:
