@@ -12,7 +12,14 @@ from torch.distributed.fsdp import FSDPModule
 
 from megatron_retro.assembly.pipeline_runs import PipelineRuns
 from megatron_retro.assembly.single_process import GATE_BUDGET, SingleProcess, charged_budgets, set_gate_budgets
-from megatron_retro.assembly.stage_building import build_stage, compute_dtype, freeze_decoder, is_tuned, tensor_axis
+from megatron_retro.assembly.stage_building import (
+    build_stage,
+    compute_dtype,
+    freeze_decoder,
+    is_tuned,
+    multiply_in_fp8,
+    tensor_axis,
+)
 from megatron_retro.assembly.trainable import StepResult, TensorBatch, Trainable
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.model import ModelConfig
@@ -66,6 +73,7 @@ def one_process(settings: Settings, device: torch.device) -> SingleProcess:
         initialize_added(module, training.seed)
     elif training.freeze_decoder:
         freeze_decoder(module)
+    multiply_in_fp8(module, settings, device)
     recompute_layers(module, settings[ParallelConfig].recompute_granularity)
     return SingleProcess(module, device, compute_dtype(settings[OptimizerConfig]))
 

@@ -17,7 +17,10 @@ from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
+from megatron_retro.model.leaves import Linear
 from megatron_retro.model.retro import Retro
+from megatron_retro.ops.backends import backend_of
+from megatron_retro.ops.fp8_linear import fp8_linear
 from megatron_retro.optim.groups import part_of
 from megatron_retro.parallel.collectives import TensorAxis
 from megatron_retro.parallel.cuts import CUTS, Cut
@@ -29,7 +32,7 @@ from megatron_retro.parallel.randomness import Streams, has_dropout
 from megatron_retro.parallel.recompute import recompute_layers
 from megatron_retro.parallel.stages import Stage
 from megatron_retro.parallel.styles import cut_model, cut_prompt
-from megatron_retro.peft.attach import attach, connect
+from megatron_retro.peft.attach import attach, connect, is_added
 
 
 def compute_dtype(config: OptimizerConfig) -> torch.dtype:
@@ -56,6 +59,7 @@ def tensor_axis(settings: Settings, mesh: ParallelMesh) -> TensorAxis | None:
 def build_stage(settings: Settings, part: StagePart, mesh: ParallelMesh, cuts: Sequence[Cut] = CUTS) -> Stage:
     """One stage with its first values, ready to run."""
     stage = stage_without_memory(settings, part, mesh, cuts)
+    multiply_in_fp8(stage.model, settings, mesh.device)
     if settings[ParallelConfig].pipeline_schedule == "zero-bubble" and part.num_stages > 1:
         stage.put_off = PutOffGradients(after=partial(sum_in_reduce_type, stage))
         stage.put_off.attach(stage.model)
@@ -87,6 +91,16 @@ def stage_without_memory(settings: Settings, part: StagePart, mesh: ParallelMesh
         freeze_decoder(module)
     recompute_layers(module, settings[ParallelConfig].recompute_granularity)
     return Stage(module, part, axis)
+
+
+def multiply_in_fp8(module: Retro, settings: Settings, device: torch.device) -> None:
+    """Let the matrices of all layers be multiplied in FP8, where that is asked for; refused where nothing can."""
+    if settings[OptimizerConfig].fp8_format == "none":
+        return
+    backend_of("fp8_linear", device.type)
+    for name, part in module.named_modules():
+        if isinstance(part, Linear) and "layers." in name and not is_added(name):
+            vars(part)["multiply"] = fp8_linear
 
 
 def is_tuned(settings: Settings) -> bool:

@@ -18,6 +18,7 @@ from megatron_retro.config.instruction_checks import (
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.optimizer import OptimizerConfig
 from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.precision_checks import fp8_fits, fp8_products_are_not_put_off
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.schedule_checks import schedule_violations
 from megatron_retro.config.settings import Settings
@@ -290,4 +291,6 @@ RULES: tuple[Rule, ...] = (
     passages_have_a_reader,
     buckets_are_of_one_size,
     one_thing_is_frozen,
+    fp8_fits,
+    fp8_products_are_not_put_off,
 )

@@ -33,5 +33,8 @@ class OptimizerConfig:
     lr_scale_gate: float = option(1.0, "factor of the gate's rate", minimum=0.0, ours=True)
     bf16: bool = option(False, "compute in bfloat16 over float32 master weights")
     fp16: bool = option(False, "compute in float16 with loss scaling (GPU only)")
+    fp8_format: str = option(
+        "none", "products of layers in FP8: values e4m3, gradients e5m2 (hybrid)", choices=("none", "hybrid")
+    )
     initial_loss_scale: float = option(65536.0, "fp16: first loss scale", minimum=1.0)
     loss_scale_window: int = option(1000, "fp16: good steps until the scale doubles", minimum=1)

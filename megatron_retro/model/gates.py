@@ -40,9 +40,7 @@ class AdaptiveGate(nn.Module):
         self.target_rate = config.retro_gate_target_rate
         self.budget_scale = config.retro_gate_budget_weight
         self.last_rates: Tensor | None = None
-        self.charged: Tensor | float = (
-            0.0  # for the budget, since it was last set to zero
-        )
+        self.charged: Tensor | float = 0.0  # for the budget, since it was last set to zero
 
     def forward(self, states_BCH: Tensor) -> Tensor:
         """[..., C] in (0, 1), one rate per state; in training the budget's gradient is attached."""

@@ -1,4 +1,4 @@
-"""Runs in float16: the scale of the loss finds its place, whatever overflows on any rank, and survives a restart."""
+"""Runs in float16 and FP8: the loss scale finds its place on all ranks and after a restart; FP8 trains or refuses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import torch
 
 from megatron_retro.assembly.model_assembly import ParallelModel
 from megatron_retro.assembly.trainable import StepResult
+from megatron_retro.config.checks import violations
 from megatron_retro.config.settings import Settings
+from megatron_retro.errors import ConfigError, EnvironmentProblem
+from megatron_retro.ops.backends import VARIABLE
 from megatron_retro.ops.local_tensors import local
 from megatron_retro.testing.forked_runs import exit_code_of
 from megatron_retro.testing.processes import run_ranks
@@ -22,6 +25,7 @@ from megatron_retro.training.run_log import read_run_log
 
 WINDOW = 5
 HALF: dict[str, Any] = {"fp16": True, "initial_loss_scale": 2.0**21, "loss_scale_window": WINDOW, "eval_iters": 0}
+LAYOUTS: list[dict[str, Any]] = [{}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}]
 
 
 def scales_and_verdicts(run: Path) -> list[tuple[float, bool]]:
@@ -77,9 +81,7 @@ def overflowing(settings: Settings, rank: int, at: int) -> None:
     pretrain(settings)
 
 
-@pytest.mark.parametrize(
-    "layout", [{}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}], ids=str
-)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_an_overflow_on_one_rank_halves_the_scale_of_all(
     corpus: TinyCorpus, tmp_path: Path, layout: dict[str, Any]
 ) -> None:
@@ -89,3 +91,35 @@ def test_an_overflow_on_one_rank_halves_the_scale_of_all(
     steps = scales_and_verdicts(tmp_path)
     assert [applied for _, applied in steps] == [True, True, False, True, True, True, True, True]
     assert follows_the_rule(steps) and steps[3][0] == 512.0
+
+
+EIGHT: dict[str, Any] = {
+    "bf16": True,
+    "fp8_format": "hybrid",
+    "num_attention_heads": 2,
+    "train_iters": 12,
+    "eval_iters": 0,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_layers_in_fp8_train_as_in_bf16(corpus: TinyCorpus, tmp_path: Path, layout: dict[str, Any]) -> None:
+    """Not the same losses, so it did compute in FP8; close ones, so it learned."""
+    more = {**EIGHT, "global_batch_size": 8}
+    pretrain(corpus.settings(save=str(tmp_path / "bf16"), **{**more, "fp8_format": "none"}))
+    settings = corpus.settings(save=str(tmp_path / "fp8"), **more, **layout)
+    run_ranks(lambda: pretrain(settings), 2, initialize=False, timeout=100)
+    wide, narrow = losses(tmp_path / "bf16"), losses(tmp_path / "fp8")
+    assert narrow != wide and narrow == pytest.approx(wide, rel=0.02)
+
+
+def test_fp8_that_cannot_be_is_refused_with_all_reasons(corpus: TinyCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError) as refused:
+        pretrain(corpus.settings(**{**EIGHT, "hidden_size": 40, "ffn_hidden_size": 100}))
+    told = str(refused.value)
+    assert "--hidden-size = 40" in told and "--ffn-hidden-size = 100" in told and "--retro-encoder" in told
+    cut = corpus.settings(**EIGHT, pipeline_model_parallel_size=2, pipeline_schedule="zero-bubble")
+    assert [found.field for found in violations(cut, 2)] == ["pipeline_schedule"]
+    monkeypatch.setenv(VARIABLE, "fp8_linear=transformer_engine")
+    with pytest.raises(EnvironmentProblem, match=r"transformer_engine is not installed.*not on cpu"):
+        pretrain(corpus.settings(**EIGHT))
