@@ -2,7 +2,7 @@
 # Evaluates the tuned 2.5B Retro on the published sets. DATA: their files; RUNS: where runs live.
 #SBATCH --job-name=evaluate-2.5b
 #SBATCH --nodes=1 --ntasks-per-node=8
-#SBATCH --gpus-per-task=1
+#SBATCH --gpus-per-node=8
 #SBATCH --requeue --open-mode=append --output=%x-%j.log
 #SBATCH --signal=USR1@300
 #SBATCH --mail-type=END,FAIL
@@ -11,16 +11,4 @@ here="$(cd "$(dirname "$0")" && pwd)"
 if [ ! -e "$here/slurm/launch.sh" ]; then # sbatch runs a copy of this file
   here="$SLURM_SUBMIT_DIR/examples"
 fi
-data="${DATA:-data}"
-runs="${RUNS:-runs}"
-tasks=(nq triviaqa newsqa squad2 squad1 quoref narrativeqa drop)
-choices=(
-  --config "$here/evaluate_2.5b.toml"
-  --load "$runs/instruct-2.5b"
-  --eval-output "$runs/evaluate-2.5b"
-  --eval-data
-)
-for task in "${tasks[@]}"; do
-  choices+=("$task=$data/evaluation/$task.json")
-done
-exec "$here/slurm/launch.sh" evaluate "${tasks[@]}" "${choices[@]}" "$@"
+exec "$here/slurm/stage.sh" evaluate 2.5b "$@"

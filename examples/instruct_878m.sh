@@ -11,13 +11,4 @@ here="$(cd "$(dirname "$0")" && pwd)"
 if [ ! -e "$here/slurm/launch.sh" ]; then # sbatch runs a copy of this file
   here="$SLURM_SUBMIT_DIR/examples"
 fi
-data="${DATA:-data}"
-runs="${RUNS:-runs}"
-choices=(
-  --config "$here/instruct_878m.toml"
-  --tokenizer-model "$data/tokenizer.model"
-  --instruction-data "$data"/instructions/*.jsonl
-  --load "$runs/retro-878m"
-  --save "$runs/instruct-878m"
-)
-exec "$here/slurm/launch.sh" finetune "${choices[@]}" "$@"
+exec "$here/slurm/stage.sh" instruct 878m "$@"

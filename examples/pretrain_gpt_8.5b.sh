@@ -11,12 +11,4 @@ here="$(cd "$(dirname "$0")" && pwd)"
 if [ ! -e "$here/slurm/launch.sh" ]; then # sbatch runs a copy of this file
   here="$SLURM_SUBMIT_DIR/examples"
 fi
-data="${DATA:-data}"
-runs="${RUNS:-runs}"
-choices=(
-  --config "$here/pretrain_gpt_8.5b.toml"
-  --tokenizer-model "$data/tokenizer.model"
-  --data-path "$data/tokens/corpus_text_document"
-  --save "$runs/gpt-8.5b"
-)
-exec "$here/slurm/launch.sh" pretrain "${choices[@]}" "$@"
+exec "$here/slurm/stage.sh" pretrain_gpt 8.5b "$@"

@@ -11,15 +11,4 @@ here="$(cd "$(dirname "$0")" && pwd)"
 if [ ! -e "$here/slurm/launch.sh" ]; then # sbatch runs a copy of this file
   here="$SLURM_SUBMIT_DIR/examples"
 fi
-data="${DATA:-data}"
-runs="${RUNS:-runs}"
-choices=(
-  --config "$here/retrofit_2.5b.toml"
-  --tokenizer-model "$data/tokenizer.model"
-  --data-path "$data/tokens/corpus_text_document"
-  --database-path "$data/retro/database"
-  --neighbor-path "$data/retro/neighbors/corpus"
-  --load "$runs/gpt-2.25b"
-  --save "$runs/retro-2.5b"
-)
-exec "$here/slurm/launch.sh" retrofit "${choices[@]}" "$@"
+exec "$here/slurm/stage.sh" retrofit 2.5b from 2.25b "$@"

@@ -11,15 +11,4 @@ here="$(cd "$(dirname "$0")" && pwd)"
 if [ ! -e "$here/slurm/launch.sh" ]; then # sbatch runs a copy of this file
   here="$SLURM_SUBMIT_DIR/examples"
 fi
-data="${DATA:-data}"
-runs="${RUNS:-runs}"
-choices=(
-  --config "$here/retrofit_9.5b.toml"
-  --tokenizer-model "$data/tokenizer.model"
-  --data-path "$data/tokens/corpus_text_document"
-  --database-path "$data/retro/database"
-  --neighbor-path "$data/retro/neighbors/corpus"
-  --load "$runs/gpt-8.5b"
-  --save "$runs/retro-9.5b"
-)
-exec "$here/slurm/launch.sh" retrofit "${choices[@]}" "$@"
+exec "$here/slurm/stage.sh" retrofit 9.5b from 8.5b "$@"

@@ -1,8 +1,11 @@
-"""What answering takes: each worker holds the whole model and the caches of its batch of prompts."""
+"""What answering takes: each replica holds the model, whole or cut, and the caches of its batch of prompts."""
 
 from __future__ import annotations
 
+import math
+
 from megatron_retro.config.evaluation import EvaluationConfig
+from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.planning import PlanningConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import ConfigError
@@ -23,13 +26,25 @@ def cache_bytes(work: Workload) -> float:
 def inference_report(settings: Settings) -> str:
     """Sizes of an evaluation as text."""
     planning, evaluation, work = settings[PlanningConfig], settings[EvaluationConfig], workload_of(settings)
-    machine = machine_of(planning)
-    weights = work.costs.parameters * work.value_bytes
-    cache = cache_bytes(work) * evaluation.eval_batch_size
+    machine, parallel = machine_of(planning), settings[ParallelConfig]
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    replicas, left = divmod(planning.world_size(), tensor * stages)
+    if left or not replicas:
+        raise ConfigError(
+            "the accelerators are no whole replicas",
+            got=f"{planning.world_size()} of them",
+            expected=f"a multiple of tensor {tensor} x pipeline {stages}",
+            fix="change --plan-nodes, or the parallel sizes",
+        )
+    # stages are whole layers: the largest has this share of them
+    share = math.ceil(work.model.num_layers / stages) / work.model.num_layers / tensor
+    weights = work.costs.parameters * work.value_bytes * share
+    cache = cache_bytes(work) * evaluation.eval_batch_size * share
     usable = machine.memory_bytes * (1 - planning.plan_memory_margin)
+    cut = "" if tensor * stages == 1 else f" of {tensor * stages} each (tensor {tensor} x pipeline {stages})"
     lines = [
-        f"evaluate on {planning.world_size()} {machine.name}, each with the whole model",
-        f"  weights      {readable_bytes(weights)}, {readable_count(work.costs.parameters)} parameters",
+        f"evaluate on {planning.world_size()} {machine.name}: {replicas} replicas{cut}, which share the questions",
+        f"  weights      {readable_bytes(weights)} each, {readable_count(work.costs.parameters)} parameters in all",
         f"  caches       {readable_bytes(cache)} for {evaluation.eval_batch_size} prompts of {work.seq_length} tokens",
     ]
     if weights + cache > usable:
@@ -37,6 +52,6 @@ def inference_report(settings: Settings) -> str:
             "\n".join([*lines, "", "this does not fit"]),
             got=readable_bytes(weights + cache),
             expected=f"at most {readable_bytes(usable)}",
-            fix="take an accelerator with more memory, or lower --eval-batch-size",
+            fix="raise --tensor-model-parallel-size, take an accelerator with more memory, or lower --eval-batch-size",
         )
     return "\n".join([*lines, "", f"fits: {readable_bytes(weights + cache)} of {readable_bytes(usable)}"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,9 @@ import pytest
 from megatron_retro.config.sections import ALL_SECTIONS
 from megatron_retro.config.settings import Settings, build_settings
 from megatron_retro.config.toml_files import PRESETS, parse_toml, read_recipe
+from megatron_retro.errors import ConfigError
 from megatron_retro.planning.faults import structural_faults
+from megatron_retro.planning.inference import inference_report
 from megatron_retro.planning.workload import workload_of
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -87,6 +92,46 @@ def test_scripts_hold_choices_and_name_no_launcher(path: Path) -> None:
     assert "set -euo pipefail" in text
     for name in re.findall(r"\$here/([\w.]+\.toml)", text):
         assert (EXAMPLES / name).is_file()
+    for stage, size in re.findall(r"/stage\.sh (\w+) (\S+)", text):
+        assert path.stem == f"{stage}_{size}" and (EXAMPLES / f"{stage}_{size}.toml").is_file()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_each_stage_reads_what_the_one_before_it_writes(size: str, tmp_path: Path) -> None:
+    """The words of the recipes, as a launcher that starts nothing hears them."""
+    (tmp_path / "slurm").mkdir()
+    for path in (*EXAMPLES.glob("*.sh"), EXAMPLES / "slurm/stage.sh"):
+        shutil.copy(path, tmp_path / path.relative_to(EXAMPLES))
+    launcher = tmp_path / "slurm/launch.sh"
+    launcher.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    launcher.chmod(0o755)
+
+    @functools.cache
+    def words(name: str) -> list[str]:
+        command = ["bash", str(tmp_path / f"{name}.sh"), "--seed", "7"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        assert found[-2:] == ["--seed", "7"], "overrides come last"
+        return found
+
+    def value(name: str, flag: str) -> str:
+        found = words(name)
+        return found[found.index(flag) + 1]
+
+    chain = [f"pretrain_gpt_{SIZES[size]}", f"retrofit_{size}", f"instruct_{size}", f"evaluate_{size}"]
+    assert [words(name)[0] for name in chain] == ["pretrain", "retrofit", "finetune", "evaluate"]
+    for before, after in itertools.pairwise(chain):
+        assert value(after, "--load") == value(before, "--save")
+    assert "nq=data/evaluation/nq.json" in words(chain[-1])
+    assert value(chain[1], "--neighbor-path") == "data/retro/neighbors/corpus"
+
+
+def test_the_evaluation_of_the_largest_is_cut_until_it_fits() -> None:
+    assert "4 replicas of 2 each" in inference_report(settings(EXAMPLES / "evaluate_48b.toml"))
+    whole = settings(EXAMPLES / "evaluate_48b.toml").replace(tensor_model_parallel_size=1)
+    with pytest.raises(ConfigError, match="does not fit"):
+        inference_report(whole)
+    with pytest.raises(ConfigError, match="no whole replicas"):
+        inference_report(settings(EXAMPLES / "evaluate_48b.toml").replace(tensor_model_parallel_size=16))
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
