@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ class EventLog:
         self._stream = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_cut_line(path)
             self._stream = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, event: str, **facts: Any) -> None:
@@ -40,6 +42,17 @@ def read_events(path: Path, event: str | None = None) -> Iterator[dict[str, Any]
             record = json.loads(line)
             if event is None or record["event"] == event:
                 yield record
+
+
+def _drop_cut_line(path: Path) -> None:
+    """Remove what a kill left of a last line, before the next event would be joined to it."""
+    if not path.exists():
+        return
+    with path.open("rb+") as stream:
+        end = stream.seek(0, os.SEEK_END)
+        while end and (stream.seek(end - 1), stream.read(1))[1] != b"\n":
+            end -= 1
+        stream.truncate(end)
 
 
 def _finite(value: Any) -> Any:

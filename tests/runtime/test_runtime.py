@@ -87,6 +87,10 @@ def test_events_survive_a_cut_last_line(tmp_path: Path) -> None:
     assert [event["step"] for event in read_events(path)] == [1, 2]
     assert [event["loss"] for event in read_events(path, "step")] == ["nan"]
     json.loads(path.read_text().splitlines()[0])
+    again = EventLog(path)  # the run goes on
+    again.write("step", loss=1.0, step=3)
+    again.close()
+    assert [event["step"] for event in read_events(path)] == [1, 2, 3]
 
 
 def test_an_absent_package_is_named_with_its_extra() -> None:

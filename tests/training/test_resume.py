@@ -40,18 +40,19 @@ def test_stopped_halfway_and_started_again(corpus: TinyCorpus, tmp_path: Path, d
 
 
 def test_killed_at_random_moments(corpus: TinyCorpus, tmp_path: Path, count: Count) -> None:
-    more = {"train_iters": 40, "save_interval": 2, "async_save": True, "eval_interval": 10, "hidden_dropout": 0.1}
+    more = {"save_interval": 2, "async_save": True, "eval_interval": count(10, 200), "hidden_dropout": 0.1}
+    more |= {"train_iters": count(40, 2000), "global_batch_size": count(4, 2)}  # long enough for all kills
     run(corpus.settings(save=str(tmp_path / "whole"), **more))
     settings = corpus.settings(save=str(tmp_path / "killed"), **more)
     hits = kill_until_done(lambda: pretrain(settings), count(8, 100), longest_seconds=1.5, seed=3)
-    assert hits >= 1, "no kill met the run alive"
+    assert hits >= count(1, 95), "no kill, or not all of them, met the run alive"
     assert differences(tmp_path / "whole", tmp_path / "killed") == []
     assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
 
 
 def test_four_ranks_of_which_one_is_killed(corpus: TinyCorpus, tmp_path: Path, count: Count) -> None:
     more = {
-        "train_iters": 12,
+        "train_iters": count(12, 1000),
         "save_interval": 2,
         "global_batch_size": 8,
         "eval_iters": 0,
@@ -59,12 +60,12 @@ def test_four_ranks_of_which_one_is_killed(corpus: TinyCorpus, tmp_path: Path, c
         "data_parallel_sharding": "optimizer",
     }
     whole = corpus.settings(save=str(tmp_path / "whole"), **more)
-    run_ranks(lambda: pretrain(whole), 4, initialize=False, timeout=200)
+    run_ranks(lambda: pretrain(whole), 4, initialize=False, timeout=800)
     settings = corpus.settings(save=str(tmp_path / "killed"), **more)
     draw = random.Random(11)
     hits = 0
     for _ in range(count(1, 100)):
-        victim, moment = str(draw.randrange(4)), draw.uniform(0.5, 4.0)
+        victim, moment = str(draw.randrange(4)), draw.uniform(0.5, 3.0)
 
         def doomed(victim: str = victim, moment: float = moment) -> None:
             if os.environ["RANK"] == victim:
@@ -77,7 +78,8 @@ def test_four_ranks_of_which_one_is_killed(corpus: TinyCorpus, tmp_path: Path, c
             break
         except RankFailure:
             hits += 1
-    run_ranks(lambda: pretrain(settings), 4, initialize=False, timeout=200)
+    assert hits >= count(0, 95), "not all kills met the run alive"
+    run_ranks(lambda: pretrain(settings), 4, initialize=False, timeout=800)
     assert differences(tmp_path / "whole", tmp_path / "killed") == []
 
 
