@@ -58,6 +58,10 @@ class ModelConfig:
             return max(64, int(self.hidden_size * 8 / 3 / 64) * 64)
         return 4 * self.hidden_size
 
+    def learned_positions(self) -> int | None:
+        """How long a text can be; None where positions do not end."""
+        return self.max_position_embeddings if self.position_embedding_type == "learned_absolute" else None
+
     def head_size(self) -> int:
         """Width of one head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads

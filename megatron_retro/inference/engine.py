@@ -229,6 +229,16 @@ def check_request(request: GenerationRequest, limits: EngineLimits, forward: For
             expected=f"at most {limits.max_sequence_length} together",
             fix="shorten the prompt, ask for fewer tokens, or raise --max-sequence-length",
         )
+    room = forward.learned_positions
+    if room is not None and total + len(forward.virtual_tokens) > room:
+        raise DataError(
+            "prompt and answer are longer than the model's learned positions",
+            got=f"{len(forward.virtual_tokens)} virtual + {total} tokens"
+            if forward.virtual_tokens
+            else f"{total} tokens",
+            expected=f"at most {room} together",
+            fix="shorten the prompt or ask for fewer tokens",
+        )
     highest = max(request.prompt)
     if highest >= forward.vocab_size or min(request.prompt) < 0:
         raise DataError(

@@ -24,6 +24,7 @@ class Forward(Protocol):
     reads_neighbors: bool
     neighbor_shape: tuple[int, int]
     virtual_tokens: tuple[int, ...]
+    learned_positions: int | None
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """Room for sequences."""
@@ -46,6 +47,7 @@ class LocalForward:
         self.reads_neighbors = model.retro.reads_neighbors()
         self.neighbor_shape = (max(1, model.retro.retro_num_neighbors), model.retro.retrieved_length())
         self.virtual_tokens = virtual_tokens_of(model.embedding)
+        self.learned_positions = model.model.learned_positions()
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """Room for sequences."""

@@ -38,6 +38,7 @@ class StagedForward:
         self.reads_neighbors = retro.reads_neighbors()
         self.neighbor_shape = (max(1, retro.retro_num_neighbors), retro.retrieved_length())
         self.virtual_tokens = configured_virtual_tokens(settings[PeftConfig])
+        self.learned_positions = model.learned_positions()
         self._hidden_size, self._encoder_size = model.hidden_size, retro.encoder_model(model).hidden_size
         self._dtype = next(parameter.dtype for parameter in stage.parameters())
         self._group = mesh.group(PIPELINE)

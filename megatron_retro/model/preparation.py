@@ -49,6 +49,7 @@ class Preparation:
             position_ids_BS = torch.arange(length, device=device)[None]
             if padding_mask_BS is not None:
                 position_ids_BS = (padding_mask_BS.long().cumsum(1) - 1).clamp(min=0)
+        self._require_learned(position_ids_BS, length)
         return SequenceContext(
             sequence_pattern(self.config, document_ids_BS, padding_mask_BS),
             None if self.frequencies is None else rotary_table(position_ids_BS, self.frequencies),
@@ -56,6 +57,20 @@ class Preparation:
             self._retrieval(length, device, neighbors, padding_mask_BS),
             None,
         )
+
+    def _require_learned(self, position_ids_BS: Tensor, longest: int) -> None:
+        """A table of learned positions ends; padding may let a longer row fit, so then the positions are looked at."""
+        room = self.config.learned_positions()
+        if room is None or longest <= room or not position_ids_BS.numel():
+            return
+        highest = int(position_ids_BS.max())
+        if highest >= room:
+            raise DataError(
+                "a text is longer than the model's learned positions",
+                got=f"a token at position {highest}, counted from 0",
+                expected=f"at most {room} tokens (max_position_embeddings)",
+                fix="shorten the text or what is to be generated, or use a model with rotary positions",
+            )
 
     def chunks(self, states_BSX: Tensor, num_chunks: int) -> Tensor:
         """[B, C, M, ...] the tokens of each chunk; a short first chunk is filled up with zeros at its end."""
@@ -140,6 +155,7 @@ class Preparation:
             position_ids_BS = (
                 slots_BS if real_BT is None else (real_BT.long().cumsum(1) - 1).clamp(min=0).gather(1, slots_BS)
             )
+        self._require_learned(position_ids_BS, piece.longest)
         return SequenceContext(
             self._piece_pattern(piece, real_BT, slots_BS),
             None if self.frequencies is None else rotary_table(position_ids_BS, self.frequencies),

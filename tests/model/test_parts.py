@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_retro.errors import ConfigError
+from megatron_retro.config.retro import RetroConfig
+from megatron_retro.errors import ConfigError, DataError
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.retro import Retro
@@ -143,3 +144,17 @@ def test_what_cannot_be_built_is_named(model: dict[str, Any], retro: dict[str, A
 def test_neighbors_need_a_mask_of_their_shape() -> None:
     with pytest.raises(ValueError, match="bool mask"):
         Neighbors(torch.zeros(1, 2, 2, 4), torch.ones(1, 2, 2, 4))
+
+
+def test_a_text_beyond_the_learned_positions_is_named() -> None:
+    """Whole or in pieces; padding takes no position, so a longer row whose text fits is served."""
+    model = lively(tiny_model(position_embedding_type="learned_absolute", max_position_embeddings=8), RetroConfig())
+    tokens = torch.arange(1, 10)[None]
+    with pytest.raises(DataError, match="learned positions"):
+        model(tokens)
+    cache = model.new_cache(1, 16)
+    model(tokens[:, :6], cache=cache)
+    with pytest.raises(DataError, match="position 8"):
+        model(tokens[:, 6:], cache=cache)
+    real = torch.arange(9)[None] > 1
+    assert torch.isfinite(model(tokens, padding_mask_BS=real)).all()
