@@ -24,6 +24,7 @@ class Accelerator:
     node_gb_per_s: float
     network_gb_per_s: float
     watts: float
+    sustained: float
 
     @property
     def memory_bytes(self) -> float:

@@ -151,8 +151,7 @@ def _balance_lines(plan: Plan) -> Iterator[str]:
 
 
 def _time_table(plan: Plan) -> str:
-    parts = [(name, getattr(plan.time, name)) for name in ("compute", "memory", "tensor", "pipeline", "bubble", "data")]
-    parts.append(("optimizer", plan.time.optimizer))
+    parts = vars(plan.time).items()
     rows = [(name, f"{seconds:.3f}", f"{seconds / plan.time.total:.1%}") for name, seconds in parts]
     return render_table(("step", "seconds", "share"), [*rows, ("all", f"{plan.time.total:.3f}", "")])
 

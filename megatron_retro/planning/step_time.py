@@ -17,7 +17,7 @@ _WIDTHS, _FEED_FORWARDS = 44.0, 9.0
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step, on the slowest rank."""
+    """Seconds of one step, on the slowest rank. `unplanned` is what whole runs lose to all that has no rate."""
 
     compute: float
     memory: float
@@ -26,11 +26,12 @@ class StepTime:
     bubble: float
     data: float
     optimizer: float
+    unplanned: float
 
     @property
     def total(self) -> float:
         """The whole step."""
-        return sum((self.compute, self.memory, self.tensor, self.pipeline, self.bubble, self.data, self.optimizer))
+        return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -77,15 +78,16 @@ def step_time(plans: Sequence[RankPlan], work: Workload, layout: Layout, machine
     busy = compute + memory + tensor
     data = traffic.data / (_data_rate(layout, machine))
     hidden = busy * (1.0 if layout.sharding in ("gradients", "full") else 1 / microbatches) * 2 / 3
-    return StepTime(
-        compute=compute,
-        memory=memory,
-        tensor=tensor,
-        pipeline=pipeline * 0.5,  # sends overlap with the next microbatch, receives do not
-        bubble=busy * bubble_share(layout, microbatches),
-        data=max(data * 0.1, data - hidden),
-        optimizer=_optimizer_seconds(slowest, layout, machine),
-    )
+    planned = {
+        "compute": compute,
+        "memory": memory,
+        "tensor": tensor,
+        "pipeline": pipeline * 0.5,  # sends overlap with the next microbatch, receives do not
+        "bubble": busy * bubble_share(layout, microbatches),
+        "data": max(data * 0.1, data - hidden),
+        "optimizer": _optimizer_seconds(slowest, layout, machine),
+    }
+    return StepTime(**planned, unplanned=sum(planned.values()) * (1 / machine.sustained - 1))
 
 
 def _microbatch_seconds(plan: RankPlan, work: Workload, layout: Layout, machine: Accelerator) -> float:

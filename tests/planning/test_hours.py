@@ -1,0 +1,35 @@
+"""Planned against published GPU hours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_retro.config.sections import ALL_SECTIONS
+from megatron_retro.config.settings import build_settings
+from megatron_retro.config.toml_files import read_recipe
+from megatron_retro.planning.hardware import accelerator
+from megatron_retro.planning.plan import make_plan
+from megatron_retro.planning.workload import Layout, workload_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("size", "retriever", "hours", "layout"),
+    [
+        ("2.5b", False, 3226, Layout(64, micro_batch=4, sharding="optimizer")),
+        ("2.5b", True, 4096, Layout(64, micro_batch=4, sharding="optimizer")),
+        ("9.5b", True, 17325, Layout(128, tensor=2, sequence_parallel=True, micro_batch=4, sharding="full")),
+    ],
+)
+def test_planned_gpu_hours_are_near_the_published_ones(
+    size: str, retriever: bool, hours: float, layout: Layout
+) -> None:
+    """100B tokens on A100s, in the fastest layout that fits."""
+    recipe = ROOT / f"examples/retrofit_{size}.toml"
+    settings = build_settings(ALL_SECTIONS, read_recipe(recipe, ALL_SECTIONS, ALL_SECTIONS), {})
+    work = workload_of(settings.replace(retro_add_retriever=retriever))
+    plan = make_plan(work, layout, accelerator("A100"), prove=False)
+    assert plan.gpu_hours == pytest.approx(hours, rel=0.2)
