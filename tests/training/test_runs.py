@@ -20,6 +20,7 @@ from megatron_retro.model.gates import AdaptiveGate
 from megatron_retro.runtime.launch import find_launch
 from megatron_retro.runtime.process_group import process_group
 from megatron_retro.runtime.signals import StopRequests
+from megatron_retro.testing.browser import Browser, missing_browser
 from megatron_retro.testing.layouts import random_batches, tiny_settings
 from megatron_retro.testing.processes import run_ranks
 from megatron_retro.testing.run_results import differences, losses, stored_tensors
@@ -233,6 +234,32 @@ def test_the_report_is_one_page_with_everything(corpus: TinyCorpus, tmp_path: Pa
     assert f"{losses(tmp_path / 'run')[-1]:.4g}" in page.text
     with pytest.raises(ArtifactError, match="is no run"):
         write_report(tmp_path)
+
+
+@pytest.mark.skipif(missing_browser() is not None, reason=str(missing_browser()))
+def test_a_browser_shows_the_report_without_asking_for_anything(corpus: TinyCorpus, tmp_path: Path) -> None:
+    """Curves have a size and lie in their plots, text does not overflow, nothing fails and nothing is fetched."""
+    short_run(corpus, tmp_path / "run", eval_iters=1, eval_interval=2, retro_gate_type="adaptive")
+    page = write_report(tmp_path / "run")
+    with Browser() as browser:
+        browser.open(page.as_uri())
+        plots = browser.run(
+            "return [...document.querySelectorAll('svg')].map(plot => {"
+            " const outer = plot.getBoundingClientRect();"
+            " const shapes = [...plot.querySelectorAll('path, polyline, circle, rect')];"
+            " const lines = shapes.map(shape => shape.getBoundingClientRect());"
+            " return {width: outer.width, height: outer.height, shapes: lines.length,"
+            "  inside: lines.every(x => x.left >= outer.left - 2 && x.right <= outer.right + 2"
+            "   && x.top >= outer.top - 2 && x.bottom <= outer.bottom + 2)}; })"
+        )
+        wide = browser.run("return document.documentElement.scrollWidth <= window.innerWidth + 1")
+        fetched = browser.run("return performance.getEntriesByType('resource').map(entry => entry.name)")
+        headings = browser.run("return [...document.querySelectorAll('h1, h2')].map(x => x.innerText)")
+        errors = [entry for entry in browser.log() if entry.get("level") == "SEVERE"]
+    assert len(plots) >= 8 and all(plot["width"] > 100 and plot["height"] > 50 for plot in plots)
+    assert all(plot["shapes"] and plot["inside"] for plot in plots)
+    assert wide and fetched == [] and errors == []
+    assert {"Retrieval health", "Configuration"} <= set(headings)
 
 
 def test_a_log_that_repeats_steps_counts_each_once(corpus: TinyCorpus, tmp_path: Path) -> None:
