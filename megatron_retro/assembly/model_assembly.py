@@ -15,7 +15,7 @@ from megatron_retro.assembly.single_process import GATE_BUDGET, SingleProcess, c
 from megatron_retro.assembly.stage_building import (
     build_stage,
     compute_dtype,
-    freeze_decoder,
+    freeze,
     is_tuned,
     multiply_in_fp8,
     tensor_axis,
@@ -71,8 +71,7 @@ def one_process(settings: Settings, device: torch.device) -> SingleProcess:
         attach(module, settings[PeftConfig])
         connect(module)
         initialize_added(module, training.seed)
-    elif training.freeze_decoder:
-        freeze_decoder(module)
+    freeze(module, settings)
     multiply_in_fp8(module, settings, device)
     recompute_layers(module, settings[ParallelConfig].recompute_granularity)
     return SingleProcess(module, device, compute_dtype(settings[OptimizerConfig]))

@@ -13,6 +13,7 @@ from itertools import groupby
 
 import torch
 
+from megatron_retro.assembly.stage_building import trains
 from megatron_retro.checkpoint.live_state import MODEL
 from megatron_retro.checkpoint.loading import Checkpoint
 from megatron_retro.config.data import TokenizerConfig
@@ -20,7 +21,6 @@ from megatron_retro.config.fields import field_specs
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings, section_name
-from megatron_retro.config.training import TrainingConfig
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.model.retro import Retro
 from megatron_retro.optim.groups import part_of
@@ -69,12 +69,11 @@ def retrofit_plan(settings: Settings, checkpoint: Checkpoint) -> list[PlanRow]:
     """Where each parameter of the new model comes from, and whether it will change."""
     with torch.device("meta"):
         model = Retro(settings[ModelConfig], settings[RetroConfig])
-    frozen = settings[TrainingConfig].freeze_decoder
     rows = []
     for name, parameter in model.named_parameters():
         from_gpt = MODEL + name in checkpoint.index.sizes
-        trains = not (frozen and part_of(name) == "decoder")
-        rows.append(PlanRow(name, tuple(parameter.shape), "checkpoint" if from_gpt else "fresh", trains))
+        source = "checkpoint" if from_gpt else "fresh"
+        rows.append(PlanRow(name, tuple(parameter.shape), source, trains(name, settings)))
     lost = [row.parameter for row in rows if row.source == "fresh" and part_of(row.parameter) == "decoder"]
     if lost:
         raise ArtifactError(

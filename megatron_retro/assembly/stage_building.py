@@ -87,8 +87,7 @@ def stage_without_memory(settings: Settings, part: StagePart, mesh: ParallelMesh
         connect(module)
         if axis is not None:
             cut_prompt(module, axis)
-    elif settings[TrainingConfig].freeze_decoder:
-        freeze_decoder(module)
+    freeze(module, settings)
     recompute_layers(module, settings[ParallelConfig].recompute_granularity)
     return Stage(module, part, axis)
 
@@ -115,15 +114,21 @@ def model_without_memory(settings: Settings) -> Retro:
     if is_tuned(settings):
         attach(module, settings[PeftConfig])
         connect(module)
-    elif settings[TrainingConfig].freeze_decoder:
-        freeze_decoder(module)
+    freeze(module, settings)
     return module
 
 
-def freeze_decoder(module: nn.Module) -> None:
-    """Train only what retro-fitting added."""
+def trains(name: str, settings: Settings) -> bool:
+    """Whether a run changes a parameter: what is tuned beside a model, what retro-fitting added, or everything."""
+    if is_tuned(settings):
+        return is_added(name)
+    return not (settings[TrainingConfig].freeze_decoder and part_of(name) == "decoder")
+
+
+def freeze(module: nn.Module, settings: Settings) -> None:
+    """Leave gradients to what trains."""
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(part_of(name) != "decoder")
+        parameter.requires_grad_(trains(name, settings))
 
 
 def needs_units(settings: Settings, mesh: ParallelMesh) -> bool:

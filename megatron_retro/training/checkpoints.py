@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_retro.assembly.run_parts import MODEL_SECTIONS, RunParts
-from megatron_retro.assembly.stage_building import is_tuned
+from megatron_retro.assembly.stage_building import is_tuned, trains
 from megatron_retro.checkpoint.directory import complete_checkpoints, set_aside
 from megatron_retro.checkpoint.live_state import (
     MODEL,
@@ -33,7 +33,6 @@ from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.settings import section_name
 from megatron_retro.errors import ConfigError, DamagedArtifact
-from megatron_retro.peft.attach import is_added
 from megatron_retro.runtime.seeds import derived_seed, random_states, restore_random_states, seed_everything
 from megatron_retro.training.state import TrainingState
 
@@ -66,7 +65,11 @@ class RunCheckpoints:
         self.run = Path(config.save) if config.save is not None else None
         create_moments(parts.trainable.module, parts.optimizer.inner)
         model = model_tensors(parts.trainable.module)
-        self._base = {name: tensor for name, tensor in model.items() if is_tuned(parts.settings) and not is_added(name)}
+        self._base = {
+            name: tensor
+            for name, tensor in model.items()
+            if is_tuned(parts.settings) and not trains(name.removeprefix(MODEL), parts.settings)
+        }
         self._tensors = {
             **{name: tensor for name, tensor in model.items() if name not in self._base},
             **optimizer_tensors(parts.trainable.module, parts.optimizer.inner),
