@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from megatron_retro.config.model import ModelConfig
@@ -28,8 +29,7 @@ def fp8_fits(settings: Settings, world_size: int) -> Iterator[Violation]:
         for field, number, parts in (
             ("hidden_size", model.hidden_size, 1),
             ("ffn_hidden_size", model.ffn_width(), size),
-            ("num_attention_heads", heads, size),
-            ("num_query_groups", heads + 2 * groups, size),
+            ("num_attention_heads", math.gcd(heads, 2 * groups), size),
         ):
             if number % (_TILE * parts):
                 what = f"a multiple of {_TILE}" + (f" on each of {parts} tensor ranks" if parts > 1 else "")

@@ -87,6 +87,24 @@ WRONG: list[tuple[str, int, dict[str, Any], str]] = [
     ),
     ("no_context_parallelism", 2, {"context_parallel_size": 2}, "context_parallel_size"),
     ("schedule_fits", 1, {"train_iters": 3, "train_samples": 24}, "train_iters"),
+    (
+        "degraded_shares_fit",
+        1,
+        {"neighbor_random_share": 0.7, "neighbor_absent_share": 0.4},
+        "neighbor_random_share",
+    ),
+    (
+        "fp8_fits",
+        1,
+        {"fp8_format": "hybrid", "ffn_hidden_size": 72, "retro_encoder_ffn_hidden_size": 64},
+        "ffn_hidden_size",
+    ),
+    (
+        "fp8_products_are_not_put_off",
+        2,
+        {"fp8_format": "hybrid", "pipeline_model_parallel_size": 2, "pipeline_schedule": "zero-bubble"},
+        "pipeline_schedule",
+    ),
 ]
 
 
