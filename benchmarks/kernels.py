@@ -17,13 +17,14 @@ os.environ["MEGATRON_RETRO_KERNELS"] = "native"
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_retro.ops.activation import SWIGLU, activate
+from megatron_retro.ops.activation import GELU, GELU_TANH, SQUARED_RELU, SWIGLU, activate
 from megatron_retro.ops.chunked_cross_attention import chunked_cross_attention
 from megatron_retro.ops.linear_cross_entropy import linear_cross_entropy
 from megatron_retro.ops.masked_softmax import masked_softmax
@@ -137,6 +138,14 @@ def pointwise_cases(dtype: torch.dtype, tokens: int, width: int) -> Iterator[Cas
         lambda x: functional.silu(x[..., 0, :]) * x[..., 1, :],
         (projected,),
     )
+    plain_forms: dict[str, Formula] = {
+        GELU: functional.gelu,
+        GELU_TANH: lambda x: functional.gelu(x, approximate="tanh"),
+        SQUARED_RELU: lambda x: functional.relu(x).square(),
+    }
+    widened = leaf(1, tokens, 2 * width, dtype=dtype)
+    for kind, formula in plain_forms.items():
+        yield Case(kind, partial(activate, kind=kind), formula, (widened,))
     scores = leaf(8, tokens // 8, 256, dtype=dtype)
     mask = torch.rand(8, tokens // 8, 256) > 0.3
     yield Case(

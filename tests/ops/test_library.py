@@ -118,16 +118,56 @@ def test_bad_input_is_one_sentence(sentence: str) -> None:
     assert message.startswith(sentence) and "\n" not in message and "/" not in message
 
 
+FAR = int(2.2e9)  # elements: more than 32 bits count
+
+
+def spread(values: Tensor) -> Tensor:
+    """The same values, the entries of the first dimension that is not 1 far apart in memory that is hardly filled."""
+    storage = torch.UntypedStorage((FAR + values.numel()) * values.element_size())
+    dimension = next(dim for dim, size in enumerate(values.shape) if size > 1)
+    assert values.shape[dimension] == 2
+    strides = [FAR if dim == dimension else stride for dim, stride in enumerate(values.stride())]
+    far = torch.empty(0, dtype=values.dtype).set_(storage, 0, values.shape, strides)
+    return far.copy_(values)
+
+
 @COMPILED
 def test_index_arithmetic_beyond_32_bits() -> None:
     """Rows far apart in memory: element offsets beyond 2^31, without filling that much memory."""
-    storage = torch.UntypedStorage(int(2.2e9) * 2 * 2)
-    rows = torch.empty(0, dtype=torch.bfloat16).set_(storage, 0, (1, 2, 1, 16), (0, int(2.2e9), 0, 1))
-    values = torch.randn(1, 2, 1, 16).to(torch.bfloat16)
-    rows.copy_(values)
-    table = torch.rand(1, 2, 8)
-    far = torch.ops.megatron_retro.rotary(rows, table, table, False, False)
-    assert torch.equal(far, torch.ops.megatron_retro.rotary(values, table, table, False, False))
+    ops = torch.ops.megatron_retro
+    values, table = torch.randn(1, 2, 1, 16).to(torch.bfloat16), torch.rand(1, 2, 8)
+    far = ops.rotary(spread(values), table, table, False, False)
+    assert torch.equal(far, ops.rotary(values, table, table, False, False))
+    query, key = torch.randn(2, 9, 2, 16).to(torch.bfloat16), torch.randn(2, 2, 5, 2, 16).to(torch.bfloat16)
+    settings = (4, 0, 0.25, None, None, None, None, False)
+    results = []
+    for given in ((query, key), (spread(query), spread(key))):
+        attended, normalizer = ops.chunked_cross_attention(*given, given[1], None, *settings)
+        backward = (query, *given, given[1], None, attended, normalizer, *settings)
+        results.append((attended, normalizer, *ops.chunked_cross_attention_backward(*backward)))
+    assert all(torch.equal(near, far) for near, far in zip(*results, strict=True))
+
+
+@COMPILED
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["gated_activation", "residual_norm", "masked_softmax"])
+def test_more_than_two_to_the_31_elements(name: str) -> None:
+    """Whole tensors of 4.4 GB: the last rows come out as they do alone."""
+    width = 64
+    rows = FAR // width
+    whole = torch.zeros(rows, width, dtype=torch.bfloat16)
+    last = torch.randn(3, width).to(torch.bfloat16)
+    whole[-3:] = last
+    weight = torch.randn(width).to(torch.bfloat16)
+
+    def run(given: Tensor) -> Tensor:
+        if name == "gated_activation":
+            return torch.ops.megatron_retro.gated_activation(given, None, 3, False)
+        if name == "residual_norm":
+            return torch.ops.megatron_retro.residual_norm(given, None, weight, None, 1e-5, False, 0.0)[0]
+        return torch.ops.megatron_retro.masked_softmax(given, None, 1.0)
+
+    assert torch.equal(run(whole)[-3:], run(last))
 
 
 @COMPILED
