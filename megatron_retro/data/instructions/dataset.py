@@ -16,7 +16,7 @@ import numpy as np
 from megatron_retro.data.batches import Batch
 from megatron_retro.data.blends import Blend, parse_data_path
 from megatron_retro.data.instructions.buckets import Buckets
-from megatron_retro.data.instructions.conversations import read_conversations
+from megatron_retro.data.instructions.conversations import Conversation, read_conversations
 from megatron_retro.data.instructions.encoding import ConversationEncoder, EncodedExample
 from megatron_retro.data.instructions.rows import RowShape, build_batch, pack
 from megatron_retro.data.order import key_of, permuted
@@ -147,9 +147,18 @@ def open_instructions(
     files = []
     for weighted in paths:
         path = Path(weighted.path)
-        examples = [encoder.encode(conversation) for conversation in read_conversations(path)]
+        examples = [_encoded(encoder, conversation) for conversation in read_conversations(path)]
         files.append(_fitting(path, examples, shape, skip_long))
     return InstructionDataset(tuple(files), Blend(tuple(path.weight for path in paths)), shape, seed, packed, buckets)
+
+
+def _encoded(encoder: ConversationEncoder, conversation: Conversation) -> EncodedExample:
+    """An example; a template that cannot write it is named with the line."""
+    try:
+        return encoder.encode(conversation)
+    except DataError as error:
+        what = f"{conversation.origin}: {error.what}"
+        raise DataError(what, got=error.got, expected=error.expected, fix=error.fix) from None
 
 
 def _fitting(
