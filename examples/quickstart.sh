@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole story on text that every machine has: corpus -> tokens -> index -> neighbours -> GPT -> Retro -> report -> text.
+# The whole story on text that every machine has: corpus -> tokens -> index -> neighbours -> GPT -> Retro -> leakage -> text ->
+# instruction tuning -> one page that says what was seen.
 #   --output DIR   where everything goes (default: runs/quickstart); a second start goes on where the first stopped
 #   --setup-only   stop after the set-up
 set -euo pipefail
@@ -29,7 +30,20 @@ data=(--data-path corpus/train_text_document --valid-data-path corpus/held_out_t
 neighbors=(--database-path retrieval/database --neighbor-path retrieval/neighbors/train
   --valid-neighbor-path retrieval/neighbors/held_out)
 
-step() { echo; echo "== $*"; }
+# Stages are named when they begin, and their times are written down when they end.
+stage="" began=$SECONDS
+step() {
+  end_step
+  stage="$1" began=$SECONDS
+  echo
+  echo "== $1"
+}
+end_step() {
+  if [ -n "$stage" ]; then
+    printf '{"stage": "%s", "seconds": %d}\n' "$stage" "$((SECONDS - began))" >>stages.jsonl
+  fi
+  stage=""
+}
 
 # Interrupted on purpose: the run saves, leaves with code 75, and the same command goes on where it stopped.
 until_done() {
@@ -43,7 +57,7 @@ until_done() {
   fi
 }
 
-if [ ! -f corpus/held_out.jsonl ]; then
+if [ ! -f corpus/held_out_questions.jsonl ]; then
   step "corpus: the standard library's own sources and reference, whole files held out"
   megatron-retro collect-text --collect-output corpus
 fi
@@ -73,16 +87,40 @@ step "retro-fitting it: encoder and chunked cross-attention are new, everything 
 until_done megatron-retro retrofit --config "$config" "${tokenizer[@]}" "${data[@]}" "${neighbors[@]}" \
   --train-iters 600 --load gpt --save retro --exit-interval 300
 
-step "report"
-megatron-retro report retro
+if [ ! -f retro/evaluation/perplexity.json ]; then
+  step "leakage: is it copying?"
+  megatron-retro evaluate perplexity --load retro --eval-output retro/evaluation --perplexity-windows 160
+fi
 
-step "text"
-megatron-retro generate --load retro --retro-index retrieval --prompt "def __init__(self, " --max-new-tokens 64
+step "text with and without retrieval"
+text=(generate --load retro --prompt "def __init__(self, " --max-new-tokens 64)
+megatron-retro "${text[@]}" --retro-index retrieval --output text/with_retrieval.jsonl
+megatron-retro "${text[@]}" --retrieval none --output text/without.jsonl
+
+step "instruction tuning on questions about the files that were trained on; the encoder is off"
+megatron-retro finetune --config "$config" --load retro --save instruct --retro-attention-gate 0 --context-place none \
+  --instruction-data corpus/train_questions.jsonl --instruction-valid-data corpus/held_out_questions.jsonl \
+  --seq-length 192 --skip-long-examples --train-iters 150 --global-batch-size 8 --lr 2e-3 --eval-iters 8
+
+step "answers before and after, to questions about held-out files"
+awk 'NR % 25 == 1' corpus/held_out_questions.jsonl >questions.jsonl
+for model in retro instruct; do
+  megatron-retro generate --load "$model" --retrieval none --chat --prompt-file questions.jsonl --max-new-tokens 40 \
+    --no-show-neighbors --output "answers/$model.jsonl"
+done
+
+step "reports"
+megatron-retro report gpt retro instruct
+end_step
+megatron-retro report gpt retro instruct --report-output report.html --report-retrieval retrieval \
+  --report-texts "with retrieval=text/with_retrieval.jsonl" "without=text/without.jsonl" \
+  --report-answers "before=answers/retro.jsonl" "after=answers/instruct.jsonl" --report-questions questions.jsonl \
+  --report-stages stages.jsonl
 
 cat <<MESSAGE
 
-What you should see: 'none' and 'random neighbours' cost more than real ones, with intervals clear of zero, in
-  $output/retro/report.html
-Talk to the model:
+The whole story on one page, what you should see first:
+  $output/report.html
+Talk to the model, with its neighbours beside each chunk:
   megatron-retro serve --load $output/retro --retro-index $output/retrieval
 MESSAGE

@@ -65,7 +65,7 @@ class Result:
     @property
     def shortage(self) -> float | None:
         """Share of rows with fewer than k neighbours."""
-        own = self.evaluations[-1]["facts"].get("shortage") if self.evaluations else None
+        own: float | None = self.evaluations[-1]["facts"].get("shortage") if self.evaluations else None
         return own if own is not None or self.outcome is None else self.outcome.shortage
 
     @property
@@ -81,7 +81,7 @@ class Result:
         per_token = self.facts.get("flops_per_token")
         if per_token is None or "total_samples" not in self.facts:
             return None
-        return float(per_token) * self.facts["total_samples"] * self.facts["seq_length"]
+        return float(per_token * self.facts["total_samples"] * self.facts["seq_length"])
 
     def samples(self) -> Samples | None:
         """The held-out samples of the last evaluation."""

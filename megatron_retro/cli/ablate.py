@@ -30,8 +30,13 @@ SECTIONS: tuple[type, ...] = (
 POSITIONAL: Positional | None = None
 
 
+def sections_of(settings: Settings) -> tuple[type, ...]:
+    """What the runs of a study can be told."""
+    return _OF_VERB[settings[AblationConfig].study_verb]
+
+
 def run(settings: Settings, positional: Sequence[str]) -> None:
     """Run the study."""
     from megatron_retro.ablation.program import run_study
 
-    run_study(settings, _OF_VERB[settings[AblationConfig].study_verb])
+    run_study(settings, sections_of(settings))

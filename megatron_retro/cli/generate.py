@@ -64,9 +64,11 @@ def _prompts(config: GenerateConfig) -> list[str]:
     if path.suffix != ".jsonl":
         return [text]
     try:
-        return [str(json.loads(line)["prompt"]) for line in text.splitlines() if line.strip()]
+        records = [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [str(record["question"] if "question" in record else record["prompt"]) for record in records]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no JSON lines file of prompts", got=error, expected='{"prompt": ...}') from None
+        expected = '{"prompt": ...} or {"question": ...}'
+        raise DataError(f"{path} is no JSON lines file of prompts", got=error, expected=expected) from None
 
 
 def _written(prompt: str, settings: Settings) -> str:

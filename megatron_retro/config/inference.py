@@ -38,7 +38,9 @@ class GenerateConfig:
     """Prompts"""
 
     prompt: tuple[str, ...] | None = option(None, "texts to go on from", ours=True)
-    prompt_file: str | None = option(None, "JSON lines with `prompt`, or a text file of one prompt", ours=True)
+    prompt_file: str | None = option(
+        None, "JSON lines with `prompt` or `question`, or a text file of one prompt", ours=True
+    )
     output: str | None = option(None, "write answers with neighbours as JSON lines here", ours=True)
     chat: bool = option(False, "write each prompt as the user's turn of a conversation", ours=True)
     retrieval: str = option("live", "where neighbours come from", choices=RETRIEVAL_MODES, ours=True)

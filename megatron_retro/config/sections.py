@@ -25,6 +25,7 @@ from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.perplexity import PerplexityConfig
 from megatron_retro.config.planning import PlanningConfig
 from megatron_retro.config.preprocess import InputConfig, PreprocessConfig, TrainTokenizerConfig
+from megatron_retro.config.reporting import ReportConfig
 from megatron_retro.config.retrieval import EmbedderConfig, InspectorConfig, RetrievalConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.training import TrainingConfig
@@ -61,4 +62,5 @@ ALL_SECTIONS: tuple[type, ...] = (
     EvaluationConfig,
     PerplexityConfig,
     AblationConfig,
+    ReportConfig,
 )

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +24,7 @@ from megatron_retro.retrieval.live_index import LiveIndex, live_settings
 from megatron_retro.retrieval.quality import covered_rows
 from megatron_retro.retrieval.training import uniform_sample
 from megatron_retro.runtime.html_page import page
+from megatron_retro.runtime.marked_text import MARKED_STYLE, marked_text, shared_runs
 
 _STYLE = """
 #find { position: sticky; top: 0; background: var(--paper); padding: .6rem 0; border-bottom: 1px solid var(--rule); }
@@ -33,9 +32,7 @@ _STYLE = """
   border-radius: .3rem; background: var(--paper); color: var(--ink); }
 article { border: 1px solid var(--rule); border-radius: .4rem; padding: .4rem 1rem 1rem; margin: 1rem 0; }
 article h2 { border: 0; margin: .4rem 0; padding: 0; font-size: 1.05rem; }
-article li { margin: .7rem 0; } .text { white-space: pre-wrap; font-family: ui-monospace, monospace; font-size: .86rem;
-  background: var(--panel); border-radius: .3rem; padding: .5rem .7rem; overflow-wrap: anywhere; }
-.follows { color: var(--soft); } mark { background: var(--mark); color: inherit; } [hidden] { display: none; }
+article li { margin: .7rem 0; } [hidden] { display: none; }
 """
 _SCRIPT = """
 const input = document.querySelector('#find input'), count = document.querySelector('#count');
@@ -98,7 +95,7 @@ def inspector_page(shown: Shown, name: str) -> str:
         [find, *(_article(shown, int(number)) for number in numbers)],
         summary=f"{len(numbers):,} of {rows:,} query chunks. Marked: runs of at least {shown.config.inspect_run} "
         "tokens that a neighbour shares with the chunk or with what follows it. Grey: what follows.",
-        style=_STYLE,
+        style=_STYLE + MARKED_STYLE,
         script=_SCRIPT,
     )
 
@@ -110,7 +107,7 @@ def _article(shown: Shown, number: int) -> str:
     documents = f"document {first}" if last == first + 1 else f"documents {first} to {last - 1}"
     neighbors = _neighbors(shown, number, text)
     listed = f"<ol>{''.join(neighbors)}</ol>" if neighbors else '<p class="soft">It has no neighbours.</p>'
-    body = _marked(shown.tokenizer, text, [], length)
+    body = marked_text(shown.tokenizer.decode, text, [], length)
     return f"<article><h2>Chunk {number}, {documents}</h2>{body}{listed}</article>"
 
 
@@ -129,7 +126,9 @@ def _neighbors(shown: Shown, number: int, text: Sequence[int]) -> list[str]:
         title = (
             f"chunk {one}, document {int(database.document_of(np.array([one]))[0])}, squared distance {distance:.3f}"
         )
-        items.append(f'<li><div class="soft">{title}</div>{_marked(shown.tokenizer, content, runs, length)}</li>')
+        items.append(
+            f'<li><div class="soft">{title}</div>{marked_text(shown.tokenizer.decode, content, runs, length)}</li>'
+        )
     return items
 
 
@@ -139,33 +138,6 @@ def _distances(shown: Shown, text: Sequence[int], ids: np.ndarray[tuple[int], np
     query = embedder.embed(tokens, tokens != (-1 if database.eod is None else database.eod))
     chunks = embedder.embed(*database.gather(ids, database.chunk_length))
     return [float(value) for value in np.square(chunks - query).sum(axis=1)]
-
-
-def shared_runs(text: Sequence[int], other: Sequence[int], shortest: int) -> list[tuple[int, int]]:
-    """Ranges of `other` that are in `text` as runs of at least `shortest` tokens, ascending and disjoint."""
-    grams = {tuple(text[start : start + shortest]) for start in range(len(text) - shortest + 1)}
-    runs: list[tuple[int, int]] = []
-    for start in range(len(other) - shortest + 1):
-        if tuple(other[start : start + shortest]) in grams:
-            if runs and start <= runs[-1][1]:
-                runs[-1] = (runs[-1][0], start + shortest)
-            else:
-                runs.append((start, start + shortest))
-    return runs
-
-
-def _marked(tokenizer: Tokenizer, tokens: Sequence[int], runs: Sequence[tuple[int, int]], chunk_length: int) -> str:
-    """The text of tokens; what lies in `runs` is marked, what lies beyond the chunk is grey."""
-    cuts = sorted({0, min(chunk_length, len(tokens)), len(tokens), *(bound for run in runs for bound in run)})
-    # Pieces are cut from growing texts: a token decoded alone may lose its space.
-    ends = {cut: len(tokenizer.decode(tokens[:cut])) for cut in cuts}
-    whole, parts = tokenizer.decode(tokens), []
-    for start, stop in pairwise(cuts):
-        piece = escape(whole[ends[start] : ends[stop]])
-        if any(first <= start and stop <= last for first, last in runs):
-            piece = f"<mark>{piece}</mark>"
-        parts.append(piece if stop <= chunk_length else f'<span class="follows">{piece}</span>')
-    return f'<div class="text">{"".join(parts)}</div>'
 
 
 def _tables(

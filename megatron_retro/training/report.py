@@ -10,25 +10,16 @@ from typing import Any
 
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.checkpoint.directory import complete_checkpoints
-from megatron_retro.config.data import DataConfig, TokenizerConfig
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.retro import RetroConfig
-from megatron_retro.config.sections import ALL_SECTIONS
-from megatron_retro.config.settings import Settings, build_settings
-from megatron_retro.config.toml_files import read_recipe
-from megatron_retro.config.training import TrainingConfig
-from megatron_retro.data.builders import build_dataset
-from megatron_retro.data.tokenizers import build_tokenizer
-from megatron_retro.errors import MegatronRetroError
 from megatron_retro.runtime.environment import environment_rows
 from megatron_retro.runtime.html_page import facts, page, paragraph, preformatted, section, table
+from megatron_retro.runtime.marked_text import MARKED_STYLE
 from megatron_retro.runtime.svg_plots import Series, bars, line_plot
+from megatron_retro.training.neighbor_examples import neighbor_section
 from megatron_retro.training.run_log import RunLog, read_run_log
 
 REPORT = "report.html"
 CONFIG = "config.toml"
 _POINTS = 600
-_EXAMPLES = 3
 
 
 def write_report(run: Path) -> Path:
@@ -37,15 +28,15 @@ def write_report(run: Path) -> Path:
     parts = [
         _overview(run, log),
         _curves(log),
-        *_health(log),
-        *_leakage(run),
-        *_neighbors(run),
+        *health_sections(log),
+        *leakage_section(run),
+        *neighbor_section(run / CONFIG),
         _incidents(log),
         section("Configuration", preformatted(_text(run / CONFIG))),
         section("Environment", table(("part", "state"), environment_rows())),
     ]
     path = run / REPORT
-    write_file(path, page(f"Run {run.name}", parts, summary=str(run)))
+    write_file(path, page(f"Run {run.name}", parts, summary=str(run), style=MARKED_STYLE))
     return path
 
 
@@ -84,7 +75,7 @@ def _curves(log: RunLog) -> str:
         ("learning_rate", "Learning rate"),
         ("batch_size", "Batch size"),
     ):
-        steps, values = _thinned(*log.curve(name))
+        steps, values = thinned(*log.curve(name))
         plots.append(line_plot([Series(name, steps, values)], title=title, x_label="step", y_label=title.lower()))
     if log.evaluations:
         steps = [float(record["step"]) for record in log.evaluations]
@@ -95,7 +86,7 @@ def _curves(log: RunLog) -> str:
     return section("Curves", *plots, _time_per_phase(log))
 
 
-def _thinned(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
+def thinned(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
     """At most a few hundred points, each the mean of its stretch."""
     stretch = max(1, len(steps) // _POINTS)
     starts = range(0, len(steps), stretch)
@@ -116,7 +107,8 @@ def _time_per_phase(log: RunLog) -> str:
     return bars(names, milliseconds, title="Time of a step", y_label="milliseconds")
 
 
-def _health(log: RunLog) -> list[str]:
+def health_sections(log: RunLog) -> list[str]:
+    """What other neighbours cost, over the run and by place; nothing if it was never measured."""
     measured = [record for record in log.evaluations if "excess" in record["facts"]]
     if not measured:
         return []
@@ -151,12 +143,17 @@ def _health(log: RunLog) -> list[str]:
 
 def _health_rows(last: dict[str, Any]) -> list[tuple[str, str, str]]:
     return [
-        (variant, _interval(values, ""), _interval(last["excess"][variant], "+") if variant in last["excess"] else "")
+        (
+            variant,
+            interval_text(values, ""),
+            interval_text(last["excess"][variant], "+") if variant in last["excess"] else "",
+        )
         for variant, values in last["losses"].items()
     ]
 
 
-def _interval(values: Sequence[float], sign: str) -> str:
+def interval_text(values: Sequence[float], sign: str) -> str:
+    """Mean with its bounds."""
     mean, low, high = (float(value) for value in values)
     return f"{mean:{sign}.4f} [{low:{sign}.4f}, {high:{sign}.4f}]"
 
@@ -168,7 +165,7 @@ def _layer_rows(last: dict[str, Any]) -> list[tuple[int, str, str]]:
     ]
 
 
-def _leakage(run: Path) -> list[str]:
+def leakage_section(run: Path) -> list[str]:
     """The curve that `evaluate perplexity --eval-output RUN/evaluation` left."""
     path = run / "evaluation" / "perplexity.json"
     if not path.is_file():
@@ -185,42 +182,6 @@ def _leakage(run: Path) -> list[str]:
         y_label="bits per byte",
     )
     return [section("Leakage", plot)]
-
-
-def _neighbors(run: Path) -> list[str]:
-    """A few chunks of the validation split with what they retrieve, if the data is still there."""
-    try:
-        settings = _stored(run)
-        if not settings[RetroConfig].reads_neighbors():
-            return []
-        return [section("Neighbours", *_examples(settings))]
-    except MegatronRetroError as error:
-        return [section("Neighbours", paragraph(f"not shown: {error.what}", "soft"))]
-
-
-def _stored(run: Path) -> Settings:
-    sections = (ModelConfig, RetroConfig, DataConfig, TokenizerConfig, TrainingConfig)
-    return build_settings(sections, read_recipe(run / CONFIG, sections, ALL_SECTIONS), {})
-
-
-def _examples(settings: Settings) -> list[str]:
-    tokenizer = build_tokenizer(settings[TokenizerConfig])
-    batch = build_dataset(settings, "valid", eod=tokenizer.eod).read(range(_EXAMPLES))
-    length = settings[RetroConfig].retro_chunk_length
-    parts = []
-    for row in range(batch.num_samples):
-        tokens = batch.tokens_BS[row]
-        rows = [
-            ("chunk", tokenizer.decode(list(tokens[:length]))),
-            ("goes on", tokenizer.decode(list(tokens[length : 2 * length]))),
-        ]
-        if batch.neighbor_tokens_BCKR is not None and batch.neighbor_mask_BCKR is not None:
-            for number, (found, there) in enumerate(
-                zip(batch.neighbor_tokens_BCKR[row, 0], batch.neighbor_mask_BCKR[row, 0], strict=True), 1
-            ):
-                rows.append((f"neighbour {number}", tokenizer.decode(list(found[there])) if there.any() else "(none)"))
-        parts.append(table(("", f"validation sample {row}"), rows))
-    return parts
 
 
 def _incidents(log: RunLog) -> str:

@@ -17,8 +17,10 @@ import pytest
 from megatron_retro.ablation.program import FailedRuns, run_study
 from megatron_retro.ablation.shortage import neighbor_shortage
 from megatron_retro.artifacts.claims import BlockClaims
-from megatron_retro.cli import ablate, pretrain
+from megatron_retro.cli import ablate
+from megatron_retro.cli.main import main
 from megatron_retro.config.settings import Settings, build_settings
+from megatron_retro.config.toml_files import render_toml
 from megatron_retro.data.builders import build_dataset
 from megatron_retro.data.neighbor_table import unpack_ids
 from megatron_retro.errors import ArtifactError, ConfigError
@@ -60,7 +62,7 @@ def pretend(output: Path, tmp_path: Path, **fields: Any) -> Settings:
 
 
 def run(settings: Settings) -> None:
-    run_study(settings, pretrain.SECTIONS)
+    run_study(settings, ablate.sections_of(settings))
 
 
 def raw_results(output: Path) -> dict[str, Any]:
@@ -119,6 +121,29 @@ eval_iters = 3
     assert again.returncode == 0 and "run database_keep_fraction" not in again.stderr
 
 
+def test_a_study_of_evaluations(tmp_path: Path, corpus: TinyCorpus, capsys: pytest.CaptureFixture[str]) -> None:
+    """One trained model, fewer and worse neighbours; figures are those of the evaluation itself."""
+    made = tmp_path / "model"
+    settings = corpus.settings(retro_num_neighbors=1, train_iters=1, eval_iters=1, save=str(made), split="60,40,0")
+    recipe = tmp_path / "model.toml"
+    recipe.write_text(render_toml(settings))
+    assert main(["pretrain", "--config", str(recipe)]) == 0
+    cases = ["whole = {}", "none = {neighbor_absent_share = 1.0}", "quarter = {database_keep_fraction = 0.25}"]
+    words = ["--study-verb", "perplexity", "--study-output", str(tmp_path / "study"), "--study-cases", *cases]
+    assert main(["ablate", *words, "--load", str(made), "--shard", "0/1"]) == 0
+    whole, none, quarter = raw_results(tmp_path / "study").values()
+    direct = tmp_path / "direct"
+    measured = ["--load", str(made), "--eval-output", str(direct), "--neighbor-absent-share", "1.0"]
+    assert main(["evaluate", "perplexity", *measured]) == 0
+    result = json.loads((direct / "perplexity.json").read_text())
+    assert none["evaluation"]["loss"] == result["variants"]["real"]["loss"][0]
+    assert whole["evaluation"]["facts"]["samples"]["texts"] == result["samples"]["texts"]
+    shortages = [one["evaluation"]["facts"]["shortage"] for one in (whole, quarter, none)]
+    assert shortages[0] == 0 < shortages[1] < shortages[2] == 1
+    mean = none["evaluation"]["loss"] - whole["evaluation"]["loss"]
+    assert f"{mean:+.4f}" in capsys.readouterr().err
+
+
 def test_runs_go_on_fail_and_are_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,6 +200,7 @@ def test_other_settings_are_refused_before_anything_runs(tmp_path: Path) -> None
         ({"study_grid": ["lora_rank = [2]"]}, "lora_rank is no setting of these runs"),
         ({"study_cases": ["a = 3"]}, "expected a table of fields"),
         ({"study_cases": ["a = {save = 'x'}"]}, "save is set by the study"),
+        ({"study_grid": ["retro_layers = [[1], [2]]"], "study_verb": "perplexity"}, "retro_layers is no setting"),
         ({}, "nothing is varied"),
         ({"study_grid": ["lr = [1.0]"], "save": "x"}, "drop --save"),
         ({"study_grid": ["eval_iters = [1, 0]"]}, "eval_iters=0 with eval_iters = 0"),

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# One question per case: the GPT at equal steps and at equal operations, frozen, without positions, gates, worse neighbours.
+#SBATCH --job-name=findings
+#SBATCH --nodes=1 --ntasks-per-node=1 --array=0-3
+#SBATCH --requeue --open-mode=append --output=%x-%A-%a.log
+#SBATCH --signal=USR1@300
+#SBATCH --mail-type=END,FAIL
+set -euo pipefail
+here="$(cd "$(dirname "$0")" && pwd)"
+if [ ! -e "$here/slurm/launch.sh" ]; then # sbatch runs a copy of this file
+  here="$SLURM_SUBMIT_DIR/examples"
+fi
+export PROCESSES=1 # one worker; its runs are processes of their own
+cd "${DATA:-$here/../runs/quickstart}" # what examples/quickstart.sh made
+exec "$here/slurm/launch.sh" ablate --config "$here/findings.toml" "$@"

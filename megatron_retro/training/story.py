@@ -1,0 +1,153 @@
+"""`report RUN... --report-output PAGE`: one page for someone who has never seen the project: what was trained, and what
+retrieval did."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from megatron_retro.artifacts.files import write_file
+from megatron_retro.config.reporting import ReportConfig
+from megatron_retro.runtime.console import readable_seconds
+from megatron_retro.runtime.html_page import facts, page, paragraph, preformatted, section, table
+from megatron_retro.runtime.marked_text import MARKED_STYLE
+from megatron_retro.runtime.svg_plots import Series, line_plot
+from megatron_retro.training.expectations import Expectation, expectations
+from megatron_retro.training.neighbor_examples import neighbor_section
+from megatron_retro.training.report import CONFIG, health_sections, leakage_section, thinned
+from megatron_retro.training.story_files import Story, read_story
+
+_STYLE = "h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }"
+
+
+def write_story(runs: list[Path], config: ReportConfig, path: Path) -> list[Expectation]:
+    """Write the page; returns what should be seen with what was."""
+    story = read_story(runs, config)
+    checked = expectations(story)
+    parts = [
+        _verdict(story),
+        _expected(checked),
+        _trained(story),
+        _curves(story),
+        *_of_retro(story),
+        *_quality(story),
+        *_texts(story),
+        *_answers(story),
+        *_stages(story),
+    ]
+    summary = "What was trained, what retrieval did for it, and what you should see; everything here was measured here."
+    write_file(path, page("Does retrieval help?", parts, summary=summary, style=MARKED_STYLE + _STYLE))
+    return checked
+
+
+def _verdict(story: Story) -> str:
+    if story.retro is None:
+        return paragraph("No run here was measured with and without its neighbours.", "soft")
+    run, log = story.retro
+    excess = log.evaluations[-1]["facts"]["excess"]
+    helps = excess["none"][1] > 0 and excess["random"][1] > 0
+    words = (
+        f"Yes: on files that {run.name} never saw, predicting a token costs more without the neighbours that were "
+        "retrieved for it, and more with random ones. Both intervals are clear of zero."
+        if helps
+        else f"Not here: {run.name} predicts held-out text no worse without its neighbours, or with random ones."
+    )
+    shown = {f"{name} cost": f"{excess[name][0]:+.4f} nats/token" for name in ("none", "random")}
+    return paragraph(words, "good" if helps else "bad") + facts({"held-out loss": log.evaluations[-1]["loss"], **shown})
+
+
+def _expected(checked: list[Expectation]) -> str:
+    rows = [(one.claim, one.seen, "seen" if one.met else "NOT SEEN") for one in checked]
+    return section("What you should see, and what was seen", table(("you should see that", "measured here", ""), rows))
+
+
+def _trained(story: Story) -> str:
+    rows = [
+        (
+            run.name,
+            f"{int(log.facts.get('parameters', 0)):,}",
+            len(log.steps),
+            log.steps[-1]["tokens"] if log.steps else 0,
+            readable_seconds(sum(sum(step["seconds"].values()) for step in log.steps)),
+            f"{log.evaluations[-1]['loss']:.4f}" if log.evaluations else "",
+        )
+        for run, log in story.runs
+    ]
+    header = ("run", "parameters", "steps", "tokens", "training", "held-out loss")
+    caption = "Each run goes on from the one before it; losses of tuning are over replies and not comparable."
+    return section("What was trained", table(header, rows, caption=caption))
+
+
+def _curves(story: Story) -> str:
+    series = [Series(run.name, *thinned(*log.curve("loss"))) for run, log in story.runs if log.steps]
+    return section("Curves", line_plot(series, title="Training loss", x_label="step", y_label="nats per token"))
+
+
+def _of_retro(story: Story) -> list[str]:
+    if story.retro is None:
+        return []
+    run, log = story.retro
+    return [*health_sections(log), *leakage_section(run), *neighbor_section(run / CONFIG)]
+
+
+def _quality(story: Story) -> list[str]:
+    rows = [
+        (name, int(at), one["recall"], f"{one['low']:.3f} to {one['high']:.3f}", entry["closeness"]["mean_overlap"])
+        for name, entry in (story.quality["tables"] if story.quality else {}).items()
+        for at, one in entry["recall"].items()
+    ]
+    header = ("table", "neighbours", "recall", "95 %", "tokens shared with the nearest")
+    return [section("How good the neighbours are", table(header, rows))] if rows else []
+
+
+def _texts(story: Story) -> list[str]:
+    parts = []
+    for name, records in story.texts:
+        for record in records:
+            parts.append(f"<h3>{escape(name)}</h3>" + preformatted(record["prompt"] + record["text"]))
+            parts += _read_by(record)
+    return [section("Text", *parts)] if parts else []
+
+
+def _read_by(record: dict[str, Any]) -> list[str]:
+    rows = [
+        (chunk["query"], number, neighbor["text"])
+        for chunk in record["chunks"]
+        for number, neighbor in enumerate(chunk["neighbors"], 1)
+    ]
+    return [table(("chunk", "neighbour", "its text"), rows, caption="What it read")] if rows else []
+
+
+def _answers(story: Story) -> list[str]:
+    if not story.answers:
+        return []
+    names = [name for name, _ in story.answers]
+    rows = [
+        (
+            _question(story, number),
+            *(records[number]["text"].strip() for _, records in story.answers),
+            *_gold(story, number),
+        )
+        for number in range(len(story.answers[0][1]))
+    ]
+    header = ("question", *names, *(("the docstring says",) if story.questions else ()))
+    caption = "Questions about held-out files; neither their text nor their questions were trained on."
+    return [section("Answers", table(header, rows, caption=caption))]
+
+
+def _question(story: Story, number: int) -> str:
+    return str(story.questions[number]["question"] if story.questions else story.answers[0][1][number]["prompt"])
+
+
+def _gold(story: Story, number: int) -> tuple[str, ...]:
+    return (str(story.questions[number]["answers"][0]),) if story.questions else ()
+
+
+def _stages(story: Story) -> list[str]:
+    longest: dict[str, float] = {}
+    for stage in story.stages:  # a stage that was done before takes no time when the story is started again
+        longest[stage["stage"]] = max(longest.get(stage["stage"], 0.0), float(stage["seconds"]))
+    rows = [(name, readable_seconds(seconds)) for name, seconds in longest.items()]
+    total = readable_seconds(sum(longest.values()))
+    return [section("Time of each stage", table(("stage", "time"), [*rows, ("all", total)]))] if rows else []

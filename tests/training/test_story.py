@@ -1,0 +1,104 @@
+"""The one page of all runs: claims are checked against figures, text is no markup, a browser reads it offline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_retro.cli.main import main
+from megatron_retro.config.reporting import ReportConfig
+from megatron_retro.config.toml_files import render_toml
+from megatron_retro.errors import ConfigError
+from megatron_retro.testing.browser import Browser, missing_browser
+from megatron_retro.testing.tiny_corpus import write_tiny_corpus
+from megatron_retro.training.expectations import expectations
+from megatron_retro.training.story import write_story
+from megatron_retro.training.story_files import read_story
+
+
+def records(path: Path, *lines: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def answer(text: str, ended: bool) -> dict[str, Any]:
+    reason = "stop" if ended else "length"
+    neighbors = [{"id": 1, "text": "<b>a neighbour</b>", "distance": 0.5}]
+    chunks = [{"query": "<i>asked</i>", "query_start": 0, "query_stop": 4, "neighbors": neighbors}]
+    return {"prompt": "<script>alert(1)</script>", "text": text, "finish_reason": reason, "chunks": chunks}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("story")
+    corpus = write_tiny_corpus(folder / "corpus")
+    settings = corpus.settings(train_iters=40, eval_iters=4, save=str(folder / "retro"), split="60,40,0")
+    recipe = folder / "retro.toml"
+    recipe.write_text(render_toml(settings))
+    assert main(["pretrain", "--config", str(recipe)]) == 0
+    return folder / "retro"
+
+
+def config(folder: Path, tuned: bool = True) -> ReportConfig:
+    return ReportConfig(
+        report_texts=("with=" + records(folder / "text.jsonl", answer("some text", True)),),
+        report_answers=(
+            "before=" + records(folder / "before.jsonl", answer("no end", False)),
+            "after=" + records(folder / "after.jsonl", answer("It is so.", tuned)),
+        ),
+        report_questions=records(folder / "questions.jsonl", {"question": "What is it?", "answers": ["So."]}),
+        report_stages=records(
+            folder / "stages.jsonl", {"stage": "train", "seconds": 70}, {"stage": "train", "seconds": 1}
+        ),
+    )
+
+
+def test_claims_follow_the_figures(run: Path, tmp_path: Path) -> None:
+    """What the log measured decides; a log that says otherwise makes the claim not seen."""
+    story = read_story([run], config(tmp_path))
+    excess = story.runs[0][1].evaluations[-1]["facts"]["excess"]
+    for low, met in ((0.001, True), (-0.001, False)):
+        excess["random"][1] = low
+        found = {one.seen.split()[0]: one.met for one in expectations(story)}
+        assert found["random"] is met
+    excess["none"][1] = -1.0
+    assert [one.met for one in expectations(story)] == [False, False, True]
+    untuned = read_story([run], config(tmp_path, tuned=False))
+    assert not expectations(untuned)[-1].met and expectations(untuned)[-1].line.startswith("NOT SEEN")
+
+
+@pytest.mark.skipif(missing_browser() is not None, reason=str(missing_browser()))
+def test_the_page_in_a_browser(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write_story([run], config(tmp_path), path)
+    text = path.read_text(encoding="utf-8")
+    assert "<script>alert" not in text and "<b>a neighbour" not in text and "http://" not in text
+    with Browser() as browser:
+        browser.open(path.as_uri())
+        heads = browser.run("return [...document.querySelectorAll('h2')].map(one => one.textContent)")
+        for head in ("What was trained", "Curves", "Retrieval health", "Neighbours", "Text", "Answers"):
+            assert head in heads
+        assert browser.run("return document.querySelectorAll('mark').length") > 0
+        assert "1m10s" in browser.run("return document.body.textContent")
+        unnamed = "return [...document.querySelectorAll('svg')].filter(one => !one.getAttribute('aria-label')).length"
+        assert browser.run(unnamed) == 0
+        assert browser.run("return performance.getEntriesByType('resource').length") == 0
+        assert [entry for entry in browser.log() if entry["level"] == "SEVERE"] == []
+
+
+def test_the_verb_says_what_was_seen(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(run), "--report-output", str(tmp_path / "page.html")]) == 0
+    printed = capsys.readouterr().err
+    assert printed.count("than with") == 2 and "seen" in printed.lower() and (tmp_path / "page.html").is_file()
+
+
+def test_files_of_other_prompts_are_refused(run: Path, tmp_path: Path) -> None:
+    one = records(tmp_path / "one.jsonl", answer("a", True))
+    two = records(tmp_path / "two.jsonl", answer("a", True), answer("b", True))
+    with pytest.raises(ConfigError, match="different prompts"):
+        read_story([run], ReportConfig(report_answers=(f"before={one}", f"after={two}")))
+    with pytest.raises(ConfigError, match="NAME=FILE"):
+        read_story([run], ReportConfig(report_texts=(one,)))
