@@ -42,7 +42,7 @@ def test_stopped_halfway_and_started_again(corpus: TinyCorpus, tmp_path: Path, d
 def test_killed_at_random_moments(corpus: TinyCorpus, tmp_path: Path, count: Count) -> None:
     more = {"save_interval": 2, "async_save": True, "eval_interval": count(10, 200), "hidden_dropout": 0.1}
     more |= {"train_iters": count(40, 2000), "global_batch_size": count(4, 2)}  # long enough for all kills
-    run(corpus.settings(save=str(tmp_path / "whole"), **more))
+    run(corpus.settings(save=str(tmp_path / "whole"), **{**more, "save_interval": 0}))
     settings = corpus.settings(save=str(tmp_path / "killed"), **more)
     hits = kill_until_done(lambda: pretrain(settings), count(8, 100), longest_seconds=1.5, seed=3)
     assert hits >= count(1, 95), "no kill, or not all of them, met the run alive"
@@ -59,7 +59,7 @@ def test_four_ranks_of_which_one_is_killed(corpus: TinyCorpus, tmp_path: Path, c
         "tensor_model_parallel_size": 2,
         "data_parallel_sharding": "optimizer",
     }
-    whole = corpus.settings(save=str(tmp_path / "whole"), **more)
+    whole = corpus.settings(save=str(tmp_path / "whole"), **{**more, "save_interval": 0})
     run_ranks(lambda: pretrain(whole), 4, initialize=False, timeout=800)
     settings = corpus.settings(save=str(tmp_path / "killed"), **more)
     draw = random.Random(11)
