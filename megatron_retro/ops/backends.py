@@ -31,7 +31,8 @@ FLOAT32 = "float32"
 FASTEST: Mapping[str, Mapping[str, str]] = {
     "layer_norm": {CPU: NATIVE, CUDA: REFERENCE},
     "rms_norm": {CPU: NATIVE, CUDA: REFERENCE},
-    "residual_norm": {CPU: NATIVE, CUDA: REFERENCE},
+    "residual_layer_norm": {CPU: NATIVE, CUDA: REFERENCE},
+    "residual_rms_norm": {CPU: NATIVE, CUDA: REFERENCE},
     "rotary": {CPU: NATIVE, CUDA: REFERENCE},
     "gated_activation": {CPU: NATIVE, CUDA: REFERENCE},
     "gelu": {CPU: REFERENCE, CUDA: REFERENCE},
@@ -43,9 +44,12 @@ FASTEST: Mapping[str, Mapping[str, str]] = {
     "fp8_linear": {CPU: TORCH, CUDA: TORCH},
 }
 # Where float32 differs from that.
-FASTEST_FLOAT32: Mapping[str, Mapping[str, str]] = {"layer_norm": {CPU: REFERENCE}}
+FASTEST_FLOAT32: Mapping[str, Mapping[str, str]] = {
+    "layer_norm": {CPU: REFERENCE},
+    "residual_layer_norm": {CPU: REFERENCE},
+}
 
-_NORMS = ("layer_norm", "rms_norm", "residual_norm")
+_NORMS = ("layer_norm", "rms_norm", "residual_layer_norm", "residual_rms_norm")
 
 
 @dataclass(frozen=True)

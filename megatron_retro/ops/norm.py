@@ -15,6 +15,8 @@ from torch.nn import functional
 from megatron_retro.ops.backends import APEX, NATIVE, REFERENCE, TRANSFORMER_ENGINE, backend_of
 from megatron_retro.ops.engines import apex_norm, transformer_engine_norm
 
+_RESIDUAL = {True: "residual_layer_norm", False: "residual_rms_norm"}
+
 # hidden, weight, bias, epsilon, centered, weight_plus_one
 _Form = Callable[[Tensor, Tensor, "Tensor | None", float, bool, bool], Tensor]
 
@@ -42,7 +44,7 @@ def residual_norm(
     weight_plus_one: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The norm (LayerNorm when centered, RMSNorm otherwise) of hidden + residual, and that sum."""
-    form = _form("residual_norm", hidden)
+    form = _form(_RESIDUAL[centered], hidden)
     if form is _native:
         return _native_operator(hidden, residual, weight, bias, epsilon, centered, weight_plus_one)
     summed = hidden + residual
@@ -59,7 +61,7 @@ def norm_of_sum(
     weight_plus_one: bool = False,
 ) -> Tensor:
     """The first result of `residual_norm`, bit for bit, from the second."""
-    return _form("residual_norm", summed)(summed, weight, bias, epsilon, centered, weight_plus_one)
+    return _form(_RESIDUAL[centered], summed)(summed, weight, bias, epsilon, centered, weight_plus_one)
 
 
 def _reference(

@@ -125,7 +125,7 @@ def test_norms_on_a_device(engine: str, dtype: torch.dtype, monkeypatch: pytest.
     weight, bias = (torch.randn(width, device="cuda", dtype=dtype).requires_grad_() for _ in range(2))
     results = {}
     for name in (engine, REFERENCE):
-        monkeypatch.setenv(VARIABLE, ",".join(f"{norm}={name}" for norm in ("layer_norm", "rms_norm", "residual_norm")))
+        monkeypatch.setenv(VARIABLE, ",".join(f"{norm}={name}" for norm in backends._NORMS))
         results[name] = [
             *values_and_gradients(lambda h, w, b: layer_norm(h, w, b, epsilon=1e-5), (hidden, weight, bias)),
             *values_and_gradients(lambda h, w: rms_norm(h, w, epsilon=1e-5, weight_plus_one=True), (hidden, weight)),
