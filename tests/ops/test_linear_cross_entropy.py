@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from megatron_retro.ops import library, vocabulary_blocks
 from megatron_retro.ops.backends import VARIABLE
-from megatron_retro.ops.linear_cross_entropy import linear_cross_entropy
+from megatron_retro.ops.linear_cross_entropy import _VocabularyBlocks, linear_cross_entropy
 from megatron_retro.ops.vocabulary_blocks import Slopes, gradients, statistics
 from megatron_retro.testing.precision import excess_over_twice, values_and_gradients
 
@@ -63,6 +63,17 @@ def test_within_twice_the_plain_error(wish: str, block_bytes: None, dtype: torch
         return plain(h, w, t).sum()[None]
 
     assert max(excess_over_twice(ours_summed, plain_summed, (hidden, weight, labels))) <= 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_way_of_gpus(wish: str, block_bytes: None, dtype: torch.dtype) -> None:
+    """Blocks of the vocabulary, which the CPU does not choose, held to the same bound on it."""
+    hidden, weight, labels = case(dtype)
+
+    def by_vocabulary(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        return _VocabularyBlocks.apply(h[0], w, t[0], 0.0)[None]
+
+    assert max(excess_over_twice(by_vocabulary, plain, (hidden, weight, labels))) <= 0.0
 
 
 def test_skipped_positions(wish: str) -> None:
