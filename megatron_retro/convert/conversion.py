@@ -12,6 +12,7 @@ from megatron_retro.convert.hugging_face_peft import ADAPTER_CONFIG, export_peft
 from megatron_retro.convert.megatron_checkpoint import import_megatron
 from megatron_retro.convert.megatron_files import is_megatron
 from megatron_retro.convert.peft_import import import_peft
+from megatron_retro.convert.remote_code import export_remote_code
 from megatron_retro.convert.stored_model import write_merged
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.runtime.console import say
@@ -30,16 +31,14 @@ def _written(config: ConvertConfig, source: Path, destination: Path) -> Path:
     dtype, decoder_only = getattr(torch, config.convert_dtype), config.convert_decoder_only
     if config.convert_to == "peft":
         return export_peft(source, destination, dtype=dtype, decoder_only=decoder_only)
+    shard_bytes, merge = config.convert_shard_megabytes << 20, config.convert_merge
+    if config.convert_to == "remote-code":
+        return export_remote_code(source, destination, dtype=dtype, shard_bytes=shard_bytes, merge=merge)
     if config.convert_to == "huggingface":
         return export_hugging_face(
-            source,
-            destination,
-            dtype=dtype,
-            shard_bytes=config.convert_shard_megabytes << 20,
-            decoder_only=decoder_only,
-            merge=config.convert_merge,
+            source, destination, dtype=dtype, shard_bytes=shard_bytes, decoder_only=decoder_only, merge=merge
         )
-    if config.convert_merge:
+    if merge:
         return write_merged(source, destination)
     if config.convert_base is not None:
         return import_peft(source, Path(config.convert_base), destination)
