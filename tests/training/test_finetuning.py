@@ -104,13 +104,10 @@ def test_checkpoints_hold_what_was_added_and_the_base_keeps_its_bits(
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("p-tuning", "ia3")])
-def test_thirty_two_examples_are_learned_by_heart(
-    base: Path, conversations: Path, tmp_path: Path, method: str, count: Any
-) -> None:
-    steps = count(60, 400)
-    finetune(settings(base, conversations, tmp_path / "run", train_iters=steps, **METHODS[method]))
+def test_thirty_two_examples_begin_to_be_learned(base: Path, conversations: Path, tmp_path: Path, method: str) -> None:
+    finetune(settings(base, conversations, tmp_path / "run", train_iters=60, **METHODS[method]))
     found = losses(tmp_path / "run")
-    assert found[-1] < count(0.6, 0.05) * found[0], f"{found[0]:.3f} -> {found[-1]:.3f}"
+    assert found[-1] < 0.6 * found[0], f"{found[0]:.3f} -> {found[-1]:.3f}"
 
 
 @pytest.mark.parametrize("method", ["p-tuning", "ia3"])
@@ -119,6 +116,62 @@ def test_a_few_numbers_in_the_right_places_learn(base: Path, conversations: Path
     finetune(settings(base, conversations, tmp_path / "run", train_iters=40, **METHODS[method]))
     found = losses(tmp_path / "run")
     assert sum(found[-4:]) < sum(found[:4]) - 0.1, f"{found[:4]} -> {found[-4:]}"
+
+
+BY_HEART: dict[str, dict[str, Any]] = {
+    "whole": {"lr": 5e-3, "train_iters": 100},
+    "lora": {**METHODS["lora"], "lr": 1e-2, "train_iters": 150},
+    "series adapter": {**METHODS["adapter"], "lr": 1e-2, "train_iters": 150},
+    "parallel adapter": {**METHODS["adapter"], "adapter_parallel": True, "lr": 1e-2, "train_iters": 150},
+    "p-tuning": {**METHODS["p-tuning"], "num_virtual_tokens": 8, "lr": 1e-2, "train_iters": 250},
+    "ia3": {**METHODS["ia3"], "train_iters": 150},
+}
+
+
+def thirty_two(path: Path, answers: dict[str, int]) -> Path:
+    """Questions with two answers each; the system turn may tell which is meant, the passages name both."""
+    with path.open("w") as stream:
+        for system, chosen in answers.items():
+            for number in range(32):
+                words = (WORDS[number % 8], WORDS[(3 * number + 1) % 8])
+                turns = {"system": system, "user": str(number), "assistant": words[chosen]}
+                messages = [{"role": role, "content": text} for role, text in turns.items()]
+                stream.write(json.dumps({"messages": messages, "contexts": [*words]}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module", params=["gpt", "retro"])
+def knowing(request: pytest.FixtureRequest, corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT or a Retro that knows both answers to every question."""
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    retro = request.param == "retro"
+    shape = {"hidden_size": 64, "init_method_std": 0.05}
+    pretrain(corpus.settings(retro=retro, save=str(folder / "fresh"), train_iters=1, eval_iters=0, **shape))
+    taught = thirty_two(folder / "both.jsonl", {"first": 0, "second": 1})
+    finetune(by_heart(folder / "fresh", taught, folder / "run", lr=5e-3, train_iters=400, lr_decay_style="linear"))
+    assert losses(folder / "run")[-1] < 0.02
+    return folder / "run"
+
+
+def by_heart(base: Path, conversations: Path, run: Path, **more: Any) -> Settings:
+    place = "encoder" if base.parent.name.startswith("retro") else "none"
+    steps = {"micro_batch_size": 32, "global_batch_size": 32, "bucket_by_length": True, "context_place": place}
+    return settings(base, conversations, run, **steps, **more)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", BY_HEART)
+def test_thirty_two_examples_are_learned_by_heart(knowing: Path, tmp_path: Path, method: str) -> None:
+    """To less than 0.05 nats per token and 5 % of the loss at first, on a GPT and on a Retro.
+
+    Asked in a third way, the model cannot know which answer is meant; a prompt or a few factors can tell it.
+    """
+    finetune(
+        by_heart(knowing, thirty_two(tmp_path / "asked.jsonl", {"which": 1}), tmp_path / "run", **BY_HEART[method])
+    )
+    found = losses(tmp_path / "run")
+    assert found[0] > 0.2
+    assert found[-1] < min(0.05, 0.05 * found[0]), f"{found[0]:.4f} -> {found[-1]:.4f}"
 
 
 def test_the_gate_off_is_the_published_way(base: Path, conversations: Path, tmp_path: Path) -> None:
