@@ -128,7 +128,11 @@ def _interval(value: Interval | None) -> str:
 
 def _overhead(results: Sequence[Result]) -> dict[str, str]:
     """What processes cost beside their steps and evaluations: start, data, checkpoints."""
-    done = [(result.outcome.seconds, result.training_seconds) for result in results if result.outcome]
+    done = [
+        (result.outcome.seconds, result.training_seconds)
+        for result in results
+        if result.outcome and result.training_seconds
+    ]
     whole, training = sum(one for one, _ in done), sum(one for _, one in done)
     return (
         {"time of ended runs": readable_seconds(whole), "of it steps and evaluations": f"{training / whole:.1%}"}
