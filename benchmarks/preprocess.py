@@ -22,9 +22,11 @@ from megatron_retro.data.standard_library import standard_library_documents
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.runtime.console import say
 from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main, interleave, median_ratio
+from megatron_retro.testing.processes import tree_memory_mb
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {"sentencepiece BPE": 5.0, "byte-level BPE": 5.0, "sentencepiece unigram": 1.5}
+_SCALING_BYTES = 600_000_000
 TEXT = os.environ.get("MEGATRON_RETRO_BENCHMARK_TEXT")
 SIZES_MB = [int(size) for size in os.environ.get("MEGATRON_RETRO_BENCHMARK_SIZES", "100,1000,4000").split(",")]
 
@@ -139,7 +141,7 @@ def against_the_peer(folder: Path, source: Path, flags: dict[str, list[str]], ro
 
 
 def scaling(folder: Path, source: Path, flags: list[str], rounds: int) -> list[Figure]:
-    """Two workers against one, by the clock."""
+    """Two workers against one, by the clock, on text long enough that starting and learning words are a small part."""
     prefix = folder / "scaling"
     times = interleave(
         {str(workers): lambda workers=workers: ours(source, prefix, flags, workers) for workers in (1, 2)}, rounds
@@ -159,21 +161,6 @@ def start_up(folder: Path, flags: list[str]) -> list[Figure]:
         Figure("start-up, CPU", times.median_cpu, "s", 1.0, LOWER),
         Figure("start-up, by the clock", times.median_wall, "s"),
     ]
-
-
-def tree_memory_mb(process: int) -> float:
-    """Memory of a process and its descendants, shared pages counted once."""
-    total = 0.0
-    pending = [process]
-    while pending:
-        number = pending.pop()
-        try:
-            lines = Path(f"/proc/{number}/smaps_rollup").read_text().splitlines()
-            total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
-            pending += [int(word) for word in Path(f"/proc/{number}/task/{number}/children").read_text().split()]
-        except (OSError, StopIteration):
-            continue
-    return total
 
 
 def peak_memory_mb(words: list[str]) -> float:
@@ -223,7 +210,8 @@ def run(quick: bool) -> list[Figure]:
         figures = against_the_peer(folder, source, flags, 1 if quick else 2)
         if not quick:
             with (folder / "long.jsonl").open("wb") as stream:
-                stream.write(source.read_bytes() * 3)
+                for _ in range(_SCALING_BYTES // source.stat().st_size):
+                    stream.write(source.read_bytes())
             figures += scaling(folder, folder / "long.jsonl", bpe, 2)
         figures += start_up(folder, bpe)
         return figures + memory(folder, source, bpe, [20] if quick else SIZES_MB)

@@ -21,9 +21,12 @@ POSITIONAL: Positional | None = None
 
 def run(settings: Settings, positional: Sequence[str]) -> None:
     """Make the token files."""
-    from megatron_retro.data.preprocessing.run import preprocess
+    from megatron_retro.data.preprocessing.run import join_token_files, preprocess
     from megatron_retro.runtime.workers import this_worker
 
+    if settings[PreprocessConfig].merge_token_files is not None:
+        join_token_files(settings[InputConfig], settings[PreprocessConfig])
+        return
     asked = settings.origin("log_interval") != DEFAULT_ORIGIN
     preprocess(
         settings[InputConfig],

@@ -13,6 +13,12 @@ from megatron_retro.config.settings import Settings, build_settings, section_nam
 from megatron_retro.config.toml_files import nearest, preset_names, preset_path, read_recipe
 from megatron_retro.errors import ConfigError
 
+# Flags of Megatron's that have no meaning here, and what to do instead.
+_INSTEAD = {
+    "--retro-cyclic-train-iters": ": corpora are read again by themselves; --train-iters is the length of the run, "
+    "--max-data-epochs refuses to repeat"
+}
+
 
 @dataclass(frozen=True)
 class Positional:
@@ -47,12 +53,12 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, spec: FieldSpec) -> Non
     help_text = (spec.help + notes + (" (ours)" if spec.ours else "")).replace("%", "%%")
     if spec.kind is bool:
         group.add_argument(
-            spec.flag, dest=name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text
+            *spec.spellings, dest=name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text
         )
         return
     metavar = "{" + ",".join(spec.choices) + "}" if spec.choices else spec.kind.__name__.upper()
     group.add_argument(
-        spec.flag,
+        *spec.spellings,
         dest=name,
         type=_converter(spec),
         nargs="+" if spec.repeated else None,
@@ -127,7 +133,7 @@ def _refuse_unknown(unknown: Sequence[str], sections: Sequence[type]) -> None:
     flags = [spec.flag for _, spec in specs_by_name(sections).values()]
     flags += ["--no-" + flag.removeprefix("--") for flag in flags]
     problems = [
-        f"{word} is no flag of this command{nearest(word.split('=')[0], flags)}"
+        f"{word} is no flag of this command{_INSTEAD.get(word) or nearest(word.split('=')[0], flags)}"
         if word.startswith("-")
         else f"{word!r} stands alone; values follow a flag"
         for word in unknown

@@ -24,14 +24,19 @@ def option(
     ours: bool = False,
     minimum: float | None = None,
     maximum: float | None = None,
+    megatron_name: str | None = None,
 ) -> Any:
-    """A field. `ours` marks a flag that Megatron does not have; bounds are inclusive."""
+    """A field. `ours` marks a flag that Megatron does not have; one that it spells differently is known by both names.
+
+    Bounds are inclusive.
+    """
     metadata = {
         "help": help,
         "choices": tuple(choices) if choices else None,
         "ours": ours,
         "minimum": minimum,
         "maximum": maximum,
+        "megatron_name": megatron_name,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -50,11 +55,18 @@ class FieldSpec:
     ours: bool
     minimum: float | None
     maximum: float | None
+    megatron_name: str | None
 
     @property
     def flag(self) -> str:
         """The spelling on the command line."""
         return "--" + self.name.replace("_", "-")
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """All that the command line takes for it."""
+        others = () if self.megatron_name is None else ("--" + self.megatron_name.replace("_", "-"),)
+        return (self.flag, *others)
 
     def expected(self) -> str:
         """What a legal value looks like, in words."""

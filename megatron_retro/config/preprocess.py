@@ -29,6 +29,9 @@ class PreprocessConfig:
     shards: int = option(1, "cut the output into this many token files", minimum=1, ours=True)
     shuffle_documents: int | None = option(None, "write documents in a random order of this seed", minimum=0, ours=True)
     resume: bool = option(False, "go on where a stopped run of the same command left off", ours=True)
+    merge_token_files: tuple[str, ...] | None = option(
+        None, "join these token files (prefixes) into --output-prefix; no text is read", ours=True
+    )
     verify: bool = option(False, "read the finished files again and check every number", ours=True)
 
 

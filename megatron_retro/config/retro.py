@@ -16,7 +16,9 @@ class RetroConfig:
     """Retrieval in the model: neighbours, encoder, chunked cross-attention, gate"""
 
     retro_add_retriever: bool = option(False, "add the neighbour encoder and chunked cross-attention")
-    retro_chunk_length: int = option(64, "tokens of a chunk (m)", minimum=1, ours=True)
+    retro_chunk_length: int = option(
+        64, "tokens of a chunk (m)", minimum=1, ours=True, megatron_name="retro_gpt_chunk_length"
+    )
     retro_num_neighbors: int = option(2, "neighbours per chunk (k)", minimum=0)
     retro_num_retrieved_chunks: int = option(2, "chunks per neighbour, itself included (r = this x m)", minimum=1)
     retro_layers: tuple[int, ...] | None = option(

@@ -156,7 +156,9 @@ def set_search_effort(index: Any, nprobe: int, ef_search: int) -> None:
 def search_one_by_one(index: Any) -> None:
     """Prepare for single queries: faiss starts 32 threads per search to read lists ahead, most of a query's time."""
     parts = inverted_parts(index)
-    lists = faiss_module().downcast_InvertedLists(parts.inverted.invlists) if parts else None
+    if parts is None:
+        return
+    lists = faiss_module().downcast_InvertedLists(parts.inverted.invlists)
     if hasattr(lists, "prefetch_nthread"):
         lists.prefetch_nthread = 0
 

@@ -13,7 +13,7 @@ from megatron_retro.artifacts.manifest import read_manifest, require_same
 from megatron_retro.retrieval.block_files import facts_of, verify_arrays
 from megatron_retro.retrieval.encoding import ChunkEncoder
 from megatron_retro.retrieval.faiss_index import inverted_parts
-from megatron_retro.retrieval.layout import claimed
+from megatron_retro.retrieval.layout import claimed, unless_done
 from megatron_retro.retrieval.merging import KIND, VERSION, ListMerge, merge_whole
 from megatron_retro.retrieval.project import Project
 from megatron_retro.retrieval.recomputing import recompute
@@ -62,7 +62,8 @@ def merge(project: Project) -> None:
     parts = inverted_parts(open_trained(project))
     if parts is None:
         for _ in claimed(layout, "merge", ["whole"], done, project.worker):
-            merge_whole(open_trained(project), paths, facts, directory, layout.merged, inputs, config)
+            with unless_done(layout.merged.exists):
+                merge_whole(open_trained(project), paths, facts, directory, layout.merged, inputs, config)
         return
     segment_bytes = int(min(SEGMENT_BYTES, project.memory_bytes / 4))
     task = ListMerge(
@@ -71,17 +72,20 @@ def merge(project: Project) -> None:
     for _ in claimed(
         layout, "merge", ["prepare"], lambda _: layout.merged.exists() or task.is_prepared(), project.worker
     ):
-        task.prepare()
+        with unless_done(layout.merged.exists):
+            task.prepare()
     with Progress("merge", len(task.segments), "ranges of lists") as progress:
 
         def settled(name: str) -> bool:
             return layout.merged.exists() or task.is_done(name)
 
         for name in claimed(layout, "merge", list(task.segments), settled, project.worker):
-            task.write_segment(name)
+            with unless_done(layout.merged.exists):
+                task.write_segment(name)
             progress.advance(1)
     for _ in claimed(layout, "merge", ["finish"], done, project.worker):
-        task.finish(parts, layout.merged, inputs, config)
+        with unless_done(layout.merged.exists):
+            task.finish(parts, layout.merged, inputs, config)
     for leftover in (f"checked-{key}", f"merged-ranges-{key}"):
         shutil.rmtree(layout.work(leftover), ignore_errors=True)
 

@@ -14,10 +14,12 @@ DIR/work/                claims of workers, unfinished tables
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_retro.artifacts.claims import BlockClaims
+from megatron_retro.errors import ArtifactError
 from megatron_retro.runtime.workers import Worker
 
 
@@ -101,6 +103,19 @@ class Span:
 def spans(total: int, size: int) -> tuple[Span, ...]:
     """`total` items cut into blocks of `size`, the last one perhaps smaller."""
     return tuple(Span(first, min(first + size, total)) for first in range(0, total, size))
+
+
+@contextmanager
+def unless_done(is_done: Callable[[], bool]) -> Iterator[None]:
+    """Write and publish under this: a worker that was taken for dead may find that another has published its block.
+
+    Both made the same bytes, so that its own attempt failed does not matter then.
+    """
+    try:
+        yield
+    except (OSError, ArtifactError):
+        if not is_done():
+            raise
 
 
 def claimed(

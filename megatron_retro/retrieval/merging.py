@@ -129,6 +129,8 @@ class ListMerge:
 
     def finish(self, trained: InvertedParts, path: Path, inputs: dict[str, str], config: dict[str, Any]) -> None:
         """Write the index that points into the file, and give the directory its name."""
+        if not self.is_prepared():
+            raise ArtifactError(f"{self.directory / LISTS_FILE} is gone or cut", fix="merge again")
         missing = [segment for segment in self.segments if not self.is_done(segment)]
         if missing:
             raise ArtifactError(f"{self.directory} lacks {len(missing)} segments", got=missing[0], fix="merge again")
@@ -142,7 +144,7 @@ class ListMerge:
         trained.inverted.ntotal = trained.index.ntotal = int(self.sizes.sum())
         write_index(trained.index, self.directory / INDEX_FILE)
         counts = {"chunks": int(self.sizes.sum()), "lists": self.num_lists, "largest_list": int(self.sizes.max())}
-        _publish(self.directory, path, inputs, config, counts)
+        _publish(self.directory, path, (INDEX_FILE, LISTS_FILE), inputs, config, counts)
 
 
 def merge_whole(
@@ -160,7 +162,7 @@ def merge_whole(
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     write_index(trained, directory / INDEX_FILE)
-    _publish(directory, path, inputs, config, {"chunks": int(trained.ntotal), "lists": 0})
+    _publish(directory, path, (INDEX_FILE,), inputs, config, {"chunks": int(trained.ntotal), "lists": 0})
 
 
 def open_merged(path: Path) -> Any:
@@ -177,9 +179,13 @@ def open_merged(path: Path) -> Any:
 
 
 def _publish(
-    directory: Path, path: Path, inputs: dict[str, str], config: dict[str, Any], counts: dict[str, int]
+    directory: Path,
+    path: Path,
+    names: tuple[str, ...],
+    inputs: dict[str, str],
+    config: dict[str, Any],
+    counts: dict[str, int],
 ) -> None:
-    names = [name for name in (INDEX_FILE, LISTS_FILE) if (directory / name).exists()]
     for file in directory.iterdir():
         if file.name not in names:
             file.unlink()

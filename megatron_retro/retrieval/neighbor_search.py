@@ -27,7 +27,7 @@ from megatron_retro.data.query_chunks import QueryChunks
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.errors import ConfigError
 from megatron_retro.retrieval.encoding import BATCH_CHUNKS
-from megatron_retro.retrieval.layout import claimed
+from megatron_retro.retrieval.layout import claimed, unless_done
 from megatron_retro.retrieval.list_join import Excluded, Found
 from megatron_retro.retrieval.live_index import write_live_settings
 from megatron_retro.retrieval.merging import KIND, VERSION, open_merged
@@ -177,7 +177,8 @@ def _fill_table(project: Project, corpus: QueryCorpus) -> None:
     with Progress(f"query {corpus.name}", layout.num_rows, "rows") as progress:
         progress.advance(sum(block.last - block.first for block in layout.blocks if is_done(block.name)))
         for block in claimed(project.layout, name, list(blocks), is_done, project.worker):
-            write_block(directory, layout, blocks[block], search.rows(blocks[block].first, blocks[block].last))
+            with unless_done(path.exists):
+                write_block(directory, layout, blocks[block], search.rows(blocks[block].first, blocks[block].last))
             progress.advance(blocks[block].last - blocks[block].first)
     again = [block for block in layout.blocks if (directory / block.name).exists()]
     recompute(
@@ -190,8 +191,9 @@ def _fill_table(project: Project, corpus: QueryCorpus) -> None:
     )
     for _ in claimed(project.layout, name, ["finish"], lambda _: path.exists(), project.worker):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_foreign_files(directory, set(blocks))
-        finish_table(directory, path, layout, inputs=inputs, config=config)
+        with unless_done(path.exists):
+            _drop_foreign_files(directory, set(blocks))
+            finish_table(directory, path, layout, inputs=inputs, config=config)
     shutil.rmtree(project.layout.claims(name), ignore_errors=True)
 
 

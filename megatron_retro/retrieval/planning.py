@@ -131,18 +131,30 @@ def _described_bytes(index: Any, parts: InvertedParts, lists: int) -> int:
         finder.ntotal = lists
     if hasattr(parts.inverted, "pq"):
         quantizer = parts.inverted.pq
-        faiss.copy_array_to_vector(
-            np.zeros(quantizer.M * quantizer.ksub * quantizer.dsub, np.float32), quantizer.centroids
-        )
-    if index is not parts.inverted:
-        for number in range(index.chain.size()):
-            matrix = faiss.downcast_VectorTransform(index.chain.at(number))
-            faiss.copy_array_to_vector(np.zeros(matrix.d_in * matrix.d_out, np.float32), matrix.A)
+        _fill(quantizer.centroids, quantizer.M * quantizer.ksub * quantizer.dsub)
+    if hasattr(parts.inverted, "sq"):
+        parts.inverted.sq.train(np.zeros((2, parts.dimension), np.float32))
+    for number in range(index.chain.size() if index is not parts.inverted else 0):
+        _fill_transform(faiss.downcast_VectorTransform(index.chain.at(number)))
     ondisk = faiss.OnDiskInvertedLists()
     ondisk.nlist, ondisk.code_size, ondisk.read_only, ondisk.filename = lists, parts.code_size, True, LISTS_FILE
     ondisk.lists.resize(lists)
     parts.inverted.replace_invlists(ondisk, False)
     return int(faiss.serialize_index(index).size)
+
+
+def _fill_transform(transform: Any) -> None:
+    """Give a transform the arrays that training would."""
+    wide, narrow = int(transform.d_in), int(transform.d_out)
+    if hasattr(transform, "A"):
+        _fill(transform.A, wide * narrow)
+    if hasattr(transform, "eigenvalues"):
+        for vector, size in (("mean", wide), ("eigenvalues", wide), ("PCAMat", wide * wide), ("b", narrow)):
+            _fill(getattr(transform, vector), size)
+
+
+def _fill(vector: Any, size: int) -> None:
+    faiss_module().copy_array_to_vector(np.zeros(size, np.float32), vector)
 
 
 def _costs(

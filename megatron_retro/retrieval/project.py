@@ -23,7 +23,7 @@ from megatron_retro.retrieval.embedders import Embedder, build_embedder
 from megatron_retro.retrieval.encoding import KeptVectors
 from megatron_retro.retrieval.faiss_index import inverted_parts, new_index
 from megatron_retro.retrieval.index_choice import IndexChoice, choose_index
-from megatron_retro.retrieval.layout import ProjectLayout, Span, claimed, spans
+from megatron_retro.retrieval.layout import ProjectLayout, Span, claimed, spans, unless_done
 from megatron_retro.runtime.workers import Worker, this_worker
 
 
@@ -81,9 +81,9 @@ class Project:
         """The chunk database, created when it is not there yet."""
         layout, length = self.layout, self.settings[RetroConfig].retro_chunk_length
         for _ in claimed(layout, "database", ["database"], lambda _: layout.database.exists(), self.worker):
-            ChunkDatabase.create(
-                layout.database, self._database_corpora(), length, eod=self.eod, document_ranges=self._document_ranges()
-            )
+            corpora, ranges = self._database_corpora(), self._document_ranges()
+            with unless_done(layout.database.exists):
+                ChunkDatabase.create(layout.database, corpora, length, eod=self.eod, document_ranges=ranges)
         database = ChunkDatabase.open(layout.database)
         again = f"remove {layout.root} or give another --retro-project-dir"
         require_same(layout.database, "--retro-chunk-length", database.chunk_length, length, again)

@@ -14,7 +14,7 @@ from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.retrieval.embedders import Embedder
 from megatron_retro.retrieval.encoding import BATCH_CHUNKS
 from megatron_retro.retrieval.faiss_index import InvertedParts, faiss_module, inverted_parts, new_index, read_index
-from megatron_retro.retrieval.layout import claimed
+from megatron_retro.retrieval.layout import claimed, unless_done
 from megatron_retro.retrieval.project import Project
 from megatron_retro.runtime.console import Progress
 
@@ -40,7 +40,7 @@ def train(project: Project) -> None:
                 got=str(error).split("Error: ")[-1].split("\n")[0],
                 fix="give --retro-index-str auto",
             ) from None
-        with new_directory(where) as directory:
+        with unless_done(where.exists), new_directory(where) as directory:
             faiss_module().write_index(index, str(directory / TRAINED_FILE))
             write_manifest(
                 directory, kind=KIND, version=VERSION, inputs=_inputs(project), counts={"sample": len(sample)}

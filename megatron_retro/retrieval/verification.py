@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,29 @@ from megatron_retro.runtime.console import say
 
 def verify(project: Project) -> None:
     """Measure, report, and fail if a table is not sound. One worker does it; the others wait for its report."""
-    path = project.layout.report / "quality.json"
+    path, subject = project.layout.report / "quality.json", _subject(project)
     path.unlink(missing_ok=True) if project.worker.index == 0 else None
-    for _ in claimed(project.layout, "verify", ["verify"], lambda _: path.exists(), project.worker):
-        report = _measured(project)
+    for _ in claimed(project.layout, "verify", ["verify"], lambda _: _is_about(path, subject), project.worker):
+        report = {**_measured(project), "subject": subject}
         write_file(path.with_name("quality.html"), quality_page(report))
         write_file(path, json.dumps(report, indent=1) + "\n")
     judge(json.loads(path.read_text(encoding="utf-8")), path)
+
+
+def _subject(project: Project) -> str:
+    """What a report is about: an old one, of other tables or measured otherwise, must not be judged for it."""
+    layout, config = project.layout, project.config
+    made = [layout.merged, *(layout.neighbors(corpus.name) for corpus in project.query_corpora)]
+    measured = [config.retro_verify_queries, config.retro_verify_rows, config.retro_verify_embedders]
+    facts = [[load_manifest(path).fingerprint for path in made], measured, config.retro_recall_floor]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _is_about(path: Path, subject: str) -> bool:
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8")).get("subject") == subject)
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def judge(report: dict[str, Any], path: Path) -> None:

@@ -162,3 +162,18 @@ def _signal(process: int, number: signal.Signals) -> bool:
         return False
     os.kill(process, number)
     return True
+
+
+def tree_memory_mb(process: int) -> float:
+    """Memory of a process and its descendants, shared pages counted once."""
+    total = 0.0
+    pending = [process]
+    while pending:
+        number = pending.pop()
+        try:
+            lines = Path(f"/proc/{number}/smaps_rollup").read_text().splitlines()
+            total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+            pending += [int(word) for word in Path(f"/proc/{number}/task/{number}/children").read_text().split()]
+        except (OSError, StopIteration):
+            continue
+    return total

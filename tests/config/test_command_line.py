@@ -61,6 +61,15 @@ def test_every_field_is_explained_and_its_default_is_legal(section: type) -> Non
         assert spec.default is None or spec.problem(spec.default) is None, spec.name
 
 
+def test_megatrons_spelling_of_the_chunk_length_is_taken_and_a_flag_without_meaning_is_explained() -> None:
+    for flag in ("--retro-chunk-length", "--retro-gpt-chunk-length"):
+        settings, _ = parse_settings("x", SECTIONS, [flag, "32"], all_sections=ALL_SECTIONS)
+        assert settings[RetroConfig].retro_chunk_length == 32
+        assert settings.origin("retro_chunk_length") == "flag"
+    with pytest.raises(ConfigError, match=r"--retro-cyclic-train-iters is no flag of this command: .*--train-iters"):
+        parse_settings("x", [RetroConfig], ["--retro-cyclic-train-iters", "5"], all_sections=ALL_SECTIONS)
+
+
 def test_unknown_flag_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"--num-layer is no flag.*--num-layers"):
         parse("--num-layer", "3")

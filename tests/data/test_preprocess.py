@@ -1,16 +1,10 @@
-"""Preprocessing writes Megatron's bytes whatever the workers, formats, kills and resumes on the way."""
+"""Preprocessing writes Megatron's bytes whatever the workers and formats, and names what it cannot use."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
-import random
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +18,11 @@ from megatron_retro.data.token_file import TokenFile
 from megatron_retro.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 from megatron_retro.testing.corpora import (
     megatron_documents,
-    random_text,
     small_sentencepiece,
     write_json_lines,
     write_reference_token_file,
 )
+from megatron_retro.testing.preprocessing_runs import compressed, files, preprocess, records
 
 Run = Callable[..., int]
 
@@ -44,26 +38,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "a.model"
     small_sentencepiece(path)
     return path
-
-
-def records(seed: int, count: int) -> list[dict[str, Any]]:
-    generator = random.Random(seed)
-    found: list[dict[str, Any]] = [
-        {"id": number, "text": random_text(generator, generator.randrange(60))} for number in range(count)
-    ]
-    found[count // 2]["text"] = ""
-    found[count // 3]["text"] = ["one sentence.", "", "another"]
-    return found
-
-
-def preprocess(prefix: Path, inputs: Sequence[Path | str], *flags: str) -> int:
-    words = ["preprocess", "--input", *map(str, inputs), "--output-prefix", str(prefix), *flags]
-    return main(words if "--workers" in flags else [*words, "--workers", "1"])
-
-
-def files(prefix: Path, key: str = "text") -> tuple[bytes, bytes]:
-    base = f"{prefix}_{key}_document"
-    return Path(base + ".bin").read_bytes(), Path(base + ".idx").read_bytes()
 
 
 def expected(folder: Path, found: Sequence[dict[str, Any]], encode: Any, eod: int | None, key: str = "text") -> Any:
@@ -98,16 +72,6 @@ def test_several_keys_and_several_inputs(tmp_path: Path) -> None:
     for key in ("text", "title"):
         wanted = expected(tmp_path, first + second, ByteTokenizer().encode, None, key)
         assert files(tmp_path / "o", key) == wanted == files(tmp_path / "p", key)
-
-
-def compressed(path: Path, lines: bytes) -> Path:
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(lines[: len(lines) // 2]) + gzip.compress(lines[len(lines) // 2 :]))
-    else:
-        zstandard = pytest.importorskip("zstandard")
-        compressor = zstandard.ZstdCompressor()
-        path.write_bytes(compressor.compress(lines[:700]) + compressor.compress(lines[700:]))
-    return path
 
 
 def parquet(path: Path, found: Sequence[dict[str, Any]]) -> Path:
@@ -316,18 +280,6 @@ def test_a_line_beyond_the_limit_is_named_and_never_held(tmp_path: Path) -> None
     assert large.stat().st_size - len(GOOD) == Path(f"{large}.o.refused.jsonl").stat().st_size
 
 
-def test_mpirun_gives_every_process_its_part(tmp_path: Path, larger: Path) -> None:
-    launcher = shutil.which("mpirun")
-    if launcher is None:
-        pytest.skip("no mpirun on this machine")
-    assert start(tmp_path / "whole", larger, "--workers", "1").wait() == 0
-    words = [launcher, "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-c", SCRIPT, "preprocess"]
-    words += ["--input", str(larger), "--output-prefix", str(tmp_path / "o"), "--append-eod", "--workers", "1"]
-    run = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
-    assert run.returncode == 0, run.stderr
-    assert files(tmp_path / "o") == files(tmp_path / "whole")
-
-
 @pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
 def test_a_tokenizer_of_ones_own_covers_every_text(tmp_path: Path, algorithm: str) -> None:
     source = write_json_lines(tmp_path / "a.jsonl", records(11, 300))
@@ -347,98 +299,3 @@ def test_a_tokenizer_needs_enough_text(tmp_path: Path, capfd: pytest.CaptureFixt
     source.write_bytes(GOOD)
     assert main(["train-tokenizer", "--input", str(source), "--tokenizer-output", str(tmp_path / "m")]) == 2
     assert "smaller --tokenizer-vocab-size" in capfd.readouterr().err and not (tmp_path / "m.model").exists()
-
-
-SCRIPT = """
-import sys
-from megatron_retro.data.preprocessing import plan
-plan.SMALLEST_BLOCK = 30000
-from megatron_retro.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def start(prefix: Path, source: Path, *flags: str) -> subprocess.Popen[str]:
-    words = ["preprocess", "--input", str(source), "--output-prefix", str(prefix), "--append-eod", *flags]
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, *words], stderr=subprocess.PIPE, text=True)
-
-
-@pytest.fixture(scope="module")
-def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    generator = random.Random(9)
-    found = [{"text": random_text(generator, 150)} for _ in range(600)]
-    return write_json_lines(tmp_path_factory.mktemp("larger") / "a.jsonl", found)
-
-
-def test_killed_at_any_moment_and_resumed_the_bytes_are_the_same(
-    tmp_path: Path, larger: Path, model: Path, count: Callable[[int, int], int]
-) -> None:
-    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(model), "--workers", "2"]
-    began = time.monotonic()
-    assert start(tmp_path / "whole", larger, *flags).wait() == 0
-    whole_run = time.monotonic() - began
-    wanted = files(tmp_path / "whole")
-    generator = random.Random(0)
-    killed = 0
-    for number in range(count(5, 50)):
-        prefix = tmp_path / str(number)
-        run = start(prefix, larger, *flags)
-        time.sleep(whole_run * generator.uniform(0.3, 1.0))
-        run.kill()
-        killed += run.wait() == -signal.SIGKILL
-        resumed = start(prefix, larger, *flags, "--resume")
-        assert resumed.wait() == 0, resumed.communicate()
-        assert files(prefix) == wanted
-        assert sorted(path.name for path in tmp_path.glob(f"{number}*.unfinished")) == []
-    assert killed > 0
-
-
-def children(process: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-
-
-def test_a_killed_worker_is_noticed_and_its_part_done_again(tmp_path: Path, larger: Path, model: Path) -> None:
-    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(model), "--workers", "2"]
-    assert start(tmp_path / "whole", larger, *flags).wait() == 0
-    run = start(tmp_path / "hurt", larger, *flags)
-    deadline = time.monotonic() + 20
-    while not (workers := children(run.pid)) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    killed_at = time.monotonic()
-    os.kill(workers[0], signal.SIGKILL)
-    _, said = run.communicate(timeout=60)
-    assert run.returncode == 0 and "was killed by signal 9" in said
-    assert time.monotonic() - killed_at < 30
-    assert files(tmp_path / "hurt") == files(tmp_path / "whole")
-
-
-def test_a_part_that_kills_every_worker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_retro.data.preprocessing.blocks import BlockMaker
-
-    source = write_json_lines(tmp_path / "a.jsonl", records(8, 60))
-    monkeypatch.setattr(plan_module, "SMALLEST_BLOCK", 2000)
-    make = BlockMaker.make
-
-    def deadly(self: BlockMaker, block: int, report: Any) -> None:
-        if block == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        make(self, block, report)
-
-    monkeypatch.setattr(BlockMaker, "make", deadly)
-    began = time.monotonic()
-    assert preprocess(tmp_path / "o", [source], "--workers", "2") == 2
-    assert time.monotonic() - began < 5
-    monkeypatch.setattr(BlockMaker, "make", make)
-    assert preprocess(tmp_path / "o", [source], "--workers", "2", "--resume") == 0
-    assert preprocess(tmp_path / "p", [source]) == 0
-    assert files(tmp_path / "o") == files(tmp_path / "p")
-
-
-def test_workers_of_many_machines_share_one_run(tmp_path: Path, larger: Path) -> None:
-    assert start(tmp_path / "whole", larger, "--workers", "1").wait() == 0
-    runs = [start(tmp_path / "shared", larger, "--workers", "1", "--shard", f"{n}/3") for n in range(3)]
-    said = [run.communicate(timeout=60)[1] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0, 0], said
-    assert files(tmp_path / "shared") == files(tmp_path / "whole")
-    assert not Path(f"{tmp_path}/shared.unfinished").exists()
-    assert sum("finished by another worker" in text or "nothing to do" in text for text in said) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.neighbor_table import NeighborTable
 from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.retrieval import merging, neighbor_search
+from megatron_retro.retrieval.faiss_index import faiss_module, inverted_parts, new_index
 from megatron_retro.retrieval.index_choice import automatic_index, choose_index, number_of_lists
 from megatron_retro.retrieval.planning import index_file_bytes, make_plan
 from megatron_retro.retrieval.project import Project
@@ -165,3 +168,49 @@ def test_the_plan_knows_every_file_to_the_byte(corpus: str, tmp_path: Path, inde
     text = plan.text()
     assert index_str in text and f"{plan.files['neighbors/corpus']:,}" in text
     assert plan.files["index/merged/index.faiss"] == index_file_bytes(index_str, 64)
+
+
+@pytest.mark.parametrize(
+    "index_str",
+    ["IVF8,Flat", "IVF8,SQ8", "IVF8,SQfp16", "PCA32,IVF8,SQ4", "PCAR32,L2norm,IVF8,Flat", "OPQ4_16,IVF8,PQ4x4"],
+)
+def test_the_plan_knows_the_size_of_any_index_file(index_str: str) -> None:
+    index, faiss = new_index(index_str, 64), faiss_module()
+    index.train(np.random.default_rng(0).standard_normal((700, 64)).astype(np.float32))
+    parts = inverted_parts(index)
+    assert parts is not None
+    lists = faiss.OnDiskInvertedLists()
+    lists.nlist, lists.code_size, lists.read_only, lists.filename = 8, parts.code_size, True, "lists.ivfdata"
+    lists.lists.resize(8)
+    parts.inverted.replace_invlists(lists, False)
+    assert index_file_bytes(index_str, 64) == faiss.serialize_index(index).size
+
+
+def test_who_comes_second_accepts_what_another_worker_has_published(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every publishing step done twice, the first time by "the other worker", whose result stays."""
+    settings = project_settings(tmp_path / "p", [corpus], retro_index_str="IVF4,Flat", retro_block_size=100)
+    for place, name in ((merging.ListMerge, "finish"), (neighbor_search, "finish_table")):
+        once = getattr(place, name)
+
+        def twice(*arguments: Any, once: Any = once, **more: Any) -> None:
+            once(*arguments, **more)
+            once(*arguments, **more)
+
+        monkeypatch.setattr(place, name, twice)
+    build_retrieval(settings)
+    monkeypatch.undo()
+    build_retrieval(project_settings(tmp_path / "q", [corpus], retro_index_str="IVF4,Flat", retro_block_size=100))
+    assert (ids_of(tmp_path / "p") == ids_of(tmp_path / "q")).all()
+
+
+def test_no_worker_judges_a_report_on_something_else(corpus: str, tmp_path: Path) -> None:
+    settings = project_settings(tmp_path / "p", [corpus], retro_verify_queries=30)
+    build_retrieval(settings)
+    report = tmp_path / "p" / "report" / "quality.json"
+    first = report.read_text()
+    build_retrieval(settings.replace(retro_tasks=["verify"], shard="1/2"))
+    assert report.read_text() == first
+    build_retrieval(settings.replace(retro_tasks=["verify"], shard="1/2", retro_verify_queries=40))
+    assert json.loads(report.read_text())["tables"]["corpus"]["sampled"] == 40

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,12 +18,14 @@ from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import named_disk_errors, temporary_name, write_file
 from megatron_retro.data.preprocessing.encoding import Encoder
-from megatron_retro.data.preprocessing.plan import Plan
+from megatron_retro.data.preprocessing.plan import LINES, TEXT, Plan
 from megatron_retro.data.preprocessing.records import Record, Refused, Texts, read_segment, texts_of
 from megatron_retro.errors import ArtifactError, DataError
 
 TOKENS, LENGTHS, DOCUMENTS = "tokens", "lengths", "documents"
+PLAIN_FORMATS = (LINES, TEXT)
 _BATCH_CHARACTERS = 1 << 20
+_WARM_PLACES = 4
 _COPY_BYTES = 1 << 20
 Report = Callable[[int, int, int], None]
 
@@ -115,6 +118,21 @@ class BlockMaker:
         finally:
             pieces.discard()
 
+    def warm_up(self) -> None:
+        """Let the encoder learn the words of a few places of the input, for the processes that are forked from here."""
+        plain = [block for block in self.plan.blocks if self.plan.files[block[0].file].format in PLAIN_FORMATS]
+        for place in range(_WARM_PLACES if plain else 0):
+            texts: list[str] = []
+            characters = 0
+            for record in read_segment(self.plan, plain[len(plain) * place // _WARM_PLACES][0]):
+                if characters >= _BATCH_CHARACTERS:
+                    break
+                with suppress(Refused):  # whoever makes the block reports it
+                    found = texts_of(record, self.plan) or {}
+                    texts += [text for parts in found.values() for text in parts]
+                characters += record.length
+            self.encoder.encode(texts)
+
     def _fill(self, block: int, pieces: _Pieces, report: Report) -> BlockCounts:
         counts = BlockCounts()
         dtype = np.dtype(self.plan.dtype)
@@ -159,7 +177,7 @@ class BlockMaker:
         characters = stored = 0
         for segment in self.plan.blocks[block]:
             share, seen = self.plan.segment_bytes(segment), 0
-            is_stored_plain = self.plan.files[segment.file].format in ("lines", "text")
+            is_stored_plain = self.plan.files[segment.file].format in PLAIN_FORMATS
             for record in read_segment(self.plan, segment):
                 texts = self._usable(block, record, pieces, counts)
                 amount = min(record.length, share - seen) if is_stored_plain else 0

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from megatron_retro.data.preprocessing.plan import Plan, Reading, find_inputs
 from megatron_retro.data.preprocessing.pool import Send, WorkerPool
 from megatron_retro.data.token_file import bin_path, idx_path
 from megatron_retro.data.token_index import token_dtype
-from megatron_retro.data.token_writer import verify_token_file
+from megatron_retro.data.token_writer import merge_token_files, verify_token_file
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.runtime.console import Progress, readable_bytes, say, warn
@@ -118,6 +119,21 @@ def preprocess(
     _tell(run, summary)
 
 
+def join_token_files(inputs: InputConfig, config: PreprocessConfig) -> None:
+    """`--merge-token-files`: token files one after another in a new one."""
+    if inputs.input is not None or config.output_prefix is None:
+        raise ConfigError(
+            "--merge-token-files needs --output-prefix and reads no --input",
+            got=f"--output-prefix {config.output_prefix}, --input {inputs.input}",
+        )
+    target = config.output_prefix
+    existing = [path for path in (bin_path(target), idx_path(target)) if path.exists()]
+    if existing:
+        raise ArtifactError(f"{existing[0]} exists already", fix="remove it, or give another --output-prefix")
+    counts = merge_token_files(config.merge_token_files or (), target).counts
+    say(f"wrote {target}.bin and .idx: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+
+
 def plan_run(inputs: InputConfig, config: PreprocessConfig, tokenizer_config: TokenizerConfig, worker: Worker) -> Run:
     """Check the settings and lay out the work; reads sizes and samples of the input, nothing else."""
     if inputs.input is None or config.output_prefix is None:
@@ -181,7 +197,10 @@ def _make_blocks(run: Run, workers: int, log_interval: int | None) -> None:
         if workers == 1:
             _make_here(run, log)
             return
-        pool = WorkerPool(workers, lambda number, send: _work(run, number, workers, send), log, run.plan.describe)
+        # Before the fork: what the encoder learns here, its processes need not learn each for itself.
+        maker = run.maker()
+        maker.warm_up()
+        pool = WorkerPool(workers, partial(_work, run, maker, workers), log, run.plan.describe)
         pool.run()
         _make_here(run, log)
 
@@ -202,9 +221,8 @@ class _Log:
             say(f"{self._documents} documents, {self._tokens} tokens, {self._progress.facts()}")
 
 
-def _work(run: Run, number: int, workers: int, send: Send) -> None:
+def _work(run: Run, maker: BlockMaker, workers: int, number: int, send: Send) -> None:
     """A worker process: blocks that nobody else has."""
-    maker = run.maker()
     for block in run.claims(number, workers, wait=False):
         send("block", block)
         maker.make(block, lambda *facts: send("progress", facts))
