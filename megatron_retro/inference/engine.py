@@ -128,7 +128,12 @@ class Engine:
         if start < end:
             stop = min(start + self.limits.prefill_tokens, end)
             size = self.forward.chunk_length
-            self.forward.fill([generation.tokens[start:stop]], [prefill.found[start // size : stop // size]], cache)
+            given, found = [generation.tokens[start:stop]], [prefill.found[start // size : stop // size]]
+            if generation.request.score_prompt:
+                limit = min(self.forward.vocab_size, self.tokenizer.vocab_size)
+                generation.score_given(self.forward.all_logits(given, found, cache)[0, :, :limit], start)
+            else:
+                self.forward.fill(given, found, cache)
         if cache.lengths[0] == end:
             self._join(generation, cache)
             self._prefill = None

@@ -32,6 +32,9 @@ class Forward(Protocol):
     def fill(self, tokens_BS: Sequence[Sequence[int]], found: Sequence[Sequence[Found]], cache: Cache) -> None:
         """Put tokens into the cache. `found` holds, by row, neighbours of the chunks that these tokens complete."""
 
+    def all_logits(self, tokens_BS: Sequence[Sequence[int]], found: Sequence[Sequence[Found]], cache: Cache) -> Tensor:
+        """As `fill`, with [B, S, V]: what the model says after each of these tokens."""
+
     def next_logits(self, tokens_B: Sequence[int], found: Sequence[Found | None], cache: Cache) -> Tensor:
         """[B, V] after one more token of each row; `found` for rows whose token completes a chunk."""
 
@@ -57,6 +60,12 @@ class LocalForward:
     def fill(self, tokens_BS: Sequence[Sequence[int]], found: Sequence[Sequence[Found]], cache: Cache) -> None:
         """Put tokens into the cache; no logits are computed."""
         self._hidden(torch.tensor(tokens_BS, device=self.device), stack(found, self.neighbor_shape, self.device), cache)
+
+    @torch.inference_mode()
+    def all_logits(self, tokens_BS: Sequence[Sequence[int]], found: Sequence[Sequence[Found]], cache: Cache) -> Tensor:
+        """[B, S, V] after each of these tokens."""
+        tokens, neighbors = torch.tensor(tokens_BS, device=self.device), stack(found, self.neighbor_shape, self.device)
+        return self.model.head(self._hidden(tokens, neighbors, cache))
 
     @torch.inference_mode()
     def next_logits(self, tokens_B: Sequence[int], found: Sequence[Found | None], cache: Cache) -> Tensor:

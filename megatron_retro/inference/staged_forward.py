@@ -53,18 +53,25 @@ class StagedForward:
         self._run(torch.tensor(tokens_BS, device=self.device), stack(found, self.neighbor_shape, self.device), cache)
 
     @torch.inference_mode()
+    def all_logits(self, tokens_BS: Sequence[Sequence[int]], found: Sequence[Sequence[Found]], cache: Cache) -> Tensor:
+        """[B, S, V] on every rank."""
+        return self._logits(torch.tensor(tokens_BS, device=self.device), found, cache)
+
+    @torch.inference_mode()
     def next_logits(self, tokens_B: Sequence[int], found: Sequence[Found | None], cache: Cache) -> Tensor:
         """[B, V] on every rank."""
         rows = [[] if one is None else [one] for one in found]
-        tokens_B1 = torch.tensor(tokens_B, device=self.device)[:, None]
-        hidden_B1H = self._run(tokens_B1, stack(rows, self.neighbor_shape, self.device), cache)
+        return self._logits(torch.tensor(tokens_B, device=self.device)[:, None], rows, cache)[:, -1]
+
+    def _logits(self, tokens_BS: Tensor, found: Sequence[Sequence[Found]], cache: Cache) -> Tensor:
+        hidden_BSH = self._run(tokens_BS, stack(found, self.neighbor_shape, self.device), cache)
         if self.stage.part.last:
-            logits_BV = self.stage.model.head(hidden_B1H)[:, -1].float().contiguous()
+            logits_BSV = self.stage.model.head(hidden_BSH).float().contiguous()
         else:
-            logits_BV = torch.empty(len(tokens_B), self.vocab_size, device=self.device)
+            logits_BSV = torch.empty(*tokens_BS.shape, self.vocab_size, device=self.device)
         if self.stage.part.num_stages > 1:
-            dist.broadcast(logits_BV, dist.get_global_rank(self._group, self.stage.part.num_stages - 1), self._group)
-        return logits_BV
+            dist.broadcast(logits_BSV, dist.get_global_rank(self._group, self.stage.part.num_stages - 1), self._group)
+        return logits_BSV
 
     def _run(self, tokens_BS: Tensor, neighbors: Neighbors | None, cache: Cache) -> Tensor:
         model, part = self.stage.model, self.stage.part

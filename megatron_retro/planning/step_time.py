@@ -31,7 +31,7 @@ class StepTime:
     @property
     def total(self) -> float:
         """The whole step."""
-        return sum(vars(self).values())
+        return float(sum(vars(self).values()))
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from typing import Protocol
 
 from megatron_retro.data.instructions.conversations import Turn
 from megatron_retro.data.instructions.templates import Template, prompt_of
-from megatron_retro.inference.generation import Generation, GenerationRequest
+from megatron_retro.inference.generation import Chance, Generation, GenerationRequest
 from megatron_retro.inference.sampling import Sampling
 from megatron_retro.inference.serving import schema
 from megatron_retro.inference.serving.engine_thread import EngineThread, Refused, Ticket
 from megatron_retro.inference.text_generator import TextGenerator
+from megatron_retro.inference.text_stream import TextStream
 
 CHAT_STOPS = ("\n\nUser:", "\n\nSystem:")
 DEFAULT_CHAT_TOKENS = 128
@@ -65,6 +66,8 @@ class Service:
                 stops,
                 source,
                 body.retrieval_step,
+                body.logprobs if isinstance(body, schema.CompletionRequest) else None,
+                isinstance(body, schema.CompletionRequest) and body.echo and body.logprobs is not None,
             )
             for prompt in prompts
             for number in range(body.n)
@@ -105,6 +108,35 @@ class Service:
         """The prompt, if it is to be echoed."""
         echo = isinstance(body, schema.CompletionRequest) and body.echo
         return self.generator.tokenizer.decode(generation.request.prompt) if echo else ""
+
+    def logprobs(self, body: schema.CompletionRequest, generation: Generation) -> schema.Logprobs | None:
+        """The chances of the answer's tokens, the prompt's before them if it is echoed."""
+        if body.logprobs is None:
+            return None
+        decode, prompt = self.generator.tokenizer.decode, generation.request.prompt
+        tokens = [*(prompt if body.echo else ()), *generation.new_tokens]
+        stream = TextStream(decode, () if body.echo else prompt)
+        texts = [stream.feed(token) for token in tokens]
+        offsets = [sum(map(len, texts[:number])) for number in range(len(texts))]
+        length = len(self.prefix(body, generation)) + len(generation.text)
+        shown = sum(offset < length for offset in offsets)  # a stop string ends the text before its tokens
+        known = [None] * (len(tokens) - len(generation.chances)) + list(generation.chances)
+        return schema.Logprobs(
+            tokens=texts[:shown],
+            token_logprobs=[None if one is None else one.log_probability for one in known[:shown]],
+            top_logprobs=[None if one is None else self._named(one) for one in known[:shown]]
+            if body.logprobs
+            else None,
+            text_offset=offsets[:shown],
+        )
+
+    def _named(self, chance: Chance) -> dict[str, float]:
+        """Alternatives by their text; those that share one, or are a part of a character, by their number."""
+        found: dict[str, float] = {}
+        for token, value in chance.alternatives:
+            text = self.generator.tokenizer.decode([token])
+            found[f"token:{token}" if text in found or "\ufffd" in text else text] = value
+        return found
 
     def chunks(self, generation: Generation, first: int = 0) -> list[schema.Chunk]:
         """What the chunks from number `first` on read."""

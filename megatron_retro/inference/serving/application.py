@@ -157,6 +157,7 @@ def _add_completions(application: FastAPI, service: answering.Service, metrics: 
                 index=index,
                 text=service.prefix(body, one) + one.text,
                 finish_reason=one.finish_reason,
+                logprobs=service.logprobs(body, one),
                 retrieval=service.chunks(one) if body.retrieval else None,
             )
             for index, one in enumerate(generations)

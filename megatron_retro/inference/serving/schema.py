@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 MAX_TEXTS = 16
 Text = Annotated[str, StringConstraints(max_length=1 << 20)]
@@ -62,6 +62,13 @@ class CompletionRequest(SharedRequest):
     )
     max_tokens: int = Field(16, ge=1, le=1 << 20)
     echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=5, description="chances of each token and of so many others")
+
+    @model_validator(mode="after")
+    def _whole(self) -> CompletionRequest:
+        if self.stream and self.logprobs is not None:
+            raise ValueError("logprobs come with whole answers: leave stream out")
+        return self
 
 
 class TextPart(StrictModel):
@@ -108,13 +115,22 @@ class Chunk(BaseModel):
     neighbors: list[Neighbor]
 
 
+class Logprobs(BaseModel):
+    """Of each token: its text, log-probability (none for the first of all), others in its place, where it begins."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
 class CompletionChoice(BaseModel):
     """One answer."""
 
     index: int
     text: str
     finish_reason: str | None
-    logprobs: None = None
+    logprobs: Logprobs | None = None
     retrieval: list[Chunk] | None = None
 
 
