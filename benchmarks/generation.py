@@ -198,7 +198,11 @@ def json_text(path: Path) -> str:
 
 
 def crowd(run: Path, seconds: float) -> list[Figure]:
-    """32 clients that ask again at once, against the program that users start; a queue that holds them all."""
+    """32 clients that ask again at once, against the program that users start; a queue that holds them all.
+
+    A client that is told to come back (429 or 503 with Retry-After) does so, as OpenAI's client does: being refused in
+    time is what bounds the waiting. Anything else but an answer is a failure.
+    """
     write_model(run / "small", shape(128, 6), RETRO)
     program = [sys.executable, "-m", "megatron_retro.cli.main", "serve", "--load", "small", "--port", "0"]
     limits = ["--max-batch-size", "16", "--queue-size", "64", "--queue-seconds", "30", "--retro-index", "retrieval"]
@@ -214,6 +218,7 @@ def crowd(run: Path, seconds: float) -> list[Figure]:
 def crowd_figures(url: str, process: int, seconds: float) -> list[Figure]:
     """What the crowd saw."""
     faults: list[str] = []
+    refusals: list[int] = []
     tokens: list[int] = []
     memory: list[int] = []
     stop = time.monotonic() + seconds
@@ -225,7 +230,10 @@ def crowd_figures(url: str, process: int, seconds: float) -> list[Figure]:
                 turn += 1
                 body = {"prompt": f"client {number}, question {turn}: " + "x" * (number * 7 % 90), "max_tokens": 48}
                 reply = session.post(f"{url}/v1/completions", json=body)
-                if reply.status_code != 200:
+                if reply.status_code in (429, 503) and "retry-after" in reply.headers:
+                    refusals.append(reply.status_code)
+                    time.sleep(float(reply.headers["retry-after"]))
+                elif reply.status_code != 200:
                     faults.append(f"{reply.status_code} {reply.text[:100]}")
                 else:
                     tokens.append(reply.json()["usage"]["completion_tokens"])
@@ -244,6 +252,7 @@ def crowd_figures(url: str, process: int, seconds: float) -> list[Figure]:
     growth = 100 * (statistics.mean(memory[-3:]) / statistics.mean(memory[2:5]) - 1)
     return [
         Figure("32 clients: requests that failed", len(faults), "", 0.0, LOWER),
+        Figure("32 clients: told to come back later", len(refusals), ""),
         Figure("32 clients: answers", len(tokens), ""),
         Figure("32 clients: tokens", sum(tokens) / seconds, "tokens/s"),
         Figure("32 clients: p99 of waiting is at most", waits, "s", 30.0, LOWER),
