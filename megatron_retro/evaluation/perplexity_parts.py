@@ -7,7 +7,6 @@ or started again with more or fewer workers, goes on; losses of another model, c
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,9 +58,8 @@ class PerplexityParts:
             for block in blocks:
                 found = [measure(group) for group in self._groups(block)]
                 if writes:
-                    stream = io.BytesIO()
-                    np.save(stream, np.concatenate([one for one in found if one is not None], axis=1))
-                    write_file(self._path(block), stream.getvalue())
+                    whole = np.concatenate([one for one in found if one is not None], axis=1)
+                    write_file(self._path(block), whole.astype("<f4").tobytes())
                 bar.advance(1)
                 if (reason := stop()) is not None:
                     raise Requeue(f"the measurement stopped early: {reason}", fix="run the same command again to go on")
@@ -78,18 +76,18 @@ class PerplexityParts:
     def _path(self, block: int) -> Path:
         content = json.dumps({**self.identity, "variants": self.num_variants}, sort_keys=True, default=str)
         fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
-        return self.directory / f"{fingerprint}.{block}-of-{self.num_blocks}.npy"
+        return self.directory / f"{fingerprint}.{block}-of-{self.num_blocks}.f32"
 
     def _read(self, block: int) -> NDArray[np.float32]:
         path, tokens = self._path(block), 0
         for group in self._groups(block):
             tokens += sum(window.stop - window.first_scored for window in group.windows)
-        try:
-            found: NDArray[np.float32] = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise DamagedArtifact(f"{path} cannot be read", got=error, fix="remove it: it is measured again") from None
-        if found.shape != (self.num_variants, tokens) or found.dtype != np.float32:
+        content = path.read_bytes()
+        if len(content) != 4 * self.num_variants * tokens:
             raise DamagedArtifact(
-                f"{path} holds other losses", got=found.shape, expected=(self.num_variants, tokens), fix="remove it"
+                f"{path} holds other losses",
+                got=f"{len(content)} bytes",
+                expected=f"{4 * self.num_variants * tokens}",
+                fix="remove it: it is measured again",
             )
-        return found
+        return np.frombuffer(content, "<f4").reshape(self.num_variants, tokens)
