@@ -78,6 +78,7 @@ def make_plan(project: Project) -> RetrievalPlan:
         "blocks": f"{len(project.blocks):,} of {project.config.retro_block_size:,} chunks",
         "queries": ", ".join(f"{name}: {readable_count(count)} rows" for name, count in rows.items()),
         "lists searched": str(_nprobe(project)) + ("" if project.config.retro_query_nprobe else " (to be calibrated)"),
+        "GPUs of faiss": str(faiss_module().get_num_gpus()) + " (they train the lists; searching is on the CPU)",
     }
     return RetrievalPlan(facts, _files(project, parts, chunks, rows), _costs(project, parts, chunks, rows, speeds))
 
