@@ -132,7 +132,10 @@ def _answers(story: Story) -> list[str]:
         for number in range(len(story.answers[0][1]))
     ]
     header = ("question", *names, *(("the docstring says",) if story.questions else ()))
-    caption = "Questions about held-out files; neither their text nor their questions were trained on."
+    caption = (
+        "Questions about held-out files; neither their text nor their questions were trained on. "
+        "A model of a few million parameters learns the form of an answer, not its content."
+    )
     return [section("Answers", table(header, rows, caption=caption))]
 
 
