@@ -40,7 +40,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = ["--tokenizer-type", "ByteTokenizer"]
     _verb(folder, "preprocess", "--input", "a.jsonl", "--output-prefix", "a", "--append-eod", *tokenizer)
     corpora = ["--retro-database-corpus", "a_text_document", "--retro-query-corpus", "train=a_text_document"]
-    _verb(folder, "build-retrieval", "--retro-project-dir", "retrieval", *corpora, *tokenizer)
+    _verb(
+        folder,
+        "build-retrieval",
+        "--retro-project-dir",
+        "retrieval",
+        *corpora,
+        *tokenizer,
+        "--retro-chunk-length",
+        "32",
+    )
     return folder
 
 
