@@ -244,7 +244,7 @@ def live_figures(chunks: int, lists: int, asked: int) -> Iterator[Figure]:
     """One query at a time, its lists on disk in the page cache; the embedding of a chunk included."""
     vectors, queries = synthetic_vectors(chunks, 1), synthetic_vectors(asked, 2)
     with tempfile.TemporaryDirectory() as name:
-        build_in_blocks(Path(name), trained(f"IVF{lists},SQ8", vectors), vectors)
+        build_in_blocks(Path(name), trained(f"IVF{lists},SQ8", vectors, 100_000), vectors)
         index = open_merged(Path(name) / "merged")
         search_one_by_one(index)
         truth: NDArray[np.int64] = faiss_module().knn(queries, vectors, 2)[1]
