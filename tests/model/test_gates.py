@@ -95,10 +95,12 @@ def test_a_collapsed_gate_still_feels_its_budget(score: float) -> None:
 
 def test_the_attached_loss_adds_its_gradient_and_nothing_else() -> None:
     value = torch.tensor([1.0, 2.0], requires_grad=True)
-    passed = attach_loss(value * 3, value.square().sum())
-    assert torch.equal(passed, value * 3)
+    charged: list[torch.Tensor] = []
+    passed = attach_loss(value * 3, value.square().sum(), charged.append)
+    assert torch.equal(passed, value * 3) and not charged
     passed.sum().backward()
     assert torch.equal(value.grad, torch.tensor([3.0 + 2.0, 3.0 + 4.0]))
+    assert [float(loss) for loss in charged] == [5.0]
 
 
 def test_only_training_charges_the_budget() -> None:
