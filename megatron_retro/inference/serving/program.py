@@ -18,6 +18,7 @@ from megatron_retro.inference.serving.engine_thread import EngineThread
 from megatron_retro.inference.serving.guards import Guards
 from megatron_retro.inference.serving.metrics import Metrics
 from megatron_retro.inference.text_generator import TextGenerator
+from megatron_retro.runtime.allocator import return_freed_blocks
 from megatron_retro.runtime.console import say, warn
 from megatron_retro.runtime.signals import StopRequests
 
@@ -26,6 +27,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 def serve(generator: TextGenerator, checkpoint: Path, config: ServeConfig) -> None:
     """Answer requests until a signal comes."""
+    return_freed_blocks()
     api_key = read_api_key(config)
     name = config.served_model_name or checkpoint.parent.name or "model"
     losses: list[DistributedError] = []
