@@ -71,7 +71,7 @@ def study_axes(config: AblationConfig, sections: Sequence[type]) -> tuple[Axis, 
     """The axes of a study, the seed last; `sections` are those of the runs' verb."""
     known = {name: spec for name, (_, spec) in specs_by_name(sections).items()}
     problems: list[str] = []
-    axes = [_case_axis(config.study_cases, known, problems)] if config.study_cases else []
+    axes = _case_axes(config.study_cases, known, problems)
     axes += [axis for text in config.study_grid for axis in _grid_axes(text, known, problems)]
     problems += _collisions(axes)
     if not axes:
@@ -104,16 +104,19 @@ def _grid_axes(text: str, known: Mapping[str, FieldSpec], problems: list[str]) -
     return axes
 
 
-def _case_axis(texts: Sequence[str], known: Mapping[str, FieldSpec], problems: list[str]) -> Axis:
-    choices = []
+def _case_axes(texts: Sequence[str], known: Mapping[str, FieldSpec], problems: list[str]) -> list[Axis]:
+    """`name = {..}` is a value of the axis "case", `axis.name = {..}` one of an axis of its own."""
+    choices: dict[str, list[Choice]] = {}
     for text in texts:
-        for name, changes in parse_toml(text, f"study_cases {text!r}").items():
-            if isinstance(changes, dict):
-                problems += _field_problems(f"study_cases {name}", changes, known)
-                choices.append(Choice(name, changes))
-            else:
-                problems.append(f"study_cases {name}: expected a table of fields, as {name} = {{lr = 1e-3}}")
-    return Axis(CASE, tuple(choices))
+        for name, table in parse_toml(text, f"study_cases {text!r}").items():
+            named = isinstance(table, dict) and table and all(isinstance(value, dict) for value in table.values())
+            for label, changes in table.items() if named else [(name, table)]:
+                if isinstance(changes, dict):
+                    problems += _field_problems(f"study_cases {label}", changes, known)
+                    choices.setdefault(name if named else CASE, []).append(Choice(label, changes))
+                else:
+                    problems.append(f"study_cases {name}: expected a table of fields, as {name} = {{lr = 1e-3}}")
+    return [Axis(axis, tuple(values)) for axis, values in choices.items()]
 
 
 def _field_problems(where: str, changes: Mapping[str, Any], known: Mapping[str, FieldSpec]) -> list[str]:

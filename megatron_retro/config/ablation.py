@@ -23,7 +23,9 @@ class AblationConfig:
         (), 'fields to vary, each as TOML: "retro_num_neighbors = [0, 2, 4]"; runs are the product', ours=True
     )
     study_cases: tuple[str, ...] = option(
-        (), 'one more axis, of named groups of fields: "frozen = {freeze_decoder = true, lr = 1e-3}"', ours=True
+        (),
+        'named groups of fields: "frozen = {freeze_decoder = true}"; "size.small = {..}" on an axis "size"',
+        ours=True,
     )
     study_launcher: tuple[str, ...] | None = option(
         None, "words before the verb, a launcher of many ranks say; this program when not set", ours=True

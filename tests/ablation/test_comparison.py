@@ -87,6 +87,14 @@ def test_a_value_that_is_the_default_stays_in_the_recipe() -> None:
     assert recipes == [f"[retro]\nretro_attention_gate = {gate}\n" for gate in ("1.0", "0.0")]
 
 
+def test_groups_make_axes_of_their_own() -> None:
+    cases = ["size.small = {lora_rank = 2}", "a = {lr = 1e-3}", "size.large = {lora_rank = 4}", "b = {lr = 2e-3}"]
+    settings = build_settings(ablate.SECTIONS, {"study_cases": cases}, {})
+    cells = study_cells(study_axes(settings[AblationConfig], finetune.SECTIONS))
+    assert [cell.name for cell in cells] == [f"size={size},case={case}" for size in ("small", "large") for case in "ab"]
+    assert cells[-1].changes == {"lora_rank": 4, "lr": 2e-3}
+
+
 def test_recipes_read_back_as_the_settings(tmp_path: Any) -> None:
     grid = ["retro_layers = [[1], [1, 2]]", "lr = [1e-3]", "seed = [1, 2]"]
     cases = ["'a b/c' = {freeze_decoder = true}", "d = {}"]
