@@ -18,7 +18,7 @@ BLOCK_BYTES = 1 << 22
 PREFIX = "crc32-blocks:"
 
 
-def checksum_of(data: memoryview, before: int = 0) -> int:
+def checksum_of(data: bytes | memoryview, before: int = 0) -> int:
     """CRC-32 of some bytes that follow others."""
     return isal_zlib.crc32(data, before)
 

@@ -6,7 +6,6 @@ A safetensors file, so that a reader maps it and takes rows without reading the 
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_retro.artifacts.block_checksums import checksum_of
 from megatron_retro.artifacts.files import new_file
 from megatron_retro.errors import ArtifactError
 
@@ -91,4 +91,4 @@ def _about(header: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checksums(arrays: Mapping[str, NDArray[Any]]) -> dict[str, int]:
-    return {name: zlib.crc32(array.reshape(-1).view(np.uint8).data) for name, array in arrays.items()}
+    return {name: checksum_of(array.reshape(-1).view(np.uint8).data) for name, array in arrays.items()}

@@ -7,7 +7,6 @@ number of workers in any order write the same bytes.
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_retro.artifacts.block_checksums import checksum_of
 from megatron_retro.artifacts.files import named_disk_errors
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.errors import ArtifactError
@@ -49,7 +49,7 @@ class ChunkEncoder:
         for vectors in self.vectors(span):
             encoded.append(_encoded(parts, vectors))
             if kept is not None:
-                checksum = zlib.crc32(kept.write(first, vectors), checksum)
+                checksum = checksum_of(kept.write(first, vectors), checksum)
             first += len(vectors)
         joined = {name: np.concatenate([part[name] for part in encoded]) for name in encoded[0]}
         facts = self.facts
@@ -90,7 +90,7 @@ class KeptVectors:
     def verify(self, facts: dict[str, Any]) -> None:
         """Refuse vectors that are not those of the block that noted `facts`."""
         rows = np.ascontiguousarray(self.mapped()[facts["first"] : facts["last"]])
-        if zlib.crc32(rows.data) != facts["vectors_crc32"]:
+        if checksum_of(rows.data) != facts["vectors_crc32"]:
             raise ArtifactError(
                 f"{self.path} is damaged at the vectors of the chunks {facts['first']} to {facts['last']}",
                 fix="remove the codes of these chunks and encode again",
