@@ -17,5 +17,5 @@ class CheckpointConfig:
     keep_checkpoints: int = option(2, "complete checkpoints to keep; 0 = all", minimum=0, ours=True)
     async_save: bool = option(False, "write while training goes on")
     finetune: bool = option(False, "load weights only: fresh optimizer, schedule and data position")
-    no_load_optim: bool = option(False, "do not load the optimizer")
-    no_load_rng: bool = option(False, "do not load random states")
+    no_load_optim: bool = option(False, "take no optimizer state from --load")
+    no_load_rng: bool = option(False, "take no random states from --load")

@@ -29,6 +29,29 @@ class Positional:
     help: str
 
 
+def opposite(flag: str) -> str:
+    """What switches off what `flag` switches on: --no-x for --x, and --x for Megatron's flags that begin with --no-."""
+    return "--" + flag.removeprefix("--no-") if flag.startswith("--no-") else "--no-" + flag.removeprefix("--")
+
+
+class Switch(argparse.Action):
+    """A flag that takes no value: its own spellings switch on, their opposites off."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **more: Any) -> None:
+        super().__init__([*option_strings, *map(opposite, option_strings)], dest, nargs=0, **more)
+        self._on = tuple(option_strings)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Set what the spelling says."""
+        setattr(namespace, self.dest, option_string in self._on)
+
+
 class FlagParser(argparse.ArgumentParser):
     """argparse with our kind of error: named, with the nearest flag, raised instead of exiting."""
 
@@ -52,9 +75,7 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, spec: FieldSpec) -> Non
     notes = "" if spec.default is None else f" [{spec.default}]"
     help_text = (spec.help + notes + (" (ours)" if spec.ours else "")).replace("%", "%%")
     if spec.kind is bool:
-        group.add_argument(
-            *spec.spellings, dest=name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text
-        )
+        group.add_argument(*spec.spellings, dest=name, action=Switch, default=argparse.SUPPRESS, help=help_text)
         return
     metavar = "{" + ",".join(spec.choices) + "}" if spec.choices else spec.kind.__name__.upper()
     group.add_argument(
@@ -90,8 +111,10 @@ def parse_settings(
     positional: Positional | None = None,
 ) -> tuple[Settings, argparse.Namespace]:
     """The settings of a verb, and what is left of its namespace (`config`, `preset`, `print_config`)."""
+    words = "" if positional is None else f" {positional.name.upper()} ..."
     parser = FlagParser(
         prog=prog,
+        usage=f"%(prog)s [--config FILE.toml] [--preset NAME] [flags]{words}",
         description=description,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -131,7 +154,7 @@ def _recipe_files(namespace: argparse.Namespace) -> list[tuple[str, Path]]:
 
 def _refuse_unknown(unknown: Sequence[str], sections: Sequence[type]) -> None:
     flags = [spec.flag for _, spec in specs_by_name(sections).values()]
-    flags += ["--no-" + flag.removeprefix("--") for flag in flags]
+    flags += [opposite(flag) for flag in flags]
     problems = [
         f"{word} is no flag of this command{_INSTEAD.get(word) or nearest(word.split('=')[0], flags)}"
         if word.startswith("-")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,18 @@ FREE_MODEL_SETTINGS = (
     "retro_gate_budget_warmup",
     "retro_zero_init_output",
 )
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a checkpoint gives beside its weights; a run that goes on takes everything, whatever it does with --load."""
+
+    optimizer: bool = True
+    random: bool = True
+    position: bool = True
+
+
+EVERYTHING = Taken()
 
 
 class RunCheckpoints:
@@ -137,7 +150,7 @@ class RunCheckpoints:
             self._take_base()
         while self.run is not None and (found := self._newest(self.run)) is not None:
             try:
-                self._restore(open_checkpoint(found), finetune=False)
+                self._restore(open_checkpoint(found), EVERYTHING)
                 return True
             except DamagedArtifact as error:
                 dist.barrier(self._group)
@@ -151,7 +164,7 @@ class RunCheckpoints:
         if retrofit:
             self._take_decoder(source)
             return False
-        self._restore(source, finetune=self._config.finetune)
+        self._restore(source, self._taken_from_load())
         return not self._config.finetune
 
     def _take_base(self) -> None:
@@ -185,37 +198,36 @@ class RunCheckpoints:
         newest = self._newest(self.run) if self.run is not None else None
         if newest is None:
             return False
-        self._restore(open_checkpoint(newest), finetune=False)
+        self._restore(open_checkpoint(newest), EVERYTHING)
         return True
 
-    def _restore(self, checkpoint: Checkpoint, *, finetune: bool) -> None:
+    def _taken_from_load(self) -> Taken:
+        config = self._config
+        if config.finetune:
+            return Taken(optimizer=False, random=False, position=False)
+        return Taken(optimizer=not config.no_load_optim, random=not config.no_load_rng)
+
+    def _restore(self, checkpoint: Checkpoint, taken: Taken) -> None:
         self._require_own_model(checkpoint)
-        weights_only = finetune or self._config.no_load_optim
-        wanted = {name: tensor for name, tensor in self._tensors.items() if name.startswith(MODEL) or not weights_only}
+        wanted = {name: tensor for name, tensor in self._tensors.items() if name.startswith(MODEL) or taken.optimizer}
         require_tensors(checkpoint, wanted, self._true_rows)
-        states = random_states()
-        own = random_tensors(self._rank, states)
-        restores_random = not finetune and not self._config.no_load_rng
-        kept = {name: state for name, state in own.items() if restores_random and _fits(checkpoint, name, state)}
+        states = random_tensors(self._rank, random_states())
+        kept = {name: state for name, state in states.items() if taken.random and _fits(checkpoint, name, state)}
         load_tensors(checkpoint, {**wanted, **kept}, self._true_rows, self._group)
-        if finetune:
-            return
-        self._state.load_json(checkpoint.state["training"])
-        if not weights_only:
+        if taken.optimizer:
             self._parts.optimizer.load_state(checkpoint.state["optimizer"])
-        self._parts.loader.load_state(checkpoint.state["loader"])
-        self._restore_random(checkpoint, {name.rsplit(".", 1)[1]: state for name, state in kept.items()})
+        if taken.position:
+            self._state.load_json(checkpoint.state["training"])
+            self._parts.loader.load_state(checkpoint.state["loader"])
+        if kept:
+            restore_random_states({name.rsplit(".", 1)[1]: state for name, state in kept.items()})
+        elif taken.random:
+            seed_everything(derived_seed(checkpoint.step, "resumed", self._rank))
 
     def _require_own_model(self, checkpoint: Checkpoint) -> None:
         values = self._parts.settings.values()
         sections = [section_name(section) for section in MODEL_SECTIONS]
         require_same_model(checkpoint, {name: values[name] for name in sections}, FREE_MODEL_SETTINGS)
-
-    def _restore_random(self, checkpoint: Checkpoint, states: dict[str, Tensor]) -> None:
-        if states:
-            restore_random_states(states)
-        elif not self._config.no_load_rng:
-            seed_everything(derived_seed(checkpoint.step, "resumed", self._rank))
 
 
 def _fits(checkpoint: Checkpoint, name: str, state: Tensor) -> bool:

@@ -48,6 +48,16 @@ def test_megatron_spelling() -> None:
     assert settings[ModelConfig].swiglu and not settings[ModelConfig].disable_bias_linear
 
 
+@pytest.mark.parametrize("name", [name for name, (_, spec) in specs_by_name(ALL_SECTIONS).items() if spec.kind is bool])
+def test_a_switch_sets_what_it_says_and_its_opposite_the_other(name: str) -> None:
+    """Megatron's --no-load-optim too, whose opposite is --load-optim."""
+    section, spec = specs_by_name(ALL_SECTIONS)[name]
+    off = spec.flag.replace("--no-", "--", 1) if spec.flag.startswith("--no-") else spec.flag.replace("--", "--no-", 1)
+    for flag, expected in ((spec.flag, True), (off, False)):
+        settings, _ = parse_settings("t", [section], [flag], all_sections=ALL_SECTIONS)
+        assert getattr(settings[section], name) is expected
+
+
 def test_every_field_is_one_flag() -> None:
     specs_by_name(ALL_SECTIONS)
     names = [section_name(section) for section in ALL_SECTIONS]

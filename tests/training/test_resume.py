@@ -155,6 +155,21 @@ def test_load_refuses_another_model_and_a_damaged_checkpoint(corpus: TinyCorpus,
         pretrain(corpus.settings(load=load, train_iters=4))
 
 
+def test_load_without_the_optimizer_goes_on_in_place_with_fresh_moments(corpus: TinyCorpus, tmp_path: Path) -> None:
+    """The run that results is one like any other: broken off, it goes on with its own moments."""
+    run(corpus.settings(save=str(tmp_path / "first"), train_iters=4, eval_iters=0))
+    more = {"load": str(tmp_path / "first"), "train_iters": 8, "eval_iters": 0}
+    run(corpus.settings(save=str(tmp_path / "with"), **more))
+    more["no_load_optim"] = True
+    run(corpus.settings(save=str(tmp_path / "whole"), **more))
+    assert read_run_log(tmp_path / "whole").starts == [4]
+    assert losses(tmp_path / "whole")[0] == losses(tmp_path / "with")[0], "the same weights and batch"
+    assert losses(tmp_path / "whole")[-1] != losses(tmp_path / "with")[-1]
+    broken = corpus.settings(save=str(tmp_path / "broken"), exit_interval=2, **more)
+    assert [exit_code_of(lambda: pretrain(broken)) for _ in range(2)] == [75, 0]
+    assert differences(tmp_path / "whole", tmp_path / "broken") == []
+
+
 def test_another_layout_goes_on_with_the_same_losses(corpus: TinyCorpus, tmp_path: Path) -> None:
     more = {"train_iters": 6, "global_batch_size": 8, "eval_iters": 0}
     run(corpus.settings(save=str(tmp_path / "whole"), **more))
