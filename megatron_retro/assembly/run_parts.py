@@ -24,7 +24,7 @@ from megatron_retro.config.training import TrainingConfig
 from megatron_retro.data.loader import Loader
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_retro.errors import ConfigError
-from megatron_retro.optim.optimizer import TrainingOptimizer
+from megatron_retro.optim.optimizer import TrainingOptimizer, require_optimizer
 from megatron_retro.optim.schedule import (
     BatchSizeSchedule,
     LearningRate,
@@ -63,6 +63,7 @@ def resolved_settings(settings: Settings) -> Settings:
 def build_run_parts(settings: Settings, device: torch.device, world_size: int) -> RunParts:
     """Build everything, in the order in which it can go wrong cheaply: rules, data, model."""
     require_legal(settings, world_size)
+    require_optimizer(settings[OptimizerConfig], device.type)
     settings = resolved_settings(settings)
     training, retro = settings[TrainingConfig], settings[RetroConfig]
     if training.deterministic_mode:

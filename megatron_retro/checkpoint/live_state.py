@@ -29,10 +29,9 @@ def create_moments(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     for parameter in module.parameters():
         if parameter not in trained or optimizer.state.get(parameter):
             continue
-        state: dict[str, Tensor] = {}
-        if "fused" in optimizer.defaults:
-            step_device = parameter.device if parameter.device.type == "cuda" else torch.device("cpu")
-            state["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
+        on_device = parameter.device.type == "cuda" and optimizer.defaults.get("fused", False)
+        step_device = parameter.device if on_device else torch.device("cpu")
+        state: dict[str, Tensor] = {"step": torch.zeros((), dtype=torch.float32, device=step_device)}
         for moment in MOMENTS:
             state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         optimizer.state[parameter] = state

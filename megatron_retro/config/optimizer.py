@@ -13,7 +13,9 @@ DECAY_STYLES = ("constant", "linear", "cosine", "WSD")
 class OptimizerConfig:
     """Optimizer, learning rate, precision"""
 
-    optimizer: str = option("adam", "torch's fused AdamW, or Apex FusedAdam", choices=("adam", "apex-adam"))
+    optimizer: str = option(
+        "adam", "AdamW: torch's fused one, TransformerEngine's or Apex's", choices=("adam", "te-adam", "apex-adam")
+    )
     lr: float = option(1e-4, "peak learning rate", minimum=0.0)
     min_lr: float = option(0.0, "learning rate after the decay", minimum=0.0)
     lr_decay_style: str = option("cosine", "shape of the decay", choices=DECAY_STYLES)

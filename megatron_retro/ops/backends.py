@@ -17,7 +17,7 @@ import torch
 
 from megatron_retro.errors import ConfigError, EnvironmentProblem
 from megatron_retro.ops import library
-from megatron_retro.ops.engines import apex_problems, fp8_problems, transformer_engine_problems
+from megatron_retro.ops.engines import apex_problems, fp8_problems, state_row, transformer_engine_problems
 
 VARIABLE = "MEGATRON_RETRO_KERNELS"
 AUTO, REFERENCE, NATIVE = "auto", "reference", "native"
@@ -120,8 +120,7 @@ def backend_rows(device: str = CPU) -> list[tuple[str, str]]:
         (TRANSFORMER_ENGINE, transformer_engine_problems(device)),
         (APEX, apex_problems(device)),
     ):
-        state = "cannot serve: " + "; ".join(reasons) if reasons else "at hand, serves where it is asked for by name"
-        rows.append((f"kernels of {engine}", state))
+        rows.append((f"kernels of {engine}", state_row(reasons)))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""TransformerEngine and Apex behind our faces: why one of them cannot serve, and their norms and FP8 products.
+"""TransformerEngine and Apex behind our faces: why one of them cannot serve, their norms, FP8 products and Adams.
 
 Both are found, never required. Their modules own parameters; ours are handed in with every call
 (`torch.func.functional_call`), so that a cut or tied weight stays where it is.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -18,6 +18,12 @@ from torch.func import functional_call
 
 FP8_CAPABILITY = (8, 9)
 _TRANSFORMER_ENGINE, _APEX = "transformer_engine.pytorch", "apex.normalization.fused_layer_norm"
+TE_ADAM, APEX_ADAM = "te-adam", "apex-adam"
+# by name of the optimizer: where its class is, then what it needs beside
+_ADAMS: Mapping[str, Sequence[str]] = {
+    TE_ADAM: ("transformer_engine.pytorch.optimizers",),
+    APEX_ADAM: ("apex.optimizers", "amp_C"),  # Apex installs without its CUDA part, and then Adam is a shell
+}
 
 
 def transformer_engine_problems(device: str, *, fp8: bool = False) -> Sequence[str]:
@@ -29,6 +35,22 @@ def transformer_engine_problems(device: str, *, fp8: bool = False) -> Sequence[s
 def apex_problems(device: str) -> Sequence[str]:
     """Why Apex cannot serve on this type of device; empty where it can."""
     return [*_module_problems(_APEX), *_device_problems(device)]
+
+
+def adam_problems(optimizer: str, device: str) -> Sequence[str]:
+    """Why an engine's Adam cannot serve on this type of device; empty where it can."""
+    missing = [problem for module in _ADAMS[optimizer] for problem in _module_problems(module)]
+    return [*missing[:1], *_device_problems(device)]
+
+
+def fused_adam(optimizer: str) -> Any:
+    """The class of an engine's Adam, where there are no problems."""
+    return importlib.import_module(_ADAMS[optimizer][0]).FusedAdam
+
+
+def state_row(reasons: Sequence[str]) -> str:
+    """What a table says of something optional."""
+    return "cannot serve: " + "; ".join(reasons) if reasons else "at hand, serves where it is asked for by name"
 
 
 def fp8_problems() -> list[str]:

@@ -6,7 +6,7 @@ Parameters are float32 whatever the model computes in, so they are their own mas
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,17 @@ from torch import Tensor, nn
 
 from megatron_retro.config.optimizer import OptimizerConfig
 from megatron_retro.errors import EnvironmentProblem
+from megatron_retro.ops.engines import APEX_ADAM, TE_ADAM, adam_problems, fused_adam, state_row
 from megatron_retro.optim.clipping import clip_factor, scale_gradients
+from megatron_retro.optim.engine_adam import EngineAdam
 from megatron_retro.optim.groups import parameter_groups
 from megatron_retro.optim.loss_scale import LossScale
+
+TORCH_ADAM = "adam"
+_INSTALL: Mapping[str, str] = {
+    TE_ADAM: "pip install 'megatron-retro[gpu]' on a machine with a GPU",
+    APEX_ADAM: "build Apex from NVIDIA/apex with its C++ and CUDA extensions (`apex` on PyPI is another project)",
+}
 
 
 @dataclass(frozen=True)
@@ -31,31 +39,35 @@ class Update:
     loss_scale: float
 
 
+def require_optimizer(config: OptimizerConfig, device: str) -> None:
+    """Refuse, with all reasons, an engine's Adam that cannot serve on this type of device."""
+    if config.optimizer == TORCH_ADAM:
+        return
+    reasons = adam_problems(config.optimizer, device)
+    if reasons:
+        raise EnvironmentProblem(
+            f"--optimizer {config.optimizer} cannot serve on {device}",
+            got="; ".join(reasons),
+            fix=f"{_INSTALL[config.optimizer]}, or use --optimizer {TORCH_ADAM}",
+        )
+
+
+def optimizer_rows(device: str = "cpu") -> list[tuple[str, str]]:
+    """Every optimizer and whether it can serve, for the table that is printed at start."""
+    rows = [(f"optimizer {TORCH_ADAM}", "torch: fused AdamW, serves unless another is asked for")]
+    return rows + [(f"optimizer {name}", state_row(adam_problems(name, device))) for name in _INSTALL]
+
+
 def build_torch_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """torch's fused AdamW, or Apex's FusedAdam when it is asked for by name and present."""
+    """torch's fused AdamW, or an engine's when it is asked for by name and can serve."""
+    groups = parameter_groups(named, config)
+    if groups and config.optimizer != TORCH_ADAM:
+        require_optimizer(config, groups[0]["params"][0].device.type)
+        return EngineAdam(fused_adam(config.optimizer), groups, config)
     # a pipeline stage may be frozen as a whole
     nothing = {"params": [], "weight_decay": 0.0, "rate_scale": 1.0, "group_name": "nothing"}
-    groups = parameter_groups(named, config) or [nothing]
     betas = (config.adam_beta1, config.adam_beta2)
-    if config.optimizer == "apex-adam":
-        return _apex(groups, config)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
-
-
-def _apex(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    try:
-        from apex.optimizers import FusedAdam
-    except ImportError as error:
-        raise EnvironmentProblem(
-            "--optimizer apex-adam needs NVIDIA's Apex",
-            got=error,
-            fix="build Apex from NVIDIA/apex with its C++ and CUDA extensions (the package named apex on PyPI is "
-            "another project), or use --optimizer adam",
-        ) from None
-    optimizer: torch.optim.Optimizer = FusedAdam(
-        groups, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps, adam_w_mode=True
-    )
-    return optimizer
+    return torch.optim.AdamW(groups or [nothing], lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
 
 
 class TrainingOptimizer:

@@ -35,6 +35,7 @@ from megatron_retro.config.training import TrainingConfig
 from megatron_retro.errors import ConfigError, Requeue
 from megatron_retro.model.costs import ModelCosts, model_costs
 from megatron_retro.ops.backends import backend_rows
+from megatron_retro.optim.optimizer import optimizer_rows
 from megatron_retro.optim.schedule import run_length
 from megatron_retro.peft.attach import trainable_table
 from megatron_retro.runtime.console import render_table, say
@@ -200,6 +201,7 @@ def run_facts(parts: RunParts, launch: Launch) -> RunFacts:
     settings = parts.settings
     length = settings[DataConfig].seq_length
     costs = model_costs(settings[ModelConfig], settings[RetroConfig], length)
+    device = parts.trainable.device.type
     peak = settings[ObservabilityConfig].peak_tflops
     return RunFacts(
         rank=launch.rank,
@@ -211,7 +213,7 @@ def run_facts(parts: RunParts, launch: Launch) -> RunFacts:
         total_samples=parts.total_samples,
         seq_length=length,
         inputs=dict(parts.inputs),
-        backends=dict(backend_rows(parts.trainable.device.type)),
+        backends=dict([*backend_rows(device), *optimizer_rows(device)]),
     )
 
 

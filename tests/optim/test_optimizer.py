@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from megatron_retro.config.optimizer import OptimizerConfig
 from megatron_retro.config.schedule_checks import schedule_violations
 from megatron_retro.config.training import TrainingConfig
-from megatron_retro.errors import ConfigError, EnvironmentProblem
+from megatron_retro.errors import ConfigError
 from megatron_retro.optim.clipping import squared_norm
 from megatron_retro.optim.groups import decays, part_of
 from megatron_retro.optim.loss_scale import LossScale
@@ -163,11 +163,6 @@ def test_scaled_gradients_train_as_unscaled_ones() -> None:
         optimizer.update(squared_norm(model.parameters()), 0.1)
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(one, other)
-
-
-def test_apex_is_refused_with_a_reason_where_it_is_absent() -> None:
-    with pytest.raises(EnvironmentProblem, match="NVIDIA's Apex"):
-        TrainingOptimizer(Model(), OptimizerConfig(optimizer="apex-adam"))
 
 
 def rate(style: str, samples: int, **more: object) -> float:
