@@ -1,5 +1,7 @@
 // Every operator's schema, once. Implementations register themselves for CPU and CUDA; fake and autograd are in
-// megatron_retro/ops/library.py.
+// megatron_retro/ops/registrations.py. One that has no CUDA side on purpose says so on the line before:
+//     // CPU only: why
+// and tests hold every other one to both.
 #include <torch/csrc/stable/library.h>
 
 // Tests load the CUDA sources a second time, built for the host, under a name of their own.
@@ -38,4 +40,6 @@ STABLE_TORCH_LIBRARY(MEGATRON_RETRO_NAMESPACE, library) {
       " Tensor output, Tensor log_normalizer, int chunk_length, int first_position, float scale,"
       " Tensor? query_cosine, Tensor? query_sine, Tensor? key_cosine, Tensor? key_sine, bool interleaved)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+  // For the CPU only, as `CPU_ONLY` of megatron_retro/ops/library.py says.
+  library.def("few_row_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
 }

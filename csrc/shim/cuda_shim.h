@@ -6,6 +6,7 @@
 // in an order that is drawn too.
 #pragma once
 
+#include <dlfcn.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -17,6 +18,7 @@
 #include <functional>
 #include <memory>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -196,7 +198,26 @@ inline void launch(dim3 grid, dim3 shape, size_t shared_bytes, const std::functi
   running() = nullptr;
 }
 
+// Where the kernels that ran lie in the library, which its symbol table turns into names: tests must reach all of them.
+inline std::set<uint64_t>& launched() {
+  static std::set<uint64_t> places;
+  return places;
+}
+
+inline void note_launch(const void* kernel) {
+  Dl_info library;
+  if (dladdr(kernel, &library))
+    launched().insert(reinterpret_cast<uintptr_t>(kernel) - reinterpret_cast<uintptr_t>(library.dli_fbase));
+}
+
 }  // namespace shim
+
+// Fills `places` as far as there is room and returns how many kernels have run since the library was loaded.
+extern "C" inline __attribute__((used, visibility("default"))) uint64_t shim_launched(uint64_t* places, uint64_t room) {
+  for (uint64_t place : shim::launched())
+    if (room > 0) *places++ = place, --room;
+  return shim::launched().size();
+}
 
 #define threadIdx (shim::running()->current->thread)
 #define blockIdx (shim::running()->block_index)

@@ -165,6 +165,7 @@ void launch(
     const Arguments&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
 #ifdef MEGATRON_RETRO_SHIM
+  shim::note_launch(reinterpret_cast<const void*>(kernel));
   shim::launch(grid, block, shared_bytes, [&] { kernel(arguments...); });
 #else
   if (shared_bytes > 48 * 1024)
