@@ -29,8 +29,8 @@ class MockSamples:
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Nothing was read."""
-        return {}
+        """No file was read; the neighbours are those of no database."""
+        return {"database": "random tokens"} if self.num_neighbors else {}
 
     def read(self, numbers: Sequence[int]) -> Batch:
         """The samples of these numbers."""
