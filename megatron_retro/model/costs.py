@@ -147,22 +147,30 @@ class ModelCosts:
         """Forward and backward of one token, nothing recomputed, nothing frozen."""
         return 3 * self.forward_flops
 
-    @property
-    def added_training_flops(self) -> float:
-        """The same when the decoder is frozen and what retro-fitting added is trained.
+    def backward_multiply_adds(self, *, frozen: bool) -> dict[str, float]:
+        """Of each part, per decoder token; in a `frozen` decoder only what retro-fitting added is trained.
 
         Frozen parts pass gradients on from the first cross-attention; what lies before it has no backward pass.
         """
-        total, reached = self.forward_flops, False
+        if not frozen:
+            return {unit.name: 2 * unit.multiply_adds for unit in self.units}
+        found, reached = {}, False
         for unit in self.units:
             begins = not reached and unit.added.parameters > 0
             reached = reached or begins
             if unit.name == ENCODER:
-                total += 2 * unit.own.backward
+                found[unit.name] = unit.own.backward
             elif reached:
                 passed_on = unit.own if begins else unit.own + unit.before
-                total += 2 * (passed_on.input_gradient + unit.added.backward)
-        return total
+                found[unit.name] = passed_on.input_gradient + unit.added.backward
+            else:
+                found[unit.name] = 0.0
+        return found
+
+    @property
+    def added_training_flops(self) -> float:
+        """The same when the decoder is frozen and what retro-fitting added is trained."""
+        return self.forward_flops + 2 * sum(self.backward_multiply_adds(frozen=True).values())
 
     @property
     def tuning_flops(self) -> float:

@@ -22,7 +22,7 @@ def figures(plan: Plan) -> dict[str, Any]:
         "layout": asdict(plan.layout),
         "hardware": asdict(plan.machine),
         "parameters": plan.work.costs.parameters,
-        "training_flops_per_token": plan.work.costs.training_flops,
+        "training_flops_per_token": plan.work.training_flops,
         "microbatches": plan.microbatches,
         "ranks": [
             {

@@ -53,7 +53,7 @@ class Plan:
     @property
     def utilization(self) -> float:
         """Counted operations (nothing recomputed) over what the data sheet allows."""
-        flops = self.work.costs.training_flops * self.work.global_batch * self.work.seq_length
+        flops = self.work.training_flops * self.work.global_batch * self.work.seq_length
         return flops / self.time.total / (self.layout.world_size * self.machine.peak_tflops * 1e12)
 
     @property

@@ -30,6 +30,7 @@ class RankPlan:
     largest_unit: int
     multiply_adds: float
     layer_multiply_adds: float
+    backward_multiply_adds: float
     saved_bytes: float
     transient_bytes: float
     neighbor_bytes: float
@@ -72,6 +73,7 @@ def _rank_plan(rank: int, pieces: Sequence[StagePart], work: Workload, layout: L
         for unit, number in zip(units, local, strict=True)
     ]
     again = layout.recompute == "full"
+    backward = work.costs.backward_multiply_adds(frozen=work.freeze_decoder)
     return RankPlan(
         rank=rank,
         pieces=tuple(pieces),
@@ -80,6 +82,7 @@ def _rank_plan(rank: int, pieces: Sequence[StagePart], work: Workload, layout: L
         largest_unit=max(local),
         multiply_adds=sum(unit.multiply_adds for unit in units),
         layer_multiply_adds=sum(unit.multiply_adds for unit in units if unit.name not in (EMBEDDING, HEAD)),
+        backward_multiply_adds=sum(backward[unit.name] for unit in units),
         saved_bytes=sum(_kept(part, traced, layout) for part in parts),
         transient_bytes=_transient(parts, traced, layout),
         neighbor_bytes=float(sum(traced.encoded_bytes for piece in pieces if piece.retrieves)),

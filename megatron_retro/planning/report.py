@@ -88,7 +88,7 @@ def plan_lines(plan: Plan, planning: PlanningConfig, shards: list[Shard]) -> Ite
         f"of {layout.micro_batch}, sequence {work.seq_length}"
     )
     yield f"  parameters   {readable_count(work.costs.parameters)}{_built(shards, layout.world_size)}"
-    yield f"  FLOPs        {readable_count(work.costs.training_flops)} per token, forward and backward"
+    yield f"  FLOPs        {readable_count(work.training_flops)} per token, forward and backward"
     yield from _retrieval_share(work)
     yield ""
     yield _memory_table(plan)

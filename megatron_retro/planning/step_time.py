@@ -100,8 +100,7 @@ def _microbatch_seconds(plan: RankPlan, work: Workload, layout: Layout, machine:
 
 def _compute_seconds(plan: RankPlan, work: Workload, layout: Layout, machine: Accelerator) -> float:
     again = plan.layer_multiply_adds if layout.recompute == "full" else 0.0
-    frozen = 1.0 if work.freeze_decoder else 0.0  # a frozen decoder's weights get no gradient
-    flops = 2 * ((3.0 - frozen) * plan.multiply_adds + again)
+    flops = 2 * (plan.multiply_adds + plan.backward_multiply_adds + again)
     tokens = layout.micro_batch * work.seq_length
     return flops * tokens / layout.tensor / (machine.matmul_tflops * 1e12)
 

@@ -34,6 +34,11 @@ class Workload:
         return model_costs(self.model, self.retro, self.seq_length, vocabulary=self.model.padded_vocab_size())
 
     @property
+    def training_flops(self) -> float:
+        """Forward and backward of one token, without the gradients of what is frozen."""
+        return self.costs.added_training_flops if self.freeze_decoder else self.costs.training_flops
+
+    @property
     def neighbor_tokens(self) -> float:
         """Neighbour tokens of a sample."""
         if not self.retro.retro_add_retriever:

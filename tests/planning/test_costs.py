@@ -14,6 +14,9 @@ from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.model.costs import model_costs
 from megatron_retro.model.retro import Retro
+from megatron_retro.planning.hardware import accelerator
+from megatron_retro.planning.plan import make_plan
+from megatron_retro.planning.workload import Layout, Workload
 
 FAMILY = {"swiglu": True, "disable_bias_linear": True, "untie_embeddings_and_output_weights": True}
 PUBLISHED = [  # layers, width, heads, feed-forward, GPT and Retro parameters in billions
@@ -99,3 +102,26 @@ def test_the_published_arithmetic_of_the_48b() -> None:
 def test_behind_a_shut_gate_nothing_works() -> None:
     shut = RetroConfig(retro_add_retriever=True, retro_attention_gate=0.0)
     assert model_costs(SMALL, shut, 64).forward_flops == model_costs(SMALL, RetroConfig(), 64).forward_flops
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_a_plan_counts_no_gradient_of_what_is_frozen(pipeline: int) -> None:
+    """By hand: nothing comes back below the first retrieval layer; above it weights get no gradient, what is added does."""
+    retro = RetroConfig(retro_add_retriever=True, retro_layers=(4, 7))
+    work = Workload(SMALL, retro, 128, 8, 64, 4)
+    plans = [
+        make_plan(replace(work, freeze_decoder=frozen), Layout(pipeline, pipeline=pipeline), accelerator("A100"))
+        for frozen in (False, True)
+    ]
+    whole, frozen = (plan.work.training_flops for plan in plans)
+    width, layers = SMALL.hidden_size, SMALL.num_layers
+    attention, scores, mlp = 4 * width**2, width * 128, 8 * width**2
+    vocabulary = width * plans[0].work.model.padded_vocab_size()
+    # Of the layers 1 to 3 all three passes become one; the fourth has its attention before what is trained.
+    saved = 3 * 2 * (attention + scores + mlp) + 2 * (attention + scores) + mlp
+    saved += (layers - 4) * (attention + mlp) + vocabulary
+    assert whole - frozen == pytest.approx(2 * saved)
+    for plan in plans:
+        counted = sum(rank.multiply_adds + rank.backward_multiply_adds for rank in plan.ranks)
+        assert 2 * counted == pytest.approx(plan.work.training_flops)
+    assert plans[1].time.compute < plans[0].time.compute
