@@ -1,7 +1,7 @@
 """The leakage curve: how much of a model's gain is copying (RETRO, section 2.6).
 
 For each evaluation chunk, r = the longest run of tokens that it shares with any of its nearest neighbours, over the
-chunk's length. The curve is bits per byte over the chunks with r at most alpha.
+chunk's length. The curve is bits per byte over the chunks with r at most alpha, and what other neighbours cost there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from megatron_retro.data.dataset import Dataset, Source
 from megatron_retro.data.tokenizers import Tokenizer
 from megatron_retro.evaluation.perplexity import Measured
 from megatron_retro.retrieval.native import longest_common_runs
+from megatron_retro.runtime.statistics import bootstrap_ratio
 
 ALPHAS = tuple(number / 8 for number in range(1, 9))
 _BLOCK = 4096
@@ -24,11 +25,15 @@ _BLOCK = 4096
 
 @dataclass(frozen=True)
 class LeakageCurve:
-    """Bits per byte over chunks that share at most `alpha` of their length, per variant of neighbours."""
+    """Bits per byte over chunks that share at most `alpha` of their length, per variant of neighbours.
+
+    `excess` is what a variant costs more than real neighbours there, in bits per byte: mean, low, high over windows.
+    """
 
     alphas: tuple[float, ...]
     chunks: tuple[int, ...]
     bits_per_byte: Mapping[str, tuple[float, ...]]
+    excess: Mapping[str, tuple[list[float], ...]]
 
     def facts(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -36,6 +41,7 @@ class LeakageCurve:
             "alphas": list(self.alphas),
             "chunks": list(self.chunks),
             "bits_per_byte": {name: list(values) for name, values in self.bits_per_byte.items()},
+            "excess": {name: list(values) for name, values in self.excess.items()},
         }
 
 
@@ -60,27 +66,43 @@ def leakage_curve(
     dataset: Dataset, measured: Mapping[str, Measured], tokenizer: Tokenizer, num_neighbors: int
 ) -> LeakageCurve:
     """The curve over all chunks whose every token was scored."""
-    names = list(measured)
-    shares, sizes = [], []
-    nats: dict[str, list[NDArray[np.float64]]] = {name: [] for name in names}
+    real = measured[next(iter(measured))]
+    shares, sizes, windows = [], [], []
+    nats: dict[str, list[NDArray[np.float64]]] = {name: [] for name in measured}
     for number, source in enumerate(dataset.sources):
-        chunks = _whole_chunks(measured[names[0]], number, source.samples.chunk_length)
+        chunks = _whole_chunks(real, number, source.samples.chunk_length)
         shares.append(shared_shares(source, chunks, num_neighbors))
         sizes.append(_chunk_bytes(source, chunks, tokenizer))
-        for name in names:
-            nats[name].append(_chunk_nats(measured[name], number, chunks, source.samples.chunk_length))
-    share, size = np.concatenate(shares), np.concatenate(sizes)
+        windows.append(_chunk_windows(real, number, chunks, source.samples.chunk_length))
+        for name, one in measured.items():
+            nats[name].append(_chunk_nats(one, number, chunks, source.samples.chunk_length))
+    share, size, window = np.concatenate(shares), np.concatenate(sizes), np.concatenate(windows)
     below = [share <= alpha + 1e-9 for alpha in ALPHAS]
+    bits = {name: np.concatenate(some) / np.log(2) for name, some in nats.items()}
     return LeakageCurve(
         ALPHAS,
         tuple(int(chosen.sum()) for chosen in below),
-        {name: _bits(np.concatenate(nats[name]), size, below) for name in names},
+        {name: _bits(some, size, below) for name, some in bits.items()},
+        {name: _excess(some - bits["real"], size, window, below) for name, some in bits.items() if name != "real"},
     )
 
 
-def _bits(nats: NDArray[np.float64], size: NDArray[np.int64], below: Sequence[NDArray[np.bool_]]) -> tuple[float, ...]:
+def _bits(bits: NDArray[np.float64], size: NDArray[np.int64], below: Sequence[NDArray[np.bool_]]) -> tuple[float, ...]:
     return tuple(
-        float(nats[chosen].sum() / np.log(2) / size[chosen].sum()) if size[chosen].sum() else float("nan")
+        float(bits[chosen].sum() / size[chosen].sum()) if size[chosen].sum() else float("nan") for chosen in below
+    )
+
+
+def _excess(
+    bits: NDArray[np.float64], size: NDArray[np.int64], window: NDArray[np.int64], below: Sequence[NDArray[np.bool_]]
+) -> tuple[list[float], ...]:
+    """Chunks of one window are no independent observations: windows are drawn with replacement."""
+    return tuple(
+        bootstrap_ratio(
+            np.bincount(window[chosen], weights=bits[chosen]),
+            np.bincount(window[chosen], weights=size[chosen]),
+            seed=0,
+        ).as_list()
         for chosen in below
     )
 
@@ -89,6 +111,14 @@ def _whole_chunks(measured: Measured, source: int, length: int) -> NDArray[np.in
     offsets = measured.offsets[measured.sources == source]
     chunks, counts = np.unique(offsets // length, return_counts=True)
     return np.asarray(chunks[counts == length], np.int64)
+
+
+def _chunk_windows(measured: Measured, source: int, chunks: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+    """The window that scored each chunk's first token."""
+    mine = measured.sources == source
+    order = np.argsort(measured.offsets[mine])
+    first = np.searchsorted(measured.offsets[mine][order], chunks * length)
+    return np.asarray(measured.windows[mine][order][first], np.int64)
 
 
 def _chunk_nats(measured: Measured, source: int, chunks: NDArray[np.int64], length: int) -> NDArray[np.float64]:

@@ -37,7 +37,7 @@ from megatron_retro.evaluation.perplexity_parts import PerplexityParts
 from megatron_retro.runtime.console import render_table, say
 from megatron_retro.runtime.html_page import facts, page, section, table
 from megatron_retro.runtime.signals import StopRequests
-from megatron_retro.runtime.statistics import bootstrap_ratio
+from megatron_retro.runtime.statistics import Interval, bootstrap_ratio
 from megatron_retro.runtime.svg_plots import Series, line_plot
 
 RESULT = "perplexity.json"
@@ -137,7 +137,7 @@ def _results(
 ) -> dict[str, Any]:
     result = {**summary(dataset, model, found), **protocol}
     curve, count = None, settings[PerplexityConfig].leakage_neighbors
-    if len(found) > 1 and count:
+    if count and all(source.neighbors for source in dataset.sources):
         curve = leakage_curve(dataset, found, model.tokenizer, count)
         result["leakage"] = curve.facts()
     _write(Path(settings[EvaluationConfig].eval_output), result, curve)
@@ -254,6 +254,8 @@ def render(result: dict[str, Any], curve: LeakageCurve | None) -> str:
             x_label="longest shared run / chunk length",
             y_label="bits per byte",
         )
-        rows = list(zip(curve.alphas, curve.chunks, strict=True))
-        parts.append(section("Leakage curve", plot, table(("share at most", "chunks"), rows)))
+        costs = [[str(Interval(*one)) for one in values] for values in curve.excess.values()]
+        rows = list(zip(curve.alphas, curve.chunks, *costs, strict=True))
+        header = ("share at most", "chunks", *(f"{name} costs" for name in curve.excess))
+        parts.append(section("Leakage curve", plot, table(header, rows)))
     return page("Perplexity", parts, summary=str(result["checkpoint"]))

@@ -128,6 +128,24 @@ def test_the_verb_writes_figures_that_add_up(setting: Setting, tmp_path: Path) -
     curve = result["leakage"]
     assert curve["chunks"] == sorted(curve["chunks"])
     assert set(curve["bits_per_byte"]) == {"real", "none", "random", "shuffled"}
+    for name, costs in curve["excess"].items():
+        bits = zip(curve["bits_per_byte"][name], curve["bits_per_byte"]["real"], costs, strict=True)
+        for other, own, (mean, low, high) in bits:
+            if not math.isnan(other):
+                assert mean == pytest.approx(other - own, abs=1e-9) and low <= mean <= high
+
+
+def test_a_model_that_reads_no_neighbors_has_a_curve_over_the_same_chunks(setting: Setting, tmp_path: Path) -> None:
+    """The table says what could be copied, read or not: GPT and Retro can be compared level by level."""
+    gpt = setting.corpus.settings(save=str(tmp_path / "gpt"), train_iters=2, eval_iters=0, retro_attention_gate=0.0)
+    pretrain(gpt)
+    curves = []
+    for run in (setting.run, tmp_path / "gpt"):
+        result = evaluated(setting, tmp_path / run.name / "evaluation", load=str(run))
+        assert result is not None
+        curves.append(result["leakage"])
+    assert curves[0]["chunks"] == curves[1]["chunks"] and curves[0]["chunks"][-1] > 0
+    assert set(curves[1]["bits_per_byte"]) == {"real"} and curves[1]["excess"] == {}
 
 
 def parts_of(directory: Path) -> dict[str, bytes]:
