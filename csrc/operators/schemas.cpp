@@ -1,7 +1,6 @@
 // Every operator's schema, once. Implementations register themselves for CPU and CUDA; fake and autograd are in
-// megatron_retro/ops/registrations.py. One that has no CUDA side on purpose says so on the line before:
-//     // CPU only: why
-// and tests hold every other one to both.
+// megatron_retro/ops/registrations.py. One that has no CUDA side on purpose stands in `CPU_ONLY` of
+// megatron_retro/ops/library.py; a test holds every other one to both.
 #include <torch/csrc/stable/library.h>
 
 // Tests load the CUDA sources a second time, built for the host, under a name of their own.

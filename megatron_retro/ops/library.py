@@ -12,6 +12,8 @@ import torch
 
 PATH = Path(__file__).with_name("_operators.so")
 BUILD = "python setup.py build_ext --inplace, or pip install again with a C++ compiler at hand"
+# Operators without a CUDA side, on purpose; a test holds every other one to both.
+CPU_ONLY = frozenset({"few_row_linear"})
 
 
 @cache

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import inspect
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +51,41 @@ class Kernels:
         return max(excess_over_twice(ours, plain, moved), default=0.0)
 
 
+@dataclass(frozen=True)
+class Shim:
+    """csrc/operators/cuda/*.cu for the host: the operators, and every kernel in the library by its place there."""
+
+    ops: Any
+    library: ctypes.CDLL
+    compiled: Mapping[int, str]
+
+    def launched(self) -> set[str]:
+        """The kernels that have run in this process."""
+        places = (ctypes.c_uint64 * 1000)()
+        count = self.library.shim_launched(places, ctypes.c_uint64(len(places)))
+        assert count <= len(places)
+        return {self.compiled[place] for place in places[:count]}
+
+
+def declared_kernels() -> set[str]:
+    """The name after every `__global__` of the sources."""
+    text = "".join(path.read_text() for path in sorted((CSRC / "operators").rglob("*.cu*")))
+    found = re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", text)
+    assert len(found) == text.count("__global__")
+    return set(found)
+
+
+def compiled_kernels(library: Path) -> dict[int, str]:
+    """Place and name, template arguments included, of every kernel that the compiler made."""
+    listing = subprocess.run(["nm", "-C", library], capture_output=True, text=True, check=True).stdout
+    names = "|".join(sorted(declared_kernels()))
+    pattern = rf"^([0-9a-f]+) \w (?:void )?megatron_retro::device::\(anonymous namespace\)::((?:{names})\b.*)$"
+    return {int(place, 16): name for place, name in re.findall(pattern, listing, re.MULTILINE)}
+
+
 @pytest.fixture(scope="session")
-def shim_library() -> Any:
-    """csrc/operators/cuda/*.cu for the host; built once, kept while the sources stay as they are."""
+def shim() -> Shim:
+    """Built once, kept while the sources stay as they are."""
     sys.path.insert(0, str(CSRC))
     try:
         from build_operators import build_shim
@@ -58,9 +94,10 @@ def shim_library() -> Any:
     target = ROOT / "build" / "csrc" / f"_shim.{os.getpid()}.so"
     build_shim(target)
     torch.ops.load_library(str(target))
+    found = Shim(torch.ops.megatron_retro_shim, ctypes.CDLL(str(target)), compiled_kernels(target))
     target.unlink()
     registrations.register("megatron_retro_shim")
-    return torch.ops.megatron_retro_shim
+    return found
 
 
 @pytest.fixture(params=[SHIM, DEVICE])
@@ -68,7 +105,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv(VARIABLE, "reference")
     torch.manual_seed(0)
     if request.param == SHIM:
-        return Kernels(request.getfixturevalue("shim_library"), "cpu")
+        return Kernels(request.getfixturevalue("shim").ops, "cpu")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
     if not library.has_cuda_kernels():
@@ -201,6 +238,7 @@ def test_vocabulary_block(kernels: Kernels, thread_order: int, dtype: torch.dtyp
         (1, 9, 6, 2, 2, 12, 4, 40, 4),
         (1, 80, 0, 1, 1, 8, 40, 5, 2),
         (1, 5, 0, 1, 1, 72, 2, 3, 2),
+        (1, 5, 0, 1, 1, 132, 2, 3, 2),
     ],
 )
 def test_chunked_cross_attention(
@@ -246,6 +284,33 @@ def test_absent_neighbors_have_no_influence(kernels: Kernels, thread_order: int)
         results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
     assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
     assert float(results[0][0][:, 7:].abs().max()) == 0.0 and float(results[0][0][:, :3].abs().max()) == 0.0
+
+
+def parameters_of(test: Callable[..., None]) -> Iterator[dict[str, Any]]:
+    """Every combination that pytest would run."""
+    marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
+    for values in itertools.product(*(mark.args[1] for mark in marks)):
+        yield dict(zip((mark.args[0] for mark in marks), values, strict=True))
+
+
+def test_every_kernel_in_every_type_is_run_by_a_test(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tests above once more, in this process, with one order of threads: what none of them reaches fails here."""
+    monkeypatch.setenv(VARIABLE, "reference")
+    tests = [each for name, each in globals().items() if name.startswith("test_") and inspect.isfunction(each)]
+    for test in tests:
+        if "kernels" in inspect.signature(test).parameters:
+            for parameters in parameters_of(test):
+                torch.manual_seed(0)
+                test(kernels=Kernels(shim.ops, "cpu"), thread_order=0, **parameters)
+    assert {re.match(r"\w+", name)[0] for name in shim.compiled.values()} == declared_kernels()  # type: ignore[index]
+    assert set(shim.compiled.values()) - shim.launched() == set(), "compiled, and never executed"
+
+
+def test_every_operator_has_a_cuda_side_or_is_declared_without(shim: Shim) -> None:
+    operators = re.findall(r"library\.def\(\s*\"(\w+)\(", (CSRC / "operators" / "schemas.cpp").read_text())
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    on_cuda = {name for name in operators if has_kernel(f"megatron_retro_shim::{name}", "CPU")}
+    assert len(operators) >= 12 and set(operators) - on_cuda == library.CPU_ONLY
 
 
 PLANTED = """
