@@ -10,11 +10,4 @@ here="$(cd "$(dirname "$0")" && pwd)"
 if [ ! -e "$here/slurm/launch.sh" ]; then # sbatch runs a copy of this file
   here="$SLURM_SUBMIT_DIR/examples"
 fi
-export PROCESSES=1 # one worker; its runs are processes of their own
-cd "${DATA:-$here/../runs/quickstart}" # what examples/quickstart.sh made
-if [ ! -e retrieval100/neighbors/train ]; then
-  "$here/slurm/launch.sh" build-retrieval --config "$here/ablate_database_size.toml" \
-    --retro-database-corpus corpus/train_text_document \
-    --retro-query-corpus train=corpus/train_text_document held_out=corpus/held_out_text_document
-fi
-exec "$here/slurm/launch.sh" ablate --config "$here/ablate_database_size.toml" "$@"
+exec "$here/slurm/study.sh" ablate_database_size "$@"

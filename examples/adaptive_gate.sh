@@ -10,6 +10,4 @@ here="$(cd "$(dirname "$0")" && pwd)"
 if [ ! -e "$here/slurm/launch.sh" ]; then # sbatch runs a copy of this file
   here="$SLURM_SUBMIT_DIR/examples"
 fi
-export PROCESSES=1 # one worker; its runs are processes of their own
-cd "${DATA:-$here/../runs/quickstart}" # what examples/quickstart.sh made
-exec "$here/slurm/launch.sh" ablate --config "$here/adaptive_gate.toml" "$@"
+exec "$here/slurm/study.sh" adaptive_gate "$@"

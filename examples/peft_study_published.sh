@@ -11,6 +11,5 @@ here="$(cd "$(dirname "$0")" && pwd)"
 if [ ! -e "$here/slurm/launch.sh" ]; then # sbatch runs a copy of this file
   here="$SLURM_SUBMIT_DIR/examples"
 fi
-export PROCESSES=1 # one worker; each of its runs is started by torchrun
-cd "${DATA:-.}"
-exec "$here/slurm/launch.sh" ablate --config "$here/peft_study_published.toml" "$@"
+export DATA="${DATA:-.}"
+exec "$here/slurm/study.sh" peft_study_published "$@"

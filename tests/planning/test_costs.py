@@ -106,7 +106,7 @@ def test_behind_a_shut_gate_nothing_works() -> None:
 
 @pytest.mark.parametrize("pipeline", [1, 2])
 def test_a_plan_counts_no_gradient_of_what_is_frozen(pipeline: int) -> None:
-    """By hand: nothing comes back below the first retrieval layer; above it weights get no gradient, what is added does."""
+    """By hand: nothing comes back below the first retrieval layer; above it frozen weights get no gradient."""
     retro = RetroConfig(retro_add_retriever=True, retro_layers=(4, 7))
     work = Workload(SMALL, retro, 128, 8, 64, 4)
     plans = [

@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# What the studies have in common: where they run, what they need beside the quickstart's files, and how they start.
+#
+#   study.sh NAME [flags]     runs NAME.toml beside the recipe; one worker, whose runs are processes of their own
+#
+# DATA (default runs/quickstart): the directory that examples/quickstart.sh made.
+# CONVERSATIONS, HELD_OUT: files of conversations to train and to measure on, for the studies of tuning.
+set -euo pipefail
+
+slurm="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+name="${1:?usage: study.sh NAME [flags]}"
+shift
+export PROCESSES=1
+cd "${DATA:-$slurm/../../runs/quickstart}"
+words=(ablate --config "$slurm/../$name.toml")
+train=corpus/train_text_document
+held_out=corpus/held_out_text_document
+
+build() { # directory of the project, the table that is made last, flags
+  local project="$1" last="$2"
+  shift 2
+  if [ ! -e "$project/neighbors/$last" ]; then
+    "$slurm/launch.sh" build-retrieval --retro-project-dir "$project" --retro-chunk-length 32 --retro-index-str IVF256,Flat \
+      --retro-tasks train encode merge query --tokenizer-type SentencePieceTokenizer --tokenizer-model corpus/tokenizer.model "$@"
+  fi
+}
+
+# A retriever that trains models: half of the documents, an eighth of the training text, for a text encoder takes minutes
+# even so. Tables in the embedder's order, and re-ranked by BM25, from one index.
+build_small() { # directory of the project, flags
+  local project="$1" order suffix
+  shift
+  for order in none bm25; do
+    suffix="${order/#none/}"
+    suffix="${suffix:+-$suffix}"
+    build "$project" "train$suffix" --retro-database-corpus "$train" --retro-database-documents 0:380 \
+      --retro-rerank "$order" --retro-query-corpus "train$suffix=$train" \
+      --retro-query-rows 0:4000 32000:36000 64000:68000 96000:100000 "$@"
+    build "$project" "held_out$suffix" --retro-database-corpus "$train" --retro-database-documents 0:380 \
+      --retro-rerank "$order" --retro-query-corpus "held_out$suffix=$held_out" "$@"
+  done
+}
+
+# The corpus cut by source, each a token file of its own in one database.
+split_by_source() {
+  local source
+  for source in reference codecs library; do
+    if [ ! -f "corpus/${source}_text_document.manifest.json" ]; then
+      case "$source" in
+        reference) grep '^{"id": "topic ' corpus/train.jsonl >corpus/reference.jsonl ;;
+        codecs) grep '^{"id": "encodings/' corpus/train.jsonl >corpus/codecs.jsonl ;;
+        library) grep -v -e '^{"id": "topic ' -e '^{"id": "encodings/' corpus/train.jsonl >corpus/library.jsonl ;;
+      esac
+      "$slurm/launch.sh" preprocess --input "corpus/$source.jsonl" --output-prefix "corpus/$source" --append-eod \
+        --tokenizer-type SentencePieceTokenizer --tokenizer-model corpus/tokenizer.model
+    fi
+  done
+}
+
+require_conversations() {
+  local file
+  for file in "${CONVERSATIONS:?set it to a file of conversations to train on}" \
+    "${HELD_OUT:?set it to a file of conversations to measure on}"; do
+    if [ ! -f "$file" ]; then
+      echo "error: there is no $file (looked for in $PWD)" >&2
+      exit 2
+    fi
+  done
+  words+=(--instruction-data "$CONVERSATIONS" --instruction-valid-data "$HELD_OUT")
+}
+
+case "$name" in
+  ablate_database_size)
+    build retrieval100 train --retro-query-num-neighbors-save 100 --retro-database-corpus "$train" \
+      --retro-query-corpus "held_out=$held_out" "train=$train"
+    ;;
+  retriever_quality)
+    for order in none overlap bm25; do
+      project="retrieval-$order" saved=20
+      if [ "$order" = none ]; then
+        project=retrieval100 saved=100
+      fi
+      build "$project" held_out --retro-rerank "$order" --retro-query-num-neighbors-save "$saved" \
+        --retro-database-corpus "$train" --retro-query-corpus "held_out=$held_out"
+    done
+    ;;
+  retriever_training)
+    build_small retrieval-small-hashed
+    build_small retrieval-small-minilm --retro-embedder minilm --retro-embedder-precision bf16
+    ;;
+  composition)
+    split_by_source
+    build retrieval-sources held_out --retro-query-num-neighbors-save 100 \
+      --retro-database-corpus corpus/reference_text_document corpus/codecs_text_document corpus/library_text_document \
+      --retro-query-corpus "held_out=$held_out"
+    ;;
+  encoder_ablation | peft_study) require_conversations ;;
+esac
+exec "$slurm/launch.sh" "${words[@]}" "$@"
