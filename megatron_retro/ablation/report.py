@@ -89,9 +89,9 @@ def render(study: Study, title: str, axes: Sequence[Axis], results: Sequence[Res
 _READING = (
     "The first configuration is the baseline. Losses are nats per token, means over finished seeds; a difference is "
     "taken between runs of one seed. Two intervals: over held-out samples (each read by both models; those of all "
-    "seeds together) and over seeds (Student's t). 'No neighbours cost' and 'random neighbours cost' are what the same "
-    "model loses without its real neighbours. 'Rows short of k' is the share of training chunks with fewer than k "
-    "legal neighbours in their row of the table."
+    "seeds together; the lines on bars) and over seeds (Student's t). 'No neighbours cost' and 'random neighbours "
+    "cost' are what the same model loses without its real neighbours. 'Rows short of k' is the share of training "
+    "chunks with fewer than k legal neighbours in their row of the table."
 )
 
 
@@ -183,6 +183,12 @@ def _loss_plots(groups: Sequence[Configuration], axes: Sequence[Axis]) -> list[s
                 [found.mean for _, found in compared],
                 title=f"Held-out loss minus that of {groups[0].name}{by_row}",
                 y_label="nats per token",
+                bounds=[
+                    (found.over_samples.low, found.over_samples.high)
+                    if isinstance(found.over_samples, Interval)
+                    else None
+                    for _, found in compared
+                ],
             )
         )
     return plots or [paragraph("No configuration is finished yet.", "soft")]

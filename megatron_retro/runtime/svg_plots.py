@@ -112,17 +112,27 @@ def histogram(
     return _figure(title, x_label, y_label, marks, table(("from", "to", y_label), rows))
 
 
-def bars(labels: Sequence[str], values: Sequence[float], *, title: str, y_label: str) -> str:
-    """One bar per label."""
+def bars(
+    labels: Sequence[str],
+    values: Sequence[float],
+    *,
+    title: str,
+    y_label: str,
+    bounds: Sequence[tuple[float, float] | None] | None = None,
+) -> str:
+    """One bar per label, with a line from the lower to the upper bound where there are any."""
     if not labels:
         return _figure(title, "", y_label, [], "")
+    between = list(bounds or [None] * len(labels))
+    ends = [end for one in between if one is not None for end in one]
     across = Axis(0.0, float(len(labels)), _LEFT, _WIDTH - _RIGHT)
-    up = Axis(min(0.0, *values), max(0.0, *values, 1e-12), _HEIGHT - _BOTTOM, _TOP)
+    up = Axis(min(0.0, *values, *ends), max(0.0, *values, *ends, 1e-12), _HEIGHT - _BOTTOM, _TOP)
     marks = _frame(across, up, lambda _: "", _number)
-    for number, (label, value) in enumerate(zip(labels, values, strict=True)):
+    for number, (label, value, bound) in enumerate(zip(labels, values, between, strict=True)):
         left, width = across.at(number + 0.15), across.at(0.7) - across.at(0.0)
         top, bottom = sorted((up.at(value), up.at(0.0)))
         marks.append(_bar(left, width, top, bottom - top, f"{label}: {value:.4g}"))
+        marks += [] if bound is None else [_whisker(left + width / 2, up.at(bound[1]), up.at(bound[0]))]
         marks.append(_text(left + width / 2, up.start + 16, label, "middle"))
     return _figure(title, "", y_label, marks, table(("", y_label), list(zip(labels, values, strict=True))))
 
@@ -189,6 +199,10 @@ def _legend(names: Sequence[str]) -> list[str]:
 def _bar(left: float, width: float, top: float, height: float, words: str) -> str:
     size = f'x="{left + 0.5:.1f}" y="{top:.1f}" width="{max(width - 1, 0.5):.1f}" height="{max(height, 0):.1f}"'
     return f'<rect {size} fill="var(--s0)"><title>{escape(words)}</title></rect>'
+
+
+def _whisker(x: float, top: float, bottom: float) -> str:
+    return f'<path class="axis" d="M{x - 5:.1f} {top:.1f}h10m-5 0V{bottom:.1f}m-5 0h10" fill="none"/>'
 
 
 def _text(x: float, y: float, words: str, anchor: str) -> str:

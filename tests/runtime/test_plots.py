@@ -1,0 +1,25 @@
+"""Bars with bounds: what is drawn stands where the scale says."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from megatron_retro.runtime.svg_plots import bars
+
+
+def test_bounds_stand_on_the_scale_of_their_bars() -> None:
+    plot = bars(["a", "b"], [2.0, -1.0], title="t", y_label="y", bounds=[(1.0, 4.0), None])
+    rectangles = [
+        (float(y), float(height))
+        for y, height in re.findall(r'<rect x="[\d.]+" y="([\d.]+)".*?height="([\d.]+)"', plot)
+    ]
+    (top_a, height_a), (zero, height_b) = rectangles
+    unit = height_b  # the second bar is one unit long and hangs from zero
+    assert top_a + height_a == pytest.approx(zero, abs=0.2) and height_a == pytest.approx(2 * unit, abs=0.2)
+    (high, low) = re.findall(r'd="M[\d.]+ ([\d.]+)h10m-5 0V([\d.]+)', plot)[0]
+    assert float(high) == pytest.approx(zero - 4 * unit, abs=0.2)
+    assert float(low) == pytest.approx(zero - 1 * unit, abs=0.2)
+    assert plot.count("h10m-5") == 1
+    assert "h10m-5" not in bars(["a"], [1.0], title="t", y_label="y")
