@@ -15,7 +15,9 @@ inline void check_inner(const Tensor& tensor, const char* what, int64_t dims, co
   require(tensor.size(dims - 1) <= 1 || tensor.stride(dims - 1) == 1, "the last dimension of ", what, " must be contiguous");
 }
 
-inline const float* table_of(const OptionalTensor& table, const char* what, int64_t rows, int64_t width, int64_t& rotated) {
+inline const float* table_of(
+    const OptionalTensor& table, const char* what, const Tensor& query, int64_t rows, int64_t width, int64_t& rotated) {
+  check_device(*table, what, query, "query");
   require(table->scalar_type() == ScalarType::Float && table->is_contiguous(), what, " must be contiguous float32");
   require(table->dim() == 2 && table->size(0) == rows, what, " must be [", rows, ", pairs], got ", shape_of(*table));
   require(rotated == 0 || rotated == 2 * table->size(1), "the four rotary tables must turn the same dimensions");
@@ -24,14 +26,14 @@ inline const float* table_of(const OptionalTensor& table, const char* what, int6
   return static_cast<const float*>(table->const_data_ptr());
 }
 
-inline void set_tables(CrossAttention& call, const Tables& tables) {
+inline void set_tables(CrossAttention& call, const Tables& tables, const Tensor& query) {
   const int64_t given = bool(tables[0]) + bool(tables[1]) + bool(tables[2]) + bool(tables[3]);
   require(given == 0 || given == 4, "rotary tables come all four or not at all, got ", given);
   if (!given) return;
-  call.query_cosine = table_of(tables[0], "query_cosine", call.queries, call.width, call.rotated);
-  call.query_sine = table_of(tables[1], "query_sine", call.queries, call.width, call.rotated);
-  call.key_cosine = table_of(tables[2], "key_cosine", call.keys, call.width, call.rotated);
-  call.key_sine = table_of(tables[3], "key_sine", call.keys, call.width, call.rotated);
+  call.query_cosine = table_of(tables[0], "query_cosine", query, call.queries, call.width, call.rotated);
+  call.query_sine = table_of(tables[1], "query_sine", query, call.queries, call.width, call.rotated);
+  call.key_cosine = table_of(tables[2], "key_cosine", query, call.keys, call.width, call.rotated);
+  call.key_sine = table_of(tables[3], "key_sine", query, call.keys, call.width, call.rotated);
 }
 
 inline CrossAttention cross_attention_arguments(
@@ -67,13 +69,14 @@ inline CrossAttention cross_attention_arguments(
   call.key = key.const_data_ptr();
   call.value = value.const_data_ptr();
   if (mask) {
+    check_device(*mask, "mask", query, "query");
     require(mask->scalar_type() == ScalarType::Bool && mask->is_contiguous(), "mask must be contiguous bool");
     require(
         mask->dim() == 3 && mask->size(0) == key.size(0) && mask->size(1) == key.size(1) && mask->size(2) == key.size(2),
         "mask must be [sequences, chunks, keys] of key: got ", shape_of(*mask), " for ", shape_of(key));
     call.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
   }
-  set_tables(call, tables);
+  set_tables(call, tables, query);
   return call;
 }
 
@@ -104,6 +107,7 @@ inline Gradients gradients_of(
     check_same_shape(tensor, what, query, "query");
     require(tensor.is_contiguous(), what, " must be contiguous");
   }
+  check_statistic(log_normalizer, "log_normalizer", query.size(0) * call.heads * call.queries, query, "query");
   Gradients gradients{
       torch::stable::new_empty(query, query.sizes()), torch::stable::new_empty(key, key.sizes()),
       torch::stable::new_empty(value, value.sizes())};

@@ -19,10 +19,14 @@ inline Norm norm_arguments(
   call.weight_offset = weight_offset;
   call.width = input.size(input.dim() - 1);
   check_vector(weight, "weight", call.width);
+  check_device(weight, "weight", input, "input");
+  stored_type(weight, "weight");
   kept.push_back(torch::stable::contiguous(torch::stable::to(weight, compute_type(input))));
   call.weight = kept.back().const_data_ptr();
   if (bias) {
     check_vector(*bias, "bias", call.width);
+    check_device(*bias, "bias", input, "input");
+    stored_type(*bias, "bias");
     kept.push_back(torch::stable::contiguous(torch::stable::to(*bias, compute_type(input))));
     call.bias = kept.back().const_data_ptr();
   }
@@ -66,6 +70,9 @@ inline Tensor norm_gradient(
     check_same_shape(*grad_sum, "grad_sum", input, "input");
     require(grad_sum->is_contiguous(), "grad_sum must be contiguous");
   }
+  const int64_t rows = norm_rows(input, call.width);
+  check_statistic(mean, "mean", rows, input, "input");
+  check_statistic(inverse_deviation, "inverse_deviation", rows, input, "input");
   Tensor grad_input = torch::stable::empty_like(input);
   call.grad_output = grad_output.const_data_ptr();
   call.grad_sum = pointer(grad_sum);

@@ -6,6 +6,7 @@
 namespace megatron_retro {
 
 inline void check_table(const Tensor& table, const char* what, const Tensor& heads) {
+  check_device(table, what, heads, "heads");
   require(table.scalar_type() == ScalarType::Float, what, " must be float32");
   require(table.dim() == 3 && table.is_contiguous(), what, " must be contiguous [sequences or 1, positions, pairs]");
   require(

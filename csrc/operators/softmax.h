@@ -6,8 +6,7 @@
 namespace megatron_retro {
 
 inline float* row_values(const Tensor& tensor, const char* what, const Tensor& logits) {
-  require(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), what, " must be contiguous float32");
-  check_vector(tensor, what, logits.size(0));
+  check_statistic(tensor, what, logits.size(0), logits, "logits");
   return static_cast<float*>(tensor.mutable_data_ptr());
 }
 
@@ -17,6 +16,7 @@ inline VocabularyBlock block_of(const Tensor& logits, const Tensor& labels, int6
   require(logits.scalar_type() != ScalarType::Double, "logits must be float32, bfloat16 or float16");
   require(labels.scalar_type() == ScalarType::Long && labels.is_contiguous(), "labels must be contiguous int64");
   check_vector(labels, "labels", logits.size(0));
+  check_device(labels, "labels", logits, "logits");
   VocabularyBlock call{};
   call.width = logits.size(1);
   call.stride = logits.stride(0);
@@ -40,6 +40,7 @@ inline int64_t softmax_rows(const Tensor& scores, int64_t width) { return width 
 inline void set_mask(MaskedSoftmax& call, const OptionalTensor& mask, const Tensor& scores) {
   if (!mask) return;
   const int64_t rows = softmax_rows(scores, call.width);
+  check_device(*mask, "mask", scores, "scores");
   require(mask->scalar_type() == ScalarType::Bool && mask->is_contiguous(), "mask must be contiguous bool");
   const int64_t mask_rows = softmax_rows(*mask, call.width);
   require(

@@ -52,11 +52,16 @@ inline std::string shape_of(const Tensor& tensor) {
   return text + "]";
 }
 
-inline void check_like(const Tensor& tensor, const char* what, const Tensor& model, const char* model_name) {
-  require(tensor.scalar_type() == model.scalar_type(), what, " must have the dtype of ", model_name);
+// The dispatcher looks at one tensor of a call; another's memory may be elsewhere.
+inline void check_device(const Tensor& tensor, const char* what, const Tensor& model, const char* model_name) {
   require(
       tensor.is_cpu() == model.is_cpu() && tensor.get_device_index() == model.get_device_index(), what,
       " must be on the device of ", model_name);
+}
+
+inline void check_like(const Tensor& tensor, const char* what, const Tensor& model, const char* model_name) {
+  require(tensor.scalar_type() == model.scalar_type(), what, " must have the dtype of ", model_name);
+  check_device(tensor, what, model, model_name);
 }
 
 inline void check_same_shape(const Tensor& tensor, const char* what, const Tensor& model, const char* model_name) {
@@ -69,6 +74,15 @@ inline void check_same_shape(const Tensor& tensor, const char* what, const Tenso
 inline void check_vector(const Tensor& tensor, const char* what, int64_t length) {
   require(
       tensor.numel() == length, what, " must have ", length, " elements, got the shape ", shape_of(tensor));
+}
+
+// What a forward pass kept for the backward pass, in the type that it computed in.
+inline void check_statistic(const Tensor& tensor, const char* what, int64_t length, const Tensor& model, const char* model_name) {
+  check_device(tensor, what, model, model_name);
+  check_vector(tensor, what, length);
+  require(
+      tensor.scalar_type() == compute_type(model) && tensor.is_contiguous(), what, " must be contiguous ",
+      compute_type(model) == ScalarType::Double ? "float64" : "float32");
 }
 
 inline const void* pointer(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }

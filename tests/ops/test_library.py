@@ -118,6 +118,34 @@ def test_bad_input_is_one_sentence(sentence: str) -> None:
     assert message.startswith(sentence) and "\n" not in message and "/" not in message
 
 
+def spoiled(given: Tensor) -> dict[str, Tensor]:
+    """What no operator takes in place of a tensor that it takes."""
+    wider = torch.zeros((*given.shape[:-1], given.shape[-1] + 1), dtype=given.dtype)
+    return {"dtype": given.detach().to(torch.int16), "shape": wider, "device": given.detach().to("meta")}
+
+
+@COMPILED
+@pytest.mark.parametrize(("name", "inputs"), [pytest.param(*each, id=each[0]) for each in operator_inputs()])
+def test_every_argument_is_checked(name: str, inputs: tuple[Any, ...]) -> None:
+    """Another dtype or shape, or memory elsewhere, in any one tensor: one sentence, never a wrong read."""
+    operator = getattr(torch.ops.megatron_retro, name).default
+    cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    operator.redispatch(cpu, *inputs)
+    for position, given in enumerate(inputs):
+        if not isinstance(given, Tensor):
+            continue
+        for what, wrong in spoiled(given).items():
+            if position == 0 and what != "dtype" and "backward" not in name:
+                continue  # the first tensor of a forward pass says what the others must be like
+            changed = (*inputs[:position], wrong, *inputs[position + 1 :])
+            with pytest.raises(RuntimeError) as problem:
+                operator.redispatch(cpu, *changed)
+            message = str(problem.value)
+            assert "\n" not in message and "/" not in message, (position, what)
+            if what == "device":
+                assert "must be on the device of" in message, position
+
+
 FAR = int(2.2e9)  # elements: more than 32 bits count
 
 
