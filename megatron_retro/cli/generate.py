@@ -94,8 +94,6 @@ def _generate(generator: TextGenerator, prompts: Sequence[str], settings: Settin
         mode = "none"
     source = generator.source(mode, config.passages or ())
     stops = [*(sampling.stop or ()), *(("\n\nUser:",) if config.chat else ())]
-    if streamed:
-        print(prompts[0], end="", flush=True)
     generations = generator.generate(
         prompts,
         max_new_tokens=sampling.max_new_tokens,
@@ -103,7 +101,7 @@ def _generate(generator: TextGenerator, prompts: Sequence[str], settings: Settin
         stop_strings=stops,
         sources=[source] * len(prompts),
         retrieval_step=config.retrieval_step,
-        listener=_print_piece if streamed else None,
+        listener=_Printed(prompts[0]) if streamed else None,
     )
     for prompt, generation in zip(prompts, generations, strict=True):
         print() if streamed else print(f"{prompt}{generation.text}")
@@ -112,9 +110,16 @@ def _generate(generator: TextGenerator, prompts: Sequence[str], settings: Settin
     return generations
 
 
-def _print_piece(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+class _Printed:
+    """Prints pieces as they come, the prompt before the first: nothing of a request that is refused."""
+
+    def __init__(self, prompt: str) -> None:
+        self._before = prompt
+
+    def __call__(self, piece: str) -> None:
+        sys.stdout.write(self._before + piece)
+        sys.stdout.flush()
+        self._before = ""
 
 
 def _explained(generator: TextGenerator, generation: Generation) -> str:
@@ -123,7 +128,8 @@ def _explained(generator: TextGenerator, generation: Generation) -> str:
     for chunk in generator.report(generation):
         lines.append(f"chunk of tokens {chunk.query_start} to {chunk.query_stop - 1}: {_short(chunk.query)}")
         for number, neighbor in enumerate(chunk.neighbors, 1):
-            lines.append(f"  neighbour {number}: chunk {neighbor.id}, distance {neighbor.distance:.4g}")
+            distance = "" if neighbor.distance is None else f", distance {neighbor.distance:.4g}"
+            lines.append(f"  neighbour {number}: {'given' if neighbor.id < 0 else f'chunk {neighbor.id}'}{distance}")
             lines.append(f"    {_short(neighbor.text)}")
     return "\n".join(lines)
 

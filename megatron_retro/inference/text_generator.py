@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ class NeighborText:
     """One neighbour as a reader sees it."""
 
     id: int
-    distance: float
+    distance: float | None
     text: str
 
 
@@ -86,7 +87,7 @@ class TextGenerator:
                 one.query_start,
                 one.query_stop,
                 tuple(
-                    NeighborText(identity, distance, decode(tokens))
+                    NeighborText(identity, distance if math.isfinite(distance) else None, decode(tokens))
                     for identity, distance, tokens in zip(
                         one.found.chunk_ids, one.found.distances, one.found.token_lists(), strict=True
                     )

@@ -28,7 +28,7 @@ def test_answers_with_neighbors(room: Path, capsys: pytest.CaptureFixture[str]) 
     given = ["--prompt-file", str(room / "prompts.jsonl"), "--passages", "some text", "--temperature", "0.8"]
     assert main([*common, *given]) == 0
     both = capsys.readouterr().out
-    assert "one" in both and "two" in both and "chunk -1" in both
+    assert "one" in both and "two" in both and "neighbour 1: given" in both
 
 
 @pytest.mark.parametrize(

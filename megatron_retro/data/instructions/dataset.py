@@ -175,7 +175,8 @@ def _fitting(
             f"{len(long)} of {len(examples)} conversations of {path} are longer than a row",
             got=shown + more,
             expected=f"at most --seq-length {shape.length}, padding to chunks included",
-            fix="raise --seq-length, lower --num-contexts, or give --skip-long-examples",
+            fix="raise --seq-length, or lower --num-contexts"
+            + ("; --skip-long-examples passes over them" if fitting else ""),
         )
     warn(f"{len(long)} of {len(examples)} conversations of {path} are longer than a row and passed over: {shown}{more}")
     return fitting

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -145,12 +144,7 @@ class Service:
                 query=chunk.query,
                 query_start=chunk.query_start,
                 query_stop=chunk.query_stop,
-                neighbors=[
-                    schema.Neighbor(
-                        id=one.id, distance=one.distance if math.isfinite(one.distance) else None, text=one.text
-                    )
-                    for one in chunk.neighbors
-                ],
+                neighbors=[schema.Neighbor(id=one.id, distance=one.distance, text=one.text) for one in chunk.neighbors],
             )
             for chunk in self.generator.report(generation)[first:]
         ]
