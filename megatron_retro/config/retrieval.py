@@ -11,6 +11,7 @@ POOLINGS = ("auto", "mean", "cls")
 PRECISIONS = ("auto", "fp32", "bf16")
 STAGES = ("plan", "train", "encode", "merge", "query", "verify")
 QUERY_METHODS = ("auto", "lists", "queries")
+FAISS_DEVICES = ("auto", "cpu", "gpu")
 RERANKS = ("none", "overlap", "bm25")
 
 
@@ -59,6 +60,12 @@ class RetrievalConfig:
     retro_query_nprobe: int | None = option(None, "inverted lists to search; chosen when not set", minimum=1)
     retro_query_num_neighbors_query: int = option(200, "candidates of one query", minimum=1)
     retro_query_num_neighbors_save: int = option(20, "neighbours kept of them", minimum=1)
+    retro_faiss_device: str = option(
+        "auto",
+        "where faiss trains and searches; auto = GPUs where it has any and they cost less",
+        choices=FAISS_DEVICES,
+        ours=True,
+    )
     retro_query_method: str = option("auto", "search list by list, or query by query", choices=QUERY_METHODS, ours=True)
     retro_refine: bool = option(
         False, "order candidates by their vectors, kept or embedded again, instead of their codes", ours=True

@@ -38,14 +38,23 @@ def new_index(index_str: str, dimension: int) -> Any:
     """An untrained index; squared distances."""
     faiss = faiss_module()
     try:
-        return faiss.index_factory(dimension, index_str, faiss.METRIC_L2)
+        index = faiss.index_factory(dimension, index_str, faiss.METRIC_L2)
     except RuntimeError as error:
-        reason = str(error).split("Error: ")[-1].split("\n")[0]
         raise ConfigError(
             f"faiss makes no index of --retro-index-str {index_str!r} for vectors {dimension} wide",
-            got=reason,
+            got=reason_of(error),
             fix="give --retro-index-str auto, or a factory string whose parts divide the width",
         ) from None
+    parts = inverted_parts(index)
+    if parts is not None and hasattr(parts.inverted, "do_polysemous_training"):
+        # It orders codes for a filter that no search here uses, and takes a second for each code of a vector.
+        parts.inverted.do_polysemous_training = False
+    return index
+
+
+def reason_of(error: RuntimeError) -> str:
+    """What faiss says, without where in its source it says so."""
+    return str(error).split("Error: ")[-1].split("\n")[0]
 
 
 @dataclass(frozen=True)

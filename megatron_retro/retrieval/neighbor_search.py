@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,11 +28,14 @@ from megatron_retro.data.query_chunks import QueryChunks
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.errors import ConfigError
 from megatron_retro.retrieval.encoding import BATCH_CHUNKS
+from megatron_retro.retrieval.faiss_index import set_search_effort
+from megatron_retro.retrieval.gpu_copies import copied_to_gpus, num_gpus
 from megatron_retro.retrieval.layout import claimed, unless_done
 from megatron_retro.retrieval.list_join import Excluded, Found
 from megatron_retro.retrieval.live_index import write_live_settings
 from megatron_retro.retrieval.merging import KIND, VERSION, open_merged
-from megatron_retro.retrieval.operating_point import operating_point
+from megatron_retro.retrieval.operating_point import OperatingPoint, operating_point
+from megatron_retro.retrieval.placement import place_search
 from megatron_retro.retrieval.project import Project, QueryCorpus, parsed_range
 from megatron_retro.retrieval.recomputing import recompute
 from megatron_retro.retrieval.reordering import (
@@ -46,7 +50,7 @@ from megatron_retro.retrieval.reordering import (
 )
 from megatron_retro.retrieval.searching import Searcher
 from megatron_retro.retrieval.training import uniform_sample
-from megatron_retro.runtime.console import Progress
+from megatron_retro.runtime.console import Progress, say
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class NeighborSearch:
     """All that turns query chunks of a corpus into rows of its table."""
 
     project: Project
+    corpus: QueryCorpus
     chunks: QueryChunks
     searcher: Searcher
 
@@ -152,18 +157,27 @@ def query(project: Project) -> None:
     """Fill the table of every query corpus."""
     point = operating_point(project)
     write_live_settings(project, point.nprobe, point.ef_search)
-    for corpus in project.query_corpora:
-        _fill_table(project, corpus)
+    unfinished = [corpus for corpus in project.query_corpora if not _is_finished(project, corpus, point)]
+    for search in open_searches(project, unfinished) if unfinished else ():
+        _fill_table(project, search)
 
 
-def _fill_table(project: Project, corpus: QueryCorpus) -> None:
-    path, file = project.layout.neighbors(corpus.name), TokenFile(corpus.prefix)
-    search = open_search(project, file)
-    layout = table_layout(project, search.chunks)
-    inputs, config = table_inputs(project, file), table_settings(project, search.searcher)
+def _is_finished(project: Project, corpus: QueryCorpus, point: OperatingPoint) -> bool:
+    """Whether a table is there; one that was made from something else is refused."""
+    path, chunks = project.layout.neighbors(corpus.name), _query_chunks(project, corpus)
     if path.exists():
-        check_table(path, inputs, config, layout)
-        return
+        settings = table_settings(project, point.nprobe, point.ef_search)
+        check_table(path, table_inputs(project, chunks.file), settings, table_layout(project, chunks))
+    return path.exists()
+
+
+def _fill_table(project: Project, search: NeighborSearch) -> None:
+    corpus, searcher = search.corpus, search.searcher
+    path, layout = project.layout.neighbors(corpus.name), table_layout(project, search.chunks)
+    inputs = table_inputs(project, search.chunks.file)
+    settings = table_settings(project, searcher.nprobe, searcher.ef_search)
+    # Ways of searching differ in rounding and ties: parts of one table are all found in one way, any one will do.
+    config = {**settings, "by_lists": searcher.by_lists, "on_gpus": searcher.gpus is not None}
     key = hashlib.sha256(json.dumps([inputs, config, layout.row_ranges], sort_keys=True).encode()).hexdigest()[:12]
     name = f"neighbors-{corpus.name}-{key}"
     directory = project.layout.work(name)
@@ -197,18 +211,28 @@ def _fill_table(project: Project, corpus: QueryCorpus) -> None:
     shutil.rmtree(project.layout.claims(name), ignore_errors=True)
 
 
-def open_search(project: Project, file: TokenFile) -> NeighborSearch:
-    """The search of a corpus in the project's index."""
-    chunks = QueryChunks(file, project.database.chunk_length)
-    return NeighborSearch(project, chunks, open_searcher(project))
+def open_searches(project: Project, corpora: Sequence[QueryCorpus]) -> list[NeighborSearch]:
+    """The searches of query corpora in the project's index, which is opened once for them."""
+    chunks = [_query_chunks(project, corpus) for corpus in corpora]
+    searcher = _open_searcher(project, sum(table_layout(project, one).num_rows for one in chunks))
+    return [NeighborSearch(project, corpus, one, searcher) for corpus, one in zip(corpora, chunks, strict=True)]
 
 
-def open_searcher(project: Project) -> Searcher:
-    """The merged index, searched as the settings or the calibration say."""
-    point = operating_point(project)
-    return Searcher(
-        open_merged(project.layout.merged), point.nprobe, point.ef_search, point.by_lists, project.memory_bytes
-    )
+def _open_searcher(project: Project, rows: int) -> Searcher:
+    """The merged index, searched as the settings or the calibration say, where so many rows cost least."""
+    point, index = operating_point(project), open_merged(project.layout.merged)
+    place = place_search(project, index, point.nprobe, rows)
+    if num_gpus():
+        say(f"search: on {place}")
+    if not place.on_gpus:
+        return Searcher(index, point.nprobe, point.ef_search, point.by_lists, project.memory_bytes)
+    set_search_effort(index, point.nprobe, point.ef_search)
+    copy = copied_to_gpus(index, index.ntotal)
+    return Searcher(index, point.nprobe, point.ef_search, False, project.memory_bytes, copy)
+
+
+def _query_chunks(project: Project, corpus: QueryCorpus) -> QueryChunks:
+    return QueryChunks(TokenFile(corpus.prefix), project.database.chunk_length)
 
 
 def table_layout(project: Project, chunks: QueryChunks) -> TableLayout:
@@ -252,14 +276,13 @@ def table_inputs(project: Project, file: TokenFile) -> dict[str, str]:
     }
 
 
-def table_settings(project: Project, searcher: Searcher) -> dict[str, Any]:
-    """How a table was searched."""
+def table_settings(project: Project, nprobe: int, ef_search: int) -> dict[str, Any]:
+    """What was asked of a table's search."""
     config = project.config
     return {
         "chunk_length": project.database.chunk_length,
-        "nprobe": searcher.nprobe,
-        "ef_search": searcher.ef_search,
-        "by_lists": searcher.by_lists,
+        "nprobe": nprobe,
+        "ef_search": ef_search,
         "candidates": config.retro_query_num_neighbors_query,
         "refine": config.retro_refine,
         "rerank": config.retro_rerank,

@@ -19,10 +19,11 @@ from megatron_retro.retrieval.faiss_index import InvertedParts, faiss_module, in
 from megatron_retro.retrieval.index_building import SEGMENT_BYTES
 from megatron_retro.retrieval.merging import LISTS_FILE
 from megatron_retro.retrieval.neighbor_search import table_layout
+from megatron_retro.retrieval.placement import Placement, place_search
 from megatron_retro.retrieval.project import Project
 from megatron_retro.retrieval.reordering import BATCH_ROWS
 from megatron_retro.retrieval.speeds import Speeds, measure_speeds
-from megatron_retro.retrieval.training import TRANSFORM_CHUNKS
+from megatron_retro.retrieval.training import TRANSFORM_CHUNKS, training_place
 from megatron_retro.runtime.console import readable_bytes, readable_count, readable_seconds, render_table
 
 _KMEANS_ROUNDS = 10
@@ -64,12 +65,14 @@ class RetrievalPlan:
 
 def make_plan(project: Project) -> RetrievalPlan:
     """Measure this machine for a second and multiply."""
-    parts = inverted_parts(new_index(project.choice.index_str, project.embedder.dimension))
+    index = new_index(project.choice.index_str, project.embedder.dimension)
+    parts = inverted_parts(index)
     chunks = sum(span.size for span in project.blocks)
     rows = {corpus.name: _rows(project, corpus.prefix) for corpus in project.query_corpora}
     width = parts.dimension if parts else project.embedder.dimension
     speeds = measure_speeds(project.database, project.embedder, width)
-    choice = project.choice
+    choice, config = project.choice, project.config
+    place = place_search(project, index, _nprobe(project), sum(rows.values()), speeds.score)
     facts = {
         "database": f"{project.database.num_chunks:,} chunks of {project.database.chunk_length}, "
         f"{project.database.num_documents:,} documents",
@@ -78,9 +81,12 @@ def make_plan(project: Project) -> RetrievalPlan:
         "blocks": f"{len(project.blocks):,} of {project.config.retro_block_size:,} chunks",
         "queries": ", ".join(f"{name}: {readable_count(count)} rows" for name, count in rows.items()),
         "lists searched": str(_nprobe(project)) + ("" if project.config.retro_query_nprobe else " (to be calibrated)"),
-        "GPUs of faiss": str(faiss_module().get_num_gpus()) + " (they train the lists; searching is on the CPU)",
+        "training": training_place(config.retro_faiss_device),
+        "searching": str(place),
     }
-    return RetrievalPlan(facts, _files(project, parts, chunks, rows), _costs(project, parts, chunks, rows, speeds))
+    return RetrievalPlan(
+        facts, _files(project, parts, chunks, rows), _costs(project, parts, chunks, rows, speeds, place)
+    )
 
 
 def _rows(project: Project, prefix: str) -> int:
@@ -159,7 +165,7 @@ def _fill(vector: Any, size: int) -> None:
 
 
 def _costs(
-    project: Project, parts: InvertedParts | None, chunks: int, rows: dict[str, int], speeds: Speeds
+    project: Project, parts: InvertedParts | None, chunks: int, rows: dict[str, int], speeds: Speeds, place: Placement
 ) -> tuple[StageCost, ...]:
     sample, dimension = int(project.decided["train_chunks"]), project.embedder.dimension
     width, lists = (parts.dimension, parts.num_lists) if parts else (dimension, 1)
@@ -169,7 +175,8 @@ def _costs(
     quantize = 256 * width * speeds.multiply_add if "PQ" in project.choice.index_str else 0.0
     train = sample * speeds.embed_chunk + _KMEANS_ROUNDS * points * lists * width * speeds.multiply_add
     written = chunks * (code + 8) / _WRITE_BYTES_PER_SECOND
-    per_query = speeds.embed_chunk + assign + min(_nprobe(project), lists) * chunks / lists * speeds.score
+    score = place.speeds.score if place.on_gpus and place.speeds else speeds.score
+    per_query = speeds.embed_chunk + assign + min(_nprobe(project), lists) * chunks / lists * score
     if project.config.retro_refine and project.kept_vectors is None:
         # As if no two queries of a batch shared a candidate; the database is the most that a batch can need.
         candidates = min(project.config.retro_query_num_neighbors_query, chunks / BATCH_ROWS)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,9 @@ from numpy.typing import NDArray
 
 from megatron_retro.data.neighbor_table import NeighborTable
 from megatron_retro.retrieval.exact_search import Truth, distances_to, exact_neighbors
-from megatron_retro.retrieval.faiss_index import set_search_effort
 from megatron_retro.retrieval.list_join import Found
 from megatron_retro.retrieval.native import longest_common_runs, token_overlaps
 from megatron_retro.retrieval.neighbor_search import NeighborSearch
-from megatron_retro.retrieval.searching import Searcher
 from megatron_retro.retrieval.training import uniform_sample
 
 RECALL_AT = (1, 2, 10, 20)
@@ -82,15 +80,16 @@ def effort_sweep(search: NeighborSearch, rows: SampledRows, efforts: Sequence[in
     own, points = search.own_chunks(rows.numbers), []
     current = search.searcher
     for effort in efforts:
-        searcher = Searcher(current.index, effort, max(effort, 16), current.by_lists, current.memory_bytes)
-        start = time.process_time()
+        searcher = replace(current, nprobe=effort, ef_search=max(effort, 16))
+        clock = time.process_time if current.gpus is None else time.perf_counter
+        start = clock()
         found = searcher.search(rows.truth.vectors, 20, own, 20)
-        seconds = time.process_time() - start
+        seconds = clock() - start
         exact = distances_to(search.project, rows.truth.vectors, found.ids_QK)
         share = row_recalls(Found(np.sort(exact, axis=1), found.ids_QK), rows.truth.found, 2)
         cost = seconds * 1000 / len(rows.numbers)
         points.append({"effort": effort, "recall@2": float(share.mean()), "milliseconds": cost})
-    set_search_effort(current.index, current.nprobe, current.ef_search)
+    replace(current)  # sets the effort in use again
     return points
 
 

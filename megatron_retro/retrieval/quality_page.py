@@ -46,7 +46,7 @@ def _index_part(report: Mapping[str, Any]) -> str:
                 "index": index["index_str"],
                 "lists searched": index["nprobe"],
                 "efSearch": index["ef_search"],
-                "method": "list by list" if index["by_lists"] else "query by query",
+                "method": _method(index),
             }
         )
     ]
@@ -136,3 +136,9 @@ def _closeness_plots(close: Mapping[str, Any]) -> list[str]:
     return [
         histogram(close[key]["counts"], close[key]["edges"], title=title, x_label=label) for key, title, label in shown
     ]
+
+
+def _method(index: Mapping[str, Any]) -> str:
+    if index["on_gpus"]:
+        return "query by query, on GPUs"
+    return "list by list" if index["by_lists"] else "query by query"

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 from megatron_retro.config.retrieval import STAGES
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import ConfigError
+from megatron_retro.retrieval.faiss_index import new_index
 from megatron_retro.retrieval.index_building import encode, merge
 from megatron_retro.retrieval.neighbor_search import query
+from megatron_retro.retrieval.placement import check_placement
 from megatron_retro.retrieval.planning import make_plan
 from megatron_retro.retrieval.project import Project
 from megatron_retro.retrieval.training import train
@@ -53,3 +55,6 @@ def check_settings(project: Project) -> None:
             got=f"{config.retro_query_num_neighbors_query} < {config.retro_query_num_neighbors_save}",
             fix="query at least as many candidates as are saved",
         )
+    if config.retro_faiss_device == "gpu":
+        index = new_index(project.choice.index_str, project.embedder.dimension)
+        check_placement(project, index, config.retro_query_nprobe or 1)

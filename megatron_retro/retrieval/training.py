@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,15 @@ from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.retrieval.embedders import Embedder
 from megatron_retro.retrieval.encoding import BATCH_CHUNKS
-from megatron_retro.retrieval.faiss_index import InvertedParts, faiss_module, inverted_parts, new_index, read_index
+from megatron_retro.retrieval.faiss_index import (
+    InvertedParts,
+    faiss_module,
+    inverted_parts,
+    new_index,
+    read_index,
+    reason_of,
+)
+from megatron_retro.retrieval.gpu_copies import num_gpus
 from megatron_retro.retrieval.layout import claimed, unless_done
 from megatron_retro.retrieval.project import Project
 from megatron_retro.runtime.console import Progress
@@ -31,13 +41,13 @@ def train(project: Project) -> None:
     for _ in claimed(project.layout, "train", ["train"], lambda _: where.exists(), project.worker):
         sample = uniform_sample(project.database.num_chunks, int(project.decided["train_chunks"]))
         index = new_index(project.choice.index_str, project.embedder.dimension)
-        _train_on_gpus(index)
         try:
-            _train(index, project, sample)
+            with _assigning_on_gpus(index, project.config.retro_faiss_device):
+                _train(index, project, sample)
         except RuntimeError as error:
             raise ConfigError(
                 f"faiss cannot train {project.choice.index_str} on {len(sample)} vectors",
-                got=str(error).split("Error: ")[-1].split("\n")[0],
+                got=reason_of(error),
                 fix="give --retro-index-str auto",
             ) from None
         with unless_done(where.exists), new_directory(where) as directory:
@@ -107,11 +117,25 @@ def _train(index: Any, project: Project, sample: NDArray[np.int64]) -> None:
     index.is_trained = True
 
 
-def _train_on_gpus(index: Any) -> None:
-    """Let the k-means of an inverted file run on the GPUs, where faiss has any."""
+def training_place(device: str) -> str:
+    """Where the k-means of inverted lists runs."""
+    if device == "cpu":
+        return "CPU (--retro-faiss-device cpu)"
+    return f"{num_gpus()} GPUs (k-means of the lists)" if num_gpus() else "CPU (faiss sees no GPU)"
+
+
+@contextmanager
+def _assigning_on_gpus(index: Any, device: str) -> Iterator[None]:
+    """Let the k-means of an inverted file run on the GPUs, where faiss has any; their memory is given back."""
     faiss = faiss_module()
-    if faiss.get_num_gpus() == 0:
-        return
     inverted = faiss.try_extract_index_ivf(index)
-    if inverted is not None:
-        inverted.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(inverted.d))
+    if device == "cpu" or inverted is None or num_gpus() == 0:
+        yield
+        return
+    assigner = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(inverted.d))
+    inverted.clustering_index = assigner
+    try:
+        yield
+    finally:
+        inverted.clustering_index = None
+        assigner.thisown = True

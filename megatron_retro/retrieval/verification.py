@@ -12,16 +12,16 @@ import numpy as np
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.artifacts.manifest import damage, load_manifest, read_manifest
 from megatron_retro.data.neighbor_table import NeighborTable
-from megatron_retro.data.token_file import TokenFile
 from megatron_retro.errors import ArtifactError, BelowFloor
 from megatron_retro.retrieval.embedder_comparison import compare_embedders
 from megatron_retro.retrieval.faiss_index import inverted_parts
+from megatron_retro.retrieval.gpu_copies import MOST_SELECTED
 from megatron_retro.retrieval.layout import claimed
 from megatron_retro.retrieval.merging import KIND, VERSION
 from megatron_retro.retrieval.neighbor_search import (
     NeighborSearch,
     check_table,
-    open_search,
+    open_searches,
     table_inputs,
     table_layout,
     table_settings,
@@ -38,11 +38,18 @@ from megatron_retro.retrieval.quality import (
 from megatron_retro.retrieval.quality_page import quality_page
 from megatron_retro.runtime.console import say
 
+_REPORT_VERSION = 1
+
 
 def verify(project: Project) -> None:
-    """Measure, report, and fail if a table is not sound. One worker does it; the others wait for its report."""
+    """Measure, report, and fail if a table is not sound. One worker does it; the others wait for its report.
+
+    A report on the same files, measured the same way, is judged again; the files themselves are checked every time.
+    """
     path, subject = project.layout.report / "quality.json", _subject(project)
-    path.unlink(missing_ok=True) if project.worker.index == 0 else None
+    if project.worker.index == 0:
+        for made in _made(project):
+            _require_intact(made)
     for _ in claimed(project.layout, "verify", ["verify"], lambda _: _is_about(path, subject), project.worker):
         report = {**_measured(project), "subject": subject}
         write_file(path.with_name("quality.html"), quality_page(report))
@@ -52,11 +59,16 @@ def verify(project: Project) -> None:
 
 def _subject(project: Project) -> str:
     """What a report is about: an old one, of other tables or measured otherwise, must not be judged for it."""
-    layout, config = project.layout, project.config
-    made = [layout.merged, *(layout.neighbors(corpus.name) for corpus in project.query_corpora)]
+    config = project.config
     measured = [config.retro_verify_queries, config.retro_verify_rows, config.retro_verify_embedders]
-    facts = [[load_manifest(path).fingerprint for path in made], measured, config.retro_recall_floor]
+    made = [load_manifest(path).fingerprint for path in _made(project)]
+    facts = [_REPORT_VERSION, made, measured, config.retro_recall_floor]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _made(project: Project) -> list[Path]:
+    """The directories that are verified."""
+    return [project.layout.merged, *(project.layout.neighbors(corpus.name) for corpus in project.query_corpora)]
 
 
 def _is_about(path: Path, subject: str) -> bool:
@@ -82,16 +94,14 @@ def judge(report: dict[str, Any], path: Path) -> None:
 
 
 def _measured(project: Project) -> dict[str, Any]:
-    _require_intact(project.layout.merged)
     tables: dict[str, Any] = {}
-    searches = [open_search(project, TokenFile(corpus.prefix)) for corpus in project.query_corpora]
-    for corpus, search in zip(project.query_corpora, searches, strict=True):
-        path = project.layout.neighbors(corpus.name)
+    searches = open_searches(project, project.query_corpora)
+    for search in searches:
+        path = project.layout.neighbors(search.corpus.name)
         layout = table_layout(project, search.chunks)
-        inputs, settings = table_inputs(project, search.chunks.file), table_settings(project, search.searcher)
-        table = check_table(path, inputs, settings, layout)
-        _require_intact(path)
-        tables[corpus.name] = _table_quality(search, table)
+        settings = table_settings(project, search.searcher.nprobe, search.searcher.ef_search)
+        table = check_table(path, table_inputs(project, search.chunks.file), settings, layout)
+        tables[search.corpus.name] = _table_quality(search, table)
     return {
         "recall_floor": project.config.retro_recall_floor,
         "embedder": project.embedder.fingerprint,
@@ -147,7 +157,8 @@ def _efforts(search: NeighborSearch) -> list[int]:
         return []
     around = search.searcher.nprobe
     wanted = {1, 2, 4, around // 4, around // 2, around, 2 * around, 4 * around, 8 * around}
-    return sorted(value for value in wanted if 1 <= value <= parts.num_lists)
+    most = MOST_SELECTED if search.searcher.gpus is not None else parts.num_lists
+    return sorted(value for value in wanted if 1 <= value <= min(most, parts.num_lists))
 
 
 def _index_facts(project: Project, search: NeighborSearch) -> dict[str, Any]:
@@ -164,6 +175,7 @@ def _index_facts(project: Project, search: NeighborSearch) -> dict[str, Any]:
         "nprobe": search.searcher.nprobe,
         "ef_search": search.searcher.ef_search,
         "by_lists": search.searcher.by_lists,
+        "on_gpus": search.searcher.gpus is not None,
         "balance": list_balance(sizes) if sizes is not None and len(sizes) > 1 else None,
     }
 

@@ -12,7 +12,7 @@ import pytest
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.neighbor_table import NeighborTable
 from megatron_retro.errors import ArtifactError, ConfigError
-from megatron_retro.retrieval import merging, neighbor_search
+from megatron_retro.retrieval import merging, neighbor_search, verification
 from megatron_retro.retrieval.faiss_index import faiss_module, inverted_parts, new_index
 from megatron_retro.retrieval.index_choice import automatic_index, choose_index, number_of_lists
 from megatron_retro.retrieval.planning import index_file_bytes, make_plan
@@ -214,3 +214,27 @@ def test_no_worker_judges_a_report_on_something_else(corpus: str, tmp_path: Path
     assert report.read_text() == first
     build_retrieval(settings.replace(retro_tasks=["verify"], shard="1/2", retro_verify_queries=40))
     assert json.loads(report.read_text())["tables"]["corpus"]["sampled"] == 40
+
+
+def test_a_finished_report_is_left_alone_and_an_old_one_stays_until_the_new_one_is_there(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = project_settings(tmp_path / "p", [corpus], retro_verify_queries=30)
+    build_retrieval(settings)
+    report = tmp_path / "p" / "report" / "quality.json"
+    first, made = report.read_text(), report.stat().st_mtime_ns
+
+    def interrupted(_: Project) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verification, "_measured", interrupted)
+    build_retrieval(settings)
+    with pytest.raises(KeyboardInterrupt):
+        build_retrieval(settings.replace(retro_verify_queries=40))
+    assert (report.read_text(), report.stat().st_mtime_ns) == (first, made)
+    lists = tmp_path / "p" / "index/merged/lists.ivfdata"
+    content = bytearray(lists.read_bytes())
+    content[len(content) // 2] ^= 1
+    lists.write_bytes(content)
+    with pytest.raises(ArtifactError, match="is damaged"):
+        build_retrieval(settings.replace(retro_tasks=["verify"]))
