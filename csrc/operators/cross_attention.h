@@ -111,6 +111,10 @@ inline Gradients gradients_of(
   Gradients gradients{
       torch::stable::new_empty(query, query.sizes()), torch::stable::new_empty(key, key.sizes()),
       torch::stable::new_empty(value, value.sizes())};
+  if (query.numel() == 0) {  // no kernel will run
+    torch::stable::zero_(gradients.key);
+    torch::stable::zero_(gradients.value);
+  }
   call.grad_output = grad_output.const_data_ptr();
   call.output = const_cast<void*>(output.const_data_ptr());
   call.log_normalizer = const_cast<void*>(log_normalizer.const_data_ptr());

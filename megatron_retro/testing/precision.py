@@ -17,7 +17,7 @@ def values_and_gradients(formula: Formula, inputs: Sequence[Tensor | None], seed
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(seed)
     directions = [_direction(each, generator) for each in outputs]
-    gradients = torch.autograd.grad(outputs, leaves, directions)
+    gradients = torch.autograd.grad(outputs, leaves, directions) if leaves else ()
     return [*(each.detach() for each in outputs), *gradients]
 
 

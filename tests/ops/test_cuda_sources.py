@@ -174,7 +174,9 @@ def test_activation(kernels: Kernels, thread_order: int, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotary(kernels: Kernels, thread_order: int, dtype: torch.dtype, interleaved: bool) -> None:
-    for batch, length, heads, size, rotated in ((2, 3, 2, 32, 16), (1, 2, 3, 10, 6), (2, 2, 1, 16, 16)):
+    for batch, length, heads, size, rotated in (
+        (2, 3, 2, 32, 16), (1, 2, 3, 10, 6), (2, 2, 1, 16, 16), (1, 0, 2, 16, 8),
+    ):  # fmt: skip
         table = rotary_table(torch.randint(0, 500, (batch, length)), RotaryFrequencies(rotated, 10000.0))
         wide = leaf(batch, length, heads, size + 16, dtype=dtype)
 
@@ -194,40 +196,50 @@ def test_rotary(kernels: Kernels, thread_order: int, dtype: torch.dtype, interle
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_softmax(kernels: Kernels, thread_order: int, dtype: torch.dtype) -> None:
-    scores = leaf(2, 3, 5, 45, dtype=dtype, scale=4.0)
-    mask = torch.rand(2, 1, 5, 45) > 0.5
-    mask[0, 0, 1] = False
-
     def plain(s: Tensor, m: Tensor) -> Tensor:
         weights = (s * 0.5).masked_fill(~m, float("-inf")).softmax(-1)
         return weights.where(m.any(-1, keepdim=True), 0.0)
 
-    def ours(s: Tensor, m: Tensor) -> Tensor:
-        return kernels.ops.masked_softmax(s, m.expand(2, 3, 5, 45).contiguous(), 0.5)
+    for heads, width in ((3, 45), (1, 200), (0, 4)):
+        scores = leaf(2, heads, 5, width, dtype=dtype, scale=4.0)
+        mask = torch.rand(2, 1, 5, width) > 0.5
+        mask[0, 0, 1] = False
 
-    assert kernels.excess(ours, plain, scores, mask) <= 0.0
+        def ours(s: Tensor, m: Tensor) -> Tensor:
+            return kernels.ops.masked_softmax(s, m.expand(s.shape).contiguous(), 0.5)
+
+        assert kernels.excess(ours, plain, scores, mask) <= 0.0
+        everything = torch.ones_like(mask)
+        assert kernels.excess(lambda s, m: kernels.ops.masked_softmax(s, None, 0.5), plain, scores, everything) <= 0.0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_vocabulary_block(kernels: Kernels, thread_order: int, dtype: torch.dtype) -> None:
-    logits = (torch.randn(4, 1100) * 5).to(dtype)
-    labels = torch.tensor([7, 1500, 0, 1099]) + 100
-    exact = logits.double()
-    found = [torch.zeros(4) for _ in range(3)]
-    logits, labels, *found = (each.to(kernels.device) for each in (logits, labels, *found))
-    kernels.ops.vocabulary_statistics(logits, labels, 100, *found)
-    largest, total, label_logit = (each.cpu() for each in found)
-    torch.testing.assert_close(largest.double() + total.double().log(), exact.logsumexp(1), rtol=1e-6, atol=1e-5)
-    assert label_logit.tolist() == [exact[0, 7].item(), 0.0, exact[2, 0].item(), exact[3, 1099].item()]
-    normalizer, scale, label_scale = exact.logsumexp(1).float(), torch.rand(4), torch.rand(4)
-    expected = (exact - normalizer[:, None].double()).exp() * scale[:, None]
-    for row, column in ((0, 7), (2, 0), (3, 1099)):
-        expected[row, column] -= label_scale[row]
-    kernels.ops.vocabulary_gradient_(
-        logits, labels, 100, *(each.to(kernels.device) for each in (normalizer, scale, label_scale))
-    )
-    rounding = torch.finfo(dtype).eps
-    torch.testing.assert_close(logits.cpu().double(), expected, rtol=2 * rounding, atol=1e-6)
+@pytest.mark.parametrize("shape", [(4, 1100), (1, 256_000), (0, 8), (3, 1)])
+def test_vocabulary_block(kernels: Kernels, thread_order: int, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Of a part of the vocabulary that begins at 100: labels inside, before and behind it."""
+    rows, width = shape
+    logits = (torch.randn(shape) * 5).to(dtype)
+    labels = 100 + torch.tensor([7, width + 400, 0, width - 1])[:rows]
+    scales = torch.rand(rows), torch.rand(rows)
+
+    def ours(given: Tensor, where: Tensor, *scale: Tensor) -> tuple[Tensor, ...]:
+        largest, total, label_logit = (torch.zeros_like(scale[0]) for _ in range(3))
+        kernels.ops.vocabulary_statistics(given, where, 100, largest, total, label_logit)
+        normalizer = largest + total.log()
+        slopes = given.clone()
+        kernels.ops.vocabulary_gradient_(slopes, where, 100, normalizer, *scale)
+        return normalizer, label_logit, slopes
+
+    def plain(given: Tensor, where: Tensor, *scale: Tensor) -> tuple[Tensor, ...]:
+        compute = given if given.dtype == torch.float64 else given.float()
+        held = ((where >= 100) & (where < 100 + width)).unsqueeze(-1)
+        at = (where - 100).unsqueeze(-1).where(held, 0)
+        normalizer = compute.logsumexp(-1)
+        slopes = (compute - normalizer.unsqueeze(-1)).exp() * scale[0].unsqueeze(-1)
+        slopes = slopes.scatter_add(-1, at, torch.where(held, -scale[1].unsqueeze(-1), 0.0))
+        return normalizer, compute.gather(-1, at).where(held, 0.0).squeeze(-1), slopes.to(given.dtype)
+
+    assert kernels.excess(ours, plain, logits, labels, *scales) <= 0.0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -241,8 +253,9 @@ def test_vocabulary_block(kernels: Kernels, thread_order: int, dtype: torch.dtyp
         (1, 5, 0, 1, 1, 132, 2, 3, 2),
     ],
 )
+@pytest.mark.parametrize("interleaved", [False, True])
 def test_chunked_cross_attention(
-    kernels: Kernels, thread_order: int, dtype: torch.dtype, shape: tuple[int, ...]
+    kernels: Kernels, thread_order: int, dtype: torch.dtype, shape: tuple[int, ...], interleaved: bool
 ) -> None:
     batch, length, first, heads, groups, size, chunk_length, keys, chunks = shape
     query, both = (
@@ -257,17 +270,33 @@ def test_chunked_cross_attention(
 
     def ours(q: Tensor, kv: Tensor, m: Tensor) -> Tensor:
         return kernels.ops.chunked_cross_attention(
-            q, kv[..., :size], kv[..., size:], m, chunk_length, first, size**-0.5, *turns, False
+            q, kv[..., :size], kv[..., size:], m, chunk_length, first, size**-0.5, *turns, interleaved
         )[0]
 
     def plain(q: Tensor, kv: Tensor, m: Tensor) -> Tensor:
         moved = [RotaryTable(table.cosine.to(q.device), table.sine.to(q.device)) for table in tables]
         return chunked_cross_attention(
             q, kv[..., :size], kv[..., size:], m, chunk_length, first_position=first,
-            query_table=moved[0], key_table=moved[1],
+            query_table=moved[0], key_table=moved[1], interleaved=interleaved,
         )  # fmt: skip
 
     assert kernels.excess(ours, plain, query, both, mask) <= 0.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "length", "chunks", "keys"), [(0, 5, 2, 3), (1, 0, 2, 3), (1, 5, 0, 3), (1, 5, 2, 0)]
+)
+def test_nothing_to_attend_to_is_zero(
+    kernels: Kernels, thread_order: int, dtype: torch.dtype, batch: int, length: int, chunks: int, keys: int
+) -> None:
+    query, key = leaf(batch, length, 2, 8, dtype=dtype), leaf(batch, chunks, keys, 1, 8, dtype=dtype)
+    leaves = [each.detach().to(kernels.device).requires_grad_() for each in (query, key)]
+    settings = (None, 2, 0, 0.5, None, None, None, None, False)
+    attended = kernels.ops.chunked_cross_attention(leaves[0], leaves[1], leaves[1], *settings)[0]
+    assert attended.shape == query.shape
+    for each in (attended, *torch.autograd.grad(attended.sum(), leaves)):
+        assert float(each.detach().abs().sum()) == 0.0
 
 
 def test_absent_neighbors_have_no_influence(kernels: Kernels, thread_order: int) -> None:
@@ -289,8 +318,12 @@ def test_absent_neighbors_have_no_influence(kernels: Kernels, thread_order: int)
 def parameters_of(test: Callable[..., None]) -> Iterator[dict[str, Any]]:
     """Every combination that pytest would run."""
     marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
-    for values in itertools.product(*(mark.args[1] for mark in marks)):
-        yield dict(zip((mark.args[0] for mark in marks), values, strict=True))
+    for chosen in itertools.product(*(mark.args[1] for mark in marks)):
+        combination: dict[str, Any] = {}
+        for mark, values in zip(marks, chosen, strict=True):
+            names = mark.args[0]
+            combination |= {names: values} if isinstance(names, str) else dict(zip(names, values, strict=True))
+        yield combination
 
 
 def test_every_kernel_in_every_type_is_run_by_a_test(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:

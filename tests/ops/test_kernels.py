@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -168,9 +169,9 @@ ATTENTION_SHAPES = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES)
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("turned", ["not", "halves", "neighbors"])
 def test_chunked_cross_attention(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shape: tuple[int, ...], turned: bool
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shape: tuple[int, ...], turned: str
 ) -> None:
     batch, length, first, heads, groups, size, chunk_length, keys, chunks = shape
     query = leaf(batch, length, heads, size, dtype=dtype)
@@ -179,7 +180,8 @@ def test_chunked_cross_attention(
     mask[0, 0] = False
     frequencies = RotaryFrequencies(2 * (size // 4), 10000.0)
     tables = [rotary_table(torch.arange(count)[None], frequencies) for count in (length, keys)]
-    turns = {"query_table": tables[0], "key_table": tables[1]} if turned else {}
+    turns: dict[str, Any] = {"query_table": tables[0], "key_table": tables[1], "interleaved": turned == "neighbors"}
+    turns = {} if turned == "not" else turns
 
     def face(q: Tensor, kv: Tensor) -> Tensor:
         key, value = kv[..., :size], kv[..., size:]
@@ -194,6 +196,9 @@ def test_attention_without_a_mask_or_with_all_absent(monkeypatch: pytest.MonkeyP
     ours, plain = pair(lambda q, k: chunked_cross_attention(q, k, k * 2, None, 4), monkeypatch)
     assert_within_twice(ours, plain, query, key)
     assert float(ours(query[:, :3].detach(), key.detach()).abs().max()) == 0.0
+    nothing = query[:, :0].detach().requires_grad_()
+    gradients = values_and_gradients(lambda q, k: chunked_cross_attention(q, k, k, None, 4), (nothing, key))
+    assert all(float(each.abs().sum()) == 0.0 for each in gradients)
     absent = torch.zeros(2, 2, 5, dtype=torch.bool)
     results = values_and_gradients(lambda q, k: chunked_cross_attention(q, k, k * 2, absent, 4), (query, key))
     assert all(float(each.abs().max()) == 0.0 for each in results)
