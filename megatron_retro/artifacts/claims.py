@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_retro.artifacts.files import make_folder
+
 DEFAULT_LEASE_SECONDS = 60.0
 
 
@@ -35,7 +37,7 @@ class BlockClaims:
 
         Blocks that others hold are waited for, and taken over if their worker dies; without `wait` they are left.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_folder(self.directory)
         while True:
             waiting = False
             for block in self.blocks:

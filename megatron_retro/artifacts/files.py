@@ -42,6 +42,19 @@ def flush_directory(path: Path) -> None:
     flush_file(path)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, or say why there can be none."""
+    with named_disk_errors(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+            raise EnvironmentProblem(
+                f"no folder can be made at {path}",
+                got=error.strerror,
+                fix="give a path below a folder, not below a file",
+            ) from error
+
+
 def write_file(path: Path, content: bytes | str) -> None:
     """Write a whole file atomically."""
     data = content.encode() if isinstance(content, str) else content
@@ -52,8 +65,8 @@ def write_file(path: Path, content: bytes | str) -> None:
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary path to fill; it becomes `path` when the block ends well and vanishes when it does not."""
+    make_folder(path.parent)
     with named_disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial = temporary_name(path)
         try:
             yield partial
@@ -74,7 +87,7 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     with named_disk_errors(path):
         if path.exists() and not replace:
             raise ArtifactError(f"{path} exists already", fix="remove it, or give another path")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         partial = temporary_name(path)
         partial.mkdir()
         try:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_retro.artifacts.files import named_disk_errors
+from megatron_retro.artifacts.files import make_folder, named_disk_errors
 from megatron_retro.errors import ArtifactError
 
 LOCK_NAME = "run.lock"
@@ -19,7 +19,7 @@ LOCK_NAME = "run.lock"
 def run_lock(run: Path) -> Iterator[None]:
     """Hold the directory of a run; a second run on it is refused at once."""
     with named_disk_errors(run):
-        run.mkdir(parents=True, exist_ok=True)
+        make_folder(run)
         descriptor = os.open(run / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:

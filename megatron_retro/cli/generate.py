@@ -36,9 +36,12 @@ _SHOWN_CHARACTERS = 200
 
 def run(settings: Settings, positional: Sequence[str]) -> None:
     """Generate, print, write."""
+    from megatron_retro.artifacts.files import make_folder
     from megatron_retro.cli.generation_ranks import Replica, ask_model
 
     prompts, output = _prompts(settings[GenerateConfig]), settings[GenerateConfig].output
+    if output is not None:
+        make_folder(Path(output).parent)  # before the work, which a path that cannot be written would lose
 
     def answer(replica: Replica) -> None:
         generator = replica.generator

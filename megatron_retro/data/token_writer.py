@@ -16,7 +16,13 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from megatron_retro.artifacts.files import flush_directory, flush_file, named_disk_errors, temporary_name
+from megatron_retro.artifacts.files import (
+    flush_directory,
+    flush_file,
+    make_folder,
+    named_disk_errors,
+    temporary_name,
+)
 from megatron_retro.artifacts.manifest import FileRecord, Manifest, damage, load_manifest, manifest_path, write_manifest
 from megatron_retro.data.token_file import KIND, MANIFEST_VERSION, TokenFile, bin_path, idx_path
 from megatron_retro.data.token_index import header, write_pointers
@@ -30,7 +36,7 @@ class _HashedFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self.partial = path, temporary_name(path)
-        self.partial.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.partial.parent)
         self.stream: BinaryIO = self.partial.open("wb")
         self._digest, self.size = hashlib.sha256(), 0
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_retro.artifacts.files import write_file
+from megatron_retro.artifacts.files import make_folder, write_file
 from megatron_retro.data.instructions.conversations import Passage
 from megatron_retro.errors import ArtifactError, DataError, Requeue
 from megatron_retro.evaluation.examples import Example
@@ -83,7 +83,7 @@ class Evaluation:
         return self._write_results(done) if len(done) == len(self.examples) else None
 
     def _answer(self, examples: Sequence[Example], path: Path, stop: Callable[[], str | None]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         fresh = not _repaired(path)
         with path.open("a", encoding="utf-8") as stream, Progress(self.task.title, len(examples), "questions") as bar:
             if fresh:

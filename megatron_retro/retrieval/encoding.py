@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_retro.artifacts.block_checksums import checksum_of
-from megatron_retro.artifacts.files import named_disk_errors
+from megatron_retro.artifacts.files import make_folder, named_disk_errors
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.errors import ArtifactError
 from megatron_retro.retrieval.block_files import write_arrays
@@ -77,7 +77,7 @@ class KeptVectors:
         """Put vectors in the place of the chunks from `first` on; returns the bytes that they have there."""
         content = as_bfloat16(vectors).tobytes()
         with named_disk_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 if os.fstat(descriptor).st_size != self.num_chunks * self.dimension * 2:

@@ -18,7 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_retro.artifacts.files import flush_directory, named_disk_errors, publish_directory, write_file
+from megatron_retro.artifacts.files import (
+    flush_directory,
+    make_folder,
+    named_disk_errors,
+    publish_directory,
+    write_file,
+)
 from megatron_retro.artifacts.manifest import file_records, read_manifest, write_manifest
 from megatron_retro.errors import ArtifactError
 from megatron_retro.retrieval.block_files import map_arrays, verify_arrays
@@ -84,7 +90,7 @@ class ListMerge:
 
     def prepare(self) -> None:
         """Make the file in its full size."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_folder(self.directory)
         path = self.directory / LISTS_FILE
         with named_disk_errors(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_retro.artifacts.files import remove_leftovers
+from megatron_retro.artifacts.files import make_folder, remove_leftovers
 from megatron_retro.artifacts.manifest import read_manifest, require_same
 from megatron_retro.data.neighbor_table import (
     NeighborTable,
@@ -181,7 +181,7 @@ def _fill_table(project: Project, search: NeighborSearch) -> None:
     key = hashlib.sha256(json.dumps([inputs, config, layout.row_ranges], sort_keys=True).encode()).hexdigest()[:12]
     name = f"neighbors-{corpus.name}-{key}"
     directory = project.layout.work(name)
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     remove_leftovers(directory)
     blocks = {block.name: block for block in layout.blocks}
 
@@ -204,7 +204,7 @@ def _fill_table(project: Project, search: NeighborSearch) -> None:
         ),
     )
     for _ in claimed(project.layout, name, ["finish"], lambda _: path.exists(), project.worker):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with unless_done(path.exists):
             _drop_foreign_files(directory, set(blocks))
             finish_table(directory, path, layout, inputs=inputs, config=config)

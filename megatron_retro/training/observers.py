@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_retro.artifacts.files import make_folder
 from megatron_retro.errors import EnvironmentProblem
 from megatron_retro.runtime.console import readable_bytes, readable_count, readable_seconds, say, warn
 from megatron_retro.runtime.events import EventLog
@@ -276,7 +277,7 @@ class ProfilerWindow(BlankObserver):
 
     def _stop(self) -> None:
         self._profiler.stop()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._path.parent)
         self._profiler.export_chrome_trace(str(self._path))
         self._profiler = None
 

@@ -194,3 +194,18 @@ def test_manifest_is_plain_json(tmp_path: Path) -> None:
 def test_an_unwritable_directory_is_one_sentence() -> None:
     with pytest.raises(EnvironmentProblem, match="/sys/kernel/x cannot be written"):
         files.write_file(Path("/sys/kernel/x"), "content")
+
+
+def test_a_file_where_a_folder_should_be_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    below = tmp_path / "file/deep/below"
+    ways: tuple[Callable[[], object], ...] = (
+        lambda: files.write_file(below, "x"),
+        lambda: new_directory(below).__enter__(),
+        lambda: list(BlockClaims(below, ["block"], lambda block: False)),
+    )
+    for write in ways:
+        with pytest.raises(EnvironmentProblem, match=r"no folder can be made at .*file/deep") as refused:
+            write()
+        assert refused.value.exit_code == 2
+    assert (tmp_path / "file").read_text() == "kept"

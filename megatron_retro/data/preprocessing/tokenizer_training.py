@@ -60,7 +60,9 @@ def _train(lines: Iterator[str], config: TrainTokenizerConfig) -> bytes:
         raise DataError(
             "sentencepiece cannot train a model on this text",
             got=str(error).strip().splitlines()[-1],
-            fix="give more text or a smaller --tokenizer-vocab-size",
+            fix="raise --tokenizer-vocab-size: bytes and characters take so many pieces already"
+            if "smaller than required_chars" in str(error)
+            else "give more text or a smaller --tokenizer-vocab-size",
         ) from None
     return written.getvalue()
 
