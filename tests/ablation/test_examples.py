@@ -50,7 +50,7 @@ STUDIES = {
     ),
     "retriever_training": ("retrofit", 4, {"database_path", "neighbor_path", "valid_neighbor_path"}),
     "composition": ("perplexity", 9, {"database_corpus_fractions", "neighbor_absent_share"}),
-    "leakage_gain": ("perplexity", 4, {"load"}),
+    "leakage_gain": ("perplexity", 5, {"load"}),
     "saturation": ("pretrain", 6, {"retro_attention_gate", "hidden_size", "num_attention_heads", "init_method_std"}),
     "prose": ("retrofit", 2, {"retro_attention_gate"}),
     "encoder_ablation": ("finetune", 4, {"retro_attention_gate", "context_place"}),
