@@ -11,7 +11,17 @@ import os
 import re
 from pathlib import Path
 
-from build_toolchain import CompilerMissing, Unit, compile_all, cuda_compiler, host_compiler, is_x86, link, say
+from build_toolchain import (
+    CompilerMissing,
+    Unit,
+    compile_all,
+    compile_into,
+    cuda_compiler,
+    host_compiler,
+    is_x86,
+    link,
+    say,
+)
 
 SOURCES = Path(__file__).resolve().parent / "operators"
 TARGET_TORCH = "0x020b000000000000"  # 2.11, the oldest torch that the library runs with
@@ -64,18 +74,23 @@ def cuda_resources() -> list[tuple[str, str, int, int]]:
     return found
 
 
-def build_shim(target: Path) -> None:
-    """The CUDA sources for the host, as `torch.ops.megatron_retro_shim` on CPU tensors; for tests."""
+def build_shim(target: Path, *, counting: bool = False) -> None:
+    """The CUDA sources for the host, as `torch.ops.megatron_retro_shim` on CPU tensors; for tests.
+
+    With `counting`, the process that loads it leaves beside it how often every line ran, for gcov.
+    """
     torch_home = _torch_home()
     compiler = host_compiler()
+    how = ("-O0", "--coverage") if counting else ("-O1",)
     flags = (
-        "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas",
+        "-std=c++17", *how, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas",
         f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", "-DMEGATRON_RETRO_SHIM",
         "-DMEGATRON_RETRO_NAMESPACE=megatron_retro_shim", f"-I{SOURCES.parent / 'shim'}", *_includes(torch_home),
     )  # fmt: skip
     units = [Unit(SOURCES / "schemas.cpp", (compiler, *flags), "shim")]
     units += [Unit(source, (compiler, *flags, "-x", "c++"), "shim") for source in _cuda_sources()]
-    link((compiler,), compile_all(units), target, _libraries(torch_home))
+    objects = compile_into(target.parent, units) if counting else compile_all(units)
+    link((compiler, *how), objects, target, _libraries(torch_home))
 
 
 def _cuda_sources() -> list[Path]:

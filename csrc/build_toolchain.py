@@ -77,6 +77,18 @@ def compile_all(units: Sequence[Unit]) -> list[Path]:
         return list(pool.map(_compiled, units))
 
 
+def compile_into(folder: Path, units: Sequence[Unit]) -> list[Path]:
+    """The same without the cache, for compilers that leave more than an object file."""
+
+    def compiled(unit: Unit) -> Path:
+        target = folder / f"{unit.source.stem}.o"
+        _run([*unit.command, "-c", str(unit.source), "-o", str(target)], unit.name)
+        return target
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        return list(pool.map(compiled, units))
+
+
 def link(command: Sequence[str], objects: Sequence[Path], target: Path, libraries: Sequence[str] = ()) -> None:
     """A shared library from objects, moved into place only when complete."""
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 import itertools
+import json
 import os
 import re
 import shutil
@@ -33,6 +34,7 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++
 pytestmark = pytest.mark.skipif(COMPILER is None or not CSRC.exists(), reason="needs csrc and a C++ compiler")
 
 SHIM, DEVICE = "shim", "device"
+COUNTING = "MEGATRON_RETRO_SHIM_COUNTING"  # a folder: the shim is built there, and counts how often its lines run
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -91,8 +93,9 @@ def shim() -> Shim:
         from build_operators import build_shim
     finally:
         sys.path.remove(str(CSRC))
-    target = ROOT / "build" / "csrc" / f"_shim.{os.getpid()}.so"
-    build_shim(target)
+    folder = os.environ.get(COUNTING)
+    target = Path(folder or ROOT / "build" / "csrc") / f"_shim.{os.getpid()}.so"
+    build_shim(target, counting=folder is not None)
     torch.ops.load_library(str(target))
     found = Shim(torch.ops.megatron_retro_shim, ctypes.CDLL(str(target)), compiled_kernels(target))
     target.unlink()
@@ -264,6 +267,7 @@ def test_chunked_cross_attention(
     )
     mask = torch.rand(batch, chunks, keys) > 0.3
     mask[0, 0] = False
+    mask[-1, -1, :2] = True  # one key alone has no gradient to compare
     frequencies = RotaryFrequencies(2 * (size // 4), 10000.0)
     tables = [rotary_table(torch.arange(count)[None], frequencies) for count in (length, keys)]
     turns = [turn[0].to(kernels.device) for table in tables for turn in (table.cosine, table.sine)]
@@ -344,6 +348,28 @@ def test_every_operator_has_a_cuda_side_or_is_declared_without(shim: Shim) -> No
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     on_cuda = {name for name in operators if has_kernel(f"megatron_retro_shim::{name}", "CPU")}
     assert len(operators) >= 12 and set(operators) - on_cuda == library.CPU_ONLY
+
+
+@pytest.mark.skipif(not COMPILER or "g++" not in COMPILER or not shutil.which("gcov"), reason="needs g++ and gcov")
+def test_every_line_of_every_kernel_in_every_type_runs(tmp_path: Path) -> None:
+    """A kernel that was launched may have found nothing to do: gcov counts lines, by instantiation."""
+    test = f"{__file__}::{test_every_kernel_in_every_type_is_run_by_a_test.__name__}"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    ran = subprocess.run(command, env={**environment, COUNTING: str(tmp_path)}, capture_output=True, check=False)
+    assert ran.returncode == 0, ran.stdout.decode()
+    kernels, never = set(), []
+    for counts in sorted(tmp_path.glob("*.gcda")):
+        shown = subprocess.run(
+            ["gcov", "--json-format", "--stdout", counts.name], cwd=tmp_path, capture_output=True, check=True
+        )
+        for source in json.loads(shown.stdout)["files"]:
+            for line in source["lines"] if source["file"].endswith(".cu") else ():
+                name = re.search(rf"\d({'|'.join(declared_kernels())})I", line.get("function_name", ""))
+                kernels |= {name[1]} if name else set()
+                if name and line["count"] == 0:
+                    never.append((Path(source["file"]).name, line["line_number"], line["function_name"]))
+    assert kernels == declared_kernels() and never == []
 
 
 PLANTED = """
