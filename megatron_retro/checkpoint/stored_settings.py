@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_retro.checkpoint.loading import Checkpoint, open_checkpoint
 from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.config.finetuning import InstructionConfig
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.retro import RetroConfig
@@ -20,9 +21,20 @@ _SECTIONS = (ModelConfig, RetroConfig, TokenizerConfig, PeftConfig)
 
 def stored_settings(checkpoint: Checkpoint) -> Settings:
     """The sections that make the model, as they were when it was trained."""
+    return _stored(checkpoint, _SECTIONS)
+
+
+def stored_instructions(checkpoint: Checkpoint) -> InstructionConfig | None:
+    """How its conversations were written, if it was tuned on any."""
+    if section_name(InstructionConfig) not in checkpoint.manifest.config:
+        return None
+    return _stored(checkpoint, (InstructionConfig,))[InstructionConfig]
+
+
+def _stored(checkpoint: Checkpoint, sections: Sequence[type]) -> Settings:
     values: dict[str, Any] = {}
-    known = specs_by_name(_SECTIONS)
-    for section in _SECTIONS:
+    known = specs_by_name(sections)
+    for section in sections:
         stored: Mapping[str, Any] = checkpoint.manifest.config.get(section_name(section), {})
         unknown = [name for name in stored if name not in known]
         if unknown:
@@ -32,7 +44,7 @@ def stored_settings(checkpoint: Checkpoint) -> Settings:
                 fix="use the version of megatron_retro that wrote it",
             )
         values.update({name: value for name, value in stored.items() if value is not None})
-    return build_settings(_SECTIONS, values, {})
+    return build_settings(sections, values, {})
 
 
 def open_base(checkpoint: Checkpoint) -> Checkpoint:

@@ -11,18 +11,26 @@ from typing import TYPE_CHECKING
 from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.command_line import Positional
 from megatron_retro.config.data import TokenizerConfig
-from megatron_retro.config.inference import EngineConfig, GenerateConfig, LiveRetrievalConfig, SamplingConfig
+from megatron_retro.config.inference import (
+    ChatConfig,
+    EngineConfig,
+    GenerateConfig,
+    LiveRetrievalConfig,
+    SamplingConfig,
+)
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings
 from megatron_retro.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from megatron_retro.inference.conversation_form import ConversationForm
     from megatron_retro.inference.generation import Generation
     from megatron_retro.inference.text_generator import TextGenerator
 
 DESCRIPTION = "Generate text from a checkpoint (--load), with live retrieval from an index (--retro-index)."
 SECTIONS: tuple[type, ...] = (
     GenerateConfig,
+    ChatConfig,
     SamplingConfig,
     LiveRetrievalConfig,
     EngineConfig,
@@ -45,7 +53,7 @@ def run(settings: Settings, positional: Sequence[str]) -> None:
 
     def answer(replica: Replica) -> None:
         generator = replica.generator
-        generations = _generate(generator, [_written(prompt, settings) for prompt in prompts], settings)
+        generations = _generate(generator, prompts, settings, _form(replica.path, settings))
         if output is not None:
             _write(Path(output), prompts, generations, generator)
 
@@ -74,19 +82,33 @@ def _prompts(config: GenerateConfig) -> list[str]:
         raise DataError(f"{path} is no JSON lines file of prompts", got=error, expected=expected) from None
 
 
-def _written(prompt: str, settings: Settings) -> str:
-    if not settings[GenerateConfig].chat:
-        return prompt
+def _form(checkpoint: Path, settings: Settings) -> ConversationForm | None:
+    """How prompts become turns of a conversation; None without --chat."""
+    from megatron_retro.inference.conversation_form import conversation_form
+
+    chat = settings[GenerateConfig].chat
+    return conversation_form(checkpoint, settings[ChatConfig].chat_template) if chat else None
+
+
+def _written(
+    prompts: Sequence[str], passages: Sequence[str], form: ConversationForm | None
+) -> tuple[list[str], Sequence[str]]:
+    """What the model goes on from, and the passages that its encoder reads."""
     from megatron_retro.data.instructions.conversations import Turn
-    from megatron_retro.data.instructions.templates import InstructRetroTemplate, prompt_of
 
-    return prompt_of([Turn("user", prompt)], InstructRetroTemplate())
+    if form is None:
+        return list(prompts), passages
+    written = [form.write([Turn("user", prompt)], passages) for prompt in prompts]
+    return [text for text, _ in written], written[0][1] if written else ()
 
 
-def _generate(generator: TextGenerator, prompts: Sequence[str], settings: Settings) -> list[Generation]:
+def _generate(
+    generator: TextGenerator, asked: Sequence[str], settings: Settings, form: ConversationForm | None
+) -> list[Generation]:
     from megatron_retro.inference.sampling import Sampling
 
     sampling, config = settings[SamplingConfig], settings[GenerateConfig]
+    prompts, passages = _written(asked, config.passages or (), form)
     streamed = config.stream and len(prompts) == 1
     mode = config.retrieval
     if (
@@ -95,8 +117,8 @@ def _generate(generator: TextGenerator, prompts: Sequence[str], settings: Settin
         and settings.origin("retrieval") == DEFAULT_ORIGIN
     ):
         mode = "none"
-    source = generator.source(mode, config.passages or ())
-    stops = [*(sampling.stop or ()), *(("\n\nUser:",) if config.chat else ())]
+    source = generator.source(mode, passages)
+    stops = [*(sampling.stop or ()), *(form.stops if form is not None else ())]
     generations = generator.generate(
         prompts,
         max_new_tokens=sampling.max_new_tokens,

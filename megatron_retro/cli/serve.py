@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.command_line import Positional
 from megatron_retro.config.data import TokenizerConfig
-from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig, ServeConfig
+from megatron_retro.config.inference import ChatConfig, EngineConfig, LiveRetrievalConfig, ServeConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 
 DESCRIPTION = "Serve a checkpoint (--load): /v1/completions, /v1/chat/completions, metrics, and a page at /."
 SECTIONS: tuple[type, ...] = (
     ServeConfig,
+    ChatConfig,
     EngineConfig,
     LiveRetrievalConfig,
     CheckpointConfig,
@@ -32,6 +33,6 @@ def run(settings: Settings, positional: Sequence[str]) -> None:
     from megatron_retro.inference.serving.program import serve
 
     def answer(replica: Replica) -> None:
-        serve(replica.generator, replica.path, settings[ServeConfig])
+        serve(replica.generator, replica.path, settings[ServeConfig], settings[ChatConfig])
 
     ask_model(settings, answer, live=settings[LiveRetrievalConfig])

@@ -34,6 +34,17 @@ class LiveRetrievalConfig:
 
 
 @dataclass(frozen=True)
+class ChatConfig:
+    """Conversations"""
+
+    chat_template: str | None = option(
+        None,
+        "instruct-retro, or the path of a Jinja template; the one that the model was tuned with when not set",
+        ours=True,
+    )
+
+
+@dataclass(frozen=True)
 class GenerateConfig:
     """Prompts"""
 
@@ -76,5 +87,4 @@ class ServeConfig:
     queue_seconds: float = option(60.0, "longest wait for a place; then 503", minimum=0.0, ours=True)
     max_body_bytes: int = option(1 << 20, "largest request", minimum=1024, ours=True)
     send_seconds: float = option(30.0, "a client that takes nothing for this long is dropped", minimum=0.1, ours=True)
-    chat_template: str = option("instruct-retro", "instruct-retro, or the path of a Jinja template", ours=True)
     served_model_name: str | None = option(None, "name in /v1/models; the checkpoint's folder when not set", ours=True)

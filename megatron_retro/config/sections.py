@@ -11,6 +11,7 @@ from megatron_retro.config.data import DataConfig, TokenizerConfig
 from megatron_retro.config.evaluation import EvaluationConfig
 from megatron_retro.config.finetuning import InstructionConfig
 from megatron_retro.config.inference import (
+    ChatConfig,
     EngineConfig,
     GenerateConfig,
     LiveRetrievalConfig,
@@ -56,6 +57,7 @@ ALL_SECTIONS: tuple[type, ...] = (
     PlanningConfig,
     SamplingConfig,
     LiveRetrievalConfig,
+    ChatConfig,
     GenerateConfig,
     EngineConfig,
     ServeConfig,

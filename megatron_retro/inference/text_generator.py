@@ -68,6 +68,12 @@ class TextGenerator:
         """`live`, `random` (both need an index) or `none`; given passages win over all of them."""
         shape = self.forward.neighbor_shape
         if passages:
+            if not self.forward.reads_neighbors:
+                raise ConfigError(
+                    "passages were given to a model that reads no neighbours",
+                    got="a GPT, or a Retro whose gate is shut",
+                    fix="put them into the prompt (--chat does where the model was tuned so), or leave them out",
+                )
             return GivenPassages([self.tokenizer.encode(passage) for passage in passages], *shape)
         if mode == "none" or not self.forward.reads_neighbors:
             return None

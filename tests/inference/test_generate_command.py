@@ -45,6 +45,7 @@ def test_answers_with_neighbors(room: Path, capsys: pytest.CaptureFixture[str]) 
         (["--load", "other", "--prompt", "x", "--retro-index", "project"], "chunk length does not match"),
         (["--load", "retro", "--prompt", "x", "--retro-index", "retro"], "no index that can be asked"),
         (["--load", "shut", "--prompt", "x", "--retro-index", "project"], "reads no neighbours"),
+        (["--load", "shut", "--prompt", "x", "--passages", "y"], "reads no neighbours"),
         (["--load", "nowhere", "--prompt", "x"], "nowhere"),
         (["--load", "retro", "--prompt", "x", "--tensor-model-parallel-size", "2"], "processes are not those"),
     ],
@@ -102,3 +103,28 @@ def test_evaluate(
     assert texts[0] != texts[1], "the encoder is read"
     assert main(["evaluate", "squad1", "nq", "--load", str(room / "retro"), "--eval-data", str(data)]) == 2
     assert main(["evaluate", "sqad1", "--load", str(room / "retro")]) == 2
+
+
+@pytest.mark.parametrize(("place", "reads"), [("prompt", ()), ("encoder", ("one", "two")), ("split", ("two",))])
+def test_a_tuned_model_is_talked_to_as_it_was_tuned(
+    place: str, reads: tuple[str, ...], room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Template and place of passages come from the tuning run."""
+    turns = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "they"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns, "contexts": [{"title": "", "text": "one"}]}))
+    (tmp_path / "form.jinja").write_text(
+        "{% for one in passages %}({{ one.text }}){% endfor %}"
+        "{% for one in messages %}<{{ one.role }}>{{ one.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tuning = ["finetune", "--load", str(room / "retro"), "--save", str(tmp_path / "tuned"), "--train-iters", "1"]
+    tuning += ["--instruction-data", str(tmp_path / "chat.jsonl"), "--context-place", place, "--eval-iters", "0"]
+    tuning += ["--instruction-template", str(tmp_path / "form.jinja"), "--global-batch-size", "1"]
+    assert main(tuning) == 0
+    capsys.readouterr()
+    asking = ["generate", "--load", str(tmp_path / "tuned"), "--chat", "--prompt", "what?", "--passages", "one", "two"]
+    assert main([*asking, "--max-new-tokens", "2", "--output", str(tmp_path / "out.jsonl"), "--device", "cpu"]) == 0
+    in_prompt = "".join(f"({text})" for text in ("one", "two") if text not in reads)
+    assert capsys.readouterr().out.startswith(f"{in_prompt}<user>what?<assistant>")
+    chunks = json.loads((tmp_path / "out.jsonl").read_text())["chunks"]
+    assert all(tuple(one["text"] for one in chunk["neighbors"]) == reads for chunk in chunks)

@@ -19,8 +19,10 @@ from megatron_retro.config.inference import ServeConfig
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.data.chunk_database import ChunkDatabase
+from megatron_retro.data.instructions.templates import InstructRetroTemplate
 from megatron_retro.data.token_writer import TokenFileWriter
 from megatron_retro.data.tokenizers import ByteTokenizer
+from megatron_retro.inference.conversation_form import ConversationForm
 from megatron_retro.inference.engine import EngineLimits
 from megatron_retro.inference.forward import LocalForward
 from megatron_retro.inference.neighbor_sources import Found
@@ -31,6 +33,7 @@ from megatron_retro.model.initialization import initialize
 from megatron_retro.model.retro import Retro
 
 CHUNK = 16
+FORM = ConversationForm(InstructRetroTemplate())
 TEXTS = [
     "The quick brown fox jumps over the lazy dog and then goes home to sleep.",
     "A retrieval model reads neighbours of each chunk before it writes the next one.",
@@ -104,7 +107,7 @@ def start(
     """Serve on a free port in a thread."""
     fresh = TextGenerator(generator.forward, generator.tokenizer, generator.limits, generator.index)
     listener = listening_socket(config)
-    server = uvicorn.Server(uvicorn.Config(build_service(fresh, config, "small", api_key), log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(build_service(fresh, config, "small", FORM, api_key), log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     deadline = time.monotonic() + 20

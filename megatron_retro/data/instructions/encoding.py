@@ -60,10 +60,14 @@ class ConversationEncoder:
 
     def place(self, passages: Sequence[Passage]) -> tuple[Sequence[Passage], Sequence[Passage]]:
         """Passages of the prompt, and those of the encoder."""
-        used = passages[: self.num_contexts]
-        cut = {"prompt": len(used), "encoder": 0, "split": 1, "none": 0}[self.context_place]
-        return used[:cut], used[cut:] if self.context_place in ("encoder", "split") else ()
+        return placed(passages[: self.num_contexts], self.context_place)
 
     def encode_passages(self, passages: Sequence[Passage]) -> tuple[NDArray[np.int32], ...]:
         """Each passage by itself."""
         return tuple(np.asarray(self.tokenizer.encode(passage.rendered()), dtype=np.int32) for passage in passages)
+
+
+def placed(passages: Sequence[Passage], place: str) -> tuple[Sequence[Passage], Sequence[Passage]]:
+    """Passages of the prompt, and those of the encoder, by --context-place."""
+    cut = {"prompt": len(passages), "encoder": 0, "split": 1, "none": 0}[place]
+    return passages[:cut], passages[cut:] if place in ("encoder", "split") else ()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_retro.data.instructions.conversations import Turn
-from megatron_retro.data.instructions.templates import Template, prompt_of
+from megatron_retro.inference.conversation_form import ConversationForm
 from megatron_retro.inference.generation import Chance, Generation, GenerationRequest
 from megatron_retro.inference.sampling import Sampling
 from megatron_retro.inference.serving import schema
@@ -18,7 +18,6 @@ from megatron_retro.inference.serving.engine_thread import EngineThread, Refused
 from megatron_retro.inference.text_generator import TextGenerator
 from megatron_retro.inference.text_stream import TextStream
 
-CHAT_STOPS = ("\n\nUser:", "\n\nSystem:")
 DEFAULT_CHAT_TOKENS = 128
 
 
@@ -35,7 +34,7 @@ class Service:
 
     generator: TextGenerator
     engine: EngineThread
-    template: Template
+    form: ConversationForm
     model_name: str
     created: int
 
@@ -50,12 +49,12 @@ class Service:
         """The texts to generate, n for each prompt in turn."""
         if body.model is not None and body.model != self.model_name:
             raise Refused(f"there is no model {body.model!r} here", 404, f"use {self.model_name!r}, or leave it out")
-        prompts = self._prompts(body)
+        prompts, passages = self._prompts(body)
         if len(prompts) * body.n > schema.MAX_TEXTS:
             raise Refused(f"more than {schema.MAX_TEXTS} texts in one request", 400)
         stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-        stops += CHAT_STOPS if isinstance(body, schema.ChatRequest) else ()
-        source = self.generator.source(self._mode(body.retrieval_mode), body.passages or ())
+        stops += self.form.stops if isinstance(body, schema.ChatRequest) else ()
+        source = self.generator.source(self._mode(body.retrieval_mode), passages)
         seed = secrets.randbits(62) if body.seed is None else body.seed
         return [
             GenerationRequest(
@@ -78,13 +77,20 @@ class Service:
             raise Refused(f"retrieval_mode {mode!r} needs an index", 400, "start the service with --retro-index")
         return mode or modes[0]
 
-    def _prompts(self, body: schema.CompletionRequest | schema.ChatRequest) -> list[tuple[int, ...]]:
-        tokens_of = self.generator.tokens_of
+    def _prompts(
+        self, body: schema.CompletionRequest | schema.ChatRequest
+    ) -> tuple[list[tuple[int, ...]], Sequence[str]]:
+        """Prompts as tokens, and the passages that the neighbour encoder reads."""
+        passages = body.passages or ()
         if isinstance(body, schema.ChatRequest):
             roles = {"developer": "system"}
             turns = [Turn(roles.get(one.role, one.role), one.text()) for one in body.messages]
-            return [tokens_of(prompt_of(turns, self.template))]
-        prompt = body.prompt
+            text, to_encoder = self.form.write(turns, passages)
+            return [self.generator.tokens_of(text)], to_encoder
+        return self._completion_prompts(body.prompt), passages
+
+    def _completion_prompts(self, prompt: str | list[str] | list[int] | list[list[int]]) -> list[tuple[int, ...]]:
+        tokens_of = self.generator.tokens_of
         if isinstance(prompt, str):
             return [tokens_of(prompt)]
         found: list[tuple[int, ...]] = []

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import uvicorn
 
-from megatron_retro.config.inference import ServeConfig
-from megatron_retro.data.instructions.templates import build_template
+from megatron_retro.config.inference import ChatConfig, ServeConfig
 from megatron_retro.errors import ConfigError, DistributedError, EnvironmentProblem
+from megatron_retro.inference.conversation_form import ConversationForm, conversation_form
 from megatron_retro.inference.serving import answering
 from megatron_retro.inference.serving.application import build_application
 from megatron_retro.inference.serving.engine_thread import EngineThread
@@ -25,7 +25,7 @@ from megatron_retro.runtime.signals import StopRequests
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-def serve(generator: TextGenerator, checkpoint: Path, config: ServeConfig) -> None:
+def serve(generator: TextGenerator, checkpoint: Path, config: ServeConfig, chat: ChatConfig) -> None:
     """Answer requests until a signal comes."""
     return_freed_blocks()
     api_key = read_api_key(config)
@@ -36,7 +36,8 @@ def serve(generator: TextGenerator, checkpoint: Path, config: ServeConfig) -> No
         losses.append(loss)
         server.should_exit = True
 
-    application = build_service(generator, config, name, api_key, end)
+    form = conversation_form(checkpoint, chat.chat_template)
+    application = build_service(generator, config, name, form, api_key, end)
     listener = listening_socket(config)
     if config.host not in _LOOPBACK and api_key is None:
         warn(f"anyone who reaches {config.host} can use this service: give --api-key-file")
@@ -56,6 +57,7 @@ def build_service(
     generator: TextGenerator,
     config: ServeConfig,
     name: str,
+    form: ConversationForm,
     api_key: str | None = None,
     on_loss: Callable[[DistributedError], None] | None = None,
 ) -> Guards:
@@ -68,7 +70,7 @@ def build_service(
         queue_seconds=config.queue_seconds,
         on_loss=on_loss,
     )
-    service = answering.Service(generator, thread, build_template(config.chat_template), name, answering.now())
+    service = answering.Service(generator, thread, form, name, answering.now())
     return build_application(service, metrics, config, api_key)
 
 
