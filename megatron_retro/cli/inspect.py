@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from megatron_retro.runtime.console import readable_bytes
 DESCRIPTION = "Explain files and directories of ours: what, made from what, by which settings, intact or where not."
 SECTIONS: tuple[type, ...] = ()
 POSITIONAL: Positional | None = Positional("paths", "+", "artifact, prefix of a token file, or a folder of artifacts")
+_COLUMNS = 100
 
 
 def run(settings: Settings, positional: Sequence[str]) -> None:
@@ -49,8 +51,15 @@ def _artifacts(path: Path) -> Iterator[Path]:
 def _prefix_of(file: Path) -> Path:
     """`corpus_text_document.bin` -> `corpus_text_document`."""
     name = file.name.removesuffix("." + MANIFEST_NAME)
-    prefix = file.with_name(name)
-    return prefix if manifest_path(prefix).exists() else file.with_suffix("")
+    prefixes = (file.with_name(name), file.with_suffix(""))
+    found = next((prefix for prefix in prefixes if manifest_path(prefix).exists()), None)
+    if found is None:
+        raise ArtifactError(
+            f"{file} is no file of ours, or was never finished",
+            expected=f"{manifest_path(prefixes[1])} or {file.with_name(MANIFEST_NAME)} beside it",
+            fix="give an artifact, or run the command that builds it again",
+        )
+    return found
 
 
 def _explanation(artifact: Path, manifest: Manifest, problems: Sequence[str]) -> list[str]:
@@ -61,11 +70,17 @@ def _explanation(artifact: Path, manifest: Manifest, problems: Sequence[str]) ->
         f"  fingerprint  {manifest.fingerprint}",
     ]
     for title, values in (("made from", manifest.inputs), ("settings", manifest.config), ("counts", manifest.counts)):
-        lines += [
-            f"  {title if number == 0 else '':<11}  {key} = {value}"
-            for number, (key, value) in enumerate(sorted(values.items()))
-        ]
+        told = [line for key, value in sorted(values.items()) for line in _told(key, value)]
+        lines += [f"  {title if number == 0 else '':<11}  {line}" for number, line in enumerate(told)]
     total = sum(record.bytes for record in manifest.files.values())
     lines.append(f"  files        {len(manifest.files)}, {readable_bytes(total)}")
     lines.append("  state        " + ("intact" if not problems else f"DAMAGED: {'; '.join(problems)}"))
     return lines
+
+
+def _told(key: str, value: object) -> list[str]:
+    """One value; a section of settings as wrapped lines of what is set."""
+    if not isinstance(value, dict):
+        return [f"{key} = {value}"]
+    known = ", ".join(f"{name}={one}" for name, one in sorted(value.items()) if one is not None)
+    return textwrap.wrap(f"[{key}] {known}", _COLUMNS, subsequent_indent="    ", break_on_hyphens=False)

@@ -43,6 +43,7 @@ def test_help_is_fast() -> None:
         (["inspekt"], "did you mean inspect"),
         (["inspect"], "the following arguments are required: paths"),
         (["inspect", "/nowhere/at/all"], "there is nothing at /nowhere/at/all"),
+        (["inspect", str(ROOT / "LICENSE")], "LICENSE is no file of ours"),
         (["inspect", "x", "--colour"], "--colour is no flag"),
         (["environment", "--config", "/nowhere.toml"], "cannot read /nowhere.toml"),
         (["environment", "--preset", "retro-9000b"], "there is no preset 'retro-9000b'"),
@@ -76,14 +77,17 @@ def test_interrupted_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert entry.main(["inspect"]) == EXIT_INTERRUPTED
 
 
+CONFIG = {"seed": 5, "model": {"width": 3, "depth": None}}
+
+
 def test_inspect_explains_and_notices_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     artifact = tmp_path / "things" / "one"
     artifact.mkdir(parents=True)
     (artifact / "data").write_text("content")
-    write_manifest(artifact, kind="thing", version=3, inputs={"corpus": "abc"}, config={"seed": 5}, counts={"rows": 7})
+    write_manifest(artifact, kind="thing", version=3, inputs={"corpus": "abc"}, config=CONFIG, counts={"rows": 7})
     assert entry.main(["inspect", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    for part in ("thing, format version 3", "corpus = abc", "seed = 5", "rows = 7", "intact"):
+    for part in ("thing, format version 3", "corpus = abc", "seed = 5", "[model] width=3\n", "rows = 7", "intact"):
         assert part in shown
     (artifact / "data").write_text("c0ntent")
     assert entry.main(["inspect", str(artifact / "data")]) == EXIT_USER
