@@ -1,4 +1,4 @@
-"""Run every benchmark, print one table, refresh `benchmarks/results/`.
+"""Run every benchmark, print one table, refresh `benchmarks/results/` (with --quick, the table alone).
 
 python benchmarks/run_all.py [--quick] [NAME ...]
 """
@@ -9,6 +9,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from megatron_retro.runtime.console import render_table, say
@@ -21,16 +22,16 @@ def benchmark_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.py") if path.name != Path(__file__).name)
 
 
-def run_one(name: str, quick: bool) -> bool:
+def run_one(name: str, results: Path, quick: bool) -> bool:
     """Run a benchmark into its results file; False if it failed."""
-    command = [sys.executable, str(FOLDER / f"{name}.py"), "--json", str(FOLDER / "results" / f"{name}.json")]
+    command = [sys.executable, str(FOLDER / f"{name}.py"), "--json", str(results / f"{name}.json")]
     say(f"== {name}")
     return subprocess.run([*command, "--quick"] if quick else command).returncode == 0
 
 
-def figure_rows(name: str) -> list[tuple[object, ...]]:
+def figure_rows(name: str, results: Path) -> list[tuple[object, ...]]:
     """The figures of a results file as table rows."""
-    content = json.loads((FOLDER / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    content = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
     figures = content["figures"] if isinstance(content, dict) else content
     signs = {"higher": ">=", "lower": "<="}
     return [
@@ -52,8 +53,10 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="under a minute each")
     arguments = parser.parse_args()
     names = arguments.names or benchmark_names()
-    failed = [name for name in names if not run_one(name, arguments.quick)]
-    rows = [row for name in names if name not in failed for row in figure_rows(name)]
+    with tempfile.TemporaryDirectory() as room:  # quick figures are looked at, not kept
+        results = Path(room) if arguments.quick else FOLDER / "results"
+        failed = [name for name in names if not run_one(name, results, arguments.quick)]
+        rows = [row for name in names if name not in failed for row in figure_rows(name, results)]
     print(render_table(("benchmark", "figure", "value", "target", ""), rows))
     if failed:
         say(f"failed to run: {', '.join(failed)}")
