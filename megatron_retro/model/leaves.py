@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_retro.config.model import ModelConfig
+from megatron_retro.ops.linear import linear
 from megatron_retro.ops.linear_cross_entropy import linear_cross_entropy
 from megatron_retro.ops.local_tensors import local
 from megatron_retro.ops.norm import layer_norm, norm_of_sum, residual_norm, rms_norm
@@ -25,7 +26,7 @@ class Linear(nn.Module):
     `multiply` computes the product; an instance may be given another one (a pipeline that puts off weight gradients).
     """
 
-    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(functional.linear)
+    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(linear)
 
     def __init__(self, input_size: int, output_shape: tuple[int, ...], *, bias: bool) -> None:
         super().__init__()
@@ -137,7 +138,7 @@ class Output(nn.Module):
         if len(weight_VH) > self.vocab_size:
             weight_VH = weight_VH[: self.vocab_size]
         if labels_BS is None:
-            return functional.linear(hidden_BSH, weight_VH)
+            return linear(hidden_BSH, weight_VH)
         return linear_cross_entropy(hidden_BSH, weight_VH, labels_BS)
 
 

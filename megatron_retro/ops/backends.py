@@ -41,6 +41,7 @@ FASTEST: Mapping[str, Mapping[str, str]] = {
     "masked_softmax": {CPU: NATIVE, CUDA: REFERENCE},
     "chunked_cross_attention": {CPU: NATIVE, CUDA: REFERENCE},
     "linear_cross_entropy": {CPU: NATIVE, CUDA: REFERENCE},
+    "few_row_linear": {CPU: NATIVE},
     "fp8_linear": {CPU: TORCH, CUDA: TORCH},
 }
 # Where float32 differs from that.
@@ -96,7 +97,7 @@ def backends_of(operator: str) -> tuple[str, ...]:
 def problems(backend: str, operator: str, device: str) -> Sequence[str]:
     """Why a backend cannot serve an operator on this type of device; empty where it can."""
     if backend == NATIVE:
-        return _not_native(device)
+        return _not_native(operator, device)
     if backend == TRANSFORMER_ENGINE:
         return transformer_engine_problems(device, fp8=operator == "fp8_linear")
     if backend == APEX:
@@ -127,6 +128,8 @@ def backend_rows(device: str = CPU) -> list[tuple[str, str]]:
 @cache
 def _decided(wish: str, operator: str, device: str, dtype: str) -> Choice:
     wanted = _parsed(wish).get(operator, AUTO)
+    if wish == NATIVE and operator in library.CPU_ONLY and device == CUDA:
+        wanted = AUTO  # the wish was for all operators, not for this one by name
     if wanted != AUTO:
         reasons = problems(wanted, operator, device)
         if reasons:
@@ -138,7 +141,7 @@ def _decided(wish: str, operator: str, device: str, dtype: str) -> Choice:
         return Choice(operator, device, wanted, f"asked for in {VARIABLE}")
     if operator == "fp8_linear":
         return _fp8(device)
-    reasons = _not_native(device)
+    reasons = _not_native(operator, device)
     if reasons:
         return Choice(operator, device, REFERENCE, "no native kernel: " + "; ".join(reasons))
     table = FASTEST_FLOAT32 if dtype == FLOAT32 and device in FASTEST_FLOAT32.get(operator, {}) else FASTEST
@@ -160,7 +163,7 @@ def _why(fastest: str, device: str) -> str:
     return "the native kernel has not been measured on a device; ask for it by name" if fastest == REFERENCE else ""
 
 
-def _not_native(device: str) -> Sequence[str]:
+def _not_native(operator: str, device: str) -> Sequence[str]:
     problem = library.problem()
     if problem is not None:
         return (problem,)
@@ -168,6 +171,8 @@ def _not_native(device: str) -> Sequence[str]:
         return ()
     if device != CUDA:
         return (f"there are kernels for cpu and cuda, not for {device}",)
+    if operator in library.CPU_ONLY:
+        return (f"{operator} has a kernel for the cpu only",)
     return () if library.has_cuda_kernels() else ("csrc was compiled without nvcc",)
 
 

@@ -25,15 +25,17 @@ def register(namespace: str = "megatron_retro") -> None:
         "masked_softmax_backward": _like_first,
         "chunked_cross_attention": _cross_attention_fake,
         "chunked_cross_attention_backward": _cross_attention_backward_fake,
+        "few_row_linear": _few_row_fake,
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"{namespace}::{name}", fake)
-    gradients: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
+    gradients: dict[str, tuple[Callable[..., None] | None, Callable[..., Any]]] = {
         "gated_activation": (_activation_context, _activation_gradient),
         "residual_norm": (_norm_context, _norm_gradient),
         "rotary": (_rotary_context, _rotary_gradient),
         "masked_softmax": (_softmax_context, _softmax_gradient),
         "chunked_cross_attention": (_cross_attention_context, _cross_attention_gradient),
+        "few_row_linear": (None, _few_row_gradient),
     }
     for name, (context, gradient) in gradients.items():
         backward = partial(gradient, getattr(torch.ops, namespace))
@@ -212,3 +214,14 @@ def _cross_attention_gradient(ops: Any, ctx: Any, grad_output: Tensor, _: object
         ctx.interleaved,
     )
     return (*grads, *(None,) * 9)
+
+
+# ---- few_row_linear -------------------------------------------------------------------------------
+
+
+def _few_row_fake(rows_TX: Tensor, weight_YX: Tensor, bias_Y: Tensor | None) -> Tensor:
+    return rows_TX.new_empty(rows_TX.shape[0], weight_YX.shape[0])
+
+
+def _few_row_gradient(ops: Any, ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    raise RuntimeError("few_row_linear has no gradient: it is for generation, training takes functional.linear")

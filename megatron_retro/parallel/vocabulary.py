@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from megatron_retro.ops.linear import linear
 from megatron_retro.ops.vocabulary_blocks import Slopes, gradients, statistics
 from megatron_retro.parallel.collectives import all_gather
 
@@ -33,7 +34,7 @@ def true_rows(rows_LH: Tensor, first_row: int, vocab_size: int) -> Tensor:
 
 def gathered_logits(hidden_BSH: Tensor, rows_LH: Tensor, vocab_size: int, group: dist.ProcessGroup) -> Tensor:
     """[B, S, V] of the true vocabulary on every rank; for evaluation, without gradients."""
-    return all_gather(functional.linear(hidden_BSH, rows_LH), -1, group)[..., :vocab_size]
+    return all_gather(linear(hidden_BSH, rows_LH), -1, group)[..., :vocab_size]
 
 
 def parallel_losses(

@@ -20,6 +20,7 @@ from megatron_retro.inference.neighbor_sources import GivenPassages
 from megatron_retro.inference.sampling import Sampling
 from megatron_retro.inference.weight_layout import store_by_inputs
 from megatron_retro.model.retro import Retro
+from megatron_retro.ops.backends import VARIABLE
 
 CHUNK = 8
 
@@ -156,8 +157,11 @@ def test_company_changes_nothing(small_model: Callable[..., Retro], hashed: Any)
     assert [one.tokens for one in together] == alone
 
 
-def test_matrices_stored_by_inputs(small_model: Callable[..., Retro], hashed: Any) -> None:
-    """The layout for decoding changes no name, no shape and no result beyond rounding."""
+def test_matrices_stored_by_inputs(
+    small_model: Callable[..., Retro], hashed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layout for PyTorch's product changes no name, no shape and no result beyond rounding."""
+    monkeypatch.setenv(VARIABLE, "few_row_linear=reference")
     model = small_model(untie_embeddings_and_output_weights=True)
     tokens = prompts(8)[7]
     before, shapes = teacher_forced(model, tokens, hashed), {name: one.shape for name, one in model.named_parameters()}

@@ -44,6 +44,7 @@ def operator_inputs() -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "vocabulary_gradient_", (torch.randn(3, 9), torch.tensor([0, 5, 20]), 0, rows, rows.clone(), rows.clone())
     yield "masked_softmax", (leaf(2, 3, 7), torch.rand(2, 3, 7) > 0.3, 0.5)
     yield "masked_softmax_backward", (torch.randn(2, 7), torch.rand(2, 7), 0.5)
+    yield "few_row_linear", (torch.randn(3, 20), torch.randn(7, 20), torch.randn(7))
     attention = (leaf(1, 8, 2, 8), leaf(1, 2, 3, 2, 8), leaf(1, 2, 3, 2, 8), torch.rand(1, 2, 3) > 0.3)
     turns = (torch.rand(8, 2), torch.rand(8, 2), torch.rand(3, 2), torch.rand(3, 2))
     yield "chunked_cross_attention", (*attention, 4, 0, 0.3, *turns, False)
@@ -83,6 +84,10 @@ def turn(table: Tensor) -> tuple[Any, ...]:
     return "rotary", (ones(1, 3, 2, 8), table, table, False, False)
 
 
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
+    return "few_row_linear", (rows, weight, bias)
+
+
 def activation(given: Tensor, bias: Tensor | None = None, kind: int = 0) -> tuple[Any, ...]:
     return "gated_activation", (given, bias, kind, True)
 
@@ -104,6 +109,11 @@ BAD_CALLS = {
     "mask must be [sequences, chunks, keys] of key: got [1, 1, 3] for [1, 1, 2, 2, 8]": attend(
         ones(1, 4, 2, 8), ones(1, 1, 2, 2, 8), mask=ones(1, 1, 3).bool()
     ),
+    "weight must be contiguous [outputs, inputs]": product(ones(2, 4), ones(4, 3).T),
+    "weight must have the dtype of input": product(ones(2, 4), ones(3, 4).bfloat16()),
+    "input must be contiguous [rows, inputs]": product(ones(4, 2).T, ones(3, 4)),
+    "input must have the 4 columns of weight, got the shape [2, 5]": product(ones(2, 5), ones(3, 4)),
+    "bias must have 3 elements, got the shape [4]": product(ones(2, 4), ones(3, 4), ones(4)),
     "rotary tables come all four or not at all, got 1": attend(ones(1, 4, 2, 8), ones(1, 1, 2, 2, 8), table=ones(4, 2)),
 }
 
@@ -212,7 +222,9 @@ normed = ops.residual_norm(x, x, weight, bias, 1e-5, True, 0.0)[0]
 gated = ops.gated_activation(x, bias, 1, True)
 attended = ops.chunked_cross_attention(q, k, k, None, 4, 0, 0.2, None, None, None, None, False)[0]
 gradients = torch.autograd.grad(normed.square().sum() + gated.square().sum(), (weight, bias))
-for values in (normed, attended, gated, *gradients):
+products = [ops.few_row_linear(x[:rows].contiguous(), x, None) for rows in (1, 5, 19)]
+products += [ops.few_row_linear(x[:rows].bfloat16(), x.bfloat16(), None) for rows in (1, 5)]
+for values in (normed, attended, gated, *gradients, *products):
     print(values.double().square().sum().item())
 """
     results = []
@@ -222,7 +234,7 @@ for values in (normed, attended, gated, *gradients):
             [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
         )
         results.append([float(word) for word in found.stdout.split()])
-    assert len(results[0]) == 5
+    assert len(results[0]) == 10
     assert results[0] == pytest.approx(results[2], rel=1e-5) and results[1] == pytest.approx(results[2], rel=1e-5)
 
 

@@ -107,6 +107,15 @@ struct CrossAttention {
   void* grad_value;
 };
 
+// The product of a few rows with a matrix. A row of the work is one output, of all rows of the input.
+struct FewRowLinear {
+  int64_t rows, depth, outputs;
+  const void* input;   // [rows, depth], compute type
+  const void* weight;  // [outputs, depth]
+  const void* bias;    // [outputs], or null
+  void* output;        // [rows, outputs]
+};
+
 // name, arguments
 #define MEGATRON_RETRO_KERNELS(KERNEL)         \
   KERNEL(activation_forward, Activation)       \
@@ -119,7 +128,8 @@ struct CrossAttention {
   KERNEL(masked_softmax_forward, MaskedSoftmax) \
   KERNEL(masked_softmax_backward, MaskedSoftmax) \
   KERNEL(cross_attention_forward, CrossAttention) \
-  KERNEL(cross_attention_backward, CrossAttention)
+  KERNEL(cross_attention_backward, CrossAttention) \
+  KERNEL(few_row_linear, FewRowLinear)
 
 #define MEGATRON_RETRO_DECLARE(name, Arguments) void name(Stored stored, const Arguments& call, int64_t first, int64_t last);
 #define MEGATRON_RETRO_DECLARE_ALL(set) \
