@@ -58,7 +58,7 @@ _install() {
     _install_torch "${pip[@]}" "${pins[@]}" || return
   fi
   echo "  packages"
-  "${pip[@]}" "${pins[@]}" 'setuptools>=77' wheel pybind11 || return
+  "${pip[@]}" "${pins[@]}" 'setuptools>=77,<82' wheel pybind11 || return  # torch 2.11 refuses later ones
   (cd "$root" && "${pip[@]}" "${pins[@]}" --no-build-isolation --editable ".[$extras]") || return
 }
 
