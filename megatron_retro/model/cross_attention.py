@@ -110,7 +110,8 @@ class ChunkedCrossAttention(CrossAttention):
             retrieved_length = retrieval.retrieved_length
             keys = torch.arange(retrieved_length, device=query_BSND.device)
             keys = keys.repeat(key_BCEGD.shape[2] // retrieved_length)
-            bias = self.relative(query_BSND, retrieval.query_positions_BS[0], keys)
+            reach = (self.chunk_length - retrieved_length, 2 * self.chunk_length - 2)
+            bias = self.relative(query_BSND, retrieval.query_positions_BS[0], keys, reach)
         return chunked_cross_attention(
             query_BSND,
             key_BCEGD,
@@ -213,7 +214,8 @@ class ChunkCrossAttention(CrossAttention):
         bias = None
         if self.relative is not None:
             positions = torch.arange(retrieved_length, device=query.device).repeat(num_neighbors)
-            bias = self.relative(query, positions, torch.arange(chunk_XMH.shape[1], device=query.device))
+            chunk = torch.arange(chunk_XMH.shape[1], device=query.device)
+            bias = self.relative(query, positions, chunk, (1 - len(chunk), retrieved_length - 1))
         allowed = None if chunk_mask_XM is None else chunk_mask_XM[:, None].expand(-1, query.shape[1], -1)
         attended = attention(
             query, key, value, AttentionPattern(allowed_BST=allowed, bias_BNST=bias), dropout=self._dropout()

@@ -150,11 +150,13 @@ class RelativePositions(nn.Module):
         self.width = config.hidden_size
         self.projection = Linear(self.width, (config.num_attention_heads, config.head_size()), bias=False)
 
-    def forward(self, query_BSND: Tensor, query_positions_S: Tensor, key_positions_T: Tensor) -> Tensor:
-        """[B, N, S, T], scaled as scores are."""
+    def forward(
+        self, query_BSND: Tensor, query_positions_S: Tensor, key_positions_T: Tensor, reach: tuple[int, int]
+    ) -> Tensor:
+        """[B, N, S, T], scaled as scores are. `reach`: the least and the largest distance; asking a GPU would wait."""
         distance_ST = query_positions_S[:, None] - key_positions_T
-        lowest = distance_ST.min()
-        span = torch.arange(int(distance_ST.max() - lowest) + 1, device=distance_ST.device) + lowest
+        lowest, highest = reach
+        span = torch.arange(lowest, highest + 1, device=distance_ST.device)
         vectors_LND = self.projection(self._sinusoids(span).to(query_BSND.dtype))
         scores_BNSL = torch.einsum("bsnd,lnd->bnsl", query_BSND, vectors_LND) / math.sqrt(query_BSND.shape[-1])
         index = (distance_ST - lowest).expand(*scores_BNSL.shape[:2], -1, -1)

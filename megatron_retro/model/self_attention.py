@@ -68,7 +68,12 @@ class SelfAttention(nn.Module):
         """[B or 1, N, S, T]; rows of a cache may stand at different slots."""
         keys_T = torch.arange(num_keys, device=query_BSND.device)
         if piece is None or piece.uniform:
-            scores: Tensor = relative(query_BSND, keys_T[num_keys - query_BSND.shape[1] :], keys_T)
+            width = query_BSND.shape[1]
+            scores: Tensor = relative(query_BSND, keys_T[num_keys - width :], keys_T, (1 - width, num_keys - 1))
             return scores
         slots_BS = piece.slots_BS(query_BSND.device)
-        return torch.cat([relative(query_BSND[row : row + 1], slots_BS[row], keys_T) for row in range(len(slots_BS))])
+        rows = [
+            relative(query_BSND[row : row + 1], slots_BS[row], keys_T, (start + 1 - num_keys, start + piece.width - 1))
+            for row, start in enumerate(piece.starts)
+        ]
+        return torch.cat(rows)
