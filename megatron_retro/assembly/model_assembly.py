@@ -128,7 +128,7 @@ class ParallelModel:
             raise named from error
 
     def _train_step(self, microbatches: Sequence[TensorBatch], loss_scale: float, step: int) -> StepResult:
-        num_tokens = self._sum_over(DATA, sum(float(batch.loss_mask_BS.sum()) for batch in microbatches))
+        num_tokens = self._sum_over(DATA, float(sum(batch.loss_mask_BS.sum() for batch in microbatches)))
         self._begin(training=True)
         budget_share = loss_scale / (len(microbatches) * self.data_size * self.mesh.size(TENSOR))
         for stage in self.stages:

@@ -45,15 +45,15 @@ class SingleProcess:
     def train_step(self, microbatches: Sequence[TensorBatch], *, loss_scale: float = 1.0, step: int = 0) -> StepResult:
         """Gradients of the mean loss over all unmasked tokens of all microbatches, times `loss_scale`."""
         self._module.train()
-        num_tokens = sum(int(batch.loss_mask_BS.sum()) for batch in microbatches)
+        num_tokens = int(sum(batch.loss_mask_BS.sum() for batch in microbatches))
         set_gate_budgets(self._module, self._module.retro, step, loss_scale / len(microbatches))
-        loss_sum = torch.zeros((), dtype=torch.float64)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         for batch in microbatches:
             # a label below zero costs the loss no work
             counted = replace(batch, labels_BS=batch.labels_BS.where(batch.loss_mask_BS > 0, -1))
             part = (self._losses(counted) * batch.loss_mask_BS).sum()
             (part * (loss_scale / max(num_tokens, 1))).backward()  # type: ignore[no-untyped-call]
-            loss_sum += part.detach().double().cpu()
+            loss_sum += part.detach().double()
         budgets = charged_budgets(self._module)
         extra = {} if budgets is None else {GATE_BUDGET: budgets / loss_scale}
         return StepResult(loss_sum.item(), float(num_tokens), extra)
