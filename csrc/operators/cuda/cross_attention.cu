@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(threads, 1) forward(CrossAttention call, int64
     const float shrink = expf(largest - top);
     sum = sum * shrink + over_sharers(added, Sum{});
     largest = top;
-    __syncwarp();
+    __syncwarp();  // a shuffle orders no memory, but on the shim it does
 #pragma unroll
     for (int slot = 0; slot < most_width / sharers; ++slot) {
       const int at = slot * sharers + share;
@@ -246,7 +246,6 @@ __global__ void __launch_bounds__(threads, 1) backward_queries(CrossAttention ca
       for (int key = 0; key < tile; ++key) result[slot] += slopes[row * score_row + key] * keys[key * stride + at];
     }
   }
-  __syncthreads();
 #pragma unroll
   for (int slot = 0; slot < most_width / sharers; ++slot) {
     const int at = slot * sharers + share;
