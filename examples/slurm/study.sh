@@ -25,8 +25,8 @@ build() { # directory of the project, the table that is made last, flags
   fi
 }
 
-# A retriever that trains models, small, for a text encoder takes minutes even so: a quarter of the database, a 26th of the
-# training text, a quarter of the held-out text. Tables in the embedder's order, and re-ranked by BM25, from one index.
+# Retrievers to compare, small, for a text encoder takes minutes even so: a quarter of the database, a 26th of the training
+# text, a quarter of the held-out text. Tables in the embedder's order, and re-ranked by BM25, from one index.
 build_small() { # directory of the project, flags
   local project="$1" order suffix
   shift
@@ -84,7 +84,7 @@ case "$name" in
         --retro-database-corpus "$train" --retro-query-corpus "held_out=$held_out"
     done
     ;;
-  retriever_training)
+  retriever_kinds | retriever_training)
     build_small retrieval-small-hashed
     build_small retrieval-small-minilm --retro-embedder minilm --retro-embedder-precision bf16
     ;;
