@@ -23,7 +23,7 @@ from megatron_retro.inference.neighbor_sources import (
     RandomNeighbors,
 )
 from megatron_retro.inference.sampling import Sampling
-from megatron_retro.inference.weight_layout import store_by_inputs
+from megatron_retro.inference.weight_layout import store_for_decoding
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class TextGenerator:
 def build_text_generator(loaded: LoadedModel, engine: EngineConfig, live: LiveRetrievalConfig) -> TextGenerator:
     """The generator of a loaded model, with an index that was checked to fit it."""
     index = index_for(loaded, live)
-    return TextGenerator(LocalForward(store_by_inputs(loaded.module)), loaded.tokenizer, limits_of(engine), index)
+    return TextGenerator(LocalForward(store_for_decoding(loaded.module)), loaded.tokenizer, limits_of(engine), index)
 
 
 def limits_of(engine: EngineConfig) -> EngineLimits:

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from megatron_retro.data.tokenizers import ByteTokenizer
 from megatron_retro.errors import ConfigError, DataError
+from megatron_retro.inference import weight_layout
 from megatron_retro.inference.engine import Engine, EngineLimits
 from megatron_retro.inference.forward import LocalForward, stack
 from megatron_retro.inference.generation import Generation, GenerationRequest
 from megatron_retro.inference.neighbor_sources import GivenPassages
 from megatron_retro.inference.sampling import Sampling
-from megatron_retro.inference.weight_layout import store_by_inputs
+from megatron_retro.inference.weight_layout import store_for_decoding
 from megatron_retro.model.retro import Retro
-from megatron_retro.ops.backends import VARIABLE
+from megatron_retro.ops.backends import NATIVE, VARIABLE, choice
 
 CHUNK = 8
 
@@ -157,17 +158,20 @@ def test_company_changes_nothing(small_model: Callable[..., Retro], hashed: Any)
     assert [one.tokens for one in together] == alone
 
 
-def test_matrices_stored_by_inputs(
-    small_model: Callable[..., Retro], hashed: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("kernels", "large_page"), [("reference", 2 << 20), ("auto", 2 << 20), ("auto", 4096)])
+def test_the_layout_for_decoding(
+    small_model: Callable[..., Retro], hashed: Any, monkeypatch: pytest.MonkeyPatch, kernels: str, large_page: int
 ) -> None:
-    """The layout for PyTorch's product changes no name, no shape and no result beyond rounding."""
-    monkeypatch.setenv(VARIABLE, "few_row_linear=reference")
+    """It changes no name, no shape and no result beyond rounding, and PyTorch's product gets matrices by inputs."""
+    monkeypatch.setenv(VARIABLE, f"few_row_linear={kernels}")
+    monkeypatch.setattr(weight_layout, "LARGE_PAGE", large_page)
+    by_outputs = choice("few_row_linear", "cpu").backend == NATIVE
     model = small_model(untie_embeddings_and_output_weights=True)
     tokens = prompts(8)[7]
     before, shapes = teacher_forced(model, tokens, hashed), {name: one.shape for name, one in model.named_parameters()}
-    stored = store_by_inputs(model)
+    stored = store_for_decoding(model)
     assert {name: one.shape for name, one in stored.named_parameters()} == shapes
-    assert not stored.layers["0"].mlp.down.weight.is_contiguous()
+    assert stored.layers["0"].mlp.down.weight.is_contiguous() == by_outputs
     torch.testing.assert_close(teacher_forced(stored, tokens, hashed), before, atol=1e-4, rtol=1e-4)
 
 
