@@ -26,6 +26,7 @@ from megatron_retro.ops import library, registrations
 from megatron_retro.ops.backends import VARIABLE
 from megatron_retro.ops.chunked_cross_attention import chunked_cross_attention
 from megatron_retro.ops.rotary import RotaryFrequencies, RotaryTable, apply_rotary, rotary_table
+from megatron_retro.testing.far_tensors import spread
 from megatron_retro.testing.precision import excess_over_twice
 
 ROOT = Path(__file__).parents[2]
@@ -286,6 +287,27 @@ def test_chunked_cross_attention(
         )  # fmt: skip
 
     assert kernels.excess(ours, plain, query, both, mask) <= 0.0
+
+
+def test_index_arithmetic_beyond_32_bits(kernels: Kernels, thread_order: int) -> None:
+    """Rows far apart give what rows side by side give."""
+    ops, here = kernels.ops, {"device": kernels.device, "dtype": torch.bfloat16}
+    heads, table = torch.randn(1, 2, 1, 16, **here), torch.rand(1, 2, 8, device=kernels.device)
+    logits, labels = torch.randn(2, 40, **here), torch.tensor([3, 39], device=kernels.device)
+    query, key = torch.randn(2, 9, 2, 16, **here), torch.randn(2, 2, 5, 2, 16, **here)
+    settings = (4, 0, 0.25, None, None, None, None, False)
+    results = []
+    for place in (torch.clone, spread):
+        given = [place(each) for each in (heads, logits, query, key)]
+        rows = [torch.zeros(2, device=kernels.device) for _ in range(3)]
+        ops.vocabulary_statistics(given[1], labels, 0, *rows)
+        ops.vocabulary_gradient_(given[1], labels, 0, *rows)
+        attended, normalizer = ops.chunked_cross_attention(given[2], given[3], key, None, *settings)
+        attention = (query, given[2], given[3], key, None, attended, normalizer, *settings)
+        gradients = ops.chunked_cross_attention_backward(*attention)
+        turned = ops.rotary(given[0], table, table, False, False)
+        results.append([turned, *rows, given[1], attended, normalizer, *gradients])
+    assert all(torch.equal(near, far) for near, far in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -225,3 +225,26 @@ def test_float64_is_computed_in_float64(monkeypatch: pytest.MonkeyPatch) -> None
     for (ours, plain), inputs in ((norm, (hidden, weight)), (gate, (projected,))):
         got, expected = values_and_gradients(ours, inputs), values_and_gradients(plain, inputs)
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("wish", ["native", "reference"])
+def test_inputs_that_are_not_contiguous(monkeypatch: pytest.MonkeyPatch, wish: str) -> None:
+    """Every second entry, or another order of dimensions: what a copy gives, gradients included."""
+    monkeypatch.setenv(VARIABLE, wish)
+    rows, weight = torch.randn(6, 40)[:, ::2], torch.randn(40)[::2]
+    faces: list[tuple[Formula, tuple[Tensor, ...]]] = [
+        (lambda h, w: layer_norm(h, w, w, epsilon=1e-5), (rows, weight)),
+        (lambda h, w: rms_norm(h, w, epsilon=1e-5), (torch.randn(20, 6).T, weight)),
+        (lambda h, r, w: residual_norm(h, r, w, w, epsilon=1e-5, centered=True), (rows, rows * 2, weight)),
+        (lambda x, b: activate(x, SWIGLU, b), (torch.randn(2, 5, 10).transpose(0, 1), torch.randn(10, 2).T)),
+        (lambda x: activate(x, GELU_TANH), (rows,)),
+        (lambda s: masked_softmax(s, torch.arange(20).view(4, 5).T > 3), (torch.randn(4, 5).T,)),
+        (
+            lambda q, k: chunked_cross_attention(q, k, k, None, 2),
+            (torch.randn(1, 6, 2, 16)[..., ::2], torch.randn(1, 2, 8, 2, 3).transpose(2, 4)),
+        ),
+    ]
+    for face, inputs in faces:
+        strided = [each.detach().requires_grad_() for each in inputs]
+        copies = [each.contiguous().detach().requires_grad_() for each in inputs]
+        torch.testing.assert_close(values_and_gradients(face, strided), values_and_gradients(face, copies))

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_retro.errors import ConfigError, EnvironmentProblem
 from megatron_retro.ops import backends, library
 from megatron_retro.ops.activation import SWIGLU, activate
+from megatron_retro.testing.far_tensors import FAR, spread
 
 ROOT = Path(__file__).parents[2]
 COMPILED = pytest.mark.skipif(library.problem() is not None, reason=str(library.problem()))
@@ -154,19 +155,6 @@ def test_every_argument_is_checked(name: str, inputs: tuple[Any, ...]) -> None:
             assert "\n" not in message and "/" not in message, (position, what)
             if what == "device":
                 assert "must be on the device of" in message, position
-
-
-FAR = int(2.2e9)  # elements: more than 32 bits count
-
-
-def spread(values: Tensor) -> Tensor:
-    """The same values, the entries of the first dimension that is not 1 far apart in memory that is hardly filled."""
-    storage = torch.UntypedStorage((FAR + values.numel()) * values.element_size())
-    dimension = next(dim for dim, size in enumerate(values.shape) if size > 1)
-    assert values.shape[dimension] == 2
-    strides = [FAR if dim == dimension else stride for dim, stride in enumerate(values.stride())]
-    far = torch.empty(0, dtype=values.dtype).set_(storage, 0, values.shape, strides)
-    return far.copy_(values)
 
 
 @COMPILED
