@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,3 +42,19 @@ def test_every_architecture_has_every_kernel(resources: list[tuple[str, str, int
     assert by_arch["sm_80"] == by_arch["sm_90"]
     for word in ("forward", "backward", "turn", "statistics", "gradient", "backward_queries", "backward_keys"):
         assert any(word in kernel for kernel in by_arch["sm_90"])
+
+
+@pytest.mark.skipif(not shutil.which("c++filt"), reason="needs c++filt")
+def test_the_report_that_is_kept_is_of_these_kernels(resources: list[tuple[str, str, int, int]]) -> None:
+    """Another compiler gives other registers; which kernels there are, and that none spills, is ours."""
+    sys.path.insert(0, str(CSRC))
+    try:
+        from kernel_resources import REPORT, report
+    finally:
+        sys.path.remove(str(CSRC))
+    kept = json.loads(REPORT.read_text(encoding="utf-8"))
+    found = {kernel: set(architectures) for kernel, architectures in report().items()}
+    assert {kernel: set(architectures) for kernel, architectures in kept.items()} == found, (
+        "python csrc/kernel_resources.py"
+    )
+    assert all(figures["spilled"] == 0 for architectures in kept.values() for figures in architectures.values())
