@@ -1,5 +1,7 @@
 """Our kernels against eager PyTorch and torch.compile, forward and backward, on one thread of the CPU.
 
+The product of few rows has no backward; PyTorch's is the only other candidate, as in generation.
+
     python benchmarks/kernels.py --json benchmarks/results/kernels.json [--quick]
 
 Outputs and gradients of every candidate are compared with float64 first. Figures are CPU seconds of one thread
@@ -26,6 +28,7 @@ from torch.nn import functional
 
 from megatron_retro.ops.activation import GELU, GELU_TANH, SQUARED_RELU, SWIGLU, activate
 from megatron_retro.ops.chunked_cross_attention import chunked_cross_attention
+from megatron_retro.ops.linear import MOST_ROWS, linear
 from megatron_retro.ops.linear_cross_entropy import linear_cross_entropy
 from megatron_retro.ops.masked_softmax import masked_softmax
 from megatron_retro.ops.norm import layer_norm, residual_norm, rms_norm
@@ -61,7 +64,7 @@ def with_gradients(formula: Formula, inputs: tuple[Tensor | None, ...]) -> Calla
                 torch.randn(each.shape, generator=generator).to(each.dtype) if each.dim() > 2 else torch.ones_like(each)
                 for each in outputs
             )
-        gradients = torch.autograd.grad(outputs, leaves, directions)
+        gradients = torch.autograd.grad(outputs, leaves, directions) if leaves else ()
         return [*(each.detach() for each in outputs), *gradients]
 
     return run
@@ -209,6 +212,22 @@ def loss_case(dtype: torch.dtype, tokens: int, width: int, vocabulary: int) -> C
     return Case("linear_cross_entropy", linear_cross_entropy, plain, (hidden, weight, labels))
 
 
+def few_row_case(dtype: torch.dtype, num_rows: int, width: int, num_matrices: int) -> Case:
+    """Matrices one after the other, more than a cache holds, as a decoding step reads them."""
+    rows = torch.randn(num_rows, width).to(dtype)
+    weights = torch.randn(num_matrices, 4 * width, width).to(dtype)
+
+    @torch.inference_mode()
+    def ours(given: Tensor, matrices: Tensor) -> Tensor:
+        return torch.stack([linear(given, each) for each in matrices])
+
+    @torch.inference_mode()
+    def plain(given: Tensor, matrices: Tensor) -> Tensor:
+        return torch.stack([functional.linear(given, each) for each in matrices])
+
+    return Case(f"few_row_linear (rows: {num_rows})", ours, plain, (rows, weights))
+
+
 def check_equal(case: Case, runs: dict[str, Callable[[], list[Tensor]]]) -> None:
     """No candidate may be further from float64 than three times eager, or 32 roundings of the largest value."""
     exact = with_gradients(case.plain, tuple(in_float64(case.inputs)))()
@@ -284,6 +303,9 @@ def run(quick: bool) -> list[Figure]:
         cases.append(attention_case(dtype, tokens // 2, width))
         for case in cases:
             figures += measured(case, dtype, repeats=repeats, compiled=not quick)
+        for num_rows in (1, 2, 4, MOST_ROWS[dtype]):
+            case = few_row_case(dtype, num_rows, width, 4 if quick else 12)
+            figures += measured(case, dtype, repeats=2 * repeats, compiled=False)
         # 256,000 logits of each token in float64 would not fit: equality is shown at 8,000
         check = loss_case(dtype, 64, width // 2, 8000)
         check_equal(

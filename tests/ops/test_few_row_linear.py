@@ -68,6 +68,13 @@ def test_what_is_not_finite_reaches_its_output_alone() -> None:
 
 
 @COMPILED
+def test_a_row_among_others_does_not_depend_on_their_number() -> None:
+    weight, rows = torch.randn(37, 700), torch.randn(19, 700)
+    results = [product(rows[:count].contiguous(), weight, None)[:2] for count in range(2, 20)]
+    assert all(torch.equal(each, results[0]) for each in results)
+
+
+@COMPILED
 def test_threads_change_no_bit() -> None:
     weight, rows = torch.randn(3000, 100), torch.randn(8, 100)
     results = []
