@@ -2,7 +2,8 @@
 
 Small databases are searched exhaustively (one inverted list is a flat index). Middle ones keep whole vectors in
 inverted lists as long as those fit the memory allowed; larger ones keep product-quantized codes. The number of lists
-follows the published ones: 4 sqrt(N) for whole vectors, 30 sqrt(N) for codes (2^22 at 19 billion chunks).
+is sqrt(N) for whole vectors, whose lists then make products large enough to be fast, and follows the published ones
+for codes: 30 sqrt(N) (2^22 at 19 billion chunks).
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def automatic_index(num_chunks: int, dimension: int, memory_bytes: float) -> str
     if num_chunks <= FLAT_LIMIT:
         return "IVF1,Flat"
     if num_chunks * (4 * dimension + _ID_BYTES) <= memory_bytes * 0.8:
-        return f"IVF{_power_of_two(4 * math.sqrt(num_chunks), num_chunks)}{_finder(4 * math.sqrt(num_chunks))},Flat"
+        return f"IVF{_power_of_two(math.sqrt(num_chunks), num_chunks)}{_finder(math.sqrt(num_chunks))},Flat"
     lists = _power_of_two(30 * math.sqrt(num_chunks) if num_chunks > 10**7 else 8 * math.sqrt(num_chunks), num_chunks)
     parts = next(size for size in (64, 32, 16, 8, 4, 2, 1) if dimension >= 2 * size or size == 1)
     return f"OPQ{parts}_{2 * parts if dimension >= 2 * parts else parts},IVF{lists}_HNSW32,PQ{parts}"

@@ -36,6 +36,17 @@ class Candidates(Protocol):
     ) -> None:
         """`products[i, j] + offsets[j]`: how near vector `ids[j]` is to query `rows[i]`; larger is nearer."""
 
+    def offer_rounded(
+        self,
+        rows: NDArray[np.int64],
+        products: NDArray[np.uint16],
+        offsets: NDArray[np.float32],
+        ids: NDArray[np.int64],
+        queries: NDArray[np.float32],
+        vectors: NDArray[np.float32],
+    ) -> None:
+        """The same from a product in bfloat16 (its bits): what may be among the best is computed again in float32."""
+
     def best(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Scores and ids, nearest first, -inf and -1 where there are too few."""
 

@@ -27,20 +27,19 @@ from megatron_retro.data.neighbor_table import (
 from megatron_retro.data.query_chunks import QueryChunks
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.errors import ConfigError
-from megatron_retro.retrieval.encoding import BATCH_CHUNKS
 from megatron_retro.retrieval.faiss_index import set_search_effort
 from megatron_retro.retrieval.gpu_copies import copied_to_gpus, num_gpus
 from megatron_retro.retrieval.layout import claimed, unless_done
-from megatron_retro.retrieval.list_join import Excluded, Found
+from megatron_retro.retrieval.list_join import Found
 from megatron_retro.retrieval.live_index import write_live_settings
 from megatron_retro.retrieval.merging import KIND, VERSION, open_merged
 from megatron_retro.retrieval.operating_point import OperatingPoint, operating_point
 from megatron_retro.retrieval.placement import place_search
 from megatron_retro.retrieval.project import Project, QueryCorpus, parsed_range
+from megatron_retro.retrieval.query_texts import QueryTexts, query_chunks
 from megatron_retro.retrieval.recomputing import recompute
 from megatron_retro.retrieval.reordering import (
     BATCH_ROWS,
-    Texts,
     TokenStatistics,
     refined,
     refined_anew,
@@ -54,12 +53,9 @@ from megatron_retro.runtime.console import Progress, say
 
 
 @dataclass(frozen=True)
-class NeighborSearch:
+class NeighborSearch(QueryTexts):
     """All that turns query chunks of a corpus into rows of its table."""
 
-    project: Project
-    corpus: QueryCorpus
-    chunks: QueryChunks
     searcher: Searcher
 
     @cached_property
@@ -84,41 +80,6 @@ class NeighborSearch:
         vectors = self.vectors(first, last)
         found = self.searcher.search(vectors, wanted, self.own_chunks(numbers), save)
         return self._chosen(found, vectors, first) if chooses else found
-
-    def vectors(self, first: int, last: int) -> NDArray[np.float32]:
-        """Vectors of query chunks; the end-of-document id is no text."""
-        vectors = np.empty((last - first, self.project.embedder.dimension), np.float32)
-        for start in range(first, last, BATCH_CHUNKS):
-            stop = min(start + BATCH_CHUNKS, last)
-            texts = self.texts(start, stop)
-            vectors[start - first : stop - first] = self.project.embedder.embed(texts.tokens_NM, texts.present_NM)
-        return vectors
-
-    def texts(self, first: int, last: int) -> Texts:
-        """Tokens of query chunks; the end-of-document id is masked."""
-        return self._masked(self.chunks.tokens(first, last))
-
-    def successors(self, first: int, last: int) -> Texts:
-        """Tokens that follow each query chunk: the next chunk, as far as the stream goes."""
-        length, file = self.chunks.chunk_length, self.chunks.file
-        stop = min((last + 1) * length, file.num_tokens)
-        stream = file.tokens((first + 1) * length, max(stop, (first + 1) * length))
-        padded = np.zeros((last - first) * length, stream.dtype)
-        padded[: len(stream)] = stream
-        texts = self._masked(padded.reshape(-1, length))
-        there = np.arange(padded.size).reshape(-1, length) < len(stream)
-        return Texts(texts.tokens_NM, texts.present_NM & there)
-
-    def own_chunks(self, numbers: NDArray[np.int64]) -> Excluded:
-        """The database chunks of each query chunk's own documents, as an interval of ids."""
-        database = self.project.database
-        first, last = self.chunks.documents(numbers)
-        low, high = database.map_documents(self.chunks.file.fingerprint, first, last)
-        return Excluded(np.asarray(database.chunks_before[low]), np.asarray(database.chunks_before[high]))
-
-    def _masked(self, tokens: NDArray[Any]) -> Texts:
-        eod = self.project.eod
-        return Texts(tokens, np.ones(tokens.shape, np.bool_) if eod is None else tokens != eod)
 
     def _chosen(self, found: Found, vectors: NDArray[np.float32], first: int) -> Found:
         parts = [
@@ -164,7 +125,7 @@ def query(project: Project) -> None:
 
 def _is_finished(project: Project, corpus: QueryCorpus, point: OperatingPoint) -> bool:
     """Whether a table is there; one that was made from something else is refused."""
-    path, chunks = project.layout.neighbors(corpus.name), _query_chunks(project, corpus)
+    path, chunks = project.layout.neighbors(corpus.name), query_chunks(project, corpus)
     if path.exists():
         settings = table_settings(project, point.nprobe, point.ef_search)
         check_table(path, table_inputs(project, chunks.file), settings, table_layout(project, chunks))
@@ -213,7 +174,7 @@ def _fill_table(project: Project, search: NeighborSearch) -> None:
 
 def open_searches(project: Project, corpora: Sequence[QueryCorpus]) -> list[NeighborSearch]:
     """The searches of query corpora in the project's index, which is opened once for them."""
-    chunks = [_query_chunks(project, corpus) for corpus in corpora]
+    chunks = [query_chunks(project, corpus) for corpus in corpora]
     searcher = _open_searcher(project, sum(table_layout(project, one).num_rows for one in chunks))
     return [NeighborSearch(project, corpus, one, searcher) for corpus, one in zip(corpora, chunks, strict=True)]
 
@@ -229,10 +190,6 @@ def _open_searcher(project: Project, rows: int) -> Searcher:
     set_search_effort(index, point.nprobe, point.ef_search)
     copy = copied_to_gpus(index, index.ntotal)
     return Searcher(index, point.nprobe, point.ef_search, False, project.memory_bytes, copy)
-
-
-def _query_chunks(project: Project, corpus: QueryCorpus) -> QueryChunks:
-    return QueryChunks(TokenFile(corpus.prefix), project.database.chunk_length)
 
 
 def table_layout(project: Project, chunks: QueryChunks) -> TableLayout:

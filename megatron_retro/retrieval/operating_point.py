@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.artifacts.manifest import read_manifest
@@ -20,11 +21,12 @@ from megatron_retro.retrieval.layout import claimed
 from megatron_retro.retrieval.list_join import Excluded, Found
 from megatron_retro.retrieval.merging import KIND, VERSION, open_merged
 from megatron_retro.retrieval.project import Project
+from megatron_retro.retrieval.query_texts import QueryTexts, query_chunks
 from megatron_retro.retrieval.searching import Searcher, can_join
-from megatron_retro.retrieval.training import sampled_vectors, uniform_sample
+from megatron_retro.retrieval.training import uniform_sample
 
-_SAMPLE = 400
-_WANTED_RECALL = 0.98
+_SAMPLE = 2000
+_WANTED_RECALL = 0.97
 _CALIBRATED_UP_TO = 30_000_000
 
 
@@ -89,23 +91,39 @@ def _calibrated_nprobe(project: Project, index: Any, ef_search: int) -> int:
 
 
 def _calibrate(project: Project, index: Any, ef_search: int) -> dict[str, Any]:
-    database = project.database
-    sample = uniform_sample(database.num_chunks, min(_SAMPLE, database.num_chunks))
-    vectors = sampled_vectors(database, project.embedder, sample)
-    documents = database.document_of(sample)
-    own = Excluded(np.asarray(database.chunks_before[documents]), np.asarray(database.chunks_before[documents + 1]))
+    vectors, own = _sampled_queries(project)
     lists = inverted_parts(index)
     all_lists = lists.num_lists if lists else 1
 
     def found(nprobe: int) -> Found:
         return Searcher(index, nprobe, ef_search, True, project.memory_bytes).search(vectors, 2, own, 2)
 
-    full, recalls = found(all_lists), {}
+    full, recalls = found(all_lists), {0: 0.0}
     for nprobe in _rising(all_lists):
+        too_few = max(recalls)
         recalls[nprobe] = recall(found(nprobe), full)
         if recalls[nprobe] >= _WANTED_RECALL:
             break
-    return {**asdict(OperatingPoint(max(recalls), ef_search, True)), "recalls": recalls}
+    enough = max(recalls)
+    while enough - too_few > max(1, enough // 16):
+        middle = (too_few + enough) // 2
+        recalls[middle] = recall(found(middle), full)
+        too_few, enough = (too_few, middle) if recalls[middle] >= _WANTED_RECALL else (middle, enough)
+    return {**asdict(OperatingPoint(enough, ef_search, True)), "recalls": recalls}
+
+
+def _sampled_queries(project: Project) -> tuple[NDArray[np.float32], Excluded]:
+    """Vectors and own chunks of query chunks evenly from all corpora."""
+    vectors, first, last = [], [], []
+    for corpus in project.query_corpora:
+        queries = QueryTexts(project, corpus, query_chunks(project, corpus))
+        share = min(-(-_SAMPLE // len(project.query_corpora)), queries.chunks.num_chunks)
+        numbers = uniform_sample(queries.chunks.num_chunks, share)
+        own = queries.own_chunks(numbers)
+        vectors += [queries.vectors(number, number + 1) for number in numbers.tolist()]
+        first.append(own.first)
+        last.append(own.last)
+    return np.concatenate(vectors), Excluded(np.concatenate(first), np.concatenate(last))
 
 
 def recall(found: Found, full: Found) -> float:

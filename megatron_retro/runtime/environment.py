@@ -67,12 +67,20 @@ def memory_bytes() -> int:
 
 def processor_name() -> str:
     """The processor's own name for itself."""
+    return _of_processor("model name") or platform.processor() or platform.machine()
+
+
+def processor_flags() -> frozenset[str]:
+    """The instruction sets of the processor, as the system calls them; none where it does not say."""
+    return frozenset(_of_processor("flags").split())
+
+
+def _of_processor(name: str) -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as stream:
-            names = [line.split(":", 1)[1].strip() for line in stream if line.startswith("model name")]
+            return next((line.split(":", 1)[1].strip() for line in stream if line.startswith(name)), "")
     except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+        return ""
 
 
 def environment_rows() -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ import pytest
 from megatron_retro.config.settings import Settings
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.neighbor_table import NeighborTable
+from megatron_retro.retrieval import list_join
 from megatron_retro.retrieval.embedders import HashedEmbedder
 from megatron_retro.retrieval.merging import open_merged
 from megatron_retro.retrieval.stages import build_retrieval
@@ -183,6 +184,26 @@ def test_list_by_list_finds_what_query_by_query_finds(tmp_path: Path, index_str:
         tables.append(table_of(build(settings))[1])
     same = np.mean([len(set(left) & set(right)) / len(left) for left, right in zip(*tables, strict=True)])
     assert same > 0.99
+
+
+@pytest.mark.parametrize("index_str", ["IVF1,Flat", "IVF8,SQ8"])
+def test_rounded_products_find_the_same_neighbors(
+    tmp_path: Path, index_str: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The join in bfloat16, taken or not, leaves the tables as they are but for rounding."""
+    corpus, found = write_corpus(tmp_path / "corpus", echoing_documents(9, 300)), []
+    for rounded in (False, True):
+        monkeypatch.setattr(list_join, "multiplies_bfloat16", lambda rounded=rounded: rounded)
+        settings = project_settings(
+            tmp_path / str(rounded),
+            [corpus],
+            retro_index_str=index_str,
+            retro_query_nprobe=8,
+            retro_query_num_neighbors_query=6,
+            retro_tasks=TASKS,
+        )
+        found.append(table_of(build(settings))[1])
+    assert (found[0] == found[1]).mean() > 0.999
 
 
 def files_under(root: Path) -> dict[str, bytes]:

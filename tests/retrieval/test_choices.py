@@ -125,8 +125,8 @@ def test_finished_blocks_can_be_computed_again(corpus: str, tmp_path: Path) -> N
     [
         (1, 256, 1e9, "IVF1,Flat"),
         (65_536, 256, 1e9, "IVF1,Flat"),
-        (200_000, 256, 1e9, "IVF2048,Flat"),
-        (1_000_000, 256, 4e9, "IVF4096,Flat"),
+        (200_000, 256, 1e9, "IVF512,Flat"),
+        (1_000_000, 256, 4e9, "IVF1024,Flat"),
         (19_000_000_000, 1024, 400e9, "OPQ64_128,IVF4194304_HNSW32,PQ64"),
         (66_000_000, 1024, 4e9, "OPQ64_128,IVF262144_HNSW32,PQ64"),
     ],

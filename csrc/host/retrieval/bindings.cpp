@@ -17,5 +17,6 @@ PYBIND11_MODULE(_native, module) {
       .def(py::init<int64_t, int64_t, int64_t>())
       .def("exclude", &TopCandidates::exclude)
       .def("offer", &TopCandidates::offer)
+      .def("offer_rounded", &TopCandidates::offer_rounded)
       .def("best", &TopCandidates::best);
 }

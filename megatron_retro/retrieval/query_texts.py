@@ -1,0 +1,65 @@
+"""Query chunks of a corpus: their tokens, what follows them, their vectors, and which database chunks are their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_retro.data.query_chunks import QueryChunks
+from megatron_retro.data.token_file import TokenFile
+from megatron_retro.retrieval.encoding import BATCH_CHUNKS
+from megatron_retro.retrieval.list_join import Excluded
+from megatron_retro.retrieval.project import Project, QueryCorpus
+from megatron_retro.retrieval.reordering import Texts
+
+
+@dataclass(frozen=True)
+class QueryTexts:
+    """The query chunks of one corpus of a project."""
+
+    project: Project
+    corpus: QueryCorpus
+    chunks: QueryChunks
+
+    def vectors(self, first: int, last: int) -> NDArray[np.float32]:
+        """Vectors of query chunks; the end-of-document id is no text."""
+        vectors = np.empty((last - first, self.project.embedder.dimension), np.float32)
+        for start in range(first, last, BATCH_CHUNKS):
+            stop = min(start + BATCH_CHUNKS, last)
+            texts = self.texts(start, stop)
+            vectors[start - first : stop - first] = self.project.embedder.embed(texts.tokens_NM, texts.present_NM)
+        return vectors
+
+    def texts(self, first: int, last: int) -> Texts:
+        """Tokens of query chunks; the end-of-document id is masked."""
+        return self._masked(self.chunks.tokens(first, last))
+
+    def successors(self, first: int, last: int) -> Texts:
+        """Tokens that follow each query chunk: the next chunk, as far as the stream goes."""
+        length, file = self.chunks.chunk_length, self.chunks.file
+        stop = min((last + 1) * length, file.num_tokens)
+        stream = file.tokens((first + 1) * length, max(stop, (first + 1) * length))
+        padded = np.zeros((last - first) * length, stream.dtype)
+        padded[: len(stream)] = stream
+        texts = self._masked(padded.reshape(-1, length))
+        there = np.arange(padded.size).reshape(-1, length) < len(stream)
+        return Texts(texts.tokens_NM, texts.present_NM & there)
+
+    def own_chunks(self, numbers: NDArray[np.int64]) -> Excluded:
+        """The database chunks of each query chunk's own documents, as an interval of ids."""
+        database = self.project.database
+        first, last = self.chunks.documents(numbers)
+        low, high = database.map_documents(self.chunks.file.fingerprint, first, last)
+        return Excluded(np.asarray(database.chunks_before[low]), np.asarray(database.chunks_before[high]))
+
+    def _masked(self, tokens: NDArray[Any]) -> Texts:
+        eod = self.project.eod
+        return Texts(tokens, np.ones(tokens.shape, np.bool_) if eod is None else tokens != eod)
+
+
+def query_chunks(project: Project, corpus: QueryCorpus) -> QueryChunks:
+    """The packed stream of a corpus, cut as the database is."""
+    return QueryChunks(TokenFile(corpus.prefix), project.database.chunk_length)
