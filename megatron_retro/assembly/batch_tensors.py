@@ -27,7 +27,7 @@ def to_tensors(batch: Batch, device: torch.device) -> TensorBatch:
 
 
 def _ids(array: NDArray[Any], device: torch.device) -> Tensor:
-    return torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
+    return _moved(torch.from_numpy(array.astype(np.int64)), device)
 
 
 def _optional_ids(array: NDArray[Any] | None, device: torch.device) -> Tensor | None:
@@ -35,4 +35,10 @@ def _optional_ids(array: NDArray[Any] | None, device: torch.device) -> Tensor | 
 
 
 def _flags(array: NDArray[Any], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.bool_)).to(device, non_blocking=True)
+    return _moved(torch.from_numpy(np.ascontiguousarray(array, dtype=np.bool_)), device)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    # only from pinned memory does a copy go on while the host does; torch keeps the memory until the copy is done
+    held = tensor.pin_memory() if device.type == "cuda" else tensor
+    return held.to(device, non_blocking=True)
