@@ -65,6 +65,13 @@ def test_within_twice_the_plain_error(wish: str, block_bytes: None, dtype: torch
     assert max(excess_over_twice(ours_summed, plain_summed, (hidden, weight, labels))) <= 0.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_huge_vocabulary(wish: str, dtype: torch.dtype) -> None:
+    hidden, weight, labels = case(dtype, tokens=5, width=8, vocabulary=256_000)
+    labels[0, 0] = 255_999
+    assert max(excess_over_twice(linear_cross_entropy, plain, (hidden, weight, labels))) <= 0.0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_way_of_gpus(wish: str, block_bytes: None, dtype: torch.dtype) -> None:
     """Blocks of the vocabulary, which the CPU does not choose, held to the same bound on it."""
