@@ -62,7 +62,7 @@ class PipelineRuns:
         if context.retrieval is not None and context.retrieval.neighbors is not None:
             *leading, retrieved_length = context.retrieval.neighbors.tokens_BCKR.shape
             neighbors = (*leading, retrieved_length // cut, retro.encoder_model(model).hidden_size)
-        return Boundary((size, length // cut, model.hidden_size), neighbors, self._dtype)
+        return Boundary((size, length // cut, model.hidden_size), neighbors, (size, length), self._dtype)
 
 
 def _joined(microbatches: Sequence[TensorBatch]) -> dict[str, Tensor]:

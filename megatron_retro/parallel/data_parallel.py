@@ -11,7 +11,8 @@ Sums over data ranks are sums, not means: the loss is already divided by the tok
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,7 +68,13 @@ def sum_in_reduce_type(root: nn.Module) -> None:
     """
     for module in root.modules():
         if isinstance(module, FSDPModule):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
+            for group in _parameter_groups(module._get_fsdp_state()):
                 for parameter in group.fsdp_params:
                     parameter.accumulate_unsharded_grad_if_needed()
                     parameter.to_accumulated_grad_if_needed()
+
+
+def _parameter_groups(state: Any) -> Sequence[Any]:
+    if hasattr(state, "_fsdp_param_groups"):
+        return tuple(state._fsdp_param_groups)
+    return () if state._fsdp_param_group is None else (state._fsdp_param_group,)  # torch 2.11

@@ -33,10 +33,11 @@ from megatron_retro.parallel.stages import Stage
 
 @dataclass(frozen=True)
 class Boundary:
-    """Local shapes of what stages exchange; no neighbours in a step without any."""
+    """Local shapes of what stages exchange; no neighbours in a step without any. Losses are what the last one gives."""
 
     hidden: tuple[int, ...]
     neighbors: tuple[int, ...] | None
+    losses: tuple[int, ...]
     dtype: torch.dtype
 
     def tensors(self, with_neighbors: bool) -> tuple[Tensor, ...]:
@@ -79,7 +80,7 @@ def build_schedule(
     training: bool,
 ) -> Any:
     """The schedule over this rank's stages for steps of this shape."""
-    torch_stages: list[Any] = [_torch_stage(stage, boundary, device, group) for stage in stages]
+    torch_stages: list[Any] = [_torch_stage(stage, boundary, device, group, training) for stage in stages]
     if not training:
         return ForwardOnly(torch_stages, num_microbatches)
     options: dict[str, Any] = {"loss_fn": _loss_as_given, "scale_grads": False}
@@ -93,10 +94,12 @@ def build_schedule(
     return ScheduleInterleavedZeroBubble(torch_stages, num_microbatches, **options)
 
 
-def _torch_stage(stage: Stage, boundary: Boundary, device: torch.device, group: dist.ProcessGroup) -> PipelineStage:
+def _torch_stage(
+    stage: Stage, boundary: Boundary, device: torch.device, group: dist.ProcessGroup, training: bool
+) -> PipelineStage:
     part = stage.part
     inputs = () if part.first else boundary.tensors(part.receives_neighbors)
-    losses = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
+    losses = torch.empty(() if training else boundary.losses, dtype=torch.float32, device="meta", requires_grad=True)
     outputs = losses if part.last else boundary.tensors(part.sends_neighbors)
     return PipelineStage(
         stage,
