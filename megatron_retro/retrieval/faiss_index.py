@@ -45,11 +45,25 @@ def new_index(index_str: str, dimension: int) -> Any:
             got=reason_of(error),
             fix="give --retro-index-str auto, or a factory string whose parts divide the width",
         ) from None
+    _refuse_unknown_parts(index, index_str)
     parts = inverted_parts(index)
     if parts is not None and hasattr(parts.inverted, "do_polysemous_training"):
         # It orders codes for a filter that no search here uses, and takes a second for each code of a vector.
         parts.inverted.do_polysemous_training = False
     return index
+
+
+def _refuse_unknown_parts(index: Any, index_str: str) -> None:
+    """Own ids, and list finders other than the two below, have no place in blocks, plans and checks."""
+    faiss, parts = faiss_module(), inverted_parts(index)
+    finder = faiss.downcast_index(parts.inverted.quantizer) if parts else None
+    if isinstance(index, faiss.IndexIDMap) or (finder and not isinstance(finder, (faiss.IndexFlat, faiss.IndexHNSW))):
+        raise ConfigError(
+            f"--retro-index-str {index_str!r} cannot be built here",
+            got=type(finder or index).__name__,
+            expected="an index without IDMap whose lists, if any, are found by all centroids or by HNSW",
+            fix="give IVF.. or IVF.._HNSW.., or --retro-index-str auto",
+        )
 
 
 def reason_of(error: RuntimeError) -> str:

@@ -30,6 +30,7 @@ _KMEANS_ROUNDS = 10
 _KMEANS_POINTS = 256
 _EXACT_UP_TO_BYTES = 1 << 29
 _WRITE_BYTES_PER_SECOND = 4e8
+_ID_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ def _files(project: Project, parts: InvertedParts | None, chunks: int, rows: dic
     files = {"database": 8 * (project.database.num_documents + 1)}
     if parts is None:
         files["index/codes (vectors)"] = chunks * dimension * 4
+        index = new_index(project.choice.index_str, dimension)
+        files["index/merged/index.faiss (about)"] = chunks * _bytes_of_vector(index)
     else:
         files["index/codes"] = chunks * (parts.code_size + 8)
         files["index/merged/lists.ivfdata"] = chunks * (parts.code_size + 8)
@@ -110,6 +113,21 @@ def _files(project: Project, parts: InvertedParts | None, chunks: int, rows: dic
         files["index/embeddings"] = project.database.num_chunks * dimension * 2
     files.update({f"neighbors/{name}": count * saved * ID_BYTES for name, count in rows.items()})
     return files
+
+
+def _bytes_of_vector(index: Any) -> int:
+    """What an index that is filled in memory keeps of a vector: a code, with links in a graph and an id in a list."""
+    faiss = faiss_module()
+    searched = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    if hasattr(searched, "hnsw"):
+        links = searched.hnsw.nb_neighbors(0) + searched.hnsw.nb_neighbors(1) / max(
+            1, searched.hnsw.nb_neighbors(1) - 1
+        )
+        return _bytes_of_vector(faiss.downcast_index(searched.storage)) + int(4 * links) + 12
+    if isinstance(searched, faiss.IndexRefine):
+        stores = (searched.base_index, searched.refine_index)
+        return sum(int(_bytes_of_vector(faiss.downcast_index(store))) for store in stores)
+    return int(searched.code_size) + (_ID_BYTES if isinstance(searched, faiss.IndexIVF) else 0)
 
 
 def index_file_bytes(index_str: str, dimension: int) -> int:
@@ -155,6 +173,10 @@ def _fill_transform(transform: Any) -> None:
     wide, narrow = int(transform.d_in), int(transform.d_out)
     if hasattr(transform, "A"):
         _fill(transform.A, wide * narrow)
+    if hasattr(transform, "pca_then_itq"):
+        _fill(transform.mean, wide)
+        _fill(transform.itq.A, narrow * narrow)
+        _fill(transform.pca_then_itq.A, wide * narrow)
     if hasattr(transform, "eigenvalues"):
         for vector, size in (("mean", wide), ("eigenvalues", wide), ("PCAMat", wide * wide), ("b", narrow)):
             _fill(getattr(transform, vector), size)

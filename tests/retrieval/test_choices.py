@@ -172,7 +172,10 @@ def test_the_plan_knows_every_file_to_the_byte(corpus: str, tmp_path: Path, inde
 
 @pytest.mark.parametrize(
     "index_str",
-    ["IVF8,Flat", "IVF8,SQ8", "IVF8,SQfp16", "PCA32,IVF8,SQ4", "PCAR32,L2norm,IVF8,Flat", "OPQ4_16,IVF8,PQ4x4"],
+    [
+        *("IVF8,Flat", "IVF8,SQ8", "IVF8,SQfp16", "IVF8,RaBitQ", "ITQ32,IVF8,Flat", "RR32,IVF8,Flat"),
+        *("PCA32,IVF8,SQ4", "PCAR32,L2norm,IVF8,Flat", "OPQ4_16,IVF8,PQ4x4", "IVF8,PQ4x8"),
+    ],
 )
 def test_the_plan_knows_the_size_of_any_index_file(index_str: str) -> None:
     index, faiss = new_index(index_str, 64), faiss_module()
@@ -238,3 +241,22 @@ def test_a_finished_report_is_left_alone_and_an_old_one_stays_until_the_new_one_
     lists.write_bytes(content)
     with pytest.raises(ArtifactError, match="is damaged"):
         build_retrieval(settings.replace(retro_tasks=["verify"]))
+
+
+@pytest.mark.parametrize(
+    "index_str", ["HNSW16", "PCA32,Flat", "ITQ32,LSH", "SQ8", "RaBitQ", "IVF8,PQ8x4fs", "IVF8,Flat,RFlat"]
+)
+def test_the_plan_knows_about_what_an_index_without_blocks_takes(corpus: str, tmp_path: Path, index_str: str) -> None:
+    """A thousand chunks, so that tables of fixed size and random levels of a graph still count."""
+    settings = project_settings(tmp_path / "p", [corpus], retro_index_str=index_str, retro_tasks=TASKS[:3])
+    expected = make_plan(Project(settings)).files["index/merged/index.faiss (about)"]
+    build_retrieval(settings)
+    written = (tmp_path / "p/index/merged/index.faiss").stat().st_size
+    assert expected * 0.97 <= written <= expected * 1.1 + 20_000
+
+
+@pytest.mark.parametrize("index_str", ["IDMap,Flat", "IVF8(PQ4x4np),Flat", "IMI2x4,Flat"])
+def test_an_index_that_cannot_be_planned_is_refused_by_name(corpus: str, tmp_path: Path, index_str: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be built here"):
+        build_retrieval(project_settings(tmp_path / "p", [corpus], retro_index_str=index_str))
+    assert not (tmp_path / "p" / "index").exists()
