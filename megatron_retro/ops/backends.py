@@ -17,7 +17,13 @@ import torch
 
 from megatron_retro.errors import ConfigError, EnvironmentProblem
 from megatron_retro.ops import library
-from megatron_retro.ops.engines import apex_problems, fp8_problems, state_row, transformer_engine_problems
+from megatron_retro.ops.engines import (
+    apex_problems,
+    fp8_problems,
+    scaled_product_problems,
+    state_row,
+    transformer_engine_problems,
+)
 
 VARIABLE = "MEGATRON_RETRO_KERNELS"
 AUTO, REFERENCE, NATIVE = "auto", "reference", "native"
@@ -103,7 +109,7 @@ def problems(backend: str, operator: str, device: str) -> Sequence[str]:
     if backend == APEX:
         return apex_problems(device)
     if backend == TORCH:
-        return fp8_problems() if device == CUDA else () if device == CPU else (f"torch has none for {device}",)
+        return fp8_problems() if device == CUDA else scaled_product_problems(device)
     return ()
 
 

@@ -53,6 +53,12 @@ def state_row(reasons: Sequence[str]) -> str:
     return "cannot serve: " + "; ".join(reasons) if reasons else "at hand, serves where it is asked for by name"
 
 
+def scaled_product_problems(device: str) -> list[str]:
+    """Why this torch multiplies nothing in FP8 on a type of device; 2.11 does not on a CPU."""
+    served = device == "cpu" and torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm_v2", "CPU")
+    return [] if served else [f"torch {torch.__version__} has no scaled product for {device}"]
+
+
 def fp8_problems() -> list[str]:
     """Why this GPU has no FP8 products."""
     if not torch.cuda.is_available():

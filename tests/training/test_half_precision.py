@@ -14,7 +14,7 @@ from megatron_retro.assembly.trainable import StepResult
 from megatron_retro.config.checks import violations
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import ConfigError, EnvironmentProblem
-from megatron_retro.ops.backends import VARIABLE
+from megatron_retro.ops.backends import NONE, VARIABLE, choice
 from megatron_retro.ops.local_tensors import local
 from megatron_retro.testing.forked_runs import exit_code_of
 from megatron_retro.testing.processes import run_ranks
@@ -102,6 +102,7 @@ EIGHT: dict[str, Any] = {
 }
 
 
+@pytest.mark.skipif(choice("fp8_linear", "cpu").backend == NONE, reason=choice("fp8_linear", "cpu").reason)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_layers_in_fp8_train_as_in_bf16(corpus: TinyCorpus, tmp_path: Path, layout: dict[str, Any]) -> None:
     """Not the same losses, so it did compute in FP8; close ones, so it learned."""

@@ -84,7 +84,6 @@ MATTERS: tuple[dict[str, Any], ...] = (
     {"lr_scale_cross_attention": 0.5},
     {"bf16": True},
     {"fp16": True},
-    {"fp8_format": "hybrid"},
     {"mock_data": True},
     {"rampup_batch_size": [2, 2, 4], "train_iters": None, "train_samples": 8},
 )
