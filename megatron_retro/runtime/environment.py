@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from megatron_retro import __version__
 from megatron_retro.errors import EnvironmentProblem
 
+FAISS_PACKAGES = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12")
 OPTIONAL_PACKAGES: Mapping[str, tuple[str, str]] = {
     "faiss": ("faiss-cpu or faiss-gpu", "pip install 'megatron-retro[retrieval]'"),
     "transformers": ("transformers", "pip install 'megatron-retro[embed]'"),
@@ -40,14 +41,13 @@ def version_of(*distributions: str) -> str | None:
 
 
 def refuse_two_faiss() -> None:
-    """faiss-cpu and faiss-gpu install the same module, and the second one breaks the first."""
-    installed = [name for name in ("faiss-cpu", "faiss-gpu") if version_of(name)]
+    """The packages of faiss install the same module, and the second one breaks the first."""
+    installed = [name for name in FAISS_PACKAGES if version_of(name)]
     if len(installed) > 1:
         raise EnvironmentProblem(
-            "faiss-cpu and faiss-gpu are both installed: they are one module, and each overwrites the other",
-            got=", ".join(installed),
+            f"{' and '.join(installed)} are both installed: they are one module, and each overwrites the other",
             expected="one of them",
-            fix="pip uninstall -y faiss-cpu faiss-gpu, then install the one that you need",
+            fix=f"pip uninstall -y {' '.join(installed)}, then install the one that you need",
         )
 
 
@@ -93,7 +93,7 @@ def environment_rows() -> list[tuple[str, str]]:
     ]
     for module, (package, how) in OPTIONAL_PACKAGES.items():
         found = importlib.util.find_spec(module) is not None
-        distribution = ("faiss-cpu", "faiss-gpu") if module == "faiss" else (module.replace("_", "-"), module)
+        distribution = FAISS_PACKAGES if module == "faiss" else (module.replace("_", "-"), module)
         rows.append((module, version_of(*distribution) or "present" if found else f"absent ({package}): {how}"))
     return rows
 

@@ -101,6 +101,6 @@ def test_an_absent_package_is_named_with_its_extra() -> None:
 
 
 def test_two_faiss_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "version_of", lambda *names: "1.0")
-    with pytest.raises(EnvironmentProblem, match="faiss-cpu and faiss-gpu are both installed"):
+    monkeypatch.setattr(environment, "version_of", lambda *names: None if "faiss-gpu" in names else "1.0")
+    with pytest.raises(EnvironmentProblem, match="faiss-cpu and faiss-gpu-cu12 are both installed"):
         environment.require("faiss", "search")
