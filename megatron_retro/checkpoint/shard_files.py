@@ -1,9 +1,8 @@
 """One shard on disk: a safetensors file written in one pass and read in verified blocks.
 
 torch's own safetensors writer builds the whole file in memory and knows no checksum; here tensors stream from where
-they lie, and every block is checksummed on the way. The disk is told to begin while later blocks are still copied. The
-files are plain safetensors, with the offsets of each piece in the place where torch's `HuggingFaceStorageReader` looks
-for them.
+they lie, and every block is checksummed on the way. The files are plain safetensors, with the offsets of each piece in
+the place where torch's `HuggingFaceStorageReader` looks for them.
 """
 
 from __future__ import annotations
@@ -35,7 +34,6 @@ DTYPE_NAMES = {
 }
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _HEADER_ALIGNMENT = 64
-_FLUSHED_BYTES = 4 * BLOCK_BYTES
 
 
 @dataclass(frozen=True)
@@ -129,12 +127,11 @@ def write_shard(path: Path, pieces: Sequence[PieceSpec], load: Callable[[int], T
 
 
 class _ChecksummedStream:
-    """A file that is written from its beginning; the disk begins with what is there while more is written."""
+    """A file that is written from its beginning."""
 
     def __init__(self, descriptor: int) -> None:
         self.blocks = RunningBlocks()
         self._descriptor = descriptor
-        self._flushed = 0
 
     def write(self, data: memoryview) -> None:
         """Append, in blocks that are checksummed while the processor still has them at hand."""
@@ -142,14 +139,6 @@ class _ChecksummedStream:
             written = os.write(self._descriptor, data[:BLOCK_BYTES])
             self.blocks.feed(data[:written])
             data = data[written:]
-            self._flush()
-
-    def _flush(self) -> None:
-        """Ask the kernel to write back what it holds; this does not wait, `fsync` at the end does."""
-        waiting = self.blocks.size - self._flushed
-        if waiting >= _FLUSHED_BYTES:
-            os.posix_fadvise(self._descriptor, self._flushed, waiting, os.POSIX_FADV_DONTNEED)
-            self._flushed = self.blocks.size
 
 
 @dataclass(frozen=True)
