@@ -75,6 +75,7 @@ def tuned_run(module: Retro, folder: Path, method: str) -> None:
 def test_tuned_function(
     small_model: Callable[..., Retro], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    torch.manual_seed(0)
     module = small_model()
     tokens = torch.randint(0, 256, (1, 30))
     plain = module(tokens)[:, -20:]
