@@ -18,8 +18,8 @@ LOCK_NAME = "run.lock"
 @contextmanager
 def run_lock(run: Path) -> Iterator[None]:
     """Hold the directory of a run; a second run on it is refused at once."""
+    make_folder(run)
     with named_disk_errors(run):
-        make_folder(run)
         descriptor = os.open(run / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:

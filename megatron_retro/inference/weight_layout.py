@@ -45,7 +45,7 @@ def _store(weights: list[nn.Parameter]) -> None:
     for weight in weights:
         place = block[start : start + weight.numel()]
         stored = place.view(weight.shape) if reads_by_outputs() else _by_inputs(place, weight.shape)
-        weight.set_(stored.copy_(weight))  # type: ignore[call-overload]
+        weight.set_(stored.copy_(weight))  # type: ignore[call-overload]  # its stub lacks the tensor alone
         start += weight.numel()
 
 

@@ -42,7 +42,7 @@ class EngineAdam(torch.optim.Optimizer):
         }
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's may return a loss
         """One update of every parameter that has a gradient."""
         by_count: dict[int, list[Tensor]] = {}
         for group in self.param_groups:

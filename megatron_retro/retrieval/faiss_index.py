@@ -124,12 +124,16 @@ class InvertedParts:
         return vectors
 
 
+def searched_index(index: Any) -> Any:
+    """What is behind the transforms."""
+    faiss = faiss_module()
+    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
 def inverted_parts(index: Any) -> InvertedParts | None:
     """The parts of an index that can be encoded in blocks, or None."""
-    faiss = faiss_module()
-    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
-    kind = type(inner).__name__
-    return InvertedParts(index, inner) if kind in _BLOCKABLE else None
+    inner = searched_index(index)
+    return InvertedParts(index, inner) if type(inner).__name__ in _BLOCKABLE else None
 
 
 def write_index(index: Any, path: Path) -> None:

@@ -16,7 +16,13 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_retro.errors import EnvironmentProblem
-from megatron_retro.retrieval.faiss_index import InvertedParts, faiss_module, inverted_parts, reason_of
+from megatron_retro.retrieval.faiss_index import (
+    InvertedParts,
+    faiss_module,
+    inverted_parts,
+    reason_of,
+    searched_index,
+)
 
 MOST_SELECTED = 2048
 _CODE_BYTES = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
@@ -85,7 +91,7 @@ def copy_bytes(index: Any, chunks: int) -> int:
     """What a copy with so many chunks takes: lists are padded to whole warps."""
     parts = inverted_parts(index)
     if parts is None:
-        return 4 * int(_searched(index).d) * chunks
+        return 4 * int(searched_index(index).d) * chunks
     padded = chunks + parts.num_lists * _LIST_PADDING // 2
     return padded * (parts.code_size + _ID_BYTES) + parts.num_lists * (4 * parts.dimension + _LIST_BYTES)
 
@@ -110,7 +116,7 @@ def copied_to_gpus(index: Any, chunks: int) -> GpuCopy:
 
 def _unsupported(index: Any) -> Iterator[str]:
     """What faiss has no kernels for."""
-    faiss, searched = faiss_module(), _searched(index)
+    faiss, searched = faiss_module(), searched_index(index)
     kind = type(searched).__name__
     if kind == "IndexIVFPQ":
         if searched.pq.nbits != 8:
@@ -124,12 +130,6 @@ def _unsupported(index: Any) -> Iterator[str]:
             yield "this scalar quantizer"
     elif kind not in ("IndexIVFFlat", "IndexFlat", "IndexFlatL2"):
         yield f"faiss searches no {kind} on GPUs"
-
-
-def _searched(index: Any) -> Any:
-    """What is behind the transforms."""
-    faiss = faiss_module()
-    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
 
 
 def _is_long(parts: InvertedParts) -> bool:

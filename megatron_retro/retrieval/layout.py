@@ -1,14 +1,14 @@
 """Where things lie in a project directory, and how it is cut into blocks.
 
-DIR/database/            chunk database
-DIR/index/plan.json      what was decided, once
-DIR/index/trained/       the trained, empty index
-DIR/index/codes/         one file of codes per block of chunks
-DIR/index/embeddings/    kept vectors, one file per block (--retro-keep-embeddings)
-DIR/index/merged/        the searchable index
-DIR/neighbors/NAME/      one neighbour table per query corpus
-DIR/report/              quality.json and quality.html
-DIR/work/                claims of workers, unfinished tables
+database/            chunk database
+index/plan.json      what was decided, once
+index/trained/       the trained, empty index
+index/codes/         one file of codes per block of chunks
+index/embeddings/    kept vectors, one file per block (--retro-keep-embeddings)
+index/merged/        the searchable index
+neighbors/NAME/      one neighbour table per query corpus
+report/              quality.json and quality.html
+work/                claims of workers, unfinished tables
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from megatron_retro.data.neighbor_table import ID_BYTES
 from megatron_retro.data.query_chunks import QueryChunks
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.retrieval.encoding import BATCH_CHUNKS
-from megatron_retro.retrieval.faiss_index import InvertedParts, faiss_module, inverted_parts, new_index
+from megatron_retro.retrieval.faiss_index import InvertedParts, faiss_module, inverted_parts, new_index, searched_index
 from megatron_retro.retrieval.index_building import SEGMENT_BYTES
 from megatron_retro.retrieval.merging import LISTS_FILE
 from megatron_retro.retrieval.neighbor_search import table_layout
@@ -118,11 +118,10 @@ def _files(project: Project, parts: InvertedParts | None, chunks: int, rows: dic
 def _bytes_of_vector(index: Any) -> int:
     """What an index that is filled in memory keeps of a vector: a code, with links in a graph and an id in a list."""
     faiss = faiss_module()
-    searched = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    searched = searched_index(index)
     if hasattr(searched, "hnsw"):
-        links = searched.hnsw.nb_neighbors(0) + searched.hnsw.nb_neighbors(1) / max(
-            1, searched.hnsw.nb_neighbors(1) - 1
-        )
+        ground, upper = searched.hnsw.nb_neighbors(0), searched.hnsw.nb_neighbors(1)
+        links = ground + upper / max(1, upper - 1)
         return _bytes_of_vector(faiss.downcast_index(searched.storage)) + int(4 * links) + 12
     if isinstance(searched, faiss.IndexRefine):
         stores = (searched.base_index, searched.refine_index)

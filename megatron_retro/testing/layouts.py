@@ -43,6 +43,15 @@ _TINY: dict[str, Any] = {
     "seed": 7,
 }
 
+LIKE_LLAMA: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "disable_bias_linear": True,
+    "group_query_attention": True,
+    "num_query_groups": 2,
+    "untie_embeddings_and_output_weights": True,
+}
+
 
 def tiny_settings(**changes: Any) -> Settings:
     """A Retro of four layers that every layout up to 4 x 4 can cut."""

@@ -10,16 +10,7 @@ import torch
 
 from megatron_retro.assembly.model_assembly import one_process
 from megatron_retro.assembly.single_process import neighbors_of
-from megatron_retro.testing.layouts import random_batches, tiny_settings
-
-LIKE_LLAMA = {
-    "normalization": "RMSNorm",
-    "swiglu": True,
-    "disable_bias_linear": True,
-    "group_query_attention": True,
-    "num_query_groups": 2,
-    "untie_embeddings_and_output_weights": True,
-}
+from megatron_retro.testing.layouts import LIKE_LLAMA, random_batches, tiny_settings
 
 
 @pytest.mark.parametrize(

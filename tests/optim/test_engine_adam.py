@@ -45,7 +45,7 @@ class GroupAdam(torch.optim.Optimizer):
         settings = {"lr": lr, "bias_correction": True, "betas": betas, "eps": eps, "weight_decay": decay}
         super().__init__(params, settings)
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's may return a loss
         for group in self.param_groups:
             assert group["params"][0].device.type == "cpu"
             group["step"] = group.get("step", 0) + 1
@@ -90,7 +90,7 @@ class ApexAdam(GroupAdam):
     ) -> None:  # fmt: skip
         super().__init__(params, lr, bias_correction, betas, eps, adam_w_mode, weight_decay)
 
-    def zero_grad(self) -> None:  # type: ignore[override]
+    def zero_grad(self) -> None:  # type: ignore[override]  # as Apex has it, without torch's argument
         raise AssertionError("gradients are cleared without it")
 
 
@@ -109,7 +109,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("transformer_engine", "transformer_engine.pytorch", "apex", "amp_C", *classes):
         module = ModuleType(name)
         module.__spec__ = ModuleSpec(name, None)
-        module.FusedAdam = classes.get(name)  # type: ignore[attr-defined]
+        vars(module)["FusedAdam"] = classes.get(name)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(engines, "_device_problems", lambda device: [])
 

@@ -21,7 +21,7 @@ from megatron_retro.runtime.launch import find_launch
 from megatron_retro.runtime.process_group import process_group
 from megatron_retro.runtime.signals import StopRequests
 from megatron_retro.testing.browser import Browser, missing_browser
-from megatron_retro.testing.layouts import random_batches, tiny_settings
+from megatron_retro.testing.layouts import LIKE_LLAMA, random_batches, tiny_settings
 from megatron_retro.testing.processes import run_ranks
 from megatron_retro.testing.run_results import differences, losses, stored_tensors
 from megatron_retro.testing.tiny_corpus import TinyCorpus
@@ -34,15 +34,7 @@ GOLDEN = Path(__file__).parent / "golden_losses.json"
 KINDS: dict[str, dict[str, Any]] = {
     "gpt": {"retro": False},
     "gpt bf16": {"retro": False, "bf16": True},
-    "llama-like": {
-        "retro": False,
-        "normalization": "RMSNorm",
-        "swiglu": True,
-        "disable_bias_linear": True,
-        "group_query_attention": True,
-        "num_query_groups": 2,
-        "untie_embeddings_and_output_weights": True,
-    },
+    "llama-like": {"retro": False, **LIKE_LLAMA},
     "retro": {},
     "retro adaptive": {"retro_gate_type": "adaptive", "retro_gate_budget_warmup": 2},
     "retro legacy positions": {"retro_neighbor_positions": "none", "position_embedding_type": "learned_absolute"},
