@@ -74,6 +74,7 @@ def _initialize(launch: Launch, device: torch.device, timeout: timedelta) -> Non
         return
     try:
         dist.init_process_group(backend, store=_store(launch, timeout), **place)
+        dist.all_reduce(torch.zeros(1))  # a first rank that leaves at once takes the store from nobody still connecting
     except (RuntimeError, ValueError) as error:
         raise DistributedError(
             f"rank {launch.rank} of {launch.world_size} on {socket.gethostname()} could not meet the others",

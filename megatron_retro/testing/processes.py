@@ -96,8 +96,8 @@ def _rank_main(room: Path, rank: int, world_size: int, port: int, timeout: float
                 )
             result = call()
             torch.save(result, room / f"{rank}.result")
-            if not port:
-                dist.barrier()  # nobody leaves while a peer still reads from it
+            if dist.is_initialized():
+                dist.barrier()  # nobody leaves while a peer still reads from it, or from the store in the first rank
             return 0
         except BaseException:
             failure = {"at": time.time(), "traceback": traceback.format_exc()}

@@ -11,9 +11,10 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
 
 from megatron_retro.errors import DistributedError
+from megatron_retro.runtime import process_group as group_module
 from megatron_retro.runtime.launch import Launch, find_launch, first_host
 from megatron_retro.runtime.meeting import fresh_corner
 from megatron_retro.runtime.process_group import agree, choose_device, explain_failure, process_group
@@ -119,6 +120,36 @@ def test_every_launcher_leads_to_the_same_group(launcher: str) -> None:
             return launch.launcher, float(value)
 
     assert run_ranks(meet, 3, initialize=False) == [(launcher, 3.0)] * 3
+
+
+class SlowStore(Store):
+    """A store on a slow network."""
+
+    def __init__(self, inner: Store) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def set(self, key: str, value: str) -> None:
+        self.inner.set(key, value)
+
+    def get(self, key: str) -> bytes:
+        time.sleep(0.3)
+        return self.inner.get(key)
+
+    def wait(self, keys: list[str], *timeout: timedelta) -> None:
+        self.inner.wait(keys, *timeout)
+
+
+def test_a_first_rank_that_leaves_at_once_takes_the_store_from_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = group_module._store
+
+    def leave() -> int:
+        if find_launch().rank:
+            monkeypatch.setattr(group_module, "_store", lambda *place: SlowStore(store(*place)))
+        with process_group(find_launch(), timeout_minutes=0.5, use_gpu=False):
+            return dist.get_rank()
+
+    assert run_ranks(leave, 3, initialize=False) == [0, 1, 2]
 
 
 def test_ranks_that_never_come_are_an_error_with_the_address() -> None:
