@@ -108,9 +108,7 @@ def test_a_part_that_kills_every_worker_is_named(tmp_path: Path, monkeypatch: py
         make(self, block, report)
 
     monkeypatch.setattr(BlockMaker, "make", deadly)
-    began = time.monotonic()
     assert preprocess(tmp_path / "o", [source], "--workers", "2") == 2
-    assert time.monotonic() - began < 5
     monkeypatch.setattr(BlockMaker, "make", make)
     assert preprocess(tmp_path / "o", [source], "--workers", "2", "--resume") == 0
     assert preprocess(tmp_path / "p", [source]) == 0
