@@ -62,7 +62,7 @@ class Configuration:
         found = [excess for result in self.finished if (excess := result.excess(variant)) is not None]
         if not found:
             return None
-        return Interval(*found[0]) if len(found) == 1 else student_interval([mean for mean, _, _ in found])
+        return found[0] if len(found) == 1 else student_interval([one.mean for one in found])
 
     def shortage(self) -> float | None:
         """Share of rows with fewer than k neighbours."""

@@ -19,6 +19,7 @@ from megatron_retro.artifacts.files import write_file
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings, section_name
 from megatron_retro.config.toml_files import toml_value
 from megatron_retro.errors import ArtifactError
+from megatron_retro.runtime.strict_json import json_text
 
 EVENTS = "events.jsonl"
 
@@ -67,7 +68,7 @@ class CellDirectory:
 
     def end(self, outcome: Outcome) -> None:
         """Write down how it ended."""
-        write_file(self.path / "outcome.json", json.dumps(asdict(outcome), indent=1) + "\n")
+        write_file(self.path / "outcome.json", json_text(asdict(outcome), indent=1) + "\n")
 
     def refuse_other(self, recipe: str) -> None:
         """A directory of other settings is refused, for its results would be mixed up."""

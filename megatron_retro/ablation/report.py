@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from megatron_retro.artifacts.files import write_file
 from megatron_retro.runtime.console import readable_seconds, render_table
 from megatron_retro.runtime.html_page import facts, page, paragraph, preformatted, section, table
 from megatron_retro.runtime.statistics import Interval
+from megatron_retro.runtime.strict_json import json_text, number_of
 from megatron_retro.runtime.svg_plots import Series, bars, line_plot
 
 RESULTS, PAGE = "study.json", "report.html"
@@ -48,7 +48,7 @@ def write_study(study: Study, title: str, axes: Sequence[Axis]) -> str:
     groups = configurations(results)
     header, rows = summary_rows(groups, axes)
     raw = {"title": title, "verb": study.verb, "runs": [result.raw() for result in results]}
-    write_file(study.output / RESULTS, json.dumps(raw, indent=1) + "\n")
+    write_file(study.output / RESULTS, json_text(raw, indent=1) + "\n")
     write_file(study.output / PAGE, render(study, title, axes, results))
     return render_table(header, rows)
 
@@ -214,7 +214,7 @@ def _curves(groups: Sequence[Configuration]) -> list[str]:
         evaluations = group.results[0].evaluations[-_CURVE_POINTS:]
         if len(evaluations) > 1:
             steps = [float(event["step"]) for event in evaluations]
-            series.append(Series(name, steps, [float(event["loss"]) for event in evaluations]))
+            series.append(Series(name, steps, [number_of(event["loss"]) for event in evaluations]))
     title = "Held-out loss while training (first seed)"
     return [
         line_plot(series[first : first + _LINES], title=title, x_label="step", y_label="nats per token")

@@ -14,6 +14,8 @@ from megatron_retro.ablation.directories import EVENTS, CellDirectory, Outcome
 from megatron_retro.ablation.grid import Cell
 from megatron_retro.errors import ArtifactError
 from megatron_retro.runtime.events import read_events
+from megatron_retro.runtime.statistics import Interval
+from megatron_retro.runtime.strict_json import number_of
 
 PERPLEXITY_RESULT = "perplexity.json"
 
@@ -55,12 +57,12 @@ class Result:
     @property
     def loss(self) -> float:
         """Held-out loss at the end."""
-        return float(self.evaluations[-1]["loss"])
+        return number_of(self.evaluations[-1]["loss"])
 
-    def excess(self, variant: str) -> tuple[float, float, float] | None:
+    def excess(self, variant: str) -> Interval | None:
         """What other neighbours cost more than real ones: mean, low, high over held-out samples."""
         found = self.evaluations[-1]["facts"].get("excess", {}).get(variant) if self.evaluations else None
-        return None if found is None else (float(found[0]), float(found[1]), float(found[2]))
+        return None if found is None else Interval.of(found)
 
     @property
     def shortage(self) -> float | None:
@@ -88,7 +90,8 @@ class Result:
         found = self.evaluations[-1]["facts"].get("samples")
         if found is None or "texts" not in found:
             return None
-        return Samples(np.asarray(found["losses"]), np.asarray(found["tokens"], np.float64), tuple(found["texts"]))
+        losses = np.array([*map(number_of, found["losses"])], np.float64)
+        return Samples(losses, np.asarray(found["tokens"], np.float64), tuple(found["texts"]))
 
     def raw(self) -> dict[str, Any]:
         """Plain JSON."""

@@ -57,11 +57,11 @@ class Manifest:
         content = asdict(self)
         content["fingerprint"] = self.fingerprint
         content["seal"] = _seal(content)
-        return json.dumps(content, indent=1, sort_keys=True) + "\n"
+        return json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def _canonical(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _seal(content: Mapping[str, Any]) -> str:
@@ -119,7 +119,7 @@ def write_manifest(
         kind=kind,
         version=version,
         inputs=dict(inputs or {}),
-        config=json.loads(json.dumps(config or {})),
+        config=json.loads(json.dumps(config or {}, allow_nan=False)),
         counts=dict(counts or {}),
         files=dict(files),
         written_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),

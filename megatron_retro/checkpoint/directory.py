@@ -6,7 +6,6 @@ A directory gets its name by one rename after its manifest is on disk, so whatev
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 from megatron_retro.artifacts.files import RETIRED_MARK, TEMPORARY_MARK, flush_directory, write_file
 from megatron_retro.artifacts.manifest import MANIFEST_NAME
 from megatron_retro.errors import ArtifactError
+from megatron_retro.runtime.strict_json import json_text
 
 KIND = "checkpoint"
 VERSION = 1
@@ -54,7 +54,7 @@ def resolve_checkpoint(path: Path) -> Path:
 
 def point_to(run: Path, checkpoint: Path, step: int) -> None:
     """Say which checkpoint is the newest."""
-    write_file(run / LATEST_NAME, json.dumps({"checkpoint": checkpoint.name, "step": step}) + "\n")
+    write_file(run / LATEST_NAME, json_text({"checkpoint": checkpoint.name, "step": step}) + "\n")
 
 
 def remove_checkpoint(path: Path) -> None:

@@ -19,6 +19,7 @@ from megatron_retro.checkpoint.failures import named_failure
 from megatron_retro.checkpoint.planners import PaddingLoadPlanner
 from megatron_retro.checkpoint.storage import INDEX_NAME, ShardReader, TensorIndex, read_index
 from megatron_retro.errors import ArtifactError, DamagedArtifact
+from megatron_retro.runtime.strict_json import json_text
 
 _SHOWN = 8
 
@@ -73,7 +74,7 @@ def require_same_model(checkpoint: Checkpoint, expected: Mapping[str, Any], igno
 
     `expected` holds the sections (section -> field -> value) that make the model what it is.
     """
-    wanted = json.loads(json.dumps(expected))
+    wanted = json.loads(json_text(expected))
     differences = []
     for section, fields in wanted.items():
         stored = checkpoint.manifest.config.get(section, {})

@@ -7,7 +7,6 @@ save run on a process group of their own, so they never meet those of training.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
@@ -39,6 +38,7 @@ from megatron_retro.checkpoint.live_state import as_staged, staging_copy
 from megatron_retro.checkpoint.planners import TrimmingSavePlanner
 from megatron_retro.checkpoint.storage import INDEX_NAME, ShardWriter
 from megatron_retro.errors import MegatronRetroError
+from megatron_retro.runtime.strict_json import json_text
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Saver:
 
     def _publish(self, snapshot: Snapshot, writer: ShardWriter, partial: Path, target: Path) -> None:
         with named_disk_errors(target):
-            (partial / STATE_NAME).write_text(json.dumps(snapshot.state) + "\n", encoding="utf-8")
+            (partial / STATE_NAME).write_text(json_text(snapshot.state) + "\n", encoding="utf-8")
             for name in (STATE_NAME, INDEX_NAME):
                 flush_file(partial / name)
             records: dict[str, FileRecord] = {name: file.record() for name, file in writer.files.items()}

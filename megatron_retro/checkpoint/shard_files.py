@@ -7,7 +7,6 @@ the place where torch's `HuggingFaceStorageReader` looks for them.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from megatron_retro.artifacts.block_checksums import BLOCK_BYTES, RunningBlocks, checksum_of
 from megatron_retro.errors import DamagedArtifact
+from megatron_retro.runtime.strict_json import json_text
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -92,8 +92,8 @@ def shard_header(pieces: Sequence[PieceSpec]) -> tuple[bytes, list[int]]:
         offsets[name] = {"saved_offsets": list(piece.offsets)}
         begins.append(position)
         position = end
-    entries["__metadata__"] = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    entries["__metadata__"] = {"DCP_SHARDING_INFO": json_text(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+    text = json_text(entries, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _HEADER_ALIGNMENT)
     head = len(text).to_bytes(8, "little") + text
     return head, [len(head) + begin for begin in begins]

@@ -49,6 +49,7 @@ from megatron_retro.checkpoint.shard_files import (
     write_shard,
 )
 from megatron_retro.errors import DamagedArtifact
+from megatron_retro.runtime.strict_json import json_text
 
 INDEX_NAME = "tensors.json"
 _KEY_SEPARATOR = "|"
@@ -102,7 +103,7 @@ class TensorIndex:
             name: {"bytes": file.num_bytes, "crc32": "".join(f"{checksum:08x}" for checksum in file.checksums)}
             for name, file in sorted(self.files.items())
         }
-        return json.dumps({"tensors": tensors, "files": files}) + "\n"
+        return json_text({"tensors": tensors, "files": files}) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: Path) -> TensorIndex:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from megatron_retro.data.library_questions import library_questions
 from megatron_retro.data.standard_library import standard_library_documents
 from megatron_retro.errors import ConfigError
 from megatron_retro.runtime.console import readable_bytes, say
+from megatron_retro.runtime.strict_json import json_text
 
 DESCRIPTION = """Write the sources and reference of Python's standard library as JSON lines, whole files held out.
 
@@ -42,6 +42,6 @@ def _write(path: Path, records: Iterable[Mapping[str, Any]], what: str) -> None:
     count = 0
     with new_file(path) as partial, partial.open("w", encoding="utf-8") as stream:
         for record in records:
-            stream.write(json.dumps(record) + "\n")
+            stream.write(json_text(record) + "\n")
             count += 1
     say(f"{path}: {count} {what}, {readable_bytes(path.stat().st_size)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from megatron_retro.inference.sampling import Sampling
 from megatron_retro.inference.text_generator import TextGenerator
 from megatron_retro.runtime.console import say
 from megatron_retro.runtime.signals import StopRequests
+from megatron_retro.runtime.strict_json import json_text
 
 
 def run_sets(settings: Settings, names: Sequence[str]) -> None:
@@ -79,7 +79,7 @@ def _report(found: Sequence[dict[str, Any] | None], directory: Path) -> None:
     if len(results) < len(found):
         say("this worker's share is done; the results come with the last worker")
         return
-    write_file(directory / "results.json", json.dumps(results, indent=1, default=str) + "\n")
+    write_file(directory / "results.json", json_text(results, indent=1, default=str) + "\n")
     write_file(directory / "results.txt", results_table(results) + "\n")
     print(results_table(results))
 

@@ -21,6 +21,7 @@ from megatron_retro.config.inference import (
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings
 from megatron_retro.errors import ConfigError, DataError
+from megatron_retro.runtime.strict_json import json_text
 
 if TYPE_CHECKING:
     from megatron_retro.inference.conversation_form import ConversationForm
@@ -178,4 +179,4 @@ def _write(path: Path, prompts: Sequence[str], generations: Sequence[Generation]
         }
         for prompt, generation in zip(prompts, generations, strict=True)
     ]
-    write_file(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_file(path, "".join(json_text(record, ensure_ascii=False) + "\n" for record in records))

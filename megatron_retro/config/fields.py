@@ -7,6 +7,7 @@ Sections are frozen dataclasses whose every field comes from `option`. Supported
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -99,6 +100,8 @@ class FieldSpec:
             return False
         if isinstance(item, str):
             return True
+        if isinstance(item, float) and not math.isfinite(item):
+            return False
         above = self.minimum is None or item >= self.minimum
         return above and (self.maximum is None or item <= self.maximum)
 

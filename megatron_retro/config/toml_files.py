@@ -100,7 +100,7 @@ def toml_value(value: Any) -> str:
     """A value as TOML writes it (JSON's spelling of text, numbers and lists is TOML's too)."""
     if isinstance(value, tuple):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
-    return json.dumps(value)
+    return json.dumps(value, allow_nan=False)
 
 
 def render_toml(settings: Settings) -> str:

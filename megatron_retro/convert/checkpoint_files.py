@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.model.retro import Retro
+from megatron_retro.runtime.strict_json import json_text
 
 _SHARD_BYTES = 4 << 30
 
@@ -45,7 +45,7 @@ def write_checkpoint(
         sizes = {MODEL + name: shape for name, shape in shapes.items()}
         index = TensorIndex(sizes, dict.fromkeys(sizes, "F32"), pieces, files)
         write_file(partial / INDEX_NAME, index.to_json())
-        write_file(partial / STATE_NAME, json.dumps({}) + "\n")
+        write_file(partial / STATE_NAME, json_text({}) + "\n")
         records = {name: file.record() for name, file in files.items()}
         records |= {name: file_record(partial / name) for name in (STATE_NAME, INDEX_NAME)}
         counts = {"step": 0, "samples": 0, "tokens": 0, "processes": 1}

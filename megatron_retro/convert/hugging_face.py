@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from megatron_retro.convert.safetensors_folder import SafetensorsFolder, read_js
 from megatron_retro.convert.stored_model import open_stored
 from megatron_retro.convert.tensor_rules import Rule
 from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.runtime.strict_json import json_text
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -137,7 +137,7 @@ def export_hugging_face(
 
     with new_directory(destination) as partial:
         write_folder(partial, tensors(), shard_bytes)
-        write_file(partial / CONFIG, json.dumps(config, indent=2) + "\n")
+        write_file(partial / CONFIG, json_text(config, indent=2) + "\n")
         if tokenizer.tokenizer_type == "HuggingFaceTokenizer" and tokenizer.tokenizer_model is not None:
             _export_tokenizer(Path(tokenizer.tokenizer_model), partial)
     return destination
@@ -149,4 +149,4 @@ def _export_tokenizer(stored: Path, partial: Path) -> None:
             f"the tokenizer of the checkpoint is not at {stored} any more", fix="put it back, it belongs to the export"
         )
     shutil.copyfile(stored, partial / TOKENIZER)
-    write_file(partial / "tokenizer_config.json", json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}) + "\n")
+    write_file(partial / "tokenizer_config.json", json_text({"tokenizer_class": "PreTrainedTokenizerFast"}) + "\n")

@@ -6,7 +6,6 @@ theirs. Virtual tokens go out as their vectors (prompt tuning); the network that
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from megatron_retro.convert.stored_model import parameter_names
 from megatron_retro.convert.tensor_rules import Rule
 from megatron_retro.errors import ConfigError
 from megatron_retro.peft import lora, prompts, scaling
+from megatron_retro.runtime.strict_json import json_text
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_TENSORS = "adapter_model.safetensors"
@@ -100,7 +100,7 @@ def export_peft(source: Path, destination: Path, *, dtype: torch.dtype, decoder_
     with new_directory(destination) as partial:
         stored = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
         save_file(stored, partial / ADAPTER_TENSORS, metadata={"format": "pt"})
-        write_file(partial / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+        write_file(partial / ADAPTER_CONFIG, json_text(config, indent=2) + "\n")
     return destination
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from megatron_retro.convert.checkpoint_files import parameter_shapes
 from megatron_retro.convert.hugging_face import CONFIG
 from megatron_retro.convert.safetensors_folder import write_folder
 from megatron_retro.convert.stored_model import open_stored
+from megatron_retro.runtime.strict_json import json_text
 
 CODE = "modeling_megatron_retro"
 
@@ -44,6 +44,6 @@ def export_remote_code(
     names = parameter_shapes(model, retro)
     with new_directory(destination) as partial:
         write_folder(partial, ((f"retro.{name}", stored.load(name).to(dtype)) for name in names), shard_bytes)
-        write_file(partial / CONFIG, json.dumps(config, indent=2) + "\n")
+        write_file(partial / CONFIG, json_text(config, indent=2) + "\n")
         shutil.copyfile(Path(__file__).with_name(f"{CODE}.py"), partial / f"{CODE}.py")
     return destination

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.errors import ArtifactError
+from megatron_retro.runtime.strict_json import json_text
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -92,7 +93,7 @@ def write_folder(path: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes:
         file.rename(path / final)
         names |= dict.fromkeys(held, final)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
-    write_file(path / INDEX, json.dumps(index, indent=1) + "\n")
+    write_file(path / INDEX, json_text(index, indent=1) + "\n")
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:

@@ -8,7 +8,6 @@ from the token file. Several corpora make one space of 64-bit ids, in the order 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from megatron_retro.data.token_file import TokenFile
 from megatron_retro.data.token_index import map_file
 from megatron_retro.errors import ArtifactError, ConfigError, DataError
 from megatron_retro.runtime.console import warn
+from megatron_retro.runtime.strict_json import json_text
 
 KIND = "chunk-database"
 VERSION = 1
@@ -121,7 +121,7 @@ class ChunkDatabase:
         """Identity of the ids and their tokens, wherever the files lie."""
         corpora = [{**asdict(corpus), "prefix": ""} for corpus in self.corpora]
         content = {"chunk_length": self.chunk_length, "eod": self.eod, "corpora": corpora}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json_text(content, sort_keys=True).encode()).hexdigest()
 
     def document_of(self, chunk_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """The global document of each chunk; every id must exist."""

@@ -7,7 +7,6 @@ or started again with more or fewer workers, goes on; losses of another model, c
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from megatron_retro.artifacts.files import write_file
 from megatron_retro.errors import DamagedArtifact, Requeue
 from megatron_retro.evaluation.perplexity import Group
 from megatron_retro.runtime.console import Progress
+from megatron_retro.runtime.strict_json import json_text
 from megatron_retro.runtime.workers import Worker
 
 BLOCK = 8  # groups; what a kill loses at most
@@ -74,7 +74,7 @@ class PerplexityParts:
         return self.groups[block * BLOCK : (block + 1) * BLOCK]
 
     def _path(self, block: int) -> Path:
-        content = json.dumps({**self.identity, "variants": self.num_variants}, sort_keys=True, default=str)
+        content = json_text({**self.identity, "variants": self.num_variants}, sort_keys=True, default=str)
         fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
         return self.directory / f"{fingerprint}.{block}-of-{self.num_blocks}.f32"
 

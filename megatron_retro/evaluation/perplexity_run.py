@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -38,6 +37,7 @@ from megatron_retro.runtime.console import render_table, say
 from megatron_retro.runtime.html_page import facts, page, section, table
 from megatron_retro.runtime.signals import StopRequests
 from megatron_retro.runtime.statistics import Interval, bootstrap_ratio
+from megatron_retro.runtime.strict_json import json_text
 from megatron_retro.runtime.svg_plots import Series, line_plot
 
 RESULT = "perplexity.json"
@@ -174,7 +174,7 @@ def summary(dataset: Dataset, model: Loaded, measured: Mapping[str, Measured]) -
         loss = bootstrap_ratio(sums, counts, seed=0)
         variants[name] = {
             "loss": loss.as_list(),
-            "perplexity": math.exp(loss.mean),
+            "perplexity": float(np.exp(loss.mean)),
             "bits_per_byte": float(one.losses.sum(dtype=np.float64) / math.log(2) / max(size, 1)),
         }
         if name != "real":
@@ -219,7 +219,7 @@ def _scored_bytes(dataset: Dataset, model: Loaded, measured: Measured) -> int:
 
 
 def _write(directory: Path, result: dict[str, Any], curve: LeakageCurve | None) -> None:
-    write_file(directory / RESULT, json.dumps(result, indent=1) + "\n")
+    write_file(directory / RESULT, json_text(result, indent=1) + "\n")
     write_file(directory / PAGE, render(result, curve))
     header = ("neighbours", "loss", "perplexity", "bits per byte", "costs more than real")
     say(render_table(header, _rows(result)))

@@ -21,6 +21,7 @@ from megatron_retro.evaluation.examples import Example
 from megatron_retro.evaluation.prompts import Prompt
 from megatron_retro.evaluation.tasks import Scoring, Task, average
 from megatron_retro.runtime.console import Progress, render_table
+from megatron_retro.runtime.strict_json import json_text
 from megatron_retro.runtime.workers import Worker
 
 
@@ -63,7 +64,7 @@ class Evaluation:
     def fingerprint(self) -> str:
         """Identity of the predictions."""
         content = {"task": self.task.name, "ids": [example.id for example in self.examples], **self.identity}
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+        return hashlib.sha256(json_text(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def run(self, worker: Worker, stop: Callable[[], str | None] = lambda: None) -> dict[str, Any] | None:
         """Answer this worker's share; the results, once every question has an answer.
@@ -87,10 +88,10 @@ class Evaluation:
         fresh = not _repaired(path)
         with path.open("a", encoding="utf-8") as stream, Progress(self.task.title, len(examples), "questions") as bar:
             if fresh:
-                stream.write(json.dumps({"fingerprint": self.fingerprint, **self.identity}, default=str) + "\n")
+                stream.write(json_text({"fingerprint": self.fingerprint, **self.identity}, default=str) + "\n")
             for start in range(0, len(examples), self.batch_size):
                 batch = examples[start : start + self.batch_size]
-                stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in self._records(batch))
+                stream.writelines(json_text(record, ensure_ascii=False) + "\n" for record in self._records(batch))
                 stream.flush()
                 bar.advance(len(batch))
                 if (reason := stop()) is not None:
@@ -133,9 +134,9 @@ class Evaluation:
             "protocol": dict(self.identity),
             "fingerprint": self.fingerprint,
         }
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in ordered)
+        lines = "".join(json_text(record, ensure_ascii=False) + "\n" for record in ordered)
         write_file(self.directory / f"{self.task.name}.examples.jsonl", lines)
-        write_file(self.directory / f"{self.task.name}.json", json.dumps(results, indent=1, default=str) + "\n")
+        write_file(self.directory / f"{self.task.name}.json", json_text(results, indent=1, default=str) + "\n")
         return results
 
 

@@ -23,6 +23,7 @@ from megatron_retro.inference.generation import Generation, GenerationRequest
 from megatron_retro.inference.neighbor_sources import Found, NeighborSource
 from megatron_retro.inference.sampling import Sampling
 from megatron_retro.parallel.replica_channel import ReplicaChannel
+from megatron_retro.runtime.strict_json import json_text
 
 
 class LeaderFailed(Exception):
@@ -85,7 +86,7 @@ class Orders:
 
     def written(self) -> bytes:
         """As bytes; none when nothing is new."""
-        return json.dumps(asdict(self)).encode() if self != Orders() else b""
+        return json_text(asdict(self)).encode() if self != Orders() else b""
 
     @classmethod
     def read(cls, data: bytes) -> Orders:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.planning.plan import Plan
+from megatron_retro.runtime.strict_json import json_text
 
 
 def write_figures(plan: Plan, path: Path) -> None:
     """Write them."""
-    write_file(path, json.dumps(figures(plan), indent=1) + "\n")
+    write_file(path, json_text(figures(plan), indent=1) + "\n")
 
 
 def figures(plan: Plan) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from megatron_retro.artifacts.block_checksums import checksum_of
 from megatron_retro.artifacts.files import new_file
 from megatron_retro.errors import ArtifactError
+from megatron_retro.runtime.strict_json import json_text
 
 _ABOUT = "block"
 _READABLE = 0o644
@@ -28,7 +29,7 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], facts: Mapping[
 
     ordered = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     # One entry: safetensors writes several in an order that changes from run to run.
-    header = {_ABOUT: json.dumps({"facts": facts, "crc32": _checksums(ordered)}, sort_keys=True)}
+    header = {_ABOUT: json_text({"facts": facts, "crc32": _checksums(ordered)}, sort_keys=True)}
     with new_file(path) as partial:
         save_file(ordered, partial, metadata=header)
         partial.chmod(_READABLE)

@@ -6,7 +6,6 @@ prompt holds: the last tokens, one chunk of them, of what the user said last.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from megatron_retro.artifacts.files import new_file
 from megatron_retro.config.contexts import ContextsConfig
 from megatron_retro.data.instructions.conversations import Conversation, read_records
 from megatron_retro.retrieval.live_index import LiveIndex
+from megatron_retro.runtime.strict_json import json_text
 
 _TOGETHER = 256
 
@@ -30,7 +30,7 @@ def write_contexts(source: Path, target: Path, index: LiveIndex, config: Context
             found = _passages([part[number][1] for number in asked], index, config)
             for number, passages in zip(asked, found, strict=True):
                 part[number][0]["contexts"] = [{"text": text} for text in passages]
-            stream.writelines(json.dumps(_without_empty(record), ensure_ascii=False) + "\n" for record, _ in part)
+            stream.writelines(json_text(_without_empty(record), ensure_ascii=False) + "\n" for record, _ in part)
             searched += len(asked)
     return len(records), searched
 

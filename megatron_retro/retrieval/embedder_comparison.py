@@ -32,7 +32,7 @@ def compare_embedders(search: NeighborSearch, kinds: tuple[str, ...]) -> list[di
     pool = uniform_sample(project.database.num_chunks, min(POOL_CHUNKS, project.database.num_chunks))
     numbers = uniform_sample(search.chunks.num_chunks, min(_QUERIES, search.chunks.num_chunks))
     random = np.random.default_rng(0).integers(0, len(pool), (len(numbers), 2))
-    rows = [{"embedder": "random", **_shared(search, numbers, pool[random]), "chunks per second": float("nan")}]
+    rows = [{"embedder": "random", **_shared(search, numbers, pool[random]), "chunks per second": None}]
     for kind in kinds:
         config = replace(project.settings[EmbedderConfig], retro_embedder=kind)
         embedder = build_embedder(config, project.tokenizer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from megatron_retro.retrieval.project import Project
 from megatron_retro.retrieval.recomputing import recompute
 from megatron_retro.retrieval.training import open_trained, trained_fingerprint
 from megatron_retro.runtime.console import Progress
+from megatron_retro.runtime.strict_json import json_text
 
 SEGMENT_BYTES = 1 << 28
 
@@ -127,4 +127,4 @@ def _check_blocks(project: Project, paths: tuple[Path, ...], facts: dict[str, An
 
 def _key(facts: dict[str, Any]) -> str:
     """Unfinished work on other codes must never be taken for this one's."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json_text(facts, sort_keys=True).encode()).hexdigest()[:12]

@@ -28,6 +28,7 @@ from megatron_retro.retrieval.faiss_index import search_one_by_one, set_search_e
 from megatron_retro.retrieval.layout import ProjectLayout
 from megatron_retro.retrieval.merging import KIND, VERSION, open_merged
 from megatron_retro.retrieval.project import Project
+from megatron_retro.runtime.strict_json import json_text
 
 _FILES = ("tokenizer_model", "vocab_file", "merge_file")
 _CACHED_CHUNKS = 4096
@@ -45,7 +46,7 @@ def write_live_settings(project: Project, nprobe: int, ef_search: int) -> None:
         "nprobe": nprobe,
         "ef_search": ef_search,
     }
-    write_file(project.layout.live_settings, json.dumps(settings, indent=1, sort_keys=True) + "\n")
+    write_file(project.layout.live_settings, json_text(settings, indent=1, sort_keys=True) + "\n")
 
 
 class LiveIndex:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,6 +49,7 @@ from megatron_retro.retrieval.reordering import (
 from megatron_retro.retrieval.searching import Searcher
 from megatron_retro.retrieval.training import uniform_sample
 from megatron_retro.runtime.console import Progress, say
+from megatron_retro.runtime.strict_json import json_text
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _fill_table(project: Project, search: NeighborSearch) -> None:
     settings = table_settings(project, searcher.nprobe, searcher.ef_search)
     # Ways of searching differ in rounding and ties: parts of one table are all found in one way, any one will do.
     config = {**settings, "by_lists": searcher.by_lists, "on_gpus": searcher.gpus is not None}
-    key = hashlib.sha256(json.dumps([inputs, config, layout.row_ranges], sort_keys=True).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json_text([inputs, config, layout.row_ranges], sort_keys=True).encode()).hexdigest()[:12]
     name = f"neighbors-{corpus.name}-{key}"
     directory = project.layout.work(name)
     make_folder(directory)

@@ -24,6 +24,7 @@ from megatron_retro.retrieval.project import Project
 from megatron_retro.retrieval.query_texts import QueryTexts, query_chunks
 from megatron_retro.retrieval.searching import Searcher, can_join
 from megatron_retro.retrieval.training import uniform_sample
+from megatron_retro.runtime.strict_json import json_text
 
 _SAMPLE = 2000
 _WANTED_RECALL = 0.97
@@ -83,7 +84,7 @@ def _calibrated_nprobe(project: Project, index: Any, ef_search: int) -> int:
     manifest = read_manifest(project.layout.merged, kind=KIND, version=VERSION)
     path = project.layout.work(f"calibration-{manifest.fingerprint[:12]}-{ef_search}.json")
     for _ in claimed(project.layout, "calibrate", [path.name], lambda _: path.exists(), project.worker):
-        write_file(path, json.dumps(_calibrate(project, index, ef_search)) + "\n")
+        write_file(path, json_text(_calibrate(project, index, ef_search)) + "\n")
     try:
         return int(json.loads(path.read_text(encoding="utf-8"))["nprobe"])
     except (ValueError, KeyError, TypeError) as error:

@@ -24,6 +24,7 @@ from megatron_retro.retrieval.encoding import KeptVectors
 from megatron_retro.retrieval.faiss_index import inverted_parts, new_index
 from megatron_retro.retrieval.index_choice import IndexChoice, choose_index
 from megatron_retro.retrieval.layout import ProjectLayout, Span, claimed, spans, unless_done
+from megatron_retro.runtime.strict_json import json_text
 from megatron_retro.runtime.workers import Worker, this_worker
 
 
@@ -168,7 +169,7 @@ class Project:
         """Write down what was decided, or check that it still holds."""
         path = self.layout.plan
         if not path.exists():
-            write_file(path, json.dumps(self.decided, indent=1, sort_keys=True) + "\n")
+            write_file(path, json_text(self.decided, indent=1, sort_keys=True) + "\n")
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))

@@ -37,6 +37,7 @@ from megatron_retro.retrieval.quality import (
 )
 from megatron_retro.retrieval.quality_page import quality_page
 from megatron_retro.runtime.console import say
+from megatron_retro.runtime.strict_json import json_text
 
 _REPORT_VERSION = 1
 
@@ -53,7 +54,7 @@ def verify(project: Project) -> None:
     for _ in claimed(project.layout, "verify", ["verify"], lambda _: _is_about(path, subject), project.worker):
         report = {**_measured(project), "subject": subject}
         write_file(path.with_name("quality.html"), quality_page(report))
-        write_file(path, json.dumps(report, indent=1) + "\n")
+        write_file(path, json_text(report, indent=1) + "\n")
     judge(json.loads(path.read_text(encoding="utf-8")), path)
 
 
@@ -63,7 +64,7 @@ def _subject(project: Project) -> str:
     measured = [config.retro_verify_queries, config.retro_verify_rows, config.retro_verify_embedders]
     made = [load_manifest(path).fingerprint for path in _made(project)]
     facts = [_REPORT_VERSION, made, measured, config.retro_recall_floor]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return hashlib.sha256(json_text(facts).encode()).hexdigest()
 
 
 def _made(project: Project) -> list[Path]:

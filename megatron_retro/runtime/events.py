@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from megatron_retro.runtime.strict_json import json_text
 
 
 class EventLog:
@@ -25,7 +26,7 @@ class EventLog:
         """Add one event."""
         if self._stream is not None:
             record = {"event": event, "time": round(time.time(), 3), **facts}
-            self._stream.write(json.dumps(_finite(record)) + "\n")
+            self._stream.write(json_text(record) + "\n")
 
     def close(self) -> None:
         """Close the file."""
@@ -53,14 +54,3 @@ def _drop_cut_line(path: Path) -> None:
         while end and (stream.seek(end - 1), stream.read(1))[1] != b"\n":
             end -= 1
         stream.truncate(end)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: text stands for it."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value

@@ -19,6 +19,8 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
+from megatron_retro.runtime.strict_json import json_text
+
 _PREFIX = "heartbeat"
 _STORE_TIMEOUT = timedelta(seconds=3)
 
@@ -80,7 +82,7 @@ class Heartbeat:
             "host": socket.gethostname(),
             "process": os.getpid(),
         }
-        self._store.set(f"{_PREFIX}/{self._rank}", json.dumps(beat))
+        self._store.set(f"{_PREFIX}/{self._rank}", json_text(beat))
 
     def _everyone(self) -> list[Beat]:
         return [self._read(rank) for rank in range(self._world_size)]

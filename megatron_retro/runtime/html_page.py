@@ -7,10 +7,8 @@ Every function returns HTML; text given to it is escaped. Plots are in `svg_plot
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --paper: #ffffff; --panel: #f5f7f9; --rule: #d4dae0;
@@ -95,22 +93,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, caption: s
     return f'<div class="scroll" tabindex="0">{inside}</div>'
 
 
-def embedded_data(name: str, data: Any) -> str:
-    """Data for a page's script, safe against `</script>` in any text."""
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    return f'<script type="application/json" id="{escape(name)}">{text}</script>'
-
-
 def _cell(tag: str, value: object, right: bool, extra: str = "") -> str:
     kind = ' class="number"' if right else ""
     return f"<{tag}{kind}{extra}>{escape(_shown(value))}</{tag}>"
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 def _shown(value: object) -> str:
+    if value is None:
+        return "–"
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):

@@ -12,7 +12,6 @@ peer died or hangs into an error that names rank, axis and step.
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 import traceback
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 from megatron_retro.errors import DistributedError, EnvironmentProblem
 from megatron_retro.runtime.launch import Launch
 from megatron_retro.runtime.meeting import fresh_corner
+from megatron_retro.runtime.strict_json import json_text
 
 _SIGNS_OF_LOST_PEERS = ("timed out", "timeout", "connection closed", "connection reset", "broken pipe", "aborted")
 
@@ -98,7 +98,7 @@ def _store(launch: Launch, timeout: timedelta) -> Store:
 
 def agree(facts: Mapping[str, object], what: str) -> None:
     """Every rank calls it at start: refuse to go on when ranks read different facts (settings, data fingerprints)."""
-    mine = {name: json.dumps(value, sort_keys=True, default=str) for name, value in facts.items()}
+    mine = {name: json_text(value, sort_keys=True, default=str) for name, value in facts.items()}
     everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine)
     lines = []

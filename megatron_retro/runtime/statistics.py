@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megatron_retro.runtime.strict_json import number_of
 
 RESAMPLES = 1000
 
@@ -21,6 +24,11 @@ class Interval:
 
     def __str__(self) -> str:
         return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+    @classmethod
+    def of(cls, values: Sequence[float | str | None]) -> Interval:
+        """What `as_list` gave, read back from JSON."""
+        return cls(*map(number_of, values))
 
     @property
     def above_zero(self) -> bool:

@@ -126,14 +126,17 @@ def bars(
     between = list(bounds or [None] * len(labels))
     ends = [end for one in between if one is not None for end in one]
     across = Axis(0.0, float(len(labels)), _LEFT, _WIDTH - _RIGHT)
-    up = Axis(min(0.0, *values, *ends), max(0.0, *values, *ends, 1e-12), _HEIGHT - _BOTTOM, _TOP)
+    heights = [height for height in (*values, *ends) if math.isfinite(height)]
+    up = Axis(min([0.0, *heights]), max([0.0, *heights, 1e-12]), _HEIGHT - _BOTTOM, _TOP)
     marks = _frame(across, up, lambda _: "", _number)
     for number, (label, value, bound) in enumerate(zip(labels, values, between, strict=True)):
         left, width = across.at(number + 0.15), across.at(0.7) - across.at(0.0)
-        top, bottom = sorted((up.at(value), up.at(0.0)))
-        marks.append(_bar(left, width, top, bottom - top, f"{label}: {value:.4g}"))
-        marks += [] if bound is None else [_whisker(left + width / 2, up.at(bound[1]), up.at(bound[0]))]
         marks.append(_text(left + width / 2, up.start + 16, label, "middle"))
+        if math.isfinite(value):
+            top, bottom = sorted((up.at(value), up.at(0.0)))
+            marks.append(_bar(left, width, top, bottom - top, f"{label}: {value:.4g}"))
+        if bound is not None and all(map(math.isfinite, bound)):
+            marks.append(_whisker(left + width / 2, up.at(bound[1]), up.at(bound[0])))
     return _figure(title, "", y_label, marks, table(("", y_label), list(zip(labels, values, strict=True))))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 import resource
@@ -26,6 +25,7 @@ from typing import Any
 
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.runtime.console import render_table, say
+from megatron_retro.runtime.strict_json import json_text
 
 HIGHER, LOWER = "higher", "lower"
 _VERSIONS = ("torch", "numpy", "sentencepiece", "tokenizers", "faiss-cpu", "transformers", "megatron-retro")
@@ -145,7 +145,7 @@ def benchmark_main(description: str | None, run: Callable[[bool], Iterable[Figur
 def _write(path: Path | None, about: Mapping[str, Any], figures: Sequence[Figure]) -> None:
     if path is not None:
         measured = [{**asdict(figure), "met": figure.met} for figure in figures]
-        write_file(path, json.dumps({**about, "figures": measured}, indent=1) + "\n")
+        write_file(path, json_text({**about, "figures": measured}, indent=1) + "\n")
 
 
 def _row(figure: Figure) -> tuple[object, ...]:

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megatron_retro.runtime.strict_json import json_text
+
 _ARGUMENTS = (
     "--headless=new",
     "--no-sandbox",
@@ -123,7 +125,7 @@ class Browser:
         return self._request(method, f"/session/{self._session}{path}", body)
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
+        data = None if body is None else json_text(body).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{self._port}{path}", data, method=method)
         request.add_header("Content-Type", "application/json")
         try:

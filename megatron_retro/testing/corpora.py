@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_retro.data.tokenizers import GPT2BPETokenizer, HuggingFaceTokenizer, SentencePieceTokenizer
 from megatron_retro.data.word_boundaries import SPLIT_PATTERNS
+from megatron_retro.runtime.strict_json import json_text
 
 Sequences = list[list[int]]
 _PHRASE = (
@@ -120,7 +121,7 @@ def small_byte_level_files(folder: Path) -> tuple[Path, Path]:
     backend.train_from_iterator(training_lines(), trainer)
     model = json.loads(backend.to_str())["model"]
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
-    vocabulary.write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    vocabulary.write_text(json_text(model["vocab"]), encoding="utf-8")
     pairs = "\n".join(" ".join(pair) for pair in model["merges"])
     merges.write_text("#version: 0.2\n" + pairs + "\n", encoding="utf-8")
     return vocabulary, merges
@@ -159,5 +160,5 @@ def small_hugging_face(
 
 def write_json_lines(path: Path, records: Sequence[dict[str, Any]]) -> Path:
     """A .jsonl file."""
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    path.write_text("".join(json_text(record) + "\n" for record in records), encoding="utf-8")
     return path

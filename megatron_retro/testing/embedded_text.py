@@ -19,6 +19,7 @@ from megatron_retro.data.standard_library import standard_library_documents
 from megatron_retro.data.tokenizers import build_tokenizer
 from megatron_retro.retrieval.embedders import build_embedder
 from megatron_retro.retrieval.encoding import KeptVectors, from_bfloat16
+from megatron_retro.runtime.strict_json import json_text
 
 Vectors = NDArray[np.float32]
 DIMENSION = 384
@@ -61,7 +62,7 @@ def build_standard_library(folder: Path, documents: int | None, queried_rows: in
     text, model = folder / "text.jsonl", folder / "tokenizer"
     with text.open("w", encoding="utf-8") as stream:
         for document in [*standard_library_documents()][:documents]:
-            stream.write(json.dumps({"text": document.text}) + "\n")
+            stream.write(json_text({"text": document.text}) + "\n")
     tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", f"{model}.model"]
     _run("train-tokenizer", ["--input", str(text), "--tokenizer-output", str(model), "--tokenizer-vocab-size", "2048"])
     _run("preprocess", ["--input", str(text), "--output-prefix", str(folder / "text"), "--append-eod", *tokenizer])

@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
+from megatron_retro.runtime.strict_json import json_text
+
 _GRACE_SECONDS = 3.0
 _POLL_SECONDS = 0.01
 
@@ -101,7 +103,7 @@ def _rank_main(room: Path, rank: int, world_size: int, port: int, timeout: float
             return 0
         except BaseException:
             failure = {"at": time.time(), "traceback": traceback.format_exc()}
-            (room / f"{rank}.part").write_text(json.dumps(failure), encoding="utf-8")
+            (room / f"{rank}.part").write_text(json_text(failure), encoding="utf-8")
             (room / f"{rank}.part").rename(room / f"{rank}.failure")
             return 1
 

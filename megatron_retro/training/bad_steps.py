@@ -6,7 +6,6 @@ disk for inspection.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 
 from megatron_retro.artifacts.files import new_file, write_file
 from megatron_retro.data.batches import Batch
+from megatron_retro.runtime.strict_json import json_text
 
 BAD_BATCHES = "bad_batches"
 _FEWEST_LOSSES = 16
@@ -61,5 +61,5 @@ def write_bad_batch(
     with new_file(path) as partial, partial.open("wb") as stream:
         np.savez(stream, **arrays)
     facts = {"step": step, "rank": rank, "reason": reason, "sample_ids": sample_ids(microbatches)}
-    write_file(directory / f"rank-{rank:05}.json", json.dumps(facts, indent=1) + "\n")
+    write_file(directory / f"rank-{rank:05}.json", json_text(facts, indent=1) + "\n")
     return path

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_retro.training.report import interval_text
+from megatron_retro.runtime.statistics import Interval
 from megatron_retro.training.story_files import Story
 
 RECALL_FLOOR = 0.9
@@ -38,8 +38,8 @@ def _neighbors_cost(story: Story) -> Iterator[Expectation]:
         ("none", "held-out text is easier with its neighbours than with none"),
         ("random", "and easier than with random ones, so it is their content that helps"),
     ):
-        seen = f"{variant} cost {interval_text(excess[variant], '+')} nats per token more than real ones"
-        yield Expectation(claim, seen, excess[variant][1] > 0)
+        cost = Interval.of(excess[variant])
+        yield Expectation(claim, f"{variant} cost {cost} nats per token more than real ones", cost.above_zero)
 
 
 def _retrieval(story: Story) -> Iterator[Expectation]:

@@ -13,6 +13,8 @@ from megatron_retro.checkpoint.directory import complete_checkpoints
 from megatron_retro.runtime.environment import environment_rows
 from megatron_retro.runtime.html_page import facts, page, paragraph, preformatted, section, table
 from megatron_retro.runtime.marked_text import MARKED_STYLE
+from megatron_retro.runtime.statistics import Interval
+from megatron_retro.runtime.strict_json import number_of
 from megatron_retro.runtime.svg_plots import Series, bars, line_plot
 from megatron_retro.training.neighbor_examples import neighbor_section
 from megatron_retro.training.run_log import RunLog, read_run_log
@@ -79,7 +81,7 @@ def _curves(log: RunLog) -> str:
         plots.append(line_plot([Series(name, steps, values)], title=title, x_label="step", y_label=title.lower()))
     if log.evaluations:
         steps = [float(record["step"]) for record in log.evaluations]
-        losses = [float(record["loss"]) for record in log.evaluations]
+        losses = [number_of(record["loss"]) for record in log.evaluations]
         plots.append(
             line_plot([Series("loss", steps, losses)], title="Validation loss", x_label="step", y_label="loss")
         )
@@ -115,7 +117,8 @@ def health_sections(log: RunLog) -> list[str]:
     steps = [float(record["step"]) for record in measured]
     series = []
     for variant in measured[-1]["facts"]["excess"]:
-        means, lows, highs = zip(*(record["facts"]["excess"][variant] for record in measured), strict=True)
+        costs = [Interval.of(record["facts"]["excess"][variant]) for record in measured]
+        means, lows, highs = ([getattr(one, name) for one in costs] for name in ("mean", "low", "high"))
         series.append(Series(variant, steps, means, lows, highs))
     last = measured[-1]["facts"]
     by_position = [
@@ -145,17 +148,17 @@ def _health_rows(last: dict[str, Any]) -> list[tuple[str, str, str]]:
     return [
         (
             variant,
-            interval_text(values, ""),
-            interval_text(last["excess"][variant], "+") if variant in last["excess"] else "",
+            _loss_text(values),
+            str(Interval.of(last["excess"][variant])) if variant in last["excess"] else "",
         )
         for variant, values in last["losses"].items()
     ]
 
 
-def interval_text(values: Sequence[float], sign: str) -> str:
-    """Mean with its bounds."""
-    mean, low, high = (float(value) for value in values)
-    return f"{mean:{sign}.4f} [{low:{sign}.4f}, {high:{sign}.4f}]"
+def _loss_text(values: Sequence[float | None]) -> str:
+    """Mean with its bounds, without signs."""
+    loss = Interval.of(values)
+    return f"{loss.mean:.4f} [{loss.low:.4f}, {loss.high:.4f}]"
 
 
 def _layer_rows(last: dict[str, Any]) -> list[tuple[int, str, str]]:
@@ -174,7 +177,7 @@ def leakage_section(run: Path) -> list[str]:
     if "leakage" not in result:
         return []
     curve = result["leakage"]
-    series = [Series(name, curve["alphas"], values) for name, values in curve["bits_per_byte"].items()]
+    series = [Series(name, curve["alphas"], [*map(number_of, bits)]) for name, bits in curve["bits_per_byte"].items()]
     plot = line_plot(
         series,
         title="Bits per byte of chunks that share at most this much with their neighbours",

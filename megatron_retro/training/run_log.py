@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_retro.errors import ArtifactError
 from megatron_retro.runtime.events import read_events
+from megatron_retro.runtime.strict_json import number_of
 
 EVENTS = "events.jsonl"
 
@@ -25,7 +26,7 @@ class RunLog:
 
     def curve(self, name: str) -> tuple[list[float], list[float]]:
         """Steps and values of one field."""
-        return [float(step["step"]) for step in self.steps], [float(step[name]) for step in self.steps]
+        return [float(step["step"]) for step in self.steps], [number_of(step[name]) for step in self.steps]
 
 
 def read_run_log(run: Path) -> RunLog:

@@ -12,6 +12,8 @@ from megatron_retro.config.reporting import ReportConfig
 from megatron_retro.runtime.console import readable_seconds
 from megatron_retro.runtime.html_page import facts, page, paragraph, preformatted, section, table
 from megatron_retro.runtime.marked_text import MARKED_STYLE
+from megatron_retro.runtime.statistics import Interval
+from megatron_retro.runtime.strict_json import number_of
 from megatron_retro.runtime.svg_plots import Series, line_plot
 from megatron_retro.training.expectations import Expectation, expectations
 from megatron_retro.training.neighbor_examples import neighbor_section
@@ -45,16 +47,17 @@ def _verdict(story: Story) -> str:
     if story.retro is None:
         return paragraph("No run here was measured with and without its neighbours.", "soft")
     run, log = story.retro
-    excess = log.evaluations[-1]["facts"]["excess"]
-    helps = excess["none"][1] > 0 and excess["random"][1] > 0
+    costs = {name: Interval.of(log.evaluations[-1]["facts"]["excess"][name]) for name in ("none", "random")}
+    helps = all(cost.above_zero for cost in costs.values())
     words = (
         f"Yes: on files that {run.name} never saw, predicting a token costs more without the neighbours that were "
         "retrieved for it, and more with random ones. Both intervals are clear of zero."
         if helps
         else f"Not here: {run.name} predicts held-out text no worse without its neighbours, or with random ones."
     )
-    shown = {f"{name} cost": f"{excess[name][0]:+.4f} nats/token" for name in ("none", "random")}
-    return paragraph(words, "good" if helps else "bad") + facts({"held-out loss": log.evaluations[-1]["loss"], **shown})
+    loss = {"held-out loss": number_of(log.evaluations[-1]["loss"])}
+    shown = {f"{name} cost": f"{cost.mean:+.4f} nats/token" for name, cost in costs.items()}
+    return paragraph(words, "good" if helps else "bad") + facts({**loss, **shown})
 
 
 def _expected(checked: list[Expectation]) -> str:
@@ -70,7 +73,7 @@ def _trained(story: Story) -> str:
             len(log.steps),
             log.steps[-1]["tokens"] if log.steps else 0,
             readable_seconds(sum(sum(step["seconds"].values()) for step in log.steps)),
-            f"{log.evaluations[-1]['loss']:.4f}" if log.evaluations else "",
+            f"{number_of(log.evaluations[-1]['loss']):.4f}" if log.evaluations else "",
         )
         for run, log in story.runs
     ]

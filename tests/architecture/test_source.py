@@ -75,6 +75,15 @@ def run(command: list[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_all_json_is_strict() -> None:
+    """NaN and Infinity are no JSON: `json_text` writes null for them, and what does not go through it refuses them."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dumps", "json.dump"):
+                refused = [key for key in node.keywords if key.arg == "allow_nan"]
+                assert refused and ast.unparse(refused[0].value) == "False", f"{path}:{node.lineno}: use json_text"
+
+
 def test_no_pickle_is_loaded_from_disk() -> None:
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -24,10 +24,11 @@ from megatron_retro.config.workers import WorkersConfig
 from megatron_retro.data.builders import build_dataset
 from megatron_retro.data.dataset import Dataset
 from megatron_retro.errors import ConfigError, DamagedArtifact
-from megatron_retro.evaluation.leakage import shared_shares, text_bytes
+from megatron_retro.evaluation.leakage import ALPHAS, shared_shares, text_bytes
 from megatron_retro.evaluation.perplexity import Measured, Window, measure, read_windows, sliding_windows
 from megatron_retro.evaluation.perplexity_run import run_perplexity
 from megatron_retro.model.neighbors import Neighbors
+from megatron_retro.runtime.strict_json import json_text
 from megatron_retro.testing.processes import run_ranks
 from megatron_retro.testing.tiny_corpus import CHUNK, TinyCorpus, write_tiny_corpus
 from megatron_retro.training.program import pretrain
@@ -116,16 +117,21 @@ def evaluated(setting: Setting, output: Path, **changes: Any) -> dict[str, Any] 
     return run_perplexity(Settings(sections, settings.origins()).replace(**changes))
 
 
-def test_the_verb_writes_figures_that_add_up(setting: Setting, tmp_path: Path) -> None:
+def test_the_verb_writes_figures_that_add_up(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_retro.evaluation.leakage.ALPHAS", (-1.0, *ALPHAS))  # a level without any chunk
     result = evaluated(setting, tmp_path)
     assert result is not None
-    assert json.loads((tmp_path / "perplexity.json").read_text()) == json.loads(json.dumps(result))
+    text = (tmp_path / "perplexity.json").read_text()
+    assert json.loads(text) == json.loads(json_text(result)) and "NaN" not in text
     assert "Leakage curve" in (tmp_path / "perplexity.html").read_text()
     real = result["variants"]["real"]
     assert real["perplexity"] == pytest.approx(math.exp(real["loss"][0]))
     nats = real["loss"][0] * result["tokens"]
     assert real["bits_per_byte"] == pytest.approx(nats / math.log(2) / result["bytes"])
     curve = result["leakage"]
+    written = json.loads(text)["leakage"]
+    assert written["bits_per_byte"]["real"][0] is None and written["excess"]["none"][0] == [None] * 3
+    assert written["bits_per_byte"]["real"][-1] == curve["bits_per_byte"]["real"][-1]
     assert curve["chunks"] == sorted(curve["chunks"])
     assert set(curve["bits_per_byte"]) == {"real", "none", "random", "shuffled"}
     for name, costs in curve["excess"].items():

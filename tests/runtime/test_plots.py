@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -23,3 +24,10 @@ def test_bounds_stand_on_the_scale_of_their_bars() -> None:
     assert float(low) == pytest.approx(zero - 1 * unit, abs=0.2)
     assert plot.count("h10m-5") == 1
     assert "h10m-5" not in bars(["a"], [1.0], title="t", y_label="y")
+
+
+def test_a_height_that_is_no_number_is_left_out() -> None:
+    plot = bars(["a", "diverged"], [2.0, math.nan], title="t", y_label="y", bounds=[(1.0, 3.0), (math.nan, math.inf)])
+    picture = plot.partition("</svg>")[0]
+    assert picture.count("<rect") == 1 and picture.count("h10m-5") == 1 and "diverged" in picture
+    assert '"nan' not in picture and " nan" not in picture

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_retro.errors import ConfigError, EnvironmentProblem
@@ -13,6 +16,8 @@ from megatron_retro.runtime import environment
 from megatron_retro.runtime.console import Progress, readable_bytes, readable_seconds, render_table
 from megatron_retro.runtime.events import EventLog, read_events
 from megatron_retro.runtime.launch import Launch
+from megatron_retro.runtime.statistics import Interval
+from megatron_retro.runtime.strict_json import json_text, number_of
 from megatron_retro.runtime.workers import Worker, this_replica, this_worker
 
 
@@ -76,6 +81,23 @@ def test_table_aligns() -> None:
     assert render_table(("name", "n"), [("a", 1), ("long", 10)]) == "name   n\n----  --\na      1\nlong  10"
 
 
+def strictly_read(text: str) -> Any:
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_numbers_that_are_not_finite_are_null() -> None:
+    value = {"a": [1.5, math.nan, (math.inf, np.float64("-inf"))], "b": {"c": True, "d": None, "e": "NaN"}}
+    read = strictly_read(json_text(value))
+    assert read == {"a": [1.5, None, [None, None]], "b": {"c": True, "d": None, "e": "NaN"}}
+    assert json_text({"b": 0.1, "a": "ü"}, sort_keys=True, ensure_ascii=False) == '{"a": "ü", "b": 0.1}'
+    interval = Interval.of(strictly_read(json_text(Interval(0.5, math.nan, math.inf).as_list())))
+    assert interval.mean == 0.5 and math.isnan(interval.low) and not interval.above_zero
+    assert number_of("inf") == math.inf  # as older logs have it
+
+
 def test_events_survive_a_cut_last_line(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     log = EventLog(path)
@@ -85,8 +107,8 @@ def test_events_survive_a_cut_last_line(tmp_path: Path) -> None:
     with path.open("a") as stream:
         stream.write('{"event": "st')
     assert [event["step"] for event in read_events(path)] == [1, 2]
-    assert [event["loss"] for event in read_events(path, "step")] == ["nan"]
-    json.loads(path.read_text().splitlines()[0])
+    assert [event["loss"] for event in read_events(path, "step")] == [None]
+    strictly_read(path.read_text().splitlines()[0])
     again = EventLog(path)  # the run goes on
     again.write("step", loss=1.0, step=3)
     again.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from megatron_retro.cli.main import main
 from megatron_retro.config.reporting import ReportConfig
 from megatron_retro.config.toml_files import render_toml
 from megatron_retro.errors import ConfigError
+from megatron_retro.runtime.events import EventLog, read_events
 from megatron_retro.testing.browser import Browser, missing_browser
 from megatron_retro.testing.tiny_corpus import write_tiny_corpus
 from megatron_retro.training.expectations import expectations
+from megatron_retro.training.report import write_report
 from megatron_retro.training.story import write_story
 from megatron_retro.training.story_files import read_story
 
@@ -68,6 +71,26 @@ def test_claims_follow_the_figures(run: Path, tmp_path: Path) -> None:
     assert [one.met for one in expectations(story)] == [False, False, True]
     untuned = read_story([run], config(tmp_path, tuned=False))
     assert not expectations(untuned)[-1].met and expectations(untuned)[-1].line.startswith("NOT SEEN")
+
+
+def test_a_diverged_run_has_its_pages(run: Path, tmp_path: Path) -> None:
+    """What is not finite is null in the log, a gap in plots, and no reason to believe a claim."""
+    diverged = tmp_path / "retro"
+    diverged.mkdir()
+    log = EventLog(diverged / "events.jsonl")
+    for event in read_events(run / "events.jsonl"):
+        if event["event"] == "step":
+            event["gradient_norm"] = math.inf
+        if event["event"] == "evaluation":
+            event["loss"] = math.nan
+            event["facts"]["excess"] = dict.fromkeys(event["facts"]["excess"], [math.nan] * 3)
+        log.write(**{name: value for name, value in event.items() if name != "time"})
+    log.close()
+    (diverged / "config.toml").write_bytes((run / "config.toml").read_bytes())
+    text = write_report(diverged).read_text(encoding="utf-8")
+    assert "Retrieval health" in text and '="nan' not in text
+    checked = write_story([diverged], config(tmp_path), tmp_path / "story.html")
+    assert [one.met for one in checked] == [False, False, True]
 
 
 @pytest.mark.skipif(missing_browser() is not None, reason=str(missing_browser()))

@@ -21,6 +21,7 @@ from megatron_retro.data.preprocessing.encoding import Encoder
 from megatron_retro.data.preprocessing.plan import LINES, TEXT, Plan
 from megatron_retro.data.preprocessing.records import Record, Refused, Texts, read_segment, texts_of
 from megatron_retro.errors import ArtifactError, DataError
+from megatron_retro.runtime.strict_json import json_text
 
 TOKENS, LENGTHS, DOCUMENTS = "tokens", "lengths", "documents"
 PLAIN_FORMATS = (LINES, TEXT)
@@ -114,7 +115,7 @@ class BlockMaker:
             with named_disk_errors(self.directory):
                 counts = self._fill(block, pieces, report)
                 counts.piece_bytes = pieces.publish()
-                write_file(counts_path(self.directory, block), json.dumps(asdict(counts)))
+                write_file(counts_path(self.directory, block), json_text(asdict(counts)))
         finally:
             pieces.discard()
 
@@ -211,7 +212,7 @@ def _raw(record: Record) -> Iterator[bytes]:
     if isinstance(record.content, bytes):
         yield record.content if record.content.endswith(b"\n") else record.content + b"\n"
     elif isinstance(record.content, dict):
-        yield json.dumps(record.content, default=repr).encode() + b"\n"
+        yield json_text(record.content, default=repr).encode() + b"\n"
     elif not record.path.endswith((".gz", ".zst")):
         left = record.length
         with open(record.path, "rb") as stream:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ import numpy as np
 
 from megatron_retro.data.token_index import map_file
 from megatron_retro.errors import ConfigError, DataError, EnvironmentProblem
+from megatron_retro.runtime.strict_json import json_text
 
 SMALLEST_BLOCK = 8 << 20
 MOST_BLOCKS = 4096
@@ -82,7 +82,7 @@ class Plan:
         facts = asdict(self)
         for file in facts["files"]:
             file["path"] = Path(file["path"]).name
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json_text(facts, sort_keys=True).encode()).hexdigest()
 
     @property
     def num_bytes(self) -> int:

@@ -32,6 +32,7 @@ from megatron_retro.data.token_writer import merge_token_files, verify_token_fil
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.runtime.console import Progress, readable_bytes, say, warn
+from megatron_retro.runtime.strict_json import json_text
 from megatron_retro.runtime.workers import Worker
 
 CLAIM_SECONDS = 4.0
@@ -171,7 +172,7 @@ def _enter(run: Run, *, resume: bool) -> None:
             raise ArtifactError(
                 f"{run.directory} holds unfinished work of this same run", fix="--resume goes on; or remove it"
             )
-    write_file(plan_file, json.dumps({"fingerprint": run.plan.fingerprint, **asdict(run.plan)}, indent=1))
+    write_file(plan_file, json_text({"fingerprint": run.plan.fingerprint, **asdict(run.plan)}, indent=1))
 
 
 def _require_free(run: Run, target: str, config: dict[str, Any], *, resume: bool) -> None:

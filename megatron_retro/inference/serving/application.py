@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.resources import files
@@ -21,6 +20,7 @@ from megatron_retro.inference.serving import answering, schema
 from megatron_retro.inference.serving.engine_thread import Refused, Ticket
 from megatron_retro.inference.serving.guards import Guards
 from megatron_retro.inference.serving.metrics import Metrics
+from megatron_retro.runtime.strict_json import json_text
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.ErrorAnswer} for status in (400, 401, 404, 413, 422, 429, 500, 503)
@@ -247,7 +247,7 @@ def _event_stream(events: AsyncIterator[schema.Completion] | AsyncIterator[schem
                 yield b"data: " + event.model_dump_json().encode() + b"\n\n"
         except MegatronRetroError as error:
             detail = schema.ErrorDetail(message=str(error), type="api_error")
-            yield b"data: " + json.dumps({"error": detail.model_dump()}).encode() + b"\n\n"
+            yield b"data: " + json_text({"error": detail.model_dump()}).encode() + b"\n\n"
         yield b"data: [DONE]\n\n"
 
     return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})

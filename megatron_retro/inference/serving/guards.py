@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
+
+from megatron_retro.runtime.strict_json import json_text
 
 Scope = MutableMapping[str, Any]
 Event = MutableMapping[str, Any]
@@ -92,7 +93,7 @@ class Guards:
 
 async def _answer(send: Send, status: int, message: str, code: str) -> None:
     error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-    body = json.dumps({"error": error}).encode()
+    body = json_text({"error": error}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *_HEADERS]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
