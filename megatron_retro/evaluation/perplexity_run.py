@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings, section_name
 from megatron_retro.config.training import TrainingConfig
 from megatron_retro.config.workers import WorkersConfig
+from megatron_retro.data.batches import label_checksum
 from megatron_retro.data.builders import build_dataset
 from megatron_retro.data.dataset import Dataset, short_rows
 from megatron_retro.data.neighbor_variants import VARIANTS
@@ -202,7 +202,7 @@ def _window_sums(dataset: Dataset, real: Measured) -> dict[str, list[float] | li
     texts = []
     for first, count in zip(firsts, counts, strict=True):
         stream = dataset.sources[real.sources[first]].samples.file.stream
-        texts.append(zlib.crc32(stream[real.offsets[first : first + count]].astype("<i4").tobytes()))
+        texts.append(label_checksum(stream[real.offsets[first : first + count]]))
     return {"losses": [round(float(one), 4) for one in sums], "tokens": counts.tolist(), "texts": texts}
 
 

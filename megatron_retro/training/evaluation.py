@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from megatron_retro.assembly.batch_tensors import to_tensors
 from megatron_retro.assembly.trainable import Trainable
-from megatron_retro.data.batches import Batch
+from megatron_retro.data.batches import Batch, label_checksum
 from megatron_retro.data.loader import Loader
 from megatron_retro.data.neighbor_variants import with_variant
 
@@ -66,7 +65,7 @@ def sample_sums(measured: TokenLosses) -> dict[str, list[float] | list[int]]:
 def _checksums(batch: Batch) -> NDArray[np.int64]:
     """Of the labels that count: what was read beside them (passages, padding) may differ between two runs."""
     rows = zip(batch.labels_BS, batch.loss_mask_BS, strict=True)
-    return np.array([zlib.crc32(labels[counts].astype("<i4").tobytes()) for labels, counts in rows], np.int64)
+    return np.array([label_checksum(labels[counts]) for labels, counts in rows], np.int64)
 
 
 def _gathered(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
