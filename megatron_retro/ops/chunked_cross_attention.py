@@ -55,11 +55,17 @@ def chunked_cross_attention(
     num_chunks = key_BCEGD.shape[1]
     spans = attending_spans(query_BSND.shape[1], chunk_length, num_chunks, first_position)
     if not spans:
-        return torch.zeros_like(query_BSND)
+        return torch.zeros_like(query_BSND) + _nothing_of(query_BSND, key_BCEGD, value_BCEGD, bias_BNSE)
     pieces = [_attend_span(span, query_BSND, key_BCEGD, value_BCEGD, mask_BCE, bias_BNSE, dropout) for span in spans]
     before = query_BSND.new_zeros(query_BSND[:, : spans[0].start].shape)
     after = query_BSND.new_zeros(query_BSND[:, spans[-1].stop :].shape)
     return torch.cat((before, *pieces, after), 1)
+
+
+def _nothing_of(*inputs: Tensor | None) -> Tensor:
+    """Zero that is made of the inputs, whatever they hold: where nothing attends, gradients are zero, not absent."""
+    empty = [each[:0].sum() for each in inputs if each is not None]
+    return torch.stack(empty).sum()
 
 
 def _native(

@@ -204,6 +204,17 @@ def test_attention_without_a_mask_or_with_all_absent(monkeypatch: pytest.MonkeyP
     assert all(float(each.abs().max()) == 0.0 for each in results)
 
 
+@pytest.mark.parametrize("wish", ["native", "reference"])
+def test_gradients_are_zero_where_nothing_attends(monkeypatch: pytest.MonkeyPatch, wish: str) -> None:
+    """Zero, not absent: what waits for a gradient would wait for ever. Nor do the inputs' values count."""
+    monkeypatch.setenv(VARIABLE, wish)
+    query, value = leaf(2, 3, 2, 16, dtype=torch.bfloat16), leaf(2, 1, 5, 2, 16, dtype=torch.bfloat16)
+    key = torch.full_like(value, float("nan")).requires_grad_()
+    results = values_and_gradients(lambda q, k, v: chunked_cross_attention(q, k, v, None, 4), (query, key, value))
+    assert [each.shape for each in results] == [query.shape, query.shape, key.shape, value.shape]
+    assert all(each.dtype == torch.bfloat16 and float(each.abs().sum()) == 0.0 for each in results)
+
+
 def test_attention_ignores_what_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even NaN in an absent neighbour's keys and values reaches anything."""
     monkeypatch.setenv(VARIABLE, "native")
