@@ -1,9 +1,10 @@
-"""Configurations against the baseline, paired: over held-out samples, and over seeds.
+"""Configurations against the baseline, paired: over held-out documents, and over seeds.
 
-Two sources of doubt, two intervals. Over held-out samples: both models read the same text, differences are taken
-within a sample and samples are drawn with replacement; it says how much the text could have mattered. Over seeds:
-Student's t of the differences of runs with the same seed; it says how much the run could have mattered, and needs two
-seeds at least. A difference counts only where every interval that exists is clear of zero.
+Two sources of doubt, two intervals. Over held-out documents: both models read the same text, differences are taken
+within a sample, and documents are drawn with replacement, each with all of its samples under all seeds, for samples of
+one document gain alike; it says how much the text could have mattered. Over seeds: Student's t of the differences of
+runs with the same seed; it says how much the run could have mattered, and needs two seeds at least. A difference counts
+only where every interval that exists is clear of zero.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Configuration:
         return float(np.mean(losses)) if losses else None
 
     def excess(self, variant: str) -> Interval | None:
-        """What other neighbours cost; of one seed over held-out samples, of several over seeds."""
+        """What other neighbours cost; of one seed over held-out documents, of several over seeds."""
         found = [excess for result in self.finished if (excess := result.excess(variant)) is not None]
         if not found:
             return None
@@ -87,13 +88,13 @@ class Difference:
     """A configuration minus the baseline, on the seeds that both finished; why an interval is absent is in words."""
 
     mean: float
-    over_samples: Interval | str
+    over_documents: Interval | str
     over_seeds: Interval | str
 
     @property
     def clear(self) -> bool:
         """Whether an interval exists and each that does is on one side of zero."""
-        intervals = [one for one in (self.over_samples, self.over_seeds) if isinstance(one, Interval)]
+        intervals = [one for one in (self.over_documents, self.over_seeds) if isinstance(one, Interval)]
         return bool(intervals) and (all(one.low > 0 for one in intervals) or all(one.high < 0 for one in intervals))
 
 
@@ -113,7 +114,7 @@ def difference(configuration: Configuration, baseline: Configuration) -> Differe
         return None
     means = [one.loss - other.loss for one, other in pairs]
     over_seeds = student_interval(means) if len(means) > 1 else "one seed"
-    return Difference(float(np.mean(means)), _over_samples(pairs), over_seeds)
+    return Difference(float(np.mean(means)), _over_documents(pairs), over_seeds)
 
 
 def student_interval(values: Sequence[float]) -> Interval:
@@ -124,8 +125,8 @@ def student_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def _over_samples(pairs: Sequence[tuple[Result, Result]]) -> Interval | str:
-    tops, bottoms = [], []
+def _over_documents(pairs: Sequence[tuple[Result, Result]]) -> Interval | str:
+    tops, bottoms, units = [], [], []
     for one, other in pairs:
         ours, theirs = one.samples(), other.samples()
         if ours is None or theirs is None:
@@ -134,4 +135,5 @@ def _over_samples(pairs: Sequence[tuple[Result, Result]]) -> Interval | str:
             return "other held-out samples"
         tops.append(ours.losses - theirs.losses)
         bottoms.append(ours.tokens)
-    return bootstrap_ratio(np.concatenate(tops), np.concatenate(bottoms), seed=0)
+        units.append(np.asarray(ours.documents, np.int64))
+    return bootstrap_ratio(np.concatenate(tops), np.concatenate(bottoms), seed=0, units=np.concatenate(units))

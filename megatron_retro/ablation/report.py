@@ -24,7 +24,7 @@ _LINES = 6
 _COLUMNS = (
     ("loss", "held-out loss"),
     ("difference", "minus baseline"),
-    ("samples", "95% over samples"),
+    ("documents", "95% over documents"),
     ("seeds", "95% over seeds"),
     ("none", "no neighbours cost"),
     ("random", "random neighbours cost"),
@@ -88,7 +88,7 @@ def render(study: Study, title: str, axes: Sequence[Axis], results: Sequence[Res
 
 _READING = (
     "The first configuration is the baseline. Losses are nats per token, means over finished seeds; a difference is "
-    "taken between runs of one seed. Two intervals: over held-out samples (each read by both models; those of all "
+    "taken between runs of one seed. Two intervals: over held-out documents (each read by both models; under all "
     "seeds together; the lines on bars) and over seeds (Student's t). 'No neighbours cost' and 'random neighbours "
     "cost' are what the same model loses without its real neighbours. 'Rows short of k' is the share of training "
     "chunks with fewer than k legal neighbours in their row of the table."
@@ -105,7 +105,7 @@ def _cells(group: Configuration, against: Difference | None, is_baseline: bool) 
     return {
         "loss": "" if loss is None else f"{loss:.4f}",
         "difference": "" if against is None else "baseline" if is_baseline else f"{against.mean:+.4f}",
-        "samples": _bounds(against.over_samples) if compared and against is not None else "",
+        "documents": _bounds(against.over_documents) if compared and against is not None else "",
         "seeds": _bounds(against.over_seeds) if compared and against is not None else "",
         "none": _interval(group.excess("none")),
         "random": _interval(group.excess("random")),
@@ -184,8 +184,8 @@ def _loss_plots(groups: Sequence[Configuration], axes: Sequence[Axis]) -> list[s
                 title=f"Held-out loss minus that of {groups[0].name}{by_row}",
                 y_label="nats per token",
                 bounds=[
-                    (found.over_samples.low, found.over_samples.high)
-                    if isinstance(found.over_samples, Interval)
+                    (found.over_documents.low, found.over_documents.high)
+                    if isinstance(found.over_documents, Interval)
                     else None
                     for _, found in compared
                 ],

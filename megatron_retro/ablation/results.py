@@ -22,11 +22,12 @@ PERPLEXITY_RESULT = "perplexity.json"
 
 @dataclass(frozen=True)
 class Samples:
-    """Loss, number of tokens, and checksum of what was predicted, of each held-out sample."""
+    """Loss, number of tokens, checksum of what was predicted, and document of each held-out sample."""
 
     losses: NDArray[np.float64]
     tokens: NDArray[np.float64]
     texts: tuple[int, ...]
+    documents: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Result:
         return number_of(self.evaluations[-1]["loss"])
 
     def excess(self, variant: str) -> Interval | None:
-        """What other neighbours cost more than real ones: mean, low, high over held-out samples."""
+        """What other neighbours cost more than real ones: mean, low, high over held-out documents."""
         found = self.evaluations[-1]["facts"].get("excess", {}).get(variant) if self.evaluations else None
         return None if found is None else Interval.of(found)
 
@@ -86,12 +87,13 @@ class Result:
         return float(per_token * self.facts["total_samples"] * self.facts["seq_length"])
 
     def samples(self) -> Samples | None:
-        """The held-out samples of the last evaluation."""
+        """The held-out samples of the last evaluation; one that is of no document, a conversation, is its own."""
         found = self.evaluations[-1]["facts"].get("samples")
         if found is None or "texts" not in found:
             return None
         losses = np.array([*map(number_of, found["losses"])], np.float64)
-        return Samples(losses, np.asarray(found["tokens"], np.float64), tuple(found["texts"]))
+        tokens, texts = np.asarray(found["tokens"], np.float64), tuple(found["texts"])
+        return Samples(losses, tokens, texts, tuple(found.get("documents", texts)))
 
     def raw(self) -> dict[str, Any]:
         """Plain JSON."""

@@ -110,7 +110,7 @@ class Dataset:
     def read(self, numbers: Sequence[int]) -> Batch:
         """The samples of the given numbers of the global order."""
         ids = np.asarray(numbers, np.int64)
-        located = np.array([self.blend.locate(int(number)) for number in ids], np.int64).reshape(-1, 2)
+        located = self._located(ids)
         parts = []
         places = []
         for number, source in enumerate(self.sources):
@@ -119,6 +119,25 @@ class Dataset:
                 parts.append(self._read_source(source, ids[chosen], located[chosen, 1]))
                 places.append(chosen)
         return parts[0] if len(parts) == 1 else _interleave(parts, np.concatenate(places))
+
+    def documents(self, numbers: Sequence[int]) -> NDArray[np.int64]:
+        """The document in the middle of each sample; samples of one document are no independent observations."""
+        located = self._located(np.asarray(numbers, np.int64))
+        found = np.empty(len(located), np.int64)
+        for number, source in enumerate(self.sources):
+            chosen = located[:, 0] == number
+            starts = source.samples.first_chunks(located[chosen, 1]) * source.samples.chunk_length
+            found[chosen] = self.documents_at(number, starts + self.seq_length // 2)
+        return found
+
+    def documents_at(self, source: int, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The document of each token of a source, numbered through all sources."""
+        before = sum(other.samples.file.num_documents for other in self.sources[:source])
+        return before + self.sources[source].samples.file.documents_of(offsets)
+
+    def _located(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Source and draw of each sample: [N, 2]."""
+        return np.array([self.blend.locate(int(number)) for number in ids], np.int64).reshape(-1, 2)
 
     def _read_source(self, source: Source, ids: NDArray[np.int64], draws: NDArray[np.int64]) -> Batch:
         samples = source.samples

@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_retro.data.batches import Batch
 from megatron_retro.errors import ArtifactError, ConfigError
 
@@ -33,6 +36,10 @@ class Samples(Protocol):
 
     def read(self, numbers: Sequence[int]) -> Batch:
         """The samples of these numbers."""
+        ...
+
+    def documents(self, numbers: Sequence[int]) -> NDArray[np.int64] | None:
+        """The document that each sample is of; None where a sample is of no document or of its own."""
         ...
 
 

@@ -32,6 +32,9 @@ class MockSamples:
         """No file was read; the neighbours are those of no database."""
         return {"database": "random tokens"} if self.num_neighbors else {}
 
+    def documents(self, numbers: Sequence[int]) -> None:
+        """Random tokens are of no document."""
+
     def read(self, numbers: Sequence[int]) -> Batch:
         """The samples of these numbers."""
         ids = np.asarray(numbers, np.int64)

@@ -27,7 +27,7 @@ _BLOCK = 4096
 class LeakageCurve:
     """Bits per byte over chunks that share at most `alpha` of their length, per variant of neighbours.
 
-    `excess` is what a variant costs more than real neighbours there, in bits per byte: mean, low, high over windows.
+    `excess` is what a variant costs more than real neighbours there, in bits per byte: mean, low, high over documents.
     """
 
     alphas: tuple[float, ...]
@@ -67,23 +67,24 @@ def leakage_curve(
 ) -> LeakageCurve:
     """The curve over all chunks whose every token was scored."""
     real = measured[next(iter(measured))]
-    shares, sizes, windows = [], [], []
+    shares, sizes, documents = [], [], []
     nats: dict[str, list[NDArray[np.float64]]] = {name: [] for name in measured}
     for number, source in enumerate(dataset.sources):
         chunks = _whole_chunks(real, number, source.samples.chunk_length)
         shares.append(shared_shares(source, chunks, num_neighbors))
         sizes.append(_chunk_bytes(source, chunks, tokenizer))
-        windows.append(_chunk_windows(real, number, chunks, source.samples.chunk_length))
+        middles = chunks * source.samples.chunk_length + source.samples.chunk_length // 2
+        documents.append(dataset.documents_at(number, middles))
         for name, one in measured.items():
             nats[name].append(_chunk_nats(one, number, chunks, source.samples.chunk_length))
-    share, size, window = np.concatenate(shares), np.concatenate(sizes), np.concatenate(windows)
+    share, size, document = np.concatenate(shares), np.concatenate(sizes), np.concatenate(documents)
     below = [share <= alpha + 1e-9 for alpha in ALPHAS]
     bits = {name: np.concatenate(some) / np.log(2) for name, some in nats.items()}
     return LeakageCurve(
         ALPHAS,
         tuple(int(chosen.sum()) for chosen in below),
         {name: _bits(some, size, below) for name, some in bits.items()},
-        {name: _excess(some - bits["real"], size, window, below) for name, some in bits.items() if name != "real"},
+        {name: _excess(some - bits["real"], size, document, below) for name, some in bits.items() if name != "real"},
     )
 
 
@@ -94,16 +95,11 @@ def _bits(bits: NDArray[np.float64], size: NDArray[np.int64], below: Sequence[ND
 
 
 def _excess(
-    bits: NDArray[np.float64], size: NDArray[np.int64], window: NDArray[np.int64], below: Sequence[NDArray[np.bool_]]
+    bits: NDArray[np.float64], size: NDArray[np.int64], document: NDArray[np.int64], below: Sequence[NDArray[np.bool_]]
 ) -> tuple[list[float], ...]:
-    """Chunks of one window are no independent observations: windows are drawn with replacement."""
+    """Chunks of one document are no independent observations: documents are drawn with replacement."""
     return tuple(
-        bootstrap_ratio(
-            np.bincount(window[chosen], weights=bits[chosen]),
-            np.bincount(window[chosen], weights=size[chosen]),
-            seed=0,
-        ).as_list()
-        for chosen in below
+        bootstrap_ratio(bits[chosen], size[chosen], seed=0, units=document[chosen]).as_list() for chosen in below
     )
 
 
@@ -111,14 +107,6 @@ def _whole_chunks(measured: Measured, source: int, length: int) -> NDArray[np.in
     offsets = measured.offsets[measured.sources == source]
     chunks, counts = np.unique(offsets // length, return_counts=True)
     return np.asarray(chunks[counts == length], np.int64)
-
-
-def _chunk_windows(measured: Measured, source: int, chunks: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-    """The window that scored each chunk's first token."""
-    mine = measured.sources == source
-    order = np.argsort(measured.offsets[mine])
-    first = np.searchsorted(measured.offsets[mine][order], chunks * length)
-    return np.asarray(measured.windows[mine][order][first], np.int64)
 
 
 def _chunk_nats(measured: Measured, source: int, chunks: NDArray[np.int64], length: int) -> NDArray[np.float64]:

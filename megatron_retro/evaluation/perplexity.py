@@ -45,6 +45,17 @@ class Measured:
     windows: NDArray[np.int64]
 
 
+def window_documents(dataset: Dataset, found: Measured) -> NDArray[np.int64]:
+    """The document in the middle of what each window scored."""
+    _, firsts, counts = np.unique(found.windows, return_index=True, return_counts=True)
+    middles = firsts + counts // 2
+    sources, offsets = found.sources[middles], found.offsets[middles]
+    documents = np.empty(len(middles), np.int64)
+    for source in np.unique(sources):
+        documents[sources == source] = dataset.documents_at(int(source), offsets[sources == source])
+    return documents
+
+
 def sliding_windows(dataset: Dataset, stride: int) -> list[Window]:
     """Windows over every stretch of the split. What is left of a stretch after the last whole window is not scored."""
     length = dataset.seq_length
@@ -65,6 +76,12 @@ def sliding_windows(dataset: Dataset, stride: int) -> list[Window]:
                 for start in starts
             ]
     return windows
+
+
+def spread(windows: Sequence[Window], most: int | None) -> list[Window]:
+    """At most so many of them, evenly over the text: the first ones would be of the first documents alone."""
+    count = len(windows) if most is None else min(most, len(windows))
+    return [windows[number * len(windows) // count] for number in range(count)]
 
 
 def read_windows(dataset: Dataset, windows: Sequence[Window]) -> Batch:

@@ -31,7 +31,16 @@ from megatron_retro.data.dataset import Dataset, short_rows
 from megatron_retro.data.neighbor_variants import VARIANTS
 from megatron_retro.errors import ConfigError, Requeue
 from megatron_retro.evaluation.leakage import LeakageCurve, leakage_curve, text_bytes
-from megatron_retro.evaluation.perplexity import Group, Measured, grouped, losses_of_group, measured, sliding_windows
+from megatron_retro.evaluation.perplexity import (
+    Group,
+    Measured,
+    grouped,
+    losses_of_group,
+    measured,
+    sliding_windows,
+    spread,
+    window_documents,
+)
 from megatron_retro.evaluation.perplexity_parts import PerplexityParts
 from megatron_retro.runtime.console import render_table, say
 from megatron_retro.runtime.html_page import facts, page, section, table
@@ -98,7 +107,8 @@ def _parts(settings: Settings, model: Loaded, dataset: Dataset) -> tuple[Perplex
     """The blocks of work, and what the result says of the protocol."""
     config = settings[PerplexityConfig]
     stride = config.perplexity_stride or _half(dataset)
-    windows = sliding_windows(dataset, stride)[: config.perplexity_windows]
+    every = sliding_windows(dataset, stride)
+    windows = spread(every, config.perplexity_windows)
     protocol = {
         "checkpoint": str(model.path),
         "model": model.fingerprint,
@@ -106,6 +116,7 @@ def _parts(settings: Settings, model: Loaded, dataset: Dataset) -> tuple[Perplex
         "split": config.perplexity_split,
         "stride": stride,
         "windows": len(windows),
+        "windows_of": len(every),
     }
     size, dtype = config.perplexity_batch_size, settings[EngineConfig].dtype
     identity = {**protocol, "checkpoint": None, "batch_size": size, "dtype": dtype}
@@ -164,14 +175,15 @@ def _half(dataset: Dataset) -> int:
 
 
 def summary(dataset: Dataset, model: Loaded, measured: Mapping[str, Measured]) -> dict[str, Any]:
-    """Loss, perplexity and bits per byte per variant, with intervals over windows."""
+    """Loss, perplexity and bits per byte per variant, with intervals over documents."""
     real = measured["real"]
+    documents = window_documents(dataset, real)
     size = _scored_bytes(dataset, model, real)
     counts = np.bincount(real.windows)
     variants = {}
     for name, one in measured.items():
         sums = np.bincount(one.windows, weights=one.losses)
-        loss = bootstrap_ratio(sums, counts, seed=0)
+        loss = bootstrap_ratio(sums, counts, seed=0, units=documents)
         variants[name] = {
             "loss": loss.as_list(),
             "perplexity": float(np.exp(loss.mean)),
@@ -179,13 +191,13 @@ def summary(dataset: Dataset, model: Loaded, measured: Mapping[str, Measured]) -
         }
         if name != "real":
             difference = np.bincount(one.windows, weights=one.losses.astype(np.float64) - real.losses)
-            variants[name]["excess"] = bootstrap_ratio(difference, counts, seed=0).as_list()
+            variants[name]["excess"] = bootstrap_ratio(difference, counts, seed=0, units=documents).as_list()
     return {
         "tokens": len(real.losses),
         "bytes": size,
         "variants": variants,
         "shortage": _shortage(dataset),
-        "samples": _window_sums(dataset, real),
+        "samples": {**_window_sums(dataset, real), "documents": documents.tolist()},
     }
 
 
@@ -238,7 +250,8 @@ def _rows(result: dict[str, Any]) -> list[tuple[object, ...]]:
 
 def render(result: dict[str, Any], curve: LeakageCurve | None) -> str:
     """The page."""
-    shown = {name: result[name] for name in ("tokens", "bytes", "windows", "stride", "split")}
+    shown = {name: result[name] for name in ("tokens", "bytes", "stride", "split")}
+    shown["windows"] = f"{result['windows']} of {result['windows_of']}"
     parts = [
         facts(shown),
         section(

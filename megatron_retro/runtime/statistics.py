@@ -41,16 +41,28 @@ class Interval:
 
 
 def bootstrap_ratio(
-    numerators: NDArray[Any], denominators: NDArray[Any], *, seed: int, share: float = 0.95
+    numerators: NDArray[Any],
+    denominators: NDArray[Any],
+    *,
+    seed: int,
+    share: float = 0.95,
+    units: NDArray[np.int64] | None = None,
 ) -> Interval:
-    """The ratio of two sums over units (losses and token counts of sequences, say), units drawn with replacement.
+    """The ratio of two sums over rows (losses and token counts of windows, say), units drawn with replacement.
 
-    Paired differences are the case where each numerator is a difference within one unit. A fixed seed makes the
-    interval a function of the data.
+    `units` names the unit of each row: rows that are no independent observations, windows of one document, are drawn
+    together. Without it each row is a unit; one unit alone has no bounds. Paired differences are the case where each
+    numerator is a difference within one row. A fixed seed makes the interval a function of the data.
     """
-    top, bottom = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
+    top: NDArray[Any] = np.asarray(numerators, np.float64)
+    bottom: NDArray[Any] = np.asarray(denominators, np.float64)
+    if units is not None:
+        _, unit = np.unique(units, return_inverse=True)
+        top, bottom = np.bincount(unit, weights=top), np.bincount(unit, weights=bottom)
     if len(top) == 0 or bottom.sum() <= 0:
         return Interval(float("nan"), float("nan"), float("nan"))
+    if len(top) == 1:
+        return Interval(float(top[0] / bottom[0]), float("nan"), float("nan"))
     random = np.random.default_rng(seed)
     weights = random.multinomial(len(top), np.full(len(top), 1 / len(top)), size=RESAMPLES)
     sums = weights @ bottom

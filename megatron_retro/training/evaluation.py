@@ -55,11 +55,14 @@ def token_losses(trainable: Trainable, batches: Sequence[Batch], group: dist.Pro
     return _joined(_gathered(mine, group))
 
 
-def sample_sums(measured: TokenLosses) -> dict[str, list[float] | list[int]]:
-    """Loss, number of tokens and checksum of each sample, so that two runs that predicted the same can be paired."""
+def sample_sums(
+    measured: TokenLosses, documents: NDArray[np.int64] | None = None
+) -> dict[str, list[float] | list[int]]:
+    """Loss, number of tokens, checksum and document of each sample: runs that predicted the same can be paired."""
     losses = measured.losses.sum(1, where=measured.mask, dtype=np.float64)
     sums = {"losses": [round(float(loss), 4) for loss in losses], "tokens": measured.mask.sum(1).tolist()}
-    return sums if measured.texts is None else {**sums, "texts": measured.texts.tolist()}
+    known = {"texts": measured.texts, "documents": documents}
+    return sums | {name: values.tolist() for name, values in known.items() if values is not None}
 
 
 def _checksums(batch: Batch) -> NDArray[np.int64]:

@@ -34,7 +34,8 @@ class Evaluator:
         batches = evaluation_batches(self._parts.validation, self._training.eval_iters)
         with watched_layers(self._parts.trainable.module) as watch:
             real = token_losses(self._parts.trainable, batches, self._group)
-        facts: dict[str, Any] = {"tokens": int(real.mask.sum()), "samples": sample_sums(real)}
+        documents = self._parts.validation.dataset.documents(range(len(real.losses)))
+        facts: dict[str, Any] = {"tokens": int(real.mask.sum()), "samples": sample_sums(real, documents)}
         alarms: tuple[str, ...] = ()
         if self._retro.reads_neighbors() and self._training.retrieval_health:
             layers = watch.measured(self._group)
@@ -42,6 +43,6 @@ class Evaluator:
             for variant in (variant for variant in VARIANTS if variant != "real"):
                 changed = variant_batches(self._parts.validation, batches, variant, seed)
                 by_variant[variant] = token_losses(self._parts.trainable, changed, self._group)
-            health = retrieval_health(by_variant, self._retro.retro_chunk_length, layers, seed)
+            health = retrieval_health(by_variant, self._retro.retro_chunk_length, layers, seed, documents)
             facts, alarms = {**facts, **health.facts()}, health.alarms()
         return EvaluationRecord(step, time.perf_counter() - start, real.mean, facts, alarms)

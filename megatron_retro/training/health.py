@@ -1,6 +1,7 @@
 """Does the model use its neighbours? The same tokens with real, no, random and shuffled neighbours.
 
-Differences are paired: each is taken within one sample, and intervals come from drawing samples with replacement.
+Differences are paired: each is taken within one sample. Intervals come from drawing documents with replacement: samples
+of one document gain alike, so samples drawn one by one would promise more than the text can tell.
 Positions before the first that may see a neighbour (m - 1) have a difference of exactly zero and are left out.
 """
 
@@ -72,22 +73,27 @@ class RetrievalHealth:
 
 
 def retrieval_health(
-    by_variant: Mapping[str, TokenLosses], chunk_length: int, layers: tuple[LayerUse, ...], seed: int
+    by_variant: Mapping[str, TokenLosses],
+    chunk_length: int,
+    layers: tuple[LayerUse, ...],
+    seed: int,
+    documents: NDArray[np.int64] | None = None,
 ) -> RetrievalHealth:
-    """Compare the variants on the tokens that may see neighbours."""
+    """Compare the variants on the tokens that may see neighbours; samples without documents are drawn one by one."""
     real = by_variant["real"]
     reach = real.mask.copy()
     reach[:, : chunk_length - 1] = False
     others = [variant for variant in VARIANTS if variant != "real" and variant in by_variant]
     tokens = reach.sum(1)
-    losses = {
-        variant: bootstrap_ratio(measured.losses.sum(1, where=reach, dtype=np.float64), tokens, seed=seed)
-        for variant, measured in by_variant.items()
-    }
+
+    def interval(values: NDArray[Any]) -> Interval:
+        return bootstrap_ratio(values.sum(1, where=reach, dtype=np.float64), tokens, seed=seed, units=documents)
+
+    losses = {variant: interval(measured.losses) for variant, measured in by_variant.items()}
     excess, by_position = {}, {}
     for variant in others:
         difference = by_variant[variant].losses.astype(np.float64) - real.losses
-        excess[variant] = bootstrap_ratio(difference.sum(1, where=reach), tokens, seed=seed)
+        excess[variant] = interval(difference)
         by_position[variant] = _by_position(difference, reach, chunk_length)
     return RetrievalHealth(losses, excess, by_position, layers)
 

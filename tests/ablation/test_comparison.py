@@ -22,7 +22,9 @@ from megatron_retro.config.settings import build_settings
 from megatron_retro.runtime.statistics import Interval
 
 
-def result(configuration: str, seed: int, losses: list[float], text: int = 7, code: int = 0) -> Result:
+def result(
+    configuration: str, seed: int, losses: list[float], text: int = 7, code: int = 0, documents: list[int] | None = None
+) -> Result:
     choices = {
         "num_layers": Choice(configuration, {"num_layers": configuration}),
         "seed": Choice(str(seed), {"seed": seed}),
@@ -31,7 +33,14 @@ def result(configuration: str, seed: int, losses: list[float], text: int = 7, co
     event: dict[str, Any] = {
         "step": 1,
         "loss": float(np.mean(losses)),
-        "facts": {"samples": {"losses": [10 * loss for loss in losses], "tokens": tokens, "texts": texts}},
+        "facts": {
+            "samples": {
+                "losses": [10 * loss for loss in losses],
+                "tokens": tokens,
+                "texts": texts,
+                "documents": documents or texts,
+            }
+        },
     }
     return Result(Cell(choices), Outcome(code, 1.0, 0.0), 1, 1.0, {}, (event,))
 
@@ -51,9 +60,21 @@ def test_a_difference_common_to_all_samples_has_no_width() -> None:
     first, second = configurations(results)
     found = difference(second, first)
     assert found is not None and found.mean == pytest.approx(-0.5) and found.clear
-    assert isinstance(found.over_samples, Interval) and isinstance(found.over_seeds, Interval)
-    assert found.over_samples.as_list() == pytest.approx([-0.5, -0.5, -0.5])
+    assert isinstance(found.over_documents, Interval) and isinstance(found.over_seeds, Interval)
+    assert found.over_documents.as_list() == pytest.approx([-0.5, -0.5, -0.5])
     assert found.over_seeds.as_list() == pytest.approx([-0.5, -0.5, -0.5])
+
+
+def test_windows_of_one_document_are_one_observation() -> None:
+    """Nine windows of one document say the same as one of it, under whatever number of seeds."""
+    base, gains = [3.0] * 10, [-1.0] * 9 + [0.5]
+    results = [result("a", seed, base, documents=[0] * 9 + [1]) for seed in (1, 2)]
+    results += [result("b", 1, [b + g for b, g in zip(base, gains, strict=True)], documents=[0] * 9 + [1])]
+    results += [result("b", 2, [b + g for b, g in zip(base, gains, strict=True)], documents=[0] * 9 + [1])]
+    first, second = configurations(results)
+    found = difference(second, first)
+    assert found is not None and isinstance(found.over_documents, Interval)
+    assert found.over_documents.as_list() == pytest.approx([-0.85, -1.0, 0.5]) and not found.clear
 
 
 def test_noise_is_not_called_a_difference() -> None:
@@ -76,7 +97,7 @@ def test_only_seeds_that_both_finished_are_compared() -> None:
 def test_runs_over_other_samples_are_not_paired() -> None:
     first, second = configurations([result("a", 1, [1.0], text=7), result("b", 1, [2.0], text=8)])
     found = difference(second, first)
-    assert found is not None and found.over_samples == "other held-out samples" and not found.clear
+    assert found is not None and found.over_documents == "other held-out samples" and not found.clear
 
 
 def test_a_value_that_is_the_default_stays_in_the_recipe() -> None:

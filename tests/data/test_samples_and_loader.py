@@ -334,6 +334,19 @@ def test_a_blend_draws_from_each_source_in_its_own_order(tmp_path: Path) -> None
     )
 
 
+def test_samples_know_their_documents_through_all_sources(tmp_path: Path) -> None:
+    """Against a walk over the documents: sample by sample, the document of its middle token."""
+    files = [corpus(tmp_path / "a", seed=1), corpus(tmp_path / "b", seed=2)]
+    dataset = build_dataset(config([1, files[0].prefix, 3, files[1].prefix]), "train", eod=EOD)
+    owners = [[number for number in range(file.num_documents) for _ in file.document(number)] for file in files]
+    batch = dataset.read(range(40))
+    for number, document in enumerate(dataset.documents(range(40))):
+        source, draw = dataset.blend.locate(number)
+        middle = int(dataset.sources[source].samples.first_chunks(np.array([draw]))[0]) * LENGTH + 2 * LENGTH
+        assert batch.tokens_BS[number, 2 * LENGTH] == files[source].stream[middle]
+        assert document == owners[source][middle] + (files[0].num_documents if source else 0)
+
+
 def megatron_boundaries(tokens: np.ndarray, eod: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Megatron's _get_ltor_masks_and_position_ids for one sample: loss mask, positions, who may attend to whom."""
     length = len(tokens)

@@ -25,7 +25,15 @@ from megatron_retro.data.builders import build_dataset
 from megatron_retro.data.dataset import Dataset
 from megatron_retro.errors import ConfigError, DamagedArtifact
 from megatron_retro.evaluation.leakage import ALPHAS, shared_shares, text_bytes
-from megatron_retro.evaluation.perplexity import Measured, Window, measure, read_windows, sliding_windows
+from megatron_retro.evaluation.perplexity import (
+    Measured,
+    Window,
+    measure,
+    read_windows,
+    sliding_windows,
+    spread,
+    window_documents,
+)
 from megatron_retro.evaluation.perplexity_run import run_perplexity
 from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.runtime.strict_json import json_text
@@ -69,6 +77,23 @@ def test_each_token_is_scored_once_with_the_most_context(setting: Setting) -> No
         assert all(window.stop - window.first_scored == stride for window in later)
     with pytest.raises(ConfigError, match="does not fit the chunk grid"):
         sliding_windows(setting.dataset, CHUNK + 1)
+
+
+def test_a_window_is_of_the_document_in_the_middle_of_what_it_scores(setting: Setting) -> None:
+    windows = sliding_windows(setting.dataset, CHUNK)
+    file = setting.dataset.sources[0].samples.file
+    found = window_documents(setting.dataset, of_model(setting, windows, "none", 3))
+    middles = [(window.first_scored + window.stop) // 2 for window in windows]
+    assert found.tolist() == [file.document_of(middle) for middle in middles] and len(set(found.tolist())) > 2
+
+
+def test_few_windows_are_of_all_parts_of_the_text(setting: Setting) -> None:
+    windows = sliding_windows(setting.dataset, CHUNK)
+    assert spread(windows, None) == spread(windows, 10**6) == windows
+    for count in (1, 2, 7):
+        chosen = [windows.index(window) for window in spread(windows, count)]
+        assert len(chosen) == count and chosen[0] == 0 and chosen == sorted(set(chosen))
+        assert all(abs(place - number * len(windows) / count) < 1 for number, place in enumerate(chosen))
 
 
 @pytest.mark.parametrize("variant", ["real", "none"])

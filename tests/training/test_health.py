@@ -84,6 +84,30 @@ def test_intervals_cover_the_truth_about_as_often_as_they_claim() -> None:
     assert 0.88 * 200 <= hits <= 0.99 * 200
 
 
+def test_what_is_common_to_a_document_is_not_counted_once_per_window() -> None:
+    """Windows of one document share most of their gain: drawn one by one they promise more than the text can tell."""
+    random = np.random.default_rng(0)
+    hits = {"windows": 0, "documents": 0}
+    for trial in range(200):
+        documents = np.repeat(np.arange(40), random.integers(1, 20, 40))
+        values = 0.3 + random.normal(0, 1.0, 40)[documents] + random.normal(0, 0.2, len(documents))
+        for name, units in (("windows", None), ("documents", documents)):
+            found = bootstrap_ratio(values, np.ones(len(values)), seed=trial, units=units)
+            hits[name] += found.low < 0.3 < found.high
+    assert hits["windows"] < 0.6 * 200 and 0.86 * 200 <= hits["documents"] <= 0.99 * 200
+
+
+def test_units_of_one_row_each_are_rows_in_any_order() -> None:
+    values = np.random.default_rng(1).normal(0.3, 1.0, 50)
+    alone = bootstrap_ratio(values, np.ones(50), seed=3)
+    assert bootstrap_ratio(values, np.ones(50), seed=3, units=np.arange(50) + 7) == alone
+
+
+def test_one_document_says_nothing_of_others() -> None:
+    found = bootstrap_ratio(np.full(9, 0.5), np.ones(9), seed=0, units=np.zeros(9, np.int64))
+    assert found.mean == 0.5 and np.isnan([found.low, found.high]).all() and not found.above_zero
+
+
 def losses(excess: float, noise: float, seed: int, samples: int = 40) -> dict[str, TokenLosses]:
     random = np.random.default_rng(seed)
     real = random.normal(3.0, 1.0, (samples, 4 * CHUNK)).astype(np.float32)

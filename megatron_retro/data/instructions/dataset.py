@@ -79,6 +79,9 @@ class InstructionDataset:
         longest = max(self._block_length(block) for block in blocks)
         return build_batch(rows, numbers, self.shape, self.buckets.row_length(longest, self.shape.length))
 
+    def documents(self, numbers: Sequence[int]) -> None:
+        """A row holds conversations of its own."""
+
     def _block_length(self, block: int) -> int:
         """The longest row of a block."""
         size = 0 if self.buckets is None else self.buckets.size
