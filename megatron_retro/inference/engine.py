@@ -19,6 +19,7 @@ from megatron_retro.errors import ConfigError, DataError
 from megatron_retro.inference.forward import Forward
 from megatron_retro.inference.generation import Generation, GenerationRequest, Reading
 from megatron_retro.inference.neighbor_sources import Found, NeighborSource
+from megatron_retro.inference.sampling import fetched
 from megatron_retro.model.cache import Cache
 
 
@@ -177,9 +178,10 @@ class Engine:
         tokens = [0 if one is None else one.tokens[cache.lengths[row]] for row, one in enumerate(self._rows)]
         logits_BV = self.forward.next_logits(tokens, found, cache)
         limit = min(self.forward.vocab_size, self.tokenizer.vocab_size)
-        for row, generation in enumerate(self._rows):
-            if generation is not None:
-                generation.choose(logits_BV[row, :limit], self.tokenizer.eod)
+        rows = [(one, logits_BV[row, :limit]) for row, one in enumerate(self._rows) if one is not None]
+        choices = fetched([generation.draw(logits_V) for generation, logits_V in rows])
+        for (generation, logits_V), choice in zip(rows, choices, strict=True):
+            generation.take(choice, logits_V, self.tokenizer.eod)
 
     def _found_of_rows(self, cache: Cache) -> list[Found | None]:
         """What the rows read whose next token ends a chunk; one search per source."""

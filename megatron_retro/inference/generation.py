@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_retro.errors import MegatronRetroError
 from megatron_retro.inference.neighbor_sources import Found, NeighborSource
-from megatron_retro.inference.sampling import Sampler, Sampling
+from megatron_retro.inference.sampling import Choice, Sampler, Sampling
 from megatron_retro.inference.text_stream import TextStream
 
 _ROWS_AT_ONCE = 32
@@ -105,21 +105,26 @@ class Generation:
         """No token will follow."""
         return self.finish_reason is not None
 
-    def choose(self, logits_V: Tensor, eod: int) -> None:
-        """Take the next token from the logits of the last position."""
+    def draw(self, logits_V: Tensor) -> Tensor:
+        """The next token from the logits of the last position, as `Sampler.draw` gives it."""
+        return self._sampler.draw(logits_V, self.tokens[self.num_leading :])
+
+    def take(self, choice: Choice, logits_V: Tensor, eod: int) -> None:
+        """Go on with the token that was drawn from these logits."""
         try:
-            token, log_probability = self._sampler.choose(logits_V, self.tokens[self.num_leading :])
+            choice.require_finite()
         except MegatronRetroError as error:
             self.failure = error
             self.finish("error")
             return
+        token = choice.token
         if token == eod:
             self.finish("stop")
             return
         if self.request.num_alternatives is not None:
             self.chances += chances_of(logits_V[None], [token], self.request.num_alternatives)
         self.tokens.append(token)
-        self.log_probabilities.append(log_probability)
+        self.log_probabilities.append(choice.log_probability)
         self._tell(self._stream.feed(token))
         if self._stream.stopped:
             self.finish("stop")

@@ -1,13 +1,16 @@
 """From logits to the next token: repetition penalty, temperature, top-k, top-p, greedy.
 
 The order is transformers': penalty, temperature, top-k, top-p, draw. Each sequence draws from a generator of its own,
-so its text does not depend on what else is in the batch.
+so its text does not depend on what else is in the batch. Draws stay where the logits are until those of a whole batch
+are fetched at once: a device is waited for once per step, whatever the number of texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +36,23 @@ class Sampling:
         return cls(config.temperature, config.top_k, config.top_p, config.repetition_penalty, config.sampling_seed)
 
 
+class Choice(NamedTuple):
+    """What was drawn: the token, and its log-probability under the model (before penalty, temperature and cuts)."""
+
+    token: int
+    log_probability: float
+    highest_logit: float
+
+    def require_finite(self) -> None:
+        """Refuse what was drawn from logits that mean nothing."""
+        if not math.isfinite(self.highest_logit):
+            raise DataError(
+                "the model's logits are not finite",
+                got=self.highest_logit,
+                fix="use --dtype fp32, or another checkpoint: its weights have diverged",
+            )
+
+
 class Sampler:
     """The choices of one sequence."""
 
@@ -40,35 +60,36 @@ class Sampler:
         self.settings = settings
         self._generator = generator(settings.seed, "sampling")
 
-    def choose(self, logits_V: Tensor, seen: Collection[int]) -> tuple[int, float]:
-        """The next token and its log-probability under the model (before penalty, temperature and cuts)."""
-        logits = logits_V.double()
-        if not logits.max().isfinite():
-            raise DataError(
-                "the model's logits are not finite",
-                got=float(logits.max()),
-                fix="use --dtype fp32, or another checkpoint: its weights have diverged",
-            )
-        log_normalizer = torch.logsumexp(logits, -1)
-        token = self._draw(logits, seen)
-        return token, float(logits[token] - log_normalizer)
+    def draw(self, logits_V: Tensor, seen: Collection[int]) -> Tensor:
+        """[3] for `fetched`: the fields of a choice, as the device computes them."""
+        logits_V = logits_V.double()
+        token_1 = self._token(logits_V, seen)
+        log_probability_1 = logits_V.gather(0, token_1) - torch.logsumexp(logits_V, -1)
+        return torch.cat((token_1.double(), log_probability_1, logits_V.amax(-1, keepdim=True)))
 
-    def _draw(self, logits_V: Tensor, seen: Collection[int]) -> int:
+    def _token(self, logits_V: Tensor, seen: Collection[int]) -> Tensor:
         settings = self.settings
         logits_V = penalize(logits_V, seen, settings.repetition_penalty)
         if settings.temperature == 0.0:
-            return int(logits_V.argmax())
+            return logits_V.argmax(-1, keepdim=True)
         logits_V = (logits_V - logits_V.max()) / settings.temperature  # the shift keeps tiny temperatures finite
         logits_V = keep_top_k(logits_V, settings.top_k)
         chances_V = keep_top_p(logits_V, settings.top_p).softmax(-1)
-        return int(torch.multinomial(chances_V.cpu(), 1, generator=self._generator))
+        # torch.multinomial's own race for one draw; its noise comes from the host, so that every device draws alike
+        noise_V = torch.empty(chances_V.shape, dtype=chances_V.dtype).exponential_(generator=self._generator)
+        return (chances_V / noise_V.to(chances_V.device, non_blocking=True)).argmax(-1, keepdim=True)
+
+
+def fetched(drawn: Sequence[Tensor]) -> list[Choice]:
+    """What was drawn for each text of a batch, in one transfer."""
+    return [Choice(int(token), *rest) for token, *rest in torch.stack(list(drawn)).tolist()]
 
 
 def penalize(logits_V: Tensor, seen: Collection[int], penalty: float) -> Tensor:
     """Divide positive logits of seen tokens by the penalty and multiply negative ones (CTRL's rule)."""
     if penalty == 1.0 or not seen:
         return logits_V
-    ids = torch.tensor(sorted(set(seen)), device=logits_V.device)
+    ids = torch.tensor(sorted(set(seen))).to(logits_V.device, non_blocking=True)
     picked = logits_V[ids]
     return logits_V.index_copy(0, ids, torch.where(picked > 0, picked / penalty, picked * penalty))
 

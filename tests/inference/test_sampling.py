@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,13 @@ from hypothesis import strategies as st
 
 from megatron_retro.data.tokenizers import ByteTokenizer
 from megatron_retro.errors import DataError
-from megatron_retro.inference.sampling import Sampler, Sampling, keep_top_k, keep_top_p, penalize
+from megatron_retro.inference.sampling import Choice, Sampler, Sampling, fetched, keep_top_k, keep_top_p, penalize
 from megatron_retro.inference.text_stream import TextStream
+from megatron_retro.runtime.seeds import generator
+
+
+def choose(sampler: Sampler, logits: torch.Tensor, seen: Sequence[int] = ()) -> Choice:
+    return fetched([sampler.draw(logits, seen)])[0]
 
 
 def test_cuts_are_those_of_transformers() -> None:
@@ -35,23 +42,38 @@ def test_cuts_are_those_of_transformers() -> None:
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     sampler = Sampler(Sampling(temperature=0.7, top_k=3, seed=5))
-    draws = np.bincount([sampler.choose(logits, ())[0] for _ in range(6000)], minlength=4) / 6000
+    draws = np.bincount([choose(sampler, logits).token for _ in range(6000)], minlength=4) / 6000
     expected = [*torch.softmax(logits[:3] / 0.7, 0).tolist(), 0.0]
     np.testing.assert_allclose(draws, expected, atol=0.03)
-    again = [Sampler(Sampling(temperature=0.7, seed=5)).choose(logits, ())[0] for _ in range(3)]
+    again = [choose(Sampler(Sampling(temperature=0.7, seed=5)), logits).token for _ in range(3)]
     assert len(set(again)) == 1
 
 
 def test_greedy_and_extremes() -> None:
     logits = torch.tensor([0.5, 3.0, -2.0])
-    token, log_probability = Sampler(Sampling()).choose(logits, ())
+    token, log_probability, highest = choose(Sampler(Sampling()), logits)
+    assert highest == 3.0
     assert token == 1 and log_probability == pytest.approx(logits.log_softmax(0)[1].item())
-    assert Sampler(Sampling(repetition_penalty=10.0)).choose(logits, [1])[0] == 0
+    assert choose(Sampler(Sampling(repetition_penalty=10.0)), logits, [1]).token == 0
     for temperature in (1e-300, 1e-30, 1e30):
-        assert Sampler(Sampling(temperature=temperature, seed=1)).choose(logits, ())[0] in range(3)
-    assert Sampler(Sampling(temperature=1e-300)).choose(logits, ())[0] == 1
-    with pytest.raises(DataError, match="not finite"):
-        Sampler(Sampling()).choose(torch.tensor([float("nan"), 1.0]), ())
+        assert choose(Sampler(Sampling(temperature=temperature, seed=1)), logits).token in range(3)
+    assert choose(Sampler(Sampling(temperature=1e-300)), logits).token == 1
+    for way in (Sampling(), Sampling(temperature=1.0)):
+        with pytest.raises(DataError, match="not finite"):
+            choose(Sampler(way), torch.tensor([float("nan"), 1.0])).require_finite()
+
+
+def test_a_batch_draws_what_torch_draws_one_by_one() -> None:
+    """Every text's tokens are those of `torch.multinomial` with its own generator, whatever stands beside it."""
+    samplers = [Sampler(Sampling(temperature=0.8, top_p=0.9, seed=seed)) for seed in range(4)]
+    generators = [generator(seed, "sampling") for seed in range(4)]
+    for step in range(50):
+        logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(step)) * 2
+        choices = fetched([sampler.draw(row, ()) for sampler, row in zip(samplers, logits, strict=True)])
+        for row, choice, source in zip(logits.double(), choices, generators, strict=True):
+            chances = keep_top_p((row - row.max()) / 0.8, 0.9).softmax(-1)
+            assert choice.token == int(torch.multinomial(chances, 1, generator=source))
+            assert choice.log_probability == pytest.approx(float(row.log_softmax(-1)[choice.token]), abs=1e-12)
 
 
 @settings(max_examples=100, deadline=None)
