@@ -90,7 +90,8 @@ class _VocabularyBlocks(torch.autograd.Function):
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TH, weight_VH, labels_T, log_normalizer, *scales = ctx.saved_tensors
         slopes = Slopes(log_normalizer, *((scale * grad_T).contiguous() for scale in scales))
-        return *gradients(hidden_TH, weight_VH, labels_T, slopes), None, None
+        wanted = ctx.needs_input_grad[:2]
+        return *gradients(hidden_TH, weight_VH, labels_T, slopes, wanted=wanted), None, None
 
 
 class _PositionBlocks(torch.autograd.Function):
@@ -139,7 +140,7 @@ class _PositionBlocks(torch.autograd.Function):
             else:
                 _, slopes = _losses_and_slopes(normalizers, normalizers, labels >= 0, ctx.z_loss_weight)
                 weighted = Slopes(normalizers, slopes.probability_scale_T * grads, slopes.label_scale_T * grads)
-                weight_grad = gradients(hidden, weight_VH, labels, weighted)[1]
+                weight_grad = gradients(hidden, weight_VH, labels, weighted, wanted=(False, True))[1]
         return hidden_grad, weight_grad, None, None
 
 

@@ -7,7 +7,7 @@ logits between them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,21 +52,28 @@ def statistics(hidden_TH: Tensor, rows_VH: Tensor, labels_T: Tensor, first_label
 
 
 def gradients(
-    hidden_TH: Tensor, rows_VH: Tensor, labels_T: Tensor, slopes: Slopes, first_label: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Of the hidden state (these rows' part of it) and of these rows; logits are computed once more."""
+    hidden_TH: Tensor,
+    rows_VH: Tensor,
+    labels_T: Tensor,
+    slopes: Slopes,
+    first_label: int = 0,
+    *,
+    wanted: Sequence[bool] = (True, True),
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of the hidden state (these rows' part of it) and of these rows, where `wanted`; logits are computed once more."""
     exact = hidden_TH.dtype == torch.float32
-    hidden_grad = torch.zeros_like(hidden_TH, dtype=torch.float32)
-    rows_grad = torch.empty_like(rows_VH)
+    hidden_grad = torch.zeros_like(hidden_TH, dtype=torch.float32) if wanted[0] else None
+    rows_grad = torch.empty_like(rows_VH) if wanted[1] else None
     for columns in blocks(rows_VH.shape[0], hidden_TH.shape[0] * hidden_TH.element_size()):
         slope = hidden_TH @ rows_VH[columns].T
         logits_to_slopes(slope, labels_T, slopes, first_label + columns.start)
-        if exact:
+        if hidden_grad is not None and exact:
             hidden_grad.addmm_(slope, rows_VH[columns])
-        else:
+        elif hidden_grad is not None:
             hidden_grad += slope @ rows_VH[columns]
-        torch.mm(slope.T, hidden_TH, out=rows_grad[columns])
-    return hidden_grad.to(hidden_TH.dtype), rows_grad
+        if rows_grad is not None:
+            torch.mm(slope.T, hidden_TH, out=rows_grad[columns])
+    return None if hidden_grad is None else hidden_grad.to(hidden_TH.dtype), rows_grad
 
 
 def statistics_of(logits_TV: Tensor, labels_T: Tensor, first_label: int = 0) -> Statistics:

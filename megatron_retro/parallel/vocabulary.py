@@ -70,8 +70,10 @@ class _ParallelLosses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, gradient_T: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(context: Any, gradient_T: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TH, rows_LH, labels_T, log_normalizer_T = context.saved_tensors
         scale_T = gradient_T.float().where(labels_T >= 0, 0.0).contiguous()
         slopes = Slopes(log_normalizer_T, scale_T, scale_T)
-        return *gradients(hidden_TH, rows_LH, labels_T, slopes, context.first_row), None, None, None
+        wanted = context.needs_input_grad[:2]
+        found = gradients(hidden_TH, rows_LH, labels_T, slopes, context.first_row, wanted=wanted)
+        return *found, None, None, None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_retro.ops import library, vocabulary_blocks
 from megatron_retro.ops.backends import VARIABLE
@@ -122,6 +123,23 @@ def test_a_second_backward_gives_the_same(wish: str) -> None:
     loss = linear_cross_entropy(hidden, weight, labels).mean()
     first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(loss, (hidden, weight)), first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_no_product_for_a_gradient_that_nobody_wants(wish: str, frozen: str) -> None:
+    """A frozen vocabulary costs logits twice and the hidden state's gradient: three products, not four."""
+    hidden, weight, labels = case(torch.bfloat16)  # torch counts no product that adds to a result, as float32's do
+    wanted = {"hidden": weight, "weight": hidden}[frozen]
+
+    def gradient() -> Tensor:
+        losses: Tensor = _VocabularyBlocks.apply(hidden[0], weight, labels[0], 0.0)  # type: ignore[no-untyped-call]
+        return torch.autograd.grad(losses.sum(), wanted)[0]
+
+    expected = gradient()
+    {"hidden": hidden, "weight": weight}[frozen].requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        assert torch.equal(gradient(), expected)
+    assert counter.get_total_flops() == 3 * 2 * hidden.numel() * weight.shape[0]
 
 
 @pytest.mark.parametrize("cut", [1, 3])
