@@ -175,7 +175,7 @@ def _frame(across: Axis, up: Axis, x_text: Callable[[float], str], y_text: Calla
 
 def _line(series: Series, across: Axis, up: Axis, number: int) -> list[str]:
     color, marks = f"var(--s{number % 6})", []
-    if series.low is not None and series.high is not None and series.x:
+    if series.low is not None and series.high is not None and all(map(math.isfinite, (*series.low, *series.high))):
         there = [f"{across.at(x):.1f} {up.at(y):.1f}" for x, y in zip(series.x, series.high, strict=True)]
         back = [f"{across.at(x):.1f} {up.at(y):.1f}" for x, y in zip(series.x, series.low, strict=True)]
         marks.append(f'<path d="M{"L".join(there + back[::-1])}Z" fill="{color}" opacity=".18"/>')

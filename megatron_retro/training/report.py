@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.checkpoint.directory import complete_checkpoints
 from megatron_retro.runtime.environment import environment_rows
 from megatron_retro.runtime.html_page import facts, page, paragraph, preformatted, section, table
 from megatron_retro.runtime.marked_text import MARKED_STYLE
-from megatron_retro.runtime.statistics import Interval
 from megatron_retro.runtime.strict_json import number_of
 from megatron_retro.runtime.svg_plots import Series, bars, line_plot
 from megatron_retro.training.neighbor_examples import neighbor_section
+from megatron_retro.training.retrieval_sections import health_sections, leakage_section, use_sections
 from megatron_retro.training.run_log import RunLog, read_run_log
 
 REPORT = "report.html"
@@ -31,6 +28,7 @@ def write_report(run: Path) -> Path:
         _overview(run, log),
         _curves(log),
         *health_sections(log),
+        *use_sections(log),
         *leakage_section(run),
         *neighbor_section(run / CONFIG),
         _incidents(log),
@@ -88,9 +86,9 @@ def _curves(log: RunLog) -> str:
     return section("Curves", *plots, _time_per_phase(log))
 
 
-def thinned(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
-    """At most a few hundred points, each the mean of its stretch."""
-    stretch = max(1, len(steps) // _POINTS)
+def thinned(steps: list[float], values: list[float], points: int = _POINTS) -> tuple[list[float], list[float]]:
+    """About so many points at most, each the mean of its stretch."""
+    stretch = max(1, len(steps) // points)
     starts = range(0, len(steps), stretch)
     return (
         [steps[min(start + stretch, len(steps)) - 1] for start in starts],
@@ -107,84 +105,6 @@ def _time_per_phase(log: RunLog) -> str:
     names = sorted(totals, key=lambda name: -totals[name])
     milliseconds = [1000 * totals[name] / count for name in names]
     return bars(names, milliseconds, title="Time of a step", y_label="milliseconds")
-
-
-def health_sections(log: RunLog) -> list[str]:
-    """What other neighbours cost, over the run and by place; nothing if it was never measured."""
-    measured = [record for record in log.evaluations if "excess" in record["facts"]]
-    if not measured:
-        return []
-    steps = [float(record["step"]) for record in measured]
-    series = []
-    for variant in measured[-1]["facts"]["excess"]:
-        costs = [Interval.of(record["facts"]["excess"][variant]) for record in measured]
-        means, lows, highs = ([getattr(one, name) for one in costs] for name in ("mean", "low", "high"))
-        series.append(Series(variant, steps, means, lows, highs))
-    last = measured[-1]["facts"]
-    by_position = [
-        Series(variant, list(range(len(values))), values) for variant, values in last["excess_by_position"].items()
-    ]
-    return [
-        section(
-            "Retrieval health",
-            paragraph(
-                "What other neighbours cost more than the real ones, on the same tokens, with 95 % intervals. A model "
-                "that uses retrieval stays clear above zero."
-            ),
-            line_plot(series, title="Excess loss", x_label="step", y_label="nats per token"),
-            line_plot(
-                by_position,
-                title="Excess loss by place in the attending chunk (last evaluation)",
-                x_label="place; 0 is the last token of the chunk that retrieved",
-                y_label="nats per token",
-            ),
-            table(("neighbours", "loss", "costs more than real"), _health_rows(last)),
-            table(("layer", "share of the residual's norm", "gate rate"), _layer_rows(last)),
-        )
-    ]
-
-
-def _health_rows(last: dict[str, Any]) -> list[tuple[str, str, str]]:
-    return [
-        (
-            variant,
-            _loss_text(values),
-            str(Interval.of(last["excess"][variant])) if variant in last["excess"] else "",
-        )
-        for variant, values in last["losses"].items()
-    ]
-
-
-def _loss_text(values: Sequence[float | None]) -> str:
-    """Mean with its bounds, without signs."""
-    loss = Interval.of(values)
-    return f"{loss.mean:.4f} [{loss.low:.4f}, {loss.high:.4f}]"
-
-
-def _layer_rows(last: dict[str, Any]) -> list[tuple[int, str, str]]:
-    return [
-        (use["layer"], f"{use['share']:.3g}", "fixed" if use["gate_rate"] is None else f"{use['gate_rate']:.3f}")
-        for use in last["layers"]
-    ]
-
-
-def leakage_section(run: Path) -> list[str]:
-    """The curve that `evaluate perplexity --eval-output RUN/evaluation` left."""
-    path = run / "evaluation" / "perplexity.json"
-    if not path.is_file():
-        return []
-    result = json.loads(path.read_text(encoding="utf-8"))
-    if "leakage" not in result:
-        return []
-    curve = result["leakage"]
-    series = [Series(name, curve["alphas"], [*map(number_of, bits)]) for name, bits in curve["bits_per_byte"].items()]
-    plot = line_plot(
-        series,
-        title="Bits per byte of chunks that share at most this much with their neighbours",
-        x_label="longest shared run / chunk length",
-        y_label="bits per byte",
-    )
-    return [section("Leakage", plot)]
 
 
 def _incidents(log: RunLog) -> str:

@@ -3,6 +3,7 @@ retrieval did."""
 
 from __future__ import annotations
 
+import math
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from megatron_retro.runtime.strict_json import number_of
 from megatron_retro.runtime.svg_plots import Series, line_plot
 from megatron_retro.training.expectations import Expectation, expectations
 from megatron_retro.training.neighbor_examples import neighbor_section
-from megatron_retro.training.report import CONFIG, health_sections, leakage_section, thinned
+from megatron_retro.training.report import CONFIG, thinned
+from megatron_retro.training.retrieval_sections import health_sections, leakage_section
 from megatron_retro.training.story_files import Story, read_story
 
+_CURVE_POINTS = 60  # means of stretches: single steps are noise
 _STYLE = "h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }"
 
 
@@ -47,17 +50,32 @@ def _verdict(story: Story) -> str:
     if story.retro is None:
         return paragraph("No run here was measured with and without its neighbours.", "soft")
     run, log = story.retro
-    costs = {name: Interval.of(log.evaluations[-1]["facts"]["excess"][name]) for name in ("none", "random")}
-    helps = all(cost.above_zero for cost in costs.values())
-    words = (
-        f"Yes: on files that {run.name} never saw, predicting a token costs more without the neighbours that were "
-        "retrieved for it, and more with random ones. Both intervals are clear of zero."
-        if helps
-        else f"Not here: {run.name} predicts held-out text no worse without its neighbours, or with random ones."
+    last = log.evaluations[-1]["facts"]
+    none, random = (Interval.of(last["excess"][name]) for name in ("none", "random"))
+    measured = (
+        f"on files that {run.name} never saw, its perplexity {_rise(none)} without the passages that were retrieved "
+        f"for them, and {_rise(random)} with random passages in their place"
     )
-    loss = {"held-out loss": number_of(log.evaluations[-1]["loss"])}
-    shown = {f"{name} cost": f"{cost.mean:+.4f} nats/token" for name, cost in costs.items()}
-    return paragraph(words, "good" if helps else "bad") + facts({**loss, **shown})
+    helps = none.above_zero and random.above_zero
+    words = (
+        f"Yes: {measured}. Both are clear of zero, so the content of the passages helps."
+        if helps
+        else f"Not clearly: {measured}. Not both are above zero beyond doubt, so it may be chance, or no help at all."
+    )
+    shown: dict[str, object] = {"loss with its neighbours": number_of(last["losses"]["real"][0])}
+    shown |= {"with none, nats per token": str(none), "with random ones, nats per token": str(random)}
+    how = (
+        "The Retro reads, beside its text, passages of the training files that resemble what it read last: its "
+        "neighbours. The same trained model predicts the same held-out text again with its neighbours taken away, and "
+        "with random ones; what gets worse is what retrieval did. Brackets are 95 % intervals over held-out documents."
+    )
+    return paragraph(words, "good" if helps else "bad") + facts(shown) + paragraph(how)
+
+
+def _rise(cost: Interval) -> str:
+    """The change of perplexity that is a change of loss."""
+    change = 100 * math.expm1(cost.mean)
+    return f"{'rises' if change > 0 else 'falls'} by {abs(change):.2g} %" if math.isfinite(change) else "is unknown"
 
 
 def _expected(checked: list[Expectation]) -> str:
@@ -78,12 +96,15 @@ def _trained(story: Story) -> str:
         for run, log in story.runs
     ]
     header = ("run", "parameters", "steps", "tokens", "training", "held-out loss")
-    caption = "Each run goes on from the one before it; losses of tuning are over replies and not comparable."
+    caption = (
+        "Each run goes on from the one before it, so most of what a later run is better by is more training: what "
+        "retrieval did is said above. Losses of tuning are over replies and not comparable."
+    )
     return section("What was trained", table(header, rows, caption=caption))
 
 
 def _curves(story: Story) -> str:
-    series = [Series(run.name, *thinned(*log.curve("loss"))) for run, log in story.runs if log.steps]
+    series = [Series(run.name, *thinned(*log.curve("loss"), _CURVE_POINTS)) for run, log in story.runs if log.steps]
     return section("Curves", line_plot(series, title="Training loss", x_label="step", y_label="nats per token"))
 
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from megatron_retro.runtime.svg_plots import bars
+from megatron_retro.runtime.svg_plots import Series, bars, line_plot
 
 
 def test_bounds_stand_on_the_scale_of_their_bars() -> None:
@@ -31,3 +31,11 @@ def test_a_height_that_is_no_number_is_left_out() -> None:
     picture = plot.partition("</svg>")[0]
     assert picture.count("<rect") == 1 and picture.count("h10m-5") == 1 and "diverged" in picture
     assert '"nan' not in picture and " nan" not in picture
+
+
+def test_a_band_without_bounds_is_left_out() -> None:
+    """One document alone has a mean and no interval."""
+    for high, bands in ((math.nan, 0), (2.5, 1)):
+        line = Series("a", [1, 2], [1.0, 2.0], [0.5, 1.5], [1.5, high])
+        drawn = line_plot([line], title="t", x_label="x", y_label="y").partition("<details")[0]
+        assert drawn.count("opacity") == bands and "nan" not in drawn

@@ -73,6 +73,24 @@ def test_claims_follow_the_figures(run: Path, tmp_path: Path) -> None:
     assert not expectations(untuned)[-1].met and expectations(untuned)[-1].line.startswith("NOT SEEN")
 
 
+@pytest.mark.parametrize(("random_low", "verdict"), [(0.001, "Yes: on files"), (-0.001, "Not clearly: on files")])
+def test_the_verdict_is_that_of_the_intervals(run: Path, tmp_path: Path, random_low: float, verdict: str) -> None:
+    """A reader who knows no nats gets the change of perplexity; one doubtful interval is enough for no verdict."""
+    changed = tmp_path / "retro"
+    changed.mkdir()
+    log = EventLog(changed / "events.jsonl")
+    for event in read_events(run / "events.jsonl"):
+        if event["event"] == "evaluation":
+            event["facts"]["excess"] |= {"none": [0.02, 0.01, 0.03], "random": [0.01, random_low, 0.03]}
+        log.write(**{name: value for name, value in event.items() if name != "time"})
+    log.close()
+    (changed / "config.toml").write_bytes((run / "config.toml").read_bytes())
+    write_story([changed], config(tmp_path), tmp_path / "story.html")
+    text = (tmp_path / "story.html").read_text(encoding="utf-8")
+    assert verdict in text and "perplexity rises by 2 % without" in text and "rises by 1 % with random" in text
+    assert text.count("<rect") >= 3, "measured once: bars with their bounds, no line through one point"
+
+
 def test_a_diverged_run_has_its_pages(run: Path, tmp_path: Path) -> None:
     """What is not finite is null in the log, a gap in plots, and no reason to believe a claim."""
     diverged = tmp_path / "retro"
