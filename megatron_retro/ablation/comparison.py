@@ -94,8 +94,20 @@ class Difference:
     @property
     def clear(self) -> bool:
         """Whether an interval exists and each that does is on one side of zero."""
-        intervals = [one for one in (self.over_documents, self.over_seeds) if isinstance(one, Interval)]
-        return bool(intervals) and (all(one.low > 0 for one in intervals) or all(one.high < 0 for one in intervals))
+        sides = {_side(one) for _, one in self._intervals if isinstance(one, Interval)}
+        return sides in ({1}, {-1})
+
+    @property
+    def words(self) -> str:
+        """Which of the intervals are clear of zero, and why one is missing."""
+        return ", ".join(
+            f"{'clear' if _side(one) else 'not clear'} over {name}" if isinstance(one, Interval) else one
+            for name, one in self._intervals
+        )
+
+    @property
+    def _intervals(self) -> tuple[tuple[str, Interval | str], ...]:
+        return ("documents", self.over_documents), ("seeds", self.over_seeds)
 
 
 def configurations(results: Sequence[Result]) -> list[Configuration]:
@@ -123,6 +135,11 @@ def student_interval(values: Sequence[float]) -> Interval:
     quantile = _T[degrees - 1] if degrees <= len(_T) else _T_BEYOND
     half = quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
+
+
+def _side(one: Interval) -> int:
+    """1 above zero, -1 below, 0 around it or unknown."""
+    return (one.low > 0) - (one.high < 0)
 
 
 def _over_documents(pairs: Sequence[tuple[Result, Result]]) -> Interval | str:

@@ -89,9 +89,10 @@ def render(study: Study, title: str, axes: Sequence[Axis], results: Sequence[Res
 _READING = (
     "The first configuration is the baseline. Losses are nats per token, means over finished seeds; a difference is "
     "taken between runs of one seed. Two intervals: over held-out documents (each read by both models; under all "
-    "seeds together; the lines on bars) and over seeds (Student's t). 'No neighbours cost' and 'random neighbours "
+    "seeds together; drawn in plots) and over seeds (Student's t). 'No neighbours cost' and 'random neighbours "
     "cost' are what the same model loses without its real neighbours. 'Rows short of k' is the share of training "
-    "chunks with fewer than k legal neighbours in their row of the table."
+    "chunks with fewer than k legal neighbours in their row of the table. Each interval is one of 95 % for itself: of "
+    "twenty comparisons between equals, one is clear by chance."
 )
 
 
@@ -155,43 +156,51 @@ def _findings(groups: Sequence[Configuration]) -> list[str]:
         found = difference(group, groups[0])
         if found is not None:
             better = "better" if found.mean < 0 else "worse"
-            words = f"{better} than {groups[0].name} by {abs(found.mean):.4f}" if found.clear else "not told apart from"
-            ending = ", clear of zero." if found.clear else f" {groups[0].name}: {found.mean:+.4f}."
-            sentences.append(paragraph(f"{group.name}: {words}{ending}"))
+            verdict = f"{better} than {groups[0].name}" if found.clear else f"not told apart from {groups[0].name}"
+            sentences.append(paragraph(f"{group.name}: {verdict}, {found.mean:+.4f}: {found.words}."))
     return sentences
 
 
 def _loss_plots(groups: Sequence[Configuration], axes: Sequence[Axis]) -> list[str]:
-    """Losses along a single numeric axis as a line, otherwise as bars of differences; only what is finished."""
-    done = [(group, loss) for group in groups if (loss := group.loss()) is not None]
+    """Differences along a single numeric axis as a line, otherwise as bars; only what is finished."""
     varied = [axis for axis in axes if axis.name != SEED]
     compared = [(group, found) for group in groups[1:] if (found := difference(group, groups[0])) is not None]
-    plots = []
-    if len(varied) == 1 and done and (places := _numbers([group.labels[0] for group, _ in done])) is not None:
-        losses = [loss for _, loss in done]
-        ordered = sorted(zip(places, losses, strict=True))
-        log = min(places) > 0 and max(places) / min(places) >= 8
-        line = Series("loss", [x for x, _ in ordered], [y for _, y in ordered])
-        title = f"Held-out loss against {varied[0].name}"
-        plots.append(line_plot([line], title=title, x_label=varied[0].name, y_label="nats per token", log_x=log))
-    if compared:
-        names = _short_names(groups)
-        by_row = "" if names[0] == groups[0].name else " (numbers are rows of the table)"
-        plots.append(
-            bars(
-                [names[groups.index(group)] for group, _ in compared],
-                [found.mean for _, found in compared],
-                title=f"Held-out loss minus that of {groups[0].name}{by_row}",
-                y_label="nats per token",
-                bounds=[
-                    (found.over_documents.low, found.over_documents.high)
-                    if isinstance(found.over_documents, Interval)
-                    else None
-                    for _, found in compared
-                ],
-            )
-        )
-    return plots or [paragraph("No configuration is finished yet.", "soft")]
+    if not compared:
+        return [paragraph("No configuration can be compared with the baseline yet.", "soft")]
+    places = _numbers([group.labels[0] for group in groups]) if len(varied) == 1 else None
+    if places is None:
+        return [_bars(groups, compared)]
+    at = {group.labels: place for group, place in zip(groups, places, strict=True)}
+    points = [(places[0], (0.0, 0.0, 0.0))]  # the baseline is a difference of exactly zero
+    points += [(at[group.labels], (found.mean, *_ends(found))) for group, found in compared]
+    return [_line(varied[0].name, sorted(points))]
+
+
+def _line(axis: str, points: Sequence[tuple[float, tuple[float, float, float]]]) -> str:
+    across = [place for place, _ in points]
+    means, lows, highs = ([bounds[part] for _, bounds in points] for part in range(3))
+    log = min(across) > 0 and max(across) / min(across) >= 8
+    line = Series("difference", across, means, lows, highs)
+    title = f"Held-out loss minus that of the baseline, against {axis}"
+    return line_plot([line], title=title, x_label=axis, y_label="nats per token", log_x=log)
+
+
+def _bars(groups: Sequence[Configuration], compared: Sequence[tuple[Configuration, Difference]]) -> str:
+    names = _short_names(groups)
+    by_row = "" if names[0] == groups[0].name else " (numbers are rows of the table)"
+    return bars(
+        [names[groups.index(group)] for group, _ in compared],
+        [found.mean for _, found in compared],
+        title=f"Held-out loss minus that of {groups[0].name}{by_row}",
+        y_label="nats per token",
+        bounds=[_ends(found) for _, found in compared],
+    )
+
+
+def _ends(found: Difference) -> tuple[float, float]:
+    """The interval over documents, for plots; not a number where there is none."""
+    one = found.over_documents
+    return (one.low, one.high) if isinstance(one, Interval) else (math.nan, math.nan)
 
 
 def _numbers(labels: Sequence[str]) -> list[float] | None:

@@ -57,8 +57,13 @@ class Axis:
         """Round values between low and high."""
         if self.log:
             exponents = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
+            if len(exponents) < 3:  # under two decades
+                first = math.floor(math.log10(self.low))
+                round_ones = [factor * 10.0**exponent for exponent in range(first, first + 4) for factor in (1, 2, 5)]
+                inside = [value for value in round_ones if self.low * (1 - 1e-9) <= value <= self.high * (1 + 1e-9)]
+                return inside or [self.low, self.high]
             step = max(1, len(exponents) // 6)
-            return [10.0**exponent for exponent in exponents[::step]] or [self.low, self.high]
+            return [10.0**exponent for exponent in exponents[::step]]
         span = (self.high - self.low) or 1.0
         rough = span / 5
         unit = 10 ** math.floor(math.log10(rough))

@@ -83,7 +83,7 @@ def test_noise_is_not_called_a_difference() -> None:
     results += [result("b", 1, [0.9, 5.2, 2.1, 8.7]), result("b", 2, [1.2, 4.9, 2.3, 8.9])]
     first, second = configurations(results)
     found = difference(second, first)
-    assert found is not None and not found.clear
+    assert found is not None and not found.clear and found.words == "not clear over documents, not clear over seeds"
 
 
 def test_only_seeds_that_both_finished_are_compared() -> None:
@@ -91,6 +91,7 @@ def test_only_seeds_that_both_finished_are_compared() -> None:
     first, second = configurations(results)
     found = difference(second, first)
     assert found is not None and found.mean == pytest.approx(1.0) and found.over_seeds == "one seed"
+    assert not found.clear and found.words == "not clear over documents, one seed", "one sample has no bounds"
     assert second.state == "1 of 2 finished; 2: failed (exit code 1)"
 
 

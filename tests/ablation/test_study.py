@@ -165,7 +165,8 @@ def test_runs_go_on_fail_and_are_tried_again(
     assert {result["state"] for result in results.values()} == {"finished"}
     assert results["num_layers=2,seed=1"]["outcome"] == before
     page = (tmp_path / "study" / "report.html").read_text()
-    assert "4: better than 2 by 1.0000, clear of zero." in page
+    assert "4: better than 2, -1.0000: clear over documents, clear over seeds." in page
+    assert "against num_layers" in page and "rect" not in page, "numbers make a line with its band, no bars"
 
 
 def test_one_worker_of_two_leaves_what_another_holds(tmp_path: Path) -> None:

@@ -39,3 +39,9 @@ def test_a_band_without_bounds_is_left_out() -> None:
         line = Series("a", [1, 2], [1.0, 2.0], [0.5, 1.5], [1.5, high])
         drawn = line_plot([line], title="t", x_label="x", y_label="y").partition("<details")[0]
         assert drawn.count("opacity") == bands and "nan" not in drawn
+
+
+def test_under_two_decades_a_log_axis_has_ticks_of_one_two_and_five() -> None:
+    line = Series("a", [0.125, 0.25, 0.5, 1.0], [1.0, 2.0, 3.0, 4.0])
+    drawn = line_plot([line], title="t", x_label="x", y_label="y", log_x=True).partition("<details")[0]
+    assert re.findall(r'text-anchor="middle">([\d.]+)<', drawn) == ["0.2", "0.5", "1"]
