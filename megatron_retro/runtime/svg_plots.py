@@ -139,7 +139,7 @@ def bars(
         marks.append(_text(left + width / 2, up.start + 16, label, "middle"))
         if math.isfinite(value):
             top, bottom = sorted((up.at(value), up.at(0.0)))
-            marks.append(_bar(left, width, top, bottom - top, f"{label}: {value:.4g}"))
+            marks.append(_bar(left, width, top, bottom - top, f"{label}: {value:.4g}", faint=bound is not None))
         if bound is not None and all(map(math.isfinite, bound)):
             marks.append(_whisker(left + width / 2, up.at(bound[1]), up.at(bound[0])))
     return _figure(title, "", y_label, marks, table(("", y_label), list(zip(labels, values, strict=True))))
@@ -204,13 +204,15 @@ def _legend(names: Sequence[str]) -> list[str]:
     return marks
 
 
-def _bar(left: float, width: float, top: float, height: float, words: str) -> str:
+def _bar(left: float, width: float, top: float, height: float, words: str, *, faint: bool = False) -> str:
+    """Faint under a line from bound to bound, which could not be seen on the full color."""
     size = f'x="{left + 0.5:.1f}" y="{top:.1f}" width="{max(width - 1, 0.5):.1f}" height="{max(height, 0):.1f}"'
-    return f'<rect {size} fill="var(--s0)"><title>{escape(words)}</title></rect>'
+    opacity = ' fill-opacity=".5"' if faint else ""
+    return f'<rect {size} fill="var(--s0)"{opacity}><title>{escape(words)}</title></rect>'
 
 
 def _whisker(x: float, top: float, bottom: float) -> str:
-    return f'<path class="axis" d="M{x - 5:.1f} {top:.1f}h10m-5 0V{bottom:.1f}m-5 0h10" fill="none"/>'
+    return f'<path class="bound" d="M{x - 5:.1f} {top:.1f}h10m-5 0V{bottom:.1f}m-5 0h10" fill="none"/>'
 
 
 def _text(x: float, y: float, words: str, anchor: str) -> str:
