@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_retro.artifacts.files import make_folder
+from megatron_retro.artifacts.files import make_folder, named_disk_errors
 
 DEFAULT_LEASE_SECONDS = 60.0
 
@@ -112,11 +112,17 @@ class BlockClaims:
 
 def _create_exclusively(path: Path, content: str) -> bool:
     """Create `path` unless it exists. A worker killed before the content is in holds it until the lease ends."""
-    try:
-        with path.open("x") as claim:
-            claim.write(content)
-    except FileExistsError:
-        return False
+    with named_disk_errors(path):
+        try:
+            claim = path.open("x")
+        except FileExistsError:
+            return False
+        try:
+            with claim:
+                claim.write(content)
+        except BaseException:
+            path.unlink(missing_ok=True)  # on a full disk an empty claim would hold the block from whoever resumes
+            raise
     return True
 
 

@@ -147,16 +147,27 @@ def named_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise EnvironmentProblem(
-                f"the disk is full: {path} was not written, what was there before is untouched",
-                fix="free space or choose another directory, and run the same command again",
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise EnvironmentProblem(
+        problem = disk_problem(error, path)
+        if problem is None:
+            raise
+        raise problem from error
+
+
+def disk_problem(error: OSError, path: Path | None = None) -> EnvironmentProblem | None:
+    """What a user is told of a full disk or a closed door; None for other errors. `path`: what was written, if known."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return EnvironmentProblem(
+            f"the disk is full: {path or 'a file'} was not written, what was there before is untouched",
+            fix="free space or choose another directory, and run the same command again",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if path:
+            return EnvironmentProblem(
                 f"{path} cannot be written", got=error.strerror, fix="give a directory that you may write"
-            ) from error
-        raise
+            )
+        if error.filename:
+            return EnvironmentProblem(f"{error.filename} cannot be opened", got=error.strerror)
+    return None
 
 
 def remove_leftovers(directory: Path) -> int:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from megatron_retro import __version__
-from megatron_retro.cli.verbs import VERBS, Verb
+from megatron_retro.artifacts.files import disk_problem
+from megatron_retro.cli.verbs import VERBS, Verb, other_name
 from megatron_retro.config.command_line import parse_settings
 from megatron_retro.config.sections import ALL_SECTIONS
 from megatron_retro.config.toml_files import nearest, render_toml
@@ -31,7 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_INTERNAL
-    except Exception:
+    except Exception as error:
+        problem = disk_problem(error) if isinstance(error, OSError) else None
+        if problem:
+            print(f"error: {problem}", file=sys.stderr)
+            return problem.exit_code
         traceback.print_exc()
         print("this is a fault of megatron_retro, not of your input; please report the lines above", file=sys.stderr)
         return EXIT_INTERNAL
@@ -58,6 +63,7 @@ def _dispatch(words: list[str]) -> int:
         all_sections=ALL_SECTIONS,
         description=module.DESCRIPTION,
         positional=module.POSITIONAL,
+        reads=getattr(module, "READS", None),
     )
     if namespace.print_config:
         print(render_toml(settings))
@@ -69,7 +75,8 @@ def _dispatch(words: list[str]) -> int:
 def _find(name: str) -> Verb:
     by_name = {verb.name: verb for verb in VERBS}
     if name not in by_name:
-        raise ConfigError(f"there is no verb {name!r}{nearest(name, by_name)}", expected=", ".join(by_name))
+        hint = other_name(name) or nearest(name, by_name)
+        raise ConfigError(f"there is no verb {name!r}{hint}", expected=", ".join(by_name))
     return by_name[name]
 
 

@@ -9,6 +9,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -209,3 +210,20 @@ def test_a_file_where_a_folder_should_be_is_one_sentence(tmp_path: Path) -> None
             write()
         assert refused.value.exit_code == 2
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_claim_on_a_full_disk_is_a_named_error_and_holds_nothing(tmp_path: Path) -> None:
+    if os.geteuid() != 0 or os.system(f"mount -t tmpfs -o size=8k tmpfs {tmp_path} 2>/dev/null") != 0:
+        pytest.skip("this process may not mount a file system")
+    try:
+        claims = BlockClaims(tmp_path / "claims", ["only"], lambda block: False)
+        claims.directory.mkdir()
+        with suppress(OSError):
+            (tmp_path / "ballast").write_bytes(bytes(100_000))
+        with pytest.raises(EnvironmentProblem, match="the disk is full"):
+            next(iter(claims))
+        assert list(claims.directory.iterdir()) == []
+        (tmp_path / "ballast").unlink()
+        assert next(iter(claims)) == "only"
+    finally:
+        os.system(f"umount {tmp_path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import time
@@ -58,6 +59,22 @@ def test_user_errors_are_one_message_and_exit_2(flag: list[str], words: list[str
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("tools/preprocess_data.py", "preprocess"), ("pretrain_gpt.py", "pretrain"), ("build-index", "build-retrieval"),
+     ("export", "convert"), ("retro-preprocess", "build-retrieval"), ("evaluat", "evaluate")],
+)  # fmt: skip
+def test_names_of_verbs_from_memory_get_a_hint(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert entry.main([typed]) == EXIT_USER
+    assert f"(did you mean {meant}?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["preprocess", "--profile"], ["generate", "--async-save"], ["serve", "--save", "x"]])
+def test_flags_without_effect_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert entry.main(words) == EXIT_USER
+    assert "is no flag of this command" in capsys.readouterr().err
+
+
 def test_internal_errors_keep_their_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,6 +84,25 @@ def test_internal_errors_keep_their_traceback(
     monkeypatch.setattr(entry, "_dispatch", fail)
     assert entry.main(["inspect"]) == EXIT_INTERNAL
     assert "ZeroDivisionError: ours" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "/closed/door"), "/closed/door cannot be opened"),
+    ],
+)
+def test_a_full_disk_or_a_closed_file_is_the_users_wherever_it_is_met(
+    error: OSError, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr(entry, "_dispatch", fail)
+    assert entry.main(["inspect"]) == EXIT_USER
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
 
 
 def test_interrupted_is_130(monkeypatch: pytest.MonkeyPatch) -> None:

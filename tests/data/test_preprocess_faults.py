@@ -147,7 +147,7 @@ def test_a_full_disk_in_the_middle_is_named_and_resumed_from(
         ballast.write_bytes(bytes(kept))
         run = start(small_disk / "o", larger, "--workers", workers, "--resume")
         _, said = run.communicate(timeout=60)
-        assert run.returncode == 2 and "the disk is full" in said and "Traceback" not in said
+        assert run.returncode == 2 and "the disk is full" in said and "Traceback" not in said, said
         assert not list(small_disk.glob("o_text_document.*"))
         ballast.unlink()
     assert list((small_disk / "o.unfinished").glob("*.json"))
