@@ -154,7 +154,7 @@ def named_disk_errors(path: Path) -> Iterator[None]:
 
 
 def disk_problem(error: OSError, path: Path | None = None) -> EnvironmentProblem | None:
-    """What a user is told of a full disk or a closed door; None for other errors. `path`: what was written, if known."""
+    """What a user is told of a full disk or a closed door; None for other errors. `path`: what was written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return EnvironmentProblem(
             f"the disk is full: {path or 'a file'} was not written, what was there before is untouched",
