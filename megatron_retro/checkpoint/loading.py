@@ -74,19 +74,31 @@ def require_same_model(checkpoint: Checkpoint, expected: Mapping[str, Any], igno
 
     `expected` holds the sections (section -> field -> value) that make the model what it is.
     """
-    wanted = json.loads(json_text(expected))
-    differences = []
-    for section, fields in wanted.items():
-        stored = checkpoint.manifest.config.get(section, {})
-        for name, value in fields.items():
-            if name not in ignored and name in stored and stored[name] != value:
-                differences.append(f"--{name.replace('_', '-')}: {stored[name]!r} there, {value!r} here")
+    differences = changed_settings(checkpoint, expected, ignored)
     if differences:
         raise ArtifactError(
             f"{checkpoint.path} is the state of another model",
-            got="; ".join(differences),
-            fix="give the settings of that model, or another --load",
+            got=told_changes(differences),
+            fix="give the settings of that model, or another --load; to add a retriever to a GPT use `retrofit`",
         )
+
+
+def changed_settings(
+    checkpoint: Checkpoint, sections: Mapping[str, Any], ignored: Sequence[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """Flags whose value is another than when the checkpoint was written: (there, here)."""
+    changed = {}
+    for section, fields in json.loads(json_text(sections)).items():
+        stored = checkpoint.manifest.config.get(section, {})
+        for name, value in fields.items():
+            if name not in ignored and name in stored and stored[name] != value:
+                changed[f"--{name.replace('_', '-')}"] = (stored[name], value)
+    return changed
+
+
+def told_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """In one line; empty when nothing changed."""
+    return "; ".join(f"{flag}: {there!r} there, {here!r} here" for flag, (there, here) in changed.items())
 
 
 def require_tensors(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], true_rows: Mapping[str, int]) -> None:

@@ -12,7 +12,7 @@ import shutil
 import threading
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,13 +57,23 @@ class Snapshot:
 class Saver:
     """Writes the checkpoints of one run; every rank of `group` (all ranks) has one and calls the same methods."""
 
-    def __init__(self, run: Path, *, keep: int = 0, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        *,
+        keep: int = 0,
+        group: dist.ProcessGroup | None = None,
+        saved: Callable[[int], object] = lambda step: None,
+    ) -> None:
+        """`saved` is told the step of each checkpoint once it is complete, by the thread that trains."""
         self.run = run
+        self._tell_saved = saved
         self._keep = keep
         self._group = None if group is None or dist.get_world_size(group) == 1 else group
         self._rank = 0 if self._group is None else dist.get_rank(self._group)
         self._room: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
+        self._step_in_background = 0
         self._staged = threading.Event()
         self._failure: BaseException | None = None
 
@@ -71,11 +81,13 @@ class Saver:
         """Write a checkpoint and return when it is complete."""
         self.wait()
         self._write(snapshot, snapshot.tensors)
+        self._tell_saved(snapshot.step)
 
     def save_in_background(self, snapshot: Snapshot) -> None:
         """Start a checkpoint; the caller must call `before_update` before it changes any tensor of it."""
         self.wait()
         self._staged.clear()
+        self._step_in_background = snapshot.step
         self._thread = threading.Thread(target=self._background, args=(snapshot,), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -88,12 +100,14 @@ class Saver:
 
     def wait(self) -> None:
         """Wait until a save in the background is complete; raises what went wrong in it."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
+        self._tell_saved(self._step_in_background)
 
     def _background(self, snapshot: Snapshot) -> None:
         try:

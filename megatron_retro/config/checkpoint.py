@@ -19,3 +19,8 @@ class CheckpointConfig:
     finetune: bool = option(False, "load weights only: fresh optimizer, schedule and data position")
     no_load_optim: bool = option(False, "take no optimizer state from --load")
     no_load_rng: bool = option(False, "take no random states from --load")
+    allow_data_change: bool = option(
+        False,
+        "go on with other data, blend, seed or sequence length; the position counts in their order",
+        ours=True,
+    )

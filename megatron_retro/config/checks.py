@@ -8,6 +8,7 @@ cannot be combined with another adds a rule to RULES.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.instruction_checks import (
@@ -16,6 +17,7 @@ from megatron_retro.config.instruction_checks import (
     passages_have_a_reader,
 )
 from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.model_checks import model_violations
 from megatron_retro.config.optimizer import OptimizerConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.precision_checks import fp8_fits, fp8_products_are_not_put_off
@@ -264,6 +266,28 @@ def schedule_fits(settings: Settings, world_size: int) -> Iterator[Violation]:
         yield from schedule_violations(settings[OptimizerConfig], settings[TrainingConfig])
 
 
+def model_is_possible(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """Decoder and retriever; the vocabulary may still be the tokenizer's."""
+    if _has(settings, ModelConfig, RetroConfig):
+        model = settings[ModelConfig]
+        yield from model_violations(replace(model, vocab_size=model.vocab_size or 1), settings[RetroConfig])
+
+
+def validation_has_neighbors(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """A Retro that trains with neighbours is evaluated with neighbours."""
+    if not _has(settings, DataConfig, RetroConfig, TrainingConfig) or settings[TrainingConfig].eval_iters == 0:
+        return
+    data = settings[DataConfig]
+    has_tables = settings[RetroConfig].retro_add_retriever and data.neighbor_path is not None
+    if has_tables and data.valid_data_path is not None and data.valid_neighbor_path is None:
+        yield Violation(
+            "valid_neighbor_path",
+            None,
+            "one table for each file of --valid-data-path",
+            "query them with build-retrieval (--retro-query-corpus valid=PREFIX), or --eval-iters 0",
+        )
+
+
 def degraded_shares_fit(settings: Settings, world_size: int) -> Iterator[Violation]:
     """A chunk reads its own neighbours, another's, or none."""
     if DataConfig not in settings:
@@ -287,6 +311,8 @@ RULES: tuple[Rule, ...] = (
     microbatches_fill_the_pipeline,
     no_context_parallelism,
     schedule_fits,
+    model_is_possible,
+    validation_has_neighbors,
     degraded_shares_fit,
     passages_have_a_reader,
     buckets_are_of_one_size,

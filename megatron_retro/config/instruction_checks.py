@@ -35,8 +35,12 @@ def buckets_are_of_one_size(settings: Settings, world_size: int) -> Iterator[Vio
 
 
 def one_thing_is_frozen(settings: Settings, world_size: int) -> Iterator[Violation]:
-    """Tuning beside the model freezes all of it."""
-    if PeftConfig not in settings or settings[PeftConfig].peft_method == "none":
+    """Tuning beside the model freezes all of it; a GPT is a decoder and nothing else."""
+    if TrainingConfig not in settings or not settings[TrainingConfig].freeze_decoder:
         return
-    if settings[TrainingConfig].freeze_decoder:
+    if PeftConfig in settings and settings[PeftConfig].peft_method != "none":
         yield Violation("freeze_decoder", True, "off", "--peft-method freezes the whole model already")
+    elif RetroConfig in settings and not settings[RetroConfig].reads_neighbors():
+        yield Violation(
+            "freeze_decoder", True, "off without a retriever that reads", "nothing else would be left to train"
+        )

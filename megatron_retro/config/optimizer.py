@@ -34,7 +34,7 @@ class OptimizerConfig:
     lr_scale_cross_attention: float = option(1.0, "factor of cross-attention's rate", minimum=0.0, ours=True)
     lr_scale_gate: float = option(1.0, "factor of the gate's rate", minimum=0.0, ours=True)
     bf16: bool = option(False, "compute in bfloat16 over float32 master weights")
-    fp16: bool = option(False, "compute in float16 with loss scaling (GPU only)")
+    fp16: bool = option(False, "compute in float16 with loss scaling")
     fp8_format: str = option(
         "none", "products of layers in FP8: values e4m3, gradients e5m2 (hybrid)", choices=("none", "hybrid")
     )

@@ -8,7 +8,6 @@ from pathlib import Path
 from megatron_retro.config.checks import violations
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.model_checks import model_violations
 from megatron_retro.config.planning import PlanningConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
@@ -21,7 +20,6 @@ from megatron_retro.runtime.console import readable_bytes
 def structural_faults(settings: Settings) -> list[Violation]:
     """Broken rules between settings, and between settings and the number of processes."""
     found = violations(settings, settings[PlanningConfig].world_size())
-    found += model_violations(settings[ModelConfig], settings[RetroConfig])
     found += _missing_vocabulary(settings)
     found += _sequence_against_chunk(settings)
     unique = {(violation.field, str(violation.got)): violation for violation in found}

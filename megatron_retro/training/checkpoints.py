@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,24 @@ from megatron_retro.checkpoint.live_state import (
 )
 from megatron_retro.checkpoint.loading import (
     Checkpoint,
+    changed_settings,
     load_tensors,
     open_checkpoint,
     require_same_model,
     require_tensors,
+    told_changes,
 )
 from megatron_retro.checkpoint.saver import Saver, Snapshot
 from megatron_retro.config.checkpoint import CheckpointConfig
+from megatron_retro.config.data import DataConfig, TokenizerConfig
+from megatron_retro.config.finetuning import InstructionConfig
+from megatron_retro.config.optimizer import OptimizerConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.peft import PeftConfig
+from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import section_name
-from megatron_retro.errors import ConfigError, DamagedArtifact
+from megatron_retro.config.training import TrainingConfig
+from megatron_retro.errors import ArtifactError, ConfigError, DamagedArtifact
 from megatron_retro.runtime.seeds import derived_seed, random_states, restore_random_states, seed_everything
 from megatron_retro.training.state import TrainingState
 
@@ -67,12 +74,28 @@ class Taken:
 
 EVERYTHING = Taken()
 
+# settings whose change is told when a run goes on
+TOLD_SECTIONS = (*MODEL_SECTIONS, DataConfig, TokenizerConfig, TrainingConfig, OptimizerConfig, ParallelConfig)
+# settings that can change the order of samples, and settings of those sections that cannot
+_ORDER_SECTIONS = (DataConfig, TokenizerConfig, InstructionConfig)
+_ORDER_SETTINGS = {
+    TrainingConfig: ("seed",),
+    RetroConfig: ("retro_num_neighbors", "retro_no_retrieval_probability", "retro_random_retrieval_probability"),
+}
+_NOT_OF_THE_ORDER = ("num_workers", "data_cache_path", "valid_data_path", "valid_neighbor_path", "max_data_epochs")
+
+Report = Callable[[str, dict[str, Any]], None]
+
 
 class RunCheckpoints:
-    """Saves and restores one run. Every rank has one and calls the same methods."""
+    """Saves and restores one run. Every rank has one and calls the same methods; `report` hears of it."""
 
-    def __init__(self, parts: RunParts, state: TrainingState, group: dist.ProcessGroup, rank: int) -> None:
+    def __init__(
+        self, parts: RunParts, state: TrainingState, group: dist.ProcessGroup, rank: int, report: Report
+    ) -> None:
         config = parts.settings[CheckpointConfig]
+        self._report = report
+        self._kept: dict[str, Any] | None = None  # the counters of what is on disk
         self._parts, self._state, self._group, self._rank = parts, state, group, rank
         self._config = config
         self.run = Path(config.save) if config.save is not None else None
@@ -88,7 +111,9 @@ class RunCheckpoints:
             **optimizer_tensors(parts.trainable.module, parts.optimizer.inner),
         }
         self._true_rows = padded_rows(self._tensors, parts.true_rows)
-        self._saver = Saver(self.run, keep=config.keep_checkpoints, group=group) if self.run is not None else None
+        self._saver = None
+        if self.run is not None:
+            self._saver = Saver(self.run, keep=config.keep_checkpoints, group=group, saved=self._saved)
 
     @property
     def can_save(self) -> bool:
@@ -96,9 +121,13 @@ class RunCheckpoints:
         return self._saver is not None
 
     def save(self, *, in_background: bool) -> None:
-        """Write the run's state after the present step."""
+        """Write the run's state after the present step, unless that is what was written last."""
         if self._saver is None:
             return
+        if self._kept == self._state.to_json():
+            self._saver.wait()
+            return
+        self._kept = self._state.to_json()
         if self._parts.settings[ParallelConfig].check_replicas:
             self._parts.trainable.check_replicas()
         snapshot = self._snapshot()
@@ -106,6 +135,9 @@ class RunCheckpoints:
             self._saver.save_in_background(snapshot)
         else:
             self._saver.save(snapshot)
+
+    def _saved(self, step: int) -> None:
+        self._report("saved", {"step": step})
 
     def before_update(self) -> None:
         """Wait until a save in the background has its copy."""
@@ -138,7 +170,7 @@ class RunCheckpoints:
             },
         )
 
-    def resume(self, report: Callable[[str, dict[str, Any]], None], *, retrofit: bool = False) -> bool:
+    def resume(self, *, retrofit: bool = False) -> bool:
         """Take up the newest intact checkpoint of this run, else what --load names; False for a fresh start.
 
         With `retrofit`, --load names a GPT whose decoder is taken over while the rest stays fresh.
@@ -150,14 +182,17 @@ class RunCheckpoints:
             self._take_base()
         while self.run is not None and (found := self._newest(self.run)) is not None:
             try:
-                self._restore(open_checkpoint(found), EVERYTHING)
+                checkpoint = open_checkpoint(found)
+                self._restore(checkpoint, EVERYTHING)
+                self._kept = self._state.to_json()
+                self._tell_changes(checkpoint)
                 return True
             except DamagedArtifact as error:
                 dist.barrier(self._group)
                 if self._rank == 0:
                     set_aside(found)
                 dist.barrier(self._group)
-                report("damaged checkpoint", {"path": str(found), "reason": error.what})
+                self._report("damaged checkpoint", {"path": str(found), "reason": error.what})
         if self._config.load is None or self._base:
             return False
         source = open_checkpoint(Path(self._config.load))
@@ -218,16 +253,45 @@ class RunCheckpoints:
             self._parts.optimizer.load_state(checkpoint.state["optimizer"])
         if taken.position:
             self._state.load_json(checkpoint.state["training"])
-            self._parts.loader.load_state(checkpoint.state["loader"])
+            self._take_position(checkpoint)
         if kept:
             restore_random_states({name.rsplit(".", 1)[1]: state for name, state in kept.items()})
         elif taken.random:
             seed_everything(derived_seed(checkpoint.step, "resumed", self._rank))
 
-    def _require_own_model(self, checkpoint: Checkpoint) -> None:
+    def _take_position(self, checkpoint: Checkpoint) -> None:
+        """The place in the data; refused with what changed when their order is another one now."""
+        loader, saved = self._parts.loader, checkpoint.state["loader"]
+        if saved["order"] == loader.dataset.fingerprint:
+            loader.load_state(saved)
+            return
+        if not self._config.allow_data_change:
+            changed = changed_settings(checkpoint, self._sections(_ORDER_SECTIONS), _NOT_OF_THE_ORDER)
+            for section, names in _ORDER_SETTINGS.items():
+                values = {name: getattr(self._parts.settings[section], name) for name in names}
+                changed |= changed_settings(checkpoint, {section_name(section): values})
+            raise ArtifactError(
+                f"{checkpoint.path} has read other data, or the same in another order",
+                got=told_changes(changed) or "the same settings: the files that they name changed",
+                fix="restore them; --allow-data-change goes on with the new ones; --finetune, with --load and a new "
+                "--save, takes the weights alone",
+            )
+        self._state.bad_samples.clear()
+        loader.seek(int(saved["consumed_samples"]))
+
+    def _tell_changes(self, checkpoint: Checkpoint) -> None:
+        changed = changed_settings(checkpoint, self._sections(TOLD_SECTIONS))
+        if changed:
+            facts = {flag: f"{there} -> {here}" for flag, (there, here) in changed.items()}
+            self._report("settings changed", {"since step": checkpoint.step, **facts})
+
+    def _sections(self, sections: Sequence[type]) -> dict[str, Any]:
         values = self._parts.settings.values()
-        sections = [section_name(section) for section in MODEL_SECTIONS]
-        require_same_model(checkpoint, {name: values[name] for name in sections}, FREE_MODEL_SETTINGS)
+        names = [section_name(section) for section in sections]
+        return {name: values[name] for name in names if name in values}
+
+    def _require_own_model(self, checkpoint: Checkpoint) -> None:
+        require_same_model(checkpoint, self._sections(MODEL_SECTIONS), FREE_MODEL_SETTINGS)
 
 
 def _fits(checkpoint: Checkpoint, name: str, state: Tensor) -> bool:

@@ -114,6 +114,9 @@ class Trainer:
 
     def _run(self) -> Outcome:
         self._observer.started(self.facts, self.state.step)
+        if self._finished():
+            facts = {"samples": self.state.samples, "asked for": self.parts.total_samples}
+            self._observer.happened("nothing left to train", facts)
         self._clock.lap()
         reason = None
         while not self._finished() and reason is None:
@@ -263,7 +266,6 @@ class Trainer:
         """The final state; a save in the background is waited for first."""
         if self._checkpoints.can_save:
             self._checkpoints.save(in_background=False)
-            self._observer.happened("saved", {"step": self.state.step})
 
     def _stop_reason(self) -> str | None:
         """Why all ranks stop now; a rank's signal or time limit is heard of by all within one step."""

@@ -124,15 +124,16 @@ def train(
 ) -> Outcome:
     """Build and run inside an open process group."""
     parts = build_run_parts(settings, device, launch.world_size)
-    agree({**settings.values(), **parts.inputs}, "settings or data")
+    fields = {name: value for section in settings.values().values() for name, value in section.items()}
+    agree({**fields, **parts.inputs}, "settings or data")
     timeout = timedelta(minutes=settings[ParallelConfig].distributed_timeout_minutes)
     control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     state = TrainingState()
-    checkpoints = RunCheckpoints(parts, state, saving, launch.rank)
     observer = Observers(build_observers(parts, launch))
+    checkpoints = RunCheckpoints(parts, state, saving, launch.rank, observer.happened)
     heartbeat = start_heartbeat()
     try:
-        checkpoints.resume(observer.happened, retrofit=retrofit)
+        checkpoints.resume(retrofit=retrofit)
         if checkpoints.run is not None and launch.rank == 0:
             write_file(checkpoints.run / CONFIG, render_toml(parts.settings))
         evaluator = Evaluator(parts, control) if parts.validation is not None else None

@@ -113,6 +113,8 @@ def _incidents(log: RunLog) -> str:
         for event in log.incidents
     ]
     rows = [("start", f"after step {step}") for step in log.starts] + rows
+    if log.saves:
+        rows.append(("saved", f"{len(log.saves)} times, last after step {log.saves[-1]}"))
     return section("What happened", table(("event", "facts"), rows))
 
 

@@ -22,6 +22,7 @@ class RunLog:
     steps: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     incidents: list[dict[str, Any]] = field(default_factory=list)
+    saves: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
 
     def curve(self, name: str) -> tuple[list[float], list[float]]:
@@ -51,6 +52,8 @@ def _add(log: RunLog, event: dict[str, Any]) -> None:
         log.steps.append(event)
     elif kind == "evaluation":
         log.evaluations.append(event)
+    elif kind == "saved":
+        log.saves.append(int(event["step"]))
     elif kind != "ended":
         log.incidents.append(event)
 

@@ -87,6 +87,14 @@ WRONG: list[tuple[str, int, dict[str, Any], str]] = [
     ),
     ("no_context_parallelism", 2, {"context_parallel_size": 2}, "context_parallel_size"),
     ("schedule_fits", 1, {"train_iters": 3, "train_samples": 24}, "train_iters"),
+    ("model_is_possible", 1, {"retro_add_retriever": True, "retro_layers": (0,)}, "retro_layers"),
+    (
+        "validation_has_neighbors",
+        1,
+        {"retro_add_retriever": True, "neighbor_path": ("table",), "valid_data_path": ("corpus",)},
+        "valid_neighbor_path",
+    ),
+    ("one_thing_is_frozen", 1, {"retro_add_retriever": False, "freeze_decoder": True}, "freeze_decoder"),
     (
         "degraded_shares_fit",
         1,

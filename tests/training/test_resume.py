@@ -101,12 +101,52 @@ def test_a_signal_saves_and_asks_to_be_started_again(
     os.kill(process, number)
     assert wait(process) == 75
     log = read_run_log(tmp_path / "run")
-    assert log.incidents[-1]["event"] == "saved"
-    assert log.incidents[-1]["step"] == log.steps[-1]["step"] < 200
+    assert log.saves[-1] == log.steps[-1]["step"] < 200
     settings = corpus.settings(save=str(tmp_path / "run"), **{**more, "train_iters": len(log.steps) + 3})
     run(settings)
     run(corpus.settings(save=str(tmp_path / "whole"), **{**more, "train_iters": len(log.steps) + 3}))
     assert differences(tmp_path / "whole", tmp_path / "run") == []
+
+
+def test_every_save_is_told_and_a_finished_run_has_nothing_to_do(
+    corpus: TinyCorpus, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A save in the background is told once it is on disk; a second start writes no checkpoint again."""
+    more = {"train_iters": 6, "save_interval": 2, "eval_iters": 0}
+    for kind in (True, False):
+        settings = corpus.settings(save=str(tmp_path / str(kind)), async_save=kind, **more)
+        run(settings)
+        assert read_run_log(tmp_path / str(kind)).saves == [2, 4, 6]
+        newest = tmp_path / str(kind) / "step-00000006/manifest.json"
+        written = newest.stat().st_ino
+        capfd.readouterr()
+        run(settings)
+        assert newest.stat().st_ino == written and read_run_log(tmp_path / str(kind)).saves == [2, 4, 6]
+        assert "nothing left to train: samples 24, asked for 24" in capfd.readouterr().err
+
+
+def test_settings_that_change_on_going_on_are_told(
+    corpus: TinyCorpus, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    more = {"save": str(tmp_path / "run"), "eval_iters": 0}
+    run(corpus.settings(train_iters=2, **more))
+    capfd.readouterr()
+    run(corpus.settings(train_iters=3, lr=5e-4, **more))
+    assert "settings changed: since step 2, --train-iters 2 -> 3, --lr" in capfd.readouterr().err
+
+
+def test_other_data_is_refused_by_name_or_taken_when_asked(corpus: TinyCorpus, tmp_path: Path) -> None:
+    """The optimizer, the schedule and the count of samples go on; the place is counted in the new order."""
+    more = {"save": str(tmp_path / "run"), "eval_iters": 0}
+    run(corpus.settings(train_iters=2, **more))
+    other = {"seed": 7, "split": "50,50,0", **more}
+    with pytest.raises(ArtifactError, match=r"--split: .* there, '50,50,0' here; --seed: .* there, 7 here") as refused:
+        pretrain(corpus.settings(train_iters=4, **other))
+    assert "--allow-data-change" in str(refused.value)
+    run(corpus.settings(train_iters=4, allow_data_change=True, **other))
+    log = read_run_log(tmp_path / "run")
+    assert [step["samples"] for step in log.steps] == [4, 8, 12, 16] and log.starts == [0, 2]
+    run(corpus.settings(train_iters=5, **other))  # the new order is now the run's own
 
 
 def test_the_time_limit_saves_and_uses_the_chosen_code(corpus: TinyCorpus, tmp_path: Path) -> None:
@@ -147,7 +187,7 @@ def test_load_refuses_another_model_and_a_damaged_checkpoint(corpus: TinyCorpus,
     load = str(tmp_path / "run")
     with pytest.raises(ArtifactError, match="--num-layers: 2 there, 3 here"):
         pretrain(corpus.settings(load=load, num_layers=3, train_iters=2))
-    with pytest.raises(ArtifactError, match="another order of samples"):
+    with pytest.raises(ArtifactError, match="read other data, or the same in another order"):
         pretrain(corpus.settings(load=load, seed=5, train_iters=2))
     pretrain(corpus.settings(load=load, seed=5, train_iters=1, finetune=True, eval_iters=0))
     (tmp_path / "run/step-00000002/shard-00000.safetensors").unlink()
