@@ -67,7 +67,8 @@ def _verdict(story: Story) -> str:
     how = (
         "The Retro reads, beside its text, passages of the training files that resemble what it read last: its "
         "neighbours. The same trained model predicts the same held-out text again with its neighbours taken away, and "
-        "with random ones; what gets worse is what retrieval did. Brackets are 95 % intervals over held-out documents."
+        "with random ones; what gets worse is what retrieval did. Perplexity is e to the power of the loss: among how "
+        "many equally likely tokens a guess would be as hard. Brackets are 95 % intervals over held-out documents."
     )
     return paragraph(words, "good" if helps else "bad") + facts(shown) + paragraph(how)
 
