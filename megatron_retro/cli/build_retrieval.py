@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_retro.config.command_line import Positional
+from megatron_retro.config.command_line import Positional, Reads
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.retrieval import EmbedderConfig, RetrievalConfig
 from megatron_retro.config.retro import RetroConfig
@@ -17,6 +17,7 @@ Every stage is cut into blocks that any number of workers share (start the same 
 SLURM array or under mpirun), and can be stopped and run again at any moment."""
 SECTIONS: tuple[type, ...] = (TokenizerConfig, RetroConfig, EmbedderConfig, RetrievalConfig, WorkersConfig)
 POSITIONAL: Positional | None = None
+READS: Reads = {RetroConfig: ("retro_chunk_length", "retro_num_retrieved_chunks")}
 
 
 def run(settings: Settings, positional: Sequence[str]) -> None:

@@ -6,10 +6,10 @@ import importlib
 from collections.abc import Mapping, Sequence
 
 from megatron_retro.config.checkpoint import CheckpointConfig
-from megatron_retro.config.command_line import Positional
+from megatron_retro.config.command_line import Positional, Reads
 from megatron_retro.config.data import DataConfig, TokenizerConfig
 from megatron_retro.config.evaluation import EvaluationConfig
-from megatron_retro.config.inference import EngineConfig
+from megatron_retro.config.inference import READ_BY_A_GENERATOR, EngineConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.perplexity import PerplexityConfig
 from megatron_retro.config.settings import Settings
@@ -46,6 +46,7 @@ SECTIONS: tuple[type, ...] = (
     ParallelConfig,
 )
 POSITIONAL: Positional | None = Positional("tasks", "+", "what to measure: " + ", ".join(TASKS))
+READS: Reads = READ_BY_A_GENERATOR
 
 
 def run(settings: Settings, positional: Sequence[str]) -> None:

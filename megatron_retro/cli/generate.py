@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_retro.config.checkpoint import CheckpointConfig
-from megatron_retro.config.command_line import Positional
+from megatron_retro.config.command_line import Positional, Reads
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.inference import (
+    READ_BY_A_GENERATOR,
     ChatConfig,
     EngineConfig,
     GenerateConfig,
@@ -40,6 +41,7 @@ SECTIONS: tuple[type, ...] = (
     ParallelConfig,
 )
 POSITIONAL: Positional | None = None
+READS: Reads = READ_BY_A_GENERATOR
 _SHOWN_CHARACTERS = 200
 
 

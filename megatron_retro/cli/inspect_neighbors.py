@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_retro.config.command_line import Positional
+from megatron_retro.config.command_line import Positional, Reads
 from megatron_retro.config.retrieval import InspectorConfig, RetrievalConfig
 from megatron_retro.config.settings import Settings
 
@@ -14,6 +14,7 @@ Runs of tokens that a neighbour shares with the chunk or with what follows it ar
 own corpora are found by themselves; name others as --retro-query-corpus NAME=PREFIX."""
 SECTIONS: tuple[type, ...] = (RetrievalConfig, InspectorConfig)
 POSITIONAL: Positional | None = None
+READS: Reads = {RetrievalConfig: ("retro_project_dir", "retro_query_corpus")}
 
 
 def run(settings: Settings, positional: Sequence[str]) -> None:

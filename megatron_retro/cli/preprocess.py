@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_retro.config.command_line import Positional
+from megatron_retro.config.command_line import Positional, Reads
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.observability import ObservabilityConfig
 from megatron_retro.config.preprocess import InputConfig, PreprocessConfig
@@ -17,6 +17,7 @@ DESCRIPTION = (
 )
 SECTIONS: tuple[type, ...] = (InputConfig, PreprocessConfig, TokenizerConfig, WorkersConfig, ObservabilityConfig)
 POSITIONAL: Positional | None = None
+READS: Reads = {ObservabilityConfig: ("log_interval",)}
 
 
 def run(settings: Settings, positional: Sequence[str]) -> None:

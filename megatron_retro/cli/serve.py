@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_retro.config.checkpoint import CheckpointConfig
-from megatron_retro.config.command_line import Positional
+from megatron_retro.config.command_line import Positional, Reads
 from megatron_retro.config.data import TokenizerConfig
-from megatron_retro.config.inference import ChatConfig, EngineConfig, LiveRetrievalConfig, ServeConfig
+from megatron_retro.config.inference import (
+    READ_BY_A_GENERATOR,
+    ChatConfig,
+    EngineConfig,
+    LiveRetrievalConfig,
+    ServeConfig,
+)
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 
@@ -22,6 +28,7 @@ SECTIONS: tuple[type, ...] = (
     ParallelConfig,
 )
 POSITIONAL: Positional | None = None
+READS: Reads = READ_BY_A_GENERATOR
 
 
 def run(settings: Settings, positional: Sequence[str]) -> None:

@@ -4,6 +4,7 @@
     SECTIONS: tuple[type, ...]                the configuration that it reads
     POSITIONAL: Positional | None             words without a flag
     run(settings, positional) -> int | None   does it; imports what is heavy inside
+    READS: Reads                              optional: the fields that it reads of sections that it reads in part
 
 and imports nothing heavy itself, so that --help answers at once.
 """
@@ -43,3 +44,23 @@ VERBS: tuple[Verb, ...] = (
     Verb("reach", "reach", "whether the processes of this job reach each other"),
     Verb("environment", "environment", "what this machine has: versions, devices, optional packages, kernels"),
 )
+
+# What others call it, Megatron-LM's scripts among them; dashes and underlines are the same.
+_OTHER_NAMES = {
+    "preprocess": ("preprocess-data", "tokenize"),
+    "preprocess --merge-token-files": ("merge-datasets",),
+    "build-retrieval": ("preprocess-retro", "retro-preprocess", "build-db", "build-index", "build-neighbors", "query"),
+    "pretrain": ("train", "pretrain-gpt", "pretrain-retro"),
+    "finetune": ("sft", "instruct"),
+    "generate": ("text-generation", "generate-samples-gpt"),
+    "serve": ("run-text-generation-server", "text-generation-server"),
+    "evaluate": ("eval", "perplexity"),
+    "convert": ("import", "export", "checkpoint-convert", "checkpoint-util"),
+    "--version": ("version", "-v"),
+}
+
+
+def other_name(name: str) -> str:
+    """` (did you mean VERB?)` where a name is known from elsewhere, or nothing."""
+    plain = name.rsplit("/")[-1].removesuffix(".py").lower().replace("_", "-")
+    return next((f" (did you mean {verb}?)" for verb, names in _OTHER_NAMES.items() if plain in names), "")

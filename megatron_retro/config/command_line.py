@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,10 +14,27 @@ from megatron_retro.config.toml_files import nearest, preset_names, preset_path,
 from megatron_retro.errors import ConfigError
 
 # Flags of Megatron's that have no meaning here, and what to do instead.
+_NO_SENTENCES = ": it prepares sentences for BERT; documents stay whole here, leave it out"
+_OWN_VOCABULARY = ": --retro-embedder-path names a folder that holds its vocabulary"
 _INSTEAD = {
     "--retro-cyclic-train-iters": ": corpora are read again by themselves; --train-iters is the length of the run, "
-    "--max-data-epochs refuses to repeat"
+    "--max-data-epochs refuses to repeat",
+    "--dataset-impl": ": token files are always memory-mapped, leave it out",
+    "--split-sentences": _NO_SENTENCES,
+    "--keep-newlines": _NO_SENTENCES,
+    "--keep-sequential-samples": ": documents keep their order, leave it out",
+    "--retro-gpt-data-path": ": --retro-database-corpus and --retro-query-corpus name token files",
+    "--retro-index-nfeats": ": the embedder says how wide its vectors are, leave it out",
+    "--retro-index-type": ": --retro-index-str names any index of faiss, leave it out",
+    "--retro-bert-vocab-file": _OWN_VOCABULARY,
+    "--retro-bert-tokenizer-type": _OWN_VOCABULARY,
 }
+_RETRO_GPT = "--retro-gpt-"
+_OF_THE_RUN = ": neighbour tables belong to the corpus, whatever is trained on it; leave it out"
+
+
+# Of a section of which a verb reads only some fields, those; the others are no flags of that verb.
+Reads = Mapping[type, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -60,15 +77,20 @@ class FlagParser(argparse.ArgumentParser):
         raise ConfigError(message, fix=f"see {self.prog} --help")
 
 
-def add_section_flags(parser: argparse.ArgumentParser, sections: Sequence[type]) -> None:
-    """One flag per field, one help group per section."""
+def add_section_flags(parser: argparse.ArgumentParser, sections: Sequence[type], reads: Reads) -> None:
+    """One flag per field that is read, one help group per section."""
     specs_by_name(sections)
     for section in sections:
         title = (section.__doc__ or section_name(section)).strip().splitlines()[0]
         group = parser.add_argument_group(f"[{section_name(section)}] {title}")
-        for name, (owner, spec) in specs_by_name([section]).items():
-            if owner is section:
-                _add_flag(group, name, spec)
+        for name, spec in _flags_of([section], reads).items():
+            _add_flag(group, name, spec)
+
+
+def _flags_of(sections: Sequence[type], reads: Reads) -> dict[str, FieldSpec]:
+    """The fields that have a flag here."""
+    known = specs_by_name(sections).items()
+    return {name: spec for name, (section, spec) in known if section not in reads or name in reads[section]}
 
 
 def _add_flag(group: argparse._ArgumentGroup, name: str, spec: FieldSpec) -> None:
@@ -109,6 +131,7 @@ def parse_settings(
     all_sections: Sequence[type],
     description: str = "",
     positional: Positional | None = None,
+    reads: Reads | None = None,
 ) -> tuple[Settings, argparse.Namespace]:
     """The settings of a verb, and what is left of its namespace (`config`, `preset`, `print_config`)."""
     words = "" if positional is None else f" {positional.name.upper()} ..."
@@ -127,9 +150,9 @@ def parse_settings(
     )
     if positional is not None:
         parser.add_argument(positional.name, nargs=positional.count, help=positional.help)
-    add_section_flags(parser, sections)
+    add_section_flags(parser, sections, reads or {})
     namespace, unknown = parser.parse_known_args(list(arguments))
-    _refuse_unknown(unknown, sections)
+    _refuse_unknown(unknown, _flags_of(sections, reads or {}), all_sections)
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, path in _recipe_files(namespace):
@@ -152,17 +175,36 @@ def _recipe_files(namespace: argparse.Namespace) -> list[tuple[str, Path]]:
     return files
 
 
-def _refuse_unknown(unknown: Sequence[str], sections: Sequence[type]) -> None:
-    flags = [spec.flag for _, spec in specs_by_name(sections).values()]
-    flags += [opposite(flag) for flag in flags]
-    problems = [
-        f"{word} is no flag of this command{_INSTEAD.get(word) or nearest(word.split('=')[0], flags)}"
-        if word.startswith("-")
-        else f"{word!r} stands alone; values follow a flag"
-        for word in unknown
-    ]
+def _refuse_unknown(unknown: Sequence[str], known: Mapping[str, FieldSpec], all_sections: Sequence[type]) -> None:
+    here = _spellings(known.values())
+    elsewhere = _spellings(spec for _, spec in specs_by_name(all_sections).values())
+    problems: list[str] = []
+    for word in unknown:
+        if word.startswith("-"):
+            flag = word.split("=")[0]
+            problems.append(f"{flag} is no flag of this command{_instead(flag, here, elsewhere)}")
+        elif not problems or "stands alone" in problems[-1]:  # after an unknown flag it is that flag's value
+            problems.append(f"{word!r} stands alone; values follow a flag")
     if problems:
         raise ConfigError("\n".join(problems), fix="--help lists every flag")
+
+
+def _spellings(specs: Iterable[FieldSpec]) -> list[str]:
+    """All that the command line takes for these fields."""
+    given = [(spelling, spec.kind is bool) for spec in specs for spelling in spec.spellings]
+    return [flag for spelling, switch in given for flag in ([spelling, opposite(spelling)] if switch else [spelling])]
+
+
+def _instead(flag: str, here: Sequence[str], elsewhere: Sequence[str]) -> str:
+    """What to give in place of a flag that is not known here."""
+    if flag in _INSTEAD:
+        return _INSTEAD[flag]
+    if flag in elsewhere:
+        return "; other verbs read it"
+    if not flag.startswith(_RETRO_GPT):
+        return nearest(flag, here)
+    general = flag.replace(_RETRO_GPT, "--")
+    return f" (did you mean {general}?)" if general in here else _OF_THE_RUN
 
 
 def _refuse_illegal(values: dict[str, Any], sections: Sequence[type]) -> None:

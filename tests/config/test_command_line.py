@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from megatron_retro.config.command_line import parse_settings
+from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.fields import field_specs
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.parallel import ParallelConfig
@@ -85,6 +87,33 @@ def test_unknown_flag_names_the_nearest() -> None:
         parse("--num-layer", "3")
 
 
+def test_an_unknown_flag_takes_its_value_with_it_and_flags_that_do_not_exist_are_not_advised() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_settings("x", [TokenizerConfig], ["--retro-gpt-vocab-file", "a", "b"], all_sections=ALL_SECTIONS)
+    assert "(did you mean --vocab-file?)" in str(caught.value)
+    assert "--no-vocab-file" not in str(caught.value) and "stands alone" not in str(caught.value)
+    with pytest.raises(ConfigError, match="'b' stands alone"):
+        parse("b")
+
+
+def test_flags_of_megatrons_other_scripts_are_explained() -> None:
+    for flag, said in (("--split-sentences", "leave it out"), ("--retro-gpt-seed", "belong to the corpus")):
+        with pytest.raises(ConfigError, match=f"{flag} is no flag of this command.*{said}"):
+            parse(flag, "1")
+
+
+def test_a_verb_takes_no_flag_that_it_does_not_read(tmp_path: Path) -> None:
+    """Of a recipe that other verbs share, the same setting is no fault."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[retro]\nretro_chunk_length = 32\nretro_num_neighbors = 5\n")
+    words = ["--config", str(recipe), "--retro-num-neighbors", "3"]
+    reads = {RetroConfig: ("retro_chunk_length",)}
+    with pytest.raises(ConfigError, match="--retro-num-neighbors is no flag of this command; other verbs read it"):
+        parse_settings("x", [RetroConfig], words, all_sections=ALL_SECTIONS, reads=reads)
+    settings, _ = parse_settings("x", [RetroConfig], words[:2], all_sections=ALL_SECTIONS, reads=reads)
+    assert settings[RetroConfig].retro_chunk_length == 32
+
+
 def test_illegal_values_are_all_reported() -> None:
     with pytest.raises(ConfigError) as caught:
         parse("--num-layers", "many", "--rotary-percent", "1.5", "--normalization", "batch")
@@ -105,6 +134,7 @@ def test_toml_faults_are_all_reported() -> None:
         assert part in str(caught.value)
 
 
+@hypothesis_settings(deadline=None)
 @given(layers=st.integers(1, 99), base=st.floats(1, 1e9), window=st.none() | st.integers(1, 9999))
 def test_printed_toml_reads_back(layers: int, base: float, window: int | None) -> None:
     settings = Settings([ModelConfig(num_layers=layers, rotary_base=base, sliding_window=window), RetroConfig()])
