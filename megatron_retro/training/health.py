@@ -58,12 +58,12 @@ class RetrievalHealth:
     def alarms(self) -> tuple[str, ...]:
         """Sentences about a model that does not use retrieval."""
         found = []
-        if not self.excess["random"].above_zero:
-            found.append(
-                f"random neighbours are no worse than real ones: excess loss {self.excess['random']} nats per token"
-            )
-        if not self.excess["none"].above_zero:
-            found.append(f"retrieval off is no worse than on: excess loss {self.excess['none']} nats per token")
+        for variant, words in (
+            ("random", "random neighbours are not clearly worse than real ones"),
+            ("none", "retrieval off is not clearly worse than on"),
+        ):
+            if not self.excess[variant].above_zero:
+                found.append(f"{words}: excess loss {self.excess[variant]} nats per token")
         for use in self.layers:
             if use.gate_rate is not None and use.gate_rate < DEAD_GATE_RATE:
                 found.append(f"the gate of layer {use.layer} is shut: mean rate {use.gate_rate:.2e}")

@@ -136,7 +136,13 @@ def test_a_healthy_model_raises_no_alarm_and_has_its_excess() -> None:
 
 def test_alarms_name_what_is_wrong() -> None:
     useless = health(losses(0.0, noise=0.01, seed=2)).alarms()
-    assert len(useless) == 2 and "random neighbours are no worse" in useless[0] and "off is no worse" in useless[1]
+    assert (
+        len(useless) == 2
+        and "random neighbours are not clearly worse" in useless[0]
+        and "off is not clearly worse" in useless[1]
+    )
+    alone = retrieval_health(losses(0.05, 0.01, 1), CHUNK, (), seed=0, documents=np.zeros(40, np.int64)).alarms()
+    assert len(alone) == 2 and "[+nan, +nan]" in alone[0], "one document proves nothing, however many its samples"
     harmful = health(losses(-0.05, noise=0.01, seed=3)).alarms()
     assert "-0.05" in harmful[0]
     shut = health(losses(0.05, noise=0.01, seed=1), rate=1.7e-6).alarms()
