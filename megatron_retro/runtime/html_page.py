@@ -27,7 +27,6 @@ h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; padding-top: .8rem; border-top: 
 table { border-collapse: collapse; margin: .6rem 0 1.2rem; font-size: .93rem; }
 caption { text-align: left; padding-bottom: .3rem; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
-td:not(.number, :last-child) { overflow-wrap: anywhere; }
 th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .7rem; margin: 1rem 0; }
 dl div { background: var(--panel); border-radius: .4rem; padding: .6rem .8rem; }

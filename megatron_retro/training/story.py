@@ -23,7 +23,9 @@ from megatron_retro.training.retrieval_sections import health_sections, leakage_
 from megatron_retro.training.story_files import Story, read_story
 
 _CURVE_POINTS = 60  # means of stretches: single steps are noise
-_STYLE = "h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }"
+_STYLE = """h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
+td:first-child { overflow-wrap: anywhere; } /* names of functions in questions would push answers off the page */
+"""
 
 
 def write_story(runs: list[Path], config: ReportConfig, path: Path) -> list[Expectation]:
