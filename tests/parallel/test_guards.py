@@ -40,7 +40,7 @@ def test_a_rank_that_stays_away_is_told_with_rank_axis_and_step(axis: str) -> No
     batches = random_batches(settings)
 
     def lose_one() -> str:
-        with process_group(find_launch(), timeout_minutes=0.05, use_gpu=False):
+        with process_group(find_launch(), timeout_minutes=1.0, use_gpu=False):
             model = _build(settings)
             own = batches if axis != "data" else batches[:1]
             model.train_step(own, step=41)
@@ -56,11 +56,11 @@ def test_a_rank_that_stays_away_is_told_with_rank_axis_and_step(axis: str) -> No
 
 
 def test_a_rank_that_hangs_ends_the_others_when_the_timeout_passes(tmp_path: Path) -> None:
-    settings = tiny_settings(**LAYOUTS["tensor"], global_batch_size=2, distributed_timeout_minutes=0.05)
+    settings = tiny_settings(**LAYOUTS["tensor"], global_batch_size=2, distributed_timeout_minutes=0.1)
     batches = random_batches(settings)
 
     def hang() -> str:
-        with process_group(find_launch(), timeout_minutes=0.05, use_gpu=False):
+        with process_group(find_launch(), timeout_minutes=0.1, use_gpu=False):
             model = _build(settings)
             if model.mesh.devices.get_rank() == 1:
                 while not (tmp_path / "told").exists():  # it hangs for as long as the other waits
