@@ -219,7 +219,7 @@ def figures(sizes: dict[str, int], times: dict[str, Times], quick: bool) -> list
     ]
     config = model_config(sizes)
     counted = [
-        model_costs(config, retro, sizes["length"]).training_flops for retro in (retro_config(sizes), RetroConfig())
+        model_costs(config, retro, sizes["length"]).training_flops() for retro in (retro_config(sizes), RetroConfig())
     ]
     over_gpt = median_ratio(times["retro"].cpu, times["gpt"].cpu) / (counted[0] / counted[1])
     result = [

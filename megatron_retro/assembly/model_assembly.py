@@ -19,6 +19,7 @@ from megatron_retro.assembly.stage_building import (
     is_tuned,
     multiply_in_fp8,
     tensor_axis,
+    trained_parts,
 )
 from megatron_retro.assembly.trainable import StepResult, TensorBatch, Trainable
 from megatron_retro.config.data import DataConfig
@@ -71,7 +72,7 @@ def one_process(settings: Settings, device: torch.device) -> SingleProcess:
         attach(module, settings[PeftConfig])
         connect(module)
         initialize_added(module, training.seed)
-    freeze(module, settings)
+    freeze(module, trained_parts(settings))
     multiply_in_fp8(module, settings, device)
     recompute_layers(module, settings[ParallelConfig].recompute_granularity)
     return SingleProcess(module, device, compute_dtype(settings[OptimizerConfig]))

@@ -13,7 +13,7 @@ from itertools import groupby
 
 import torch
 
-from megatron_retro.assembly.stage_building import trains
+from megatron_retro.assembly.stage_building import trained_parts, trains
 from megatron_retro.checkpoint.live_state import MODEL
 from megatron_retro.checkpoint.loading import Checkpoint
 from megatron_retro.config.data import TokenizerConfig
@@ -73,7 +73,7 @@ def retrofit_plan(settings: Settings, checkpoint: Checkpoint) -> list[PlanRow]:
     for name, parameter in model.named_parameters():
         from_gpt = MODEL + name in checkpoint.index.sizes
         source = "checkpoint" if from_gpt else "fresh"
-        rows.append(PlanRow(name, tuple(parameter.shape), source, trains(name, settings)))
+        rows.append(PlanRow(name, tuple(parameter.shape), source, trains(name, trained_parts(settings))))
     lost = [row.parameter for row in rows if row.source == "fresh" and part_of(row.parameter) == "decoder"]
     if lost:
         raise ArtifactError(

@@ -17,6 +17,7 @@ from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
+from megatron_retro.model.costs import ADDED, EVERYTHING, Trained
 from megatron_retro.model.leaves import Linear
 from megatron_retro.model.retro import Retro
 from megatron_retro.ops.backends import backend_of
@@ -80,14 +81,14 @@ def stage_without_memory(settings: Settings, part: StagePart, mesh: ParallelMesh
     axis = tensor_axis(settings, mesh)
     tunes = is_tuned(settings)
     if tunes:
-        attach(module, settings[PeftConfig])
+        attach(module, settings[PeftConfig], is_stage=part.num_stages > 1)
     if axis is not None:
         cut_model(module, mesh.devices[TENSOR], axis, cuts)
     if tunes:
         connect(module)
         if axis is not None:
             cut_prompt(module, axis)
-    freeze(module, settings)
+    freeze(module, trained_parts(settings))
     recompute_layers(module, settings[ParallelConfig].recompute_granularity)
     return Stage(module, part, axis)
 
@@ -114,21 +115,30 @@ def model_without_memory(settings: Settings) -> Retro:
     if is_tuned(settings):
         attach(module, settings[PeftConfig])
         connect(module)
-    freeze(module, settings)
+    freeze(module, trained_parts(settings))
     return module
 
 
-def trains(name: str, settings: Settings) -> bool:
-    """Whether a run changes a parameter: what is tuned beside a model, what retro-fitting added, or everything."""
-    if is_tuned(settings):
+def trained_parts(settings: Settings) -> Trained:
+    """Where a run changes something: what is tuned beside a model, what retro-fitting added, or everything."""
+    if not is_tuned(settings):
+        return ADDED if settings[TrainingConfig].freeze_decoder else EVERYTHING
+    peft = settings[PeftConfig]
+    parts = ("decoder",) if peft.peft_method == "p-tuning" else peft.peft_parts
+    return Trained("decoder" in parts, "cross-attention" in parts, "encoder" in parts, weights=False)
+
+
+def trains(name: str, trained: Trained) -> bool:
+    """Whether a run changes a parameter."""
+    if not trained.weights:
         return is_added(name)
-    return not (settings[TrainingConfig].freeze_decoder and part_of(name) == "decoder")
+    return trained.decoder or part_of(name) != "decoder"
 
 
-def freeze(module: nn.Module, settings: Settings) -> None:
+def freeze(module: nn.Module, trained: Trained) -> None:
     """Leave gradients to what trains."""
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(trains(name, settings))
+        parameter.requires_grad_(trains(name, trained))
 
 
 def needs_units(settings: Settings, mesh: ParallelMesh) -> bool:

@@ -103,8 +103,27 @@ _NOTHING = Work()
 
 
 @dataclass(frozen=True)
+class Trained:
+    """Where a run changes something: the weights themselves, or, where it tunes beside a model, what stands there."""
+
+    decoder: bool = True
+    cross_attention: bool = True
+    encoder: bool = True
+    weights: bool = True
+
+    def backward(self, work: Work, here: bool) -> float:
+        """Of a part that gradients pass through: with its weights' if these are trained `here`."""
+        return work.backward if here and self.weights else work.input_gradient
+
+
+EVERYTHING = Trained()
+ADDED = Trained(decoder=False)  # what retro-fitting adds to a frozen decoder
+
+
+@dataclass(frozen=True)
 class UnitCost:
-    """One part that a stage holds whole. In a layer `before` is what comes before its cross-attention, `added`."""
+    """One part that a stage holds whole. `before` is what comes before its (first) cross-attention; in a decoder layer
+    that is `added`."""
 
     name: str
     own: Work = _NOTHING
@@ -142,41 +161,28 @@ class ModelCosts:
         """Floating-point operations of one token's forward pass."""
         return 2 * sum(unit.multiply_adds for unit in self.units)
 
-    @property
-    def training_flops(self) -> float:
-        """Forward and backward of one token, nothing recomputed, nothing frozen."""
-        return 3 * self.forward_flops
+    def training_flops(self, trained: Trained = EVERYTHING) -> float:
+        """Forward and backward of one token, nothing recomputed, without the little that is tuned beside it."""
+        return self.forward_flops + 2 * sum(self.backward_multiply_adds(trained).values())
 
-    def backward_multiply_adds(self, *, frozen: bool) -> dict[str, float]:
-        """Of each part, per decoder token; in a `frozen` decoder only what retro-fitting added is trained.
+    def backward_multiply_adds(self, trained: Trained = EVERYTHING) -> dict[str, float]:
+        """Of each part, per decoder token. A frozen part passes gradients on to what is trained before it.
 
-        Frozen parts pass gradients on from the first cross-attention; what lies before it has no backward pass.
+        In a frozen decoder gradients end at the first cross-attention, where what it reads or the encoder is trained;
+        what lies before that has no backward pass.
         """
-        if not frozen:
-            return {unit.name: 2 * unit.multiply_adds for unit in self.units}
-        found, reached = {}, False
+        found, reached = {}, trained.decoder
         for unit in self.units:
-            begins = not reached and unit.added.parameters > 0
-            reached = reached or begins
             if unit.name == ENCODER:
-                found[unit.name] = unit.own.backward
-            elif reached:
-                passed_on = unit.own if begins else unit.own + unit.before
-                found[unit.name] = passed_on.input_gradient + unit.added.backward
-            else:
-                found[unit.name] = 0.0
+                read = unit.own.input_gradient if reached else 0.0
+                found[unit.name] = trained.backward(unit.own + unit.before, True) if trained.encoder else read
+                continue
+            begins = not reached and unit.added.parameters > 0 and (trained.cross_attention or trained.encoder)
+            reached = reached or begins
+            passed = unit.own if begins else unit.own + unit.before
+            through = trained.backward(passed, trained.decoder) + trained.backward(unit.added, trained.cross_attention)
+            found[unit.name] = through if reached else 0.0
         return found
-
-    @property
-    def added_training_flops(self) -> float:
-        """The same when the decoder is frozen and what retro-fitting added is trained."""
-        return self.forward_flops + 2 * sum(self.backward_multiply_adds(frozen=True).values())
-
-    @property
-    def tuning_flops(self) -> float:
-        """The same when all of it is frozen and passes gradients on to what is tuned beside it."""
-        units = (unit.own + unit.before + unit.added for unit in self.units)
-        return self.forward_flops + 2 * sum(work.input_gradient for work in units)
 
 
 def decoder_block(model: ModelConfig) -> Block:
@@ -269,14 +275,16 @@ def _cross_attention_work(block: Block, encoder_width: int, retro: RetroConfig) 
 def _encoder_cost(model: ModelConfig, retro: RetroConfig, rows: int) -> UnitCost:
     """Layers over neighbour tokens; the first also reads its chunk's hidden states (projected once per chunk)."""
     block, tokens = encoder_block(model, retro), neighbor_tokens_per_token(retro)
-    inner = block.num_heads * block.head_size
-    matrices = sum(block.attention_matrices()) + block.feed_forward_matrices()
+    inner, layers = block.num_heads * block.head_size, retro.retro_encoder_layers
     query, key_value, output = block.attention_matrices(model.hidden_size)
-    products = retro.retro_encoder_layers * matrices + query + output
-    scores = 2 * inner * (retro.retro_encoder_layers * retro.retrieved_length() + retro.retro_chunk_length)
-    layer = block.self_attention_parameters() + block.feed_forward_parameters()
-    parameters = retro.retro_encoder_layers * layer + block.cross_attention_parameters(
-        model.hidden_size, _relative(retro)
-    )
+    attention, scores = sum(block.attention_matrices()), 2 * inner * retro.retrieved_length()
+    products = (layers - 1) * attention + layers * block.feed_forward_matrices() + query + output
+    others = (layers - 1) * scores + 2 * inner * retro.retro_chunk_length
+    parameters = (layers - 1) * block.self_attention_parameters() + layers * block.feed_forward_parameters()
+    parameters += block.cross_attention_parameters(model.hidden_size, _relative(retro))
     parameters += rows * block.width if retro.retro_encoder_own_embedding else 0
-    return UnitCost(ENCODER, _if_read(retro, Work(parameters, tokens * products + key_value, tokens * scores)))
+    return UnitCost(
+        ENCODER,
+        _if_read(retro, Work(parameters, tokens * products + key_value, tokens * others)),
+        _if_read(retro, Work(block.self_attention_parameters(), tokens * attention, tokens * scores)),
+    )

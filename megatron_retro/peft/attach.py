@@ -23,13 +23,12 @@ ADDED_NAMES = frozenset({lora.NAME, adapters.NAME, scaling.NAME, prompts.NAME})
 _SMALL_STD = 0.02
 
 
-def attach(model: Retro, config: PeftConfig) -> None:
+def attach(model: Retro, config: PeftConfig, *, is_stage: bool = False) -> None:
     """Add the configured method's modules (values still to be initialized) and freeze the base.
 
-    `connect` must follow, after the model was cut.
+    `connect` must follow, after the model was cut. A pipeline's stage may hold nothing to attach to, a model may not.
     """
     model.requires_grad_(False)
-    before = set(dict(model.named_parameters()))
     if config.peft_method == "p-tuning":
         if model.embedding is not None:
             prompts.attach_prompt(model.embedding, config)
@@ -37,7 +36,7 @@ def attach(model: Retro, config: PeftConfig) -> None:
         for part in config.peft_parts:
             for name, module in part_modules(model, part):
                 _attach_to(name, module, config)
-    if config.peft_method != "p-tuning" and set(dict(model.named_parameters())) == before:
+    if not is_stage and not added_parameters(model):
         raise ConfigError(
             f"--peft-method {config.peft_method} finds nothing to attach to",
             got=f"--peft-parts {' '.join(config.peft_parts)}, --lora-targets {' '.join(config.lora_targets)}",

@@ -112,19 +112,24 @@ def _reduces_each(layout: Layout) -> bool:
 def _buffers(plan: RankPlan, layout: Layout, starts: bool) -> float:
     """Boundary tensors being received and sent; a unit being reduced over the data ranks."""
     boundary = 2 * plan.boundary_bytes if layout.pipeline > 1 else 0.0
-    reduced = plan.largest_unit * MASTER_BYTES if layout.data > 1 and not starts else 0.0
+    reduced = min(plan.largest_unit, plan.trained_parameters) * MASTER_BYTES if layout.data > 1 and not starts else 0.0
     return boundary + reduced
 
 
 def _loss_bytes(work: Workload, layout: Layout) -> float:
     """Logits of a block and the vocabulary matrix's gradient in float32; later that gradient twice, to scale it."""
     rows, positions = work.model.padded_vocab_size() / layout.tensor, layout.micro_batch * work.seq_length
-    gradient = rows * work.model.hidden_size * MASTER_BYTES
-    if layout.tensor == 1:
-        return gradient + max(min(BLOCK_BYTES, positions * rows * MASTER_BYTES), gradient)
-    return gradient + min(BLOCK_BYTES, positions * rows * MASTER_BYTES) * _LOSS_COPIES
+    gradient, block = _vocabulary_gradient(work, layout), min(BLOCK_BYTES, positions * rows * MASTER_BYTES)
+    return gradient + (max(block, gradient) if layout.tensor == 1 else block * _LOSS_COPIES)
 
 
 def _kept_loss_bytes(work: Workload, layout: Layout) -> float:
     """An uncut model's loss makes the vocabulary's gradient in its forward; it is there until the backward ends."""
-    return float(work.model.padded_vocab_size() * work.model.hidden_size * MASTER_BYTES) if layout.tensor == 1 else 0.0
+    return _vocabulary_gradient(work, layout) if layout.tensor == 1 else 0.0
+
+
+def _vocabulary_gradient(work: Workload, layout: Layout) -> float:
+    """None of a frozen decoder's."""
+    trained = work.trained.decoder and work.trained.weights
+    rows = work.model.padded_vocab_size() / layout.tensor if trained else 0
+    return float(rows * work.model.hidden_size * MASTER_BYTES)

@@ -13,10 +13,10 @@ from megatron_retro.model.costs import (
     gate_parameters,
 )
 from megatron_retro.parallel.partition import StagePart, even_cut, layer_costs, parts_of_counts
-from megatron_retro.planning.trace import EMBEDDING, ENCODER, FIRST, HEAD, LAYER, RETRIEVAL, Trace
-from megatron_retro.planning.workload import Layout, Workload
+from megatron_retro.planning.trace import AFTER, EMBEDDING, ENCODER, FIRST, HEAD, LAYER, RETRIEVAL, Trace
+from megatron_retro.planning.workload import Layout, Tuned, Workload
 
-_LAYERS = (LAYER, FIRST, RETRIEVAL, ENCODER)
+_LAYERS = (LAYER, FIRST, AFTER, RETRIEVAL, ENCODER)
 
 
 @dataclass(frozen=True)
@@ -68,20 +68,18 @@ def _rank_plan(rank: int, pieces: Sequence[StagePart], work: Workload, layout: L
     units = [unit for piece in pieces for unit in _units(piece, work)]
     parts = [part for piece in pieces for part in _parts(piece, work)]
     local = [_local_parameters(unit, work, layout) for unit in units]
-    trained = [
-        number if _is_trained(unit, work) else _added_parameters(unit, work, layout)
-        for unit, number in zip(units, local, strict=True)
-    ]
     again = layout.recompute == "full"
-    backward = work.costs.backward_multiply_adds(frozen=work.freeze_decoder)
+    backward = work.costs.backward_multiply_adds(work.trained)
     return RankPlan(
         rank=rank,
         pieces=tuple(pieces),
         parameters=sum(local),
-        trained_parameters=sum(trained),
+        trained_parameters=sum(_trained_parameters(unit, work, layout) for unit in units),
         largest_unit=max(local),
         multiply_adds=sum(unit.multiply_adds for unit in units),
-        layer_multiply_adds=sum(unit.multiply_adds for unit in units if unit.name not in (EMBEDDING, HEAD)),
+        layer_multiply_adds=sum(
+            unit.multiply_adds for unit in units if unit.name not in (EMBEDDING, HEAD) and backward[unit.name]
+        ),
         backward_multiply_adds=sum(backward[unit.name] for unit in units),
         saved_bytes=sum(_kept(part, traced, layout) for part in parts),
         transient_bytes=_transient(parts, traced, layout),
@@ -106,14 +104,15 @@ def _parts(piece: StagePart, work: Workload) -> list[str]:
     first = min(retrieval, default=-1)
     names = [EMBEDDING] if piece.first else []
     for layer in piece.layers:
-        names.append(FIRST if layer == first else RETRIEVAL if layer in retrieval else LAYER)
+        plain = AFTER if retrieval and layer > first else LAYER
+        names.append(FIRST if layer == first else RETRIEVAL if layer in retrieval else plain)
         names += [ENCODER] if layer == first else []
     return names + ([HEAD] if piece.last else [])
 
 
 def _kept(part: str, traced: Trace, layout: Layout) -> float:
     """What a part keeps of a microbatch from its forward to its backward."""
-    if part not in _LAYERS or layout.recompute == "none":
+    if part not in _LAYERS or layout.recompute == "none" or not traced.part(part).saved_bytes:
         return traced.part(part).saved_bytes
     own_input = 0 if part == ENCODER else traced.hidden_bytes  # the encoder runs inside its layer's call
     return own_input + (traced.part(part).kept_bytes if layout.recompute == "selective" else 0)
@@ -140,7 +139,11 @@ def _boundary(piece: StagePart, traced: Trace, layout: Layout) -> float:
 def _local_parameters(unit: UnitCost, work: Workload, layout: Layout) -> int:
     """A tensor rank's share: matrices are cut, vectors of the residual stream are not."""
     whole = _whole_parameters(unit, work)
-    return (unit.parameters - whole) // layout.tensor + whole
+    return (unit.parameters - whole) // layout.tensor + whole + _tuned_parameters(unit, work, layout)
+
+
+def _tuned_parameters(unit: UnitCost, work: Workload, layout: Layout) -> int:
+    return work.tuned.get(unit.name, Tuned()).local(layout.tensor)
 
 
 def _whole_parameters(unit: UnitCost, work: Workload) -> int:
@@ -155,17 +158,29 @@ def _whole_parameters(unit: UnitCost, work: Workload) -> int:
         vectors = 2 * inner.norm_parameters() + (2 * inner.width if inner.bias else 0) + inner.head_norm_parameters()
         return work.retro.retro_encoder_layers * vectors + inner.norm_parameters()
     retrieves = int(unit.name.split(".")[1]) + 1 in work.retro.retrieval_layers(work.model.num_layers)
-    cross = norm + gate_parameters(block, work.retro) if retrieves else 0
-    return 2 * norm + 2 * bias + block.head_norm_parameters() + cross
+    return 2 * norm + 2 * bias + block.head_norm_parameters() + (_cross_vectors(work) if retrieves else 0)
 
 
-def _is_trained(unit: UnitCost, work: Workload) -> bool:
-    return not work.freeze_decoder or unit.name == ENCODER
+def _cross_vectors(work: Workload) -> int:
+    """A cross-attention's norm and gate."""
+    block = decoder_block(work.model)
+    return block.norm_parameters() + gate_parameters(block, work.retro)
+
+
+def _trained_parameters(unit: UnitCost, work: Workload, layout: Layout) -> int:
+    if not work.trained.weights:
+        return _tuned_parameters(unit, work, layout)
+    if work.trained.decoder or unit.name == ENCODER:
+        return _local_parameters(unit, work, layout)
+    return _added_parameters(unit, work, layout)
 
 
 def _added_parameters(unit: UnitCost, work: Workload, layout: Layout) -> int:
     """What retro-fitting adds to a frozen decoder layer: its cross-attention."""
     if not unit.name.startswith("layers."):
         return 0
-    without = decoder_layer_parameters(work.model)
-    return (unit.parameters - without) // layout.tensor if unit.parameters > without else 0
+    more = unit.parameters - decoder_layer_parameters(work.model)
+    if more == 0:
+        return 0
+    whole = _cross_vectors(work)
+    return (more - whole) // layout.tensor + whole

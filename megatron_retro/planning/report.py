@@ -87,7 +87,7 @@ def plan_lines(plan: Plan, planning: PlanningConfig, shards: list[Shard]) -> Ite
         f"  batch        {work.global_batch} = {layout.data} replicas x {plan.microbatches} microbatches "
         f"of {layout.micro_batch}, sequence {work.seq_length}"
     )
-    yield f"  parameters   {readable_count(work.costs.parameters)}{_built(shards, layout.world_size)}"
+    yield f"  parameters   {readable_count(work.costs.parameters)}{_trained(plan)}{_built(shards, layout.world_size)}"
     yield f"  FLOPs        {readable_count(work.training_flops)} per token, forward and backward"
     yield from _retrieval_share(work)
     yield ""
@@ -100,6 +100,12 @@ def plan_lines(plan: Plan, planning: PlanningConfig, shards: list[Shard]) -> Ite
     yield from _traffic_lines(plan)
     yield ""
     yield from _run_lines(plan, planning)
+
+
+def _trained(plan: Plan) -> str:
+    """How many are trained, where not all are; of the fullest rank where there are several."""
+    shares = [rank.trained_parameters / rank.parameters for rank in plan.ranks]
+    return "" if min(shares) == 1 else f", {max(shares):.2%} of them trained"
 
 
 def _built(shards: list[Shard], world_size: int) -> str:

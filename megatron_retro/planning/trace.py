@@ -1,7 +1,8 @@
 """What the model's own code keeps and sends: a few layers, cut as they would be, run without memory or peers.
 
-One plain and two retrieval layers with encoder, embedding and head stand for all. The numbers follow the code: an
-operator that keeps less for the backward, or a cut that sends less, changes them without a word here.
+Two plain and two retrieval layers with encoder, embedding and head stand for all: before the first retrieval layer a
+frozen decoder keeps nothing. The numbers follow the code: an operator that keeps less for the backward, a cut that
+sends less, or a weight that is frozen, changes them without a word here.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_retro.assembly.stage_building import freeze
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.retro import Retro
@@ -23,14 +25,16 @@ from megatron_retro.ops.local_tensors import local
 from megatron_retro.parallel.collectives import TensorAxis
 from megatron_retro.parallel.mesh import TENSOR
 from megatron_retro.parallel.recompute import keeps
-from megatron_retro.parallel.styles import cut_model
+from megatron_retro.parallel.styles import cut_model, cut_prompt
+from megatron_retro.peft.attach import attach, connect
 from megatron_retro.planning.fake_ranks import fake_rank, without_memory
 from megatron_retro.planning.workload import Layout, Workload
 
-EMBEDDING, LAYER, FIRST, RETRIEVAL, ENCODER, HEAD = (
+EMBEDDING, LAYER, FIRST, AFTER, RETRIEVAL, ENCODER, HEAD = (
     "embedding",
     "layer",
     "first retrieval layer",
+    "layer after the first retrieval layer",
     "retrieval layer",
     "encoder",
     "head",
@@ -67,6 +71,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.parts: dict[str, PartTrace] = {}
         self.stack: list[str] = []
+        self.last = HEAD
         self.seen = dict.fromkeys(parameters)
         self.kept: list[Tensor] = []
         self.ring = (group_size - 1) / group_size
@@ -74,7 +79,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def part(self) -> PartTrace:
-        return self.parts.setdefault(self.stack[-1] if self.stack else HEAD, PartTrace())
+        """The innermost part that runs. Torch says at once that a part has ended whose input needs no gradient."""
+        outside = HEAD if self.forward else self.last
+        return self.parts.setdefault(self.stack[-1] if self.stack else outside, PartTrace())
 
     def save(self, tensor: Tensor) -> Tensor:
         """A saved-tensor hook."""
@@ -115,14 +122,19 @@ def _size(argument: Any) -> int:
 
 def trace_parts(work: Workload, layout: Layout) -> Trace:
     """Run forward and backward of the standing-in model on tensor rank 0."""
-    retro = replace(work.retro, retro_layers=(2, 3) if work.retro.retro_add_retriever else None)
+    retro = replace(work.retro, retro_layers=(2, 4) if work.retro.retro_add_retriever else None)
     parallel = ParallelConfig(tensor_model_parallel_size=layout.tensor, sequence_parallel=layout.sequence_parallel)
     value_type = torch.bfloat16 if work.value_bytes == 2 else torch.float32
     with fake_rank(0, layout.tensor, parallel) as mesh, without_memory(value_type):
-        model = Retro(replace(work.model, num_layers=3), retro)
-        if layout.tensor > 1:
-            axis = TensorAxis(mesh.group(TENSOR), layout.sequence_parallel)
+        model = Retro(replace(work.model, num_layers=4), retro)
+        if work.peft is not None:
+            attach(model, work.peft)
+        axis = TensorAxis(mesh.group(TENSOR), layout.sequence_parallel) if layout.tensor > 1 else None
+        if axis is not None:
             cut_model(model, mesh.devices[TENSOR], axis)
+            cut_prompt(model, axis)
+        connect(model)
+        freeze(model, work.trained)
         return _run(model, work, layout)
 
 
@@ -163,7 +175,7 @@ def _watch(model: Retro, recorder: _Recorder, passed: dict[str, int]) -> None:
 def _parts(model: Retro) -> Iterator[tuple[str, nn.Module]]:
     assert model.embedding is not None and model.output is not None
     yield EMBEDDING, model.embedding
-    yield from zip((LAYER, FIRST, RETRIEVAL), model.layers.values(), strict=True)
+    yield from zip((LAYER, FIRST, AFTER, RETRIEVAL), model.layers.values(), strict=True)
     if model.encoder is not None:
         yield ENCODER, model.encoder
     yield HEAD, model.output
@@ -171,6 +183,7 @@ def _parts(model: Retro) -> Iterator[tuple[str, nn.Module]]:
 
 def _enter(recorder: _Recorder, name: str, module: nn.Module, arguments: Any) -> None:
     recorder.stack.append(name)
+    recorder.last = name
 
 
 def _leave(

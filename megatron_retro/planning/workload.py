@@ -5,15 +5,37 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+
+from megatron_retro.assembly.stage_building import is_tuned, trained_parts
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.optimizer import OptimizerConfig
 from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.planning import PlanningConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
-from megatron_retro.model.costs import ModelCosts, model_costs, neighbor_tokens_per_token
+from megatron_retro.model.costs import EVERYTHING, ModelCosts, Trained, model_costs, neighbor_tokens_per_token
+from megatron_retro.model.retro import Retro
+from megatron_retro.parallel.cuts import cut_of
+from megatron_retro.peft.attach import added_parameters, attach
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Parameters beside a part of the model: those that every tensor rank holds whole, and those that are cut."""
+
+    whole: int = 0
+    cut: int = 0
+
+    def __add__(self, other: Tuned) -> Tuned:
+        return Tuned(self.whole + other.whole, self.cut + other.cut)
+
+    def local(self, tensor: int) -> int:
+        """One tensor rank's."""
+        return self.whole + self.cut // tensor
 
 
 @dataclass(frozen=True)
@@ -26,7 +48,8 @@ class Workload:
     global_batch: int
     num_samples: int
     value_bytes: int
-    freeze_decoder: bool = False
+    trained: Trained = EVERYTHING
+    peft: PeftConfig | None = None
 
     @cached_property
     def costs(self) -> ModelCosts:
@@ -36,7 +59,22 @@ class Workload:
     @property
     def training_flops(self) -> float:
         """Forward and backward of one token, without the gradients of what is frozen."""
-        return self.costs.added_training_flops if self.freeze_decoder else self.costs.training_flops
+        return self.costs.training_flops(self.trained)
+
+    @cached_property
+    def tuned(self) -> dict[str, Tuned]:
+        """What is tuned beside each part of the model that has something beside it."""
+        found: dict[str, Tuned] = {}
+        if self.peft is not None:
+            with torch.device("meta"):
+                model = Retro(self.model, self.retro)
+            attach(model, self.peft)
+            for name, parameter in added_parameters(model).items():
+                words, size = name.split("."), parameter.numel()
+                unit = ".".join(words[:2]) if words[0] == "layers" else words[0]
+                more = Tuned(size, 0) if cut_of(name).whole else Tuned(0, size)
+                found[unit] = found.get(unit, Tuned()) + more
+        return found
 
     @property
     def neighbor_tokens(self) -> float:
@@ -107,7 +145,8 @@ def workload_of(settings: Settings) -> Workload:
         global_batch=training.global_batch_size,
         num_samples=samples,
         value_bytes=2 if optimizer.bf16 or optimizer.fp16 else 4,
-        freeze_decoder=training.freeze_decoder,
+        trained=trained_parts(settings),
+        peft=settings[PeftConfig] if is_tuned(settings) else None,
     )
 
 

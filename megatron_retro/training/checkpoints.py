@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_retro.assembly.run_parts import MODEL_SECTIONS, RunParts
-from megatron_retro.assembly.stage_building import is_tuned, trains
+from megatron_retro.assembly.stage_building import is_tuned, trained_parts, trains
 from megatron_retro.checkpoint.directory import complete_checkpoints, set_aside
 from megatron_retro.checkpoint.live_state import (
     MODEL,
@@ -104,7 +104,7 @@ class RunCheckpoints:
         self._base = {
             name: tensor
             for name, tensor in model.items()
-            if is_tuned(parts.settings) and not trains(name.removeprefix(MODEL), parts.settings)
+            if is_tuned(parts.settings) and not trains(name.removeprefix(MODEL), trained_parts(parts.settings))
         }
         self._tensors = {
             **{name: tensor for name, tensor in model.items() if name not in self._base},

@@ -18,7 +18,7 @@ from megatron_retro.assembly.retrofitting import (
     retrofit_plan,
 )
 from megatron_retro.assembly.run_parts import RunParts, build_run_parts
-from megatron_retro.assembly.stage_building import is_tuned, model_without_memory
+from megatron_retro.assembly.stage_building import model_without_memory, trained_parts
 from megatron_retro.checkpoint.directory import clear_unfinished
 from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.checkpoint.run_lock import run_lock
@@ -33,7 +33,7 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.config.toml_files import render_toml
 from megatron_retro.config.training import TrainingConfig
 from megatron_retro.errors import ConfigError, Requeue
-from megatron_retro.model.costs import ModelCosts, model_costs
+from megatron_retro.model.costs import model_costs
 from megatron_retro.ops.backends import backend_rows
 from megatron_retro.optim.optimizer import optimizer_rows
 from megatron_retro.optim.schedule import run_length
@@ -77,8 +77,9 @@ def finetune(settings: Settings) -> None:
     """Train a finished model on conversations: all of it, or what `--peft-method` puts beside it."""
     launch = find_launch()
     settings = _finetune_settings(settings)
+    table = trainable_table(model_without_memory(settings))  # every rank hears what this refuses
     if launch.rank == 0:
-        say(trainable_table(model_without_memory(settings)))
+        say(table)
     _run(settings, launch)
 
 
@@ -209,17 +210,10 @@ def run_facts(parts: RunParts, launch: Launch) -> RunFacts:
         world_size=launch.world_size,
         is_reporter=parts.trainable.is_reporter,
         parameters=costs.parameters,
-        flops_per_token=_training_flops(costs, settings),
+        flops_per_token=costs.training_flops(trained_parts(settings)),
         peak_flops=None if peak is None else peak * 1e12,
         total_samples=parts.total_samples,
         seq_length=length,
         inputs=dict(parts.inputs),
         backends=dict([*backend_rows(device), *optimizer_rows(device)]),
     )
-
-
-def _training_flops(costs: ModelCosts, settings: Settings) -> float:
-    """Of one token, without the gradients of what is frozen."""
-    if is_tuned(settings):
-        return costs.tuning_flops
-    return costs.added_training_flops if settings[TrainingConfig].freeze_decoder else costs.training_flops

@@ -14,7 +14,7 @@ from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.sections import ALL_SECTIONS
 from megatron_retro.config.settings import build_settings
 from megatron_retro.config.toml_files import preset_names, preset_path, read_recipe
-from megatron_retro.model.costs import model_costs
+from megatron_retro.model.costs import ADDED, EVERYTHING, Trained, model_costs
 from megatron_retro.model.retro import Retro
 from megatron_retro.ops.backends import VARIABLE
 from megatron_retro.optim.groups import part_of
@@ -118,7 +118,8 @@ def test_training_flops_count_what_freezing_leaves(trained: str, monkeypatch: py
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         built(random_tokens(1, length), neighbors).sum().backward()
     costs = model_costs(model, retro, length)
-    flops = {"all": costs.training_flops, "added": costs.added_training_flops, "beside": costs.tuning_flops}[trained]
+    parts = {"all": EVERYTHING, "added": ADDED, "beside": Trained(weights=False)}
+    flops = costs.training_flops(parts[trained])
     square = 2 * model.hidden_size * length * length  # torch counts the whole square of a layer's scores
     layers_behind = model.num_layers - 3 if trained == "added" else model.num_layers
     expected = flops * length + square * (model.num_layers + 2 * layers_behind)

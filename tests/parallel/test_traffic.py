@@ -13,8 +13,8 @@ from megatron_retro.parallel.traffic import boundary_bytes, data_bytes, microbat
 from megatron_retro.planning.trace import trace_parts
 from megatron_retro.planning.workload import Layout, Workload
 
-MODEL = ModelConfig(num_layers=3, hidden_size=64, num_attention_heads=8, vocab_size=100, make_vocab_size_divisible_by=8)
-RETRO = RetroConfig(retro_add_retriever=True, retro_layers=(2, 3), retro_chunk_length=16)
+MODEL = ModelConfig(num_layers=4, hidden_size=64, num_attention_heads=8, vocab_size=100, make_vocab_size_divisible_by=8)
+RETRO = RetroConfig(retro_add_retriever=True, retro_layers=(2, 4), retro_chunk_length=16)
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
@@ -26,7 +26,7 @@ RETRO = RetroConfig(retro_add_retriever=True, retro_layers=(2, 3), retro_chunk_l
         (4, RetroConfig(), 1, 2),
         (
             4,
-            RetroConfig(retro_add_retriever=True, retro_layers=(2, 3), retro_chunk_length=16, retro_encoder_layers=3),
+            RetroConfig(retro_add_retriever=True, retro_layers=(2, 4), retro_chunk_length=16, retro_encoder_layers=3),
             1,
             2,
         ),
@@ -44,7 +44,7 @@ def test_tensor_axis(
 
 
 def test_a_shut_gate_sends_nothing_for_neighbours() -> None:
-    shut = RetroConfig(retro_add_retriever=True, retro_layers=(2, 3), retro_attention_gate=0.0)
+    shut = RetroConfig(retro_add_retriever=True, retro_layers=(2, 4), retro_attention_gate=0.0)
     assert microbatch_sizes(MODEL, shut, 1, 128, 2).encoded == 0.0
 
 

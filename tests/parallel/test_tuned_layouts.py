@@ -54,6 +54,20 @@ def test_tuning_equals_one_process(method: str, layout: str) -> None:
     assert max(found.values()) < 2e-4, {name: error for name, error in found.items() if error >= 2e-4}
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "zero-bubble"])
+@pytest.mark.parametrize("part", ["encoder", "cross-attention"])
+def test_a_stage_may_hold_nothing_of_what_is_tuned(part: str, schedule: str) -> None:
+    """Retrieval in the first half of the layers, or in the second: the other stage only passes on."""
+    layers = {"encoder": (1, 2), "cross-attention": (3, 4)}[part]
+    method = {"peft_method": "ia3", "peft_parts": (part,)}
+    settings = tiny_settings(retro_layers=layers, global_batch_size=4, **method)
+    batches = random_batches(settings)
+    reference = reference_outcome(settings, batches, steps=2)
+    cut = settings.replace(pipeline_model_parallel_size=2, pipeline_schedule=schedule)
+    found = worst_differences(reference, run_layout(cut, 2, batches, steps=2))
+    assert max(found.values()) < 2e-4, {name: error for name, error in found.items() if error >= 2e-4}
+
+
 @pytest.mark.parametrize(
     ("layout", "recompute"),
     [("tensor", "full"), ("sequence", "selective"), ("pipeline", "none"), ("pipeline", "full"), ("data", "none")],

@@ -9,14 +9,25 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.retro import RetroConfig
-from megatron_retro.model.costs import model_costs
+from megatron_retro.config.sections import ALL_SECTIONS
+from megatron_retro.config.settings import build_settings
+from megatron_retro.model.costs import ADDED, EVERYTHING, model_costs
 from megatron_retro.model.retro import Retro
+from megatron_retro.ops.backends import VARIABLE
+from megatron_retro.peft.attach import attach, connect, initialize
+from megatron_retro.peft.prompts import virtual_token_ids
 from megatron_retro.planning.hardware import accelerator
 from megatron_retro.planning.plan import make_plan
-from megatron_retro.planning.workload import Layout, Workload
+from megatron_retro.planning.shards import build_shards
+from megatron_retro.planning.workload import Layout, Workload, layout_of, workload_of
+from megatron_retro.testing.tiny_models import lively, random_neighbors, random_tokens, tiny_model, tiny_retro
 
 FAMILY = {"swiglu": True, "disable_bias_linear": True, "untie_embeddings_and_output_weights": True}
 PUBLISHED = [  # layers, width, heads, feed-forward, GPT and Retro parameters in billions
@@ -104,14 +115,76 @@ def test_behind_a_shut_gate_nothing_works() -> None:
     assert model_costs(SMALL, shut, 64).forward_flops == model_costs(SMALL, RetroConfig(), 64).forward_flops
 
 
+@pytest.mark.parametrize("method", ["lora", "adapter", "ia3", "p-tuning"])
+@pytest.mark.parametrize("parts", [("decoder",), ("encoder",), ("cross-attention",), ("decoder", "encoder")])
+def test_a_plan_of_tuning_counts_what_torch_counts(
+    method: str, parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen weights cost no gradient of their own, and nothing comes back below what is tuned."""
+    if method in ("adapter", "p-tuning") and parts != ("decoder",):
+        return  # adapters stand at no cross-attention, virtual tokens stand before the decoder
+    monkeypatch.setenv(VARIABLE, "reference")  # torch counts its own operators only
+    length, chunk = 128, 16
+    model = tiny_model(num_layers=8, hidden_size=32, ffn_hidden_size=128, max_position_embeddings=length)
+    retro = tiny_retro(retro_chunk_length=chunk, retro_layers=(3, 6))
+    small = {
+        "lora_rank": 1,
+        "lora_targets": ("attention.query_key_value", "query"),
+        "adapter_size": 1,
+        "num_virtual_tokens": 2,
+        "prompt_encoder_hidden_size": 1,
+    }
+    values = {**vars(model), **vars(retro), **small, "peft_method": method, "peft_parts": parts, "seq_length": length}
+    settings = build_settings(ALL_SECTIONS, {name: value for name, value in values.items() if value is not None}, {})
+    built, tokens = lively(model, retro).train(), random_tokens(1, length)
+    attach(built, settings[PeftConfig])
+    connect(built)
+    initialize(built, 0)
+    if method == "p-tuning":
+        tokens[:, :2] = torch.tensor(virtual_token_ids(2))
+    neighbors = random_neighbors(1, length // chunk, retro.retro_num_neighbors, 2 * chunk)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        built(tokens, neighbors).sum().backward()
+    work = workload_of(settings)
+    square = 2 * model.hidden_size * length * length  # torch counts the whole square of a layer's scores
+    behind = model.num_layers if "decoder" in parts else model.num_layers - 3
+    expected = work.training_flops * length + square * (model.num_layers + 2 * behind)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.06)
+    assert 1.3 * work.training_flops < work.costs.training_flops()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"peft_method": "lora", "lora_targets": ("attention.query_key_value", "mlp.up", "mlp.down", "output")},
+        {"peft_method": "lora", "peft_parts": ("encoder", "cross-attention"), "lora_targets": ("query", "key_value")},
+        {"peft_method": "adapter", "peft_parts": ("decoder", "encoder")},
+        {"peft_method": "ia3"},
+        {"peft_method": "p-tuning", "prompt_encoder_hidden_size": 8},
+        {"freeze_decoder": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cut", [{}, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}], ids=str)
+def test_planned_ranks_hold_and_train_what_built_ones_do(changes: dict[str, Any], cut: dict[str, int]) -> None:
+    """Building refuses a plan whose parameters, held or trained, are not those of the trainer's own shards."""
+    values = {**vars(tiny_model(num_layers=8)), **vars(tiny_retro(retro_layers=(3, 6))), **changes, **cut}
+    values |= {"seq_length": 32, "global_batch_size": 4, "plan_gpus_per_node": 4}
+    settings = build_settings(ALL_SECTIONS, {name: value for name, value in values.items() if value is not None}, {})
+    plan = make_plan(workload_of(settings), layout_of(settings), accelerator("A100"), prove=False)
+    shards = build_shards(settings, plan)
+    assert len(shards) == settings[ParallelConfig].pipeline_model_parallel_size
+    assert 0 < sum(shard.trained_parameters for shard in shards) < sum(shard.parameters for shard in shards)
+
+
 @pytest.mark.parametrize("pipeline", [1, 2])
 def test_a_plan_counts_no_gradient_of_what_is_frozen(pipeline: int) -> None:
     """By hand: nothing comes back below the first retrieval layer; above it frozen weights get no gradient."""
     retro = RetroConfig(retro_add_retriever=True, retro_layers=(4, 7))
     work = Workload(SMALL, retro, 128, 8, 64, 4)
     plans = [
-        make_plan(replace(work, freeze_decoder=frozen), Layout(pipeline, pipeline=pipeline), accelerator("A100"))
-        for frozen in (False, True)
+        make_plan(replace(work, trained=trained), Layout(pipeline, pipeline=pipeline), accelerator("A100"))
+        for trained in (EVERYTHING, ADDED)
     ]
     whole, frozen = (plan.work.training_flops for plan in plans)
     width, layers = SMALL.hidden_size, SMALL.num_layers

@@ -29,6 +29,7 @@ SHAPE: dict[str, Any] = {
     "train_iters": 10,
 }
 WIDE = {"hidden_size": 768}
+MORE_TEXT = {"micro_batch_size": 4, "global_batch_size": 4}
 FOUR_MICROBATCHES = {"global_batch_size": 8}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank": (1, {}),
@@ -36,6 +37,19 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "full recomputation": (1, {"recompute_granularity": "full", "micro_batch_size": 4, "global_batch_size": 4}),
     "data 2": (2, {**FOUR_MICROBATCHES, "use_distributed_optimizer": True}),
     "tensor 2": (2, {**WIDE, "tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "frozen decoder": (1, {**WIDE, "num_layers": 12, "freeze_decoder": True, **MORE_TEXT}),
+    "lora": (1, {**WIDE, "num_layers": 12, "peft_method": "lora", **MORE_TEXT}),
+    "lora of cross-attention": (
+        1,
+        {
+            **WIDE,
+            "num_layers": 12,
+            "peft_method": "lora",
+            "peft_parts": ("cross-attention",),
+            **MORE_TEXT,
+            "lora_targets": ("query", "output"),
+        },
+    ),
     "pipeline 2": (2, {**WIDE, **FOUR_MICROBATCHES, "pipeline_model_parallel_size": 2}),
 }
 
