@@ -118,6 +118,7 @@ _NAMES = {
 }
 _RMS_NAMES = {**_NAMES, "norm_epsilon": "rms_norm_eps"}
 _RMS = {"normalization": "RMSNorm"}
+_WINDOW_OFF = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 _LAYER_NORM = {"normalization": "LayerNorm"}
 _ROPE = {"position_embedding_type": "rope"}
 
@@ -135,7 +136,7 @@ QWEN2 = Family(
     "qwen2",
     "Qwen2ForCausalLM",
     _RMS_NAMES,
-    {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768},
+    {**_WINDOW_OFF, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768},
     SILU,
     {**_RMS, **_ROPE, "add_qkv_bias": True},
     {},
@@ -145,7 +146,7 @@ QWEN3 = Family(
     "qwen3",
     "Qwen3ForCausalLM",
     _RMS_NAMES,
-    {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "head_dim": 128},
+    {**_WINDOW_OFF, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "head_dim": 128},
     SILU,
     {**_RMS, **_ROPE, "qk_layernorm": True},
     {"attention_bias": False},

@@ -23,6 +23,7 @@ from megatron_retro.convert.safetensors_folder import SafetensorsFolder, read_js
 from megatron_retro.convert.stored_model import open_stored
 from megatron_retro.convert.tensor_rules import Rule
 from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.runtime.console import warn
 from megatron_retro.runtime.strict_json import json_text
 
 CONFIG = "config.json"
@@ -40,22 +41,31 @@ def import_hugging_face(source: Path, run: Path) -> Path:
     names = _stored_names(folder, family)
     _require_all_used(folder, names, rules, model)
     shapes = parameter_shapes(model, RetroConfig())
+    _require_tied(folder, names, model)
     _require_shapes(folder, names, rules, model, shapes)
 
     def load(name: str) -> Tensor:
         parts = [folder.tensor(names[part]) for part in rules[name].theirs]
         return rules[name].join(parts, model)
 
-    tokenizer = _imported_tokenizer(source)
+    tokenizer = imported_tokenizer(source)
     settings = Settings([model, RetroConfig(), tokenizer])
     return write_checkpoint(run, settings, shapes, load, {"config.json": file_record(source / CONFIG).sha256})
 
 
-def _imported_tokenizer(source: Path) -> TokenizerConfig:
-    path = source / TOKENIZER
-    if not path.is_file():
-        return TokenizerConfig()
-    return TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(path.absolute()))
+def imported_tokenizer(source: Path) -> TokenizerConfig:
+    """The tokenizer that lies beside the model."""
+    fast, pieces, vocabulary, merges = (
+        source.absolute() / name for name in (TOKENIZER, "tokenizer.model", "vocab.json", "merges.txt")
+    )
+    if fast.is_file():
+        return TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(fast))
+    if pieces.is_file():
+        return TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(pieces))
+    if vocabulary.is_file() and merges.is_file():
+        return TokenizerConfig(tokenizer_type="GPT2BPETokenizer", vocab_file=str(vocabulary), merge_file=str(merges))
+    warn(f"{source} holds no tokenizer: name it wherever text is read or written (--tokenizer-type)")
+    return TokenizerConfig()
 
 
 def _stored_names(folder: SafetensorsFolder, family: Family) -> dict[str, str]:
@@ -79,6 +89,18 @@ def _require_all_used(
             f"{folder.path} has tensors that are not understood",
             got=", ".join(unknown[:5]),
             fix="the model is not what its config.json says, or of a variant that cannot be imported",
+        )
+
+
+def _require_tied(folder: SafetensorsFolder, names: Mapping[str, str], model: ModelConfig) -> None:
+    """An output matrix beside tied embeddings must be the same: which one transformers uses depends on its version."""
+    if model.untie_embeddings_and_output_weights or "lm_head.weight" not in names:
+        return
+    embedding = next(names[name] for name in ("model.embed_tokens.weight", "transformer.wte.weight") if name in names)
+    if not torch.equal(folder.tensor(embedding), folder.tensor(names["lm_head.weight"])):
+        raise ArtifactError(
+            f"{folder.path} ties its embeddings, and yet its output matrix is another",
+            fix="set tie_word_embeddings to false in its config.json, or remove lm_head.weight",
         )
 
 

@@ -23,7 +23,9 @@ _ROPE_FIELDS = {
     "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
     "original_max_position_embeddings", "partial_rotary_factor",
 }  # fmt: skip
+_LLAMA3_FIELDS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _WINDOW_FIELDS = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
+_WINDOW_FAMILIES = ("mistral", "qwen2", "qwen3")
 _BIAS_FIELDS = {"attention_bias", "mlp_bias", "use_qkv_bias"}
 
 
@@ -66,12 +68,13 @@ class _Reader:
         """Everything; problems are collected."""
         values: dict[str, Any] = {**self.family.fixed}
         for ours, theirs in self.family.names.items():
-            values[ours] = self.field(theirs)
+            values[ours] = self._number(theirs, self.field(theirs), whole=ours != "norm_epsilon")
             if values[ours] is None and theirs != "n_inner":
                 self.problems.append(f"{theirs} is missing")
+        heads = {} if self.problems else self._heads(values)
         if self.problems:
             return ModelConfig()
-        values |= self._heads(values) | self._activation() | self._rope() | self._window(values) | self._biases()
+        values |= heads | self._activation() | self._rope() | self._window(values) | self._biases()
         tied = self.field("tie_word_embeddings", False)
         values["untie_embeddings_and_output_weights"] = not tied
         self._check_rotated(ModelConfig(**values))
@@ -82,10 +85,26 @@ class _Reader:
             self.problems.append(f"{name} = {self.config[name]!r} is not understood")
         return ModelConfig(**values)
 
+    def _number(self, name: str, value: Any, *, whole: bool = False) -> Any:
+        """A number above zero, or None where there is none; anything else is a problem."""
+        kinds = (int,) if whole else (int, float)
+        if value is None or (isinstance(value, kinds) and not isinstance(value, bool) and value > 0):
+            return value
+        self.problems.append(f"{name} = {value!r}: expected a {'whole ' if whole else ''}number above 0")
+        return 1
+
+    def _table(self, name: str) -> dict[str, Any]:
+        """A field that holds fields of its own."""
+        value = self.field(name) or {}
+        if isinstance(value, Mapping):
+            return dict(value)
+        self.problems.append(f"{name} = {value!r}: expected an object")
+        return {}
+
     def _heads(self, values: Mapping[str, Any]) -> dict[str, Any]:
         heads, width = values["num_attention_heads"], values["hidden_size"]
-        size = self.field("head_dim") if self.family is not GPT2 else None
-        groups = self.field("num_key_value_heads") if self.family is not GPT2 else None
+        names = ("head_dim", "num_key_value_heads") if self.family is not GPT2 else ()
+        size, groups = [self._number(name, self.field(name), whole=True) for name in names] or (None, None)
         groups = heads if groups is None else groups
         return {
             "kv_channels": None if size in (None, width // heads) and width % heads == 0 else size,
@@ -105,26 +124,34 @@ class _Reader:
     def _rope(self) -> dict[str, Any]:
         if self.family is GPT2:
             return {}
-        old = dict(self.field("rope_scaling") or {})
-        new = dict(self.field("rope_parameters") or {})
+        old, new = self._table("rope_scaling"), self._table("rope_parameters")
+        if old and new and old != new:
+            self.problems.append(f"rope_scaling = {old!r} beside rope_parameters = {new!r}: give one of them")
         rope = {"rope_theta": self.field("rope_theta", 10000.0), **old, **new}
         rope.setdefault("partial_rotary_factor", self.field("partial_rotary_factor", 1.0))
         kind = rope.get("rope_type", rope.get("type", "default"))
         unknown = sorted(set(rope) - _ROPE_FIELDS)
         self.problems += [f"rope: {name} = {rope[name]!r} is not understood" for name in unknown]
-        if kind not in ("default", "linear", "llama3"):
+        needed = {"default": [], "linear": ["factor"], "llama3": ["factor", *_LLAMA3_FIELDS]}
+        if kind not in needed:
             self.problems.append(f"rope type {kind!r}: expected default, linear or llama3")
+            return {}
+        numbers = {name: self._number(f"rope: {name}", rope.get(name)) for name in _ROPE_FIELDS - {"rope_type", "type"}}
+        missing = [name for name in ("rope_theta", *needed[kind]) if numbers[name] is None]
+        self.problems += [f"rope: {name} is missing, which {kind} needs" for name in missing]
+        if missing:
+            return {}
         values = {
-            "rotary_base": float(rope["rope_theta"]),
-            "rotary_percent": float(rope["partial_rotary_factor"]),
+            "rotary_base": float(numbers["rope_theta"]),
+            "rotary_percent": float(numbers["partial_rotary_factor"] or 1.0),
             "rope_scaling_type": "none" if kind == "default" else kind,
-            "rope_scaling_factor": float(rope.get("factor", 1.0)),
+            "rope_scaling_factor": float(numbers["factor"] or 1.0),
         }
         if kind == "llama3":
             values |= {
-                "rope_scaling_low_freq_factor": float(rope["low_freq_factor"]),
-                "rope_scaling_high_freq_factor": float(rope["high_freq_factor"]),
-                "rope_scaling_original_max_positions": int(rope["original_max_position_embeddings"]),
+                "rope_scaling_low_freq_factor": float(numbers["low_freq_factor"]),
+                "rope_scaling_high_freq_factor": float(numbers["high_freq_factor"]),
+                "rope_scaling_original_max_positions": int(numbers["original_max_position_embeddings"]),
             }
         return values
 
@@ -134,12 +161,16 @@ class _Reader:
             self.problems.append(f"partial_rotary_factor turns {rotated} dimensions of a head: expected an even number")
 
     def _window(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        fields = {name: self.field(name) for name in _WINDOW_FIELDS} if self.family is not GPT2 else {}
-        window = fields.get("sliding_window")
-        if fields.get("use_sliding_window") is False:
+        if self.family.model_type not in _WINDOW_FAMILIES:
+            if self.field("sliding_window") is not None:
+                self.problems.append("sliding_window: transformers passes it over in this family; remove it")
+            return {}
+        fields = {name: self.field(name) for name in _WINDOW_FIELDS}
+        window = self._number("sliding_window", fields["sliding_window"], whole=True)
+        if fields["use_sliding_window"] is False:
             window = None
-        layers, kinds = values["num_layers"], fields.get("layer_types")
-        if kinds is None and window is not None and fields.get("max_window_layers") is not None:
+        layers, kinds = values["num_layers"], fields["layer_types"]
+        if kinds is None and window is not None and fields["max_window_layers"] is not None:
             first = fields["max_window_layers"]
             kinds = ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
         if kinds is not None and window is not None:

@@ -65,12 +65,15 @@ def opened(path: Path) -> Any:
         raise ArtifactError(f"{path} is no intact safetensors file", got=error, fix="fetch it again") from None
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file."""
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read", got=error) from None
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path} cannot be read", got=f"a JSON {type(content).__name__}", expected="an object")
+    return content
 
 
 def write_folder(path: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:

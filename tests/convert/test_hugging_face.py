@@ -17,7 +17,7 @@ from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.convert.checkpoint_files import parameter_shapes, read_parameter, write_checkpoint
-from megatron_retro.convert.hugging_face import export_hugging_face, import_hugging_face
+from megatron_retro.convert.hugging_face import export_hugging_face, import_hugging_face, imported_tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.model.retro import Retro
 from megatron_retro.testing.tiny_models import lively, random_tokens, tiny_model, tiny_retro
@@ -209,6 +209,15 @@ def test_the_decoder_of_a_retro_goes_out_when_its_gate_is_shut(transformers: Any
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"pretraining_tp": 2}, "pretraining_tp"),
+        ({"sliding_window": 4}, "sliding_window: transformers passes it over in this family"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "beside rope_parameters"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope: factor is missing"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "rope: low_freq_factor is missing"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "big"}}, "rope: rope_theta = 'big'"),
+        ({"rope_parameters": "none"}, "rope_parameters = 'none': expected an object"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0: expected a whole number above 0"),
+        ({"hidden_size": "16"}, "hidden_size = '16'"),
+        ({"num_key_value_heads": 1.5}, "num_key_value_heads = 1.5"),
     ],
 )
 def test_what_is_not_understood_is_named(
@@ -230,6 +239,35 @@ def test_windows_of_some_layers_are_refused(transformers: Any, tmp_path: Path) -
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="some layers have a sliding window"):
         import_hugging_face(tmp_path, tmp_path / "run")
+
+
+def test_a_tied_model_whose_output_matrix_is_another_is_refused(transformers: Any, tmp_path: Path) -> None:
+    """Which of the two transformers uses depends on its version."""
+    made(transformers, "llama", tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs/config.json").read_text())
+    (tmp_path / "theirs/config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(ArtifactError, match="ties its embeddings, and yet its output matrix is another"):
+        import_hugging_face(tmp_path / "theirs", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [
+        ((), "ByteTokenizer"),
+        (("tokenizer.model",), "SentencePieceTokenizer"),
+        (("vocab.json", "merges.txt"), "GPT2BPETokenizer"),
+        (("tokenizer.json", "tokenizer.model"), "HuggingFaceTokenizer"),
+    ],
+)
+def test_the_tokenizer_of_a_folder_is_found(
+    transformers: Any, files: tuple[str, ...], kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made(transformers, "llama", tmp_path / "theirs")
+    for name in files:
+        (tmp_path / "theirs" / name).write_text("{}")
+    tokenizer = imported_tokenizer(tmp_path / "theirs")
+    assert tokenizer.tokenizer_type == kind
+    assert ("holds no tokenizer" in "".join(capsys.readouterr())) == (not files)
 
 
 def test_damaged_and_foreign_folders_are_refused(transformers: Any, tmp_path: Path) -> None:

@@ -65,6 +65,10 @@ def test_what_a_file_leaves_out_is_what_the_family_has() -> None:
         {"model_type": "stablelm", **shape, "num_attention_heads": 4, "num_key_value_heads": 4}
     )
     assert stablelm.rotary_percent == 0.25
+    qwen2 = model_from_hugging_face(
+        {"model_type": "qwen2", **shape, "num_attention_heads": 4, "sliding_window": 9, "max_window_layers": 0}
+    )
+    assert qwen2.sliding_window is None  # a window is used where use_sliding_window says so
     qwen3 = model_from_hugging_face({"model_type": "qwen3", **shape, "num_attention_heads": 4})
     assert qwen3.kv_channels == 128
 
