@@ -92,7 +92,11 @@ class Project:
         if self.config.retro_database_corpus is not None:
             given = [TokenFile(prefix).fingerprint for prefix in self.config.retro_database_corpus]
             found = [corpus.fingerprint for corpus in database.corpora]
-            require_same(layout.database, "--retro-database-corpus", given, found, again)
+            require_same(layout.database, "--retro-database-corpus", found, given, again)
+        ranges = self._document_ranges()
+        if ranges is not None:
+            held = [(corpus.first_document, corpus.last_document) for corpus in database.corpora]
+            require_same(layout.database, "--retro-database-documents", held, ranges, again)
         return database
 
     @property
@@ -202,7 +206,9 @@ def parsed_range(text: str, flag: str) -> tuple[int, int]:
     first, separator, last = text.partition(":")
     if separator and first.isdigit() and last.isdigit() and int(first) < int(last):
         return int(first), int(last)
-    raise ConfigError(f"{flag} {text!r} is no range", expected="FIRST:LAST, LAST left out and above FIRST")
+    raise ConfigError(
+        f"{flag} {text!r} is no range", expected="FIRST:LAST, two numbers, where LAST is the first one outside"
+    )
 
 
 def _query_corpus(text: str) -> QueryCorpus:

@@ -219,6 +219,7 @@ def test_other_settings_in_the_same_directory_are_refused(settings: Settings, co
         ({"retro_block_size": 100}, "block_size"),
         ({"retro_index_str": "IVF4,Flat"}, "index_str"),
         ({"retro_database_corpus": [other]}, "retro-database-corpus"),
+        ({"retro_database_documents": ["0:100"]}, "retro-database-documents"),
         ({"retro_query_num_neighbors_save": 3}, "neighbors-save"),
         ({"retro_rerank": "overlap"}, "rerank"),
         ({"retro_query_corpus": [f"corpus={other}"]}, "corpus does not match"),
