@@ -129,8 +129,8 @@ class Saver:
                     room = self._room[name] = staging_copy(tensor)
                 room.copy_(live.detach(), non_blocking=True)
                 staged[name] = as_staged(tensor, room)
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
+        for device in {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}:
+            torch.cuda.current_stream(device).synchronize()  # by name: this thread's own current device is the first
         return staged
 
     def _write(self, snapshot: Snapshot, tensors: Mapping[str, Tensor]) -> None:

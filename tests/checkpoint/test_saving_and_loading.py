@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from megatron_retro.artifacts.manifest import damage
@@ -264,3 +265,24 @@ def test_two_runs_cannot_have_one_directory_and_a_killed_one_lets_go(tmp_path: P
     wait(process)
     with run_lock(tmp_path):
         pass
+
+
+def test_a_background_save_waits_for_the_device_that_it_copies_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new thread's own device is the first one, wherever the rank trains: waiting there would wait for nothing."""
+    waited: list[torch.device | None] = []
+
+    class Stream:
+        def synchronize(self) -> None:
+            pass
+
+    def current_stream(device: torch.device | None = None) -> Stream:
+        waited.append(device)
+        return Stream()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("megatron_retro.checkpoint.saver.staging_copy", lambda tensor: torch.empty(tensor.shape))
+    with FakeTensorMode():
+        live = {"model.a": torch.zeros(2, device="cuda:3"), "optimizer.step": torch.zeros(2)}
+        Saver(Path("never written"))._stage(live)
+    assert waited == [torch.device("cuda", 3)]
