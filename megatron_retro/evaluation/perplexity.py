@@ -6,7 +6,8 @@ same-document rule.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,16 +125,41 @@ def grouped(windows: Sequence[Window], batch_size: int) -> list[Group]:
     return groups
 
 
+def led(batch: Batch, lead: Sequence[int], chunk_length: int) -> Batch:
+    """Virtual tokens in front of each window, never scored; the chunks that they fill read no neighbours."""
+    if not lead:
+        return batch
+    front = np.tile(np.array(lead, np.int64), (batch.num_samples, 1))
+    changes: dict[str, Any] = {
+        "tokens_BS": np.concatenate([front, batch.tokens_BS.astype(np.int64)], axis=1),
+        "labels_BS": np.concatenate([np.full_like(front, -1), batch.labels_BS.astype(np.int64)], axis=1),
+        "loss_mask_BS": np.concatenate([np.zeros(front.shape, np.bool_), batch.loss_mask_BS], axis=1),
+    }
+    for name in ("neighbor_tokens_BCKR", "neighbor_mask_BCKR"):
+        if (found := getattr(batch, name)) is not None:
+            chunks = ((0, 0), (len(lead) // chunk_length, 0), (0, 0), (0, 0))
+            changes[name] = np.pad(found, chunks)
+    return replace(batch, **changes)
+
+
 def losses_of_group(
-    losses: Losses, dataset: Dataset, group: Group, variants: Sequence[str], device: torch.device, seed: int = 0
+    losses: Losses,
+    dataset: Dataset,
+    group: Group,
+    variants: Sequence[str],
+    device: torch.device,
+    *,
+    lead: Sequence[int] = (),
+    seed: int = 0,
 ) -> NDArray[np.float32] | None:
     """[variants, tokens] of the scored tokens, where `losses` gives them to this process; its replica calls it."""
     batch = read_windows(dataset, group.windows)
     rows = []
     for variant in variants:
         (changed,) = with_variant([batch], variant, seed + group.first)
-        found = losses(to_tensors(changed, device))
-        rows.append(None if found is None else found[batch.loss_mask_BS])
+        chunk_length = dataset.sources[group.windows[0].source].samples.chunk_length
+        found = losses(to_tensors(led(changed, lead, chunk_length), device))
+        rows.append(None if found is None else found[:, len(lead) :][batch.loss_mask_BS])
     present = [row for row in rows if row is not None]
     return np.stack(present) if present else None
 
@@ -162,8 +188,9 @@ def measure(
     *,
     batch_size: int,
     device: torch.device,
+    lead: Sequence[int] = (),
 ) -> dict[str, Measured]:
     """Losses of all scored tokens under each variant of neighbours, by one process that has them all."""
     groups = grouped(windows, batch_size)
-    found = [losses_of_group(losses, dataset, group, variants, device) for group in groups]
+    found = [losses_of_group(losses, dataset, group, variants, device, lead=lead) for group in groups]
     return measured(groups, [one for one in found if one is not None], variants)

@@ -19,6 +19,7 @@ from megatron_retro.config.data import DataConfig
 from megatron_retro.config.evaluation import EvaluationConfig
 from megatron_retro.config.fields import field_specs
 from megatron_retro.config.inference import EngineConfig
+from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.perplexity import PerplexityConfig
 from megatron_retro.config.retro import RetroConfig
@@ -42,6 +43,7 @@ from megatron_retro.evaluation.perplexity import (
     window_documents,
 )
 from megatron_retro.evaluation.perplexity_parts import PerplexityParts
+from megatron_retro.peft.prompts import configured_virtual_tokens
 from megatron_retro.runtime.console import render_table, say
 from megatron_retro.runtime.html_page import facts, page, section, table
 from megatron_retro.runtime.signals import StopRequests
@@ -65,8 +67,8 @@ def run_perplexity(settings: Settings, tasks: Sequence[str] = ()) -> dict[str, A
         raise ConfigError("perplexity is that of a model", fix="give --load, a run's directory or a checkpoint")
     stopped: Requeue | None = None
     with replica_losses(settings, Path(load), settings[WorkersConfig].shard) as replica:
-        _require_plain(replica.loaded)
         dataset = held_out(settings, replica.loaded)
+        _require_room_for_lead(replica.loaded, dataset)
         parts, protocol = _parts(settings, replica.loaded, dataset)
         try:
             _measure_share(replica, dataset, parts, _variants(settings, replica.loaded, dataset))
@@ -88,11 +90,28 @@ def run_perplexity(settings: Settings, tasks: Sequence[str] = ()) -> dict[str, A
     )
 
 
-def _require_plain(model: Loaded) -> None:
-    if model.settings[PeftConfig].peft_method == "p-tuning":
+def _lead(model: Loaded) -> tuple[int, ...]:
+    """The virtual tokens that stand before every window, as they stood before every prompt."""
+    return configured_virtual_tokens(model.settings[PeftConfig])
+
+
+def _require_room_for_lead(model: Loaded, dataset: Dataset) -> None:
+    """Virtual tokens may move windows by whole chunks only: a chunk's neighbours come from a table, found for it."""
+    count, room = len(_lead(model)), model.settings[ModelConfig].learned_positions()
+    reads = model.retro.reads_neighbors() and any(source.neighbors for source in dataset.sources)
+    if reads and count % model.retro.retro_chunk_length:
         raise ConfigError(
-            f"{model.path} was tuned with virtual tokens, which stand before prompts and not before documents",
-            fix="evaluate its answers, or measure the model that it was tuned beside",
+            f"the virtual tokens of {model.path} move windows off the grid of chunks that neighbours were found for",
+            got=f"{count} virtual tokens",
+            expected=f"a multiple of the chunk length {model.retro.retro_chunk_length}, where neighbours are read",
+            fix="tune with such a number of virtual tokens, or evaluate its answers",
+        )
+    if room is not None and count + dataset.seq_length > room:
+        raise ConfigError(
+            "windows behind virtual tokens are longer than the model's learned positions",
+            got=f"{count} + {dataset.seq_length} tokens",
+            expected=f"at most {room}",
+            fix="give a shorter --seq-length",
         )
 
 
@@ -128,7 +147,8 @@ def _parts(settings: Settings, model: Loaded, dataset: Dataset) -> tuple[Perplex
 
 def _measure_share(replica: ReplicaLosses, dataset: Dataset, parts: PerplexityParts, variants: Sequence[str]) -> None:
     def measure(group: Group) -> NDArray[np.float32] | None:
-        return losses_of_group(replica.losses, dataset, group, variants, replica.device)
+        lead = _lead(replica.loaded)
+        return losses_of_group(replica.losses, dataset, group, variants, replica.device, lead=lead)
 
     with StopRequests().listening() as requests:
 

@@ -18,11 +18,16 @@ from megatron_retro.assembly.loaded_model import LoadedModel, load_model
 from megatron_retro.assembly.replica_losses import losses_of_model
 from megatron_retro.config.evaluation import EvaluationConfig
 from megatron_retro.config.inference import EngineConfig
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.perplexity import PerplexityConfig
+from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.workers import WorkersConfig
+from megatron_retro.convert.checkpoint_files import write_checkpoint
 from megatron_retro.data.builders import build_dataset
 from megatron_retro.data.dataset import Dataset
+from megatron_retro.data.neighbor_variants import VARIANTS
 from megatron_retro.errors import ConfigError, DamagedArtifact
 from megatron_retro.evaluation.leakage import ALPHAS, shared_shares, text_bytes
 from megatron_retro.evaluation.perplexity import (
@@ -36,6 +41,9 @@ from megatron_retro.evaluation.perplexity import (
 )
 from megatron_retro.evaluation.perplexity_run import run_perplexity
 from megatron_retro.model.neighbors import Neighbors
+from megatron_retro.model.retro import Retro
+from megatron_retro.peft.attach import added_parameters, attach, initialize
+from megatron_retro.peft.prompts import virtual_token_ids
 from megatron_retro.runtime.strict_json import json_text
 from megatron_retro.testing.processes import run_ranks
 from megatron_retro.testing.tiny_corpus import CHUNK, TinyCorpus, write_tiny_corpus
@@ -164,6 +172,61 @@ def test_the_verb_writes_figures_that_add_up(setting: Setting, tmp_path: Path, m
         for other, own, (mean, low, high) in bits:
             if not math.isnan(other):
                 assert mean == pytest.approx(other - own, abs=1e-9) and low <= mean <= high
+
+
+def p_tuned(setting: Setting, folder: Path, num_virtual: int, base: Path | None = None, **changes: Any) -> Path:
+    """A run that tuned virtual tokens beside the model."""
+    vocabulary = setting.model.settings[ModelConfig].vocab_size
+    stored = setting.corpus.settings(load=str(base or setting.run), vocab_size=vocabulary, **changes)
+    peft = PeftConfig(peft_method="p-tuning", num_virtual_tokens=num_virtual, prompt_encoder_hidden_size=8)
+    module = Retro(stored[ModelConfig], stored[RetroConfig])
+    attach(module, peft)
+    initialize(module, seed=1)
+    added = {name: one.detach() * 20 for name, one in added_parameters(module).items()}
+    settings = Settings([*(section for section in stored if not isinstance(section, PeftConfig)), peft])
+    return write_checkpoint(folder, settings, {name: tuple(one.shape) for name, one in added.items()}, added.get, {})
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_virtual_tokens_stand_in_front_of_each_window(setting: Setting, tmp_path: Path, reads: bool) -> None:
+    """Window by window: virtual tokens and text through the model, neighbours where their chunks now are."""
+    count, gate = (2 * CHUNK, 1.0) if reads else (3, 0.0)
+    tuned = p_tuned(setting, tmp_path / "tuned", count, retro_attention_gate=gate)
+    result = evaluated(setting, tmp_path / "out", load=str(tuned), leakage_neighbors=0)
+    assert result is not None and result["variants"].keys() == ({*VARIANTS} if reads else {"real"})
+    module, lead = load_model(tuned).module, list(virtual_token_ids(count))
+    sums = []
+    for window in sliding_windows(setting.dataset, CHUNK):
+        batch = read_windows(setting.dataset, [window])
+        tokens, neighbors = torch.from_numpy(batch.tokens_BS.astype(np.int64)), None
+        if reads:
+            assert batch.neighbor_tokens_BCKR is not None and batch.neighbor_mask_BCKR is not None
+            found = torch.from_numpy(batch.neighbor_tokens_BCKR.astype(np.int64))
+            there = torch.from_numpy(batch.neighbor_mask_BCKR)
+            neighbors = Neighbors(
+                torch.cat((found[:, :2], found), 1), torch.cat((torch.zeros_like(there[:, :2]), there), 1)
+            )
+        with torch.no_grad():
+            logits_SV = module(torch.cat((torch.tensor([lead]), tokens), 1), neighbors)[0, count:]
+        labels = torch.from_numpy(batch.labels_BS.astype(np.int64))[0]
+        losses = functional.cross_entropy(logits_SV, labels, reduction="none")[torch.from_numpy(batch.loss_mask_BS[0])]
+        sums.append(float(losses.double().sum()))
+    assert result["variants"]["real"]["loss"][0] == pytest.approx(sum(sums) / result["tokens"], abs=1e-5)
+    assert result["samples"]["losses"] == pytest.approx(sums, abs=2e-4)
+    plain = evaluated(setting, tmp_path / "plain", leakage_neighbors=0)
+    assert plain is not None and plain["samples"]["texts"] == result["samples"]["texts"]
+    assert np.abs(np.subtract(plain["samples"]["losses"], sums)).max() > 2e-3
+
+
+def test_virtual_tokens_that_move_the_grid_of_neighbors_are_refused(setting: Setting, tmp_path: Path) -> None:
+    tuned = p_tuned(setting, tmp_path / "tuned", CHUNK + 1)
+    with pytest.raises(ConfigError, match="off the grid of chunks"):
+        evaluated(setting, tmp_path / "out", load=str(tuned))
+    learned = {"position_embedding_type": "learned_absolute", "max_position_embeddings": 4 * CHUNK}
+    pretrain(setting.corpus.settings(save=str(tmp_path / "learned"), train_iters=1, eval_iters=0, **learned))
+    long = p_tuned(setting, tmp_path / "long", CHUNK, tmp_path / "learned", **learned)
+    with pytest.raises(ConfigError, match="learned positions"):
+        evaluated(setting, tmp_path / "out", load=str(long))
 
 
 def test_a_model_that_reads_no_neighbors_has_a_curve_over_the_same_chunks(setting: Setting, tmp_path: Path) -> None:
