@@ -106,7 +106,7 @@ def _compiled(unit: Unit) -> Path:
     key = hashlib.sha256()
     for part in (*unit.command, _compiler_version(unit.command[0])):
         key.update(part.encode() + b"\0")
-    for path in _with_own_headers(unit.source):
+    for path in read_files(unit):
         key.update(path.read_bytes() + b"\0")
     target = CACHE / f"{unit.source.stem}.{key.hexdigest()[:20]}.o"
     if not target.exists():
@@ -133,16 +133,21 @@ def _compiler_version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
 
 
-def _with_own_headers(source: Path) -> list[Path]:
-    """The file and every header of ours that it includes, directly or not."""
-    found: dict[Path, None] = {source: None}
-    pending = [source]
+def read_files(unit: Unit) -> list[Path]:
+    """The source and every header of ours that it includes, directly or not, where the unit's compiler looks for them.
+
+    What stands behind a condition counts if the compiler could find it: the CUDA sources ask for the shim's headers,
+    which only the shim's own build sees.
+    """
+    folders = [Path(word[2:]) for word in unit.command if word.startswith("-I")]
+    found: dict[Path, None] = {unit.source: None}
+    pending = [unit.source]
     while pending:
-        text = pending.pop().read_text()
-        for name in _INCLUDE.findall(text):
-            for folder in (source.parent, *(path for path in ROOT.iterdir() if path.is_dir())):
-                path = folder / name
-                if path.is_file() and path not in found:
-                    found[path] = None
-                    pending.append(path)
+        includer = pending.pop()
+        for name in _INCLUDE.findall(includer.read_text()):
+            places = (folder / name for folder in (includer.parent, *folders))
+            path = next((place.resolve() for place in places if place.is_file()), None)
+            if path is not None and path not in found:
+                found[path] = None
+                pending.append(path)
     return list(found)
