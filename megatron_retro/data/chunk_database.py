@@ -284,6 +284,6 @@ def _write_counts(
             if eod is not None and not ended and last > first:
                 raise DataError(
                     f"no document of {file.prefix} ends with the end-of-document id {eod}",
-                    fix="give the tokenizer of its tokens, preprocess with --append-eod, or say --no-retro-database-eod",
+                    fix="name its tokenizer, preprocess with --append-eod, or say --no-retro-database-eod",
                 )
     return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -200,6 +201,39 @@ def test_line_ends_blank_lines_and_escaped_nul_are_no_faults(tmp_path: Path) -> 
     file = TokenFile(f"{tmp_path}/o_text_document")
     wanted = [b"one", b"tw\0o", b"", "😀".encode()]
     assert [bytes(file.document(n)[:-1].astype(np.uint8)) for n in range(file.num_documents)] == wanted
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".txt"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, ending: str) -> None:
+    content = "\ufefffine" if ending == ".txt" else '\ufeff{"text": "fine"}\n'
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(gzip.compress(content.encode()) if ending.endswith(".gz") else content.encode())
+    assert preprocess(tmp_path / "o", [path]) == 0
+    assert bytes(TokenFile(f"{tmp_path}/o_text_document").document(0).astype(np.uint8)) == b"fine"
+
+
+def test_a_record_is_corrected_and_the_same_command_runs(tmp_path: Path) -> None:
+    """A run that ended before its first block is no unfinished work."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(BAD["null"][0])
+    assert preprocess(tmp_path / "o", [path]) == 2
+    path.write_bytes(GOOD)
+    assert preprocess(tmp_path / "o", [path]) == 0
+
+
+def test_after_hours_of_work_a_bad_record_is_set_aside_and_the_rest_is_kept(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was finished under --on-error stop is the same under skip; the other way round it need not be."""
+    monkeypatch.setattr(plan_module, "SMALLEST_BLOCK", 10)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD + BAD["null"][0] + GOOD)
+    assert preprocess(tmp_path / "o", [path], "--workers", "1") == 2
+    assert Path(f"{tmp_path}/o.unfinished/000000.json").exists()
+    assert preprocess(tmp_path / "o", [path], "--resume", "--append-eod") == 2
+    assert "other append-eod False" in capfd.readouterr().err
+    assert preprocess(tmp_path / "o", [path], "--resume", "--on-error", "skip") == 0
+    assert TokenFile(f"{tmp_path}/o_text_document").num_documents == 2
 
 
 @pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst"])

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -80,9 +81,24 @@ class Plan:
     def fingerprint(self) -> str:
         """Of the content, not of where it lies."""
         facts = asdict(self)
+        del facts["reading"]["on_error"]  # blocks that are finished held no fault, or set it aside
         for file in facts["files"]:
             file["path"] = Path(file["path"]).name
         return hashlib.sha256(json_text(facts, sort_keys=True).encode()).hexdigest()
+
+    def differences(self, stored: Mapping[str, Any]) -> list[str]:
+        """What another plan, as it was stored, would do differently."""
+        mine: dict[str, Any] = json.loads(json_text(asdict(self)))
+        theirs = {**stored, **stored.get("reading", {})}
+        facts = {**mine.pop("reading"), **mine}
+        files, others = (
+            {Path(file["path"]).name: file["content"] for file in found["files"]} for found in (facts, theirs)
+        )
+        changed = sorted(name for name in files | others if files.get(name) != others.get(name))
+        names = [name for name in facts if name != "files" and theirs.get(name) != facts[name]]
+        return [f"input {name}" for name in changed] + [
+            f"{name.replace('_', '-')} {theirs.get(name)}" for name in names
+        ]
 
     @property
     def num_bytes(self) -> int:

@@ -17,6 +17,7 @@ from megatron_retro.data.preprocessing.plan import GZIP, LINES, PARQUET, TEXT, P
 from megatron_retro.errors import DataError, EnvironmentProblem
 
 _PIECE = 1 << 20
+_BYTE_ORDER_MARK = "\ufeff"
 Texts = dict[str, list[str]]
 
 
@@ -193,6 +194,8 @@ def texts_of(record: Record, plan: Plan) -> Texts | None:
         text = record.content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise Refused(f"invalid UTF-8 at byte {record.offset + error.start}") from None
+    if record.offset == 0:
+        text = text.removeprefix(_BYTE_ORDER_MARK)
     if record.is_plain and reading.text_documents == "file":
         return {key: [text] for key in reading.json_keys}
     if not text or text.isspace():
@@ -206,7 +209,7 @@ def _fields(text: str, keys: tuple[str, ...], limit: int) -> Texts:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Refused(f"malformed JSON: {error}") from None
+        raise Refused(f"malformed JSON (a line holds one object): {error}") from None
     if not isinstance(value, dict):
         raise Refused(f"a JSON {type(value).__name__} where an object is expected")
     missing = [key for key in keys if key not in value]

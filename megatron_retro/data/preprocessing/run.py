@@ -113,8 +113,12 @@ def preprocess(
         say(f"{run.output.prefix}: finished before, nothing to do")
         return
     _enter(run, resume=config.resume)
-    _make_blocks(run, config.workers or len(os.sched_getaffinity(0)), log_interval)
-    summary = _finish(run)
+    try:
+        _make_blocks(run, config.workers or len(os.sched_getaffinity(0)), log_interval)
+        summary = _finish(run)
+    except BaseException:
+        _leave_no_empty_directory(run)
+        raise
     if config.verify:
         verify(run)
     _tell(run, summary)
@@ -160,12 +164,12 @@ def _enter(run: Run, *, resume: bool) -> None:
         _require_free(run, target, run.output.config_of(run.plan, key, shard), resume=resume)
     plan_file = run.directory / "plan.json"
     if plan_file.exists():
-        found = json.loads(plan_file.read_text())["fingerprint"]
-        if found != run.plan.fingerprint:
+        stored = json.loads(plan_file.read_text())
+        back_to_stop = stored["reading"]["on_error"] == "skip" and run.plan.reading.on_error == "stop"
+        if stored["fingerprint"] != run.plan.fingerprint or back_to_stop:
             raise ArtifactError(
                 f"{run.directory} holds unfinished work of another run",
-                got=found[:16],
-                expected=run.plan.fingerprint[:16],
+                got="other " + ", ".join(run.plan.differences(stored)[:5]),
                 fix="finish that run with its own settings, or remove the directory",
             )
         if not resume and run.worker.count == 1:
@@ -173,6 +177,13 @@ def _enter(run: Run, *, resume: bool) -> None:
                 f"{run.directory} holds unfinished work of this same run", fix="--resume goes on; or remove it"
             )
     write_file(plan_file, json_text({"fingerprint": run.plan.fingerprint, **asdict(run.plan)}, indent=1))
+
+
+def _leave_no_empty_directory(run: Run) -> None:
+    """A run that ends before its first block leaves nothing to go on from, and nothing in another's way."""
+    claimed = any((run.directory / "claims").glob("*"))
+    if not claimed and len(run.remaining()) == len(run.plan.blocks):
+        shutil.rmtree(run.directory, ignore_errors=True)
 
 
 def _require_free(run: Run, target: str, config: dict[str, Any], *, resume: bool) -> None:
