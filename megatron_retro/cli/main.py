@@ -13,6 +13,7 @@ from megatron_retro import __version__
 from megatron_retro.artifacts.files import disk_problem
 from megatron_retro.cli.verbs import VERBS, Verb, other_name
 from megatron_retro.config.command_line import parse_settings
+from megatron_retro.config.data import require_tokenizer_type
 from megatron_retro.config.sections import ALL_SECTIONS
 from megatron_retro.config.toml_files import nearest, render_toml
 from megatron_retro.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, ConfigError, MegatronRetroError
@@ -68,6 +69,7 @@ def _dispatch(words: list[str]) -> int:
     if namespace.print_config:
         print(render_toml(settings))
         return 0
+    require_tokenizer_type(settings)
     positional = getattr(namespace, module.POSITIONAL.name) if module.POSITIONAL else []
     return int(module.run(settings, positional) or 0)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_retro.config.fields import option
+from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings
+from megatron_retro.errors import ConfigError
 
 KEPT_AS_ONE = ("document", "chunk")
 TOKENIZERS = ("ByteTokenizer", "SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer")
@@ -18,6 +20,21 @@ class TokenizerConfig:
     tokenizer_model: str | None = option(None, "sentencepiece model or tokenizer.json")
     vocab_file: str | None = option(None, "GPT-2 vocabulary (json)")
     merge_file: str | None = option(None, "GPT-2 merges")
+
+
+def require_tokenizer_type(settings: Settings) -> None:
+    """A tokenizer's file without its kind would be passed over in silence."""
+    if TokenizerConfig not in settings or settings.origin("tokenizer_type") != DEFAULT_ORIGIN:
+        return
+    config = settings[TokenizerConfig]
+    files = {"--tokenizer-model": config.tokenizer_model, "--vocab-file": config.vocab_file}
+    given = [f"{flag} {file}" for flag, file in files.items() if file is not None]
+    if given:
+        raise ConfigError(
+            "a tokenizer's file is named, but not its kind",
+            got=", ".join(given),
+            fix="add --tokenizer-type " + " or ".join(TOKENIZERS[1:]),
+        )
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,12 @@ def test_flags_without_effect_are_refused(words: list[str], capsys: pytest.Captu
     assert "is no flag of this command" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["preprocess", "generate", "pretrain", "build-retrieval"])
+def test_a_tokenizers_file_without_its_kind_is_not_passed_over(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert entry.main([verb, "--tokenizer-model", "x.model"]) == EXIT_USER
+    assert "add --tokenizer-type SentencePieceTokenizer or" in capsys.readouterr().err
+
+
 def test_internal_errors_keep_their_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
