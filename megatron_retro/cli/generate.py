@@ -43,6 +43,7 @@ SECTIONS: tuple[type, ...] = (
 POSITIONAL: Positional | None = None
 READS: Reads = READ_BY_A_GENERATOR
 _SHOWN_CHARACTERS = 200
+_PROMPTS = '{"prompt": TEXT} or {"question": TEXT}'
 
 
 def run(settings: Settings, positional: Sequence[str]) -> None:
@@ -53,6 +54,8 @@ def run(settings: Settings, positional: Sequence[str]) -> None:
     prompts, output = _prompts(settings[GenerateConfig]), settings[GenerateConfig].output
     if output is not None:
         make_folder(Path(output).parent)  # before the work, which a path that cannot be written would lose
+        if Path(output).is_dir():
+            raise ConfigError(f"--output {output} is a folder", expected="a file to write")
 
     def answer(replica: Replica) -> None:
         generator = replica.generator
@@ -79,10 +82,13 @@ def _prompts(config: GenerateConfig) -> list[str]:
         return [text]
     try:
         records = [json.loads(line) for line in text.splitlines() if line.strip()]
-        return [str(record["question"] if "question" in record else record["prompt"]) for record in records]
+        prompts = [record["question"] if "question" in record else record["prompt"] for record in records]
     except (ValueError, KeyError, TypeError) as error:
-        expected = '{"prompt": ...} or {"question": ...}'
-        raise DataError(f"{path} is no JSON lines file of prompts", got=error, expected=expected) from None
+        raise DataError(f"{path} is no JSON lines file of prompts", got=error, expected=_PROMPTS) from None
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        got = next((repr(prompt) for prompt in prompts if not isinstance(prompt, str)), "no line")
+        raise DataError(f"{path} is no JSON lines file of prompts", got=got, expected=_PROMPTS)
+    return prompts
 
 
 def _form(checkpoint: Path, settings: Settings) -> ConversationForm | None:

@@ -58,6 +58,25 @@ def test_bad_input(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("lines", "got"), [("", "no line"), ('{"prompt": 5}\n', "5"), ('{"prompt": "x"}\n{"prompt": null}\n', "None")]
+)
+def test_prompts_that_are_no_text(
+    room: Path, tmp_path: Path, lines: str, got: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text(lines)
+    assert main(["generate", "--load", str(room / "retro"), "--prompt-file", str(tmp_path / "prompts.jsonl")]) == 2
+    assert f"got:      {got}" in capsys.readouterr().err
+
+
+def test_an_output_that_is_a_folder_is_refused_before_the_work(
+    room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "--load", str(room / "retro"), "--prompt", "x", "--output", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert "is a folder" in printed.err and not printed.out
+
+
 def test_index_of_another_tokenizer(room: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The same index, said to be of GPT-2's tokenizer."""
     import shutil
