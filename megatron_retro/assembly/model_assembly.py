@@ -123,7 +123,7 @@ class ParallelModel:
         try:
             return self._train_step(microbatches, loss_scale, step)
         except RuntimeError as error:
-            named = explain_failure(error, step)
+            named = explain_failure(error, step + 1)
             if named is None:
                 raise
             raise named from error

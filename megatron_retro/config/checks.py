@@ -15,6 +15,7 @@ from megatron_retro.config.instruction_checks import (
     buckets_are_of_one_size,
     one_thing_is_frozen,
     passages_have_a_reader,
+    tuned_parts_are_reached,
 )
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.model_checks import model_violations
@@ -317,6 +318,7 @@ RULES: tuple[Rule, ...] = (
     passages_have_a_reader,
     buckets_are_of_one_size,
     one_thing_is_frozen,
+    tuned_parts_are_reached,
     fp8_fits,
     fp8_products_are_not_put_off,
 )

@@ -9,29 +9,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_retro.config.fields import FieldSpec
+from megatron_retro.config.megatron_flags import instead_of
 from megatron_retro.config.settings import Settings, build_settings, section_name, specs_by_name
-from megatron_retro.config.toml_files import nearest, preset_names, preset_path, read_recipe
+from megatron_retro.config.toml_files import preset_names, preset_path, read_recipe
 from megatron_retro.errors import ConfigError
-
-# Flags of Megatron's that have no meaning here, and what to do instead.
-_NO_SENTENCES = ": it prepares sentences for BERT; documents stay whole here, leave it out"
-_OWN_VOCABULARY = ": --retro-embedder-path names a folder that holds its vocabulary"
-_INSTEAD = {
-    "--retro-cyclic-train-iters": ": corpora are read again by themselves; --train-iters is the length of the run, "
-    "--max-data-epochs refuses to repeat",
-    "--dataset-impl": ": token files are always memory-mapped, leave it out",
-    "--split-sentences": _NO_SENTENCES,
-    "--keep-newlines": _NO_SENTENCES,
-    "--keep-sequential-samples": ": documents keep their order, leave it out",
-    "--retro-gpt-data-path": ": --retro-database-corpus and --retro-query-corpus name token files",
-    "--retro-index-nfeats": ": the embedder says how wide its vectors are, leave it out",
-    "--retro-index-type": ": --retro-index-str names any index of faiss, leave it out",
-    "--retro-bert-vocab-file": _OWN_VOCABULARY,
-    "--retro-bert-tokenizer-type": _OWN_VOCABULARY,
-}
-_RETRO_GPT = "--retro-gpt-"
-_OF_THE_RUN = ": neighbour tables belong to the corpus, whatever is trained on it; leave it out"
-
 
 # Of a section of which a verb reads only some fields, those; the others are no flags of that verb.
 Reads = Mapping[type, Sequence[str]]
@@ -176,13 +157,13 @@ def _recipe_files(namespace: argparse.Namespace) -> list[tuple[str, Path]]:
 
 
 def _refuse_unknown(unknown: Sequence[str], known: Mapping[str, FieldSpec], all_sections: Sequence[type]) -> None:
-    here = _spellings(known.values())
+    here = [*_spellings(known.values()), "--config", "--preset", "--print-config"]
     elsewhere = _spellings(spec for _, spec in specs_by_name(all_sections).values())
     problems: list[str] = []
     for word in unknown:
         if word.startswith("-"):
             flag = word.split("=")[0]
-            problems.append(f"{flag} is no flag of this command{_instead(flag, here, elsewhere)}")
+            problems.append(f"{flag} is no flag of this command{instead_of(flag, here, elsewhere)}")
         elif not problems or "stands alone" in problems[-1]:  # after an unknown flag it is that flag's value
             problems.append(f"{word!r} stands alone; values follow a flag")
     if problems:
@@ -193,18 +174,6 @@ def _spellings(specs: Iterable[FieldSpec]) -> list[str]:
     """All that the command line takes for these fields."""
     given = [(spelling, spec.kind is bool) for spec in specs for spelling in spec.spellings]
     return [flag for spelling, switch in given for flag in ([spelling, opposite(spelling)] if switch else [spelling])]
-
-
-def _instead(flag: str, here: Sequence[str], elsewhere: Sequence[str]) -> str:
-    """What to give in place of a flag that is not known here."""
-    if flag in _INSTEAD:
-        return _INSTEAD[flag]
-    if flag in elsewhere:
-        return "; other verbs read it"
-    if not flag.startswith(_RETRO_GPT):
-        return nearest(flag, here)
-    general = flag.replace(_RETRO_GPT, "--")
-    return f" (did you mean {general}?)" if general in here else _OF_THE_RUN
 
 
 def _refuse_illegal(values: dict[str, Any], sections: Sequence[type]) -> None:

@@ -34,6 +34,20 @@ def buckets_are_of_one_size(settings: Settings, world_size: int) -> Iterator[Vio
             yield Violation("rampup_batch_size", ramp, "none", "--bucket-by-length needs steps of one size")
 
 
+def tuned_parts_are_reached(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """What is tuned beside encoder and cross-attention alone learns from passages in the encoder, or not at all."""
+    if PeftConfig not in settings or settings[PeftConfig].peft_method in ("none", "p-tuning"):
+        return
+    place, parts = settings[InstructionConfig].context_place, settings[PeftConfig].peft_parts
+    if "decoder" not in parts and place not in ("encoder", "split"):
+        yield Violation(
+            "peft_parts",
+            parts,
+            f"the decoder too with --context-place {place}, or nothing would be trained",
+            "add it, or give passages to the encoder",
+        )
+
+
 def one_thing_is_frozen(settings: Settings, world_size: int) -> Iterator[Violation]:
     """Tuning beside the model freezes all of it; a GPT is a decoder and nothing else."""
     if TrainingConfig not in settings or not settings[TrainingConfig].freeze_decoder:

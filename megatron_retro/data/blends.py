@@ -76,20 +76,20 @@ def _rounded(count: int, share: Fraction) -> int:
     return (2 * count * share.numerator + share.denominator) // (2 * share.denominator)
 
 
-def parse_data_path(words: Sequence[str]) -> tuple[WeightedPath, ...]:
-    """`p`, `p1 p2` (equal weights) or `w1 p1 w2 p2`, as Megatron reads them."""
+def parse_data_path(words: Sequence[str], flag: str = "--data-path") -> tuple[WeightedPath, ...]:
+    """`p`, `p1 p2` (equal weights) or `w1 p1 w2 p2`, as Megatron reads them; `flag` is what they stood behind."""
     if not words:
-        raise ConfigError("--data-path is empty", fix="give token file prefixes")
+        raise ConfigError(f"{flag} is empty", fix="give paths, or weights and paths")
     first = _weight(words[0])
     if first is None:
         return tuple(WeightedPath(word, Fraction(1)) for word in words)
     if len(words) % 2:
-        raise ConfigError("--data-path mixes weights and paths", got=" ".join(words), expected="w1 p1 w2 p2 ...")
+        raise ConfigError(f"{flag} mixes weights and paths", got=" ".join(words), expected="w1 p1 w2 p2 ...")
     sources = []
     for text, path in zip(words[::2], words[1::2], strict=True):
         weight = _weight(text)
         if weight is None or weight <= 0:
-            raise ConfigError(f"--data-path: the weight of {path} must be a number above 0", got=text)
+            raise ConfigError(f"{flag}: the weight of {path} must be a number above 0", got=text)
         sources.append(WeightedPath(path, weight))
     return tuple(sources)
 

@@ -68,7 +68,7 @@ def build_dataset(settings: Settings, split: str, *, eod: int | None) -> Dataset
     words = data.valid_data_path if own_validation else data.data_path
     if words is None:
         raise ConfigError("--data-path is not set", fix="give token file prefixes made by `megatron-retro preprocess`")
-    paths = parse_data_path(words)
+    paths = parse_data_path(words, "--valid-data-path" if own_validation else "--data-path")
     tables = _tables(paths, data.valid_neighbor_path if own_validation else data.neighbor_path, retro)
     database = _database(data, retro)
     shares = (0.0, 1.0, 0.0) if own_validation else parse_split(data.split)

@@ -60,6 +60,8 @@ FREE_MODEL_SETTINGS = (
     "retro_gate_budget_weight",
     "retro_gate_budget_warmup",
     "retro_zero_init_output",
+    "lora_dropout",
+    "peft_load",
 )
 
 
@@ -74,6 +76,8 @@ class Taken:
 
 EVERYTHING = Taken()
 
+# the model with what is tuned beside it
+TUNED_SECTIONS = (*MODEL_SECTIONS, PeftConfig)
 # settings whose change is told when a run goes on
 TOLD_SECTIONS = (*MODEL_SECTIONS, DataConfig, TokenizerConfig, TrainingConfig, OptimizerConfig, ParallelConfig)
 # settings that can change the order of samples, and settings of those sections that cannot
@@ -208,7 +212,7 @@ class RunCheckpoints:
         if self._config.load is None:
             raise ConfigError("--peft-method tunes beside a model", fix="give --load, the directory of its run")
         base = open_checkpoint(Path(self._config.load))
-        self._require_own_model(base)
+        self._require_own_model(base, MODEL_SECTIONS)
         load_tensors(base, self._base, padded_rows(self._base, self._parts.true_rows), self._group)
         if adapter_path is not None:
             adapter = open_checkpoint(Path(adapter_path))
@@ -243,7 +247,7 @@ class RunCheckpoints:
         return Taken(optimizer=not config.no_load_optim, random=not config.no_load_rng)
 
     def _restore(self, checkpoint: Checkpoint, taken: Taken) -> None:
-        self._require_own_model(checkpoint)
+        self._require_own_model(checkpoint, TUNED_SECTIONS if taken.position else MODEL_SECTIONS)
         wanted = {name: tensor for name, tensor in self._tensors.items() if name.startswith(MODEL) or taken.optimizer}
         require_tensors(checkpoint, wanted, self._true_rows)
         states = random_tensors(self._rank, random_states())
@@ -290,8 +294,8 @@ class RunCheckpoints:
         names = [section_name(section) for section in sections]
         return {name: values[name] for name in names if name in values}
 
-    def _require_own_model(self, checkpoint: Checkpoint) -> None:
-        require_same_model(checkpoint, self._sections(MODEL_SECTIONS), FREE_MODEL_SETTINGS)
+    def _require_own_model(self, checkpoint: Checkpoint, sections: Sequence[type]) -> None:
+        require_same_model(checkpoint, self._sections(sections), FREE_MODEL_SETTINGS)
 
 
 def _fits(checkpoint: Checkpoint, name: str, state: Tensor) -> bool:

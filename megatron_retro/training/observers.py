@@ -226,6 +226,7 @@ class TensorBoard(BlankObserver):
             raise EnvironmentProblem(
                 "--tensorboard-dir needs TensorBoard", got=error, fix="pip install megatron-retro[tensorboard]"
             ) from None
+        make_folder(directory)
         self._writer: Any = SummaryWriter(str(directory))
 
     def stepped(self, record: StepRecord) -> None:

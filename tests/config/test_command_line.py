@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from megatron_retro.config.command_line import parse_settings
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.fields import field_specs
+from megatron_retro.config.megatron_flags import explained
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.retro import RetroConfig
@@ -97,9 +98,21 @@ def test_an_unknown_flag_takes_its_value_with_it_and_flags_that_do_not_exist_are
 
 
 def test_flags_of_megatrons_other_scripts_are_explained() -> None:
-    for flag, said in (("--split-sentences", "leave it out"), ("--retro-gpt-seed", "belong to the corpus")):
+    for flag, said in (
+        ("--split-sentences", "leave it out"),
+        ("--retro-gpt-seed", "belong to the corpus"),
+        ("--use-flash-attn", "fastest kernel"),
+        ("--DDP-impl", "--data-parallel-sharding"),
+        ("--override-opt_param-scheduler", "that of the command"),
+        ("--confg", "did you mean --config"),
+    ):
         with pytest.raises(ConfigError, match=f"{flag} is no flag of this command.*{said}"):
             parse(flag, "1")
+
+
+def test_no_flag_of_ours_is_explained_away() -> None:
+    ours = {spelling for section in ALL_SECTIONS for spec in field_specs(section) for spelling in spec.spellings}
+    assert explained() & ours == set()
 
 
 def test_a_verb_takes_no_flag_that_it_does_not_read(tmp_path: Path) -> None:

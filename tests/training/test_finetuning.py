@@ -12,7 +12,7 @@ import torch
 from megatron_retro.config.finetuning import InstructionConfig
 from megatron_retro.config.peft import LORA_TARGETS, PARTS, PeftConfig
 from megatron_retro.config.settings import Settings, build_settings
-from megatron_retro.errors import ConfigError, Requeue
+from megatron_retro.errors import ArtifactError, ConfigError, Requeue
 from megatron_retro.peft.attach import is_added
 from megatron_retro.testing.run_results import differences, losses, stored_tensors
 from megatron_retro.testing.tiny_corpus import SECTIONS, TinyCorpus
@@ -183,13 +183,24 @@ def test_the_gate_off_is_the_published_way(base: Path, conversations: Path, tmp_
     assert not any("cross" in name or name.startswith("model.encoder.") for name in moved)
 
 
+def test_a_run_goes_on_with_the_method_that_it_began_with(base: Path, conversations: Path, tmp_path: Path) -> None:
+    tuned = {"train_iters": 1, "peft_method": "lora", "lora_rank": 4}
+    finetune(settings(base, conversations, tmp_path / "run", **tuned))
+    with pytest.raises(ArtifactError, match="--lora-rank: 4 there, 8 here"):
+        finetune(settings(base, conversations, tmp_path / "run", **{**tuned, "lora_rank": 8}))
+    with pytest.raises(ArtifactError, match="--peft-method: 'lora' there, 'none' here"):
+        finetune(settings(base, conversations, tmp_path / "run", train_iters=2))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"retro_attention_gate": 0.0}, "--context-place = 'encoder'"),
         ({"freeze_decoder": True, "peft_method": "lora"}, "--freeze-decoder = True"),
         ({"bucket_by_length": True, "rampup_batch_size": (8, 8, 64)}, "--bucket-by-length needs steps of one size"),
+        ({"peft_method": "ia3", "peft_parts": ("encoder",), "context_place": "none"}, "nothing would be trained"),
         ({"hidden_size": 48}, "has another shape"),
+        ({"instruction_data": ["3", "a.jsonl", "b.jsonl"]}, "--instruction-data mixes weights and paths"),
         ({"instruction_data": None}, "--instruction-data is not set"),
     ],
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_retro.config.settings import Settings
-from megatron_retro.errors import ArtifactError, Requeue
+from megatron_retro.errors import ArtifactError, EnvironmentProblem, Requeue
 from megatron_retro.testing.forked_runs import exit_code_of, fork, kill_until_done, wait
 from megatron_retro.testing.processes import RankFailure, run_ranks
 from megatron_retro.testing.run_results import differences, losses
@@ -133,6 +133,12 @@ def test_settings_that_change_on_going_on_are_told(
     capfd.readouterr()
     run(corpus.settings(train_iters=3, lr=5e-4, **more))
     assert "settings changed: since step 2, --train-iters 2 -> 3, --lr" in capfd.readouterr().err
+
+
+def test_a_folder_for_curves_that_cannot_be_is_named(corpus: TinyCorpus, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(EnvironmentProblem, match="no folder can be made at"):
+        pretrain(corpus.settings(train_iters=1, tensorboard_dir=str(tmp_path / "file/curves")))
 
 
 def test_other_data_is_refused_by_name_or_taken_when_asked(corpus: TinyCorpus, tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def open_instructions(
     buckets: Buckets | None = None,
 ) -> InstructionDataset:
     """Read and encode the files of a blend; conversations longer than a row stop, or are passed over when asked."""
-    paths = parse_data_path(words)
+    paths = parse_data_path(words, "--instruction-data")
     files = []
     for weighted in paths:
         path = Path(weighted.path)
