@@ -46,7 +46,7 @@ def operating_point(project: Project) -> OperatingPoint:
     ef_search = config.retro_query_ef_search or project.choice.ef_search
     if config.retro_query_nprobe is not None:
         nprobe = config.retro_query_nprobe
-    elif _is_calibrated(project, index):
+    elif can_calibrate(index, index.ntotal):
         nprobe = _calibrated_nprobe(project, index, ef_search)
     else:
         nprobe = project.choice.nprobe
@@ -74,9 +74,10 @@ def _by_lists(asked: str, index: Any, shared: bool) -> bool:
     return asked == "lists" or (asked == "auto" and shared and can_join(index))
 
 
-def _is_calibrated(project: Project, index: Any) -> bool:
+def can_calibrate(index: Any, num_chunks: int) -> bool:
+    """Whether searching every list, to compare with, is possible and affordable."""
     parts = inverted_parts(index)
-    return parts is not None and parts.num_lists > 1 and can_join(index) and index.ntotal <= _CALIBRATED_UP_TO
+    return parts is not None and parts.num_lists > 1 and can_join(index) and num_chunks <= _CALIBRATED_UP_TO
 
 
 def _calibrated_nprobe(project: Project, index: Any, ef_search: int) -> int:

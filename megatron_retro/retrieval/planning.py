@@ -19,6 +19,7 @@ from megatron_retro.retrieval.faiss_index import InvertedParts, faiss_module, in
 from megatron_retro.retrieval.index_building import SEGMENT_BYTES
 from megatron_retro.retrieval.merging import LISTS_FILE
 from megatron_retro.retrieval.neighbor_search import table_layout
+from megatron_retro.retrieval.operating_point import can_calibrate
 from megatron_retro.retrieval.placement import Placement, place_search
 from megatron_retro.retrieval.project import Project
 from megatron_retro.retrieval.reordering import BATCH_ROWS
@@ -35,11 +36,18 @@ _ID_BYTES = 8
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a stage costs one worker."""
+    """What a stage costs one worker; `most_seconds` where that depends on what calibration will find."""
 
     stage: str
     seconds: float
     memory_bytes: float
+    most_seconds: float | None = None
+
+    @property
+    def time(self) -> str:
+        """For a table."""
+        most = "" if self.most_seconds is None else f" to {readable_seconds(self.most_seconds)}"
+        return readable_seconds(self.seconds) + most
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class RetrievalPlan:
         """Tables for a console."""
         facts = "\n".join(f"{name:<22} {value}" for name, value in self.facts.items())
         files = [(name, f"{size:,}", readable_bytes(size)) for name, size in self.files.items()]
-        costs = [(one.stage, readable_seconds(one.seconds), readable_bytes(one.memory_bytes)) for one in self.costs]
+        costs = [(one.stage, one.time, readable_bytes(one.memory_bytes)) for one in self.costs]
         return "\n\n".join(
             [
                 facts,
@@ -81,7 +89,7 @@ def make_plan(project: Project) -> RetrievalPlan:
         "trained on": f"{project.decided['train_chunks']:,} chunks",
         "blocks": f"{len(project.blocks):,} of {project.config.retro_block_size:,} chunks",
         "queries": ", ".join(f"{name}: {readable_count(count)} rows" for name, count in rows.items()),
-        "lists searched": str(_nprobe(project)) + ("" if project.config.retro_query_nprobe else " (to be calibrated)"),
+        "lists searched": _lists_searched(project, parts, chunks),
         "training": training_place(config.retro_faiss_device),
         "searching": str(place),
     }
@@ -96,6 +104,17 @@ def _rows(project: Project, prefix: str) -> int:
 
 def _nprobe(project: Project) -> int:
     return project.config.retro_query_nprobe or project.choice.nprobe
+
+
+def _lists_searched(project: Project, parts: InvertedParts | None, chunks: int) -> str:
+    if parts is None or not _will_calibrate(project, chunks):
+        return str(_nprobe(project))
+    return f"{_nprobe(project)} to {parts.num_lists}: calibrated once the index is there, or --retro-query-nprobe"
+
+
+def _will_calibrate(project: Project, chunks: int) -> bool:
+    index = new_index(project.choice.index_str, project.embedder.dimension)
+    return project.config.retro_query_nprobe is None and can_calibrate(index, chunks)
 
 
 def _files(project: Project, parts: InvertedParts | None, chunks: int, rows: dict[str, int]) -> dict[str, int]:
@@ -198,6 +217,7 @@ def _costs(
     written = chunks * (code + 8) / _WRITE_BYTES_PER_SECOND
     score = place.speeds.score if place.on_gpus and place.speeds else speeds.score
     per_query = speeds.embed_chunk + assign + min(_nprobe(project), lists) * chunks / lists * score
+    every_list = max(0, lists - _nprobe(project)) * chunks / lists * score if _will_calibrate(project, chunks) else 0.0
     if project.config.retro_refine and project.kept_vectors is None:
         # As if no two queries of a batch shared a candidate; the database is the most that a batch can need.
         candidates = min(project.config.retro_query_num_neighbors_query, chunks / BATCH_ROWS)
@@ -210,7 +230,12 @@ def _costs(
         StageCost("train", train, learning),
         StageCost("encode", chunks * (speeds.embed_chunk + assign + quantize) + written, block * (2 * code + 48)),
         StageCost("merge", 2 * written, min(SEGMENT_BYTES, project.memory_bytes / 4) * 2),
-        StageCost("query", queried * per_query, min(project.memory_bytes, block * (8 * dimension + 2000.0))),
+        StageCost(
+            "query",
+            queried * per_query,
+            min(project.memory_bytes, block * (8 * dimension + 2000.0)),
+            queried * (per_query + every_list) if every_list else None,
+        ),
         StageCost("verify", verify, BATCH_CHUNKS * (4.0 * dimension + 8 * project.config.retro_verify_queries)),
     )
 

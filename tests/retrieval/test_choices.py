@@ -152,6 +152,20 @@ def test_what_does_not_fit_says_what_would() -> None:
         choose_index("IVF4096,Flat", 10_000, 64, 1e9, None, lambda _: 64)
 
 
+@pytest.mark.parametrize(
+    ("index_str", "nprobe", "told"), [("IVF16,Flat", None, True), ("IVF16,Flat", 5, False), ("IVF1,Flat", None, False)]
+)
+def test_a_plan_before_calibration_tells_both_ends(
+    corpus: str, tmp_path: Path, index_str: str, nprobe: int | None, told: bool
+) -> None:
+    """How many lists are enough is known once the index is there: no single price would be true before."""
+    changes = {"retro_index_str": index_str, "retro_index_ntrain": 10_000, "retro_query_nprobe": nprobe}
+    plan = make_plan(Project(project_settings(tmp_path / "p", [corpus], **changes)))
+    query = next(cost for cost in plan.costs if cost.stage == "query")
+    assert (query.most_seconds is not None and query.most_seconds > query.seconds) is told
+    assert plan.facts["lists searched"].startswith({True: "9 to 16: calibrated", False: str(nprobe or 1)}[told])
+
+
 @pytest.mark.parametrize("index_str", ["IVF1,Flat", "IVF8,Flat", "OPQ8_32,IVF4_HNSW8,PQ8x4"])
 def test_the_plan_knows_every_file_to_the_byte(corpus: str, tmp_path: Path, index_str: str) -> None:
     changes = {"retro_index_str": index_str, "retro_index_ntrain": 10_000, "retro_keep_embeddings": True}
