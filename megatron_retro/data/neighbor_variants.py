@@ -74,11 +74,14 @@ def _drawn(
     ids: NDArray[np.int64], everyone: NDArray[np.int64], num_chunks: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """For each sample another one, and a chunk of it for each chunk."""
+    places = {number: place for place, number in enumerate(everyone.tolist())}
     donors, chunks = [], []
     for number in ids.tolist():
         random = np.random.default_rng((seed, number))
-        others = everyone[everyone != number]
-        donors.append(random.choice(others) if len(others) else number)
+        own = places.get(number, len(everyone))
+        others = len(everyone) - (number in places)
+        drawn = int(random.integers(0, others)) if others else own
+        donors.append(everyone[drawn + (others > 0 and drawn >= own)])
         chunks.append(random.integers(0, num_chunks, num_chunks))
     return np.array(donors, np.int64), np.array(chunks, np.int64)
 
