@@ -52,7 +52,6 @@ from megatron_retro.errors import DamagedArtifact
 from megatron_retro.runtime.strict_json import json_text
 
 INDEX_NAME = "tensors.json"
-_KEY_SEPARATOR = "|"
 
 
 def shard_name(rank: int) -> str:

@@ -38,11 +38,6 @@ class Cut:
         """No cut is better."""
         return self.slowest <= self.lower_bound * (1 + 1e-9)
 
-    def units_of(self, rank: int) -> tuple[tuple[int, int], ...]:
-        """First unit and unit after the last, of each piece of a rank."""
-        pieces = list(zip(self.bounds, self.bounds[1:], strict=False))
-        return tuple(pieces[rank :: self.num_ranks])
-
 
 def cut_from_bounds(costs: Sequence[float], bounds: Sequence[int], num_ranks: int, lower_bound: float = 0.0) -> Cut:
     """A given cut, measured."""

@@ -23,7 +23,6 @@ class Accelerator:
     memory_tb_per_s: float
     node_gb_per_s: float
     network_gb_per_s: float
-    watts: float
     sustained: float
 
     @property

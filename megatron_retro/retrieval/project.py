@@ -184,11 +184,6 @@ class Project:
             require_same(path, name, found.get(name), value, again)
 
     @property
-    def is_inverted(self) -> bool:
-        """Whether the index can be encoded in blocks."""
-        return inverted_parts(new_index(self.choice.index_str, self.embedder.dimension)) is not None
-
-    @property
     def kept_vectors(self) -> KeptVectors | None:
         """The file of kept vectors, when they are to be kept."""
         if not self.config.retro_keep_embeddings:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TextIO, TypeVar
+from collections.abc import Sequence
+from typing import TextIO
 
-Item = TypeVar("Item")
 _LINE_SECONDS = 10.0
 _BAR_SECONDS = 0.1
 _BAR_WIDTH = 24
@@ -96,14 +95,6 @@ class Progress:
         filled = round(_BAR_WIDTH * min(self.done / self.total, 1.0)) if self.total else 0
         bar = "#" * filled + "-" * (_BAR_WIDTH - filled)
         print(f"\r\x1b[K[{bar}] {text}", file=self._stream, end=end, flush=True)
-
-
-def track(items: Iterable[Item], what: str, total: float | None, unit: str) -> Iterator[Item]:
-    """Pass items through and show how many went by."""
-    with Progress(what, total, unit) as progress:
-        for item in items:
-            yield item
-            progress.advance(1)
 
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-PHASES = ("data", "forward_backward", "optimizer", "save", "other")
-
 
 class Clock:
     """Adds up the seconds of named phases; what is in none of them is `other`. `note` hears which one begins."""
