@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import uvicorn
 from torch import Tensor
 
 from megatron_retro.config.inference import ServeConfig
@@ -26,7 +25,7 @@ from megatron_retro.inference.conversation_form import ConversationForm
 from megatron_retro.inference.engine import EngineLimits
 from megatron_retro.inference.forward import LocalForward
 from megatron_retro.inference.neighbor_sources import Found
-from megatron_retro.inference.serving.program import build_service, listening_socket
+from megatron_retro.inference.serving.program import Server, build_service, listening_socket
 from megatron_retro.inference.text_generator import TextGenerator
 from megatron_retro.model.cache import Cache
 from megatron_retro.model.initialization import initialize
@@ -98,7 +97,7 @@ class Running:
     """A service that answers."""
 
     url: str
-    server: uvicorn.Server
+    server: Server
 
 
 def start(
@@ -107,7 +106,7 @@ def start(
     """Serve on a free port in a thread."""
     fresh = TextGenerator(generator.forward, generator.tokenizer, generator.limits, generator.index)
     listener = listening_socket(config)
-    server = uvicorn.Server(uvicorn.Config(build_service(fresh, config, "small", FORM, api_key), log_level="warning"))
+    server = build_service(fresh, config, "small", FORM, api_key, finishing_seconds=0.05)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     deadline = time.monotonic() + 20

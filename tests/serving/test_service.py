@@ -192,6 +192,44 @@ def test_bad_bytes(service: Any) -> None:
     assert httpx.get(service.url + "/health").json()["status"] == "ok"
 
 
+def test_what_is_wrong_is_said_in_words(service: Any) -> None:
+    url, kind = service.url + "/v1/completions", {"content-type": "application/json"}
+    message = httpx.post(url, content=b"{not json", headers=kind).json()["error"]["message"]
+    assert message.startswith("body: no JSON at character 1")
+    error = post(service, prompt={"a": 1}).json()["error"]
+    assert error["param"] == "prompt"
+    assert "valid string; or Input should be a valid list" in error["message"]
+
+
+def test_null_is_absent(service: Any) -> None:
+    """Clients send it for what they do not set, known here or not."""
+    answer = post(service, prompt="x", max_tokens=2, temperature=None, logit_bias=None, suffix=None, stop=None)
+    assert answer.status_code == 200
+    assert post(service, prompt=None).json()["error"]["message"] == "prompt: Field required"
+
+
+def test_open_requests_hear_that_the_service_ends(
+    service_with: Callable[..., Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A stream ends with a reason, a whole answer with 503, and one that never came in whole too; nothing is logged."""
+    service = service_with()
+    address = service.url.removeprefix("http://").split(":")
+    with ThreadPoolExecutor(1) as pool, socket.create_connection((address[0], int(address[1]))) as slow:
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        whole = pool.submit(post, service, prompt="x", max_tokens=500)
+        body = {"prompt": "x", "max_tokens": 500, "stream": True}
+        with httpx.stream("POST", service.url + "/v1/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            service.server.should_exit = True
+            rest = [line for line in lines if line]
+        assert "shutting down" in rest[-2] and rest[-1] == "data: [DONE]"
+        assert whole.result().status_code == 503
+        slow.settimeout(20)
+        assert slow.recv(12) == b"HTTP/1.1 503"
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
 def test_key(service_with: Callable[..., Any]) -> None:
     service = service_with(api_key="secret")
     assert post(service, prompt="x").status_code == 401

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
@@ -69,9 +69,8 @@ def error_answer(status: int, message: str, param: str | None = None, code: str 
 def _add_error_handlers(application: FastAPI) -> None:
     @application.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return error_answer(400, f"{where or 'body'}: {first['msg']}", param=where or None)
+        where, message = _explained(error.errors())
+        return error_answer(400, f"{where or 'body'}: {message}", param=where or None)
 
     @application.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
@@ -86,6 +85,22 @@ def _add_error_handlers(application: FastAPI) -> None:
         answer = error_answer(error.status_code, str(error.detail))
         answer.headers.update(error.headers or {})
         return answer
+
+
+def _explained(errors: Sequence[Any]) -> tuple[str, str]:
+    """Which field is wrong, and why; one that may be of several kinds has a reason for each."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return "", f"no JSON at character {first['loc'][-1]}: {first['ctx']['error']}"
+    where = _field(first["loc"])
+    return where, "; or ".join(dict.fromkeys(error["msg"] for error in errors if _field(error["loc"]) == where))
+
+
+def _field(place: Sequence[str | int]) -> str:
+    """`messages.0.role`: pydantic's names of kinds, such as `list[str]`, are left out."""
+    parts = [str(part) for part in place if part != "body"]
+    kinds = [number for number, part in enumerate(parts) if not (part.isidentifier() or part.isdigit())]
+    return ".".join(parts[: kinds[0]] if kinds else parts)
 
 
 def _add_page(application: FastAPI) -> None:

@@ -84,11 +84,15 @@ class EngineThread:
         """Begin."""
         self._thread.start()
 
-    def close(self) -> None:
-        """Stop after the current step; open requests are cancelled."""
+    def stop(self) -> None:
+        """End after the current step: open requests hear that the service is shutting down."""
         with self._changed:
             self._closed = True
             self._changed.notify()
+
+    def close(self) -> None:
+        """Stop, and wait for it."""
+        self.stop()
         self._thread.join(timeout=30)
 
     @property

@@ -59,7 +59,11 @@ class Guards:
             await _answer(send, 413, f"the request is larger than {self._max_body_bytes} bytes", "request_too_large")
             return
 
+        started = False
+
         async def guarded_send(event: Event) -> None:
+            nonlocal started
+            started = True
             if event["type"] == "http.response.start":
                 event["headers"] = [*event.get("headers", ()), *_HEADERS]
             await asyncio.wait_for(send(event), self._send_seconds)
@@ -68,6 +72,9 @@ class Guards:
             await self._application(scope, self._counted(receive), guarded_send)
         except asyncio.TimeoutError:
             return  # the client does not read: the connection is dropped
+        except asyncio.CancelledError:  # the service ends, and this request has not even come in whole
+            if not started:
+                await _answer(send, 503, "the service is shutting down", "shutting_down")
 
     def _may_enter(self, path: str, headers: dict[bytes, bytes]) -> bool:
         if self._api_key is None or path in OPEN_PATHS:

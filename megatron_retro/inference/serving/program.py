@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import signal
 import socket
 from collections.abc import Callable
@@ -37,20 +39,37 @@ def serve(generator: TextGenerator, checkpoint: Path, config: ServeConfig, chat:
         server.should_exit = True
 
     form = conversation_form(checkpoint, chat.chat_template)
-    application = build_service(generator, config, name, form, api_key, end)
+    server = build_service(generator, config, name, form, api_key, end)
     listener = listening_socket(config)
     if config.host not in _LOOPBACK and api_key is None:
         warn(f"anyone who reaches {config.host} can use this service: give --api-key-file")
     address, port = listener.getsockname()[:2]
     say(f"{name}: page and OpenAI-compatible API at http://{address}:{port}/ (Ctrl-C ends it)")
-    settings = uvicorn.Config(
-        application, log_level="warning", timeout_graceful_shutdown=5, timeout_keep_alive=15, server_header=False
-    )
-    server = uvicorn.Server(settings)
     with StopRequests().listening((signal.SIGTERM, signal.SIGINT)):  # uvicorn sends itself what it has caught
         server.run(sockets=[listener])
     if losses:
         raise losses[0]
+
+
+class Server(uvicorn.Server):
+    """A server that is told to end lets texts finish for a while, and then tells their clients why they end."""
+
+    def __init__(self, application: Guards, thread: EngineThread, finishing_seconds: float) -> None:
+        settings = uvicorn.Config(
+            application,
+            log_level="warning",
+            timeout_graceful_shutdown=math.ceil(finishing_seconds) + 2,
+            timeout_keep_alive=15,
+            server_header=False,
+        )
+        super().__init__(settings)
+        self._engine_thread, self._finishing_seconds = thread, finishing_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn when it ends; what is still open after the engine's end is cut off."""
+        ending = asyncio.get_running_loop().call_later(self._finishing_seconds, self._engine_thread.stop)
+        await super().shutdown(sockets)
+        ending.cancel()
 
 
 def build_service(
@@ -60,8 +79,10 @@ def build_service(
     form: ConversationForm,
     api_key: str | None = None,
     on_loss: Callable[[DistributedError], None] | None = None,
-) -> Guards:
-    """The ASGI application of a generator."""
+    *,
+    finishing_seconds: float = 5.0,
+) -> Server:
+    """The server of a generator."""
     metrics = Metrics()
     thread = EngineThread(
         generator.engine,
@@ -71,7 +92,7 @@ def build_service(
         on_loss=on_loss,
     )
     service = answering.Service(generator, thread, form, name, answering.now())
-    return build_application(service, metrics, config, api_key)
+    return Server(build_application(service, metrics, config, api_key), thread, finishing_seconds)
 
 
 def read_api_key(config: ServeConfig) -> str | None:

@@ -20,6 +20,12 @@ class StrictModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, body: object) -> object:
+        """As in OpenAI's service, to which clients send null for what they do not set."""
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+
 
 class StreamOptions(StrictModel):
     """OpenAI's options of a stream."""
