@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 from megatron_retro.data.instructions.conversations import Turn
@@ -122,7 +123,7 @@ class Service:
         tokens = [*(prompt if body.echo else ()), *generation.new_tokens]
         stream = TextStream(decode, () if body.echo else prompt)
         texts = [stream.feed(token) for token in tokens]
-        offsets = [sum(map(len, texts[:number])) for number in range(len(texts))]
+        offsets = [0, *accumulate(map(len, texts))][: len(texts)]
         length = len(self.prefix(body, generation)) + len(generation.text)
         shown = sum(offset < length for offset in offsets)  # a stop string ends the text before its tokens
         known = [None] * (len(tokens) - len(generation.chances)) + list(generation.chances)
