@@ -12,8 +12,11 @@ output="$repository/runs/quickstart"
 setup_only=false
 while [ "$#" -gt 0 ]; do
   case "$1" in
-    --output) output="$2"; shift 2 ;;
+    --output)
+      [ "$#" -gt 1 ] || { echo "error: --output takes a folder" >&2; exit 2; }
+      output="$2"; shift 2 ;;
     --setup-only) setup_only=true; shift ;;
+    -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit ;;
     *) echo "error: unknown argument $1 (known: --output DIR, --setup-only)" >&2; exit 2 ;;
   esac
 done

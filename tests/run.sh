@@ -14,6 +14,7 @@ whole=true
 for word in "$@"; do
   case "$word" in
     --setup-only) setup_only=true ;;
+    -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' tests/run.sh; exit ;;
     --full) arguments+=(--full) ;;
     *) arguments+=("$word"); whole=false ;;
   esac

@@ -14,7 +14,7 @@ from megatron_retro.config.inference import EngineConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.workers import WorkersConfig
 from megatron_retro.data.instructions.conversations import Passage
-from megatron_retro.errors import ConfigError
+from megatron_retro.errors import ConfigError, DataError
 from megatron_retro.evaluation.contexts import (
     BM25,
     CollectionContexts,
@@ -41,6 +41,7 @@ def run_sets(settings: Settings, names: Sequence[str]) -> None:
     """Answer and score each set; the table is written by the worker that finds all of them complete."""
     config = settings[EvaluationConfig]
     tasks = [find_task(name) for name in names]
+    _check_passages(config)
     paths = data_paths(config, tasks)
     sets = {task.name: _examples(task, paths[task.name], config) for task in tasks}  # bad files fail before the model
 
@@ -101,6 +102,19 @@ def data_paths(config: EvaluationConfig, tasks: Sequence[Task]) -> dict[str, Pat
 
 def _examples(task: Task, path: Path, config: EvaluationConfig) -> list[Example]:
     return list(task.load(path))[: config.eval_limit]
+
+
+def _check_passages(config: EvaluationConfig) -> None:
+    """A collection must be there, and be read."""
+    if config.eval_passages is None:
+        return
+    if config.eval_contexts in ("given", "none"):
+        raise ConfigError(
+            f"--eval-contexts {config.eval_contexts} reads no --eval-passages",
+            fix="give --eval-contexts bm25 or dense, or leave the passages out",
+        )
+    if not Path(config.eval_passages).is_file():
+        raise DataError(f"there is no file {config.eval_passages}", fix="check --eval-passages")
 
 
 def context_source(config: EvaluationConfig) -> ContextSource:

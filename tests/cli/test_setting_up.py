@@ -42,6 +42,15 @@ def test_a_compiler_that_refuses_the_sources_is_an_error_with_its_words(tmp_path
 
 
 @pytest.mark.parametrize("script", ["tests/run.sh", "examples/quickstart.sh"])
+def test_both_commands_explain_their_flags_without_setting_anything_up(tmp_path: Path, script: str) -> None:
+    environment = {**os.environ, "MEGATRON_RETRO_VENV": str(tmp_path / "environment")}
+    command = ["bash", str(REPOSITORY / script), "--help"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "--setup-only   stop after the set-up" in done.stdout
+    assert not (tmp_path / "environment").exists()
+
+
+@pytest.mark.parametrize("script", ["tests/run.sh", "examples/quickstart.sh"])
 def test_an_old_python_is_one_message(tmp_path: Path, script: str) -> None:
     body = 'case "$*" in *version_info*) exit 1 ;; *--version*) echo "Python 3.8.1" ;; *) exit 3 ;; esac'
     executable(tmp_path / "python3", body)

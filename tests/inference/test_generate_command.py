@@ -99,6 +99,16 @@ def test_index_of_another_tokenizer(room: Path, capsys: pytest.CaptureFixture[st
     assert "the tokenizer does not match" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"), [(["--eval-contexts", "bm25"], "there is no file"), ([], "given reads no --eval-passages")]
+)
+def test_passages_that_are_not_there_or_not_read_are_refused(
+    room: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "nq", "--load", str(room / "retro"), "--eval-passages", "nowhere", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_evaluate(
     room: Path, squad_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
