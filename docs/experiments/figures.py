@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_retro.ablation.comparison import Configuration, difference
+from megatron_retro.ablation.comparison import Configuration, Difference, difference
 from megatron_retro.ablation.directories import Outcome
 from megatron_retro.ablation.grid import SEED, Cell, Choice
 from megatron_retro.ablation.results import Result
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 Bar = tuple[str, str, str]  # label, configuration, the one that it is compared with
 BARS: Mapping[str, tuple[str, Sequence[Bar]]] = {
     "findings": (
-        "Loss minus that of Retro (not drawn: frozen, +0.16)",
+        "Loss minus that of Retro (frozen: +0.16)",
         [
             ("GPT, equal steps", "case=gpt-equal-steps", "case=retro"),
             ("no positions", "case=no-neighbor-positions", "case=retro"),
@@ -67,7 +67,7 @@ BARS: Mapping[str, tuple[str, Sequence[Bar]]] = {
         [(name, f"case={name}", "case=hashed") for name in ("hashed-bm25", "minilm", "minilm-bm25", "random", "none")],
     ),
     "retriever_training": (
-        "Trained with each: held-out loss minus that of hashed n-grams",
+        "Trained with each: loss minus that of hashed n-grams",
         [(name, f"case={name}", "case=hashed") for name in ("hashed-bm25", "minilm", "minilm-bm25")],
     ),
     "saturation": (
@@ -78,7 +78,7 @@ BARS: Mapping[str, tuple[str, Sequence[Bar]]] = {
 _STYLE = (
     "<style>svg{background:#fff;--s0:#0b5cad;--s1:#b35900;--s2:#1a7f37;--s3:#8250df;--s4:#cf222e;--s5:#57606a} "
     "text{fill:#1b1f24;font:12px system-ui,sans-serif} .title{font-weight:600} .axis{stroke:#57606a} "
-    ".grid{stroke:#d4dae0} .bound{stroke:#1b1f24;stroke-width:1.5}</style>"
+    ".grid{stroke:#d4dae0} .bound{stroke:#1b1f24;stroke-width:1.5} .dot{fill:#b35900}</style>"
 )
 
 
@@ -101,11 +101,16 @@ def figures() -> dict[str, str]:
 
 def _bars(name: str, title: str, pairs: Sequence[Bar]) -> str:
     found = _configurations(name)
-    intervals = [_over_documents(found[one], found[other]) for _, one, other in pairs]
+    compared = [_compared(found[one], found[other]) for _, one, other in pairs]
     labels, title = [label for label, _, _ in pairs], f"{title}, 95 % over documents"
-    bounds = [(one.low, one.high) for one in intervals]
-    means = [one.mean for one in intervals]
-    return _standing_alone(bars(labels, means, title=title, y_label="nats per token", bounds=bounds), title)
+    bounds = [one.over_documents.as_list()[1:] for one in compared if isinstance(one.over_documents, Interval)]
+    dots = [one.by_seed if len(one.by_seed) > 1 else () for one in compared]
+    title += "; a dot per seed" if any(dots) else ""
+    means = [one.mean for one in compared]
+    plot = bars(
+        labels, means, title=title, y_label="nats per token", bounds=[(low, high) for low, high in bounds], dots=dots
+    )
+    return _standing_alone(plot, title)
 
 
 def _leakage() -> str:
@@ -136,11 +141,11 @@ def _configurations(name: str) -> dict[str, Configuration]:
     return {words: Configuration((words,), tuple(found)) for words, found in results.items()}
 
 
-def _over_documents(one: Configuration, other: Configuration) -> Interval:
+def _compared(one: Configuration, other: Configuration) -> Difference:
     found = difference(one, other)
     if found is None or isinstance(found.over_documents, str):
         raise SystemExit(f"{one.name} and {other.name} cannot be compared")
-    return found.over_documents
+    return found
 
 
 def _standing_alone(figure: str, title: str) -> str:

@@ -87,9 +87,14 @@ class Configuration:
 class Difference:
     """A configuration minus the baseline, on the seeds that both finished; why an interval is absent is in words."""
 
-    mean: float
+    by_seed: tuple[float, ...]
     over_documents: Interval | str
     over_seeds: Interval | str
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return float(np.mean(self.by_seed))
 
     @property
     def clear(self) -> bool:
@@ -126,7 +131,7 @@ def difference(configuration: Configuration, baseline: Configuration) -> Differe
         return None
     means = [one.loss - other.loss for one, other in pairs]
     over_seeds = student_interval(means) if len(means) > 1 else "one seed"
-    return Difference(float(np.mean(means)), _over_documents(pairs), over_seeds)
+    return Difference(tuple(means), _over_documents(pairs), over_seeds)
 
 
 def student_interval(values: Sequence[float]) -> Interval:

@@ -89,7 +89,8 @@ def render(study: Study, title: str, axes: Sequence[Axis], results: Sequence[Res
 _READING = (
     "The first configuration is the baseline. Losses are nats per token, means over finished seeds; a difference is "
     "taken between runs of one seed. Two intervals: over held-out documents (each read by both models; under all "
-    "seeds together; drawn in plots) and over seeds (Student's t). 'No neighbours cost' and 'random neighbours "
+    "seeds together; lines on bars and bands) and over seeds (Student's t; "
+    "each seed is a dot beside its line). 'No neighbours cost' and 'random neighbours "
     "cost' are what the same model loses without its real neighbours. 'Rows short of k' is the share of training "
     "chunks with fewer than k legal neighbours in their row of the table. Each interval is one of 95 % for itself: of "
     "twenty comparisons between equals, one is clear by chance."
@@ -194,6 +195,7 @@ def _bars(groups: Sequence[Configuration], compared: Sequence[tuple[Configuratio
         title=f"Held-out loss minus that of {groups[0].name}{by_row}",
         y_label="nats per token",
         bounds=[_ends(found) for _, found in compared],
+        dots=[found.by_seed if len(found.by_seed) > 1 else () for _, found in compared],
     )
 
 

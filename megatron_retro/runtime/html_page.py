@@ -34,6 +34,7 @@ dt { color: var(--soft); font-size: .85rem; } dd { margin: 0; font-size: 1.15rem
 figure { margin: 1rem 0 1.6rem; } figure svg { width: 100%; height: auto; max-width: 46rem; display: block; }
 svg text { fill: var(--ink); font: 12px system-ui, sans-serif; } svg .axis { stroke: var(--soft); }
 svg .bound { stroke: var(--ink); stroke-width: 1.5; }
+svg .dot { fill: var(--s1); }
 svg .grid { stroke: var(--rule); } details summary { cursor: pointer; color: var(--soft); font-size: .9rem; }
 .good { color: var(--good); } .bad { color: var(--bad); font-weight: 600; }
 code, pre { font-family: ui-monospace, monospace; }

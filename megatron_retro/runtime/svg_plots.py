@@ -124,12 +124,15 @@ def bars(
     title: str,
     y_label: str,
     bounds: Sequence[tuple[float, float] | None] | None = None,
+    dots: Sequence[Sequence[float]] | None = None,
 ) -> str:
-    """One bar per label, with a line from the lower to the upper bound where there are any."""
+    """One bar per label, with a line from the lower to the upper bound where there are any, and what it is a mean of
+    as dots beside the line."""
     if not labels:
         return _figure(title, "", y_label, [], "")
     between = list(bounds or [None] * len(labels))
     ends = [end for one in between if one is not None for end in one]
+    ends += [dot for some in dots or () for dot in some]
     across = Axis(0.0, float(len(labels)), _LEFT, _WIDTH - _RIGHT)
     heights = [height for height in (*values, *ends) if math.isfinite(height)]
     up = Axis(min([0.0, *heights]), max([0.0, *heights, 1e-12]), _HEIGHT - _BOTTOM, _TOP)
@@ -142,6 +145,8 @@ def bars(
             marks.append(_bar(left, width, top, bottom - top, f"{label}: {value:.4g}", faint=bound is not None))
         if bound is not None and all(map(math.isfinite, bound)):
             marks.append(_whisker(left + width / 2, up.at(bound[1]), up.at(bound[0])))
+        for dot in filter(math.isfinite, dots[number] if dots else ()):
+            marks.append(f'<circle class="dot" cx="{left + 0.72 * width:.1f}" cy="{up.at(dot):.1f}" r="3.5"/>')
     return _figure(title, "", y_label, marks, table(("", y_label), list(zip(labels, values, strict=True))))
 
 

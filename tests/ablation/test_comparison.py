@@ -60,6 +60,7 @@ def test_a_difference_common_to_all_samples_has_no_width() -> None:
     first, second = configurations(results)
     found = difference(second, first)
     assert found is not None and found.mean == pytest.approx(-0.5) and found.clear
+    assert found.by_seed == pytest.approx((-0.5, -0.5))
     assert isinstance(found.over_documents, Interval) and isinstance(found.over_seeds, Interval)
     assert found.over_documents.as_list() == pytest.approx([-0.5, -0.5, -0.5])
     assert found.over_seeds.as_list() == pytest.approx([-0.5, -0.5, -0.5])

@@ -45,3 +45,10 @@ def test_under_two_decades_a_log_axis_has_ticks_of_one_two_and_five() -> None:
     line = Series("a", [0.125, 0.25, 0.5, 1.0], [1.0, 2.0, 3.0, 4.0])
     drawn = line_plot([line], title="t", x_label="x", y_label="y", log_x=True).partition("<details")[0]
     assert re.findall(r'text-anchor="middle">([\d.]+)<', drawn) == ["0.2", "0.5", "1"]
+
+
+def test_what_a_bar_is_a_mean_of_stands_on_its_scale() -> None:
+    drawn = bars(["a", "b"], [1.0, 2.0], title="t", y_label="y", bounds=[(0.5, 1.5), (1.0, 3.0)], dots=[(0.0, 4.0), ()])
+    heights = [float(at) for at in re.findall(r'<circle class="dot" cx="[\d.]+" cy="([\d.]+)"', drawn)]
+    scale = [float(at) for at in re.findall(r'<path class="grid" d="M[\d.]+ ([\d.]+)H', drawn)]
+    assert heights == [scale[0], scale[-1]], "0 and 4 are ticks: the axis makes room for dots"
