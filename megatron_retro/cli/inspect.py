@@ -23,6 +23,9 @@ def run(settings: Settings, positional: Sequence[str]) -> None:
     """Explain each path; fail if anything is damaged."""
     faults: list[str] = []
     for path in (Path(word) for word in positional):
+        if (prefix := _foreign_tokens(path)) is not None:
+            faults += [f"{prefix}: {problem}" for problem in _explain_foreign_tokens(prefix)]
+            continue
         for artifact in _artifacts(path):
             manifest = load_manifest(artifact)
             problems = damage(artifact, manifest)
@@ -30,6 +33,28 @@ def run(settings: Settings, positional: Sequence[str]) -> None:
             faults += [f"{artifact}: {problem}" for problem in problems]
     if faults:
         raise ArtifactError("not intact:\n  " + "\n  ".join(faults), fix="rebuild what is damaged from its inputs")
+
+
+def _foreign_tokens(path: Path) -> Path | None:
+    """The prefix of a token file that another program wrote, which has no manifest."""
+    prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+    pair = (prefix.with_name(prefix.name + ending) for ending in (".bin", ".idx"))
+    return prefix if all(file.is_file() for file in pair) and not manifest_path(prefix).exists() else None
+
+
+def _explain_foreign_tokens(prefix: Path) -> list[str]:
+    """Print what can be said without a manifest; returns what is wrong."""
+    from megatron_retro.data.token_file import TokenFile
+    from megatron_retro.data.token_writer import verify_token_file
+
+    problems = verify_token_file(prefix)
+    print(f"{prefix}\n  what         tokens of another program: no manifest, so no checksums")
+    if not problems:
+        file = TokenFile(prefix)
+        told = [f"documents = {file.num_documents}", f"dtype = {file.dtype}", f"tokens = {file.num_tokens}"]
+        print("\n".join(f"  {title:<11}  {line}" for title, line in zip(("counts", "", ""), told, strict=True)))
+    print(f"  state        {'DAMAGED' if problems else 'its parts fit together'}")
+    return problems
 
 
 def _artifacts(path: Path) -> Iterator[Path]:

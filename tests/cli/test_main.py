@@ -14,6 +14,7 @@ from megatron_retro.artifacts.manifest import write_manifest
 from megatron_retro.cli import main as entry
 from megatron_retro.cli.verbs import VERBS
 from megatron_retro.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USER
+from megatron_retro.testing.corpora import write_reference_token_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,6 +135,19 @@ def test_inspect_explains_and_notices_damage(tmp_path: Path, capsys: pytest.Capt
     (artifact / "data").write_text("c0ntent")
     assert entry.main(["inspect", str(artifact / "data")]) == EXIT_USER
     assert "data has changed" in capsys.readouterr().err
+
+
+def test_inspect_explains_a_token_file_of_another_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Megatron's have no manifest."""
+    write_reference_token_file(tmp_path / "theirs", [[[1, 2, 3]], [[4, 5]]], "int32")
+    for name in ("theirs", "theirs.idx"):
+        assert entry.main(["inspect", str(tmp_path / name)]) == 0
+        shown = capsys.readouterr().out
+        assert "tokens of another program" in shown and "documents = 2" in shown and "tokens = 5" in shown
+    content = (tmp_path / "theirs.bin").read_bytes()
+    (tmp_path / "theirs.bin").write_bytes(content[:-4])
+    assert entry.main(["inspect", str(tmp_path / "theirs")]) == EXIT_USER
+    assert "does not belong to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tool", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.name)

@@ -189,7 +189,8 @@ def test_token_files_are_merged_by_a_flag(tmp_path: Path, capfd: pytest.CaptureF
     assert preprocess(tmp_path / "both", parts, "--append-eod") == 0
     prefixes = [str(tmp_path / f"{number}_text_document") for number in range(2)]
     words = ["preprocess", "--merge-token-files", *prefixes, "--output-prefix"]
-    assert main([*words, str(tmp_path / "joined_text_document")]) == 0
+    assert main([*words, str(tmp_path / "joined_text_document"), "--verify"]) == 0
+    assert "joined_text_document: verified" in capfd.readouterr().err
     assert files(tmp_path / "joined") == files(tmp_path / "both")
     assert main([*words, str(tmp_path / "joined_text_document")]) == 2
     assert main(["preprocess", "--merge-token-files", *prefixes]) == 2

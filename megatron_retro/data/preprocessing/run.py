@@ -136,6 +136,8 @@ def join_token_files(inputs: InputConfig, config: PreprocessConfig) -> None:
     if existing:
         raise ArtifactError(f"{existing[0]} exists already", fix="remove it, or give another --output-prefix")
     counts = merge_token_files(config.merge_token_files or (), target).counts
+    if config.verify:
+        _verify_file(target)
     say(f"wrote {target}.bin and .idx: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 
@@ -263,10 +265,14 @@ def _finish(run: Run) -> Summary | None:
 def verify(run: Run) -> None:
     """Read the finished files again; any fault is an error."""
     for _, _, target in run.output.targets(run.plan):
-        problems = verify_token_file(target, run.tokenizer.vocab_size)
-        if problems:
-            raise ArtifactError(f"{target} is not what was written:\n  " + "\n  ".join(problems))
-        say(f"{target}: verified")
+        _verify_file(target, run.tokenizer.vocab_size)
+
+
+def _verify_file(prefix: str, vocab_size: int | None = None) -> None:
+    problems = verify_token_file(prefix, vocab_size)
+    if problems:
+        raise ArtifactError(f"{prefix} is not what was written:\n  " + "\n  ".join(problems))
+    say(f"{prefix}: verified")
 
 
 def _tell(run: Run, summary: Summary | None) -> None:
