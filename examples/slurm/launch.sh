@@ -107,7 +107,7 @@ finish() {
     *) outcome="failed with code $status" ;;
   esac
   line="$verb ${SLURM_JOB_NAME:-job} ${SLURM_JOB_ID}: $outcome after ${seconds} s on ${SLURM_JOB_NUM_NODES:-1} nodes"
-  line+=", start ${SLURM_RESTART_COUNT:-0}; logs in $logs; $(last_line "$logs")"
+  line+=", start ${SLURM_RESTART_COUNT:-0}; logs in $logs; $(last_line "$logs" "$status")"
   echo "$line"
   if [ -n "${MAIL_TO:-}" ] && [ "$status" != "$exit_requeue" ]; then
     mail -s "$line" "$MAIL_TO" <<<"$line" || echo "the mail to $MAIL_TO was not sent" >&2
@@ -118,12 +118,15 @@ finish() {
   exit "$status"
 }
 
+# What the first rank said last; of a job that ended early, its error.
 last_line() {
-  local log="$1/${SLURM_ARRAY_TASK_ID:+task-$SLURM_ARRAY_TASK_ID-}rank-0.log"
-  if [ -s "$log" ]; then
-    tail -n 1 "$log"
-  else
+  local log="$1/${SLURM_ARRAY_TASK_ID:+task-$SLURM_ARRAY_TASK_ID-}rank-0.log" status="$2"
+  if [ ! -s "$log" ]; then
     echo "no output"
+  elif [ "$status" != 0 ] && grep -q '^error: ' "$log"; then
+    grep '^error: ' "$log" | tail -n 1
+  else
+    tail -n 1 "$log"
   fi
 }
 

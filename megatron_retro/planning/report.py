@@ -183,7 +183,8 @@ def _suggestions(work: Workload, planning: PlanningConfig, machine: Accelerator)
     """The best layouts, with the flags that ask for them."""
     plans = suggestions(work, planning.world_size(), planning.plan_gpus_per_node, machine, planning.plan_memory_margin)
     if not plans:
-        return f"no layout of this model fits {planning.world_size()} x {machine.name}: take more nodes"
+        machines = f"{planning.world_size()} x {machine.name}"
+        raise ConfigError(f"no layout of this model fits {machines}", fix="take more nodes")
     rows = [
         (
             number,

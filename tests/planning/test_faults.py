@@ -95,3 +95,15 @@ def test_unknown_hardware_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     code, text = plan(capsys, "--plan-hardware", "H1000")
     assert code == 2
     assert "no 'H1000' (did you mean H100?)" in text
+
+
+def test_no_layout_that_fits_is_a_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = plan(capsys, "--suggest", "--plan-nodes", "1", "--plan-gpus-per-node", "1")
+    assert code == 2 and "error: no layout of this model fits 1 x H100" in text
+
+
+@pytest.mark.parametrize("name", ["pretrain_gpt_tiny", "retrofit_tiny", "instruct_tiny"])
+def test_the_tiny_recipes_have_a_plan_too(name: str) -> None:
+    words = ["bash", str(ROOT / f"examples/{name}.sh"), "--dry-run", "--no-plan-shards"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=180, env=environment())
+    assert done.returncode == 0, done.stderr

@@ -98,3 +98,18 @@ def test_container_flags_and_options_go_to_srun(tmp_path: Path) -> None:
         )
     assert "--ntasks=2" in check and "health_check.sh" in check
     assert start.endswith("pretrain --lr 1")
+
+
+def test_the_last_line_of_a_job_names_its_error(tmp_path: Path) -> None:
+    """Not the advice below it; and of a job that finished, not the stop of an earlier start."""
+    program = tmp_path / "srun"
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HEALTH_CHECK": "off"}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "LOGS": str(tmp_path)}
+    log = tmp_path / "job-7/rank-0.log"
+    for code, said in ((2, "error: runs/x belongs to a run that is going on"), (0, "saved: step 4")):
+        program.write_text(
+            f"#!/bin/sh\nprintf '{said}\\n' >>{log}\n[ {code} = 0 ] || echo '  fix: wait' >>{log}\nexit {code}\n"
+        )
+        program.chmod(0o755)
+        done = subprocess.run([str(LAUNCH), "pretrain"], env=environment, capture_output=True, text=True)
+        assert done.returncode == code and done.stdout.rstrip().endswith(said), done.stdout + done.stderr
