@@ -322,6 +322,9 @@ def test_a_tokenizer_of_ones_own_covers_every_text(tmp_path: Path, algorithm: st
     first = (tmp_path / "m.model").read_bytes()
     assert main(["train-tokenizer", "--input", str(source), *flags, "--tokenizer-algorithm", algorithm]) == 0
     assert (tmp_path / "m.model").read_bytes() == first
+    other = [*flags[:-1], "390", "--tokenizer-algorithm", algorithm]  # corpora may be tokenized with the first one
+    assert main(["train-tokenizer", "--input", str(source), *other]) == 2
+    assert (tmp_path / "m.model").read_bytes() == first
     tokenizer = SentencePieceTokenizer(tmp_path / "m.model")
     for text in ("ordinary words\n\n  and 12,345", "\u2603 ∮ 𝔘 日本語\t\0"):
         assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -14,7 +14,7 @@ from megatron_retro.artifacts.files import write_file
 from megatron_retro.config.preprocess import InputConfig, TrainTokenizerConfig
 from megatron_retro.data.preprocessing.plan import Plan, Reading, find_inputs
 from megatron_retro.data.preprocessing.records import Refused, read_segment, texts_of
-from megatron_retro.errors import ConfigError, DataError
+from megatron_retro.errors import ArtifactError, ConfigError, DataError
 from megatron_retro.runtime.console import readable_bytes, say
 
 _LONGEST_SENTENCE = 4000
@@ -27,7 +27,13 @@ def train_tokenizer(inputs: InputConfig, config: TrainTokenizerConfig) -> None:
     reading = Reading(inputs.json_keys, inputs.text_documents, inputs.max_document_bytes, inputs.on_error)
     plan = Plan(find_inputs(inputs.input), reading, False, "", "int32")
     model = _train(sampled_lines(plan, config.tokenizer_sample_bytes), config)
-    write_file(Path(f"{config.tokenizer_output}.model"), model)
+    target = Path(f"{config.tokenizer_output}.model")
+    if target.exists() and target.read_bytes() != model:
+        raise ArtifactError(
+            f"{target} exists already and is another model",
+            fix="give another --tokenizer-output, or remove it if no corpus is tokenized with it",
+        )
+    write_file(target, model)
     write_file(Path(f"{config.tokenizer_output}.vocab"), _vocabulary(model))
     say(f"wrote {config.tokenizer_output}.model and .vocab ({readable_bytes(plan.num_bytes)} of input)")
 
