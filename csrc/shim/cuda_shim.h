@@ -54,6 +54,13 @@ struct Group {
   }
 };
 
+// An asynchronous copy that was asked for; zeros where there is nothing to copy from.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 constexpr size_t stack_bytes = 64 * 1024;
 
 // Switches by _setjmp and _longjmp, which make no system call; a context only starts it, once per launch.
@@ -67,7 +74,8 @@ struct Fiber {
   bool done = false;
   Group* waits_for = nullptr;
   long waited_generation = 0;
-  uint64_t mailbox = 0;
+  alignas(16) unsigned char mailbox[32] = {};
+  std::vector<Copy> copies;
 };
 
 class Block {
@@ -127,14 +135,24 @@ class Block {
 
   Group& warp() { return warps[current->index / 32]; }
 
-  // What the thread of this lane of the caller's warp has put into its mailbox.
-  uint64_t from_lane(uint64_t value, int lane) {
-    current->mailbox = value;
+  // What every lane of the caller's warp has put into its mailbox; lanes that do not exist give what the caller gave.
+  template <typename Posted>
+  void from_all_lanes(const Posted& mine, Posted (&lanes)[32]) {
+    static_assert(sizeof(Posted) <= sizeof(Fiber::mailbox), "a mailbox holds 32 bytes");
+    std::memcpy(current->mailbox, &mine, sizeof(mine));
     wait(warp());
-    const size_t other = size_t(current->index / 32 * 32 + lane);
-    const uint64_t received = other < fibers.size() ? fibers[other].mailbox : value;
+    const size_t first = size_t(current->index / 32 * 32);
+    for (size_t lane = 0; lane < 32; ++lane)
+      std::memcpy(&lanes[lane], fibers[first + lane < fibers.size() ? first + lane : current->index].mailbox, sizeof(mine));
     wait(warp());
-    return received;
+  }
+
+  // Asynchronous copies are done when the thread that asked for them waits, so that a missing wait shows.
+  void copy_later(void* to, const void* from, size_t bytes) { current->copies.push_back({to, from, bytes}); }
+  void copy_now() {
+    for (const Copy& copy : current->copies)
+      copy.from ? std::memcpy(copy.to, copy.from, copy.bytes) : std::memset(copy.to, 0, copy.bytes);
+    current->copies.clear();
   }
 
   dim3 grid_size, block_size, block_index;
@@ -148,6 +166,7 @@ class Block {
     fiber.index = i;
     fiber.done = false;
     fiber.waits_for = nullptr;
+    fiber.copies.clear();
     fiber.thread = dim3(i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y);
     ++warps[i / 32].alive;
     if (fiber.started) return;
@@ -177,6 +196,8 @@ inline Block*& running() {
   static thread_local Block* block = nullptr;
   return block;
 }
+
+inline int lane_index() { return running()->current->index & 31; }
 
 inline void Block::enter() {
   Block* block = running();
@@ -235,15 +256,12 @@ inline void __syncwarp(unsigned = 0xffffffffu) { shim::running()->wait(shim::run
 
 template <typename Value>
 inline Value __shfl_sync(unsigned, Value value, int lane) {
-  static_assert(sizeof(Value) <= 8, "a shuffle moves up to 8 bytes");
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof(value));
-  bits = shim::running()->from_lane(bits, lane & 31);
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
+  Value lanes[32];
+  shim::running()->from_all_lanes(value, lanes);
+  return lanes[lane & 31];
 }
 
 template <typename Value>
 inline Value __shfl_xor_sync(unsigned mask, Value value, int lanes) {
-  return __shfl_sync(mask, value, (shim::running()->current->index & 31) ^ lanes);
+  return __shfl_sync(mask, value, shim::lane_index() ^ lanes);
 }
