@@ -151,11 +151,14 @@ def _unfinished_words(results: Sequence[Result]) -> str:
 
 
 def _findings(groups: Sequence[Configuration]) -> list[str]:
-    """One sentence per configuration that can be compared."""
+    """One sentence per configuration that has run beside the first."""
     sentences = []
     for group in groups[1:]:
         found = difference(group, groups[0])
-        if found is not None:
+        if found is not None and not math.isfinite(found.mean):
+            words = f"{group.name}: its loss or that of {groups[0].name} is no number: a run diverged."
+            sentences.append(paragraph(words, "bad"))
+        elif found is not None:
             better = "better" if found.mean < 0 else "worse"
             verdict = f"{better} than {groups[0].name}" if found.clear else f"not told apart from {groups[0].name}"
             sentences.append(paragraph(f"{group.name}: {verdict}, {found.mean:+.4f}: {found.words}."))

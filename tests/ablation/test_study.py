@@ -43,6 +43,8 @@ events = [
 ]
 if done:
     samples = {"losses": [loss * 4, loss * 8], "tokens": [4, 8], "texts": [1, 2]}
+    if "num_layers = 5" in recipe:
+        loss, samples["losses"] = None, [None, None]
     events.append({"event": "evaluation", "step": 2, "seconds": 0.5, "loss": loss, "facts": {"samples": samples}})
 log.write("".join(json.dumps(event) + chr(10) for event in events))
 sys.exit(0 if done else 75)
@@ -167,6 +169,12 @@ def test_runs_go_on_fail_and_are_tried_again(
     page = (tmp_path / "study" / "report.html").read_text()
     assert "4: better than 2, -1.0000: clear over documents, clear over seeds." in page
     assert "against num_layers" in page and "rect" not in page, "numbers make a line with its band, no bars"
+
+
+def test_a_run_that_diverged_is_not_called_equal(tmp_path: Path) -> None:
+    run(pretend(tmp_path / "study", tmp_path, study_grid=["num_layers = [2, 5]"]))
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert "5: its loss or that of 2 is no number: a run diverged." in page and "not told apart" not in page
 
 
 def test_one_worker_of_two_leaves_what_another_holds(tmp_path: Path) -> None:
