@@ -5,6 +5,7 @@ same-document rule.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -106,22 +107,27 @@ def _neighbors(source: Source, starts: NDArray[np.int64]) -> tuple[NDArray[np.in
 
 @dataclass(frozen=True)
 class Group:
-    """Windows of one source that share a forward; `first` is the number of the first of them."""
+    """Windows of one source that share a forward; `first` is the number of the first of them, over all sources."""
 
     first: int
-    windows: Sequence[Window]
+    of_source: Sequence[Window]
+    numbers: range
+
+    @property
+    def windows(self) -> Sequence[Window]:
+        """Those of the group, among those of its source."""
+        return self.of_source[self.numbers.start : self.numbers.stop]
 
 
 def grouped(windows: Sequence[Window], batch_size: int) -> list[Group]:
     """Runs of windows of one source."""
-    groups = []
+    groups: list[Group] = []
     first = 0
-    while first < len(windows):
-        last = first
-        while last < len(windows) and last - first < batch_size and windows[last].source == windows[first].source:
-            last += 1
-        groups.append(Group(first, windows[first:last]))
-        first = last
+    for _, run in itertools.groupby(windows, key=lambda window: window.source):
+        of_source = tuple(run)
+        whole = range(len(of_source))
+        groups += [Group(first + at, of_source, whole[at : at + batch_size]) for at in whole[::batch_size]]
+        first += len(of_source)
     return groups
 
 
@@ -152,11 +158,19 @@ def losses_of_group(
     lead: Sequence[int] = (),
     seed: int = 0,
 ) -> NDArray[np.float32] | None:
-    """[variants, tokens] of the scored tokens, where `losses` gives them to this process; its replica calls it."""
-    batch = read_windows(dataset, group.windows)
+    """[variants, tokens] of the scored tokens, where `losses` gives them to this process; its replica calls it.
+
+    Random neighbours are those of any window of the source, so they do not depend on who shares the forward.
+    """
+
+    def read(numbers: Sequence[int]) -> Batch:
+        batch = read_windows(dataset, [group.of_source[number] for number in numbers])
+        return replace(batch, sample_ids_B=np.array(numbers, np.int64))
+
+    batch = read(group.numbers)
     rows = []
     for variant in variants:
-        (changed,) = with_variant([batch], variant, seed + group.first)
+        (changed,) = with_variant([batch], variant, seed, num_samples=len(group.of_source), read=read)
         chunk_length = dataset.sources[group.windows[0].source].samples.chunk_length
         found = losses(to_tensors(led(changed, lead, chunk_length), device))
         rows.append(None if found is None else found[:, len(lead) :][batch.loss_mask_BS])

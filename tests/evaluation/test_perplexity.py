@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 
 from megatron_retro.assembly.loaded_model import LoadedModel, load_model
 from megatron_retro.assembly.replica_losses import losses_of_model
+from megatron_retro.assembly.trainable import TensorBatch
 from megatron_retro.config.evaluation import EvaluationConfig
 from megatron_retro.config.inference import EngineConfig
 from megatron_retro.config.model import ModelConfig
@@ -123,6 +125,27 @@ def test_losses_are_those_of_a_forward_per_token(setting: Setting, variant: str)
             logits = module(tokens, neighbors if variant == "real" else None)[0, -1].double()
         expected = -functional.log_softmax(logits, -1)[int(stream[offset])].item()
         assert measured.losses[number] == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("variant", ["random", "shuffled"])
+def test_other_neighbors_do_not_depend_on_who_shares_the_forward(setting: Setting, variant: str) -> None:
+    """In groups of one too, where a window has no company to take neighbors from."""
+    windows = sliding_windows(setting.dataset, CHUNK)[:9]
+
+    def checksums(batch: TensorBatch) -> NDArray[np.float32]:
+        """In place of losses: what each window reads."""
+        assert batch.neighbor_tokens_BCKR is not None
+        read = batch.neighbor_tokens_BCKR.flatten(1).numpy().astype(np.int64)
+        sums = (read * np.arange(1, read.shape[1] + 1)).sum(1, keepdims=True) % 1009
+        return np.broadcast_to(sums, batch.tokens_BS.shape).astype(np.float32)
+
+    def of(variant: str, size: int) -> NDArray[np.float32]:
+        found = measure(checksums, setting.dataset, windows, [variant], batch_size=size, device=torch.device("cpu"))
+        return found[variant].losses
+
+    alone = of(variant, 1)
+    assert np.array_equal(alone, of(variant, 4)) and np.array_equal(alone, of(variant, 9))
+    assert np.mean(alone != of("real", 9)) > 0.8
 
 
 def test_shared_runs_are_those_of_brute_force(setting: Setting) -> None:
