@@ -119,7 +119,10 @@ class ParallelModel:
         return dist.get_rank() == 0
 
     def train_step(self, microbatches: Sequence[TensorBatch], *, loss_scale: float = 1.0, step: int = 0) -> StepResult:
-        """Gradients of the mean loss over all unmasked tokens of the global batch, times `loss_scale`."""
+        """Gradients of the mean loss over all unmasked tokens of the global batch, times `loss_scale`.
+
+        `step` steps are done; an error names this one as the log does, counted from 1.
+        """
         try:
             return self._train_step(microbatches, loss_scale, step)
         except RuntimeError as error:

@@ -35,7 +35,7 @@ def _build(settings: Settings) -> ParallelModel:
 
 @pytest.mark.parametrize("axis", LAYOUTS)
 def test_a_rank_that_stays_away_is_told_with_rank_axis_and_step(axis: str) -> None:
-    """Rank 1 ends after a good step; rank 0 says where it missed it."""
+    """Rank 1 ends after a good step; rank 0 says where it missed it, counting steps from 1 as the log does."""
     settings = tiny_settings(**LAYOUTS[axis], global_batch_size=2)
     batches = random_batches(settings)
 
@@ -52,7 +52,7 @@ def test_a_rank_that_stays_away_is_told_with_rank_axis_and_step(axis: str) -> No
 
     told, left = run_ranks(lose_one, 2, initialize=False)
     assert left == "left"
-    assert f"a collective of rank 0 failed at step 42, on the {axis} axis" in told
+    assert f"a collective of rank 0 failed at step 43, on the {axis} axis" in told
 
 
 def test_a_rank_that_hangs_ends_the_others_when_the_timeout_passes(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_rank_that_hangs_ends_the_others_when_the_timeout_passes(tmp_path: Pat
 
     told, hung = run_ranks(hang, 2, initialize=False)
     assert hung == "hung"
-    assert "at step 3, on the tensor axis" in told
+    assert "at step 4, on the tensor axis" in told
 
 
 @pytest.mark.parametrize("axis", ["tensor", "data"])
