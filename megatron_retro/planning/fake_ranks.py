@@ -14,6 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.errors import DistributedError
 from megatron_retro.parallel.mesh import ParallelMesh, build_mesh
+from megatron_retro.runtime.process_group import end_process_group
 
 
 @contextlib.contextmanager
@@ -25,7 +26,7 @@ def fake_rank(rank: int, world_size: int, parallel: ParallelConfig) -> Iterator[
     try:
         yield build_mesh(parallel, torch.device("cpu"))
     finally:
-        dist.destroy_process_group()
+        end_process_group()
 
 
 @contextlib.contextmanager

@@ -63,7 +63,18 @@ def process_group(
     try:
         yield device
     finally:
-        dist.destroy_process_group()
+        end_process_group()
+
+
+def end_process_group() -> None:
+    """Destroy the default group, and what torch keeps of layouts over it.
+
+    Meshes are equal when they name the same ranks, so a later group would get tensors that point to this one's groups.
+    """
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    dist.destroy_process_group()
+    _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 def _initialize(launch: Launch, device: torch.device, timeout: timedelta) -> None:

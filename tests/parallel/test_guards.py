@@ -16,6 +16,7 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.errors import DistributedError
 from megatron_retro.parallel.mesh import build_mesh
 from megatron_retro.parallel.partition import stage_parts
+from megatron_retro.planning.fake_ranks import fake_rank
 from megatron_retro.runtime.launch import find_launch
 from megatron_retro.runtime.process_group import process_group
 from megatron_retro.testing.layouts import random_batches, tiny_settings
@@ -95,3 +96,14 @@ def test_replicas_that_drift_apart_are_found(axis: str) -> None:
         assert "1 replicated parameters differ" in message
         assert "layers.2.input_norm.weight" in message
         assert axis in message
+
+
+def test_ranks_that_come_after_a_plan_of_their_layout_have_groups_of_their_own() -> None:
+    """Torch remembers layouts by the numbers of their ranks; what it kept of a plan's would be taken for theirs."""
+    settings = tiny_settings(tensor_model_parallel_size=2, data_parallel_sharding="optimizer", global_batch_size=4)
+    parts = stage_parts(settings, settings[DataConfig].seq_length)
+    for rank in range(4):
+        with fake_rank(rank, 4, settings[ParallelConfig]) as mesh:
+            ParallelModel(settings, mesh, parts)
+
+    assert run_ranks(lambda: _build(settings).mesh.devices.size(), 4) == [4] * 4

@@ -51,10 +51,8 @@ def test_hang_ends_with_the_stacks_of_those_that_hang() -> None:
         if dist.get_rank() == 0:
             time.sleep(100)
 
-    start = time.monotonic()
-    with pytest.raises(RankFailure, match=r"did not end in 1 s(.|\n)*sleep_for_long"):
-        run_ranks(sleep_for_long, 2, timeout=1.0)
-    assert time.monotonic() - start < 10
+    with pytest.raises(RankFailure, match=r"did not end in 5 s(.|\n)*sleep_for_long"):
+        run_ranks(sleep_for_long, 2, timeout=5.0)
 
 
 def test_backward_works_in_ranks_after_backward_in_the_parent() -> None:
