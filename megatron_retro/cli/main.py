@@ -16,7 +16,7 @@ from megatron_retro.config.command_line import parse_settings
 from megatron_retro.config.data import require_tokenizer_type
 from megatron_retro.config.sections import ALL_SECTIONS
 from megatron_retro.config.toml_files import nearest, render_toml
-from megatron_retro.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, ConfigError, MegatronRetroError
+from megatron_retro.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, ConfigError, MegatronRetroError, Requeue
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except MegatronRetroError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error if isinstance(error, Requeue) else f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -23,7 +23,7 @@ class OptimizerConfig:
     lr_decay_iters: int | None = option(None, "steps until --min-lr", minimum=1)
     lr_warmup_samples: int = option(0, "samples of linear warm-up", minimum=0)
     lr_warmup_iters: int = option(0, "steps of linear warm-up", minimum=0)
-    lr_wsd_decay_samples: int | None = option(None, "WSD: samples of the final decay", minimum=1)
+    lr_wsd_decay_samples: int | None = option(None, "WSD: samples of the final decay (not given: a tenth)", minimum=1)
     weight_decay: float = option(0.1, "decoupled weight decay of matrices", minimum=0.0)
     adam_beta1: float = option(0.9, "decay of the first moment", minimum=0.0, maximum=1.0)
     adam_beta2: float = option(0.95, "decay of the second moment", minimum=0.0, maximum=1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
+        if math.isnan(self.low):
+            return f"{self.mean:+.4f} (no interval: one document)"
         return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 
     @classmethod

@@ -13,7 +13,7 @@ import pytest
 from megatron_retro.artifacts.manifest import write_manifest
 from megatron_retro.cli import main as entry
 from megatron_retro.cli.verbs import VERBS
-from megatron_retro.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USER
+from megatron_retro.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_USER, Requeue
 from megatron_retro.testing.corpora import write_reference_token_file
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +110,17 @@ def test_a_full_disk_or_a_closed_file_is_the_users_wherever_it_is_met(
     assert entry.main(["inspect"]) == EXIT_USER
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
+
+
+def test_a_run_that_saved_and_asks_to_be_started_again_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(_: list[str]) -> int:
+        raise Requeue("the run stopped early: a signal arrived")
+
+    monkeypatch.setattr(entry, "_dispatch", stop)
+    assert entry.main(["pretrain"]) == EXIT_REQUEUE
+    assert capsys.readouterr().err == "the run stopped early: a signal arrived\n"
 
 
 def test_interrupted_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
