@@ -127,6 +127,10 @@ def _generate(
     ):
         mode = "none"
     source = generator.source(mode, passages)
+    if source is None and config.retrieval_step is not None:
+        raise ConfigError(
+            "--retrieval-step is given and nothing is retrieved", fix="give --retro-index DIR, or leave the step out"
+        )
     stops = [*(sampling.stop or ()), *(form.stops if form is not None else ())]
     generations = generator.generate(
         prompts,

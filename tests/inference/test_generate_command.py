@@ -42,6 +42,7 @@ def test_answers_with_neighbors(room: Path, capsys: pytest.CaptureFixture[str]) 
         (["--load", "retro", "--prompt", "x" * 3000], "too long"),
         (["--load", "retro", "--prompt", "x", "--retrieval", "random"], "needs an index"),
         (["--load", "retro", "--prompt", "x", "--retrieval-step", "17", "--retro-index", "project"], "retrieval step"),
+        (["--load", "retro", "--prompt", "x", "--retrieval-step", "4"], "nothing is retrieved"),
         (["--load", "other", "--prompt", "x", "--retro-index", "project"], "chunk length does not match"),
         (["--load", "retro", "--prompt", "x", "--retro-index", "retro"], "no index that can be asked"),
         (["--load", "shut", "--prompt", "x", "--retro-index", "project"], "reads no neighbours"),
