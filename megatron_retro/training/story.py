@@ -78,7 +78,7 @@ def _verdict(story: Story) -> str:
 def _rise(cost: Interval) -> str:
     """The change of perplexity that is a change of loss."""
     change = 100 * math.expm1(cost.mean)
-    return f"{'rises' if change > 0 else 'falls'} by {abs(change):.2g} %" if math.isfinite(change) else "is unknown"
+    return f"{'rises' if change > 0 else 'falls'} by {abs(change):.2f} %" if math.isfinite(change) else "is unknown"
 
 
 def _expected(checked: list[Expectation]) -> str:

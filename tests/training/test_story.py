@@ -87,7 +87,7 @@ def test_the_verdict_is_that_of_the_intervals(run: Path, tmp_path: Path, random_
     (changed / "config.toml").write_bytes((run / "config.toml").read_bytes())
     write_story([changed], config(tmp_path), tmp_path / "story.html")
     text = (tmp_path / "story.html").read_text(encoding="utf-8")
-    assert verdict in text and "perplexity rises by 2 % without" in text and "rises by 1 % with random" in text
+    assert verdict in text and "perplexity rises by 2.02 % without" in text and "rises by 1.01 % with random" in text
     assert text.count("<rect") >= 3, "measured once: bars with their bounds, no line through one point"
 
 
