@@ -156,8 +156,9 @@ def named_disk_errors(path: Path) -> Iterator[None]:
 def disk_problem(error: OSError, path: Path | None = None) -> EnvironmentProblem | None:
     """What a user is told of a full disk or a closed door; None for other errors. `path`: what was written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what = f"{path} was not written, what was there before is untouched" if path else "what was written is cut"
         return EnvironmentProblem(
-            f"the disk is full: {path or 'a file'} was not written, what was there before is untouched",
+            f"the disk is full: {what}",
             fix="free space or choose another directory, and run the same command again",
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

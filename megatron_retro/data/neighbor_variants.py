@@ -35,7 +35,7 @@ def with_variant(
         return [replace(batch, neighbor_tokens_BCKR=None, neighbor_mask_BCKR=None) for batch in batches]
     own = _Neighbors.of(batches)
     if variant == "random":
-        everyone = np.arange(num_samples) if num_samples else own.ids
+        everyone = range(num_samples) if num_samples else own.ids.tolist()
         donors, chunks = _drawn(own.ids, everyone, own.num_chunks, seed)
         absent = np.setdiff1d(donors, own.ids)
         if len(absent) and read is not None:
@@ -71,15 +71,15 @@ class _Neighbors:
 
 
 def _drawn(
-    ids: NDArray[np.int64], everyone: NDArray[np.int64], num_chunks: int, seed: int
+    ids: NDArray[np.int64], everyone: Sequence[int], num_chunks: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For each sample another one, and a chunk of it for each chunk."""
-    places = {number: place for place, number in enumerate(everyone.tolist())}
+    """For each sample another one, and a chunk of it for each chunk. Work is that of the samples asked for: a range of
+    all samples is never walked through."""
     donors, chunks = [], []
     for number in ids.tolist():
         random = np.random.default_rng((seed, number))
-        own = places.get(number, len(everyone))
-        others = len(everyone) - (number in places)
+        own = everyone.index(number) if number in everyone else len(everyone)
+        others = len(everyone) - (number in everyone)
         drawn = int(random.integers(0, others)) if others else own
         donors.append(everyone[drawn + (others > 0 and drawn >= own)])
         chunks.append(random.integers(0, num_chunks, num_chunks))

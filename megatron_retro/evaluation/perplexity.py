@@ -168,10 +168,10 @@ def losses_of_group(
         return replace(batch, sample_ids_B=np.array(numbers, np.int64))
 
     batch = read(group.numbers)
+    chunk_length = dataset.sources[group.windows[0].source].samples.chunk_length
     rows = []
     for variant in variants:
         (changed,) = with_variant([batch], variant, seed, num_samples=len(group.of_source), read=read)
-        chunk_length = dataset.sources[group.windows[0].source].samples.chunk_length
         found = losses(to_tensors(led(changed, lead, chunk_length), device))
         rows.append(None if found is None else found[:, len(lead) :][batch.loss_mask_BS])
     present = [row for row in rows if row is not None]

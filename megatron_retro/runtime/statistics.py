@@ -24,6 +24,8 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
+        if math.isnan(self.mean):
+            return "not a number"
         if math.isnan(self.low):
             return f"{self.mean:+.4f} (no interval: one document)"
         return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"

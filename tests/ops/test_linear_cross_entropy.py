@@ -132,7 +132,7 @@ def test_no_product_for_a_gradient_that_nobody_wants(wish: str, frozen: str) -> 
     wanted = {"hidden": weight, "weight": hidden}[frozen]
 
     def gradient() -> Tensor:
-        losses: Tensor = _VocabularyBlocks.apply(hidden[0], weight, labels[0], 0.0)  # type: ignore[no-untyped-call]
+        losses: Tensor = _VocabularyBlocks.apply(hidden[0], weight, labels[0], 0.0)  # type: ignore[no-untyped-call]  # torch's `apply`
         return torch.autograd.grad(losses.sum(), wanted)[0]
 
     expected = gradient()

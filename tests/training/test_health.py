@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -62,6 +62,18 @@ def test_what_a_sample_gets_does_not_depend_on_who_reads_it(variant: str) -> Non
         share = [sliced([batch], batch.sample_ids_B[2 * rank : 2 * rank + 2]) for batch in together]
         ids = np.concatenate([batch.sample_ids_B for batch in share])
         assert np.array_equal(names(with_variant(share, variant, 5, num_samples=16, read=read)), whole[ids])
+
+
+def test_random_neighbors_of_few_samples_do_not_walk_through_all() -> None:
+    """A forward of many: drawing for each of them over the whole text would be quadratic."""
+    real, total = batches(), 10**13
+
+    def read(numbers: Sequence[int]) -> Batch:
+        donors = sliced(real, np.zeros(len(numbers), np.int64))
+        return replace(donors, sample_ids_B=np.array(numbers, np.int64))
+
+    drawn = names(with_variant(real, "random", 0, num_samples=total, read=read))
+    assert (drawn // 100 == 0).all(), "each from a donor that was read"
 
 
 def sliced(found: list[Batch], ids: np.ndarray) -> Batch:
