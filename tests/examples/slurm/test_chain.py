@@ -10,7 +10,7 @@ import pytest
 
 from megatron_retro.testing.slurm import Cluster
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 STAGES = "corpus index gpt retro instruct evaluate"
 STEPS = 18
 

@@ -16,7 +16,7 @@ import pytest
 from megatron_retro.config.toml_files import render_toml
 from megatron_retro.testing.tiny_corpus import write_tiny_corpus
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LAUNCH = ROOT / "examples/slurm/launch.sh"
 pytestmark = pytest.mark.skipif(
     shutil.which("mpirun") is None, reason="no mpirun on this machine; Debian: apt install openmpi-bin libopenmpi-dev"

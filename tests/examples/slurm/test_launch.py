@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_retro.testing.slurm import Cluster
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LAUNCH = ROOT / "examples/slurm/launch.sh"
 
 
