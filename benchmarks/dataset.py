@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_retro.config.data import DataConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
 from megatron_retro.data.builders import build_dataset

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.model.gates import AdaptiveGate
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.neighbors import Neighbors

@@ -26,8 +26,7 @@ import retro_pytorch_tokens
 from megatron_retro.assembly.loaded_model import load_model
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.convert.checkpoint_files import parameter_shapes, write_checkpoint
 from megatron_retro.convert.hugging_face import export_hugging_face

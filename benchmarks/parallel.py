@@ -23,9 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_retro.assembly.model_assembly import ParallelModel
 from megatron_retro.assembly.single_process import SingleProcess
 from megatron_retro.config.data import DataConfig
-from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.retro import RetroConfig
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.retro import Retro

@@ -16,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 
-from megatron_retro.config.preprocess import InputConfig, TrainTokenizerConfig
+from megatron_retro.config.data import InputConfig, TrainTokenizerConfig
 from megatron_retro.data.preprocessing.tokenizer_training import train_tokenizer
 from megatron_retro.data.standard_library import standard_library_documents
 from megatron_retro.data.token_file import TokenFile

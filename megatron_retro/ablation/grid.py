@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_retro.config.ablation import AblationConfig
+from megatron_retro.config.evaluation import AblationConfig
 from megatron_retro.config.fields import FieldSpec
 from megatron_retro.config.settings import specs_by_name
 from megatron_retro.config.toml_files import nearest, parse_toml, toml_value

@@ -9,11 +9,10 @@ from megatron_retro.ablation.directories import cell_settings
 from megatron_retro.ablation.grid import Axis, Cell, study_axes, study_cells
 from megatron_retro.ablation.report import PAGE, read_results, write_study
 from megatron_retro.ablation.running import Study, own_launcher, prepare_cells, run_cells
-from megatron_retro.config.ablation import PERPLEXITY, AblationConfig
-from megatron_retro.config.checkpoint import CheckpointConfig
+from megatron_retro.config.data import WorkersConfig
+from megatron_retro.config.evaluation import PERPLEXITY, AblationConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.config.training import TrainingConfig
-from megatron_retro.config.workers import WorkersConfig
+from megatron_retro.config.training import CheckpointConfig, TrainingConfig
 from megatron_retro.errors import ConfigError, MegatronRetroError
 from megatron_retro.runtime.console import say
 from megatron_retro.runtime.signals import StopRequests

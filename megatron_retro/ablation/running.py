@@ -25,7 +25,7 @@ from megatron_retro.ablation.grid import Cell
 from megatron_retro.ablation.shortage import neighbor_shortage
 from megatron_retro.artifacts.claims import BlockClaims
 from megatron_retro.artifacts.files import write_file
-from megatron_retro.config.ablation import PERPLEXITY
+from megatron_retro.config.evaluation import PERPLEXITY
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import Requeue
 from megatron_retro.runtime.console import readable_seconds, say

@@ -16,10 +16,9 @@ from megatron_retro.checkpoint.live_state import model_tensors, padded_rows
 from megatron_retro.checkpoint.loading import Checkpoint, load_tensors, open_checkpoint
 from megatron_retro.checkpoint.stored_settings import open_base, seen_from, stored_settings
 from megatron_retro.config.data import TokenizerConfig
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.peft import PeftConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import PeftConfig
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_retro.errors import ArtifactError, EnvironmentProblem
 from megatron_retro.model.retro import Retro

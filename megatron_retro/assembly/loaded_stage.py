@@ -15,12 +15,10 @@ from megatron_retro.checkpoint.live_state import model_tensors, padded_rows
 from megatron_retro.checkpoint.loading import Checkpoint, load_tensors
 from megatron_retro.checkpoint.stored_settings import open_base
 from megatron_retro.config.data import TokenizerConfig
-from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.peft import PeftConfig
-from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.config.training import TrainingConfig
+from megatron_retro.config.training import PeftConfig, TrainingConfig
 from megatron_retro.errors import ConfigError
 from megatron_retro.parallel.mesh import PIPELINE, ParallelMesh
 from megatron_retro.parallel.partition import stage_parts

@@ -23,13 +23,10 @@ from megatron_retro.assembly.stage_building import (
 )
 from megatron_retro.assembly.trainable import StepResult, TensorBatch, Trainable
 from megatron_retro.config.data import DataConfig
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.optimizer import OptimizerConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.peft import PeftConfig
-from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.config.training import TrainingConfig
+from megatron_retro.config.training import OptimizerConfig, PeftConfig, TrainingConfig
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.retro import Retro
 from megatron_retro.optim.clipping import squared_norm

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_retro.assembly.trainable import TensorBatch
+from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import DataError
 from megatron_retro.parallel.mesh import PIPELINE, TENSOR, ParallelMesh

@@ -18,8 +18,7 @@ from megatron_retro.checkpoint.live_state import MODEL
 from megatron_retro.checkpoint.loading import Checkpoint
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.fields import field_specs
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings, section_name
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.model.retro import Retro

@@ -7,13 +7,11 @@ from collections.abc import Callable
 
 from megatron_retro.assembly.stage_building import is_tuned
 from megatron_retro.assembly.trainable import Trainable
-from megatron_retro.config.data import DataConfig
-from megatron_retro.config.finetuning import InstructionConfig
+from megatron_retro.config.data import DataConfig, InstructionConfig
+from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.peft import PeftConfig
-from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.config.training import TrainingConfig
+from megatron_retro.config.training import PeftConfig, TrainingConfig
 from megatron_retro.data.builders import build_loader
 from megatron_retro.data.instructions.buckets import Buckets
 from megatron_retro.data.instructions.dataset import InstructionDataset, open_instructions

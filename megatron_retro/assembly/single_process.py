@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from megatron_retro.assembly.trainable import StepResult, TensorBatch
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import RetroConfig
 from megatron_retro.model.gates import AdaptiveGate
 from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.retro import Retro

@@ -10,13 +10,10 @@ import torch
 from torch import nn
 
 from megatron_retro.assembly.materialization import materialize
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.optimizer import OptimizerConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.peft import PeftConfig
-from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.config.training import TrainingConfig
+from megatron_retro.config.training import OptimizerConfig, PeftConfig, TrainingConfig
 from megatron_retro.model.costs import ADDED, EVERYTHING, Trained
 from megatron_retro.model.leaves import Linear
 from megatron_retro.model.retro import Retro

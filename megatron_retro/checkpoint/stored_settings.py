@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_retro.checkpoint.loading import Checkpoint, open_checkpoint
-from megatron_retro.config.checkpoint import CheckpointConfig
-from megatron_retro.config.data import TokenizerConfig
-from megatron_retro.config.finetuning import InstructionConfig
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.peft import PeftConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.data import InstructionConfig, TokenizerConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings, build_settings, section_name, specs_by_name
+from megatron_retro.config.training import CheckpointConfig, PeftConfig
 from megatron_retro.errors import ArtifactError
 
 _SECTIONS = (ModelConfig, RetroConfig, TokenizerConfig, PeftConfig)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_retro.cli import evaluate, finetune, pretrain, retrofit
-from megatron_retro.config.ablation import PERPLEXITY, AblationConfig
 from megatron_retro.config.command_line import Positional
+from megatron_retro.config.data import WorkersConfig
+from megatron_retro.config.evaluation import PERPLEXITY, AblationConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.config.workers import WorkersConfig
 
 DESCRIPTION = """Run a study: a recipe whose [ablation] table says which fields vary, one run per combination.
 

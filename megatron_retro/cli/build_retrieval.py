@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_retro.config.command_line import Positional, Reads
-from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.config.data import TokenizerConfig, WorkersConfig
+from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.retrieval import EmbedderConfig, RetrievalConfig
-from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.config.workers import WorkersConfig
 
 DESCRIPTION = """From token files to neighbour tables, in six stages: plan, train, encode, merge, query, verify.
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_retro.artifacts.files import new_file
-from megatron_retro.config.collect import CollectConfig
 from megatron_retro.config.command_line import Positional
+from megatron_retro.config.data import CollectConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.data.library_questions import library_questions
 from megatron_retro.data.standard_library import standard_library_documents

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_retro.config.command_line import Positional
-from megatron_retro.config.convert import ConvertConfig
+from megatron_retro.config.model import ConvertConfig
 from megatron_retro.config.settings import Settings
 
 DESCRIPTION = """Read SOURCE, write DESTINATION.

@@ -5,17 +5,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 
-from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.command_line import Positional, Reads
-from megatron_retro.config.data import DataConfig, TokenizerConfig
-from megatron_retro.config.evaluation import EvaluationConfig
+from megatron_retro.config.data import DataConfig, TokenizerConfig, WorkersConfig
+from megatron_retro.config.evaluation import EvaluationConfig, PerplexityConfig
 from megatron_retro.config.inference import READ_BY_A_GENERATOR, EngineConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.perplexity import PerplexityConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.toml_files import nearest
-from megatron_retro.config.training import TrainingConfig
-from megatron_retro.config.workers import WorkersConfig
+from megatron_retro.config.training import CheckpointConfig, TrainingConfig
 from megatron_retro.errors import ConfigError
 
 # task -> `module:function`, called as function(settings, the tasks asked for that name it)

@@ -9,10 +9,10 @@ from typing import Any
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.artifacts.manifest import file_record
 from megatron_retro.cli.generation_ranks import Replica, ask_model
+from megatron_retro.config.data import WorkersConfig
 from megatron_retro.config.evaluation import EvaluationConfig
 from megatron_retro.config.inference import EngineConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.config.workers import WorkersConfig
 from megatron_retro.data.instructions.conversations import Passage
 from megatron_retro.errors import ConfigError, DataError
 from megatron_retro.evaluation.contexts import (

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.command_line import Positional
-from megatron_retro.config.data import DataConfig, TokenizerConfig
-from megatron_retro.config.finetuning import InstructionConfig
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.observability import ObservabilityConfig
-from megatron_retro.config.optimizer import OptimizerConfig
+from megatron_retro.config.data import DataConfig, InstructionConfig, TokenizerConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.peft import PeftConfig
-from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.config.training import TrainingConfig
+from megatron_retro.config.training import (
+    CheckpointConfig,
+    ObservabilityConfig,
+    OptimizerConfig,
+    PeftConfig,
+    TrainingConfig,
+)
 
 DESCRIPTION = """Train the model of --load on conversations: {"messages"}, {"prompt", "completion"} or
 {"question", "answers", "contexts"}, one JSON object per line. Loss is on the last reply.

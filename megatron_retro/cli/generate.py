@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.command_line import Positional, Reads
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.inference import (
@@ -21,6 +20,7 @@ from megatron_retro.config.inference import (
 )
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings
+from megatron_retro.config.training import CheckpointConfig
 from megatron_retro.errors import ConfigError, DataError
 from megatron_retro.runtime.strict_json import json_text
 

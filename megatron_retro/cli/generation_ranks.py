@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings
+from megatron_retro.config.training import CheckpointConfig
 from megatron_retro.errors import ConfigError, Requeue
 from megatron_retro.runtime.launch import Launch, find_launch
 from megatron_retro.runtime.signals import STOP_SIGNALS, StopRequests

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_retro.config.command_line import Positional, Reads
-from megatron_retro.config.data import TokenizerConfig
-from megatron_retro.config.observability import ObservabilityConfig
-from megatron_retro.config.preprocess import InputConfig, PreprocessConfig
+from megatron_retro.config.data import InputConfig, PreprocessConfig, TokenizerConfig, WorkersConfig
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings
-from megatron_retro.config.workers import WorkersConfig
+from megatron_retro.config.training import ObservabilityConfig
 
 DESCRIPTION = (
     "Tokenize text into Megatron's .bin/.idx files. Workers of one machine (--workers) and of many (--shard i/N, a "

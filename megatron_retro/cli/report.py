@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_retro.config.command_line import Positional
-from megatron_retro.config.reporting import ReportConfig
+from megatron_retro.config.evaluation import ReportConfig
 from megatron_retro.config.settings import Settings
 
 DESCRIPTION = """Write report.html into each run's directory: curves, retrieval health, leakage, neighbours, settings.

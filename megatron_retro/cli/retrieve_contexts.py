@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_retro.config.command_line import Positional
-from megatron_retro.config.contexts import ContextsConfig
+from megatron_retro.config.data import ContextsConfig
 from megatron_retro.config.inference import LiveRetrievalConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import ConfigError

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.command_line import Positional, Reads
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.inference import (
@@ -16,6 +15,7 @@ from megatron_retro.config.inference import (
 )
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import CheckpointConfig
 
 DESCRIPTION = "Serve a checkpoint (--load): /v1/completions, /v1/chat/completions, metrics, and a page at /."
 SECTIONS: tuple[type, ...] = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_retro.config.command_line import Positional
-from megatron_retro.config.preprocess import InputConfig, TrainTokenizerConfig
+from megatron_retro.config.data import InputConfig, TrainTokenizerConfig
 from megatron_retro.config.settings import Settings
 
 DESCRIPTION = "Train a sentencepiece model (BPE or unigram) on a sample of the input, with byte fallback."

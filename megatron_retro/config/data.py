@@ -1,4 +1,4 @@
-"""Which tokens, neighbours and tokenizer a run reads."""
+"""What a run reads and what text becomes: tokens, neighbours, tokenizer, conversations, and how corpora are made."""
 
 from __future__ import annotations
 
@@ -74,3 +74,99 @@ class DataConfig:
     neighbor_absent_share: float = option(
         0.0, "this share of chunks reads no neighbours, in training and evaluation", minimum=0.0, maximum=1.0, ours=True
     )
+
+
+CONTEXT_PLACES = ("prompt", "encoder", "split", "none")
+
+
+@dataclass(frozen=True)
+class InstructionConfig:
+    """Instruction tuning: conversations, template, masks, packing"""
+
+    instruction_data: tuple[str, ...] | None = option(
+        None, "conversation files, with weights: w1 f1.jsonl w2 f2.jsonl, or files alone", ours=True
+    )
+    instruction_valid_data: tuple[str, ...] | None = option(None, "conversation files to evaluate on", ours=True)
+    instruction_template: str = option(
+        "instruct-retro", "how a conversation is written: instruct-retro, or a .jinja file", ours=True
+    )
+    loss_on_all_replies: bool = option(False, "train on every reply instead of the last", ours=True)
+    context_place: str = option(
+        "prompt", "where passages go; split: the top one in the prompt, the rest to the encoder",
+        choices=CONTEXT_PLACES, ours=True,
+    )  # fmt: skip
+    num_contexts: int = option(5, "passages of a conversation that are used", minimum=0, ours=True)
+    pack_examples: bool = option(False, "several conversations per row, each blind to the others", ours=True)
+    bucket_by_length: bool = option(
+        False, "a step's rows are of like length, and cut to the longest of them", ours=True
+    )
+    skip_long_examples: bool = option(False, "pass over conversations longer than a row instead of stopping", ours=True)
+
+
+@dataclass(frozen=True)
+class ContextsConfig:
+    """Passages retrieved for conversations"""
+
+    retrieved_contexts: int = option(5, "passages per conversation", minimum=1, ours=True)
+    retrieved_context_chunks: int = option(
+        2, "chunks of a passage: the one found and what follows it in its document", minimum=1, ours=True
+    )
+    replace_contexts: bool = option(
+        False, "search for conversations that have passages, too, and drop those", ours=True
+    )
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """Text of this machine as a corpus"""
+
+    collect_output: str | None = option(None, "folder for train.jsonl and held_out.jsonl", ours=True)
+    collect_held_out: float = option(0.06, "share of documents held out", minimum=0.0, maximum=1.0, ours=True)
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """Text to read: JSON lines (plain, .gz, .zst), Parquet, or plain text files"""
+
+    input: tuple[str, ...] | None = option(None, "files, globs or folders; read in sorted order of each word")
+    json_keys: tuple[str, ...] = option(("text",), "fields that hold text, one token file each")
+    text_documents: str = option("file", "plain text: what a document is", choices=("file", "line"), ours=True)
+    max_document_bytes: int = option(6 << 20, "a longer line or file is refused, never held", minimum=1, ours=True)
+    on_error: str = option("stop", "a record that cannot be used", choices=("stop", "skip"), ours=True)
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """Token files from text"""
+
+    output_prefix: str | None = option(None, "writes PREFIX_KEY_document.bin and .idx")
+    append_eod: bool = option(False, "end every document with the end-of-document id")
+    workers: int | None = option(None, "processes; the cores that this process may use when not set", minimum=1)
+    partitions: int = option(1, "Megatron's flag; work is always cut into byte ranges, order never changes", minimum=1)
+    shards: int = option(1, "cut the output into this many token files", minimum=1, ours=True)
+    shuffle_documents: int | None = option(None, "write documents in a random order of this seed", minimum=0, ours=True)
+    resume: bool = option(False, "go on where a stopped run of the same command left off", ours=True)
+    merge_token_files: tuple[str, ...] | None = option(
+        None, "join these token files (prefixes) into --output-prefix; no text is read", ours=True
+    )
+    verify: bool = option(False, "read the finished files again and check every number", ours=True)
+
+
+@dataclass(frozen=True)
+class TrainTokenizerConfig:
+    """A sentencepiece model of your own"""
+
+    tokenizer_output: str | None = option(None, "writes PREFIX.model and PREFIX.vocab", ours=True)
+    tokenizer_vocab_size: int = option(32000, "pieces of the vocabulary", minimum=64, ours=True)
+    tokenizer_algorithm: str = option("bpe", "kind of model", choices=("bpe", "unigram"), ours=True)
+    tokenizer_sample_bytes: int = option(
+        64 << 20, "text that is looked at, spread over the input", minimum=1, ours=True
+    )
+    tokenizer_threads: int = option(1, "threads; the model depends on the number for unigram", minimum=1, ours=True)
+
+
+@dataclass(frozen=True)
+class WorkersConfig:
+    """Workers of a job that many share"""
+
+    shard: str | None = option(None, "this worker as i/N, from 0; read from SLURM or MPI when not set", ours=True)

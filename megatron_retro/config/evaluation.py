@@ -1,4 +1,4 @@
-"""What is evaluated, on which data, under which protocol."""
+"""What is measured and how it is shown: evaluation sets, perplexity, studies, reports."""
 
 from __future__ import annotations
 
@@ -35,3 +35,70 @@ class EvaluationConfig:
     eval_batch_size: int = option(8, "questions answered together", minimum=1, ours=True)
     eval_first_answer: bool = option(False, "score against the first gold answer only", ours=True)
     eval_stemming: bool = option(True, "stem words in ROUGE", ours=True)
+
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class PerplexityConfig:
+    """Perplexity: sliding windows, variants of neighbours, leakage curve"""
+
+    perplexity_split: str = option("valid", "documents to measure on", choices=SPLITS, ours=True)
+    perplexity_stride: int | None = option(
+        None, "tokens that each window scores, a multiple of the chunk length; half the sequence when not set",
+        minimum=1, ours=True,
+    )  # fmt: skip
+    perplexity_windows: int | None = option(
+        None, "windows at most, evenly over the text; all when not set", minimum=1, ours=True
+    )
+    perplexity_batch_size: int = option(8, "windows of one forward", minimum=1, ours=True)
+    leakage_neighbors: int = option(
+        10, "nearest neighbours that the leakage curve compares each chunk with; 0 = no curve", minimum=0, ours=True
+    )
+
+
+PERPLEXITY = "perplexity"
+VERBS = ("pretrain", "retrofit", "finetune", PERPLEXITY)
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """Ablation: a grid of runs, and their comparison"""
+
+    study_output: str | None = option(None, "directory of the study: one directory per run, and the report", ours=True)
+    study_title: str = option("Ablation", "heading of the report", ours=True)
+    study_verb: str = option(
+        "pretrain", "the verb of every run; perplexity = evaluate perplexity", choices=VERBS, ours=True
+    )
+    study_grid: tuple[str, ...] = option(
+        (), 'fields to vary, each as TOML: "retro_num_neighbors = [0, 2, 4]"; runs are the product', ours=True
+    )
+    study_cases: tuple[str, ...] = option(
+        (),
+        'named groups of fields: "frozen = {freeze_decoder = true}"; "size.small = {..}" on an axis "size"',
+        ours=True,
+    )
+    study_launcher: tuple[str, ...] | None = option(
+        None, "words before the verb, a launcher of many ranks say; this program when not set", ours=True
+    )
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """One page about all runs that are named; the last one that reads neighbours is what it is about"""
+
+    report_output: str | None = option(
+        None, "write one page about all runs here, instead of a page into each of them", ours=True
+    )
+    report_retrieval: str | None = option(
+        None, "its index (--retro-project-dir of build-retrieval): quality and neighbours", ours=True
+    )
+    report_texts: tuple[str, ...] | None = option(
+        None, "its texts, as NAME=FILE: what `generate --output` wrote, with and without retrieval say", ours=True
+    )
+    report_answers: tuple[str, ...] | None = option(
+        None, "answers to the same questions, as NAME=FILE: before and after tuning say", ours=True
+    )
+    report_questions: str | None = option(None, "those questions with their gold answers (JSON lines)", ours=True)
+    report_stages: str | None = option(None, "JSON lines of `stage` and `seconds`", ours=True)

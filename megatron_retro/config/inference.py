@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.fields import option
 from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.training import CheckpointConfig
 
 RETRIEVAL_MODES = ("live", "none", "random")
 

@@ -1,10 +1,13 @@
-"""The shape of the decoder."""
+"""The shape of the model: the decoder, what makes it a Retro, what a conversion makes of it, and their rules."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from megatron_retro.config.fields import option
+from megatron_retro.config.settings import Settings
+from megatron_retro.errors import Violation
 
 NORMALIZATIONS = ("LayerNorm", "RMSNorm")
 POSITIONS = ("rope", "learned_absolute", "relative", "none")
@@ -76,3 +79,179 @@ class ModelConfig:
         """The vocabulary padded for a cut in `divisor` parts."""
         multiple = self.make_vocab_size_divisible_by * divisor
         return -(-(self.vocab_size or 0) // multiple) * multiple
+
+
+GATES = ("fixed", "scalar", "adaptive")
+NEIGHBOR_POSITIONS = ("rotary", "relative", "none")
+
+
+@dataclass(frozen=True)
+class RetroConfig:
+    """Retrieval in the model: neighbours, encoder, chunked cross-attention, gate"""
+
+    retro_add_retriever: bool = option(False, "add the neighbour encoder and chunked cross-attention")
+    retro_chunk_length: int = option(
+        64, "tokens of a chunk (m)", minimum=1, ours=True, megatron_name="retro_gpt_chunk_length"
+    )
+    retro_num_neighbors: int = option(2, "neighbours per chunk (k)", minimum=0)
+    retro_num_retrieved_chunks: int = option(2, "chunks per neighbour, itself included (r = this x m)", minimum=1)
+    retro_layers: tuple[int, ...] | None = option(
+        None, "decoder layers with cross-attention, from 1; default 6 (or 9 above 15 layers), then every 3rd", ours=True
+    )
+    retro_encoder_layers: int = option(2, "layers of the neighbour encoder", minimum=1)
+    retro_encoder_hidden_size: int | None = option(None, "width of the encoder; the decoder's when not set", ours=True)
+    retro_encoder_num_attention_heads: int | None = option(None, "heads of the encoder", ours=True)
+    retro_encoder_kv_channels: int | None = option(None, "size of one head of the encoder", ours=True)
+    retro_encoder_ffn_hidden_size: int | None = option(None, "MLP width of the encoder", ours=True)
+    retro_encoder_own_embedding: bool = option(False, "a token embedding of the encoder's own", ours=True)
+    retro_encoder_hidden_dropout: float = option(0.0, "dropout in the encoder", minimum=0.0, maximum=1.0)
+    retro_encoder_attention_dropout: float = option(0.0, "attention dropout in the encoder", minimum=0.0, maximum=1.0)
+    retro_neighbor_positions: str = option("rotary", "positions of neighbours", choices=NEIGHBOR_POSITIONS, ours=True)
+    retro_gate_type: str = option("fixed", "what scales the cross-attention output", choices=GATES, ours=True)
+    retro_attention_gate: float = option(1.0, "value of the fixed gate: 1 reads neighbours, 0 is the GPT", minimum=0.0)
+    retro_gate_target_rate: float = option(0.5, "adaptive gate: share of chunks that should read", ours=True)
+    retro_gate_budget_weight: float = option(0.001, "adaptive gate: weight of the target-rate loss", ours=True)
+    retro_gate_budget_warmup: int = option(1000, "adaptive gate: steps until that weight is reached", ours=True)
+    retro_no_retrieval_probability: float = option(
+        0.0, "training: share of samples without neighbours", minimum=0.0, maximum=1.0, ours=True
+    )
+    retro_random_retrieval_probability: float = option(
+        0.0, "training: share of samples with another sample's neighbours", minimum=0.0, maximum=1.0, ours=True
+    )
+    retro_zero_init_output: bool = option(False, "start cross-attention at zero, so that step 0 is the GPT", ours=True)
+    retro_legacy_checkpoint: bool = option(
+        False, "compute as the published Megatron-LM Retro checkpoints were trained to", ours=True
+    )
+
+    def retrieved_length(self) -> int:
+        """Tokens of a neighbour with its continuation (r)."""
+        return self.retro_chunk_length * self.retro_num_retrieved_chunks
+
+    def retrieval_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Decoder layers (from 1) that hold a cross-attention."""
+        if not self.retro_add_retriever:
+            return ()
+        if self.retro_layers is not None:
+            return self.retro_layers
+        first = 6 if num_layers <= 15 else 9
+        return tuple(range(first, num_layers + 1, 3)) or (num_layers,)
+
+    def reads_neighbors(self) -> bool:
+        """False for a plain GPT, and when the fixed gate is shut: then nothing is encoded or attended to."""
+        shut = self.retro_gate_type == "fixed" and self.retro_attention_gate == 0
+        return self.retro_add_retriever and not shut
+
+    def neighbor_positions(self) -> str:
+        """Positions of neighbour tokens; the published checkpoints were trained without."""
+        return "none" if self.retro_legacy_checkpoint else self.retro_neighbor_positions
+
+    def encoder_model(self, model: ModelConfig) -> ModelConfig:
+        """The neighbour encoder's shape: the decoder's where nothing else is set."""
+        width = self.retro_encoder_hidden_size or model.hidden_size
+        heads = self.retro_encoder_num_attention_heads or model.num_attention_heads
+        same = width == model.hidden_size and heads == model.num_attention_heads
+        ffn_width = model.ffn_hidden_size if width == model.hidden_size else None
+        return replace(
+            model,
+            num_layers=self.retro_encoder_layers,
+            hidden_size=width,
+            num_attention_heads=heads,
+            num_query_groups=model.num_query_groups if same else None,
+            kv_channels=self.retro_encoder_kv_channels or (model.kv_channels if same else None),
+            ffn_hidden_size=self.retro_encoder_ffn_hidden_size or ffn_width,
+            position_embedding_type="relative" if self.neighbor_positions() == "relative" else "none",
+            sliding_window=None,
+            hidden_dropout=self.retro_encoder_hidden_dropout,
+            attention_dropout=self.retro_encoder_attention_dropout,
+        )
+
+
+CONVERSIONS = ("checkpoint", "huggingface", "remote-code", "peft")
+EXPORT_TYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Conversion: into what"""
+
+    convert_to: str = option("checkpoint", "what DESTINATION becomes", choices=CONVERSIONS, ours=True)
+    convert_dtype: str = option("float32", "numbers of an exported model", choices=EXPORT_TYPES, ours=True)
+    convert_shard_megabytes: int = option(4096, "size of an exported file", minimum=1, ours=True)
+    convert_merge: bool = option(
+        False, "write what was tuned beside a model into its weights, in float32 (LoRA, (IA)3)", ours=True
+    )
+    convert_base: str | None = option(
+        None, "the checkpoint that an adapter in the format of Hugging Face's peft belongs to", ours=True
+    )
+    convert_decoder_only: bool = option(
+        False, "export the decoder of a model that reads neighbours, as it computes with the gate shut", ours=True
+    )
+
+
+def model_violations(model: ModelConfig, retro: RetroConfig) -> list[Violation]:
+    """Every broken rule of decoder and retriever."""
+    return [*_decoder(model), *_heads(model), *(_retriever(model, retro) if retro.retro_add_retriever else ())]
+
+
+def _decoder(model: ModelConfig) -> Iterator[Violation]:
+    if not model.vocab_size:
+        yield Violation("vocab_size", model.vocab_size, "a whole number of at least 1", "give it, or a tokenizer")
+    if model.swiglu and model.squared_relu:
+        yield Violation("squared_relu", True, "one activation", "drop --swiglu or --squared-relu")
+    if model.normalization == "RMSNorm" and model.apply_layernorm_1p:
+        yield Violation("apply_layernorm_1p", True, "LayerNorm", "use --normalization LayerNorm")
+    if (
+        model.rope_scaling_type == "llama3"
+        and model.rope_scaling_high_freq_factor <= model.rope_scaling_low_freq_factor
+    ):
+        yield Violation(
+            "rope_scaling_high_freq_factor",
+            model.rope_scaling_high_freq_factor,
+            f"more than the low factor {model.rope_scaling_low_freq_factor}",
+            "raise it",
+        )
+
+
+def _heads(model: ModelConfig) -> Iterator[Violation]:
+    heads, groups = model.num_attention_heads, model.num_key_value_heads()
+    if model.kv_channels is None and model.hidden_size % heads:
+        yield Violation(
+            "num_attention_heads", heads, f"a divisor of the hidden size {model.hidden_size}", "or give --kv-channels"
+        )
+    if heads % groups:
+        yield Violation("num_query_groups", groups, f"a divisor of the {heads} heads", "change one of them")
+
+
+def _retriever(model: ModelConfig, retro: RetroConfig) -> Iterator[Violation]:
+    layers = retro.retrieval_layers(model.num_layers)
+    wrong = [layer for layer in layers if not 1 <= layer <= model.num_layers]
+    if wrong or not layers or list(layers) != sorted(set(layers)):
+        yield Violation(
+            "retro_layers", layers, f"rising numbers from 1 to {model.num_layers}", "name each retrieval layer once"
+        )
+    encoder = retro.encoder_model(model)
+    if encoder.hidden_size != model.hidden_size and not retro.retro_encoder_own_embedding:
+        yield Violation(
+            "retro_encoder_own_embedding",
+            False,
+            f"true, since the encoder's width {encoder.hidden_size} is not the decoder's {model.hidden_size}",
+            "set it, or leave the encoder's width alone",
+        )
+    if encoder.kv_channels is None and encoder.hidden_size % encoder.num_attention_heads:
+        yield Violation(
+            "retro_encoder_num_attention_heads",
+            encoder.num_attention_heads,
+            f"a divisor of the encoder's width {encoder.hidden_size}",
+            "or give --retro-encoder-kv-channels",
+        )
+    if not 0 < retro.retro_gate_target_rate < 1:
+        yield Violation(
+            "retro_gate_target_rate", retro.retro_gate_target_rate, "a rate between 0 and 1", "0.5 is a start"
+        )
+
+
+def model_is_possible(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """Decoder and retriever; the vocabulary may still be the tokenizer's."""
+    if settings.has(ModelConfig, RetroConfig):
+        model = settings[ModelConfig]
+        yield from model_violations(replace(model, vocab_size=model.vocab_size or 1), settings[RetroConfig])

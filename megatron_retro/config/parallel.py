@@ -1,10 +1,20 @@
-"""How the run is cut over processes."""
+"""How a run is cut over processes, and which cuts are legal."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_retro.config.data import DataConfig
 from megatron_retro.config.fields import option
+from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import (
+    OptimizerConfig,
+    TrainingConfig,
+)
+from megatron_retro.errors import Violation
 
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero-bubble")
 SHARDINGS = ("none", "optimizer", "gradients", "full")
@@ -38,3 +48,255 @@ class ParallelConfig:
         if self.use_distributed_optimizer and self.data_parallel_sharding == "none":
             return "optimizer"
         return self.data_parallel_sharding
+
+
+def divisors(number: int) -> str:
+    """Every divisor, as a person would list them."""
+    return ", ".join(str(part) for part in range(1, number + 1) if number % part == 0)
+
+
+def virtual_stages(settings: Settings) -> int:
+    """Stages of each pipeline rank; 0 if the layers cannot be shared out so."""
+    parallel, model = settings[ParallelConfig], settings[ModelConfig]
+    size = parallel.num_layers_per_virtual_pipeline_stage
+    if size is None:
+        return 1
+    stages, rest = divmod(model.num_layers, size * parallel.pipeline_model_parallel_size)
+    return 0 if rest else stages
+
+
+def data_parallel_size(settings: Settings, world_size: int) -> int:
+    """Replicas; 0 when the processes cannot be shared out."""
+    size, rest = divmod(world_size, settings[ParallelConfig].model_parallel_size())
+    return 0 if rest else size
+
+
+def world_size_fits(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """Processes = tensor x pipeline x context x data."""
+    if ParallelConfig not in settings:
+        return
+    parallel = settings[ParallelConfig]
+    needed = parallel.model_parallel_size()
+    if world_size % needed:
+        yield Violation(
+            "tensor_model_parallel_size",
+            f"{parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} "
+            f"x context {parallel.context_parallel_size}",
+            f"a product that divides the {world_size} processes started ({divisors(world_size)})",
+            f"start a multiple of {needed} processes",
+        )
+
+
+def heads_divide(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """Each tensor rank holds whole query heads and whole key/value heads."""
+    if not settings.has(ParallelConfig, ModelConfig):
+        return
+    model, size = settings[ModelConfig], settings[ParallelConfig].tensor_model_parallel_size
+    if model.num_attention_heads % size:
+        yield _not_divisible(size, "num_attention_heads", model.num_attention_heads)
+    groups = model.num_key_value_heads()
+    if model.group_query_attention and groups % size:
+        yield _not_divisible(size, "num_query_groups", groups)
+
+
+def widths_divide(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """Each tensor rank holds an equal part of every MLP."""
+    if not settings.has(ParallelConfig, ModelConfig):
+        return
+    size = settings[ParallelConfig].tensor_model_parallel_size
+    width = settings[ModelConfig].ffn_width()
+    if width % size:
+        yield _not_divisible(size, "ffn_hidden_size", width)
+
+
+def encoder_divides(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """The neighbour encoder is cut as the decoder is."""
+    if not settings.has(ParallelConfig, RetroConfig) or not settings[RetroConfig].retro_add_retriever:
+        return
+    retro, size = settings[RetroConfig], settings[ParallelConfig].tensor_model_parallel_size
+    for field in ("retro_encoder_num_attention_heads", "retro_encoder_ffn_hidden_size"):
+        number = getattr(retro, field)
+        if number is not None and number % size:
+            yield _not_divisible(size, field, number)
+
+
+def sequence_divides(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """Sequence parallelism cuts the sequence, and each neighbour, in equal parts."""
+    if ParallelConfig not in settings or not settings[ParallelConfig].sequence_parallel:
+        return
+    size = settings[ParallelConfig].tensor_model_parallel_size
+    if DataConfig in settings and settings[DataConfig].seq_length % size:
+        yield _not_divisible(size, "seq_length", settings[DataConfig].seq_length, " under --sequence-parallel")
+    if RetroConfig in settings and settings[RetroConfig].retro_add_retriever:
+        length = settings[RetroConfig].retrieved_length()
+        if length % size:
+            yield _not_divisible(size, "retro_chunk_length", length, " tokens of a neighbour under --sequence-parallel")
+
+
+def _not_divisible(size: int, field: str, number: int, what: str = "") -> Violation:
+    return Violation(
+        field,
+        number,
+        f"a multiple of --tensor-model-parallel-size {size}{what}",
+        f"change it, or take a tensor size from {divisors(number)}",
+    )
+
+
+def stages_have_layers(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """Every stage holds at least one decoder layer."""
+    if not settings.has(ParallelConfig, ModelConfig):
+        return
+    parallel, layers = settings[ParallelConfig], settings[ModelConfig].num_layers
+    if parallel.pipeline_model_parallel_size > layers:
+        yield Violation(
+            "pipeline_model_parallel_size",
+            parallel.pipeline_model_parallel_size,
+            f"at most the {layers} decoder layers",
+            "use fewer stages",
+        )
+    elif virtual_stages(settings) == 0:
+        per_rank = divisors(layers // parallel.pipeline_model_parallel_size or 1)
+        yield Violation(
+            "num_layers_per_virtual_pipeline_stage",
+            parallel.num_layers_per_virtual_pipeline_stage,
+            f"a number that shares {layers} layers evenly over {parallel.pipeline_model_parallel_size} stages",
+            f"take one of {per_rank}",
+        )
+
+
+def schedule_has_its_stages(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """Interleaved schedules need several stages per rank; the simple ones can have one only."""
+    if not settings.has(ParallelConfig, ModelConfig):
+        return
+    parallel = settings[ParallelConfig]
+    size, stages = parallel.pipeline_model_parallel_size, virtual_stages(settings)
+    if size == 1 and parallel.num_layers_per_virtual_pipeline_stage is not None:
+        yield Violation(
+            "num_layers_per_virtual_pipeline_stage",
+            parallel.num_layers_per_virtual_pipeline_stage,
+            "not set without a pipeline",
+            "drop it, or set --pipeline-model-parallel-size",
+        )
+    elif size > 1 and parallel.pipeline_schedule == "interleaved" and stages == 1:
+        yield Violation(
+            "pipeline_schedule",
+            "interleaved",
+            "several stages on each rank",
+            "set --num-layers-per-virtual-pipeline-stage, or take 1f1b",
+        )
+    elif parallel.pipeline_schedule in ("1f1b", "gpipe") and stages > 1:
+        yield Violation(
+            "pipeline_schedule",
+            parallel.pipeline_schedule,
+            "interleaved or zero-bubble, which run several stages on a rank",
+            "take --pipeline-schedule interleaved",
+        )
+
+
+def layout_fits(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """A layout by hand names every stage and every layer."""
+    if not settings.has(ParallelConfig, ModelConfig) or settings[ParallelConfig].pipeline_layout is None:
+        return
+    parallel, layers = settings[ParallelConfig], settings[ModelConfig].num_layers
+    stages = parallel.pipeline_model_parallel_size * virtual_stages(settings)
+    counts = parse_layout(parallel.pipeline_layout or "")
+    if not counts or min(counts) < 1 or sum(counts) != layers or len(counts) != stages:
+        yield Violation(
+            "pipeline_layout",
+            parallel.pipeline_layout,
+            f"{stages} numbers of at least 1 with the sum {layers}",
+            "write the decoder layers of each stage in order, as 3,4,4,5",
+        )
+
+
+def parse_layout(text: str) -> tuple[int, ...]:
+    """`3,4,5` -> (3, 4, 5); empty if it is no list of numbers."""
+    parts = text.split(",")
+    return tuple(int(part) for part in parts) if all(part.strip().isdigit() for part in parts) else ()
+
+
+def batch_divides(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """A global batch is whole microbatches on every data rank, at every size of the ramp-up."""
+    if not settings.has(ParallelConfig, TrainingConfig):
+        return
+    training, replicas = settings[TrainingConfig], data_parallel_size(settings, world_size)
+    unit = training.micro_batch_size * replicas
+    sizes = [training.global_batch_size]
+    if training.rampup_batch_size is not None and len(training.rampup_batch_size) == 3:
+        sizes += training.rampup_batch_size[:2]
+    wrong = [size for size in sizes if unit and size % unit]
+    if wrong:
+        yield Violation(
+            "global_batch_size" if wrong[0] == training.global_batch_size else "rampup_batch_size",
+            wrong[0],
+            f"a multiple of {unit} (--micro-batch-size {training.micro_batch_size} x {replicas} data ranks)",
+            "change one of them or the number of processes",
+        )
+
+
+def microbatches_fill_the_pipeline(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """Interleaved and zero-bubble schedules run in rounds of equally many microbatches."""
+    if not settings.has(ParallelConfig, TrainingConfig) or settings[ParallelConfig].pipeline_model_parallel_size == 1:
+        return
+    parallel, training = settings[ParallelConfig], settings[TrainingConfig]
+    unit = training.micro_batch_size * data_parallel_size(settings, world_size)
+    if parallel.pipeline_schedule in ("1f1b", "gpipe") or not unit or training.global_batch_size % unit:
+        return
+    count, stages = training.global_batch_size // unit, parallel.pipeline_model_parallel_size
+    if count % max(1, count // stages):
+        yield Violation(
+            "global_batch_size",
+            f"{training.global_batch_size} ({count} microbatches)",
+            f"a multiple of {stages} microbatches, or fewer than that, for --pipeline-schedule "
+            f"{parallel.pipeline_schedule} over {stages} stages",
+            f"as --global-batch-size {unit * stages * (count // stages)}",
+        )
+
+
+def no_context_parallelism(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """Sequences are shared over tensor ranks only; docs/decisions.md says what failed."""
+    if ParallelConfig in settings and settings[ParallelConfig].context_parallel_size > 1:
+        yield Violation(
+            "context_parallel_size",
+            settings[ParallelConfig].context_parallel_size,
+            "1",
+            "share long sequences with --tensor-model-parallel-size and --sequence-parallel",
+        )
+
+
+_TILE = 16
+
+
+def fp8_fits(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """Both sides of every matrix of a layer are whole tiles on every tensor rank."""
+    if not _in_fp8(settings) or ModelConfig not in settings:
+        return
+    size = settings[ParallelConfig].tensor_model_parallel_size
+    models = [settings[ModelConfig]]
+    if RetroConfig in settings and settings[RetroConfig].retro_add_retriever:
+        models.append(settings[RetroConfig].encoder_model(settings[ModelConfig]))
+    for model, prefix in zip(models, ("", "retro_encoder_"), strict=False):
+        heads = model.head_size() * model.num_attention_heads
+        groups = model.head_size() * model.num_key_value_heads()
+        for field, number, parts in (
+            ("hidden_size", model.hidden_size, 1),
+            ("ffn_hidden_size", model.ffn_width(), size),
+            ("num_attention_heads", math.gcd(heads, 2 * groups), size),
+        ):
+            if number % (_TILE * parts):
+                what = f"a multiple of {_TILE}" + (f" on each of {parts} tensor ranks" if parts > 1 else "")
+                yield Violation(prefix + field, number, f"{what} with --fp8-format", "change sizes, or leave FP8 off")
+
+
+def fp8_products_are_not_put_off(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """Zero-bubble schedules compute weight gradients later, by products of their own."""
+    if not _in_fp8(settings) or settings[ParallelConfig].pipeline_model_parallel_size == 1:
+        return
+    schedule = settings[ParallelConfig].pipeline_schedule
+    if schedule == "zero-bubble":
+        yield Violation("pipeline_schedule", schedule, "another one with --fp8-format", "take 1f1b or interleaved")
+
+
+def _in_fp8(settings: Settings) -> bool:
+    sections = ParallelConfig in settings and OptimizerConfig in settings
+    return sections and settings[OptimizerConfig].fp8_format != "none"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from megatron_retro.config.ablation import AblationConfig
-from megatron_retro.config.checkpoint import CheckpointConfig
-from megatron_retro.config.collect import CollectConfig
-from megatron_retro.config.contexts import ContextsConfig
-from megatron_retro.config.convert import ConvertConfig
-from megatron_retro.config.data import DataConfig, TokenizerConfig
-from megatron_retro.config.evaluation import EvaluationConfig
-from megatron_retro.config.finetuning import InstructionConfig
+from megatron_retro.config.data import (
+    CollectConfig,
+    ContextsConfig,
+    DataConfig,
+    InputConfig,
+    InstructionConfig,
+    PreprocessConfig,
+    TokenizerConfig,
+    TrainTokenizerConfig,
+    WorkersConfig,
+)
+from megatron_retro.config.evaluation import AblationConfig, EvaluationConfig, PerplexityConfig, ReportConfig
 from megatron_retro.config.inference import (
     ChatConfig,
     EngineConfig,
@@ -18,19 +22,17 @@ from megatron_retro.config.inference import (
     SamplingConfig,
     ServeConfig,
 )
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.observability import ObservabilityConfig
-from megatron_retro.config.optimizer import OptimizerConfig
+from megatron_retro.config.model import ConvertConfig, ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.peft import PeftConfig
-from megatron_retro.config.perplexity import PerplexityConfig
 from megatron_retro.config.planning import PlanningConfig
-from megatron_retro.config.preprocess import InputConfig, PreprocessConfig, TrainTokenizerConfig
-from megatron_retro.config.reporting import ReportConfig
 from megatron_retro.config.retrieval import EmbedderConfig, InspectorConfig, RetrievalConfig
-from megatron_retro.config.retro import RetroConfig
-from megatron_retro.config.training import TrainingConfig
-from megatron_retro.config.workers import WorkersConfig
+from megatron_retro.config.training import (
+    CheckpointConfig,
+    ObservabilityConfig,
+    OptimizerConfig,
+    PeftConfig,
+    TrainingConfig,
+)
 
 ALL_SECTIONS: tuple[type, ...] = (
     CollectConfig,

@@ -26,6 +26,10 @@ class Settings:
     def __contains__(self, section: type) -> bool:
         return section in self._sections
 
+    def has(self, *sections: type) -> bool:
+        """Whether all of these sections are there."""
+        return all(section in self._sections for section in sections)
+
     def __iter__(self) -> Iterator[Any]:
         return iter(self._sections.values())
 

@@ -15,8 +15,7 @@ from megatron_retro.checkpoint.live_state import MODEL
 from megatron_retro.checkpoint.loading import Checkpoint, load_tensors
 from megatron_retro.checkpoint.shard_files import DTYPES, PieceSpec, StoredPiece, write_shard
 from megatron_retro.checkpoint.storage import INDEX_NAME, ShardFile, TensorIndex, shard_name
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.model.retro import Retro
 from megatron_retro.runtime.strict_json import json_text

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_retro.config.convert import ConvertConfig
+from megatron_retro.config.model import ConvertConfig
 from megatron_retro.convert.hugging_face import CONFIG, export_hugging_face, import_hugging_face
 from megatron_retro.convert.hugging_face_peft import ADAPTER_CONFIG, export_peft
 from megatron_retro.convert.megatron_checkpoint import import_megatron

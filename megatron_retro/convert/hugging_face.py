@@ -13,8 +13,7 @@ from torch import Tensor
 from megatron_retro.artifacts.files import new_directory, write_file
 from megatron_retro.artifacts.manifest import file_record
 from megatron_retro.config.data import TokenizerConfig
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.convert.checkpoint_files import parameter_shapes, write_checkpoint
 from megatron_retro.convert.families import GPT2, Family

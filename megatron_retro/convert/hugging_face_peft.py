@@ -18,8 +18,8 @@ from megatron_retro.artifacts.files import new_directory, write_file
 from megatron_retro.checkpoint.loading import Checkpoint, open_checkpoint
 from megatron_retro.checkpoint.stored_settings import open_base, stored_settings
 from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import PeftConfig
 from megatron_retro.convert.checkpoint_files import read_parameter
 from megatron_retro.convert.families import GPT2, Family
 from megatron_retro.convert.hugging_face_config import hugging_face_from_model

@@ -16,12 +16,10 @@ from torch import Tensor
 
 from megatron_retro.checkpoint.loading import Checkpoint, open_checkpoint
 from megatron_retro.checkpoint.stored_settings import stored_settings
-from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.data import TokenizerConfig
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.peft import PeftConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import CheckpointConfig, PeftConfig
 from megatron_retro.convert.checkpoint_files import write_checkpoint
 from megatron_retro.convert.hugging_face_peft import (
     ADAPTER_CONFIG,

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_retro.artifacts.files import new_directory, write_file
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.convert.checkpoint_files import parameter_shapes
 from megatron_retro.convert.hugging_face import CONFIG
 from megatron_retro.convert.safetensors_folder import write_folder

@@ -12,10 +12,9 @@ from megatron_retro.checkpoint.live_state import MODEL
 from megatron_retro.checkpoint.loading import Checkpoint, open_checkpoint
 from megatron_retro.checkpoint.stored_settings import open_base, stored_settings
 from megatron_retro.config.data import TokenizerConfig
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.peft import PeftConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import PeftConfig
 from megatron_retro.convert.checkpoint_files import parameter_shapes, read_parameter, write_checkpoint
 from megatron_retro.errors import ConfigError
 from megatron_retro.peft.merging import merged, require_mergeable

@@ -14,18 +14,13 @@ from megatron_retro.artifacts.files import write_file
 from megatron_retro.assembly.loaded_model import Loaded
 from megatron_retro.assembly.replica_losses import ReplicaLosses, replica_losses
 from megatron_retro.checkpoint.loading import open_checkpoint
-from megatron_retro.config.checkpoint import CheckpointConfig
-from megatron_retro.config.data import DataConfig
-from megatron_retro.config.evaluation import EvaluationConfig
+from megatron_retro.config.data import DataConfig, WorkersConfig
+from megatron_retro.config.evaluation import EvaluationConfig, PerplexityConfig
 from megatron_retro.config.fields import field_specs
 from megatron_retro.config.inference import EngineConfig
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.peft import PeftConfig
-from megatron_retro.config.perplexity import PerplexityConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings, section_name
-from megatron_retro.config.training import TrainingConfig
-from megatron_retro.config.workers import WorkersConfig
+from megatron_retro.config.training import CheckpointConfig, PeftConfig, TrainingConfig
 from megatron_retro.data.batches import label_checksum
 from megatron_retro.data.builders import build_dataset
 from megatron_retro.data.dataset import Dataset, short_rows

@@ -13,10 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.peft import PeftConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import PeftConfig
 from megatron_retro.inference.forward import stack
 from megatron_retro.inference.neighbor_sources import Found
 from megatron_retro.model.cache import Cache

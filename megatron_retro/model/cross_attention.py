@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.model.cache import LayerCache, Piece
 from megatron_retro.model.context import NeighborContext
 from megatron_retro.model.gates import AdaptiveGate, ScalarGate

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.model.context import EncoderContext, neighbor_token_positions, rotary_frequencies, table_or_none
 from megatron_retro.model.embeddings import TokenEmbedding
 from megatron_retro.model.layers import EncoderLayer

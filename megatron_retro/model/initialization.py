@@ -9,8 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 
 _BLOCK = 1 << 24
 _VECTOR = 16  # torch draws normal numbers sixteen at a time, so blocks of that give the same stream as the whole

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.model.cache import Cache
 from megatron_retro.model.context import EncoderContext, SequenceContext
 from megatron_retro.model.cross_attention import ChunkCrossAttention, ChunkedCrossAttention

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.model_checks import model_violations
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig, model_violations
 from megatron_retro.errors import ConfigError
 from megatron_retro.model.cache import Cache
 from megatron_retro.model.context import SequenceContext

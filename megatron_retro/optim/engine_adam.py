@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_retro.config.optimizer import OptimizerConfig
+from megatron_retro.config.training import OptimizerConfig
 from megatron_retro.ops.local_tensors import local
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from megatron_retro.config.optimizer import OptimizerConfig
+from megatron_retro.config.training import OptimizerConfig
 
 PARTS = ("decoder", "encoder", "cross_attention", "gate")
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_retro.config.optimizer import OptimizerConfig
+from megatron_retro.config.training import OptimizerConfig
 from megatron_retro.errors import EnvironmentProblem
 from megatron_retro.ops.engines import APEX_ADAM, TE_ADAM, adam_problems, fused_adam, state_row
 from megatron_retro.optim.clipping import clip_factor, scale_gradients

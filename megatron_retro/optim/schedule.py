@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_retro.config.optimizer import OptimizerConfig
-from megatron_retro.config.training import TrainingConfig
+from megatron_retro.config.training import OptimizerConfig, TrainingConfig
 from megatron_retro.errors import ConfigError
 
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_retro.config.checks import parse_layout, virtual_stages
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.config.parallel import ParallelConfig, parse_layout, virtual_stages
 from megatron_retro.config.settings import Settings
 from megatron_retro.model.costs import ModelCosts, model_costs
 from megatron_retro.runtime.console import readable_count, render_table

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.retro import RetroConfig
 
 _LOSS_BYTES = 4
 _LOSS_ROWS = 3  # the largest logit; the sum of exponentials and the label's logit

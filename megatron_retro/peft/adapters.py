@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_retro.config.peft import PeftConfig
+from megatron_retro.config.training import PeftConfig
 from megatron_retro.model.leaves import Linear
 
 NAME = "adapter"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from megatron_retro.config.peft import PeftConfig
+from megatron_retro.config.training import PeftConfig
 from megatron_retro.errors import ConfigError
 from megatron_retro.model.cross_attention import CrossAttention
 from megatron_retro.model.leaves import Linear

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron_retro.config.peft import PeftConfig
+from megatron_retro.config.training import PeftConfig
 from megatron_retro.model.dropout import Dropout
 from megatron_retro.model.leaves import HeadsToHidden, Linear
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from megatron_retro.config.peft import PeftConfig
+from megatron_retro.config.training import PeftConfig
 from megatron_retro.errors import ConfigError
 from megatron_retro.model.leaves import Linear
 from megatron_retro.model.retro import Retro

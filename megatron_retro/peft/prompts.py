@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_retro.config.peft import PeftConfig
+from megatron_retro.config.training import PeftConfig
 from megatron_retro.model.embeddings import TokenEmbedding
 from megatron_retro.model.leaves import Embedding, Linear
 from megatron_retro.ops.local_tensors import local

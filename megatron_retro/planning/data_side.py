@@ -10,10 +10,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.planning import PlanningConfig
 from megatron_retro.config.retrieval import RetrievalConfig
-from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.planning.workload import workload_of
 from megatron_retro.runtime.console import readable_bytes, readable_count, readable_seconds

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_retro.artifacts.files import new_file
-from megatron_retro.config.contexts import ContextsConfig
+from megatron_retro.config.data import ContextsConfig
 from megatron_retro.data.instructions.conversations import Conversation, read_records
 from megatron_retro.retrieval.live_index import LiveIndex
 from megatron_retro.runtime.strict_json import json_text

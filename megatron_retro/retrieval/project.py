@@ -10,11 +10,10 @@ from typing import Any
 
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.artifacts.manifest import require_same
-from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.config.data import TokenizerConfig, WorkersConfig
+from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.retrieval import EmbedderConfig, RetrievalConfig
-from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.config.workers import WorkersConfig
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer

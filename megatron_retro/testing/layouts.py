@@ -13,13 +13,10 @@ from torch.distributed.tensor import DTensor
 from megatron_retro.assembly.model_assembly import ParallelModel, one_process
 from megatron_retro.assembly.trainable import TensorBatch
 from megatron_retro.config.data import DataConfig
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.optimizer import OptimizerConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.peft import PeftConfig
-from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.config.training import TrainingConfig
+from megatron_retro.config.training import OptimizerConfig, PeftConfig, TrainingConfig
 from megatron_retro.parallel.cuts import CUTS, Cut
 from megatron_retro.parallel.mesh import build_mesh
 from megatron_retro.parallel.partition import stage_parts

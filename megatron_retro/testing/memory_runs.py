@@ -12,11 +12,9 @@ import torch
 from megatron_retro.assembly.model_assembly import build_trainable
 from megatron_retro.assembly.trainable import TensorBatch
 from megatron_retro.config.data import DataConfig
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.optimizer import OptimizerConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.config.training import TrainingConfig
+from megatron_retro.config.training import OptimizerConfig, TrainingConfig
 from megatron_retro.optim.optimizer import TrainingOptimizer
 from megatron_retro.testing.processes import run_ranks
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 
 Array = Any  # float64 arrays
 

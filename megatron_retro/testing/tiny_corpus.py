@@ -10,15 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.data import DataConfig, TokenizerConfig
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.observability import ObservabilityConfig
-from megatron_retro.config.optimizer import OptimizerConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings, build_settings
-from megatron_retro.config.training import TrainingConfig
+from megatron_retro.config.training import CheckpointConfig, ObservabilityConfig, OptimizerConfig, TrainingConfig
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.neighbor_table import NONE, TableLayout, finish_table, write_block
 from megatron_retro.data.token_file import TokenFile

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.retro import Retro
 

@@ -31,15 +31,11 @@ from megatron_retro.checkpoint.loading import (
     told_changes,
 )
 from megatron_retro.checkpoint.saver import Saver, Snapshot
-from megatron_retro.config.checkpoint import CheckpointConfig
-from megatron_retro.config.data import DataConfig, TokenizerConfig
-from megatron_retro.config.finetuning import InstructionConfig
-from megatron_retro.config.optimizer import OptimizerConfig
+from megatron_retro.config.data import DataConfig, InstructionConfig, TokenizerConfig
+from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.peft import PeftConfig
-from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import section_name
-from megatron_retro.config.training import TrainingConfig
+from megatron_retro.config.training import CheckpointConfig, OptimizerConfig, PeftConfig, TrainingConfig
 from megatron_retro.errors import ArtifactError, ConfigError, DamagedArtifact
 from megatron_retro.runtime.seeds import derived_seed, random_states, restore_random_states, seed_everything
 from megatron_retro.training.state import TrainingState

@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_retro.assembly.run_parts import RunParts
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.training import TrainingConfig
 from megatron_retro.data.neighbor_variants import VARIANTS
 from megatron_retro.training.evaluation import evaluation_batches, sample_sums, token_losses, variant_batches

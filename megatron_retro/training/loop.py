@@ -16,9 +16,8 @@ import torch.distributed as dist
 
 from megatron_retro.assembly.batch_tensors import to_tensors
 from megatron_retro.assembly.run_parts import RunParts
-from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.config.training import TrainingConfig
+from megatron_retro.config.training import CheckpointConfig, TrainingConfig
 from megatron_retro.data.batches import Batch
 from megatron_retro.errors import DataError, DistributedError
 from megatron_retro.optim.optimizer import Update

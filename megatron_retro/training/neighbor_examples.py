@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_retro.config.data import DataConfig, TokenizerConfig
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.sections import ALL_SECTIONS
 from megatron_retro.config.settings import Settings, build_settings
 from megatron_retro.config.toml_files import read_recipe

@@ -22,16 +22,13 @@ from megatron_retro.assembly.stage_building import model_without_memory, trained
 from megatron_retro.checkpoint.directory import clear_unfinished
 from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.checkpoint.run_lock import run_lock
-from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.checks import require_legal
 from megatron_retro.config.data import DataConfig
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.observability import ObservabilityConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.toml_files import render_toml
-from megatron_retro.config.training import TrainingConfig
+from megatron_retro.config.training import CheckpointConfig, ObservabilityConfig, TrainingConfig
 from megatron_retro.errors import ConfigError, Requeue
 from megatron_retro.model.costs import model_costs
 from megatron_retro.ops.backends import backend_rows

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_retro.artifacts.files import write_file
-from megatron_retro.config.reporting import ReportConfig
+from megatron_retro.config.evaluation import ReportConfig
 from megatron_retro.runtime.console import readable_seconds
 from megatron_retro.runtime.html_page import facts, page, paragraph, preformatted, section, table
 from megatron_retro.runtime.marked_text import MARKED_STYLE

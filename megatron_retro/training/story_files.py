@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_retro.config.reporting import ReportConfig
+from megatron_retro.config.evaluation import ReportConfig
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.training.run_log import RunLog, read_run_log
 

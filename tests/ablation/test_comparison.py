@@ -14,9 +14,9 @@ from megatron_retro.ablation.grid import Cell, Choice, study_axes, study_cells
 from megatron_retro.ablation.results import Result
 from megatron_retro.ablation.running import lone_environment
 from megatron_retro.cli import ablate, finetune
-from megatron_retro.config.ablation import AblationConfig
 from megatron_retro.config.command_line import parse_settings
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.evaluation import AblationConfig
+from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.sections import ALL_SECTIONS
 from megatron_retro.config.settings import build_settings
 from megatron_retro.runtime.statistics import Interval

@@ -10,8 +10,7 @@ import torch
 from megatron_retro.assembly.retrofitting import inherited_settings, retrofit_plan
 from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.config.data import TokenizerConfig
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
 from megatron_retro.convert.checkpoint_files import parameter_shapes, read_parameter, write_checkpoint

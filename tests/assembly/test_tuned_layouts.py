@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_retro.assembly.trainable import TensorBatch
-from megatron_retro.config.peft import LORA_TARGETS, PARTS
+from megatron_retro.config.training import LORA_TARGETS, PARTS
 from megatron_retro.peft.attach import is_added
 from megatron_retro.peft.prompts import virtual_token_ids
 from megatron_retro.testing.layouts import (

@@ -13,9 +13,8 @@ from megatron_retro.config.command_line import parse_settings
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.fields import field_specs
 from megatron_retro.config.megatron_flags import explained
-from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.sections import ALL_SECTIONS
 from megatron_retro.config.settings import Settings, section_name, specs_by_name
 from megatron_retro.config.toml_files import flat_values, parse_toml, preset_names, preset_path, render_toml

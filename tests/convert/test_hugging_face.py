@@ -13,8 +13,7 @@ from torch import Tensor
 from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.checkpoint.stored_settings import stored_settings
 from megatron_retro.config.data import TokenizerConfig
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.convert.checkpoint_files import parameter_shapes, read_parameter, write_checkpoint
 from megatron_retro.convert.hugging_face import export_hugging_face, import_hugging_face, imported_tokenizer

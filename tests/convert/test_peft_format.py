@@ -13,12 +13,10 @@ from torch import Tensor
 
 from megatron_retro.assembly.loaded_model import load_model
 from megatron_retro.cli.main import main
-from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.data import TokenizerConfig
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.peft import PeftConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import CheckpointConfig, PeftConfig
 from megatron_retro.convert.checkpoint_files import parameter_shapes, write_checkpoint
 from megatron_retro.model.retro import Retro
 from megatron_retro.peft.attach import added_parameters, attach, connect, part_modules

@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 
 from megatron_retro.cli.main import main
-from megatron_retro.config.data import TokenizerConfig
-from megatron_retro.config.preprocess import InputConfig, PreprocessConfig
+from megatron_retro.config.data import InputConfig, PreprocessConfig, TokenizerConfig
 from megatron_retro.data.preprocessing import plan as plan_module
 from megatron_retro.data.preprocessing.blocks import BlockMaker
 from megatron_retro.data.preprocessing.run import plan_run

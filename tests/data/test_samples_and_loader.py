@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_retro.config.data import DataConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
 from megatron_retro.data.batches import Batch

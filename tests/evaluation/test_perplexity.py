@@ -18,14 +18,12 @@ from torch.nn import functional
 from megatron_retro.assembly.loaded_model import LoadedModel, load_model
 from megatron_retro.assembly.replica_losses import losses_of_model
 from megatron_retro.assembly.trainable import TensorBatch
-from megatron_retro.config.evaluation import EvaluationConfig
+from megatron_retro.config.data import WorkersConfig
+from megatron_retro.config.evaluation import EvaluationConfig, PerplexityConfig
 from megatron_retro.config.inference import EngineConfig
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.peft import PeftConfig
-from megatron_retro.config.perplexity import PerplexityConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.config.workers import WorkersConfig
+from megatron_retro.config.training import PeftConfig
 from megatron_retro.convert.checkpoint_files import write_checkpoint
 from megatron_retro.data.builders import build_dataset
 from megatron_retro.data.dataset import Dataset

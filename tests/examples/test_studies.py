@@ -14,11 +14,11 @@ import pytest
 from megatron_retro.ablation.directories import cell_settings
 from megatron_retro.ablation.program import build_study
 from megatron_retro.cli import ablate, evaluate, finetune, pretrain, retrofit
-from megatron_retro.config.ablation import AblationConfig
 from megatron_retro.config.command_line import parse_settings
-from megatron_retro.config.peft import PeftConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.evaluation import AblationConfig
+from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.sections import ALL_SECTIONS
+from megatron_retro.config.training import PeftConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SECTIONS = {

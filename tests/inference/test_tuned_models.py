@@ -13,11 +13,10 @@ from torch import nn
 
 from megatron_retro.assembly.loaded_model import load_model
 from megatron_retro.assembly.loaded_stage import load_stage
-from megatron_retro.config.checkpoint import CheckpointConfig
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.peft import PeftConfig
 from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import CheckpointConfig, PeftConfig
 from megatron_retro.convert.checkpoint_files import parameter_shapes, write_checkpoint
 from megatron_retro.data.tokenizers import ByteTokenizer
 from megatron_retro.inference.engine import Engine, EngineLimits

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import RetroConfig
 from megatron_retro.errors import ConfigError, DataError
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.neighbors import Neighbors

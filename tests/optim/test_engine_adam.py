@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from megatron_retro.cli import main as entry
-from megatron_retro.config.optimizer import OptimizerConfig
+from megatron_retro.config.training import OptimizerConfig
 from megatron_retro.errors import EnvironmentProblem
 from megatron_retro.ops import engines
 from megatron_retro.optim.engine_adam import EngineAdam

@@ -10,9 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from megatron_retro.config.optimizer import OptimizerConfig
-from megatron_retro.config.schedule_checks import schedule_violations
-from megatron_retro.config.training import TrainingConfig
+from megatron_retro.config.training import OptimizerConfig, TrainingConfig, schedule_violations
 from megatron_retro.errors import ConfigError
 from megatron_retro.optim.clipping import squared_norm
 from megatron_retro.optim.groups import decays, part_of

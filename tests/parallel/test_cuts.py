@@ -7,10 +7,9 @@ import itertools
 import pytest
 import torch
 
-from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.peft import LORA_TARGETS, PARTS, PeftConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.training import LORA_TARGETS, PARTS, PeftConfig
 from megatron_retro.model.retro import Retro
 from megatron_retro.parallel.collectives import TensorAxis
 from megatron_retro.parallel.cuts import CUTS, Style, cut_of, matches, regions_of

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, strategies
 from hypothesis import settings as hypothesis_settings
 
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.parallel.partition import describe_stages, even_cut, layer_costs, parts_of_counts, stage_parts
 from megatron_retro.testing.layouts import tiny_settings
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.retro import RetroConfig
 from megatron_retro.parallel.traffic import boundary_bytes, data_bytes, microbatch_sizes, tensor_bytes
 from megatron_retro.planning.trace import trace_parts
 from megatron_retro.planning.workload import Layout, Workload

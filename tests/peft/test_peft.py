@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.peft import PeftConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.config.training import PeftConfig
 from megatron_retro.errors import ConfigError
 from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.retro import Retro

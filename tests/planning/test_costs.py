@@ -12,12 +12,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.peft import PeftConfig
-from megatron_retro.config.retro import RetroConfig
 from megatron_retro.config.sections import ALL_SECTIONS
 from megatron_retro.config.settings import build_settings
+from megatron_retro.config.training import PeftConfig
 from megatron_retro.model.costs import ADDED, EVERYTHING, model_costs
 from megatron_retro.model.retro import Retro
 from megatron_retro.ops.backends import VARIABLE

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.retro import RetroConfig
 from megatron_retro.parallel.traffic import microbatch_sizes, tensor_bytes
 from megatron_retro.planning.hardware import accelerator
 from megatron_retro.planning.memory import microbatches_in_flight

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_retro.config.finetuning import InstructionConfig
-from megatron_retro.config.peft import LORA_TARGETS, PARTS, PeftConfig
+from megatron_retro.config.data import InstructionConfig
 from megatron_retro.config.settings import Settings, build_settings
+from megatron_retro.config.training import LORA_TARGETS, PARTS, PeftConfig
 from megatron_retro.errors import ArtifactError, ConfigError, Requeue
 from megatron_retro.peft.attach import is_added
 from megatron_retro.testing.run_results import differences, losses, stored_tensors

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_retro.cli.main import main
-from megatron_retro.config.reporting import ReportConfig
+from megatron_retro.config.evaluation import ReportConfig
 from megatron_retro.config.toml_files import render_toml
 from megatron_retro.errors import ConfigError
 from megatron_retro.runtime.events import EventLog, read_events

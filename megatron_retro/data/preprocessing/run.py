@@ -19,8 +19,7 @@ import numpy as np
 from megatron_retro.artifacts.claims import BlockClaims
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.artifacts.manifest import load_manifest, manifest_path
-from megatron_retro.config.data import TokenizerConfig
-from megatron_retro.config.preprocess import InputConfig, PreprocessConfig
+from megatron_retro.config.data import InputConfig, PreprocessConfig, TokenizerConfig
 from megatron_retro.data.preprocessing.assembly import Output, assemble, is_finished
 from megatron_retro.data.preprocessing.blocks import BlockCounts, BlockMaker, read_counts
 from megatron_retro.data.preprocessing.encoding import build_encoder

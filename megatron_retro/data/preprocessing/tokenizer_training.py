@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_retro.artifacts.files import write_file
-from megatron_retro.config.preprocess import InputConfig, TrainTokenizerConfig
+from megatron_retro.config.data import InputConfig, TrainTokenizerConfig
 from megatron_retro.data.preprocessing.plan import Plan, Reading, find_inputs
 from megatron_retro.data.preprocessing.records import Refused, read_segment, texts_of
 from megatron_retro.errors import ArtifactError, ConfigError, DataError

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from megatron_retro.assembly.batch_tensors import to_tensors
 from megatron_retro.assembly.single_process import neighbors_of
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import RetroConfig
 from megatron_retro.data.instructions.buckets import Buckets
 from megatron_retro.data.instructions.conversations import Conversation, Passage, Turn, read_conversations
 from megatron_retro.data.instructions.dataset import InstructionDataset, open_instructions

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_retro.config.inference import ServeConfig
-from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.retro import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.instructions.templates import InstructRetroTemplate
 from megatron_retro.data.token_writer import TokenFileWriter
