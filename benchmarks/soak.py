@@ -24,12 +24,12 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.data.loader import Loader
 from megatron_retro.ops.local_tensors import local
 from megatron_retro.runtime.console import say
+from megatron_retro.runtime.run_log import EVENTS
 from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main
 from megatron_retro.testing.forked_runs import exit_code_of, fork, wait
 from megatron_retro.testing.run_results import differences
 from megatron_retro.testing.tiny_corpus import TinyCorpus, write_tiny_corpus
 from megatron_retro.training.program import pretrain
-from megatron_retro.training.run_log import EVENTS
 
 STEPS_PER_FAULT = 50
 STEPS_PER_NAN = 10 * STEPS_PER_FAULT  # every tenth fault

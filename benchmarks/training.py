@@ -27,11 +27,11 @@ from megatron_retro.artifacts.block_checksums import BLOCK_BYTES
 from megatron_retro.checkpoint.loading import load_tensors, open_checkpoint
 from megatron_retro.checkpoint.saver import Saver, Snapshot
 from megatron_retro.checkpoint.shard_files import tensor_bytes
+from megatron_retro.runtime.run_log import read_run_log
 from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main, median_ratio
 from megatron_retro.testing.processes import run_ranks
 from megatron_retro.testing.tiny_corpus import write_tiny_corpus
 from megatron_retro.training.program import pretrain
-from megatron_retro.training.run_log import read_run_log
 
 TENSOR_BYTES = 16 << 20
 

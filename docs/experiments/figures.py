@@ -17,9 +17,9 @@ from megatron_retro.ablation.comparison import Configuration, Difference, differ
 from megatron_retro.ablation.directories import Outcome
 from megatron_retro.ablation.grid import SEED, Cell, Choice
 from megatron_retro.ablation.results import Result
+from megatron_retro.reporting.plots import Series, bars, line_plot
 from megatron_retro.runtime.statistics import Interval
 from megatron_retro.runtime.strict_json import json_text
-from megatron_retro.runtime.svg_plots import Series, bars, line_plot
 
 HERE = Path(__file__).parent
 Bar = tuple[str, str, str]  # label, configuration, the one that it is compared with

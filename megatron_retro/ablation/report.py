@@ -11,11 +11,11 @@ from megatron_retro.ablation.grid import SEED, Axis
 from megatron_retro.ablation.results import Result, read_result
 from megatron_retro.ablation.running import Study
 from megatron_retro.artifacts.files import write_file
+from megatron_retro.reporting.html import facts, page, paragraph, preformatted, section, table
+from megatron_retro.reporting.plots import Series, bars, line_plot
 from megatron_retro.runtime.console import readable_seconds, render_table
-from megatron_retro.runtime.html_page import facts, page, paragraph, preformatted, section, table
 from megatron_retro.runtime.statistics import Interval
 from megatron_retro.runtime.strict_json import json_text, number_of
-from megatron_retro.runtime.svg_plots import Series, bars, line_plot
 
 RESULTS, PAGE = "study.json", "report.html"
 _CURVE_POINTS = 120

@@ -24,13 +24,13 @@ def run(settings: Settings, positional: Sequence[str]) -> None:
 
     output = settings[ReportConfig].report_output
     if output is not None:
-        from megatron_retro.training.story import write_story
+        from megatron_retro.reporting.run_summary import write_story
 
         for one in write_story([Path(name) for name in positional], settings[ReportConfig], Path(output)):
             say(one.line)
         say(f"wrote {output}")
         return
-    from megatron_retro.training.report import write_report
+    from megatron_retro.reporting.run_page import write_report
 
     for name in positional:
         say(f"wrote {write_report(Path(name))}")

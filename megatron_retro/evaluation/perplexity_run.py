@@ -39,12 +39,12 @@ from megatron_retro.evaluation.perplexity import (
 )
 from megatron_retro.evaluation.perplexity_parts import PerplexityParts
 from megatron_retro.peft.prompts import configured_virtual_tokens
+from megatron_retro.reporting.html import facts, page, section, table
+from megatron_retro.reporting.plots import Series, line_plot
 from megatron_retro.runtime.console import render_table, say
-from megatron_retro.runtime.html_page import facts, page, section, table
 from megatron_retro.runtime.signals import StopRequests
 from megatron_retro.runtime.statistics import Interval, bootstrap_ratio
 from megatron_retro.runtime.strict_json import json_text
-from megatron_retro.runtime.svg_plots import Series, line_plot
 
 RESULT = "perplexity.json"
 PAGE = "perplexity.html"

@@ -19,12 +19,12 @@ from megatron_retro.data.query_chunks import QueryChunks
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.reporting.html import page
+from megatron_retro.reporting.marked_text import MARKED_STYLE, marked_text, shared_runs
 from megatron_retro.retrieval.layout import ProjectLayout
 from megatron_retro.retrieval.live_index import LiveIndex, live_settings
 from megatron_retro.retrieval.quality import covered_rows
 from megatron_retro.retrieval.training import uniform_sample
-from megatron_retro.runtime.html_page import page
-from megatron_retro.runtime.marked_text import MARKED_STYLE, marked_text, shared_runs
 
 _STYLE = """
 #find { position: sticky; top: 0; background: var(--paper); padding: .6rem 0; border-bottom: 1px solid var(--rule); }

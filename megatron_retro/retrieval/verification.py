@@ -13,6 +13,7 @@ from megatron_retro.artifacts.files import write_file
 from megatron_retro.artifacts.manifest import damage, load_manifest, read_manifest
 from megatron_retro.data.neighbor_table import NeighborTable
 from megatron_retro.errors import ArtifactError, BelowFloor
+from megatron_retro.reporting.quality_page import quality_page
 from megatron_retro.retrieval.embedder_comparison import compare_embedders
 from megatron_retro.retrieval.faiss_index import inverted_parts
 from megatron_retro.retrieval.gpu_copies import MOST_SELECTED
@@ -35,7 +36,6 @@ from megatron_retro.retrieval.quality import (
     recalls,
     sampled_rows,
 )
-from megatron_retro.retrieval.quality_page import quality_page
 from megatron_retro.runtime.console import say
 from megatron_retro.runtime.strict_json import json_text
 

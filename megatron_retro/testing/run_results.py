@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_retro.checkpoint.loading import load_tensors, open_checkpoint
 from megatron_retro.checkpoint.shard_files import DTYPES
-from megatron_retro.training.run_log import read_run_log
+from megatron_retro.runtime.run_log import read_run_log
 
 
 def stored_tensors(path: Path) -> dict[str, Tensor]:

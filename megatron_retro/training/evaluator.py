@@ -11,10 +11,10 @@ from megatron_retro.assembly.run_parts import RunParts
 from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.training import TrainingConfig
 from megatron_retro.data.neighbor_variants import VARIANTS
+from megatron_retro.runtime.run_records import EvaluationRecord
 from megatron_retro.training.evaluation import evaluation_batches, sample_sums, token_losses, variant_batches
 from megatron_retro.training.health import retrieval_health
 from megatron_retro.training.layer_use import watched_layers
-from megatron_retro.training.records import EvaluationRecord
 
 
 class Evaluator:

@@ -23,13 +23,13 @@ from megatron_retro.errors import DataError, DistributedError
 from megatron_retro.optim.optimizer import Update
 from megatron_retro.runtime.heartbeat import Heartbeat
 from megatron_retro.runtime.process_group import explain_failure
+from megatron_retro.runtime.run_records import RunFacts, StepRecord
 from megatron_retro.runtime.signals import StopRequests
 from megatron_retro.training.bad_steps import non_finite_reason, sample_ids, spike_reason, write_bad_batch
 from megatron_retro.training.checkpoints import RunCheckpoints
 from megatron_retro.training.clock import Clock
 from megatron_retro.training.evaluator import Evaluator
 from megatron_retro.training.observers import Observer
-from megatron_retro.training.records import RunFacts, StepRecord
 from megatron_retro.training.state import TrainingState
 
 

@@ -13,7 +13,7 @@ from megatron_retro.artifacts.files import make_folder
 from megatron_retro.errors import EnvironmentProblem
 from megatron_retro.runtime.console import readable_bytes, readable_count, readable_seconds, say, warn
 from megatron_retro.runtime.events import EventLog
-from megatron_retro.training.records import EvaluationRecord, RunFacts, StepRecord
+from megatron_retro.runtime.run_records import EvaluationRecord, RunFacts, StepRecord
 
 
 class Observer(Protocol):

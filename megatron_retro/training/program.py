@@ -39,6 +39,8 @@ from megatron_retro.runtime.console import render_table, say
 from megatron_retro.runtime.heartbeat import start_heartbeat
 from megatron_retro.runtime.launch import Launch, find_launch
 from megatron_retro.runtime.process_group import agree, process_group
+from megatron_retro.runtime.run_log import EVENTS
+from megatron_retro.runtime.run_records import RunFacts
 from megatron_retro.runtime.signals import StopRequests
 from megatron_retro.training.checkpoints import RunCheckpoints
 from megatron_retro.training.evaluator import Evaluator
@@ -52,8 +54,6 @@ from megatron_retro.training.observers import (
     RankLines,
     TensorBoard,
 )
-from megatron_retro.training.records import RunFacts
-from megatron_retro.training.run_log import EVENTS
 from megatron_retro.training.state import TrainingState
 
 CONFIG = "config.toml"

@@ -23,13 +23,13 @@ from megatron_retro.data.batches import Batch
 from megatron_retro.data.loader import Loader
 from megatron_retro.errors import DataError
 from megatron_retro.ops.local_tensors import local
+from megatron_retro.runtime.run_log import read_run_log
 from megatron_retro.testing.forked_runs import exit_code_of
 from megatron_retro.testing.processes import RankFailure, run_ranks
 from megatron_retro.testing.run_results import differences, losses
 from megatron_retro.testing.tiny_corpus import TinyCorpus
 from megatron_retro.training.bad_steps import spike_reason
 from megatron_retro.training.program import pretrain
-from megatron_retro.training.run_log import read_run_log
 
 
 def poisoned(settings: Settings, rank: int, sample: int, *, loss: float | None = None) -> None:

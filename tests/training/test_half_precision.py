@@ -16,12 +16,12 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.errors import ConfigError, EnvironmentProblem
 from megatron_retro.ops.backends import NONE, VARIABLE, choice
 from megatron_retro.ops.local_tensors import local
+from megatron_retro.runtime.run_log import read_run_log
 from megatron_retro.testing.forked_runs import exit_code_of
 from megatron_retro.testing.processes import run_ranks
 from megatron_retro.testing.run_results import differences, losses
 from megatron_retro.testing.tiny_corpus import TinyCorpus
 from megatron_retro.training.program import pretrain
-from megatron_retro.training.run_log import read_run_log
 
 WINDOW = 5
 HALF: dict[str, Any] = {"fp16": True, "initial_loss_scale": 2.0**21, "loss_scale_window": WINDOW, "eval_iters": 0}

@@ -13,12 +13,12 @@ import pytest
 
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import ArtifactError, EnvironmentProblem, Requeue
+from megatron_retro.runtime.run_log import read_run_log
 from megatron_retro.testing.forked_runs import exit_code_of, fork, kill_until_done, wait
 from megatron_retro.testing.processes import RankFailure, run_ranks
 from megatron_retro.testing.run_results import differences, losses
 from megatron_retro.testing.tiny_corpus import TinyCorpus
 from megatron_retro.training.program import pretrain
-from megatron_retro.training.run_log import read_run_log
 
 Count = Callable[[int, int], int]
 

@@ -17,8 +17,10 @@ from megatron_retro.assembly.retrofitting import collapsed, inherited_settings, 
 from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.model.gates import AdaptiveGate
+from megatron_retro.reporting.run_page import write_report
 from megatron_retro.runtime.launch import find_launch
 from megatron_retro.runtime.process_group import process_group
+from megatron_retro.runtime.run_log import read_run_log
 from megatron_retro.runtime.signals import StopRequests
 from megatron_retro.testing.browser import Browser, missing_browser
 from megatron_retro.testing.layouts import LIKE_LLAMA, random_batches, tiny_settings
@@ -27,8 +29,6 @@ from megatron_retro.testing.run_results import differences, losses, stored_tenso
 from megatron_retro.testing.tiny_corpus import TinyCorpus
 from megatron_retro.training import program
 from megatron_retro.training.program import pretrain
-from megatron_retro.training.report import write_report
-from megatron_retro.training.run_log import read_run_log
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 KINDS: dict[str, dict[str, Any]] = {

@@ -6,15 +6,14 @@ import statistics
 from pathlib import Path
 
 from megatron_retro.artifacts.files import write_file
-from megatron_retro.checkpoint.directory import complete_checkpoints
+from megatron_retro.reporting.html import facts, page, paragraph, preformatted, section, table
+from megatron_retro.reporting.marked_text import MARKED_STYLE
+from megatron_retro.reporting.neighbor_examples import neighbor_section
+from megatron_retro.reporting.plots import Series, bars, line_plot
+from megatron_retro.reporting.retrieval_sections import health_sections, leakage_section, use_sections
 from megatron_retro.runtime.environment import environment_rows
-from megatron_retro.runtime.html_page import facts, page, paragraph, preformatted, section, table
-from megatron_retro.runtime.marked_text import MARKED_STYLE
+from megatron_retro.runtime.run_log import RunLog, read_run_log
 from megatron_retro.runtime.strict_json import number_of
-from megatron_retro.runtime.svg_plots import Series, bars, line_plot
-from megatron_retro.training.neighbor_examples import neighbor_section
-from megatron_retro.training.retrieval_sections import health_sections, leakage_section, use_sections
-from megatron_retro.training.run_log import RunLog, read_run_log
 
 REPORT = "report.html"
 CONFIG = "config.toml"
@@ -25,7 +24,7 @@ def write_report(run: Path) -> Path:
     """Write the page into the run's directory."""
     log = read_run_log(run)
     parts = [
-        _overview(run, log),
+        _overview(log),
         _curves(log),
         *health_sections(log),
         *use_sections(log),
@@ -40,7 +39,7 @@ def write_report(run: Path) -> Path:
     return path
 
 
-def _overview(run: Path, log: RunLog) -> str:
+def _overview(log: RunLog) -> str:
     shown: dict[str, object] = {
         "steps": len(log.steps),
         "starts": len(log.starts),
@@ -60,9 +59,8 @@ def _overview(run: Path, log: RunLog) -> str:
         }
     if log.evaluations:
         shown["validation loss"] = log.evaluations[-1]["loss"]
-    checkpoints = complete_checkpoints(run)
-    if checkpoints:
-        shown["newest checkpoint"] = checkpoints[-1].name
+    if log.saves:
+        shown["saved"] = f"{len(log.saves)} times, last after step {log.saves[-1]}"
     alarms = log.evaluations[-1].get("alarms", ()) if log.evaluations else ()
     return facts(shown) + "".join(paragraph(f"Alarm: {alarm}", "bad") for alarm in alarms)
 
@@ -113,8 +111,6 @@ def _incidents(log: RunLog) -> str:
         for event in log.incidents
     ]
     rows = [("start", f"after step {step}") for step in log.starts] + rows
-    if log.saves:
-        rows.append(("saved", f"{len(log.saves)} times, last after step {log.saves[-1]}"))
     return section("What happened", table(("event", "facts"), rows))
 
 

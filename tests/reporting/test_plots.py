@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from megatron_retro.runtime.svg_plots import Series, bars, line_plot
+from megatron_retro.reporting.plots import Series, bars, line_plot
 
 
 def test_bounds_stand_on_the_scale_of_their_bars() -> None:

@@ -1,6 +1,6 @@
 """Reports as one HTML file: no outside assets, no script needed, light and dark, readable by a screen reader.
 
-Every function returns HTML; text given to it is escaped. Plots are in `svg_plots.py`.
+Every function returns HTML; text given to it is escaped. Plots are in `plots.py`.
 
     write_file(path, page("Retrieval quality", [section("Recall", table(...), line_plot(...))]))
 """

@@ -1,7 +1,7 @@
 """What retrieval did, as parts of a page: what other neighbours cost, where neighbours are used, what leakage explains.
 
 Drawn from a run's log and from the figures that `evaluate perplexity` left beside it; pages are put together in
-`report.py` and `story.py`.
+`run_page.py` and `run_summary.py`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_retro.runtime.html_page import paragraph, section, table
+from megatron_retro.reporting.html import paragraph, section, table
+from megatron_retro.reporting.plots import Series, bars, line_plot
+from megatron_retro.runtime.run_log import RunLog
 from megatron_retro.runtime.statistics import Interval
 from megatron_retro.runtime.strict_json import number_of
-from megatron_retro.runtime.svg_plots import Series, bars, line_plot
-from megatron_retro.training.run_log import RunLog
 
 _COSTS = "What other neighbours cost more than the real ones"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_retro.config.evaluation import ReportConfig
 from megatron_retro.errors import ArtifactError, ConfigError
-from megatron_retro.training.run_log import RunLog, read_run_log
+from megatron_retro.runtime.run_log import RunLog, read_run_log
 
 Records = tuple[dict[str, Any], ...]
 

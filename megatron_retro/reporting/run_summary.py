@@ -10,17 +10,17 @@ from typing import Any
 
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.config.evaluation import ReportConfig
+from megatron_retro.reporting.html import facts, page, paragraph, preformatted, section, table
+from megatron_retro.reporting.marked_text import MARKED_STYLE
+from megatron_retro.reporting.neighbor_examples import neighbor_section
+from megatron_retro.reporting.plots import Series, line_plot
+from megatron_retro.reporting.retrieval_sections import health_sections, leakage_section
+from megatron_retro.reporting.run_page import CONFIG, thinned
+from megatron_retro.reporting.summary_checks import Expectation, expectations
+from megatron_retro.reporting.summary_inputs import Story, read_story
 from megatron_retro.runtime.console import readable_seconds
-from megatron_retro.runtime.html_page import facts, page, paragraph, preformatted, section, table
-from megatron_retro.runtime.marked_text import MARKED_STYLE
 from megatron_retro.runtime.statistics import Interval
 from megatron_retro.runtime.strict_json import number_of
-from megatron_retro.runtime.svg_plots import Series, line_plot
-from megatron_retro.training.expectations import Expectation, expectations
-from megatron_retro.training.neighbor_examples import neighbor_section
-from megatron_retro.training.report import CONFIG, thinned
-from megatron_retro.training.retrieval_sections import health_sections, leakage_section
-from megatron_retro.training.story_files import Story, read_story
 
 _CURVE_POINTS = 60  # means of stretches: single steps are noise
 _STYLE = """h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }

@@ -13,13 +13,13 @@ from megatron_retro.cli.main import main
 from megatron_retro.config.evaluation import ReportConfig
 from megatron_retro.config.toml_files import render_toml
 from megatron_retro.errors import ConfigError
+from megatron_retro.reporting.run_page import write_report
+from megatron_retro.reporting.run_summary import write_story
+from megatron_retro.reporting.summary_checks import expectations
+from megatron_retro.reporting.summary_inputs import read_story
 from megatron_retro.runtime.events import EventLog, read_events
 from megatron_retro.testing.browser import Browser, missing_browser
 from megatron_retro.testing.tiny_corpus import write_tiny_corpus
-from megatron_retro.training.expectations import expectations
-from megatron_retro.training.report import write_report
-from megatron_retro.training.story import write_story
-from megatron_retro.training.story_files import read_story
 
 
 def records(path: Path, *lines: dict[str, Any]) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_retro.runtime.html_page import facts, page, paragraph, section, table
-from megatron_retro.runtime.svg_plots import Series, histogram, line_plot
+from megatron_retro.reporting.html import facts, page, paragraph, section, table
+from megatron_retro.reporting.plots import Series, histogram, line_plot
 
 
 def quality_page(report: Mapping[str, Any]) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_retro.reporting.summary_inputs import Story
 from megatron_retro.runtime.statistics import Interval
-from megatron_retro.training.story_files import Story
 
 RECALL_FLOOR = 0.9
 

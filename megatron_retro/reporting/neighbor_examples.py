@@ -18,8 +18,8 @@ from megatron_retro.data.batches import Batch
 from megatron_retro.data.builders import build_dataset
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_retro.errors import MegatronRetroError
-from megatron_retro.runtime.html_page import paragraph, section
-from megatron_retro.runtime.marked_text import marked_text, shared_runs
+from megatron_retro.reporting.html import paragraph, section
+from megatron_retro.reporting.marked_text import marked_text, shared_runs
 
 _EXAMPLES = 3
 _SHORTEST_RUN = 4
