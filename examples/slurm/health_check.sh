@@ -45,7 +45,7 @@ check_clock() {
   fi
 }
 
-# The first node of the job listens, all others reach it: what NCCL's and gloo's meeting needs of the network.
+# The first node of the job listens, all others reach it: what NCCL's and gloo's rendezvous needs of the network.
 check_network() {
   if [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ] && [ -z "${SLURM_ARRAY_JOB_ID:-}" ]; then
     local answer

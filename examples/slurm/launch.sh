@@ -71,12 +71,12 @@ devices() {
 }
 
 run_with_torchrun() {
-  local -a meeting=(--standalone)
+  local -a rdzv=(--standalone)
   if [ "${NODES:-1}" -gt 1 ]; then
-    meeting=(--nnodes "$NODES" --node-rank "${NODE_RANK:?}" --master-addr "${MASTER_ADDR:?}"
+    rdzv=(--nnodes "$NODES" --node-rank "${NODE_RANK:?}" --master-addr "${MASTER_ADDR:?}"
       --master-port "${MASTER_PORT:-29500}")
   fi
-  exec torchrun "${meeting[@]}" --nproc-per-node "${PROCESSES:-$(devices)}" -m megatron_retro.cli.main "$1" "${words[@]}"
+  exec torchrun "${rdzv[@]}" --nproc-per-node "${PROCESSES:-$(devices)}" -m megatron_retro.cli.main "$1" "${words[@]}"
 }
 
 run_in_slurm() {

@@ -23,9 +23,9 @@ from megatron_retro.optim.groups import part_of
 from megatron_retro.parallel.collectives import TensorAxis
 from megatron_retro.parallel.cuts import CUTS, Cut
 from megatron_retro.parallel.data_parallel import precision, sum_in_reduce_type, units, wrap_unit
+from megatron_retro.parallel.deferred_gradients import DeferredWeightGradients
 from megatron_retro.parallel.mesh import DATA, TENSOR, ParallelMesh
 from megatron_retro.parallel.partition import StagePart
-from megatron_retro.parallel.put_off import PutOffGradients
 from megatron_retro.parallel.randomness import Streams, has_dropout
 from megatron_retro.parallel.recompute import recompute_layers
 from megatron_retro.parallel.stages import Stage
@@ -59,8 +59,8 @@ def build_stage(settings: Settings, part: StagePart, mesh: ParallelMesh, cuts: S
     stage = stage_without_memory(settings, part, mesh, cuts)
     multiply_in_fp8(stage.model, settings, mesh.device)
     if settings[ParallelConfig].pipeline_schedule == "zero-bubble" and part.num_stages > 1:
-        stage.put_off = PutOffGradients(after=partial(sum_in_reduce_type, stage))
-        stage.put_off.attach(stage.model)
+        stage.deferred_gradients = DeferredWeightGradients(after=partial(sum_in_reduce_type, stage))
+        stage.deferred_gradients.attach(stage.model)
     if has_dropout(stage.model, settings[ModelConfig], settings[RetroConfig]):
         stage.streams = Streams(settings[TrainingConfig].seed, stage.axis)
         stage.streams.attach(stage.model)

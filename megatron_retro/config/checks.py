@@ -14,7 +14,7 @@ from megatron_retro.config.parallel import (
     batch_divides,
     encoder_divides,
     fp8_fits,
-    fp8_products_are_not_put_off,
+    fp8_gradients_are_not_deferred,
     heads_divide,
     layout_fits,
     microbatches_fill_the_pipeline,
@@ -73,5 +73,5 @@ RULES: tuple[Rule, ...] = (
     one_thing_is_frozen,
     tuned_parts_are_reached,
     fp8_fits,
-    fp8_products_are_not_put_off,
+    fp8_gradients_are_not_deferred,
 )

@@ -288,7 +288,7 @@ def fp8_fits(settings: Settings, world_size: int) -> Iterator[Violation]:
                 yield Violation(prefix + field, number, f"{what} with --fp8-format", "change sizes, or leave FP8 off")
 
 
-def fp8_products_are_not_put_off(settings: Settings, world_size: int) -> Iterator[Violation]:
+def fp8_gradients_are_not_deferred(settings: Settings, world_size: int) -> Iterator[Violation]:
     """Zero-bubble schedules compute weight gradients later, by products of their own."""
     if not _in_fp8(settings) or settings[ParallelConfig].pipeline_model_parallel_size == 1:
         return

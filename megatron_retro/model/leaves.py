@@ -23,7 +23,7 @@ class Linear(nn.Module):
     """x @ W.T + b for a weight [..., rows, columns]: the output's last dimensions are the weight's first ones.
 
     Extra leading dimensions (heads, the two halves of a gated MLP) make a cut of one dimension a cut of whole heads.
-    `multiply` computes the product; an instance may be given another one (a pipeline that puts off weight gradients).
+    `multiply` computes the product; an instance may be given another one (FP8, or deferred weight gradients).
     """
 
     multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(linear)

@@ -64,7 +64,7 @@ def before_backward(root: nn.Module, sharding: str, *, last: bool) -> None:
 def sum_in_reduce_type(root: nn.Module) -> None:
     """Move gradients that arose outside of a unit's own backward to its sums, which are in the type of reductions.
 
-    FSDP2 does so at the end of each unit's backward; a gradient that was put off comes after that.
+    FSDP2 does so at the end of each unit's backward; a deferred weight gradient comes after that.
     """
     for module in root.modules():
         if isinstance(module, FSDPModule):

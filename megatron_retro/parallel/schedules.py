@@ -109,7 +109,7 @@ def _torch_stage(
         input_args=inputs,
         output_args=outputs,
         group=group,
-        dw_builder=None if stage.put_off is None else stage.put_off.take,
+        dw_builder=None if stage.deferred_gradients is None else stage.deferred_gradients.pop,
     )
 
 

@@ -17,8 +17,8 @@ from megatron_retro.model.context import SequenceContext
 from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.retro import Retro
 from megatron_retro.parallel.collectives import TensorAxis
+from megatron_retro.parallel.deferred_gradients import DeferredWeightGradients
 from megatron_retro.parallel.partition import StagePart
-from megatron_retro.parallel.put_off import PutOffGradients
 from megatron_retro.parallel.randomness import Streams
 
 
@@ -30,7 +30,7 @@ class Stage(nn.Module):
         self.model = model
         self.part = part
         self.axis = axis
-        self.put_off: PutOffGradients | None = None
+        self.deferred_gradients: DeferredWeightGradients | None = None
         self.streams: Streams | None = None
         self.loss_factor = 1.0
         self.loss_sum = torch.zeros((), dtype=torch.float64)

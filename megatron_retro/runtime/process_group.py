@@ -20,12 +20,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, Store, TCPStore
-from torch.distributed.rendezvous import rendezvous
+from torch._C._distributed_c10d import HashStore
 
 from megatron_retro.errors import DistributedError, EnvironmentProblem
 from megatron_retro.runtime.launch import Launch
-from megatron_retro.runtime.meeting import fresh_corner
+from megatron_retro.runtime.rendezvous import store_of
 from megatron_retro.runtime.strict_json import json_text
 
 _SIGNS_OF_LOST_PEERS = ("timed out", "timeout", "connection closed", "connection reset", "broken pipe", "aborted")
@@ -84,7 +83,7 @@ def _initialize(launch: Launch, device: torch.device, timeout: timedelta) -> Non
         dist.init_process_group(backend, store=HashStore(), **place)
         return
     try:
-        dist.init_process_group(backend, store=_store(launch, timeout), **place)
+        dist.init_process_group(backend, store=store_of(launch, timeout), **place)
         dist.all_reduce(torch.zeros(1))  # a first rank that leaves at once takes the store from nobody still connecting
     except (RuntimeError, ValueError) as error:
         raise DistributedError(
@@ -94,17 +93,6 @@ def _initialize(launch: Launch, device: torch.device, timeout: timedelta) -> Non
             fix="set MASTER_ADDR and MASTER_PORT to an address that every host reaches (torchrun on one host: "
             "--standalone)",
         ) from error
-
-
-def _store(launch: Launch, timeout: timedelta) -> Store:
-    """The first rank's store; under torchrun that of its agent, which outlives restarts."""
-    if launch.launcher == "torchrun":
-        if launch.master_port == 0:
-            raise ValueError("port 0: the agent's store took a free port and did not tell which")
-        store, rank, world_size = next(rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
-        return fresh_corner(store, rank, world_size, timeout)
-    address, port = launch.master_address, launch.master_port
-    return TCPStore(address, port, launch.world_size, is_master=launch.rank == 0, timeout=timeout)
 
 
 def agree(facts: Mapping[str, object], what: str) -> None:

@@ -30,7 +30,7 @@ from megatron_retro.testing.layouts import (
     ids=["data", "pipeline", "tensor"],
 )
 def test_bf16_errs_no_more_than_twice_as_much_as_one_process(world_size: int, layout: dict[str, Any]) -> None:
-    """Both measured against float32; gradients are summed in float32, also those that were put off."""
+    """Both measured against float32; gradients are summed in float32, deferred ones too."""
     exact_settings = tiny_settings(global_batch_size=4)
     batches = random_batches(exact_settings)
     exact = reference_outcome(exact_settings, batches)

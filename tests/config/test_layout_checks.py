@@ -109,7 +109,7 @@ WRONG: list[tuple[str, int, dict[str, Any], str]] = [
         "ffn_hidden_size",
     ),
     (
-        "fp8_products_are_not_put_off",
+        "fp8_gradients_are_not_deferred",
         2,
         {"fp8_format": "hybrid", "pipeline_model_parallel_size": 2, "pipeline_schedule": "zero-bubble"},
         "pipeline_schedule",

@@ -16,8 +16,8 @@ from torch._C._distributed_c10d import HashStore, Store
 from megatron_retro.errors import DistributedError
 from megatron_retro.runtime import process_group as group_module
 from megatron_retro.runtime.launch import Launch, find_launch, first_host
-from megatron_retro.runtime.meeting import fresh_corner
 from megatron_retro.runtime.process_group import agree, choose_device, explain_failure, process_group
+from megatron_retro.runtime.rendezvous import with_fresh_prefix
 from megatron_retro.testing.processes import run_ranks
 
 SLURM = {
@@ -141,11 +141,11 @@ class SlowStore(Store):
 
 
 def test_a_first_rank_that_leaves_at_once_takes_the_store_from_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = group_module._store
+    store = group_module.store_of
 
     def leave() -> int:
         if find_launch().rank:
-            monkeypatch.setattr(group_module, "_store", lambda *place: SlowStore(store(*place)))
+            monkeypatch.setattr(group_module, "store_of", lambda *place: SlowStore(store(*place)))
         with process_group(find_launch(), timeout_minutes=0.5, use_gpu=False):
             return dist.get_rank()
 
@@ -184,17 +184,17 @@ def test_cpu_is_chosen_where_there_is_no_gpu() -> None:
     assert choose_device(find_launch({}), use_gpu=False).type == "cpu"
 
 
-def test_each_attempt_meets_in_a_corner_of_its_own() -> None:
+def test_each_attempt_has_a_store_prefix_of_its_own() -> None:
     """On one store, as torchrun's agent keeps it; a rank of the first attempt died while it was asking."""
     store, limit = HashStore(), timedelta(seconds=20)
-    store.set("meeting/asks/2", "asked by a rank that is dead")
+    store.set("rendezvous/request/2", "asked by a rank that is dead")
 
     def attempt(number: int) -> set[str]:
         def meet(rank: int) -> str:
             time.sleep(0.05 * ((rank + number) % 3))
-            corner = fresh_corner(store, rank, 3, limit)
-            corner.set(f"from {rank}", str(number))
-            return ",".join(bytes(corner.get(f"from {other}")).decode() for other in range(3))
+            prefixed = with_fresh_prefix(store, rank, 3, limit)
+            prefixed.set(f"from {rank}", str(number))
+            return ",".join(bytes(prefixed.get(f"from {other}")).decode() for other in range(3))
 
         with ThreadPoolExecutor(3) as pool:
             return set(pool.map(meet, range(3)))
@@ -204,7 +204,7 @@ def test_each_attempt_meets_in_a_corner_of_its_own() -> None:
 
 def test_a_rank_that_never_comes_is_named() -> None:
     with pytest.raises(RuntimeError, match=r"timed out waiting for ranks \[1\]"):
-        fresh_corner(HashStore(), 0, 2, timedelta(seconds=0.1))
+        with_fresh_prefix(HashStore(), 0, 2, timedelta(seconds=0.1))
 
 
 def test_port_0_of_torchrun_is_refused_at_once() -> None:

@@ -1,7 +1,7 @@
-"""Weight gradients that are computed later: what lets zero-bubble schedules fill their bubbles.
+"""Deferred weight gradients: what lets zero-bubble schedules fill their bubbles.
 
-A linear layer's backward computes the gradient of its input at once and puts the gradient of its weight off; the
-schedule calls for what was put off when it has nothing better to do. Everything else about the backward is the usual
+A linear layer's backward computes the gradient of its input at once and defers the gradient of its weight; the
+schedule asks for what was deferred when it has nothing better to do. Everything else about the backward is the usual
 one, so frozen parts, recomputation and FSDP2 need no care. (torch's own split, which walks the graph of a stage, gives
 two groups of parameters the same nodes where parameters meet the stage's input along several paths, as those of the
 encoder do, and fails there.)
@@ -19,42 +19,42 @@ from torch.nn import functional
 from megatron_retro.model.leaves import Linear
 
 
-class PutOffGradients:
-    """The products that one stage still owes, in the order in which they came up.
+class DeferredWeightGradients:
+    """The weight gradients of one stage that are still to be computed, in the order of the backward.
 
-    `after` is told when some were paid.
+    `after` is called whenever some of them have been computed.
     """
 
     def __init__(self, after: Callable[[], None]) -> None:
-        self._owed: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._deferred: list[tuple[Tensor, Tensor, Tensor]] = []
         self._after = after
 
     def attach(self, module: nn.Module) -> None:
-        """Let every linear layer of a module put its weight's gradient off."""
+        """Let every linear layer of a module defer its weight's gradient."""
         for part in module.modules():
             if isinstance(part, Linear):
                 vars(part)["multiply"] = self.multiply
 
     def multiply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`functional.linear`, whose backward owes the weight's gradient."""
+        """`functional.linear`, whose backward defers the weight's gradient."""
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return functional.linear(hidden, weight, bias)
         product: Tensor = _Product.apply(hidden, weight, self)  # type: ignore[no-untyped-call]
         return product if bias is None else product + bias
 
-    def owe(self, weight: Tensor, hidden: Tensor, gradient: Tensor) -> None:
-        """Remember one product."""
-        self._owed.append((weight, hidden, gradient))
+    def defer(self, weight: Tensor, hidden: Tensor, gradient: Tensor) -> None:
+        """Keep what one weight's gradient is computed from."""
+        self._deferred.append((weight, hidden, gradient))
 
-    def take(self) -> Callable[[], None]:
-        """All that is owed now, as one call that computes it and adds it to the weights' gradients."""
-        owed, self._owed = self._owed, []
+    def pop(self) -> Callable[[], None]:
+        """All that is deferred now, as one call that computes it and adds it to the weights' gradients."""
+        deferred, self._deferred = self._deferred, []
 
         def compute() -> None:
-            for weight, hidden, gradient in owed:
+            for weight, hidden, gradient in deferred:
                 product = gradient.flatten(0, -2).T @ hidden.flatten(0, -2)
                 torch.autograd.backward(weight, product.to(weight.dtype))
-            owed.clear()
+            deferred.clear()
             self._after()
 
         return compute
@@ -62,7 +62,7 @@ class PutOffGradients:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, hidden: Tensor, weight: Tensor, owner: PutOffGradients) -> Tensor:
+    def forward(context: Any, hidden: Tensor, weight: Tensor, owner: DeferredWeightGradients) -> Tensor:
         context.save_for_backward(hidden)
         context.weight, context.owner = weight, owner
         return functional.linear(hidden, weight)
@@ -70,5 +70,5 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
         (hidden,) = context.saved_tensors
-        context.owner.owe(context.weight, hidden, gradient)
+        context.owner.defer(context.weight, hidden, gradient)
         return gradient @ context.weight if context.needs_input_grad[0] else None, None, None
