@@ -1,4 +1,4 @@
-"""Where a generator meets several processes: those of a replica hold a part of the model each, and the first leads."""
+"""Where a generator meets several processes: those of a replica hold a part of the model each, and the first drives."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def ask_model(
     shard: str | None = None,
     replicas: bool = False,
 ) -> None:
-    """Call `work` with the model of --load, here or on the first rank of its replica; the replica's others follow.
+    """Call `work` with the model of --load, here or on the first rank of its replica, the driver of the others.
 
     With `replicas` the processes may hold any number of them, each a worker of its own.
     """
@@ -109,8 +109,8 @@ def _as_a_part(
     worker: Worker,
 ) -> None:
     from megatron_retro.assembly.loaded_stage import load_stage
+    from megatron_retro.inference.driver import DriverEngine, run_worker
     from megatron_retro.inference.engine import Engine
-    from megatron_retro.inference.leading import LeadingEngine, follow
     from megatron_retro.inference.staged_forward import StagedForward
     from megatron_retro.inference.text_generator import TextGenerator, index_for, limits_of
     from megatron_retro.parallel.replica_channel import ReplicaChannel
@@ -121,7 +121,7 @@ def _as_a_part(
     forward, channel = StagedForward(loaded.stage, loaded.settings, mesh), ReplicaChannel(mesh)
     stopped: Requeue | None = None
     if channel.leads:
-        with contextlib.closing(LeadingEngine(forward, loaded.tokenizer, limits, channel)) as engine:
+        with contextlib.closing(DriverEngine(forward, loaded.tokenizer, limits, channel)) as engine:
             index = index_for(loaded, live)
             generator = TextGenerator(forward, loaded.tokenizer, limits, index, engine)
             try:
@@ -129,8 +129,8 @@ def _as_a_part(
             except Requeue as request:
                 stopped = request
     else:
-        with StopRequests().listening((*STOP_SIGNALS, signal.SIGINT)):  # the leader hears them too, and says the end
-            follow(Engine(forward, loaded.tokenizer, limits), channel)
+        with StopRequests().listening((*STOP_SIGNALS, signal.SIGINT)):  # the driver has them too, and stops us
+            run_worker(Engine(forward, loaded.tokenizer, limits), channel)
     channel.wait_for_everyone()
     if stopped is not None:
         raise stopped

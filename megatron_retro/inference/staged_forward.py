@@ -2,7 +2,7 @@
 
 A pipeline is a chain of point-to-point messages here: each step's tokens are known everywhere, hidden states (and newly
 encoded neighbours) go down the chain, the last stage's logits come back to all, so all ranks choose the same tokens.
-Which requests there are only the first rank knows: see `leading`.
+Only the first rank knows the requests: see `driver.py`.
 """
 
 from __future__ import annotations

@@ -20,10 +20,10 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.convert.checkpoint_files import parameter_shapes, write_checkpoint
 from megatron_retro.data.tokenizers import ByteTokenizer
 from megatron_retro.errors import ConfigError, DataError, DistributedError
+from megatron_retro.inference.driver import DriverEngine, run_worker
 from megatron_retro.inference.engine import Engine, EngineLimits
 from megatron_retro.inference.forward import LocalForward
 from megatron_retro.inference.generation import GenerationRequest
-from megatron_retro.inference.leading import LeadingEngine, follow
 from megatron_retro.inference.neighbor_sources import Found, NeighborSource
 from megatron_retro.inference.sampling import Sampling
 from megatron_retro.inference.staged_forward import StagedForward
@@ -81,8 +81,8 @@ def test_layouts_write_the_same(checkpoint: Path, hashed: Any, tensor: int, pipe
     def rank() -> Any:
         forward, channel = parts(checkpoint, tensor, pipeline)
         if not channel.leads:
-            return follow(Engine(forward, NeverEnds(), LIMITS), channel)
-        with closing(LeadingEngine(forward, NeverEnds(), LIMITS, channel)) as engine:
+            return run_worker(Engine(forward, NeverEnds(), LIMITS), channel)
+        with closing(DriverEngine(forward, NeverEnds(), LIMITS, channel)) as engine:
             return texts(engine, hashed)
 
     found = [one for one in run_ranks(rank, tensor * pipeline * data) if one is not None]
@@ -135,21 +135,21 @@ def test_followers_keep_up_with_texts_that_come_and_go(checkpoint: Path, hashed:
     def rank() -> Any:
         forward, channel = parts(checkpoint, 1, 2)
         if not channel.leads:
-            return follow(Engine(forward, NeverEnds(), LIMITS), channel)
-        with closing(LeadingEngine(forward, NeverEnds(), LIMITS, channel)) as engine:
+            return run_worker(Engine(forward, NeverEnds(), LIMITS), channel)
+        with closing(DriverEngine(forward, NeverEnds(), LIMITS, channel)) as engine:
             return story(engine)
 
     assert run_ranks(rank, 2)[0] == alone
 
 
-def test_a_leader_that_fails_alone_says_so(checkpoint: Path) -> None:
+def test_a_driver_that_fails_alone_says_so(checkpoint: Path) -> None:
     def rank() -> Any:
         forward, channel = parts(checkpoint, 1, 2)
         if not channel.leads:
             with pytest.raises((DistributedError, RuntimeError)):
-                follow(Engine(forward, NeverEnds(), LIMITS), channel)
+                run_worker(Engine(forward, NeverEnds(), LIMITS), channel)
             return None
-        with closing(LeadingEngine(forward, NeverEnds(), LIMITS, channel)) as engine:
+        with closing(DriverEngine(forward, NeverEnds(), LIMITS, channel)) as engine:
             engine.submit(GenerationRequest(PROMPTS[0], 20))
             engine.forward = None  # type: ignore[assignment]
             with pytest.raises(DistributedError, match="out of step"):
@@ -157,7 +157,7 @@ def test_a_leader_that_fails_alone_says_so(checkpoint: Path) -> None:
         dist.destroy_process_group()
         os._exit(0)
 
-    with pytest.raises(AssertionError, match="died without a word"):  # that was the leader's end
+    with pytest.raises(AssertionError, match="died without a word"):  # that was the driver's end
         run_ranks(rank, 2, timeout=20)
 
 

@@ -19,10 +19,10 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import CheckpointConfig, PeftConfig
 from megatron_retro.convert.checkpoint_files import parameter_shapes, write_checkpoint
 from megatron_retro.data.tokenizers import ByteTokenizer
+from megatron_retro.inference.driver import DriverEngine, run_worker
 from megatron_retro.inference.engine import Engine, EngineLimits
 from megatron_retro.inference.forward import Forward, LocalForward, stack
 from megatron_retro.inference.generation import GenerationRequest
-from megatron_retro.inference.leading import LeadingEngine, follow
 from megatron_retro.inference.sampling import Sampling
 from megatron_retro.inference.scoring import score_continuations
 from megatron_retro.inference.staged_forward import StagedForward
@@ -150,8 +150,8 @@ def test_tuned_runs_write_the_same_on_several_ranks(
         loaded = load_stage(tmp_path / "tuned", parallel, mesh)
         forward, channel = StagedForward(loaded.stage, loaded.settings, mesh), ReplicaChannel(mesh)
         if not channel.leads:
-            return follow(engine_of(forward), channel)
-        with closing(LeadingEngine(forward, NeverEnds(), LIMITS, channel)) as engine:
+            return run_worker(engine_of(forward), channel)
+        with closing(DriverEngine(forward, NeverEnds(), LIMITS, channel)) as engine:
             return texts(engine, hashed)
 
     found, _ = run_ranks(rank, 2)

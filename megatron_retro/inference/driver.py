@@ -1,8 +1,8 @@
-"""One rank leads, the others of its replica follow: they hear what its engine is asked to do, and theirs do it too.
+"""Generation with a model that is spread over ranks: the first rank drives, the others are its workers.
 
-Only the leader knows clients, questions and the index. Before each step it says what is new (requests, cancelled
-texts), which is nothing for most tokens; what it finds for a chunk is told as it is found. All else follows from that:
-engines are deterministic, and every rank sees the same logits.
+Only the driver knows the clients, the prompts and the index. Before each step it broadcasts its commands (new requests,
+cancelled texts), which are none for most tokens, and it broadcasts the neighbours of a chunk as it finds them. Engines
+are deterministic and every rank sees the same logits, so nothing else has to be sent.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ from megatron_retro.parallel.replica_channel import ReplicaChannel
 from megatron_retro.runtime.strict_json import json_text
 
 
-class LeaderFailed(Exception):
-    """The leader could not find neighbours; it says itself why, and forgets what it was doing."""
+class DriverFailed(Exception):
+    """The driver could not find neighbours; it reports the reason itself and resets its engine."""
 
 
-class SharedSource:
-    """A source that the leader asks and the others hear; all of them call `find` with the same chunks."""
+class BroadcastSource:
+    """A neighbour source that only the driver searches; all ranks call `find` with the same chunks."""
 
     def __init__(self, channel: ReplicaChannel, shape: tuple[int, int], source: NeighborSource | None = None) -> None:
         self._channel, self._shape, self._source = channel, shape, source
         self.failure: Exception | None = None
 
     def find(self, chunks: Sequence[Sequence[int]]) -> list[Found]:
-        """What the leader found."""
-        numbers, self.failure = b"", None
+        """The neighbours that the driver found."""
+        content, self.failure = b"", None
         if self._source is not None:
             try:
-                numbers = _written(self._source.find(chunks))
+                content = _packed(self._source.find(chunks))
             except Exception as error:
                 self.failure = error
-        numbers = self._channel.share(numbers)
+        content = self._channel.share(content)
         if self.failure is not None:
             raise self.failure
-        if not numbers:
-            raise LeaderFailed
-        return _read(numbers, self._shape)
+        if not content:
+            raise DriverFailed
+        return _unpacked(content, self._shape)
 
 
-def _written(found: Sequence[Found]) -> bytes:
+def _packed(found: Sequence[Found]) -> bytes:
     rows = [
         np.concatenate([one.tokens_KR, one.mask_KR, np.array([one.chunk_ids, one.distances]).T], axis=1)
         for one in found
@@ -61,7 +61,7 @@ def _written(found: Sequence[Found]) -> bytes:
     return np.stack(rows).astype(np.float64).tobytes()
 
 
-def _read(numbers: bytes, shape: tuple[int, int]) -> list[Found]:
+def _unpacked(numbers: bytes, shape: tuple[int, int]) -> list[Found]:
     count, length = shape
     rows = np.frombuffer(numbers, np.float64).reshape(-1, count, 2 * length + 2)
     return [
@@ -76,21 +76,21 @@ def _read(numbers: bytes, shape: tuple[int, int]) -> list[Found]:
 
 
 @dataclass
-class Orders:
-    """What is new since the last step. Requests: number, number of the source (None: no source), plain values."""
+class Commands:
+    """What workers must do before the next step. A request is its number, its source's number or None, plain values."""
 
     requests: list[tuple[int, int | None, dict[str, Any]]] = field(default_factory=list)
     cancelled: list[int] = field(default_factory=list)
     reset: bool = False
     stop: bool = False
 
-    def written(self) -> bytes:
-        """As bytes; none when nothing is new."""
-        return json_text(asdict(self)).encode() if self != Orders() else b""
+    def to_bytes(self) -> bytes:
+        """JSON; no bytes when there is no command."""
+        return json_text(asdict(self)).encode() if self != Commands() else b""
 
     @classmethod
-    def read(cls, data: bytes) -> Orders:
-        """From bytes."""
+    def from_bytes(cls, data: bytes) -> Commands:
+        """The reverse of `to_bytes`."""
         return cls(**json.loads(data)) if data else cls()
 
 
@@ -104,16 +104,16 @@ def _request(values: dict[str, Any], source: NeighborSource | None) -> Generatio
     return GenerationRequest(**{**values, **plain, "sampling": sampling, "source": source})
 
 
-class LeadingEngine(Engine):
-    """The first rank's engine; its owner must `close` it, or the others wait for ever."""
+class DriverEngine(Engine):
+    """The driver's engine; its owner must `close` it, or the workers wait for ever."""
 
     def __init__(self, forward: Forward, tokenizer: Tokenizer, limits: EngineLimits, channel: ReplicaChannel) -> None:
         super().__init__(forward, tokenizer, limits)
         self._channel = channel
-        self._orders = Orders()
+        self._commands = Commands()
         self._closed = False
         self._numbers: WeakKeyDictionary[Generation, int] = WeakKeyDictionary()
-        self._shared: WeakValueDictionary[int, SharedSource] = WeakValueDictionary()
+        self._shared: WeakValueDictionary[int, BroadcastSource] = WeakValueDictionary()
         self._count = 0
 
     def submit(self, request: GenerationRequest, listener: Callable[[str], None] | None = None) -> Generation:
@@ -121,37 +121,37 @@ class LeadingEngine(Engine):
         shared, number = None, None
         if request.source is not None:
             number = id(request.source)  # a shared source keeps its source alive, so nobody else has this number
-            shared = self._shared.get(number) or SharedSource(
+            shared = self._shared.get(number) or BroadcastSource(
                 self._channel, self.forward.neighbor_shape, request.source
             )
             self._shared[number] = shared
         generation = super().submit(replace(request, source=shared), listener)
         self._count += 1
         self._numbers[generation] = self._count
-        self._orders.requests.append((self._count, number, _values(request)))
+        self._commands.requests.append((self._count, number, _values(request)))
         return generation
 
     def cancel(self, generation: Generation) -> None:
         """Stop a text; its place is free at the next step."""
         if not generation.finished:
-            self._orders.cancelled.append(self._numbers[generation])
+            self._commands.cancelled.append(self._numbers[generation])
         super().cancel(generation)
 
     def reset(self) -> None:
         """Forget everything, after a step that failed."""
-        self._orders = Orders(reset=True)
+        self._commands = Commands(reset=True)
         super().reset()
 
     def step(self) -> bool:
-        """Tell the others, then do the same."""
-        orders, self._orders = self._orders, Orders()
-        self._channel.share(orders.written())
+        """Broadcast the commands, then do the same as the workers."""
+        commands, self._commands = self._commands, Commands()
+        self._channel.share(commands.to_bytes())
         try:
             return super().step()
         except Exception as error:
             if any(source.failure is error for source in self._shared.values()):
-                raise  # the others know
-            self._closed = True  # they would not listen any more
+                raise  # the workers were told by the source
+            self._closed = True  # the workers are not in step and would not receive a stop
             raise DistributedError(
                 "the ranks of this model are out of step: one of them failed on its own",
                 got=f"{type(error).__name__}: {error}",
@@ -159,29 +159,29 @@ class LeadingEngine(Engine):
             ) from error
 
     def close(self) -> None:
-        """Let the others go."""
+        """Tell the workers to stop."""
         if not self._closed:
             self._closed = True
-            self._channel.share(Orders(stop=True).written())
+            self._channel.share(Commands(stop=True).to_bytes())
 
 
-def follow(engine: Engine, channel: ReplicaChannel) -> None:
-    """Do what the leader does until it is closed."""
+def run_worker(engine: Engine, channel: ReplicaChannel) -> None:
+    """Repeat on this rank what the driver does, until the driver is closed."""
     texts: dict[int, Generation] = {}
-    shared: WeakValueDictionary[int, SharedSource] = WeakValueDictionary()
-    while not (orders := Orders.read(channel.share())).stop:
-        if orders.reset:
+    shared: WeakValueDictionary[int, BroadcastSource] = WeakValueDictionary()
+    while not (commands := Commands.from_bytes(channel.share())).stop:
+        if commands.reset:
             engine.reset()
-        for number, place, values in orders.requests:
+        for number, place, values in commands.requests:
             source = None
             if place is not None:
-                source = shared.get(place) or SharedSource(channel, engine.forward.neighbor_shape)
+                source = shared.get(place) or BroadcastSource(channel, engine.forward.neighbor_shape)
                 shared[place] = source
             texts[number] = engine.submit(_request(values, source))
-        for number in orders.cancelled:
+        for number in commands.cancelled:
             engine.cancel(texts[number])
         try:
             engine.step()
-        except LeaderFailed:
+        except DriverFailed:
             engine.reset()
         texts = {number: one for number, one in texts.items() if not one.finished}
