@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from megatron_retro.config.data import InputConfig, TrainTokenizerConfig
+from megatron_retro.config.settings import Settings
 from megatron_retro.data.preprocessing.tokenizer_training import train_tokenizer
 from megatron_retro.data.standard_library import standard_library_documents
 from megatron_retro.data.token_file import TokenFile
@@ -52,15 +53,13 @@ def train_models(folder: Path, source: Path, quick: bool) -> dict[str, list[str]
     flags = {}
     for name, algorithm in (("sentencepiece BPE", "bpe"), ("sentencepiece unigram", "unigram")):
         prefix = folder / algorithm
-        train_tokenizer(
-            InputConfig(input=(str(source),)),
-            TrainTokenizerConfig(
-                tokenizer_output=str(prefix),
-                tokenizer_vocab_size=8000 if quick else 16000,
-                tokenizer_algorithm=algorithm,
-                tokenizer_sample_bytes=4 << 20,
-            ),
+        config = TrainTokenizerConfig(
+            tokenizer_output=str(prefix),
+            tokenizer_vocab_size=8000 if quick else 16000,
+            tokenizer_algorithm=algorithm,
+            tokenizer_sample_bytes=4 << 20,
         )
+        train_tokenizer(Settings([InputConfig(input=(str(source),)), config]))
         flags[name] = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", f"{prefix}.model"]
     path = _byte_level(folder, source)
     flags["byte-level BPE"] = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(path)]

@@ -18,9 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_retro.cli.build_retrieval import SECTIONS
 from megatron_retro.config.command_line import parse_settings
-from megatron_retro.config.sections import ALL_SECTIONS
+from megatron_retro.config.sections import ALL_SECTIONS, INDEX_SECTIONS
 from megatron_retro.data.token_writer import TokenFileWriter
 from megatron_retro.retrieval.planning import RetrievalPlan, make_plan
 from megatron_retro.retrieval.project import Project
@@ -99,7 +98,7 @@ def anonymous_bytes(process: int) -> float:
 
 def planned(flags: list[str]) -> RetrievalPlan:
     """What the plan stage would print."""
-    settings, _ = parse_settings("benchmark", SECTIONS, flags, all_sections=ALL_SECTIONS)
+    settings, _ = parse_settings("benchmark", INDEX_SECTIONS, flags, all_sections=ALL_SECTIONS)
     return make_plan(Project(settings))
 
 

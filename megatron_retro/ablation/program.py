@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_retro.ablation.directories import cell_settings
@@ -11,6 +10,7 @@ from megatron_retro.ablation.report import PAGE, read_results, write_study
 from megatron_retro.ablation.running import Study, own_launcher, prepare_cells, run_cells
 from megatron_retro.config.data import WorkersConfig
 from megatron_retro.config.evaluation import PERPLEXITY, AblationConfig
+from megatron_retro.config.sections import STUDIED_SECTIONS
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import CheckpointConfig, TrainingConfig
 from megatron_retro.errors import ConfigError, MegatronRetroError
@@ -23,9 +23,9 @@ class FailedRuns(MegatronRetroError):
     """Runs of a study that ended with an error; the others are finished and reported."""
 
 
-def run_study(settings: Settings, sections: Sequence[type]) -> None:
-    """Run a study; `sections` are those of its runs' verb."""
-    study, axes = build_study(settings, sections)
+def run_study(settings: Settings) -> None:
+    """Run a study."""
+    study, axes = build_study(settings)
     worker = this_worker(settings[WorkersConfig].shard)
     title = settings[AblationConfig].study_title
     prepare_cells(study)
@@ -37,7 +37,7 @@ def run_study(settings: Settings, sections: Sequence[type]) -> None:
     _refuse_failures(study)
 
 
-def build_study(settings: Settings, sections: Sequence[type]) -> tuple[Study, tuple[Axis, ...]]:
+def build_study(settings: Settings) -> tuple[Study, tuple[Axis, ...]]:
     """The study that the settings describe, all of it checked."""
     config = settings[AblationConfig]
     if config.study_output is None:
@@ -48,10 +48,11 @@ def build_study(settings: Settings, sections: Sequence[type]) -> tuple[Study, tu
             got=f"--save {settings[CheckpointConfig].save}",
             fix="drop --save; runs are under --study-output",
         )
+    sections = STUDIED_SECTIONS[config.study_verb]
     axes = study_axes(config, sections)
     cells = study_cells(axes)
     launcher = config.study_launcher or own_launcher()
-    study = Study(Path(config.study_output), config.study_verb, launcher, settings, tuple(sections), cells)
+    study = Study(Path(config.study_output), config.study_verb, launcher, settings, sections, cells)
     if config.study_verb != PERPLEXITY:
         _refuse_without_evaluation(study)
     return study, axes

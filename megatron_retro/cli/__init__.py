@@ -1,1 +1,1 @@
-"""The command line: one module per verb, found through the table in `verbs.py`."""
+"""The command line: a table of verbs, and the entry that turns errors into messages and exit codes."""

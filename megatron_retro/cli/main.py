@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
-from types import ModuleType
 
 from megatron_retro import __version__
 from megatron_retro.artifacts.files import disk_problem
@@ -56,22 +54,20 @@ def _dispatch(words: list[str]) -> int:
         print(f"megatron_retro {__version__}")
         return 0
     verb = _find(words[0])
-    module: ModuleType = importlib.import_module(f"megatron_retro.cli.{verb.module}")
     settings, namespace = parse_settings(
         f"megatron-retro {verb.name}",
-        module.SECTIONS,
+        verb.sections,
         words[1:],
         all_sections=ALL_SECTIONS,
-        description=module.DESCRIPTION,
-        positional=module.POSITIONAL,
-        reads=getattr(module, "READS", None),
+        description=verb.description,
+        positional=verb.positional,
+        reads=verb.reads,
     )
     if namespace.print_config:
         print(render_toml(settings))
         return 0
     require_tokenizer_type(settings)
-    positional = getattr(namespace, module.POSITIONAL.name) if module.POSITIONAL else []
-    return int(module.run(settings, positional) or 0)
+    return verb.run(settings, getattr(namespace, verb.positional.name) if verb.positional else ())
 
 
 def _find(name: str) -> Verb:

@@ -1,48 +1,277 @@
-"""The verbs. Each module of `megatron_retro.cli` named here has
+"""The verbs, one row each: what a verb is called, what it reads, and the function that does it.
 
-    DESCRIPTION: str                          shown by --help
-    SECTIONS: tuple[type, ...]                the configuration that it reads
-    POSITIONAL: Positional | None             words without a flag
-    run(settings, positional) -> int | None   does it; imports what is heavy inside
-    READS: Reads                              optional: the fields that it reads of sections that it reads in part
-
-and imports nothing heavy itself, so that --help answers at once.
+A row imports nothing heavy, so that --help answers at once; the function is found by its name when the verb runs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from megatron_retro.config.command_line import Positional, Reads
+from megatron_retro.config.data import (
+    CollectConfig,
+    ContextsConfig,
+    InputConfig,
+    PreprocessConfig,
+    TokenizerConfig,
+    TrainTokenizerConfig,
+    WorkersConfig,
+)
+from megatron_retro.config.evaluation import PERPLEXITY, QUESTION_SETS, ReportConfig
+from megatron_retro.config.inference import (
+    READ_BY_A_GENERATOR,
+    ChatConfig,
+    EngineConfig,
+    GenerateConfig,
+    LiveRetrievalConfig,
+    SamplingConfig,
+    ServeConfig,
+)
+from megatron_retro.config.model import ConvertConfig, RetroConfig
+from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.retrieval import InspectorConfig, RetrievalConfig
+from megatron_retro.config.sections import (
+    ALL_SECTIONS,
+    EVALUATION_SECTIONS,
+    FINETUNING_SECTIONS,
+    INDEX_SECTIONS,
+    STUDY_SECTIONS,
+    TRAINING_SECTIONS,
+)
+from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import CheckpointConfig, ObservabilityConfig
 
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb and the module that does it."""
+    """A verb.
+
+    `program` is `module:function` below `megatron_retro`. It is called with the settings, if the verb has sections,
+    and with the words that stand without a flag, if the verb takes any; it may return an exit code.
+    """
 
     name: str
-    module: str
     summary: str
+    sections: tuple[type, ...]
+    program: str
+    description: str
+    positional: Positional | None = None
+    reads: Reads = field(default_factory=dict)
+
+    def run(self, settings: Settings, words: Sequence[str]) -> int:
+        """Do it; returns the exit code."""
+        module, function = self.program.split(":")
+        program = getattr(importlib.import_module(f"megatron_retro.{module}"), function)
+        given = ([settings] if self.sections else []) + ([words] if self.positional else [])
+        return int(program(*given) or 0)
 
 
 VERBS: tuple[Verb, ...] = (
-    Verb("collect-text", "collect_text", "a corpus from the text that every machine has"),
-    Verb("preprocess", "preprocess", "text files -> token files (.bin/.idx), resumable, by any number of workers"),
-    Verb("train-tokenizer", "train_tokenizer", "a sentencepiece model from your own text"),
-    Verb("build-retrieval", "build_retrieval", "database, index and neighbour tables, with a report on their quality"),
-    Verb("inspect-neighbors", "inspect_neighbors", "a page of chunks, their neighbours and what they share"),
-    Verb("pretrain", "pretrain", "train a GPT or a Retro; the same command goes on where it stopped"),
-    Verb("retrieve-contexts", "retrieve_contexts", "passages of an index, written into conversations to train on"),
-    Verb("finetune", "finetune", "train a finished model on conversations, whole or beside it"),
-    Verb("retrofit", "retrofit", "add a retriever to a pretrained GPT and train it"),
-    Verb("convert", "convert", "Hugging Face and Megatron-LM models in, Hugging Face models out"),
-    Verb("generate", "generate", "text from a checkpoint, with the neighbours that each chunk read"),
-    Verb("evaluate", "evaluate", "figures of a trained model: perplexity with intervals and leakage curve, task sets"),
-    Verb("ablate", "ablate", "a grid of runs over any settings, and what they say side by side"),
-    Verb("report", "report", "one HTML page about a run: curves, retrieval health, neighbours, settings"),
-    Verb("serve", "serve", "OpenAI-compatible endpoint, and a page that shows what each chunk read"),
-    Verb("inspect", "inspect", "explain any file or directory of ours: what, made from what, intact or not"),
-    Verb("plan", "plan", "what a run costs before it starts: memory, time, balance, money, what is wrong with it"),
-    Verb("reach", "reach", "whether the processes of this job reach each other"),
-    Verb("environment", "environment", "what this machine has: versions, devices, optional packages, kernels"),
+    Verb(
+        "collect-text",
+        "a corpus from the text that every machine has",
+        (CollectConfig,),
+        "data.standard_library:collect_text",
+        """Write the sources and reference of Python's standard library as JSON lines, whole files held out.
+
+train.jsonl and held_out.jsonl are text to pretrain on; train_questions.jsonl and held_out_questions.jsonl are questions
+about the same files with answers and passages, made from their docstrings, to tune on.""",
+    ),
+    Verb(
+        "preprocess",
+        "text files -> token files (.bin/.idx), resumable, by any number of workers",
+        (InputConfig, PreprocessConfig, TokenizerConfig, WorkersConfig, ObservabilityConfig),
+        "data.preprocessing.run:preprocess",
+        "Tokenize text into Megatron's .bin/.idx files. Workers of one machine (--workers) and of many (--shard i/N, a "
+        "SLURM array or job, mpirun) share the work; the result is the same byte for byte. --resume goes on after a "
+        "kill.",
+        reads={ObservabilityConfig: ("log_interval",)},
+    ),
+    Verb(
+        "train-tokenizer",
+        "a sentencepiece model from your own text",
+        (InputConfig, TrainTokenizerConfig),
+        "data.preprocessing.tokenizer_training:train_tokenizer",
+        "Train a sentencepiece model (BPE or unigram) on a sample of the input, with byte fallback.",
+    ),
+    Verb(
+        "build-retrieval",
+        "database, index and neighbour tables, with a report on their quality",
+        INDEX_SECTIONS,
+        "retrieval.stages:build_retrieval",
+        """From token files to neighbour tables, in six stages: plan, train, encode, merge, query, verify.
+
+Every stage is cut into blocks that any number of workers share (start the same command many times, by hand, in a
+SLURM array or under mpirun), and can be stopped and run again at any moment.""",
+        reads={RetroConfig: ("retro_chunk_length", "retro_num_retrieved_chunks")},
+    ),
+    Verb(
+        "inspect-neighbors",
+        "a page of chunks, their neighbours and what they share",
+        (RetrievalConfig, InspectorConfig),
+        "retrieval.inspector:inspect_neighbors",
+        """Write a page of query chunks with their neighbours, continuations, distances and documents.
+
+Runs of tokens that a neighbour shares with the chunk or with what follows it are marked. The tables of the database's
+own corpora are found by themselves; name others as --retro-query-corpus NAME=PREFIX.""",
+        reads={RetrievalConfig: ("retro_project_dir", "retro_query_corpus")},
+    ),
+    Verb(
+        "pretrain",
+        "train a GPT or a Retro; the same command goes on where it stopped",
+        TRAINING_SECTIONS,
+        "training.program:pretrain",
+        """Train a GPT, or with --retro-add-retriever a Retro, from token files (and neighbour tables).
+
+The run lives in --save: checkpoints, events, report. The same command goes on where it stopped;
+exit code 75 means: saved before the end, run me again.""",
+    ),
+    Verb(
+        "retrieve-contexts",
+        "passages of an index, written into conversations to train on",
+        (ContextsConfig, LiveRetrievalConfig),
+        "retrieval.conversation_contexts:retrieve_contexts",
+        """Copy SOURCE, a file of conversations or questions (JSON lines), to TARGET with passages filled in.
+
+They come from --retro-index, a project of build-retrieval: for each conversation the chunks nearest to what the user
+said last. Train on TARGET with `finetune --context-place` prompt, encoder or split; the trainer does not search.""",
+        Positional("paths", "*", "SOURCE TARGET"),
+    ),
+    Verb(
+        "finetune",
+        "train a finished model on conversations, whole or beside it",
+        FINETUNING_SECTIONS,
+        "training.program:finetune",
+        """Train the model of --load on conversations: {"messages"}, {"prompt", "completion"} or
+{"question", "answers", "contexts"}, one JSON object per line. Loss is on the last reply.
+
+--retro-attention-gate 0 is InstructRetro's way (the encoder off). --peft-method trains LoRA, adapters,
+P-tuning or (IA)3 beside the frozen model; the run's checkpoints then hold what was added, alone.""",
+    ),
+    Verb(
+        "retrofit",
+        "add a retriever to a pretrained GPT and train it",
+        TRAINING_SECTIONS,
+        "training.program:retrofit",
+        """Take the decoder of a pretrained GPT (--load), add a fresh neighbour encoder and chunked
+cross-attention, and train: everything, or with --freeze-decoder only what was added.
+
+The decoder's shape and the tokenizer come from the checkpoint. The plan (parameter, source, trains?) is
+printed first. The run lives in --save; the same command goes on where it stopped (exit code 75).""",
+    ),
+    Verb(
+        "convert",
+        "Hugging Face and Megatron-LM models in, Hugging Face models out",
+        (ConvertConfig,),
+        "convert.conversion:convert",
+        """Read SOURCE, write DESTINATION.
+
+SOURCE is a Hugging Face folder (config.json with safetensors: Llama, Qwen 2 and 3, Mistral, Nemotron, StableLM,
+GPT-2), a checkpoint of Megatron-LM's Retro (mp_rank_XX/model_optim_rng.pt), or a checkpoint of ours. With
+--convert-to checkpoint (the default) DESTINATION becomes a run whose step 0 holds the weights: start from it with
+`pretrain --load DESTINATION --finetune` or `retrofit --load DESTINATION`. With --convert-to huggingface it becomes
+a folder that AutoModelForCausalLM loads. With --convert-to remote-code a whole Retro, encoder and all, becomes a
+folder that it loads with trust_remote_code=True where megatron_retro is installed.
+
+A run that tuned LoRA or (IA)3 beside a model becomes a whole model with --convert-merge, ours or Hugging Face's;
+with --convert-to peft, what it tuned (P-tuning too) becomes a folder that PeftModel.from_pretrained loads over the
+exported base. Such a folder comes in with --convert-base, the checkpoint that it belongs to. Tensors pass one by one;
+no model is ever whole in memory.""",
+        Positional("paths", "*", "SOURCE DESTINATION"),
+    ),
+    Verb(
+        "generate",
+        "text from a checkpoint, with the neighbours that each chunk read",
+        (
+            *(GenerateConfig, ChatConfig, SamplingConfig, LiveRetrievalConfig),
+            *(EngineConfig, CheckpointConfig, TokenizerConfig, ParallelConfig),
+        ),
+        "inference.program:generate",
+        "Generate text from a checkpoint (--load), with live retrieval from an index (--retro-index).",
+        reads=READ_BY_A_GENERATOR,
+    ),
+    Verb(
+        "evaluate",
+        "figures of a trained model: perplexity with intervals and leakage curve, task sets",
+        EVALUATION_SECTIONS,
+        "evaluation.program:evaluate",
+        """Measure a trained model (--load).
+
+perplexity: sliding windows over held-out text; bits per byte; real, no, random and shuffled neighbours with
+paired intervals; the leakage curve. Data settings that are not given are those of the training run.
+
+nq ... summscreen: question and summary sets from their published files (--eval-data TASK=FILE), asked and scored as
+published; killed and started again, or shared by --shard i/N, they go on where they were.""",
+        Positional("tasks", "+", "what to measure: " + ", ".join((PERPLEXITY, *QUESTION_SETS))),
+        READ_BY_A_GENERATOR,
+    ),
+    Verb(
+        "ablate",
+        "a grid of runs over any settings, and what they say side by side",
+        STUDY_SECTIONS,
+        "ablation.program:run_study",
+        """Run a study: a recipe whose [ablation] table says which fields vary, one run per combination.
+
+Runs are those of pretrain, retrofit, finetune or evaluate perplexity, each in --study-output/cells/NAME and each a
+process of its own. The same command goes on where it stopped; --shard i/N or a SLURM array shares the runs among
+workers. The table and report.html are rewritten after each run; unfinished runs say so.""",
+    ),
+    Verb(
+        "report",
+        "one HTML page about a run: curves, retrieval health, neighbours, settings",
+        (ReportConfig,),
+        "reporting.run_summary:report",
+        """Write report.html into each run's directory: curves, retrieval health, leakage, neighbours, settings.
+
+With --report-output, one page about all runs named, for someone who has never seen them, and a line for each thing
+that should be seen on it: what was measured, and whether it was seen.""",
+        Positional("run", "+", "what --save named"),
+    ),
+    Verb(
+        "serve",
+        "OpenAI-compatible endpoint, and a page that shows what each chunk read",
+        (
+            *(ServeConfig, ChatConfig, EngineConfig, LiveRetrievalConfig),
+            *(CheckpointConfig, TokenizerConfig, ParallelConfig),
+        ),
+        "inference.program:serve",
+        "Serve a checkpoint (--load): /v1/completions, /v1/chat/completions, metrics, and a page at /.",
+        reads=READ_BY_A_GENERATOR,
+    ),
+    Verb(
+        "inspect",
+        "explain any file or directory of ours: what, made from what, intact or not",
+        (),
+        "data.inspection:inspect",
+        "Explain files and directories of ours: what, made from what, by which settings, intact or where not.",
+        Positional("paths", "+", "artifact, prefix of a token file, or a folder of artifacts"),
+    ),
+    Verb(
+        "plan",
+        "what a run costs before it starts: memory, time, balance, money, what is wrong with it",
+        ALL_SECTIONS,
+        "planning.report:print_plan",
+        "Size, time, price and faults of a recipe on a cluster (--plan-nodes, --plan-hardware), without starting it. "
+        "Exit 2 if it cannot run as it stands. --suggest lists the best layouts.",
+        Positional("words", "*", "words of the verb that would run; not read"),
+    ),
+    Verb(
+        "reach",
+        "whether the processes of this job reach each other",
+        (),
+        "runtime.reach:reach",
+        "Every process of the job meets the others and adds one number (NCCL on GPUs, gloo on CPUs); exit 0 or 2.",
+    ),
+    Verb(
+        "environment",
+        "what this machine has: versions, devices, optional packages, kernels",
+        (),
+        "cli.environment:print_environment",
+        "Versions, devices, optional packages, kernels and optimizers of this machine, with the reason for each "
+        "absence.",
+    ),
 )
 
 # What others call it, Megatron-LM's scripts among them; dashes and underlines are the same.

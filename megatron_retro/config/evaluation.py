@@ -6,6 +6,11 @@ from dataclasses import dataclass
 
 from megatron_retro.config.fields import option
 
+PERPLEXITY = "perplexity"
+QUESTION_SETS = (
+    *("nq", "triviaqa", "webquestions", "squad1", "squad2", "newsqa", "quoref", "drop", "narrativeqa"),
+    *("qasper", "quality", "doc2dial", "boolq", "qmsum", "govreport", "summscreen"),
+)
 CONTEXTS = ("given", "bm25", "dense", "none")
 
 
@@ -58,7 +63,6 @@ class PerplexityConfig:
     )
 
 
-PERPLEXITY = "perplexity"
 VERBS = ("pretrain", "retrofit", "finetune", PERPLEXITY)
 
 

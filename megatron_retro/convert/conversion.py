@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from megatron_retro.config.model import ConvertConfig
+from megatron_retro.config.settings import Settings
 from megatron_retro.convert.hugging_face import CONFIG, export_hugging_face, import_hugging_face
 from megatron_retro.convert.hugging_face_peft import ADAPTER_CONFIG, export_peft
 from megatron_retro.convert.megatron_checkpoint import import_megatron
@@ -18,9 +20,11 @@ from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.runtime.console import say
 
 
-def convert(config: ConvertConfig, source_name: str, destination_name: str) -> None:
-    """Convert, and say what was written."""
-    source, destination = Path(source_name), Path(destination_name)
+def convert(settings: Settings, paths: Sequence[str]) -> None:
+    """Convert SOURCE into DESTINATION, and say what was written."""
+    if len(paths) != 2:
+        raise ConfigError("convert takes two paths", got=" ".join(paths) or "none", expected="SOURCE DESTINATION")
+    config, (source, destination) = settings[ConvertConfig], map(Path, paths)
     if not source.is_dir():
         raise ArtifactError(f"{source} is no directory", expected="a model's folder")
     _require_fitting(config, source)

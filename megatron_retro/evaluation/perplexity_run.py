@@ -52,11 +52,8 @@ _MOST_SAMPLES = 2000
 PARTS = "perplexity.parts"
 
 
-def run_perplexity(settings: Settings, tasks: Sequence[str] = ()) -> dict[str, Any] | None:
-    """Measure this worker's share, print, write; the result, from the worker that finds all shares done.
-
-    `tasks` is what the verb was asked for: this one.
-    """
+def run_perplexity(settings: Settings) -> dict[str, Any] | None:
+    """Measure this worker's share, print, write; the result, from the worker that finds all shares done."""
     load = settings[CheckpointConfig].load
     if load is None:
         raise ConfigError("perplexity is that of a model", fix="give --load, a run's directory or a checkpoint")

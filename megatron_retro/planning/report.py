@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -28,8 +28,8 @@ from megatron_retro.runtime.console import readable_bytes, readable_count, reada
 TRAINING_VERBS = ("pretrain", "retrofit", "finetune")
 
 
-def print_plan(settings: Settings) -> int:
-    """Print everything; raises when the recipe cannot run as it stands."""
+def print_plan(settings: Settings, words: Sequence[str] = ()) -> int:
+    """Print everything; raises when the recipe cannot run as it stands. The words are the planned verb's, not read."""
     planning = settings[PlanningConfig]
     settings = with_model_shape(settings)
     if planning.plan_for == "evaluate":

@@ -4,21 +4,23 @@ retrieval did."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.config.evaluation import ReportConfig
+from megatron_retro.config.settings import Settings
 from megatron_retro.reporting.html import facts, page, paragraph, preformatted, section, table
 from megatron_retro.reporting.marked_text import MARKED_STYLE
 from megatron_retro.reporting.neighbor_examples import neighbor_section
 from megatron_retro.reporting.plots import Series, line_plot
 from megatron_retro.reporting.retrieval_sections import health_sections, leakage_section
-from megatron_retro.reporting.run_page import CONFIG, thinned
+from megatron_retro.reporting.run_page import CONFIG, thinned, write_report
 from megatron_retro.reporting.summary_checks import Expectation, expectations
 from megatron_retro.reporting.summary_inputs import Story, read_story
-from megatron_retro.runtime.console import readable_seconds
+from megatron_retro.runtime.console import readable_seconds, say
 from megatron_retro.runtime.statistics import Interval
 from megatron_retro.runtime.strict_json import number_of
 
@@ -26,6 +28,18 @@ _CURVE_POINTS = 60  # means of stretches: single steps are noise
 _STYLE = """h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
 td:first-child { overflow-wrap: anywhere; } /* names of functions in questions would push answers off the page */
 """
+
+
+def report(settings: Settings, names: Sequence[str]) -> None:
+    """Write the page of each run, or with --report-output the one page of all."""
+    config, runs = settings[ReportConfig], [Path(name) for name in names]
+    if config.report_output is None:
+        for run in runs:
+            say(f"wrote {write_report(run)}")
+        return
+    for one in write_story(runs, config, Path(config.report_output)):
+        say(one.line)
+    say(f"wrote {config.report_output}")
 
 
 def write_story(runs: list[Path], config: ReportConfig, path: Path) -> list[Expectation]:

@@ -12,11 +12,27 @@ from typing import Any
 
 from megatron_retro.artifacts.files import new_file
 from megatron_retro.config.data import ContextsConfig
+from megatron_retro.config.inference import LiveRetrievalConfig
+from megatron_retro.config.settings import Settings
 from megatron_retro.data.instructions.conversations import Conversation, read_records
+from megatron_retro.errors import ConfigError
 from megatron_retro.retrieval.live_index import LiveIndex
+from megatron_retro.runtime.console import say
 from megatron_retro.runtime.strict_json import json_text
 
 _TOGETHER = 256
+
+
+def retrieve_contexts(settings: Settings, paths: Sequence[str]) -> None:
+    """Copy the file SOURCE to TARGET with the passages that an index has for its conversations."""
+    if len(paths) != 2:
+        raise ConfigError("retrieve-contexts takes two paths", got=" ".join(paths) or "none", expected="SOURCE TARGET")
+    project = settings[LiveRetrievalConfig].retro_index
+    if project is None:
+        raise ConfigError("where are the passages?", expected="--retro-index DIR", fix="make one with build-retrieval")
+    source, target = map(Path, paths)
+    read, searched = write_contexts(source, target, LiveIndex(project), settings[ContextsConfig])
+    say(f"{target}: {read} conversations, passages searched for {searched} of them")
 
 
 def write_contexts(source: Path, target: Path, index: LiveIndex, config: ContextsConfig) -> tuple[int, int]:

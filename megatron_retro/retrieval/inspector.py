@@ -5,7 +5,7 @@ The page is plain HTML and can be read without a script; the script only searche
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import numpy as np
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.retrieval import InspectorConfig, RetrievalConfig
+from megatron_retro.config.settings import Settings
 from megatron_retro.data.neighbor_table import NeighborTable
 from megatron_retro.data.query_chunks import QueryChunks
 from megatron_retro.data.token_file import TokenFile
@@ -63,8 +64,9 @@ class Shown:
     config: InspectorConfig
 
 
-def write_pages(retrieval: RetrievalConfig, config: InspectorConfig) -> Iterator[Path]:
-    """Write a page per table of the project; yields their paths."""
+def inspect_neighbors(settings: Settings) -> None:
+    """Write a page per table of the project, and print their paths."""
+    retrieval, config = settings[RetrievalConfig], settings[InspectorConfig]
     layout = ProjectLayout(Path(retrieval.retro_project_dir))
     tokenizer = build_tokenizer(TokenizerConfig(**live_settings(layout)["tokenizer"]))
     index = LiveIndex(layout.root)
@@ -79,7 +81,7 @@ def write_pages(retrieval: RetrievalConfig, config: InspectorConfig) -> Iterator
         chunks = QueryChunks(file, index.database.chunk_length)
         path = Path(config.inspect_output) if config.inspect_output else layout.report / f"neighbors-{name}.html"
         write_file(path, inspector_page(Shown(index, tokenizer, table, chunks, config), name))
-        yield path
+        print(path)
 
 
 def inspector_page(shown: Shown, name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_retro.cli.build_retrieval import SECTIONS
+from megatron_retro.config.sections import INDEX_SECTIONS
 from megatron_retro.config.settings import Settings, build_settings
 from megatron_retro.data.token_writer import TokenFileWriter
 
@@ -57,7 +57,7 @@ def project_settings(directory: Path, corpora: Sequence[str], **changes: Any) ->
         "retro_query_num_neighbors_query": 40,
         "retro_verify_queries": 60,
     }
-    return build_settings(SECTIONS, values | changes, {})
+    return build_settings(INDEX_SECTIONS, values | changes, {})
 
 
 def owners_of_tokens(documents: Sequence[Sequence[int]]) -> NDArray[np.int64]:

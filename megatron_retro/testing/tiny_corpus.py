@@ -10,11 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_retro.config.data import DataConfig, TokenizerConfig
-from megatron_retro.config.model import ModelConfig, RetroConfig
-from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.sections import TRAINING_SECTIONS
 from megatron_retro.config.settings import Settings, build_settings
-from megatron_retro.config.training import CheckpointConfig, ObservabilityConfig, OptimizerConfig, TrainingConfig
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.neighbor_table import NONE, TableLayout, finish_table, write_block
 from megatron_retro.data.token_file import TokenFile
@@ -24,17 +21,6 @@ CHUNK = 16
 CHUNKS_PER_DOCUMENT = 8
 EOD = 256
 SAVED = 4
-SECTIONS: tuple[type, ...] = (
-    ModelConfig,
-    RetroConfig,
-    DataConfig,
-    TokenizerConfig,
-    TrainingConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    CheckpointConfig,
-    ObservabilityConfig,
-)
 
 
 @dataclass(frozen=True)
@@ -71,7 +57,7 @@ class TinyCorpus:
                 "neighbor_path": [str(self.table)],
                 "database_path": str(self.database),
             }
-        return build_settings(SECTIONS, values | changes, {})
+        return build_settings(TRAINING_SECTIONS, values | changes, {})
 
 
 def write_tiny_corpus(directory: Path, *, pairs: int = 20, seed: int = 0) -> TinyCorpus:

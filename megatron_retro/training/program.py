@@ -59,15 +59,15 @@ from megatron_retro.training.state import TrainingState
 CONFIG = "config.toml"
 
 
-def pretrain(settings: Settings, *, retrofit: bool = False) -> None:
-    """Train; raises `Requeue` when the run stopped before its end with its state saved.
+def pretrain(settings: Settings) -> None:
+    """Train; raises `Requeue` when the run stopped before its end with its state saved."""
+    _run(settings, find_launch())
 
-    With `retrofit` the run starts from a GPT's decoder, whose shape and tokenizer it takes over.
-    """
+
+def retrofit(settings: Settings) -> None:
+    """Train a Retro that starts from a GPT's decoder, whose shape and tokenizer it takes over."""
     launch = find_launch()
-    if retrofit:
-        settings = _retrofit_settings(settings, say if launch.rank == 0 else None)
-    _run(settings, launch, retrofit=retrofit)
+    _run(_retrofit_settings(settings, say if launch.rank == 0 else None), launch, retrofit=True)
 
 
 def finetune(settings: Settings) -> None:

@@ -13,11 +13,10 @@ from megatron_retro.ablation.directories import Outcome, cell_settings, render_r
 from megatron_retro.ablation.grid import Cell, Choice, study_axes, study_cells
 from megatron_retro.ablation.results import Result
 from megatron_retro.ablation.running import lone_environment
-from megatron_retro.cli import ablate, finetune
 from megatron_retro.config.command_line import parse_settings
 from megatron_retro.config.evaluation import AblationConfig
 from megatron_retro.config.model import RetroConfig
-from megatron_retro.config.sections import ALL_SECTIONS
+from megatron_retro.config.sections import ALL_SECTIONS, FINETUNING_SECTIONS, STUDY_SECTIONS
 from megatron_retro.config.settings import build_settings
 from megatron_retro.runtime.statistics import Interval
 
@@ -104,16 +103,16 @@ def test_runs_over_other_samples_are_not_paired() -> None:
 
 def test_a_value_that_is_the_default_stays_in_the_recipe() -> None:
     """Fine-tuning inherits what is not set; a gate set to 1 must not be taken for one that nobody set."""
-    settings = build_settings(ablate.SECTIONS, {"study_grid": ["retro_attention_gate = [1.0, 0.0]"]}, {})
-    cells = study_cells(study_axes(settings[AblationConfig], finetune.SECTIONS))
-    recipes = [render_recipe(cell_settings(settings, cell, finetune.SECTIONS)) for cell in cells]
+    settings = build_settings(STUDY_SECTIONS, {"study_grid": ["retro_attention_gate = [1.0, 0.0]"]}, {})
+    cells = study_cells(study_axes(settings[AblationConfig], FINETUNING_SECTIONS))
+    recipes = [render_recipe(cell_settings(settings, cell, FINETUNING_SECTIONS)) for cell in cells]
     assert recipes == [f"[retro]\nretro_attention_gate = {gate}\n" for gate in ("1.0", "0.0")]
 
 
 def test_groups_make_axes_of_their_own() -> None:
     cases = ["size.small = {lora_rank = 2}", "a = {lr = 1e-3}", "size.large = {lora_rank = 4}", "b = {lr = 2e-3}"]
-    settings = build_settings(ablate.SECTIONS, {"study_cases": cases}, {})
-    cells = study_cells(study_axes(settings[AblationConfig], finetune.SECTIONS))
+    settings = build_settings(STUDY_SECTIONS, {"study_cases": cases}, {})
+    cells = study_cells(study_axes(settings[AblationConfig], FINETUNING_SECTIONS))
     assert [cell.name for cell in cells] == [f"size={size},case={case}" for size in ("small", "large") for case in "ab"]
     assert cells[-1].changes == {"lora_rank": 4, "lr": 2e-3}
 
@@ -121,16 +120,16 @@ def test_groups_make_axes_of_their_own() -> None:
 def test_recipes_read_back_as_the_settings(tmp_path: Any) -> None:
     grid = ["retro_layers = [[1], [1, 2]]", "lr = [1e-3]", "seed = [1, 2]"]
     cases = ["'a b/c' = {freeze_decoder = true}", "d = {}"]
-    settings = build_settings(ablate.SECTIONS, {"study_grid": grid, "study_cases": cases}, {})
-    cells = study_cells(study_axes(settings[AblationConfig], finetune.SECTIONS))
+    settings = build_settings(STUDY_SECTIONS, {"study_grid": grid, "study_cases": cases}, {})
+    cells = study_cells(study_axes(settings[AblationConfig], FINETUNING_SECTIONS))
     assert len({cell.name for cell in cells}) == len(cells) == 8
     assert [cell.seed for cell in cells[:2]] == ["1", "2"]
     for cell in cells:
         assert "/" not in cell.name and " " not in cell.name
-        wanted = cell_settings(settings, cell, finetune.SECTIONS)
+        wanted = cell_settings(settings, cell, FINETUNING_SECTIONS)
         recipe = tmp_path / "recipe.toml"
         recipe.write_text(render_recipe(wanted))
-        found, _ = parse_settings("x", finetune.SECTIONS, ["--config", str(recipe)], all_sections=ALL_SECTIONS)
+        found, _ = parse_settings("x", FINETUNING_SECTIONS, ["--config", str(recipe)], all_sections=ALL_SECTIONS)
         assert found.values() == wanted.values()
         assert found[RetroConfig].retro_layers in ((1,), (1, 2))
 

@@ -17,8 +17,8 @@ import pytest
 from megatron_retro.ablation.program import FailedRuns, run_study
 from megatron_retro.ablation.shortage import neighbor_shortage
 from megatron_retro.artifacts.claims import BlockClaims
-from megatron_retro.cli import ablate
 from megatron_retro.cli.main import main
+from megatron_retro.config.sections import STUDY_SECTIONS
 from megatron_retro.config.settings import Settings, build_settings
 from megatron_retro.config.toml_files import render_toml
 from megatron_retro.data.builders import build_dataset
@@ -53,7 +53,7 @@ sys.exit(0 if done else 75)
 
 def study(output: Path, **fields: Any) -> Settings:
     given = {"study_output": str(output), **fields}
-    return build_settings(ablate.SECTIONS, given, dict.fromkeys(given, "flag"))
+    return build_settings(STUDY_SECTIONS, given, dict.fromkeys(given, "flag"))
 
 
 def pretend(output: Path, tmp_path: Path, **fields: Any) -> Settings:
@@ -64,7 +64,7 @@ def pretend(output: Path, tmp_path: Path, **fields: Any) -> Settings:
 
 
 def run(settings: Settings) -> None:
-    run_study(settings, ablate.sections_of(settings))
+    run_study(settings)
 
 
 def raw_results(output: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from megatron_retro.artifacts.manifest import write_manifest
 from megatron_retro.cli import main as entry
-from megatron_retro.cli.verbs import VERBS
+from megatron_retro.cli.verbs import VERBS, Verb
 from megatron_retro.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_USER, Requeue
 from megatron_retro.testing.corpora import write_reference_token_file
 
@@ -30,6 +31,14 @@ def test_help_of_every_verb_needs_no_torch(verb: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"megatron-retro {verb}" in done.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
+def test_every_verb_names_a_function_that_takes_what_it_is_given(verb: Verb) -> None:
+    module, function = verb.program.split(":")
+    tree = ast.parse((ROOT / "megatron_retro" / f"{module.replace('.', '/')}.py").read_text())
+    (found,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    assert len(found.args.args) == bool(verb.sections) + bool(verb.positional)
 
 
 def test_help_is_fast() -> None:

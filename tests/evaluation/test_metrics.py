@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_retro.config.evaluation import QUESTION_SETS
 from megatron_retro.evaluation.answer_metrics import exact_match, normalize_answer, overlap_f1, token_f1
 from megatron_retro.evaluation.examples import Example
 from megatron_retro.evaluation.rouge_metrics import rouge_values
-from megatron_retro.evaluation.tasks import Scoring, abstains, average, find_task
+from megatron_retro.evaluation.tasks import TASKS, Scoring, abstains, average, find_task
 
 words = st.sampled_from(["the", "a", "An", "cat", "Cat's", "dog", "U.S.", "1,000", "is", "été", "—", "", "theatre"])
 answers = st.lists(words, max_size=6).map(" ".join) | st.text(max_size=20)
@@ -95,3 +96,7 @@ def test_rouge() -> None:
         product = found["rouge1"] * found["rouge2"] * found["rougeL"]
         assert found["rouge_geometric_mean"] ** 3 == pytest.approx(product)
     assert rouge_values(said, [gold], stemming=True)["rouge1"] > rouge_values(said, [gold], stemming=False)["rouge1"]
+
+
+def test_every_set_that_the_command_line_names_is_there() -> None:
+    assert tuple(task.name for task in TASKS) == QUESTION_SETS

@@ -13,20 +13,13 @@ import pytest
 
 from megatron_retro.ablation.directories import cell_settings
 from megatron_retro.ablation.program import build_study
-from megatron_retro.cli import ablate, evaluate, finetune, pretrain, retrofit
 from megatron_retro.config.command_line import parse_settings
 from megatron_retro.config.evaluation import AblationConfig
 from megatron_retro.config.model import RetroConfig
-from megatron_retro.config.sections import ALL_SECTIONS
+from megatron_retro.config.sections import ALL_SECTIONS, STUDY_SECTIONS, TRAINING_SECTIONS
 from megatron_retro.config.training import PeftConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SECTIONS = {
-    "pretrain": pretrain.SECTIONS,
-    "retrofit": retrofit.SECTIONS,
-    "finetune": finetune.SECTIONS,
-    "perplexity": evaluate.SECTIONS,
-}
 STUDIES = {
     "ablate_database_size": ("retrofit", 4, {"database_keep_fraction"}),
     "ablate_cross_attention": ("retrofit", 2, {"retro_attention_gate"}),
@@ -78,7 +71,7 @@ STUDIES = {
 
 def quickstart_chunk_length() -> int:
     words = ["--config", str(EXAMPLES / "quickstart.toml")]
-    settings, _ = parse_settings("x", retrofit.SECTIONS, words, all_sections=ALL_SECTIONS)
+    settings, _ = parse_settings("x", TRAINING_SECTIONS, words, all_sections=ALL_SECTIONS)
     return settings[RetroConfig].retro_chunk_length
 
 
@@ -86,9 +79,9 @@ def quickstart_chunk_length() -> int:
 def test_example(name: str) -> None:
     verb, configurations, fields = STUDIES[name]
     words = ["--config", str(EXAMPLES / f"{name}.toml")]
-    settings, _ = parse_settings("x", ablate.SECTIONS, words, all_sections=ALL_SECTIONS)
+    settings, _ = parse_settings("x", STUDY_SECTIONS, words, all_sections=ALL_SECTIONS)
     assert settings[AblationConfig].study_verb == verb
-    study, _ = build_study(settings, SECTIONS[verb])
+    study, _ = build_study(settings)
     assert len({cell.configuration for cell in study.cells}) == configurations
     seeds = {"": set(), "1": {"seed"}}[min(cell.seed for cell in study.cells)]
     assert {cell.seed for cell in study.cells} in ({"1", "2", "3"}, {"1", "2"}, {""})

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_retro.config.data import InstructionConfig
+from megatron_retro.config.sections import FINETUNING_SECTIONS
 from megatron_retro.config.settings import Settings, build_settings
-from megatron_retro.config.training import LORA_TARGETS, PARTS, PeftConfig
+from megatron_retro.config.training import LORA_TARGETS, PARTS
 from megatron_retro.errors import ArtifactError, ConfigError, Requeue
 from megatron_retro.peft.attach import is_added
 from megatron_retro.testing.run_results import differences, losses, stored_tensors
-from megatron_retro.testing.tiny_corpus import SECTIONS, TinyCorpus
+from megatron_retro.testing.tiny_corpus import TinyCorpus
 from megatron_retro.training.program import finetune, pretrain
 
 WORDS = ("ab", "cd", "ef", "gh", "ij", "kl", "mn", "op")
@@ -74,7 +74,7 @@ def settings(base: Path, conversations: Path, run: Path, **more: Any) -> Setting
         **more,
     }
     origins = dict.fromkeys(values, "flag")
-    return build_settings((*SECTIONS, InstructionConfig, PeftConfig), values, origins)
+    return build_settings(FINETUNING_SECTIONS, values, origins)
 
 
 @pytest.mark.parametrize("method", METHODS)

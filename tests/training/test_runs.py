@@ -28,7 +28,7 @@ from megatron_retro.testing.processes import run_ranks
 from megatron_retro.testing.run_results import differences, losses, stored_tensors
 from megatron_retro.testing.tiny_corpus import TinyCorpus
 from megatron_retro.training import program
-from megatron_retro.training.program import pretrain
+from megatron_retro.training.program import pretrain, retrofit
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 KINDS: dict[str, dict[str, Any]] = {
@@ -146,7 +146,7 @@ def test_retrofit_starts_as_the_gpt_and_freezes_what_it_says(
     short_run(corpus, tmp_path / "gpt", retro=False, train_iters=8)
     more = {"save": str(tmp_path / "retro"), "load": str(tmp_path / "gpt"), "train_iters": 3, "eval_iters": 0}
     settings = corpus.settings(freeze_decoder=True, retro_zero_init_output=True, **more)
-    pretrain(settings, retrofit=True)
+    retrofit(settings)
     told = capfd.readouterr().err
     assert "layers.{0-1}.cross_attention.query.weight" in told and "fresh       yes" in told
     gpt, retro = stored_tensors(tmp_path / "gpt"), stored_tensors(tmp_path / "retro")
@@ -181,9 +181,9 @@ def expand(name: str) -> list[str]:
 
 def test_retrofit_refuses_what_cannot_be(corpus: TinyCorpus, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="retrofit starts from a model"):
-        pretrain(corpus.settings(), retrofit=True)
+        retrofit(corpus.settings())
     with pytest.raises(ArtifactError, match="no complete checkpoint"):
-        pretrain(corpus.settings(load=str(tmp_path)), retrofit=True)
+        retrofit(corpus.settings(load=str(tmp_path)))
     with pytest.raises(ConfigError, match="the data has no neighbours"):
         pretrain(corpus.settings(retro=False, retro_add_retriever=True))
 

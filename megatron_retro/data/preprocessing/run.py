@@ -19,7 +19,9 @@ import numpy as np
 from megatron_retro.artifacts.claims import BlockClaims
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.artifacts.manifest import load_manifest, manifest_path
-from megatron_retro.config.data import InputConfig, PreprocessConfig, TokenizerConfig
+from megatron_retro.config.data import InputConfig, PreprocessConfig, TokenizerConfig, WorkersConfig
+from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings
+from megatron_retro.config.training import ObservabilityConfig
 from megatron_retro.data.preprocessing.assembly import Output, assemble, is_finished
 from megatron_retro.data.preprocessing.blocks import BlockCounts, BlockMaker, read_counts
 from megatron_retro.data.preprocessing.encoding import build_encoder
@@ -32,7 +34,7 @@ from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.runtime.console import Progress, readable_bytes, say, warn
 from megatron_retro.runtime.strict_json import json_text
-from megatron_retro.runtime.workers import Worker
+from megatron_retro.runtime.workers import Worker, this_worker
 
 CLAIM_SECONDS = 4.0
 _FINISH = "finish"
@@ -96,21 +98,21 @@ class Summary:
     blank: int
 
 
-def preprocess(
-    inputs: InputConfig,
-    config: PreprocessConfig,
-    tokenizer_config: TokenizerConfig,
-    worker: Worker,
-    *,
-    log_interval: int | None = None,
-) -> None:
-    """Make the token files that the settings name."""
+def preprocess(settings: Settings) -> None:
+    """Make the token files that the settings name, from text or by joining others."""
+    inputs, config = settings[InputConfig], settings[PreprocessConfig]
+    if config.merge_token_files is not None:
+        join_token_files(inputs, config)
+        return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    run = plan_run(inputs, config, tokenizer_config, worker)
+    worker = this_worker(settings[WorkersConfig].shard)
+    run = plan_run(inputs, config, settings[TokenizerConfig], worker)
     if is_finished(run.plan, run.output) and (config.resume or worker.count > 1):
         shutil.rmtree(run.directory, ignore_errors=True)  # a kill may have come between the last file and this
         say(f"{run.output.prefix}: finished before, nothing to do")
         return
+    asked_to_log = settings.origin("log_interval") != DEFAULT_ORIGIN
+    log_interval = settings[ObservabilityConfig].log_interval if asked_to_log else None
     _enter(run, resume=config.resume)
     try:
         _make_blocks(run, config.workers or len(os.sched_getaffinity(0)), log_interval)

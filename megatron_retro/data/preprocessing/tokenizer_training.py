@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.config.data import InputConfig, TrainTokenizerConfig
+from megatron_retro.config.settings import Settings
 from megatron_retro.data.preprocessing.plan import Plan, Reading, find_inputs
 from megatron_retro.data.preprocessing.records import Refused, read_segment, texts_of
 from megatron_retro.errors import ArtifactError, ConfigError, DataError
@@ -20,8 +21,9 @@ from megatron_retro.runtime.console import readable_bytes, say
 _LONGEST_SENTENCE = 4000
 
 
-def train_tokenizer(inputs: InputConfig, config: TrainTokenizerConfig) -> None:
+def train_tokenizer(settings: Settings) -> None:
     """Write `PREFIX.model` and `PREFIX.vocab`."""
+    inputs, config = settings[InputConfig], settings[TrainTokenizerConfig]
     if inputs.input is None or config.tokenizer_output is None:
         raise ConfigError("--input and --tokenizer-output are needed")
     reading = Reading(inputs.json_keys, inputs.text_documents, inputs.max_document_bytes, inputs.on_error)

@@ -27,7 +27,7 @@ from megatron_retro.runtime.signals import StopRequests
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-def serve(generator: TextGenerator, checkpoint: Path, config: ServeConfig, chat: ChatConfig) -> None:
+def serve_generator(generator: TextGenerator, checkpoint: Path, config: ServeConfig, chat: ChatConfig) -> None:
     """Answer requests until a signal comes."""
     return_freed_blocks()
     api_key = read_api_key(config)

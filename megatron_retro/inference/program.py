@@ -1,56 +1,49 @@
-"""`megatron-retro generate`: text from a checkpoint, with the neighbours that each chunk read."""
+"""`generate` and `serve` from settings to text: prompts in; texts, and the neighbours that each chunk read, out."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from megatron_retro.config.command_line import Positional, Reads
-from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.artifacts.files import make_folder, write_file
 from megatron_retro.config.inference import (
-    READ_BY_A_GENERATOR,
     ChatConfig,
-    EngineConfig,
     GenerateConfig,
     LiveRetrievalConfig,
     SamplingConfig,
+    ServeConfig,
 )
-from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings
-from megatron_retro.config.training import CheckpointConfig
+from megatron_retro.data.instructions.conversations import Turn
 from megatron_retro.errors import ConfigError, DataError
+from megatron_retro.inference.conversation_form import ConversationForm, conversation_form
+from megatron_retro.inference.generation import Generation
+from megatron_retro.inference.replicas import Replica, ask_model
+from megatron_retro.inference.sampling import Sampling
+from megatron_retro.inference.text_generator import TextGenerator
+from megatron_retro.runtime.environment import require
 from megatron_retro.runtime.strict_json import json_text
 
-if TYPE_CHECKING:
-    from megatron_retro.inference.conversation_form import ConversationForm
-    from megatron_retro.inference.generation import Generation
-    from megatron_retro.inference.text_generator import TextGenerator
-
-DESCRIPTION = "Generate text from a checkpoint (--load), with live retrieval from an index (--retro-index)."
-SECTIONS: tuple[type, ...] = (
-    GenerateConfig,
-    ChatConfig,
-    SamplingConfig,
-    LiveRetrievalConfig,
-    EngineConfig,
-    CheckpointConfig,
-    TokenizerConfig,
-    ParallelConfig,
-)
-POSITIONAL: Positional | None = None
-READS: Reads = READ_BY_A_GENERATOR
 _SHOWN_CHARACTERS = 200
 _PROMPTS = '{"prompt": TEXT} or {"question": TEXT}'
 
 
-def run(settings: Settings, positional: Sequence[str]) -> None:
-    """Generate, print, write."""
-    from megatron_retro.artifacts.files import make_folder
-    from megatron_retro.cli.generation_ranks import Replica, ask_model
+def serve(settings: Settings) -> None:
+    """Answer HTTP requests until a signal comes."""
+    require("fastapi", "serving")
+    from megatron_retro.inference.serving.program import serve_generator
 
+    def answer(replica: Replica) -> None:
+        serve_generator(replica.generator, replica.path, settings[ServeConfig], settings[ChatConfig])
+
+    ask_model(settings, answer, live=settings[LiveRetrievalConfig])
+
+
+def generate(settings: Settings) -> None:
+    """Generate, print, write."""
     prompts, output = _prompts(settings[GenerateConfig]), settings[GenerateConfig].output
     if output is not None:
         make_folder(Path(output).parent)  # before the work, which a path that cannot be written would lose
@@ -93,8 +86,6 @@ def _prompts(config: GenerateConfig) -> list[str]:
 
 def _form(checkpoint: Path, settings: Settings) -> ConversationForm | None:
     """How prompts become turns of a conversation; None without --chat."""
-    from megatron_retro.inference.conversation_form import conversation_form
-
     chat = settings[GenerateConfig].chat
     return conversation_form(checkpoint, settings[ChatConfig].chat_template) if chat else None
 
@@ -103,8 +94,6 @@ def _written(
     prompts: Sequence[str], passages: Sequence[str], form: ConversationForm | None
 ) -> tuple[list[str], Sequence[str]]:
     """What the model goes on from, and the passages that its encoder reads."""
-    from megatron_retro.data.instructions.conversations import Turn
-
     if form is None:
         return list(prompts), passages
     written = [form.write([Turn("user", prompt)], passages) for prompt in prompts]
@@ -114,8 +103,6 @@ def _written(
 def _generate(
     generator: TextGenerator, asked: Sequence[str], settings: Settings, form: ConversationForm | None
 ) -> list[Generation]:
-    from megatron_retro.inference.sampling import Sampling
-
     sampling, config = settings[SamplingConfig], settings[GenerateConfig]
     prompts, passages = _written(asked, config.passages or (), form)
     streamed = config.stream and len(prompts) == 1
@@ -178,10 +165,6 @@ def _short(text: str) -> str:
 
 
 def _write(path: Path, prompts: Sequence[str], generations: Sequence[Generation], generator: TextGenerator) -> None:
-    from dataclasses import asdict
-
-    from megatron_retro.artifacts.files import write_file
-
     records = [
         {
             "prompt": prompt,

@@ -1,4 +1,4 @@
-"""`megatron-retro inspect PATH`: explain any artifact: what, made from what, by which settings, intact or where not."""
+"""`inspect`: explain any artifact: what, made from what, by which settings, intact or where not."""
 
 from __future__ import annotations
 
@@ -8,21 +8,18 @@ from pathlib import Path
 
 from megatron_retro.artifacts.files import TEMPORARY_MARK
 from megatron_retro.artifacts.manifest import MANIFEST_NAME, Manifest, damage, load_manifest, manifest_path
-from megatron_retro.config.command_line import Positional
-from megatron_retro.config.settings import Settings
+from megatron_retro.data.token_file import TokenFile
+from megatron_retro.data.token_writer import verify_token_file
 from megatron_retro.errors import ArtifactError
 from megatron_retro.runtime.console import readable_bytes
 
-DESCRIPTION = "Explain files and directories of ours: what, made from what, by which settings, intact or where not."
-SECTIONS: tuple[type, ...] = ()
-POSITIONAL: Positional | None = Positional("paths", "+", "artifact, prefix of a token file, or a folder of artifacts")
 _COLUMNS = 100
 
 
-def run(settings: Settings, positional: Sequence[str]) -> None:
+def inspect(paths: Sequence[str]) -> None:
     """Explain each path; fail if anything is damaged."""
     faults: list[str] = []
-    for path in (Path(word) for word in positional):
+    for path in map(Path, paths):
         if (prefix := _foreign_tokens(path)) is not None:
             faults += [f"{prefix}: {problem}" for problem in _explain_foreign_tokens(prefix)]
             continue
@@ -44,9 +41,6 @@ def _foreign_tokens(path: Path) -> Path | None:
 
 def _explain_foreign_tokens(prefix: Path) -> list[str]:
     """Print what can be said without a manifest; returns what is wrong."""
-    from megatron_retro.data.token_file import TokenFile
-    from megatron_retro.data.token_writer import verify_token_file
-
     problems = verify_token_file(prefix)
     print(f"{prefix}\n  what         tokens of another program: no manifest, so no checksums")
     if not problems:

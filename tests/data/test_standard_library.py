@@ -7,8 +7,7 @@ from pathlib import Path
 
 from megatron_retro.cli.main import main
 from megatron_retro.data.instructions.conversations import read_conversations
-from megatron_retro.data.library_questions import library_questions
-from megatron_retro.data.standard_library import Document
+from megatron_retro.data.standard_library import Document, library_questions
 
 SOURCE = '''
 class Box:

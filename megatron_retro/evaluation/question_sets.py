@@ -1,4 +1,4 @@
-"""The question and summary sets of `megatron-retro evaluate`: where a generator meets the suite."""
+"""The question and summary sets of `evaluate`: where a generator meets the suite."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.artifacts.manifest import file_record
-from megatron_retro.cli.generation_ranks import Replica, ask_model
 from megatron_retro.config.data import WorkersConfig
 from megatron_retro.config.evaluation import EvaluationConfig
 from megatron_retro.config.inference import EngineConfig
@@ -30,6 +29,7 @@ from megatron_retro.evaluation.examples import Example
 from megatron_retro.evaluation.prompts import STOP_STRINGS, Prompt, build_prompt
 from megatron_retro.evaluation.suite import ContextSource, Evaluation, results_table
 from megatron_retro.evaluation.tasks import Scoring, Task, find_task
+from megatron_retro.inference.replicas import Replica, ask_model
 from megatron_retro.inference.sampling import Sampling
 from megatron_retro.inference.text_generator import TextGenerator
 from megatron_retro.runtime.console import say

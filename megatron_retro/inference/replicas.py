@@ -7,21 +7,25 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from megatron_retro.assembly.loaded_model import load_model
+from megatron_retro.assembly.loaded_stage import load_stage
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings
 from megatron_retro.config.training import CheckpointConfig
 from megatron_retro.errors import ConfigError, Requeue
+from megatron_retro.inference.driver import DriverEngine, run_worker
+from megatron_retro.inference.engine import Engine
+from megatron_retro.inference.staged_forward import StagedForward
+from megatron_retro.inference.text_generator import TextGenerator, build_text_generator, index_for, limits_of
+from megatron_retro.parallel.mesh import ParallelMesh, build_mesh
+from megatron_retro.parallel.replica_channel import ReplicaChannel
 from megatron_retro.runtime.launch import Launch, find_launch
+from megatron_retro.runtime.process_group import choose_device, process_group
 from megatron_retro.runtime.signals import STOP_SIGNALS, StopRequests
 from megatron_retro.runtime.workers import Worker, this_replica
-
-if TYPE_CHECKING:
-    from megatron_retro.inference.text_generator import TextGenerator
-    from megatron_retro.parallel.mesh import ParallelMesh
 
 _USE_GPU = {"cpu": False, "cuda": True}
 
@@ -69,9 +73,6 @@ def ask_model(
     if parallel.model_parallel_size() == 1:
         work(_whole(settings, live, launch, worker))
         return
-    from megatron_retro.parallel.mesh import build_mesh
-    from megatron_retro.runtime.process_group import process_group
-
     minutes, use_gpu = parallel.distributed_timeout_minutes, _USE_GPU.get(settings[EngineConfig].device)
     with process_group(launch, timeout_minutes=minutes, use_gpu=use_gpu) as device:
         _as_a_part(settings, work, live, build_mesh(parallel, device), worker)
@@ -81,7 +82,7 @@ def _require_processes(launch: Launch, size: int, replicas: bool) -> None:
     count = launch.world_size
     if count % size if replicas else count != size:
         raise ConfigError(
-            "the processes are not those of one model" if not replicas else "the processes are no whole replicas",
+            "the number of processes does not fit the model",
             got=f"{count} process(es)",
             expected=f"{'a multiple of ' if replicas else ''}tensor x pipeline = {size}",
             fix="start that many (torchrun --nproc-per-node), or change the parallel sizes",
@@ -89,10 +90,6 @@ def _require_processes(launch: Launch, size: int, replicas: bool) -> None:
 
 
 def _whole(settings: Settings, live: LiveRetrievalConfig, launch: Launch, worker: Worker) -> Replica:
-    from megatron_retro.assembly.loaded_model import load_model
-    from megatron_retro.inference.text_generator import build_text_generator
-    from megatron_retro.runtime.process_group import choose_device
-
     engine = settings[EngineConfig]
     choose_device(launch, use_gpu=_USE_GPU.get(engine.device))  # "cuda" is this process's own GPU from here on
     path, tokenizer = checkpoint_path(settings), given_tokenizer(settings)
@@ -108,13 +105,6 @@ def _as_a_part(
     mesh: ParallelMesh,
     worker: Worker,
 ) -> None:
-    from megatron_retro.assembly.loaded_stage import load_stage
-    from megatron_retro.inference.driver import DriverEngine, run_worker
-    from megatron_retro.inference.engine import Engine
-    from megatron_retro.inference.staged_forward import StagedForward
-    from megatron_retro.inference.text_generator import TextGenerator, index_for, limits_of
-    from megatron_retro.parallel.replica_channel import ReplicaChannel
-
     path, limits = checkpoint_path(settings), limits_of(settings[EngineConfig])
     dtype, tokenizer = settings[EngineConfig].dtype, given_tokenizer(settings)
     loaded = load_stage(path, settings[ParallelConfig], mesh, dtype=dtype, tokenizer=tokenizer)

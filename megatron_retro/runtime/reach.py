@@ -1,28 +1,20 @@
-"""`megatron-retro reach`: do the processes of this job meet, over the network that training would use?"""
+"""`reach`: do the processes of this job meet, over the network that training would use?"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import torch
+import torch.distributed as dist
 
-from megatron_retro.config.command_line import Positional
-from megatron_retro.config.settings import Settings
+from megatron_retro.errors import DistributedError
+from megatron_retro.runtime.console import say
+from megatron_retro.runtime.launch import find_launch
+from megatron_retro.runtime.process_group import process_group
 
-DESCRIPTION = "Every process of the job meets the others and adds one number (NCCL on GPUs, gloo on CPUs); exit 0 or 2."
-SECTIONS: tuple[type, ...] = ()
-POSITIONAL: Positional | None = None
 _TIMEOUT_MINUTES = 2.0
 
 
-def run(settings: Settings, positional: Sequence[str]) -> None:
-    """Meet, add, compare."""
-    import torch
-    import torch.distributed as dist
-
-    from megatron_retro.errors import DistributedError
-    from megatron_retro.runtime.console import say
-    from megatron_retro.runtime.launch import find_launch
-    from megatron_retro.runtime.process_group import process_group
-
+def reach() -> None:
+    """Every process meets the others and adds one number; a wrong or missing sum is an error."""
     launch = find_launch()
     with process_group(launch, timeout_minutes=_TIMEOUT_MINUTES) as device:
         total = torch.ones(1, device=device)
