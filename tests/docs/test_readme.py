@@ -15,7 +15,8 @@ RUN_BY_CI = {"./examples/quickstart.sh", "./tests/run.sh"}
 
 def commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip()]
 
 
 def test_every_command_runs(tmp_path: Path) -> None:
