@@ -110,13 +110,16 @@ def widths_divide(settings: Settings, world_size: int) -> Iterator[Violation]:
 
 
 def encoder_divides(settings: Settings, world_size: int) -> Iterator[Violation]:
-    """The neighbour encoder is cut as the decoder is."""
-    if not settings.has(ParallelConfig, RetroConfig) or not settings[RetroConfig].retro_add_retriever:
+    """The neighbour encoder is cut as the decoder is, also where its sizes follow from others."""
+    if not settings.has(ParallelConfig, ModelConfig, RetroConfig) or not settings[RetroConfig].retro_add_retriever:
         return
-    retro, size = settings[RetroConfig], settings[ParallelConfig].tensor_model_parallel_size
-    for field in ("retro_encoder_num_attention_heads", "retro_encoder_ffn_hidden_size"):
-        number = getattr(retro, field)
-        if number is not None and number % size:
+    model, size = settings[ModelConfig], settings[ParallelConfig].tensor_model_parallel_size
+    encoder = settings[RetroConfig].encoder_model(model)
+    for field, number, decoders in (
+        ("retro_encoder_num_attention_heads", encoder.num_attention_heads, model.num_attention_heads),
+        ("retro_encoder_ffn_hidden_size", encoder.ffn_width(), model.ffn_width()),
+    ):
+        if number % size and number != decoders:  # the decoder's own numbers are tested by themselves
             yield _not_divisible(size, field, number)
 
 

@@ -29,6 +29,19 @@ WRONG: list[tuple[str, int, dict[str, Any], str]] = [
         {"tensor_model_parallel_size": 4, "retro_encoder_num_attention_heads": 2},
         "retro_encoder_num_attention_heads",
     ),
+    (  # its MLP is four times as wide: 132, which nobody wrote down
+        "encoder_divides",
+        8,
+        {
+            "tensor_model_parallel_size": 8,
+            "num_attention_heads": 8,
+            "vocab_size": 1024,
+            "retro_encoder_hidden_size": 33,
+            "retro_encoder_kv_channels": 8,
+            "retro_encoder_own_embedding": True,
+        },
+        "retro_encoder_ffn_hidden_size",
+    ),
     (
         "sequence_divides",
         4,
@@ -129,7 +142,7 @@ def test_each_rule_names_its_field_and_what_would_be_legal(
 
 def test_every_rule_of_parallelism_is_tested() -> None:
     tested = {rule for rule, *_ in WRONG}
-    own = {rule.__name__ for rule in RULES if rule.__module__ == "megatron_retro.config.checks"}
+    own = {rule.__name__ for rule in RULES if rule.__module__ == "megatron_retro.config.parallel"}
     assert own - tested == set()
 
 
