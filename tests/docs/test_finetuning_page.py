@@ -26,7 +26,8 @@ SMALL = {
 
 def commands() -> list[list[str]]:
     blocks = re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)
-    return [shlex.split(line) for block in blocks for line in block.splitlines() if line.strip()]
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if line.strip()]
 
 
 @pytest.fixture
