@@ -80,8 +80,8 @@ class LocalForward:
         batch_size, length = tokens_BS.shape
         context = model.prepare(batch_size, length, tokens_BS.device, neighbors=neighbors, cache=cache)
         hidden_BSH, _ = model.run_layers(model.embed(tokens_BS, context), None, context, cache)
-        if context.piece is not None:
-            cache.commit(context.piece)
+        if context.cache_slice is not None:
+            cache.commit(context.cache_slice)
         return hidden_BSH
 
 

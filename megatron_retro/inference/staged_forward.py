@@ -87,8 +87,8 @@ class StagedForward:
             self._send(hidden_BSH)
             if part.sends_neighbors and encoded is not None:
                 self._send(encoded)
-        if context.piece is not None:
-            cache.commit(context.piece)
+        if context.cache_slice is not None:
+            cache.commit(context.cache_slice)
         return hidden_BSH
 
     def _encoded_shape(self, context: SequenceContext) -> tuple[int, ...] | None:

@@ -1,11 +1,12 @@
-"""State between the pieces of a sequence that is fed little by little, as generation does.
+"""The cache of keys, values and neighbours, for sequences that are fed slice by slice, as generation does.
 
 Slots count from 0 in each row's own buffer, and the chunk grid runs over slots. A row may begin with padding slots
-(left padding: they stay, masked) and a piece may end with padding (right padding: its slots are written again), so rows
+(left padding: they stay, masked) and a slice may end with padding (right padding: its slots are written again), so rows
 of different lengths share a batch. Of the neighbours only the newest complete chunk's keys and values are kept: no
-later token sees an older one.
+later token sees an older one. The chunks whose neighbours a slice's tokens may see are its VISIBLE chunks: index 0 is
+the newest chunk that was complete before, the others are those that the slice completes.
 
-A row's chunk grid may be moved between pieces (`end_chunk_at`), so that a chunk ends, and neighbours are read anew, at
+A row's chunk grid may be moved between slices (`end_chunk_at`), so that a chunk ends, and neighbours are read anew, at
 any token: what is retrieved every few tokens is for the last m of them.
 """
 
@@ -21,12 +22,11 @@ from megatron_retro.errors import DataError
 
 
 @dataclass(frozen=True)
-class Piece:
+class CacheSlice:
     """What one forward adds: row b's tokens go to slots starts[b] .. starts[b] + width - 1, of which counts[b] stay.
 
-    The first `counts` tokens complete chunks: pair p is chunk `chunks[p]` of row `rows[p]`, at place `places[p]` among
-    the chunks that this piece's tokens may see (place 0 is the chunk that was complete before). Slot s of row b is at
-    s + offsets[b] of the row's chunk grid.
+    The first `counts` tokens complete chunks: the p-th completed one is of row `rows[p]` and has index
+    `chunk_indices[p]` among that row's visible chunks. Slot s of row b is at s + offsets[b] of the row's chunk grid.
     """
 
     starts: tuple[int, ...]
@@ -42,7 +42,7 @@ class Piece:
 
     @property
     def longest(self) -> int:
-        """Slots in use after this piece, padding included."""
+        """Slots in use after this slice, padding included."""
         return max(self.starts) + self.width
 
     @property
@@ -54,7 +54,7 @@ class Piece:
 
     @property
     def grid_starts(self) -> tuple[int, ...]:
-        """Where each row's piece starts on its chunk grid."""
+        """Where each row's slice starts on its chunk grid."""
         return tuple(start + offset for start, offset in zip(self.starts, self.offsets, strict=True))
 
     @property
@@ -63,9 +63,9 @@ class Piece:
         return [row for row, count in enumerate(self.completed) for _ in range(count)]
 
     @property
-    def places(self) -> list[int]:
-        """The place of each completed chunk, from 1."""
-        return [place for count in self.completed for place in range(1, count + 1)]
+    def chunk_indices(self) -> list[int]:
+        """The index of each completed chunk among the visible ones of its row, from 1."""
+        return [index for count in self.completed for index in range(1, count + 1)]
 
     @property
     def chunk_stops(self) -> list[int]:
@@ -74,7 +74,7 @@ class Piece:
         before = [
             start // length * length - offset for start, offset in zip(self.grid_starts, self.offsets, strict=True)
         ]
-        return [before[row] + place * length for row, place in zip(self.rows, self.places, strict=True)]
+        return [before[row] + index * length for row, index in zip(self.rows, self.chunk_indices, strict=True)]
 
     def chunk_slots_PM(self, device: torch.device) -> Tensor:
         """[P, m] the slots of each completed chunk."""
@@ -82,13 +82,13 @@ class Piece:
         return stops_P[:, None] + torch.arange(-self.chunk_length, 0, device=device)
 
     @property
-    def num_places(self) -> int:
-        """The chunk before the piece and the most that a row completes."""
+    def num_visible_chunks(self) -> int:
+        """The chunk before the slice and the most that a row completes."""
         return 1 + max(self.completed)
 
     @property
     def first_positions(self) -> tuple[int, ...]:
-        """Each row's first grid position, counted from the chunk at place 0."""
+        """Each row's first grid position, counted from the first visible chunk."""
         return tuple(start % self.chunk_length + self.chunk_length for start in self.grid_starts)
 
     def slots_BS(self, device: torch.device) -> Tensor:
@@ -104,40 +104,40 @@ class LayerCache:
         self._buffers: dict[str, Tensor] = {}
         self._current: dict[str, Tensor] = {}
 
-    def append(self, name: str, tensor_BSX: Tensor, piece: Piece) -> Tensor:
-        """Put a piece into its slots; gives all slots in use."""
+    def append(self, name: str, tensor_BSX: Tensor, cache_slice: CacheSlice) -> Tensor:
+        """Put a slice's tensors into its slots; gives all slots in use."""
         if name not in self._buffers:
             shape = (tensor_BSX.shape[0], self._capacity, *tensor_BSX.shape[2:])
             self._buffers[name] = tensor_BSX.new_zeros(shape)
         buffer = self._buffers[name]
-        if piece.uniform:
-            buffer[:, piece.starts[0] : piece.longest] = tensor_BSX
+        if cache_slice.uniform:
+            buffer[:, cache_slice.starts[0] : cache_slice.longest] = tensor_BSX
         else:
             rows = torch.arange(buffer.shape[0], device=buffer.device)[:, None]
-            buffer[rows, piece.slots_BS(buffer.device)] = tensor_BSX
-        return buffer[:, : piece.longest]
+            buffer[rows, cache_slice.slots_BS(buffer.device)] = tensor_BSX
+        return buffer[:, : cache_slice.longest]
 
-    def chunks(self, name: str, piece: Piece) -> Tensor:
-        """[P, m, ...] the slots of the chunks that this piece completes."""
+    def chunks(self, name: str, cache_slice: CacheSlice) -> Tensor:
+        """[P, m, ...] the slots of the chunks that this slice completes."""
         buffer = self._buffers[name]
-        rows_P1 = torch.tensor(piece.rows, dtype=torch.long, device=buffer.device)[:, None]
-        return buffer[rows_P1, piece.chunk_slots_PM(buffer.device)]
+        rows_P1 = torch.tensor(cache_slice.rows, dtype=torch.long, device=buffer.device)[:, None]
+        return buffer[rows_P1, cache_slice.chunk_slots_PM(buffer.device)]
 
-    def over_places(self, name: str, new_PX: Tensor | None, piece: Piece) -> Tensor | None:
-        """[B, places, ...]: what was current, then what is new; the newest of each row becomes current."""
+    def over_visible_chunks(self, name: str, new_PX: Tensor | None, cache_slice: CacheSlice) -> Tensor | None:
+        """[B, visible chunks, ...]: what was current, then what is new; the newest of each row becomes current."""
         current = self._current.get(name)
         if new_PX is None and current is None:
             return None
-        if new_PX is None and current is not None and not any(piece.completed):
+        if new_PX is None and current is not None and not any(cache_slice.completed):
             return current[:, None]
         sample = current if current is not None else new_PX
         assert sample is not None
-        span = sample.new_zeros(len(piece.starts), piece.num_places, *sample.shape[1:])
+        span = sample.new_zeros(len(cache_slice.starts), cache_slice.num_visible_chunks, *sample.shape[1:])
         if current is not None:
             span[:, 0] = current
         if new_PX is not None:
-            span[piece.rows, piece.places] = new_PX
-        self._current[name] = span[list(range(len(piece.starts))), list(piece.completed)]
+            span[cache_slice.rows, cache_slice.chunk_indices] = new_PX
+        self._current[name] = span[list(range(len(cache_slice.starts))), list(cache_slice.completed)]
         return span
 
     def select_rows(self, rows: Tensor) -> None:
@@ -189,31 +189,35 @@ class Cache:
         """The buffers of a layer."""
         return self._layers.setdefault(index, LayerCache(self.capacity))
 
-    def begin(self, width: int, padding_mask_BS: Tensor | None) -> Piece:
+    def begin(self, width: int, padding_mask_BS: Tensor | None) -> CacheSlice:
         """Where the next tokens go."""
         counts = [width] * len(self.lengths)
         if padding_mask_BS is not None:
             last_real = padding_mask_BS.long() * torch.arange(1, width + 1, device=padding_mask_BS.device)
             counts = last_real.amax(1).tolist()
-        piece = Piece(tuple(self.lengths), tuple(counts), width, self.chunk_length, tuple(self.offsets))
-        if piece.longest > self.capacity:
+        cache_slice = CacheSlice(tuple(self.lengths), tuple(counts), width, self.chunk_length, tuple(self.offsets))
+        if cache_slice.longest > self.capacity:
             raise DataError(
-                "the sequence is longer than its cache", got=piece.longest, expected=f"at most {self.capacity} tokens"
+                "the sequence is longer than its cache",
+                got=cache_slice.longest,
+                expected=f"at most {self.capacity} tokens",
             )
-        return piece
+        return cache_slice
 
-    def record_padding(self, padding_mask_BS: Tensor | None, piece: Piece, device: torch.device) -> Tensor | None:
+    def record_padding(
+        self, padding_mask_BS: Tensor | None, cache_slice: CacheSlice, device: torch.device
+    ) -> Tensor | None:
         """[B, T] which slots in use hold real tokens; None when all do."""
         if padding_mask_BS is None and self._real_BT is None:
             return None
         if self._real_BT is None:
             self._real_BT = torch.ones(len(self.lengths), self.capacity, dtype=torch.bool, device=device)
         rows = torch.arange(len(self.lengths), device=device)[:, None]
-        self._real_BT[rows, piece.slots_BS(device)] = True if padding_mask_BS is None else padding_mask_BS
-        return self._real_BT[:, : piece.longest]
+        self._real_BT[rows, cache_slice.slots_BS(device)] = True if padding_mask_BS is None else padding_mask_BS
+        return self._real_BT[:, : cache_slice.longest]
 
     def require_neighbor_shape(self, shape: tuple[int, ...]) -> None:
-        """Every piece has neighbours of one number and length."""
+        """Every slice has neighbours of one number and length."""
         if self.neighbor_shape not in (None, shape):
             raise DataError(
                 "neighbours changed their number or length within a sequence",
@@ -223,9 +227,9 @@ class Cache:
             )
         self.neighbor_shape = shape
 
-    def commit(self, piece: Piece) -> None:
-        """The piece has passed all layers: its slots are taken."""
-        self.lengths = [start + count for start, count in zip(piece.starts, piece.counts, strict=True)]
+    def commit(self, cache_slice: CacheSlice) -> None:
+        """The slice has passed all layers: its slots are taken."""
+        self.lengths = [start + count for start, count in zip(cache_slice.starts, cache_slice.counts, strict=True)]
 
     def end_chunk_at(self, row: int, slot: int) -> None:
         """Move a row's grid so that a chunk ends with this slot, not fed yet; the m slots up to it must be its own."""

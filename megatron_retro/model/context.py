@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_retro.config.model import ModelConfig
-from megatron_retro.model.cache import Piece
+from megatron_retro.model.cache import CacheSlice
 from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.ops.attention import AttentionPattern
 from megatron_retro.ops.rotary import RotaryFrequencies, RotaryTable, rotary_table
@@ -47,16 +47,16 @@ class SequenceContext:
     rotary: RotaryTable | None
     position_ids_BS: Tensor
     retrieval: NeighborContext | None
-    piece: Piece | None
+    cache_slice: CacheSlice | None
 
 
 def decoder_frequencies(config: ModelConfig) -> RotaryFrequencies | None:
-    """How the decoder's heads turn; None when they do not."""
+    """The rotary frequencies of the decoder's heads; None with other positions."""
     return rotary_frequencies(config) if config.position_embedding_type == "rope" else None
 
 
 def rotary_frequencies(config: ModelConfig) -> RotaryFrequencies | None:
-    """The configured frequencies of a head; None when no dimension turns."""
+    """The configured frequencies of a head; None when no dimension is rotated."""
     rotated = int(config.head_size() * config.rotary_percent) // 2 * 2
     if rotated == 0:
         return None

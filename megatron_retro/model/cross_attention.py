@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_retro.config.model import ModelConfig, RetroConfig
-from megatron_retro.model.cache import LayerCache, Piece
+from megatron_retro.model.cache import CacheSlice, LayerCache
 from megatron_retro.model.context import NeighborContext
 from megatron_retro.model.gates import AdaptiveGate, ScalarGate
 from megatron_retro.model.leaves import HeadsToHidden, Linear, RelativePositions
@@ -37,13 +37,13 @@ class CrossAttention(nn.Module):
     def _dropout(self) -> float:
         return self.attention_dropout if self.training else 0.0
 
-    def _turned(self, heads: Tensor, table: RotaryTable | None) -> Tensor:
+    def _rotated(self, heads: Tensor, table: RotaryTable | None) -> Tensor:
         return heads if table is None else apply_rotary(heads, table, interleaved=self.interleaved)
 
     def _keys_values(self, source: Tensor, table: RotaryTable | None) -> tuple[Tensor, Tensor]:
         """[X, T, G, D] twice, from [X, T, H]."""
         key, value = torch.split(self.key_value(source), self.head_size, -1)
-        return self._turned(key, table), value
+        return self._rotated(key, table), value
 
 
 class ChunkedCrossAttention(CrossAttention):
@@ -60,15 +60,15 @@ class ChunkedCrossAttention(CrossAttention):
         normed_BSH: Tensor,
         encoded_BCKRH: Tensor | None,
         retrieval: NeighborContext,
-        piece: Piece | None = None,
+        cache_slice: CacheSlice | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """[B, S, H]: what neighbours add, zero where there are none."""
         query_BSND = self.query(normed_BSH)
-        if piece is not None and cache is not None:
-            query_BSND = self._turned(query_BSND, retrieval.query_rotary)
+        if cache_slice is not None and cache is not None:
+            query_BSND = self._rotated(query_BSND, retrieval.query_rotary)
             key, value = self._chunk_keys_values(encoded_BCKRH, retrieval.key_rotary)
-            attended = self._attend_cached(query_BSND, key, value, normed_BSH, retrieval, piece, cache)
+            attended = self._attend_cached(query_BSND, key, value, normed_BSH, retrieval, cache_slice, cache)
         else:
             key, value = self._chunk_keys_values(encoded_BCKRH, None)
             assert key is not None and value is not None
@@ -143,21 +143,26 @@ class ChunkedCrossAttention(CrossAttention):
         value_PCEGD: Tensor | None,
         normed_BSH: Tensor,
         retrieval: NeighborContext,
-        piece: Piece,
+        cache_slice: CacheSlice,
         cache: LayerCache,
     ) -> Tensor:
-        """As `_attend`, over the chunk that was complete before and those that this piece completes."""
-        key = cache.over_places("neighbor_key", None if key_PCEGD is None else key_PCEGD[:, 0], piece)
-        value = cache.over_places("neighbor_value", None if value_PCEGD is None else value_PCEGD[:, 0], piece)
+        """As `_attend`, over the chunk that was complete before and those that this slice completes."""
+        key = cache.over_visible_chunks("neighbor_key", None if key_PCEGD is None else key_PCEGD[:, 0], cache_slice)
+        value = cache.over_visible_chunks(
+            "neighbor_value", None if value_PCEGD is None else value_PCEGD[:, 0], cache_slice
+        )
         if key is None or value is None or retrieval.mask_BCE is None:
             return torch.zeros_like(query_BSND)
-        attended = self._attend_rows(query_BSND, key, value, retrieval, retrieval.mask_BCE, piece)
+        attended = self._attend_rows(query_BSND, key, value, retrieval, retrieval.mask_BCE, cache_slice)
         if not isinstance(self.gate, AdaptiveGate):
             return self._gated(attended, normed_BSH, 0, 0)
-        ends = [stop - 1 - piece.starts[row] for row, stop in zip(piece.rows, piece.chunk_stops, strict=True)]
-        rates = cache.over_places("rate", self.gate(normed_BSH[piece.rows, ends]), piece)
+        ends = [
+            stop - 1 - cache_slice.starts[row]
+            for row, stop in zip(cache_slice.rows, cache_slice.chunk_stops, strict=True)
+        ]
+        rates = cache.over_visible_chunks("rate", self.gate(normed_BSH[cache_slice.rows, ends]), cache_slice)
         assert rates is not None
-        seen = seen_places(piece, query_BSND.device)
+        seen = visible_chunk_index(cache_slice, query_BSND.device)
         return attended * rates.gather(1, seen)[..., None, None].to(attended.dtype)
 
     def _attend_rows(
@@ -167,15 +172,15 @@ class ChunkedCrossAttention(CrossAttention):
         value_BCEGD: Tensor,
         retrieval: NeighborContext,
         mask_BCE: Tensor,
-        piece: Piece,
+        cache_slice: CacheSlice,
     ) -> Tensor:
         """Rows at the same place of their chunk go together; single tokens fetch their chunk; others row by row."""
-        first_positions = piece.first_positions
+        first_positions = cache_slice.first_positions
         if len(set(first_positions)) == 1:
             return self._attend(query_BSND, key_BCEGD, value_BCEGD, retrieval, mask_BCE, first_positions[0])
-        if piece.width == 1 and self.relative is None:
+        if cache_slice.width == 1 and self.relative is None:
             rows = torch.arange(query_BSND.shape[0], device=query_BSND.device)
-            seen = seen_places(piece, query_BSND.device)[:, 0]
+            seen = visible_chunk_index(cache_slice, query_BSND.device)[:, 0]
             one = [tensor[rows, seen][:, None] for tensor in (key_BCEGD, value_BCEGD, mask_BCE)]
             return self._attend(query_BSND, one[0], one[1], retrieval, one[2], self.chunk_length - 1)
         rows_of_queries = [
@@ -208,7 +213,7 @@ class ChunkCrossAttention(CrossAttention):
     ) -> Tensor:
         """[X, K, R, H] for X chunks; a chunk's keys and values serve all its neighbours."""
         num_neighbors, retrieved_length = normed_XKRH.shape[1:3]
-        query = self._turned(self.query(normed_XKRH.flatten(1, 2)), query_rotary)
+        query = self._rotated(self.query(normed_XKRH.flatten(1, 2)), query_rotary)
         key, value = self._keys_values(chunk_XMH, chunk_rotary)
         bias = None
         if self.relative is not None:
@@ -223,11 +228,12 @@ class ChunkCrossAttention(CrossAttention):
         return torch.unflatten(output, 1, (num_neighbors, retrieved_length))
 
 
-def seen_places(piece: Piece, device: torch.device) -> Tensor:
-    """[B, S] the place of the chunk that each token sees."""
-    positions = torch.tensor(piece.first_positions, device=device)[:, None] + torch.arange(piece.width, device=device)
-    places = torch.div(positions + 1, piece.chunk_length, rounding_mode="floor") - 1
-    return places.clamp(max=piece.num_places - 1)
+def visible_chunk_index(cache_slice: CacheSlice, device: torch.device) -> Tensor:
+    """[B, S] which of the visible chunks each token sees."""
+    first_B1 = torch.tensor(cache_slice.first_positions, device=device)[:, None]
+    positions_BS = first_B1 + torch.arange(cache_slice.width, device=device)
+    index = torch.div(positions_BS + 1, cache_slice.chunk_length, rounding_mode="floor") - 1
+    return index.clamp(max=cache_slice.num_visible_chunks - 1)
 
 
 def _build_gate(config: ModelConfig, retro: RetroConfig) -> AdaptiveGate | ScalarGate | None:

@@ -46,7 +46,7 @@ class DecoderLayer(nn.Module):
         layer_cache = None if cache is None else cache.layer(self.index)
         normed_BSH = self.input_norm(hidden_BSH)
         with self.input_norm.recomputed(normed_BSH, hidden_BSH):
-            attended = self.attention(normed_BSH, context.pattern, context.rotary, context.piece, layer_cache)
+            attended = self.attention(normed_BSH, context.pattern, context.rotary, context.cache_slice, layer_cache)
         added = self._dropped(attended)
         retrieval = context.retrieval
         if self.cross_attention is not None and self.cross_norm is not None and retrieval is not None:
@@ -54,7 +54,7 @@ class DecoderLayer(nn.Module):
             if read is not None:
                 encoded_neighbors = read(normed_BSH)
             if encoded_neighbors is not None or retrieval.mask_BCE is not None:
-                found = self.cross_attention(normed_BSH, encoded_neighbors, retrieval, context.piece, layer_cache)
+                found = self.cross_attention(normed_BSH, encoded_neighbors, retrieval, context.cache_slice, layer_cache)
                 hidden_BSH, added = summed_BSH, self._dropped(found)
         normed_BSH, hidden_BSH = self.mlp_norm(hidden_BSH, added)
         with self.mlp_norm.recomputed_from_sum(normed_BSH, hidden_BSH):

@@ -88,7 +88,7 @@ class Norm(nn.Module):
         return self._recomputed(normed, summed, lambda: self._of_sum(summed.detach()))
 
     def _recomputed(self, normed: Tensor, hidden: Tensor, compute: Callable[[], Any]) -> AbstractContextManager[Any]:
-        if normed.numel() != hidden.numel():  # entered a region of a cut: no longer what the norm gave
+        if normed.numel() != hidden.numel():  # gathered for a cut region: no longer what the norm gave
             return nullcontext()
         return recomputed(normed, compute)
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.errors import DataError
-from megatron_retro.model.cache import Cache, Piece
+from megatron_retro.model.cache import Cache, CacheSlice
 from megatron_retro.model.context import (
     NeighborContext,
     SequenceContext,
@@ -127,7 +127,7 @@ class Preparation:
             first_position,
         )
 
-    def piece_of_sequence(
+    def cached_sequence(
         self,
         batch_size: int,
         length: int,
@@ -147,51 +147,58 @@ class Preparation:
             raise DataError(
                 "the cache is for another batch", got=f"{batch_size} rows", expected=f"{len(cache.lengths)}"
             )
-        piece = cache.begin(length, padding_mask_BS)
-        real_BT = cache.record_padding(padding_mask_BS, piece, device)
-        slots_BS = piece.slots_BS(device)
+        cache_slice = cache.begin(length, padding_mask_BS)
+        real_BT = cache.record_padding(padding_mask_BS, cache_slice, device)
+        slots_BS = cache_slice.slots_BS(device)
         if position_ids_BS is None:
             position_ids_BS = (
                 slots_BS if real_BT is None else (real_BT.long().cumsum(1) - 1).clamp(min=0).gather(1, slots_BS)
             )
-        self._require_learned(position_ids_BS, piece.longest)
+        self._require_learned(position_ids_BS, cache_slice.longest)
         return SequenceContext(
-            self._piece_pattern(piece, real_BT, slots_BS),
+            self._cached_pattern(cache_slice, real_BT, slots_BS),
             None if self.frequencies is None else rotary_table(position_ids_BS, self.frequencies),
             position_ids_BS,
-            self._piece_retrieval(piece, real_BT, neighbors, cache, device) if self.reads else None,
-            piece,
+            self._cached_retrieval(cache_slice, real_BT, neighbors, cache, device) if self.reads else None,
+            cache_slice,
         )
 
-    def _piece_pattern(self, piece: Piece, real_BT: Tensor | None, slots_BS: Tensor) -> AttentionPattern:
-        """The last token of a uniform piece stands at the last slot: plain causal. Others are spelled out."""
+    def _cached_pattern(self, cache_slice: CacheSlice, real_BT: Tensor | None, slots_BS: Tensor) -> AttentionPattern:
+        """The last token of a uniform slice stands at the last slot: plain causal. Others are spelled out."""
         window = self.config.sliding_window
-        if piece.uniform:
+        if cache_slice.uniform:
             return AttentionPattern(True, window, None if real_BT is None else real_BT[:, None])
-        distance_BST = slots_BS[:, :, None] - torch.arange(piece.longest, device=slots_BS.device)
+        distance_BST = slots_BS[:, :, None] - torch.arange(cache_slice.longest, device=slots_BS.device)
         allowed_BST = distance_BST >= 0
         if window is not None:
             allowed_BST = allowed_BST & (distance_BST < window)
         return AttentionPattern(allowed_BST=allowed_BST if real_BT is None else allowed_BST & real_BT[:, None])
 
-    def _piece_retrieval(
-        self, piece: Piece, real_BT: Tensor | None, neighbors: Neighbors | None, cache: Cache, device: torch.device
+    def _cached_retrieval(
+        self,
+        cache_slice: CacheSlice,
+        real_BT: Tensor | None,
+        neighbors: Neighbors | None,
+        cache: Cache,
+        device: torch.device,
     ) -> NeighborContext:
-        """One row of neighbours for each chunk that this piece completes; where none are given, the mask says so."""
-        rows, places = piece.rows, piece.places
+        """One row of neighbours for each chunk that this slice completes; where none are given, the mask says so."""
+        rows, indices = cache_slice.rows, cache_slice.chunk_indices
         shape = cache.neighbor_shape
         fresh, fresh_mask_PE = None, None
         if neighbors is not None and neighbors.has_room and rows:
-            given = [place - 1 for place in places]
-            shape = tuple(neighbors.first_chunks(max(piece.completed)).tokens_BCKR.shape[2:])
+            given = [index - 1 for index in indices]
+            shape = tuple(neighbors.first_chunks(max(cache_slice.completed)).tokens_BCKR.shape[2:])
             cache.require_neighbor_shape(shape)
             fresh = Neighbors(neighbors.tokens_BCKR[rows, given][:, None], neighbors.mask_BCKR[rows, given][:, None])
             fresh_mask_PE = fresh.mask_BCKR[:, 0].flatten(1)
         chunk_mask_XM = None
         if real_BT is not None and fresh is not None:
             rows_P1 = torch.tensor(rows, device=device)[:, None]
-            chunk_mask_XM = real_BT[rows_P1, piece.chunk_slots_PM(device)]
-        mask_BCE = cache.neighbors.over_places("mask", fresh_mask_PE, piece)
-        starts = torch.tensor(piece.first_positions, device=device)[:, None] + torch.arange(piece.width, device=device)
+            chunk_mask_XM = real_BT[rows_P1, cache_slice.chunk_slots_PM(device)]
+        mask_BCE = cache.neighbors.over_visible_chunks("mask", fresh_mask_PE, cache_slice)
+        starts = torch.tensor(cache_slice.first_positions, device=device)[:, None] + torch.arange(
+            cache_slice.width, device=device
+        )
         positions_BS = (starts + 1) % self.chunk_length + self.chunk_length - 1
         return self._neighbor_context(fresh, shape or (1, 1), mask_BCE, chunk_mask_XM, positions_BS, 0)

@@ -3,7 +3,7 @@
     embed -> layers -> norm -> logits
 
 and in each retrieval layer, after self-attention, chunked cross-attention to the encoded neighbours; the first
-retrieval layer encodes them, in the light of its own (normed) state. What a pipeline stage runs are the same pieces:
+retrieval layer encodes them, in the light of its own (normed) state. What a pipeline stage runs are the same parts:
 `prepare`, `embed`, `run_layers`, `head`; a module that the stage does not have is None or missing from `layers`.
 """
 
@@ -63,7 +63,7 @@ class Retro(nn.Module):
         self.output = self.output if head else None
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
-        """Room for `batch_size` sequences of up to `max_length` tokens, fed in pieces."""
+        """Room for `batch_size` sequences of up to `max_length` tokens, fed slice by slice."""
         return Cache(batch_size, max_length, self.retro.retro_chunk_length)
 
     def forward(
@@ -94,8 +94,8 @@ class Retro(nn.Module):
         )
         hidden_BSH = self.embed(tokens_BS, context)
         hidden_BSH, _ = self.run_layers(hidden_BSH, None, context, cache)
-        if cache is not None and context.piece is not None:
-            cache.commit(context.piece)
+        if cache is not None and context.cache_slice is not None:
+            cache.commit(context.cache_slice)
         return self.head(hidden_BSH, labels_BS)
 
     def prepare(
@@ -115,7 +115,7 @@ class Retro(nn.Module):
             neighbors = neighbors.without_masks()
         sequence = (length, device, position_ids_BS, padding_mask_BS)
         if cache is not None:
-            return self.preparation.piece_of_sequence(batch_size, *sequence, neighbors, document_ids_BS, cache)
+            return self.preparation.cached_sequence(batch_size, *sequence, neighbors, document_ids_BS, cache)
         return self.preparation.whole_sequence(*sequence, neighbors, document_ids_BS)
 
     def embed(self, tokens_BS: Tensor, context: SequenceContext) -> Tensor:
@@ -151,12 +151,12 @@ class Retro(nn.Module):
         def read(normed_BSH: Tensor) -> Tensor | None:
             retrieval = context.retrieval
             assert retrieval is not None
-            if cache is not None and context.piece is not None:
-                cache.neighbors.append("decoder_state", normed_BSH, context.piece)
+            if cache is not None and context.cache_slice is not None:
+                cache.neighbors.append("decoder_state", normed_BSH, context.cache_slice)
             if retrieval.neighbors is None:
                 return None
-            if cache is not None and context.piece is not None:
-                chunks_BCMH = cache.neighbors.chunks("decoder_state", context.piece)[:, None]
+            if cache is not None and context.cache_slice is not None:
+                chunks_BCMH = cache.neighbors.chunks("decoder_state", context.cache_slice)[:, None]
             else:
                 chunks_BCMH = self.preparation.chunks(normed_BSH, retrieval.neighbors.num_chunks)
             return self.encode(retrieval.neighbors, chunks_BCMH, retrieval.chunk_mask_XM)

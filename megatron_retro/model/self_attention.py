@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_retro.config.model import ModelConfig
-from megatron_retro.model.cache import LayerCache, Piece
+from megatron_retro.model.cache import CacheSlice, LayerCache
 from megatron_retro.model.leaves import HeadsToHidden, Linear, Norm, RelativePositions
 from megatron_retro.ops.attention import AttentionPattern, attention
 from megatron_retro.ops.rotary import RotaryTable, apply_rotary
@@ -36,15 +36,15 @@ class SelfAttention(nn.Module):
         hidden_BSH: Tensor,
         pattern: AttentionPattern,
         rotary: RotaryTable | None,
-        piece: Piece | None = None,
+        cache_slice: CacheSlice | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """[B, S, H]. With a cache the keys are all that it holds, these included."""
         query, key, value = self._heads(hidden_BSH, rotary)
-        if cache is not None and piece is not None:
-            key, value = cache.append("key", key, piece), cache.append("value", value, piece)
+        if cache is not None and cache_slice is not None:
+            key, value = cache.append("key", key, cache_slice), cache.append("value", value, cache_slice)
         if self.relative is not None:
-            pattern = replace(pattern, bias_BNST=self._relative_scores(self.relative, query, key.shape[1], piece))
+            pattern = replace(pattern, bias_BNST=self._relative_scores(self.relative, query, key.shape[1], cache_slice))
         attended = attention(query, key, value, pattern, dropout=self.dropout if self.training else 0.0)
         output: Tensor = self.output(attended)
         return output
@@ -60,20 +60,24 @@ class SelfAttention(nn.Module):
                 apply_rotary(each, rotary, interleaved=self.interleaved, may_overwrite=True) for each in (query, key)
             )
             if value.requires_grad:
-                value = value.contiguous()  # else it would keep what queries and keys were turned from
+                value = value.contiguous()  # else it would keep what queries and keys were rotated from
         return query, key, value
 
     @staticmethod
-    def _relative_scores(relative: RelativePositions, query_BSND: Tensor, num_keys: int, piece: Piece | None) -> Tensor:
+    def _relative_scores(
+        relative: RelativePositions, query_BSND: Tensor, num_keys: int, cache_slice: CacheSlice | None
+    ) -> Tensor:
         """[B or 1, N, S, T]; rows of a cache may stand at different slots."""
         keys_T = torch.arange(num_keys, device=query_BSND.device)
-        if piece is None or piece.uniform:
+        if cache_slice is None or cache_slice.uniform:
             width = query_BSND.shape[1]
             scores: Tensor = relative(query_BSND, keys_T[num_keys - width :], keys_T, (1 - width, num_keys - 1))
             return scores
-        slots_BS = piece.slots_BS(query_BSND.device)
+        slots_BS = cache_slice.slots_BS(query_BSND.device)
         rows = [
-            relative(query_BSND[row : row + 1], slots_BS[row], keys_T, (start + 1 - num_keys, start + piece.width - 1))
-            for row, start in enumerate(piece.starts)
+            relative(
+                query_BSND[row : row + 1], slots_BS[row], keys_T, (start + 1 - num_keys, start + cache_slice.width - 1)
+            )
+            for row, start in enumerate(cache_slice.starts)
         ]
         return torch.cat(rows)

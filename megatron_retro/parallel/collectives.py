@@ -1,8 +1,9 @@
 """Collectives of the tensor axis that gradients pass through. The group is an argument; every rank of it must call.
 
-A tensor in the RESIDUAL form is the same on all tensor ranks, or under sequence parallelism cut along its sequence
-dimension (the last but one). Inside attention, cross-attention, MLP, encoder and output a tensor is ENTERED: whole, and
-its gradient is this rank's part of a sum. `enter` and `leave` cross that border, and each is the other's transpose.
+A tensor in the RESIDUAL form is the same on all tensor ranks, or under sequence parallelism sharded along its sequence
+dimension (the last but one). Inside attention, cross-attention, MLP, encoder and output a tensor is GATHERED: whole,
+and its gradient is this rank's part of a sum. `gather` and `reduce` cross that border, and each is the other's
+transpose.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class _Scatter(torch.autograd.Function):
 
 
 class _CountOnce(torch.autograd.Function):
-    """Entered -> residual for a tensor that is already the same on all ranks: its gradient counts on one of them."""
+    """Gathered -> residual for a tensor that is already the same on all ranks: its gradient counts on one of them."""
 
     @staticmethod
     def forward(context: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -123,20 +124,20 @@ class TensorAxis:
         """Ranks on the axis."""
         return dist.get_world_size(self.group)
 
-    def enter(self, residual: Tensor) -> Tensor:
-        """Residual -> entered (all-gather / reduce-scatter, or identity / all-reduce)."""
+    def gather(self, residual: Tensor) -> Tensor:
+        """Residual -> gathered (all-gather / reduce-scatter, or identity / all-reduce)."""
         return _applied(_Gather if self.sequence_parallel else _Copy, residual, self.group)
 
-    def leave(self, partial: Tensor) -> Tensor:
+    def reduce(self, partial: Tensor) -> Tensor:
         """Parts of a row-parallel product -> residual (reduce-scatter / all-gather, or all-reduce / identity)."""
         return _applied(_Scatter if self.sequence_parallel else _Reduce, partial, self.group)
 
-    def share(self, entered: Tensor) -> Tensor:
-        """An entered tensor, the same on all ranks -> residual, without communication."""
+    def split(self, gathered: Tensor) -> Tensor:
+        """A gathered tensor, the same on all ranks -> residual, without communication."""
         if not self.sequence_parallel:
-            return _applied(_CountOnce, entered, self.group)
-        length = entered.shape[SEQUENCE_DIM] // self.size
-        return entered.narrow(SEQUENCE_DIM, self.rank * length, length)
+            return _applied(_CountOnce, gathered, self.group)
+        length = gathered.shape[SEQUENCE_DIM] // self.size
+        return gathered.narrow(SEQUENCE_DIM, self.rank * length, length)
 
     def local_length(self, length: int) -> int:
         """How many positions of a sequence the residual form holds on a rank."""

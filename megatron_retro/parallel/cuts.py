@@ -1,4 +1,4 @@
-"""The table of cuts: how every parameter lies on the tensor ranks, and where the residual stream enters a sum.
+"""The table of cuts: how every parameter lies on the tensor ranks, and where the residual stream is gathered.
 
 One table serves the cut, the checkpoint and the export. A pattern is a parameter's path with `*` for one component. The
 styles:
@@ -85,7 +85,7 @@ CUTS: tuple[Cut, ...] = (
 
 @dataclass(frozen=True)
 class Region:
-    """A module whose first argument is entered and whose result is a sum; `closing` is the row-parallel leaf in it."""
+    """A module whose first argument is gathered and whose result is reduced; `closing` is its row-parallel leaf."""
 
     pattern: str
     closing: str

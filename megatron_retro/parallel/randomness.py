@@ -49,8 +49,8 @@ class Streams:
         if self._axis is not None and not self._axis.sequence_parallel:
             for number, path in enumerate(regions_of(modules)):
                 switch = _OwnHeads(2 * number + 1, self._axis.rank)
-                modules[path].register_forward_pre_hook(switch.enter)
-                modules[path].register_forward_hook(switch.leave)
+                modules[path].register_forward_pre_hook(switch.before)
+                modules[path].register_forward_hook(switch.after)
 
     def start(self, place: str) -> None:
         """Begin the stream of a place in the model, for the current microbatch."""
@@ -82,11 +82,11 @@ class _OwnHeads:
     def __init__(self, number: int, rank: int) -> None:
         self._number, self._rank = number, rank
 
-    def enter(self, module: nn.Module, arguments: Any) -> None:
+    def before(self, module: nn.Module, arguments: Any) -> None:
         if module.training:
             _begin(_layer(), self._number, self._rank)
 
-    def leave(self, module: nn.Module, arguments: Any, output: Any) -> None:
+    def after(self, module: nn.Module, arguments: Any, output: Any) -> None:
         if module.training:
             _begin(_layer(), self._number + 1, 0)
 

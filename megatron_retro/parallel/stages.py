@@ -77,10 +77,10 @@ class Stage(nn.Module):
         received = tuple(_boundary(tensor) for tensor in received)
         hidden = self.model.embed(tokens_BS, context) if self.part.first else received[0]
         passed = received[1] if len(received) > 1 else None
-        entered = passed
+        neighbors = passed
         if passed is not None and self.axis is not None and self.part.retrieves:
-            entered = self.axis.enter(passed)
-        hidden, encoded = self.model.run_layers(hidden, entered, context)
+            neighbors = self.axis.gather(passed)
+        hidden, encoded = self.model.run_layers(hidden, neighbors, context)
         if self.part.last:
             # a label below zero costs the loss no work
             labels_BS = labels_BS.where(loss_mask_BS > 0, -1) if self.training else labels_BS
@@ -90,7 +90,7 @@ class Stage(nn.Module):
             return _boundary(hidden)
         if passed is None:
             assert encoded is not None
-            passed = encoded if self.axis is None else self.axis.share(encoded)
+            passed = encoded if self.axis is None else self.axis.split(encoded)
         return _boundary(hidden), _boundary(passed)
 
     def _training_loss(self, loss_sum: Tensor) -> Tensor:

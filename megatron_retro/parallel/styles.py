@@ -1,6 +1,6 @@
 """Cuts a plain model over the tensor ranks, by the table of cuts. The model's code does not change.
 
-Parameters become DTensors (leaves compute on their local part); regions get hooks that enter and leave; embedding and
+Parameters become DTensors (leaves compute on their local part); regions get hooks that gather and reduce; embedding and
 output compute on their rows of the vocabulary. Parameters may be on the meta device.
 """
 
@@ -39,9 +39,9 @@ def cut_model(model: Retro, mesh: DeviceMesh, axis: TensorAxis, cuts: Sequence[C
     if model.output is not None:
         _compute_by(model.output, partial(_parallel_output, model.output, axis))
     if model.encoder is not None:
-        model.encoder.register_forward_hook(lambda module, arguments, encoded: axis.enter(encoded))
+        model.encoder.register_forward_hook(lambda module, arguments, encoded: axis.gather(encoded))
     for layer in model.layers.values():
-        layer.register_forward_pre_hook(partial(_enter_reader, axis), with_kwargs=True)
+        layer.register_forward_pre_hook(partial(_gather_for_reader, axis), with_kwargs=True)
 
 
 def placement_of(cut: Cut, num_dims: int) -> Placement:
@@ -95,17 +95,17 @@ def _compute_by(module: nn.Module, forward: Callable[..., Tensor]) -> None:
 
 
 def _open_region(module: nn.Module, region: Region, axis: TensorAxis) -> None:
-    """Enter the first argument; leave with the result, and add the closing bias once, after the sum."""
+    """Gather the first argument; reduce the result, and add the closing bias once, after the sum."""
     closing = module.get_submodule(region.closing)
     assert isinstance(closing, Linear)
     _compute_by(closing, partial(_product, closing))
-    module.register_forward_pre_hook(lambda _, arguments: (axis.enter(arguments[0]), *arguments[1:]))
+    module.register_forward_pre_hook(lambda _, arguments: (axis.gather(arguments[0]), *arguments[1:]))
 
-    def leave(_: nn.Module, arguments: Any, result: Tensor) -> Tensor:
-        residual = axis.leave(result)
+    def reduce(_: nn.Module, arguments: Any, result: Tensor) -> Tensor:
+        residual = axis.reduce(result)
         return residual if closing.bias is None else residual + local(closing.bias)
 
-    module.register_forward_hook(leave)
+    module.register_forward_hook(reduce)
 
 
 def _product(linear: Linear, hidden: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def _product(linear: Linear, hidden: Tensor) -> Tensor:
 def _cut_embedding(word: Embedding, axis: TensorAxis) -> None:
     def forward(ids: Tensor) -> Tensor:
         rows = local(word.weight)
-        return axis.leave(partial_embedding(ids, rows, axis.rank * rows.shape[0]))
+        return axis.reduce(partial_embedding(ids, rows, axis.rank * rows.shape[0]))
 
     _compute_by(word, forward)
 
@@ -143,19 +143,19 @@ def cut_prompt(model: Retro, axis: TensorAxis) -> None:
         prompt.own_part = own_part
 
 
-def _enter_reader(axis: TensorAxis, module: nn.Module, arguments: Any, keywords: Any) -> Any:
+def _gather_for_reader(axis: TensorAxis, module: nn.Module, arguments: Any, keywords: Any) -> Any:
     """The first retrieval layer hands its state to the encoder, which reads whole chunks."""
     read = arguments[3] if len(arguments) > 3 else keywords.get("read")
     if read is None:
         return None
 
-    def entered(normed: Tensor) -> Tensor | None:
-        encoded: Tensor | None = read(axis.enter(normed))
+    def gathering(normed: Tensor) -> Tensor | None:
+        encoded: Tensor | None = read(axis.gather(normed))
         return encoded
 
     if len(arguments) > 3:
-        return (*arguments[:3], entered, *arguments[4:]), keywords
-    return arguments, {**keywords, "read": entered}
+        return (*arguments[:3], gathering, *arguments[4:]), keywords
+    return arguments, {**keywords, "read": gathering}
 
 
 def _parallel_output(
@@ -166,7 +166,7 @@ def _parallel_output(
         raise ValueError("a tied output needs the embedding")
     rows = local(table)
     first_row = axis.rank * rows.shape[0]
-    entered = axis.enter(hidden)
+    gathered = axis.gather(hidden)
     if labels is None:
-        return gathered_logits(entered, rows, output.vocab_size, axis.group)
-    return parallel_losses(entered, true_rows(rows, first_row, output.vocab_size), labels, first_row, axis.group)
+        return gathered_logits(gathered, rows, output.vocab_size, axis.group)
+    return parallel_losses(gathered, true_rows(rows, first_row, output.vocab_size), labels, first_row, axis.group)

@@ -66,11 +66,11 @@ class LegacyRetro:
         mixed = hidden @ self.weights[f"{name}.query_key_value.weight"].T
         query, key, value = mixed.view(len(hidden), self.heads, -1).chunk(3, -1)
         if rotary:
-            query, key = self.turned(query), self.turned(key)
+            query, key = self.rotated(query), self.rotated(key)
         context = self.attend(query, key, value, causal=causal)
         return context @ self.weights[f"{name}.dense.weight"].T
 
-    def turned(self, heads: Tensor) -> Tensor:
+    def rotated(self, heads: Tensor) -> Tensor:
         """Rotary positions on the first part of each head."""
         size = int(heads.shape[-1] * self.rotary_percent)
         frequencies = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)

@@ -77,7 +77,7 @@ class SlowRetro:
         return self.weights.get(name, 0.0)
 
     def _rotated(self, vector: Array, position: int) -> Array:
-        """One head turned by its position."""
+        """One head rotated by its position."""
         size = len(vector)
         rotated = int(size * self.model.rotary_percent) // 2 * 2
         result = vector.copy()

@@ -23,7 +23,7 @@ from megatron_retro.testing.processes import RankFailure
 
 SEED = int(os.environ.get("LAYOUT_SEED", "0"))  # another part of another grid
 
-# no draw may leave this out: frozen layers, put-off weight gradients, recomputation and sharded parameters at once
+# no draw may leave this out: frozen layers, deferred weight gradients, recomputation and sharded parameters at once
 TRAP = Case(
     4,
     {
