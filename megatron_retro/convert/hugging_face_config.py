@@ -9,16 +9,9 @@ from typing import Any
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.toml_files import nearest
 from megatron_retro.convert.families import FAMILIES, GPT2, Family
+from megatron_retro.convert.harmless_settings import leaves_the_function
 from megatron_retro.errors import ConfigError
 
-# settings that name, seed, cache or time, and leave the function alone
-_NEUTRAL = {
-    "architectures", "model_type", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id",
-    "initializer_range", "use_cache", "transformers_version", "_name_or_path", "attention_dropout", "hidden_dropout",
-    "attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "task_specific_params", "output_attentions",
-    "output_hidden_states", "return_dict", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
-    "summary_type", "summary_use_proj", "unk_token_id", "name_or_path",
-}  # fmt: skip
 _ROPE_FIELDS = {
     "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
     "original_max_position_embeddings", "partial_rotary_factor",
@@ -57,7 +50,7 @@ class _Reader:
     def __init__(self, family: Family, config: Mapping[str, Any]) -> None:
         self.family, self.config = family, config
         self.problems: list[str] = []
-        self._asked: set[str] = set(_NEUTRAL)
+        self._asked: set[str] = set()
 
     def field(self, name: str, default: Any = None) -> Any:
         """A field, or what the family has where the file leaves it out."""
@@ -82,7 +75,8 @@ class _Reader:
             if self.field(name, only) != only:
                 self.problems.append(f"{name} = {self.config[name]!r}: only {only!r} is understood")
         for name in sorted(set(self.config) - self._asked):
-            self.problems.append(f"{name} = {self.config[name]!r} is not understood")
+            if not leaves_the_function(name, self.config[name]):
+                self.problems.append(f"{name} = {self.config[name]!r} is not understood")
         return ModelConfig(**values)
 
     def _number(self, name: str, value: Any, *, whole: bool = False) -> Any:

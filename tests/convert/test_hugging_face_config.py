@@ -8,6 +8,7 @@ import pytest
 
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.convert.hugging_face_config import hugging_face_from_model, model_from_hugging_face
+from megatron_retro.errors import ConfigError
 from megatron_retro.testing.tiny_models import tiny_model
 
 LLAMA_31_8B: dict[str, Any] = {
@@ -90,3 +91,46 @@ def test_out_and_in_is_the_same_function(changes: dict[str, Any]) -> None:
     again = model_from_hugging_face(config)
     told = {name for name in vars(ModelConfig()) if getattr(again, name) != getattr(model, name)}
     assert told <= {"make_vocab_size_divisible_by"}
+
+
+# keys of published files and of what people make of them
+HARMLESS: dict[str, Any] = {
+    "_name_or_path": "HuggingFaceTB/SmolLM2-135M",
+    "_attn_implementation_autoset": True,
+    "is_llama_config": True,
+    "rope_interleaved": False,
+    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+    "use_mrope": False,
+    "n_special": 0,
+    "auto_map": {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"},
+    "unsloth_version": "2024.9",
+    "id2label": {"0": "LABEL_0"},
+    "temperature": 0.7,
+    "quantization_config": None,
+    "num_experts": 0,
+    "pruned_heads": {},
+    "is_encoder_decoder": False,
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_leaves_the_function_alone_never_stops_an_import(name: str) -> None:
+    assert model_from_hugging_face({**LLAMA_31_8B, name: HARMLESS[name]}) == model_from_hugging_face(LLAMA_31_8B)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rope_interleaved", True),
+        ("use_mrope", True),
+        ("n_special", 4),
+        ("use_rope", False),
+        ("num_experts", 8),
+        ("residual_multiplier", 0.22),
+        ("no_rope_layers", [1, 1, 1, 0]),
+        ("quantization_config", {"bits": 4}),
+    ],
+)
+def test_what_changes_the_function_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} = .* is not understood"):
+        model_from_hugging_face({**LLAMA_31_8B, name: value})
