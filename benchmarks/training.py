@@ -60,8 +60,8 @@ def loop_overhead(room: Path, steps: int) -> list[Figure]:
     pretrain(settings)
     records = read_run_log(room / "run").steps[5:]
     work = ("forward_backward", "optimizer")
-    shares = [1 - sum(step["seconds"][name] for name in work) / sum(step["seconds"].values()) for step in records]
-    seconds = statistics.median(sum(step["seconds"].values()) for step in records)
+    shares = [1 - sum(record.seconds[name] for name in work) / record.step_seconds for record in records]
+    seconds = statistics.median(record.step_seconds for record in records)
     return [
         Figure("loop overhead of the tiny preset, share of a step", statistics.median(shares), "", 0.03, LOWER),
         Figure("step of the tiny preset", 1000 * seconds, "ms"),

@@ -18,6 +18,7 @@ from megatron_retro.ablation.directories import Outcome
 from megatron_retro.ablation.grid import SEED, Cell, Choice
 from megatron_retro.ablation.results import Result
 from megatron_retro.reporting.plots import Series, bars, line_plot
+from megatron_retro.runtime.run_records import EvaluationRecord
 from megatron_retro.runtime.statistics import Interval
 from megatron_retro.runtime.strict_json import json_text
 
@@ -103,7 +104,7 @@ def _bars(name: str, title: str, pairs: Sequence[Bar]) -> str:
     found = _configurations(name)
     compared = [_compared(found[one], found[other]) for _, one, other in pairs]
     labels, title = [label for label, _, _ in pairs], f"{title}, 95 % over documents"
-    bounds = [one.over_documents.as_list()[1:] for one in compared if isinstance(one.over_documents, Interval)]
+    bounds = [one.over_documents.to_json()[1:] for one in compared if isinstance(one.over_documents, Interval)]
     dots = [one.by_seed if len(one.by_seed) > 1 else () for one in compared]
     title += "; a dot per seed" if any(dots) else ""
     means = [one.mean for one in compared]
@@ -136,7 +137,11 @@ def _configurations(name: str) -> dict[str, Configuration]:
     for run in _runs(name):
         words = [word for word in run["name"].split(",") if not word.startswith(f"{SEED}=")]
         cell = Cell({SEED: Choice(str(run["changes"].get(SEED, "")), {})})
-        result = Result(cell, Outcome(0, run["outcome"]["seconds"], 0.0), evaluations=(run["evaluation"],))
+        result = Result(
+            cell,
+            Outcome(0, run["outcome"]["seconds"], 0.0),
+            evaluations=(EvaluationRecord.from_json(run["evaluation"]),),
+        )
         results.setdefault(",".join(words), []).append(result)
     return {words: Configuration((words,), tuple(found)) for words, found in results.items()}
 

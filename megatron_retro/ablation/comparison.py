@@ -155,7 +155,7 @@ def _over_documents(pairs: Sequence[tuple[Result, Result]]) -> Interval | str:
             return "no losses of single samples"
         if ours.texts != theirs.texts:
             return "other held-out samples"
-        tops.append(ours.losses - theirs.losses)
-        bottoms.append(ours.tokens)
+        tops.append(np.asarray(ours.losses, np.float64) - np.asarray(theirs.losses, np.float64))
+        bottoms.append(np.asarray(ours.tokens, np.float64))
         units.append(np.asarray(ours.documents, np.int64))
     return bootstrap_ratio(np.concatenate(tops), np.concatenate(bottoms), seed=0, units=np.concatenate(units))

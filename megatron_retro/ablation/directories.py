@@ -21,8 +21,6 @@ from megatron_retro.config.toml_files import toml_value
 from megatron_retro.errors import ArtifactError
 from megatron_retro.runtime.strict_json import json_text
 
-EVENTS = "events.jsonl"
-
 
 @dataclass(frozen=True)
 class Outcome:

@@ -15,7 +15,7 @@ from megatron_retro.reporting.html import facts, page, paragraph, preformatted, 
 from megatron_retro.reporting.plots import Series, bars, line_plot
 from megatron_retro.runtime.console import readable_seconds, render_table
 from megatron_retro.runtime.statistics import Interval
-from megatron_retro.runtime.strict_json import json_text, number_of
+from megatron_retro.runtime.strict_json import json_text
 
 RESULTS, PAGE = "study.json", "report.html"
 _CURVE_POINTS = 120
@@ -100,7 +100,8 @@ _READING = (
 def _cells(group: Configuration, against: Difference | None, is_baseline: bool) -> dict[str, str]:
     finished = group.finished
     loss = group.loss()
-    parameters = finished[0].facts.get("parameters") if finished else None
+    known = finished[0].facts if finished else None
+    parameters = None if known is None else known.parameters
     shortage, rate, operations = group.shortage(), group.gate_rate(), group.operations()
     seconds = [result.outcome.seconds for result in finished if result.outcome is not None]
     compared = against is not None and not is_baseline
@@ -227,8 +228,8 @@ def _curves(groups: Sequence[Configuration]) -> list[str]:
     for name, group in zip(_short_names(groups), groups, strict=True):
         evaluations = group.results[0].evaluations[-_CURVE_POINTS:]
         if len(evaluations) > 1:
-            steps = [float(event["step"]) for event in evaluations]
-            series.append(Series(name, steps, [number_of(event["loss"]) for event in evaluations]))
+            steps = [float(record.step) for record in evaluations]
+            series.append(Series(name, steps, [record.loss for record in evaluations]))
     title = "Held-out loss while training (first seed)"
     return [
         line_plot(series[first : first + _LINES], title=title, x_label="step", y_label="nats per token")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_retro.ablation.directories import (
-    EVENTS,
     CellDirectory,
     Outcome,
     cell_directory,
@@ -29,6 +28,7 @@ from megatron_retro.config.evaluation import PERPLEXITY
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import Requeue
 from megatron_retro.runtime.console import readable_seconds, say
+from megatron_retro.runtime.run_log import EVENTS
 from megatron_retro.runtime.signals import StopRequests
 from megatron_retro.runtime.workers import Worker
 

@@ -7,7 +7,7 @@ chunk's length. The curve is bits per byte over the chunks with r at most alpha,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,33 +16,12 @@ from numpy.typing import NDArray
 from megatron_retro.data.dataset import Dataset, Source
 from megatron_retro.data.tokenizers import Tokenizer
 from megatron_retro.evaluation.perplexity import Measured
+from megatron_retro.reporting.perplexity_page import LeakageCurve
 from megatron_retro.retrieval.native import longest_common_runs
-from megatron_retro.runtime.statistics import bootstrap_ratio
+from megatron_retro.runtime.statistics import Interval, bootstrap_ratio
 
 ALPHAS = tuple(number / 8 for number in range(1, 9))
 _BLOCK = 4096
-
-
-@dataclass(frozen=True)
-class LeakageCurve:
-    """Bits per byte over chunks that share at most `alpha` of their length, per variant of neighbours.
-
-    `excess` is what a variant costs more than real neighbours there, in bits per byte: mean, low, high over documents.
-    """
-
-    alphas: tuple[float, ...]
-    chunks: tuple[int, ...]
-    bits_per_byte: Mapping[str, tuple[float, ...]]
-    excess: Mapping[str, tuple[list[float], ...]]
-
-    def facts(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return {
-            "alphas": list(self.alphas),
-            "chunks": list(self.chunks),
-            "bits_per_byte": {name: list(values) for name, values in self.bits_per_byte.items()},
-            "excess": {name: list(values) for name, values in self.excess.items()},
-        }
 
 
 def shared_shares(source: Source, chunks: NDArray[np.int64], num_neighbors: int) -> NDArray[np.float64]:
@@ -96,11 +75,9 @@ def _bits(bits: NDArray[np.float64], size: NDArray[np.int64], below: Sequence[ND
 
 def _excess(
     bits: NDArray[np.float64], size: NDArray[np.int64], document: NDArray[np.int64], below: Sequence[NDArray[np.bool_]]
-) -> tuple[list[float], ...]:
+) -> tuple[Interval, ...]:
     """Chunks of one document are no independent observations: documents are drawn with replacement."""
-    return tuple(
-        bootstrap_ratio(bits[chosen], size[chosen], seed=0, units=document[chosen]).as_list() for chosen in below
-    )
+    return tuple(bootstrap_ratio(bits[chosen], size[chosen], seed=0, units=document[chosen]) for chosen in below)
 
 
 def _whole_chunks(measured: Measured, source: int, length: int) -> NDArray[np.int64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from megatron_retro.data.builders import build_dataset
 from megatron_retro.data.dataset import Dataset, short_rows
 from megatron_retro.data.neighbor_variants import VARIANTS
 from megatron_retro.errors import ConfigError, Requeue
-from megatron_retro.evaluation.leakage import LeakageCurve, leakage_curve, text_bytes
+from megatron_retro.evaluation.leakage import leakage_curve, text_bytes
 from megatron_retro.evaluation.perplexity import (
     Group,
     Measured,
@@ -39,20 +40,26 @@ from megatron_retro.evaluation.perplexity import (
 )
 from megatron_retro.evaluation.perplexity_parts import PerplexityParts
 from megatron_retro.peft.prompts import configured_virtual_tokens
-from megatron_retro.reporting.html import facts, page, section, table
-from megatron_retro.reporting.plots import Series, line_plot
+from megatron_retro.reporting.perplexity_page import (
+    PERPLEXITY_RESULT,
+    VARIANT_HEADER,
+    PerplexityResult,
+    VariantFigures,
+    perplexity_page,
+    variant_rows,
+)
 from megatron_retro.runtime.console import render_table, say
+from megatron_retro.runtime.run_records import HeldOutSamples
 from megatron_retro.runtime.signals import StopRequests
-from megatron_retro.runtime.statistics import Interval, bootstrap_ratio
+from megatron_retro.runtime.statistics import bootstrap_ratio
 from megatron_retro.runtime.strict_json import json_text
 
-RESULT = "perplexity.json"
 PAGE = "perplexity.html"
 _MOST_SAMPLES = 2000
 PARTS = "perplexity.parts"
 
 
-def run_perplexity(settings: Settings) -> dict[str, Any] | None:
+def run_perplexity(settings: Settings) -> PerplexityResult | None:
     """Measure this worker's share, print, write; the result, from the worker that finds all shares done."""
     load = settings[CheckpointConfig].load
     if load is None:
@@ -157,13 +164,12 @@ def _results(
     dataset: Dataset,
     found: Mapping[str, Measured],
     protocol: Mapping[str, Any],
-) -> dict[str, Any]:
-    result = {**summary(dataset, model, found), **protocol}
-    curve, count = None, settings[PerplexityConfig].leakage_neighbors
+) -> PerplexityResult:
+    result = replace(summary(dataset, model, found), **protocol)
+    count = settings[PerplexityConfig].leakage_neighbors
     if count and all(source.neighbors for source in dataset.sources):
-        curve = leakage_curve(dataset, found, model.tokenizer, count)
-        result["leakage"] = curve.facts()
-    _write(Path(settings[EvaluationConfig].eval_output), result, curve)
+        result = replace(result, leakage=leakage_curve(dataset, found, model.tokenizer, count))
+    _write(Path(settings[EvaluationConfig].eval_output), result)
     return result
 
 
@@ -186,7 +192,7 @@ def _half(dataset: Dataset) -> int:
     return max(1, samples.chunks_per_sample // 2) * samples.chunk_length
 
 
-def summary(dataset: Dataset, model: Loaded, measured: Mapping[str, Measured]) -> dict[str, Any]:
+def summary(dataset: Dataset, model: Loaded, measured: Mapping[str, Measured]) -> PerplexityResult:
     """Loss, perplexity and bits per byte per variant, with intervals over documents."""
     real = measured["real"]
     documents = window_documents(dataset, real)
@@ -194,23 +200,16 @@ def summary(dataset: Dataset, model: Loaded, measured: Mapping[str, Measured]) -
     counts = np.bincount(real.windows)
     variants = {}
     for name, one in measured.items():
-        sums = np.bincount(one.windows, weights=one.losses)
-        loss = bootstrap_ratio(sums, counts, seed=0, units=documents)
-        variants[name] = {
-            "loss": loss.as_list(),
-            "perplexity": float(np.exp(loss.mean)),
-            "bits_per_byte": float(one.losses.sum(dtype=np.float64) / math.log(2) / max(size, 1)),
-        }
-        if name != "real":
-            difference = np.bincount(one.windows, weights=one.losses.astype(np.float64) - real.losses)
-            variants[name]["excess"] = bootstrap_ratio(difference, counts, seed=0, units=documents).as_list()
-    return {
-        "tokens": len(real.losses),
-        "bytes": size,
-        "variants": variants,
-        "shortage": _shortage(dataset),
-        "samples": {**_window_sums(dataset, real), "documents": documents.tolist()},
-    }
+        loss = bootstrap_ratio(np.bincount(one.windows, weights=one.losses), counts, seed=0, units=documents)
+        difference = np.bincount(one.windows, weights=one.losses.astype(np.float64) - real.losses)
+        variants[name] = VariantFigures(
+            loss,
+            perplexity=float(np.exp(loss.mean)),
+            bits_per_byte=float(one.losses.sum(dtype=np.float64) / math.log(2) / max(size, 1)),
+            excess=None if name == "real" else bootstrap_ratio(difference, counts, seed=0, units=documents),
+        )
+    samples = _window_sums(dataset, real, documents)
+    return PerplexityResult(len(real.losses), size, variants, samples, _shortage(dataset))
 
 
 def _shortage(dataset: Dataset) -> float | None:
@@ -219,7 +218,7 @@ def _shortage(dataset: Dataset) -> float | None:
     return float(short / looked) if looked else None
 
 
-def _window_sums(dataset: Dataset, real: Measured) -> dict[str, list[float] | list[int]]:
+def _window_sums(dataset: Dataset, real: Measured, documents: NDArray[np.int64]) -> HeldOutSamples:
     """Loss, tokens and checksum of the text of each window, so that two measurements can be paired."""
     numbers, firsts, counts = np.unique(real.windows, return_index=True, return_counts=True)
     sums = np.bincount(real.windows, weights=real.losses)[numbers]
@@ -227,7 +226,7 @@ def _window_sums(dataset: Dataset, real: Measured) -> dict[str, list[float] | li
     for first, count in zip(firsts, counts, strict=True):
         stream = dataset.sources[real.sources[first]].samples.file.stream
         texts.append(label_checksum(stream[real.offsets[first : first + count]]))
-    return {"losses": [round(float(one), 4) for one in sums], "tokens": counts.tolist(), "texts": texts}
+    return HeldOutSamples([round(float(one), 4) for one in sums], counts.tolist(), texts, documents.tolist())
 
 
 def _scored_bytes(dataset: Dataset, model: Loaded, measured: Measured) -> int:
@@ -242,45 +241,9 @@ def _scored_bytes(dataset: Dataset, model: Loaded, measured: Measured) -> int:
     return size
 
 
-def _write(directory: Path, result: dict[str, Any], curve: LeakageCurve | None) -> None:
-    write_file(directory / RESULT, json_text(result, indent=1) + "\n")
-    write_file(directory / PAGE, render(result, curve))
-    header = ("neighbours", "loss", "perplexity", "bits per byte", "costs more than real")
-    say(render_table(header, _rows(result)))
-    say(f"{result['tokens']} tokens, {result['bytes']} bytes; written to {directory / RESULT} and {directory / PAGE}")
-
-
-def _rows(result: dict[str, Any]) -> list[tuple[object, ...]]:
-    rows: list[tuple[object, ...]] = []
-    for name, facts_of in result["variants"].items():
-        mean, low, high = facts_of.get("excess", (0.0, 0.0, 0.0))
-        excess = f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]" if "excess" in facts_of else ""
-        loss = f"{facts_of['loss'][0]:.4f}"
-        rows.append((name, loss, f"{facts_of['perplexity']:.3f}", f"{facts_of['bits_per_byte']:.4f}", excess))
-    return rows
-
-
-def render(result: dict[str, Any], curve: LeakageCurve | None) -> str:
-    """The page."""
-    shown = {name: result[name] for name in ("tokens", "bytes", "stride", "split")}
-    shown["windows"] = f"{result['windows']} of {result['windows_of']}"
-    parts = [
-        facts(shown),
-        section(
-            "Losses",
-            table(("neighbours", "loss", "perplexity", "bits per byte", "costs more than real"), _rows(result)),
-        ),
-    ]
-    if curve is not None:
-        series = [Series(name, curve.alphas, values) for name, values in curve.bits_per_byte.items()]
-        plot = line_plot(
-            series,
-            title="Bits per byte of chunks that share at most this much with their neighbours",
-            x_label="longest shared run / chunk length",
-            y_label="bits per byte",
-        )
-        costs = [[str(Interval(*one)) for one in values] for values in curve.excess.values()]
-        rows = list(zip(curve.alphas, curve.chunks, *costs, strict=True))
-        header = ("share at most", "chunks", *(f"{name} costs" for name in curve.excess))
-        parts.append(section("Leakage curve", plot, table(header, rows)))
-    return page("Perplexity", parts, summary=str(result["checkpoint"]))
+def _write(directory: Path, result: PerplexityResult) -> None:
+    write_file(directory / PERPLEXITY_RESULT, json_text(result.to_json(), indent=1) + "\n")
+    write_file(directory / PAGE, perplexity_page(result))
+    say(render_table(VARIANT_HEADER, variant_rows(result)))
+    written = f"written to {directory / PERPLEXITY_RESULT} and {directory / PAGE}"
+    say(f"{result.tokens} tokens, {result.bytes} bytes; {written}")

@@ -12,6 +12,7 @@ from html import escape
 from itertools import pairwise
 
 from megatron_retro.reporting.html import table
+from megatron_retro.runtime.statistics import Interval
 
 _WIDTH, _HEIGHT = 640, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 28, 46
@@ -28,6 +29,11 @@ class Series:
     y: Sequence[float]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
+
+    @classmethod
+    def with_bounds(cls, name: str, x: Sequence[float], found: Sequence[Interval]) -> Series:
+        """Means with a band from the lower to the upper bounds."""
+        return cls(name, x, [one.mean for one in found], [one.low for one in found], [one.high for one in found])
 
 
 @dataclass(frozen=True)

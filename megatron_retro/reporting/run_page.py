@@ -9,11 +9,11 @@ from megatron_retro.artifacts.files import write_file
 from megatron_retro.reporting.html import facts, page, paragraph, preformatted, section, table
 from megatron_retro.reporting.marked_text import MARKED_STYLE
 from megatron_retro.reporting.neighbor_examples import neighbor_section
+from megatron_retro.reporting.perplexity_page import leakage_sections
 from megatron_retro.reporting.plots import Series, bars, line_plot
-from megatron_retro.reporting.retrieval_sections import health_sections, leakage_section, use_sections
+from megatron_retro.reporting.retrieval_sections import health_sections, use_sections
 from megatron_retro.runtime.environment import environment_rows
 from megatron_retro.runtime.run_log import RunLog, read_run_log
-from megatron_retro.runtime.strict_json import number_of
 
 REPORT = "report.html"
 CONFIG = "config.toml"
@@ -28,7 +28,7 @@ def write_report(run: Path) -> Path:
         _curves(log),
         *health_sections(log),
         *use_sections(log),
-        *leakage_section(run),
+        *leakage_sections(run),
         *neighbor_section(run / CONFIG),
         _incidents(log),
         section("Configuration", preformatted(_text(run / CONFIG))),
@@ -43,25 +43,25 @@ def _overview(log: RunLog) -> str:
     shown: dict[str, object] = {
         "steps": len(log.steps),
         "starts": len(log.starts),
-        "parameters": int(log.facts.get("parameters", 0)),
-        "processes": int(log.facts.get("world_size", 1)),
+        "parameters": log.facts.parameters,
+        "processes": log.facts.world_size,
     }
     if log.steps:
         recent = log.steps[-100:]
-        tokens = sum(step.get("positions", 0) for step in recent)
-        seconds = sum(sum(step["seconds"].values()) for step in recent)
+        tokens = sum(step.positions for step in recent)
+        seconds = sum(step.step_seconds for step in recent)
         shown |= {
-            "last loss": log.steps[-1]["loss"],
-            "tokens": log.steps[-1]["tokens"],
+            "last loss": log.steps[-1].loss,
+            "tokens": log.steps[-1].tokens,
             "tokens per second": round(tokens / max(seconds, 1e-9)),
-            "data wait": f"{sum(step['seconds'].get('data', 0.0) for step in recent) / max(seconds, 1e-9):.1%}",
-            "memory (MB)": round(log.steps[-1]["memory_bytes"] / 1e6),
+            "data wait": f"{sum(step.seconds.get('data', 0.0) for step in recent) / max(seconds, 1e-9):.1%}",
+            "memory (MB)": round(log.steps[-1].memory_bytes / 1e6),
         }
     if log.evaluations:
-        shown["validation loss"] = log.evaluations[-1]["loss"]
+        shown["validation loss"] = log.evaluations[-1].loss
     if log.saves:
         shown["saved"] = f"{len(log.saves)} times, last after step {log.saves[-1]}"
-    alarms = log.evaluations[-1].get("alarms", ()) if log.evaluations else ()
+    alarms = log.evaluations[-1].alarms if log.evaluations else ()
     return facts(shown) + "".join(paragraph(f"Alarm: {alarm}", "bad") for alarm in alarms)
 
 
@@ -76,8 +76,8 @@ def _curves(log: RunLog) -> str:
         steps, values = thinned(*log.curve(name))
         plots.append(line_plot([Series(name, steps, values)], title=title, x_label="step", y_label=title.lower()))
     if log.evaluations:
-        steps = [float(record["step"]) for record in log.evaluations]
-        losses = [number_of(record["loss"]) for record in log.evaluations]
+        steps = [float(record.step) for record in log.evaluations]
+        losses = [record.loss for record in log.evaluations]
         plots.append(
             line_plot([Series("loss", steps, losses)], title="Validation loss", x_label="step", y_label="loss")
         )
@@ -97,7 +97,7 @@ def thinned(steps: list[float], values: list[float], points: int = _POINTS) -> t
 def _time_per_phase(log: RunLog) -> str:
     totals: dict[str, float] = {}
     for step in log.steps:
-        for name, seconds in step["seconds"].items():
+        for name, seconds in step.seconds.items():
             totals[name] = totals.get(name, 0.0) + seconds
     count = max(len(log.steps), 1)
     names = sorted(totals, key=lambda name: -totals[name])

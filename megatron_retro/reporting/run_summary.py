@@ -15,14 +15,14 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.reporting.html import facts, page, paragraph, preformatted, section, table
 from megatron_retro.reporting.marked_text import MARKED_STYLE
 from megatron_retro.reporting.neighbor_examples import neighbor_section
+from megatron_retro.reporting.perplexity_page import leakage_sections
 from megatron_retro.reporting.plots import Series, line_plot
-from megatron_retro.reporting.retrieval_sections import health_sections, leakage_section
+from megatron_retro.reporting.retrieval_sections import health_sections
 from megatron_retro.reporting.run_page import CONFIG, thinned, write_report
 from megatron_retro.reporting.summary_checks import Expectation, expectations
 from megatron_retro.reporting.summary_inputs import Story, read_story
 from megatron_retro.runtime.console import readable_seconds, say
 from megatron_retro.runtime.statistics import Interval
-from megatron_retro.runtime.strict_json import number_of
 
 _CURVE_POINTS = 60  # means of stretches: single steps are noise
 _STYLE = """h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
@@ -66,8 +66,8 @@ def _verdict(story: Story) -> str:
     if story.retro is None:
         return paragraph("No run here was measured with and without its neighbours.", "soft")
     run, log = story.retro
-    last = log.evaluations[-1]["facts"]
-    none, random = (Interval.of(last["excess"][name]) for name in ("none", "random"))
+    _, health = log.health[-1]
+    none, random = (health.excess[name] for name in ("none", "random"))
     measured = (
         f"on files that {run.name} never saw, its perplexity {_rise(none)} without the passages that were retrieved "
         f"for them, and {_rise(random)} with random passages in their place"
@@ -78,7 +78,7 @@ def _verdict(story: Story) -> str:
         if helps
         else f"Not clearly: {measured}. Not both are above zero beyond doubt, so it may be chance, or no help at all."
     )
-    shown: dict[str, object] = {"loss with its neighbours": number_of(last["losses"]["real"][0])}
+    shown: dict[str, object] = {"loss with its neighbours": health.losses["real"].mean}
     shown |= {"with none, nats per token": str(none), "with random ones, nats per token": str(random)}
     how = (
         "The Retro reads, beside its text, passages of the training files that resemble what it read last: its "
@@ -104,11 +104,11 @@ def _trained(story: Story) -> str:
     rows = [
         (
             run.name,
-            f"{int(log.facts.get('parameters', 0)):,}",
+            log.facts.parameters,
             len(log.steps),
-            log.steps[-1]["tokens"] if log.steps else 0,
-            readable_seconds(sum(sum(step["seconds"].values()) for step in log.steps)),
-            f"{number_of(log.evaluations[-1]['loss']):.4f}" if log.evaluations else "",
+            log.steps[-1].tokens if log.steps else 0,
+            readable_seconds(log.training_seconds),
+            f"{log.evaluations[-1].loss:.4f}" if log.evaluations else "",
         )
         for run, log in story.runs
     ]
@@ -129,7 +129,7 @@ def _of_retro(story: Story) -> list[str]:
     if story.retro is None:
         return []
     run, log = story.retro
-    return [*health_sections(log), *leakage_section(run), *neighbor_section(run / CONFIG)]
+    return [*health_sections(log), *leakage_sections(run), *neighbor_section(run / CONFIG)]
 
 
 def _quality(story: Story) -> list[str]:

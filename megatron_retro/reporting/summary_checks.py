@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_retro.reporting.summary_inputs import Story
-from megatron_retro.runtime.statistics import Interval
 
 RECALL_FLOOR = 0.9
 
@@ -33,12 +32,12 @@ def expectations(story: Story) -> list[Expectation]:
 def _neighbors_cost(story: Story) -> Iterator[Expectation]:
     if story.retro is None:
         return
-    excess = story.retro[1].evaluations[-1]["facts"]["excess"]
+    excess = story.retro[1].health[-1][1].excess
     for variant, claim in (
         ("none", "held-out text is easier with its neighbours than with none"),
         ("random", "and easier than with random ones, so it is their content that helps"),
     ):
-        cost = Interval.of(excess[variant])
+        cost = excess[variant]
         yield Expectation(claim, f"{variant} cost {cost} nats per token more than real ones", cost.above_zero)
 
 

@@ -29,7 +29,7 @@ class Story:
     @property
     def retro(self) -> tuple[Path, RunLog] | None:
         """The run that the page is about."""
-        measured = [one for one in self.runs if one[1].evaluations and "excess" in one[1].evaluations[-1]["facts"]]
+        measured = [(run, log) for run, log in self.runs if log.health]
         return measured[-1] if measured else None
 
 

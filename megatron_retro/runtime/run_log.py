@@ -1,33 +1,45 @@
-"""A run's events as curves: steps that were repeated after a resume count once, as they were last done."""
+"""A run's event log, read. Steps and evaluations that a resumed run repeated count once, as they were last done."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_retro.errors import ArtifactError
 from megatron_retro.runtime.events import read_events
-from megatron_retro.runtime.strict_json import number_of
+from megatron_retro.runtime.run_records import EvaluationRecord, RetrievalHealth, RunFacts, StepRecord
+from megatron_retro.runtime.strict_json import from_plain
 
 EVENTS = "events.jsonl"
+Record = TypeVar("Record", StepRecord, EvaluationRecord)
 
 
 @dataclass
 class RunLog:
-    """What a run told, in order."""
+    """What a run told, in order; `incidents` are all other events, as they stand in the log."""
 
-    facts: dict[str, Any] = field(default_factory=dict)
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    facts: RunFacts = field(default_factory=RunFacts)
+    steps: list[StepRecord] = field(default_factory=list)
+    evaluations: list[EvaluationRecord] = field(default_factory=list)
     incidents: list[dict[str, Any]] = field(default_factory=list)
     saves: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
 
     def curve(self, name: str) -> tuple[list[float], list[float]]:
         """Steps and values of one field."""
-        return [float(step["step"]) for step in self.steps], [number_of(step[name]) for step in self.steps]
+        return [float(step.step) for step in self.steps], [float(getattr(step, name)) for step in self.steps]
+
+    @property
+    def training_seconds(self) -> float:
+        """Time of all steps, each counted once."""
+        return sum(step.step_seconds for step in self.steps)
+
+    @property
+    def health(self) -> list[tuple[int, RetrievalHealth]]:
+        """What the evaluations found that compared other neighbours with the real ones, each with its step."""
+        return [(record.step, record.retrieval) for record in self.evaluations if record.retrieval is not None]
 
 
 def read_run_log(run: Path) -> RunLog:
@@ -37,7 +49,10 @@ def read_run_log(run: Path) -> RunLog:
         raise ArtifactError(f"{run} is no run", expected=str(path), fix="give what --save named")
     log = RunLog()
     for event in read_events(path):
-        _add(log, event)
+        try:
+            _add(log, event)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(f"{path} has an event that is none of a run's", got=repr(error)) from None
     log.steps = _last_of_each_step(log.steps)
     log.evaluations = _last_of_each_step(log.evaluations)
     return log
@@ -46,18 +61,18 @@ def read_run_log(run: Path) -> RunLog:
 def _add(log: RunLog, event: dict[str, Any]) -> None:
     kind = event["event"]
     if kind == "started":
-        log.facts = event
-        log.starts.append(int(event["step"]))
+        log.facts = from_plain(RunFacts, event)
+        log.starts.append(int(event.get("step", 0)))
     elif kind == "step":
-        log.steps.append(event)
+        log.steps.append(from_plain(StepRecord, event))
     elif kind == "evaluation":
-        log.evaluations.append(event)
+        log.evaluations.append(from_plain(EvaluationRecord, event))
     elif kind == "saved":
         log.saves.append(int(event["step"]))
     elif kind != "ended":
         log.incidents.append(event)
 
 
-def _last_of_each_step(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    by_step = {int(record["step"]): record for record in records}
+def _last_of_each_step(records: Iterable[Record]) -> list[Record]:
+    by_step = {record.step: record for record in records}
     return [by_step[step] for step in sorted(by_step)]

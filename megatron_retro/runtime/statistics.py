@@ -31,8 +31,8 @@ class Interval:
         return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 
     @classmethod
-    def of(cls, values: Sequence[float | str | None]) -> Interval:
-        """What `as_list` gave, read back from JSON."""
+    def from_json(cls, values: Sequence[float | str | None]) -> Interval:
+        """What `to_json` gave."""
         return cls(*map(number_of, values))
 
     @property
@@ -40,7 +40,7 @@ class Interval:
         """Whether the whole interval lies above zero."""
         return self.low > 0
 
-    def as_list(self) -> list[float]:
+    def to_json(self) -> list[float]:
         """Mean, low, high."""
         return [self.mean, self.low, self.high]
 

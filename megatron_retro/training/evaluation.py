@@ -15,6 +15,7 @@ from megatron_retro.assembly.trainable import Trainable
 from megatron_retro.data.batches import Batch, label_checksum
 from megatron_retro.data.loader import Loader
 from megatron_retro.data.neighbor_variants import with_variant
+from megatron_retro.runtime.run_records import HeldOutSamples
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,15 @@ def token_losses(trainable: Trainable, batches: Sequence[Batch], group: dist.Pro
     return _joined(_gathered(mine, group))
 
 
-def sample_sums(
-    measured: TokenLosses, documents: NDArray[np.int64] | None = None
-) -> dict[str, list[float] | list[int]]:
-    """Loss, number of tokens, checksum and document of each sample: runs that predicted the same can be paired."""
+def sample_sums(measured: TokenLosses, documents: NDArray[np.int64] | None = None) -> HeldOutSamples:
+    """The losses summed over each sample."""
     losses = measured.losses.sum(1, where=measured.mask, dtype=np.float64)
-    sums = {"losses": [round(float(loss), 4) for loss in losses], "tokens": measured.mask.sum(1).tolist()}
-    known = {"texts": measured.texts, "documents": documents}
-    return sums | {name: values.tolist() for name, values in known.items() if values is not None}
+    return HeldOutSamples(
+        [round(float(loss), 4) for loss in losses],
+        measured.mask.sum(1).tolist(),
+        () if measured.texts is None else measured.texts.tolist(),
+        () if documents is None else documents.tolist(),
+    )
 
 
 def _checksums(batch: Batch) -> NDArray[np.int64]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch.distributed as dist
 
@@ -13,8 +12,7 @@ from megatron_retro.config.training import TrainingConfig
 from megatron_retro.data.neighbor_variants import VARIANTS
 from megatron_retro.runtime.run_records import EvaluationRecord
 from megatron_retro.training.evaluation import evaluation_batches, sample_sums, token_losses, variant_batches
-from megatron_retro.training.health import retrieval_health
-from megatron_retro.training.layer_use import watched_layers
+from megatron_retro.training.retrieval_health import alarms, retrieval_health, watched_layers
 
 
 class Evaluator:
@@ -35,8 +33,7 @@ class Evaluator:
         with watched_layers(self._parts.trainable.module) as watch:
             real = token_losses(self._parts.trainable, batches, self._group)
         documents = self._parts.validation.dataset.documents(range(len(real.losses)))
-        facts: dict[str, Any] = {"tokens": int(real.mask.sum()), "samples": sample_sums(real, documents)}
-        alarms: tuple[str, ...] = ()
+        health = None
         if self._retro.reads_neighbors() and self._training.retrieval_health:
             layers = watch.measured(self._group)
             by_variant = {"real": real}
@@ -44,5 +41,12 @@ class Evaluator:
                 changed = variant_batches(self._parts.validation, batches, variant, seed)
                 by_variant[variant] = token_losses(self._parts.trainable, changed, self._group)
             health = retrieval_health(by_variant, self._retro.retro_chunk_length, layers, seed, documents)
-            facts, alarms = {**facts, **health.facts()}, health.alarms()
-        return EvaluationRecord(step, time.perf_counter() - start, real.mean, facts, alarms)
+        return EvaluationRecord(
+            step=step,
+            seconds=time.perf_counter() - start,
+            loss=real.mean,
+            tokens=int(real.mask.sum()),
+            samples=sample_sums(real, documents),
+            retrieval=health,
+            alarms=() if health is None else alarms(health),
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections import deque
 from collections.abc import Sequence
@@ -13,7 +12,8 @@ from megatron_retro.artifacts.files import make_folder
 from megatron_retro.errors import EnvironmentProblem
 from megatron_retro.runtime.console import readable_bytes, readable_count, readable_seconds, say, warn
 from megatron_retro.runtime.events import EventLog
-from megatron_retro.runtime.run_records import EvaluationRecord, RunFacts, StepRecord
+from megatron_retro.runtime.run_records import EvaluationRecord, RetrievalHealth, RunFacts, StepRecord
+from megatron_retro.runtime.strict_json import to_plain
 
 
 class Observer(Protocol):
@@ -67,15 +67,15 @@ class JsonLines(BlankObserver):
 
     def started(self, facts: RunFacts, step: int) -> None:
         """One event."""
-        self._log.write("started", step=step, **dataclasses.asdict(facts))
+        self._log.write("started", step=step, **to_plain(facts))
 
     def stepped(self, record: StepRecord) -> None:
         """One event."""
-        self._log.write("step", **dataclasses.asdict(record))
+        self._log.write("step", **to_plain(record))
 
     def evaluated(self, record: EvaluationRecord) -> None:
         """One event."""
-        self._log.write("evaluation", **dataclasses.asdict(record))
+        self._log.write("evaluation", **to_plain(record))
 
     def happened(self, event: str, facts: dict[str, Any]) -> None:
         """One event."""
@@ -202,8 +202,8 @@ class ConsoleLines(BlankObserver):
     def evaluated(self, record: EvaluationRecord) -> None:
         """Say the losses, with intervals, and the alarms."""
         say(f"evaluation after step {record.step}: loss {record.loss:.4f}")
-        for variant, (mean, low, high) in record.facts.get("excess", {}).items():
-            say(f"  {variant} neighbours cost {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats per token more than real ones")
+        for variant, cost in (record.retrieval.excess if record.retrieval else {}).items():
+            say(f"  {variant} neighbours cost {cost} nats per token more than real ones")
         if record.alarms:
             warn("this model does not use its neighbours:\n" + "\n".join(f"  - {alarm}" for alarm in record.alarms))
 
@@ -241,11 +241,12 @@ class TensorBoard(BlankObserver):
     def evaluated(self, record: EvaluationRecord) -> None:
         """Scalars of an evaluation."""
         self._writer.add_scalar("validation/loss", record.loss, record.step)
-        for variant, (mean, low, high) in record.facts.get("excess", {}).items():
-            for name, value in (("", mean), ("_low", low), ("_high", high)):
+        health = record.retrieval or RetrievalHealth()
+        for variant, cost in health.excess.items():
+            for name, value in (("", cost.mean), ("_low", cost.low), ("_high", cost.high)):
                 self._writer.add_scalar(f"retrieval/excess_{variant}{name}", value, record.step)
-        for use in record.facts.get("layers", ()):
-            self._writer.add_scalar(f"retrieval/share_layer_{use['layer']}", use["share"], record.step)
+        for use in health.layers:
+            self._writer.add_scalar(f"retrieval/share_layer_{use.layer}", use.share, record.step)
 
     def ended(self) -> None:
         """Close the files."""

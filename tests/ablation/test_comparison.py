@@ -18,6 +18,7 @@ from megatron_retro.config.evaluation import AblationConfig
 from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.sections import ALL_SECTIONS, FINETUNING_SECTIONS, STUDY_SECTIONS
 from megatron_retro.config.settings import build_settings
+from megatron_retro.runtime.run_records import EvaluationRecord, HeldOutSamples
 from megatron_retro.runtime.statistics import Interval
 
 
@@ -29,19 +30,9 @@ def result(
         "seed": Choice(str(seed), {"seed": seed}),
     }
     tokens, texts = [10] * len(losses), [text + number for number in range(len(losses))]
-    event: dict[str, Any] = {
-        "step": 1,
-        "loss": float(np.mean(losses)),
-        "facts": {
-            "samples": {
-                "losses": [10 * loss for loss in losses],
-                "tokens": tokens,
-                "texts": texts,
-                "documents": documents or texts,
-            }
-        },
-    }
-    return Result(Cell(choices), Outcome(code, 1.0, 0.0), 1, 1.0, {}, (event,))
+    samples = HeldOutSamples([10 * loss for loss in losses], tokens, texts, documents or texts)
+    record = EvaluationRecord(1, 0.0, float(np.mean(losses)), samples=samples)
+    return Result(Cell(choices), Outcome(code, 1.0, 0.0), 1, 1.0, evaluations=(record,))
 
 
 def test_students_interval_is_the_textbook_one() -> None:
@@ -61,8 +52,8 @@ def test_a_difference_common_to_all_samples_has_no_width() -> None:
     assert found is not None and found.mean == pytest.approx(-0.5) and found.clear
     assert found.by_seed == pytest.approx((-0.5, -0.5))
     assert isinstance(found.over_documents, Interval) and isinstance(found.over_seeds, Interval)
-    assert found.over_documents.as_list() == pytest.approx([-0.5, -0.5, -0.5])
-    assert found.over_seeds.as_list() == pytest.approx([-0.5, -0.5, -0.5])
+    assert found.over_documents.to_json() == pytest.approx([-0.5, -0.5, -0.5])
+    assert found.over_seeds.to_json() == pytest.approx([-0.5, -0.5, -0.5])
 
 
 def test_windows_of_one_document_are_one_observation() -> None:
@@ -74,7 +65,7 @@ def test_windows_of_one_document_are_one_observation() -> None:
     first, second = configurations(results)
     found = difference(second, first)
     assert found is not None and isinstance(found.over_documents, Interval)
-    assert found.over_documents.as_list() == pytest.approx([-0.85, -1.0, 0.5]) and not found.clear
+    assert found.over_documents.to_json() == pytest.approx([-0.85, -1.0, 0.5]) and not found.clear
 
 
 def test_noise_is_not_called_a_difference() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -18,6 +19,7 @@ from megatron_retro.reporting.run_summary import write_story
 from megatron_retro.reporting.summary_checks import expectations
 from megatron_retro.reporting.summary_inputs import read_story
 from megatron_retro.runtime.events import EventLog, read_events
+from megatron_retro.runtime.statistics import Interval
 from megatron_retro.testing.browser import Browser, missing_browser
 from megatron_retro.testing.tiny_corpus import write_tiny_corpus
 
@@ -62,12 +64,13 @@ def config(folder: Path, tuned: bool = True) -> ReportConfig:
 def test_claims_follow_the_figures(run: Path, tmp_path: Path) -> None:
     """What the log measured decides; a log that says otherwise makes the claim not seen."""
     story = read_story([run], config(tmp_path))
-    excess = story.runs[0][1].evaluations[-1]["facts"]["excess"]
+    _, health = story.runs[0][1].health[-1]
+    excess = cast(dict[str, Interval], health.excess)
     for low, met in ((0.001, True), (-0.001, False)):
-        excess["random"][1] = low
+        excess["random"] = replace(excess["random"], low=low)
         found = {one.seen.split()[0]: one.met for one in expectations(story)}
         assert found["random"] is met
-    excess["none"][1] = -1.0
+    excess["none"] = replace(excess["none"], low=-1.0)
     assert [one.met for one in expectations(story)] == [False, False, True]
     untuned = read_story([run], config(tmp_path, tuned=False))
     assert not expectations(untuned)[-1].met and expectations(untuned)[-1].line.startswith("NOT SEEN")

@@ -93,7 +93,7 @@ def test_numbers_that_are_not_finite_are_null() -> None:
     read = strictly_read(json_text(value))
     assert read == {"a": [1.5, None, [None, None]], "b": {"c": True, "d": None, "e": "NaN"}}
     assert json_text({"b": 0.1, "a": "ü"}, sort_keys=True, ensure_ascii=False) == '{"a": "ü", "b": 0.1}'
-    interval = Interval.of(strictly_read(json_text(Interval(0.5, math.nan, math.inf).as_list())))
+    interval = Interval.from_json(strictly_read(json_text(Interval(0.5, math.nan, math.inf).to_json())))
     assert interval.mean == 0.5 and math.isnan(interval.low) and not interval.above_zero
     assert number_of("inf") == math.inf  # as older logs have it
 

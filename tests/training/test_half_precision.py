@@ -29,7 +29,7 @@ LAYOUTS: list[dict[str, Any]] = [{}, {"tensor_model_parallel_size": 2}, {"pipeli
 
 
 def scales_and_verdicts(run: Path) -> list[tuple[float, bool]]:
-    return [(step["loss_scale"], step["applied"]) for step in read_run_log(run).steps]
+    return [(step.loss_scale, step.applied) for step in read_run_log(run).steps]
 
 
 def follows_the_rule(steps: list[tuple[float, bool]]) -> bool:

@@ -10,9 +10,10 @@ import pytest
 
 from megatron_retro.data.batches import Batch
 from megatron_retro.data.neighbor_variants import with_variant
+from megatron_retro.runtime.run_records import LayerUse, RetrievalHealth
 from megatron_retro.runtime.statistics import bootstrap_ratio
 from megatron_retro.training.evaluation import TokenLosses
-from megatron_retro.training.health import LayerUse, RetrievalHealth, retrieval_health
+from megatron_retro.training.retrieval_health import alarms, retrieval_health
 
 CHUNK = 8
 
@@ -134,12 +135,12 @@ def losses(excess: float, noise: float, seed: int, samples: int = 40) -> dict[st
 
 
 def health(by_variant: dict[str, TokenLosses], share: float = 0.1, rate: float | None = None) -> RetrievalHealth:
-    return retrieval_health(by_variant, CHUNK, (LayerUse(3, share, 1.0, rate),), seed=0)
+    return retrieval_health(by_variant, CHUNK, (LayerUse(3, share, rate),), seed=0)
 
 
 def test_a_healthy_model_raises_no_alarm_and_has_its_excess() -> None:
     found = health(losses(0.05, noise=0.01, seed=1))
-    assert found.alarms() == ()
+    assert alarms(found) == ()
     for interval in found.excess.values():
         assert interval.mean == pytest.approx(0.05, abs=3 * 0.01 / 40**0.5)
         assert interval.low < interval.mean < interval.high and interval.high - interval.low < 0.01
@@ -147,19 +148,19 @@ def test_a_healthy_model_raises_no_alarm_and_has_its_excess() -> None:
 
 
 def test_alarms_name_what_is_wrong() -> None:
-    useless = health(losses(0.0, noise=0.01, seed=2)).alarms()
+    useless = alarms(health(losses(0.0, noise=0.01, seed=2)))
     assert (
         len(useless) == 2
         and "random neighbours are not clearly worse" in useless[0]
         and "off is not clearly worse" in useless[1]
     )
-    alone = retrieval_health(losses(0.05, 0.01, 1), CHUNK, (), seed=0, documents=np.zeros(40, np.int64)).alarms()
+    alone = alarms(retrieval_health(losses(0.05, 0.01, 1), CHUNK, (), seed=0, documents=np.zeros(40, np.int64)))
     assert len(alone) == 2 and "no interval: one document" in alone[0], "however many samples it has"
-    harmful = health(losses(-0.05, noise=0.01, seed=3)).alarms()
+    harmful = alarms(health(losses(-0.05, noise=0.01, seed=3)))
     assert "-0.05" in harmful[0]
-    shut = health(losses(0.05, noise=0.01, seed=1), rate=1.7e-6).alarms()
+    shut = alarms(health(losses(0.05, noise=0.01, seed=1), rate=1.7e-6))
     assert shut == ("the gate of layer 3 is shut: mean rate 1.70e-06",)
-    silent = health(losses(0.05, noise=0.01, seed=1), share=1e-6).alarms()
+    silent = alarms(health(losses(0.05, noise=0.01, seed=1), share=1e-6))
     assert len(silent) == 1 and "layer 3 adds 1.0e-06" in silent[0]
 
 

@@ -101,7 +101,7 @@ def test_a_signal_saves_and_asks_to_be_started_again(
     os.kill(process, number)
     assert wait(process) == 75
     log = read_run_log(tmp_path / "run")
-    assert log.saves[-1] == log.steps[-1]["step"] < 200
+    assert log.saves[-1] == log.steps[-1].step < 200
     settings = corpus.settings(save=str(tmp_path / "run"), **{**more, "train_iters": len(log.steps) + 3})
     run(settings)
     run(corpus.settings(save=str(tmp_path / "whole"), **{**more, "train_iters": len(log.steps) + 3}))
@@ -151,7 +151,7 @@ def test_other_data_is_refused_by_name_or_taken_when_asked(corpus: TinyCorpus, t
     assert "--allow-data-change" in str(refused.value)
     run(corpus.settings(train_iters=4, allow_data_change=True, **other))
     log = read_run_log(tmp_path / "run")
-    assert [step["samples"] for step in log.steps] == [4, 8, 12, 16] and log.starts == [0, 2]
+    assert [step.samples for step in log.steps] == [4, 8, 12, 16] and log.starts == [0, 2]
     run(corpus.settings(train_iters=5, **other))  # the new order is now the run's own
 
 

@@ -80,7 +80,7 @@ def test_the_budget_of_gates_is_the_divergence_from_the_target_rate(recompute: s
 
 def test_the_budget_of_gates_is_told_with_every_step(corpus: TinyCorpus, tmp_path: Path) -> None:
     short_run(corpus, tmp_path, retro_gate_type="adaptive", retro_gate_budget_warmup=2)
-    told = [step["extra_losses"]["gate budget"] for step in read_run_log(tmp_path).steps]
+    told = [step.extra_losses["gate budget"] for step in read_run_log(tmp_path).steps]
     assert told[0] == 0.0 and min(told[1:]) > 0.0
 
 
@@ -110,9 +110,10 @@ def test_an_evaluation_is_repeatable_and_moves_no_random_state(corpus: TinyCorpu
         before = torch.get_rng_state()
         first, second = evaluator.evaluate(0), evaluator.evaluate(0)
         assert torch.equal(before, torch.get_rng_state())
-        assert first.loss == second.loss and first.facts == second.facts
-        assert [use["layer"] for use in first.facts["layers"]] == [1, 2]
-        assert all(use["share"] > 0 for use in first.facts["layers"])
+        assert first.loss == second.loss and first.samples == second.samples
+        assert first.retrieval is not None and first.retrieval == second.retrieval
+        assert [use.layer for use in first.retrieval.layers] == [1, 2]
+        assert all(use.share > 0 for use in first.retrieval.layers)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_every_layout_measures_the_same_health(corpus: TinyCorpus, layout: dict[
         launch = find_launch()
         with process_group(launch) as device:
             parts = build_run_parts(corpus.settings(global_batch_size=8, **more), device, launch.world_size)
-            return Evaluator(parts, dist.new_group(backend="gloo")).evaluate(0).facts
+            return Evaluator(parts, dist.new_group(backend="gloo")).evaluate(0).to_json()["facts"]
 
     (one,) = run_ranks(health, 1, initialize=False)
     for cut in run_ranks(lambda: health(**layout), 2, initialize=False):
@@ -260,4 +261,4 @@ def test_a_log_that_repeats_steps_counts_each_once(corpus: TinyCorpus, tmp_path:
     lines = events.read_text().splitlines(keepends=True)
     repeated = [line for line in lines if '"step": 4' in line and '"event": "step"' in line]
     events.write_text("".join([*lines, *repeated, '{"event": "cut by a ki']))
-    assert [step["step"] for step in read_run_log(tmp_path / "run").steps] == [1, 2, 3, 4, 5]
+    assert [step.step for step in read_run_log(tmp_path / "run").steps] == [1, 2, 3, 4, 5]
