@@ -20,7 +20,7 @@ from megatron_retro.errors import DistributedError
 from megatron_retro.inference.engine import Engine, EngineLimits
 from megatron_retro.inference.forward import Forward
 from megatron_retro.inference.generation import Generation, GenerationRequest
-from megatron_retro.inference.neighbor_sources import Found, NeighborSource
+from megatron_retro.inference.neighbor_sources import NeighborSource, RetrievedNeighbors
 from megatron_retro.inference.sampling import Sampling
 from megatron_retro.parallel.replica_channel import ReplicaChannel
 from megatron_retro.runtime.strict_json import json_text
@@ -37,7 +37,7 @@ class BroadcastSource:
         self._channel, self._shape, self._source = channel, shape, source
         self.failure: Exception | None = None
 
-    def find(self, chunks: Sequence[Sequence[int]]) -> list[Found]:
+    def find(self, chunks: Sequence[Sequence[int]]) -> list[RetrievedNeighbors]:
         """The neighbours that the driver found."""
         content, self.failure = b"", None
         if self._source is not None:
@@ -53,7 +53,7 @@ class BroadcastSource:
         return _unpacked(content, self._shape)
 
 
-def _packed(found: Sequence[Found]) -> bytes:
+def _packed(found: Sequence[RetrievedNeighbors]) -> bytes:
     rows = [
         np.concatenate([one.tokens_KR, one.mask_KR, np.array([one.chunk_ids, one.distances]).T], axis=1)
         for one in found
@@ -61,11 +61,11 @@ def _packed(found: Sequence[Found]) -> bytes:
     return np.stack(rows).astype(np.float64).tobytes()
 
 
-def _unpacked(numbers: bytes, shape: tuple[int, int]) -> list[Found]:
+def _unpacked(numbers: bytes, shape: tuple[int, int]) -> list[RetrievedNeighbors]:
     count, length = shape
     rows = np.frombuffer(numbers, np.float64).reshape(-1, count, 2 * length + 2)
     return [
-        Found(
+        RetrievedNeighbors(
             row[:, :length].astype(np.int64),
             row[:, length : 2 * length] > 0,
             tuple(int(number) for number in row[:, -2]),

@@ -1,9 +1,9 @@
-"""Continuous batching: texts join and leave a running batch, and each step feeds one token of every one.
+"""Continuous batching: texts join and leave a running batch, and each step feeds one token of every text.
 
-A prompt's tokens but the last go into a cache of their own, a piece at a time between the steps of the others; then
-its row moves into the batch's cache, whose rows double and halve with the need. Feeding a text's newest token is one
-case for prompts and answers alike: if the token ends a chunk, neighbours of that chunk are found first, because this
-very token is the first that may read them.
+A prompt's tokens but the last are prefilled into a cache of their own, some at a time between the decoding steps; then
+its row moves into the batch's cache, whose number of rows doubles and halves with the need. The newest token of a text
+is fed in the same way whether it is of the prompt or sampled: if it ends a chunk, the neighbours of that chunk are
+retrieved first, because this token is the first that may read them.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import torch
 from megatron_retro.data.tokenizers import Tokenizer
 from megatron_retro.errors import ConfigError, DataError
 from megatron_retro.inference.forward import Forward
-from megatron_retro.inference.generation import Generation, GenerationRequest, Reading
-from megatron_retro.inference.neighbor_sources import Found, NeighborSource
-from megatron_retro.inference.sampling import fetched
+from megatron_retro.inference.generation import Generation, GenerationRequest, Retrieval
+from megatron_retro.inference.neighbor_sources import NeighborSource, RetrievedNeighbors
+from megatron_retro.inference.sampling import fetch_samples
 from megatron_retro.model.cache import Cache
 
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """Sizes of the engine. Virtual tokens (of P-tuning) come on top of a sequence's length."""
+    """Sizes of the engine. Virtual tokens (of P-tuning) do not count in a sequence's length."""
 
     max_batch_size: int = 8
     max_sequence_length: int = 2048
@@ -34,11 +34,11 @@ class EngineLimits:
 
 @dataclass
 class _Prefill:
-    """A prompt on its way into its cache."""
+    """A prompt that is partly in its cache."""
 
     generation: Generation
     cache: Cache
-    found: list[Found]
+    found: list[RetrievedNeighbors]
 
 
 class Engine:
@@ -54,7 +54,7 @@ class Engine:
 
     @property
     def num_active(self) -> int:
-        """Texts in the batch, or on their way into it."""
+        """Texts in the batch or being prefilled."""
         return sum(row is not None for row in self._rows) + (self._prefill is not None)
 
     @property
@@ -74,7 +74,7 @@ class Engine:
         generation.finish("cancelled")
 
     def reset(self) -> None:
-        """Forget everything, after a step that failed."""
+        """Cancel every text and drop the caches, after a step that failed."""
         for generation in (*self._waiting, *self._rows, self._prefill.generation if self._prefill else None):
             if generation is not None:
                 generation.finish("cancelled")
@@ -82,7 +82,7 @@ class Engine:
         self._prefill, self._cache = None, None
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
-        """Submit, run to the end, return in order."""
+        """Submit requests, run until all are finished, and return them in order."""
         generations = [self.submit(request) for request in requests]
         while self.step():
             pass
@@ -91,7 +91,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """One piece of a prompt and one token of every text; False when there was nothing to do."""
+        """Prefill part of one prompt and decode one token of every text; False when there was nothing to do."""
         self._waiting = deque(one for one in self._waiting if not one.finished)
         self._drop_finished()
         if self._prefill is None and self._waiting and self.num_active < self.limits.max_batch_size:
@@ -108,16 +108,16 @@ class Engine:
         size = self.forward.chunk_length
         whole = (generation.num_given - 1) // size
         spans = [(number * size, (number + 1) * size) for number in range(whole)]
-        self._prefill = _Prefill(generation, self.forward.new_cache(1, length), self._find(generation, spans))
+        self._prefill = _Prefill(generation, self.forward.new_cache(1, length), self._retrieve(generation, spans))
 
-    def _find(self, generation: Generation, spans: Sequence[tuple[int, int]]) -> list[Found]:
-        """Neighbours of these spans of a text, remembered with it; none when it reads none."""
+    def _retrieve(self, generation: Generation, spans: Sequence[tuple[int, int]]) -> list[RetrievedNeighbors]:
+        """Neighbours of these spans of a text, recorded in it; empty for a text that reads none."""
         source = generation.request.source
         if source is None or not spans or not self.forward.reads_neighbors:
             return []
-        found = source.find([generation.words(start, stop) for start, stop in spans])
+        found = source.find([generation.text_tokens(start, stop) for start, stop in spans])
         for (start, stop), one in zip(spans, found, strict=True):
-            generation.readings.append(Reading(start, stop, one))
+            generation.retrievals.append(Retrieval(start, stop, one))
         return found
 
     def _advance_prefill(self, prefill: _Prefill) -> None:
@@ -132,9 +132,9 @@ class Engine:
             given, found = [generation.tokens[start:stop]], [prefill.found[start // size : stop // size]]
             if generation.request.score_prompt:
                 limit = min(self.forward.vocab_size, self.tokenizer.vocab_size)
-                generation.score_given(self.forward.all_logits(given, found, cache)[0, :, :limit], start)
+                generation.score_prompt_tokens(self.forward.all_logits(given, found, cache)[0, :, :limit], start)
             else:
-                self.forward.fill(given, found, cache)
+                self.forward.prefill(given, found, cache)
         if cache.lengths[0] == end:
             self._join(generation, cache)
             self._prefill = None
@@ -174,18 +174,18 @@ class Engine:
         for row, generation in enumerate(self._rows):
             if generation is None:
                 cache.lengths[row] = cache.offsets[row] = 0
-        found = self._found_of_rows(cache)
+        found = self._retrieve_for_rows(cache)
         tokens = [0 if one is None else one.tokens[cache.lengths[row]] for row, one in enumerate(self._rows)]
         logits_BV = self.forward.next_logits(tokens, found, cache)
         limit = min(self.forward.vocab_size, self.tokenizer.vocab_size)
         rows = [(one, logits_BV[row, :limit]) for row, one in enumerate(self._rows) if one is not None]
-        choices = fetched([generation.draw(logits_V) for generation, logits_V in rows])
-        for (generation, logits_V), choice in zip(rows, choices, strict=True):
-            generation.take(choice, logits_V, self.tokenizer.eod)
+        samples = fetch_samples([generation.draw(logits_V) for generation, logits_V in rows])
+        for (generation, logits_V), sampled in zip(rows, samples, strict=True):
+            generation.append(sampled, logits_V, self.tokenizer.eod)
 
-    def _found_of_rows(self, cache: Cache) -> list[Found | None]:
-        """What the rows read whose next token ends a chunk; one search per source."""
-        found: list[Found | None] = [None] * len(self._rows)
+    def _retrieve_for_rows(self, cache: Cache) -> list[RetrievedNeighbors | None]:
+        """Neighbours for the rows whose next token ends a chunk, with one search per source."""
+        found: list[RetrievedNeighbors | None] = [None] * len(self._rows)
         by_source: dict[int, tuple[NeighborSource, list[int]]] = {}
         for row, generation in enumerate(self._rows):
             if generation is not None and generation.request.source is not None and self._ends_chunk(row, cache):
@@ -196,14 +196,14 @@ class Engine:
         for source, rows in by_source.values():
             spans = [(cache.lengths[row] + 1 - cache.chunk_length, cache.lengths[row] + 1) for row in rows]
             owners = [generation for row in rows if (generation := self._rows[row]) is not None]
-            queries = [one.words(start, stop) for one, (start, stop) in zip(owners, spans, strict=True)]
+            queries = [one.text_tokens(start, stop) for one, (start, stop) in zip(owners, spans, strict=True)]
             for row, one, span, answer in zip(rows, owners, spans, source.find(queries), strict=True):
-                one.readings.append(Reading(*span, answer))
+                one.retrievals.append(Retrieval(*span, answer))
                 found[row] = answer
         return found
 
     def _ends_chunk(self, row: int, cache: Cache) -> bool:
-        """Whether the next token of a row ends a chunk: on its grid, or because the retrieval step is over."""
+        """Whether the next token of a row ends a chunk: on its grid, or because a retrieval step ends."""
         generation = self._rows[row]
         slot = cache.lengths[row]
         if generation is None:
@@ -216,14 +216,14 @@ class Engine:
 
 
 def raise_failures(generations: Sequence[Generation]) -> None:
-    """The first failure, if any text failed."""
+    """Raise the first failure, if any text failed."""
     for generation in generations:
         if generation.failure is not None:
             raise generation.failure
 
 
 def check_request(request: GenerationRequest, limits: EngineLimits, forward: Forward) -> None:
-    """Refuse what cannot be generated."""
+    """Refuse a request that can never be generated."""
     total = len(request.prompt) + request.max_new_tokens
     if not request.prompt:
         raise DataError("the prompt is empty", fix="give at least one token")

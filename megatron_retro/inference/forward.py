@@ -1,23 +1,39 @@
-"""The next token's logits from tokens, neighbours and a cache: the one place where generation calls the model."""
+"""Logits from tokens, neighbours and a cache: the only place where generation calls the model, whole or in stages.
+
+On tensor and pipeline ranks every rank runs the same engine on the same requests, with its own layers. Each step's
+tokens are known everywhere; hidden states (and newly encoded neighbours) are sent from stage to stage, and the last
+stage broadcasts the logits, so all ranks choose the same tokens. Only the first rank knows the requests: see
+`driver.py`.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from megatron_retro.inference.neighbor_sources import Found
+from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import PeftConfig
+from megatron_retro.inference.neighbor_sources import RetrievedNeighbors
 from megatron_retro.model.cache import Cache
+from megatron_retro.model.context import SequenceContext
 from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.retro import Retro
-from megatron_retro.peft.prompts import virtual_tokens_of
+from megatron_retro.parallel.mesh import PIPELINE, ParallelMesh
+from megatron_retro.parallel.stages import Stage
+from megatron_retro.peft.prompts import configured_virtual_tokens, virtual_tokens_of
+
+TokenRows = Sequence[Sequence[int]]
+FoundRows = Sequence[Sequence[RetrievedNeighbors]]
 
 
-class Forward(Protocol):
-    """A model that can be fed in pieces, however it is cut. `virtual_tokens` (of P-tuning) lead every text."""
+class Forward(ABC):
+    """A model that is fed with a cache, however it is cut. `virtual_tokens` (of P-tuning) stand before every text."""
 
     chunk_length: int
     vocab_size: int
@@ -25,55 +41,59 @@ class Forward(Protocol):
     neighbor_shape: tuple[int, int]
     virtual_tokens: tuple[int, ...]
     learned_positions: int | None
+    device: torch.device
 
-    def new_cache(self, batch_size: int, max_length: int) -> Cache:
-        """Room for sequences."""
+    def __init__(self, model: ModelConfig, retro: RetroConfig, virtual_tokens: tuple[int, ...]) -> None:
+        self.chunk_length = retro.retro_chunk_length
+        self.vocab_size = model.vocab_size or 0
+        self.reads_neighbors = retro.reads_neighbors()
+        self.neighbor_shape = (max(1, retro.retro_num_neighbors), retro.retrieved_length())
+        self.virtual_tokens = virtual_tokens
+        self.learned_positions = model.learned_positions()
 
-    def fill(self, tokens_BS: Sequence[Sequence[int]], found: Sequence[Sequence[Found]], cache: Cache) -> None:
+    @torch.inference_mode()
+    def prefill(self, tokens_BS: TokenRows, found: FoundRows, cache: Cache) -> None:
         """Put tokens into the cache. `found` holds, by row, neighbours of the chunks that these tokens complete."""
+        self._hidden(torch.tensor(tokens_BS, device=self.device), self._stacked(found), cache)
 
-    def all_logits(self, tokens_BS: Sequence[Sequence[int]], found: Sequence[Sequence[Found]], cache: Cache) -> Tensor:
-        """As `fill`, with [B, S, V]: what the model says after each of these tokens."""
+    @torch.inference_mode()
+    def all_logits(self, tokens_BS: TokenRows, found: FoundRows, cache: Cache) -> Tensor:
+        """As `prefill`, with the logits [B, S, V] after each of these tokens, on every rank."""
+        return self._logits(torch.tensor(tokens_BS, device=self.device), self._stacked(found), cache)
 
-    def next_logits(self, tokens_B: Sequence[int], found: Sequence[Found | None], cache: Cache) -> Tensor:
-        """[B, V] after one more token of each row; `found` for rows whose token completes a chunk."""
+    @torch.inference_mode()
+    def next_logits(self, tokens_B: Sequence[int], found: Sequence[RetrievedNeighbors | None], cache: Cache) -> Tensor:
+        """[B, V] after one more token of each row, on every rank; `found` for rows whose token completes a chunk."""
+        neighbors = self._stacked([[] if one is None else [one] for one in found])
+        return self._logits(torch.tensor(tokens_B, device=self.device)[:, None], neighbors, cache)[:, -1]
+
+    def _stacked(self, found: FoundRows) -> Neighbors | None:
+        return stack_neighbors(found, self.neighbor_shape, self.device)
+
+    @abstractmethod
+    def new_cache(self, batch_size: int, max_length: int) -> Cache:
+        """A cache with room for sequences of `max_length` tokens."""
+
+    @abstractmethod
+    def _hidden(self, tokens_BS: Tensor, neighbors: Neighbors | None, cache: Cache) -> Tensor:
+        """The hidden states after this rank's layers; the cache then holds the tokens."""
+
+    @abstractmethod
+    def _logits(self, tokens_BS: Tensor, neighbors: Neighbors | None, cache: Cache) -> Tensor:
+        """The logits of all tokens, on every rank."""
 
 
-class LocalForward:
+class LocalForward(Forward):
     """A whole model in this process."""
 
     def __init__(self, model: Retro) -> None:
+        super().__init__(model.model, model.retro, virtual_tokens_of(model.embedding))
         self.model = model.eval()
         self.device = next(model.parameters()).device
-        self.chunk_length = model.retro.retro_chunk_length
-        self.vocab_size = model.model.vocab_size or 0
-        self.reads_neighbors = model.retro.reads_neighbors()
-        self.neighbor_shape = (max(1, model.retro.retro_num_neighbors), model.retro.retrieved_length())
-        self.virtual_tokens = virtual_tokens_of(model.embedding)
-        self.learned_positions = model.model.learned_positions()
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
-        """Room for sequences."""
+        """A cache of all layers."""
         return self.model.new_cache(batch_size, max_length)
-
-    @torch.inference_mode()
-    def fill(self, tokens_BS: Sequence[Sequence[int]], found: Sequence[Sequence[Found]], cache: Cache) -> None:
-        """Put tokens into the cache; no logits are computed."""
-        self._hidden(torch.tensor(tokens_BS, device=self.device), stack(found, self.neighbor_shape, self.device), cache)
-
-    @torch.inference_mode()
-    def all_logits(self, tokens_BS: Sequence[Sequence[int]], found: Sequence[Sequence[Found]], cache: Cache) -> Tensor:
-        """[B, S, V] after each of these tokens."""
-        tokens, neighbors = torch.tensor(tokens_BS, device=self.device), stack(found, self.neighbor_shape, self.device)
-        return self.model.head(self._hidden(tokens, neighbors, cache))
-
-    @torch.inference_mode()
-    def next_logits(self, tokens_B: Sequence[int], found: Sequence[Found | None], cache: Cache) -> Tensor:
-        """[B, V] after one more token of each row."""
-        rows = [[] if one is None else [one] for one in found]
-        tokens_B1 = torch.tensor(tokens_B, device=self.device)[:, None]
-        hidden_B1H = self._hidden(tokens_B1, stack(rows, self.neighbor_shape, self.device), cache)
-        return self.model.head(hidden_B1H)[:, -1]
 
     def _hidden(self, tokens_BS: Tensor, neighbors: Neighbors | None, cache: Cache) -> Tensor:
         model = self.model
@@ -84,11 +104,73 @@ class LocalForward:
             cache.commit(context.cache_slice)
         return hidden_BSH
 
+    def _logits(self, tokens_BS: Tensor, neighbors: Neighbors | None, cache: Cache) -> Tensor:
+        return self.model.head(self._hidden(tokens_BS, neighbors, cache))
 
-def stack(
-    rows: Sequence[Sequence[Found]], shape: tuple[int, int], device: torch.device, at_least: int = 0
+
+class StagedForward(Forward):
+    """This rank's stage of a cut model; every rank calls the same methods with the same arguments."""
+
+    def __init__(self, stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
+        model, retro = settings[ModelConfig], settings[RetroConfig]
+        super().__init__(model, retro, configured_virtual_tokens(settings[PeftConfig]))
+        self.stage, self.mesh, self.device = stage, mesh, mesh.device
+        self._hidden_size, self._encoder_size = model.hidden_size, retro.encoder_model(model).hidden_size
+        self._dtype = next(parameter.dtype for parameter in stage.parameters())
+        self._group = mesh.group(PIPELINE)
+
+    def new_cache(self, batch_size: int, max_length: int) -> Cache:
+        """A cache of this stage's layers."""
+        return self.stage.model.new_cache(batch_size, max_length)
+
+    def _logits(self, tokens_BS: Tensor, neighbors: Neighbors | None, cache: Cache) -> Tensor:
+        hidden_BSH = self._hidden(tokens_BS, neighbors, cache)
+        if self.stage.part.last:
+            logits_BSV = self.stage.model.head(hidden_BSH).float().contiguous()
+        else:
+            logits_BSV = torch.empty(*tokens_BS.shape, self.vocab_size, device=self.device)
+        if self.stage.part.num_stages > 1:
+            dist.broadcast(logits_BSV, dist.get_global_rank(self._group, self.stage.part.num_stages - 1), self._group)
+        return logits_BSV
+
+    def _hidden(self, tokens_BS: Tensor, neighbors: Neighbors | None, cache: Cache) -> Tensor:
+        model, part = self.stage.model, self.stage.part
+        batch_size, length = tokens_BS.shape
+        context = model.prepare(batch_size, length, tokens_BS.device, neighbors=neighbors, cache=cache)
+        if part.first:
+            hidden_BSH = model.embed(tokens_BS, context)
+        else:
+            hidden_BSH = self._receive((batch_size, length, self._hidden_size))
+        encoded_shape = self._encoded_shape(context)
+        encoded = self._receive(encoded_shape) if part.receives_neighbors and encoded_shape is not None else None
+        hidden_BSH, encoded = model.run_layers(hidden_BSH, encoded, context, cache)
+        if not part.last:
+            self._send(hidden_BSH)
+            if part.sends_neighbors and encoded is not None:
+                self._send(encoded)
+        if context.cache_slice is not None:
+            cache.commit(context.cache_slice)
+        return hidden_BSH
+
+    def _encoded_shape(self, context: SequenceContext) -> tuple[int, ...] | None:
+        """Shape of what the encoder's stage sends on; None when this step completes no chunk with neighbours."""
+        if context.retrieval is None or context.retrieval.neighbors is None:
+            return None
+        return (*context.retrieval.neighbors.tokens_BCKR.shape, self._encoder_size)
+
+    def _receive(self, shape: tuple[int, ...]) -> Tensor:
+        tensor = torch.empty(shape, dtype=self._dtype, device=self.device)
+        dist.recv(tensor, dist.get_global_rank(self._group, self.stage.part.index - 1), self._group)
+        return tensor
+
+    def _send(self, tensor: Tensor) -> None:
+        dist.send(tensor.contiguous(), dist.get_global_rank(self._group, self.stage.part.index + 1), self._group)
+
+
+def stack_neighbors(
+    rows: FoundRows, shape: tuple[int, int], device: torch.device, at_least: int = 0
 ) -> Neighbors | None:
-    """[B, C, K, R] of what rows found, filled up with absent neighbours; None when nothing was found."""
+    """[B, C, K, R] of the rows' neighbours, padded with absent ones to `at_least` chunks; None where there are none."""
     most = max(map(len, rows), default=0)
     if most == 0:
         return None

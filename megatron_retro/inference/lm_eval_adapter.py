@@ -1,4 +1,4 @@
-"""lm-eval on our checkpoints, with and without neighbours.
+"""lm-eval on checkpoints of megatron_retro, with and without neighbours.
 
 lm-eval finds models by a table of its own, so the program is started through this module, which adds one entry:
 
@@ -88,7 +88,7 @@ class MegatronRetroLM(TemplateLM):  # type: ignore[misc]
             pairs = [(requests[number][1], requests[number][2]) for number in numbers]
             scored = score_continuations(self.module, pairs, self.source, max_length=self.max_length)
             for number, one in zip(numbers, scored, strict=True):
-                answers[number] = (one.log_probability, one.is_greedy)
+                answers[number] = (one.logprob, one.is_greedy)
                 if requests[number][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[number][0], answers[number])
         return [answers[number] for number in range(len(requests))]

@@ -1,7 +1,7 @@
-"""Where the neighbours of a chunk come from while text is generated: a live index, given passages, or at random.
+"""Where the neighbours of a chunk come from while text is generated: a live index, given passages, or random chunks.
 
-A source answers for whole chunks, several at once, with tokens in the model's shape and what a reader wants to know
-of them. `None` in place of a source means: no neighbours.
+A source finds neighbours of several chunks at once and returns their tokens in the model's shape, with chunk ids and
+distances. `None` in place of a source means that no neighbours are read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_retro.runtime.seeds import derived_seed
 
 
 @dataclass(frozen=True)
-class Found:
+class RetrievedNeighbors:
     """The neighbours of one chunk, nearest first. Chunk id -1: absent, or not from a database."""
 
     tokens_KR: NDArray[np.int64]
@@ -32,46 +32,46 @@ class Found:
 
 
 class NeighborSource(Protocol):
-    """Finds neighbours. A chunk is its words alone: one of nothing but virtual tokens is empty."""
+    """Finds neighbours. A chunk has no virtual tokens: one that held nothing else is empty."""
 
-    def find(self, chunks: Sequence[Sequence[int]]) -> list[Found]:
-        """One answer per chunk."""
+    def find(self, chunks: Sequence[Sequence[int]]) -> list[RetrievedNeighbors]:
+        """The neighbours of each chunk."""
 
 
 class ChunkSearch(Protocol):
-    """What of a live index is used here."""
+    """The part of a live index that is used here."""
 
     database: ChunkDatabase
 
     def search(self, chunks: Sequence[Sequence[int]], num_neighbors: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Ids [n, k] (-1 = none) and distances."""
+        """Ids [n, k], -1 for none, and squared distances."""
 
 
 class LiveNeighbors:
-    """The nearest chunks of a database, searched when they are needed."""
+    """The nearest chunks of a database, searched during generation."""
 
     def __init__(self, index: ChunkSearch, num_neighbors: int, retrieved_length: int) -> None:
         self.index, self.num_neighbors, self.retrieved_length = index, num_neighbors, retrieved_length
 
-    def find(self, chunks: Sequence[Sequence[int]]) -> list[Found]:
-        """Embed, search, gather."""
+    def find(self, chunks: Sequence[Sequence[int]]) -> list[RetrievedNeighbors]:
+        """Embed the chunks, search the index, gather the tokens."""
         ids, distances = self.index.search(chunks, self.num_neighbors)
         ids[[not len(chunk) for chunk in chunks]] = -1  # there is nothing to search for
-        return gathered(self.index.database, ids, distances, self.retrieved_length)
+        return gather_neighbors(self.index.database, ids, distances, self.retrieved_length)
 
 
 class RandomNeighbors:
-    """Chunks of the database drawn by a hash of the query: the control that real neighbours must beat."""
+    """Chunks of the database drawn by a hash of the query: the baseline that real neighbours must beat."""
 
     def __init__(self, database: ChunkDatabase, num_neighbors: int, retrieved_length: int, seed: int = 0) -> None:
         self.database, self.num_neighbors, self.retrieved_length = database, num_neighbors, retrieved_length
         self.seed = seed
 
-    def find(self, chunks: Sequence[Sequence[int]]) -> list[Found]:
-        """The same chunk gets the same neighbours."""
+    def find(self, chunks: Sequence[Sequence[int]]) -> list[RetrievedNeighbors]:
+        """Random chunks; the same query gets the same ones."""
         rows = [self._draw(chunk) for chunk in chunks]
         ids = np.array(rows, np.int64).reshape(len(chunks), self.num_neighbors)
-        return gathered(self.database, ids, np.full(ids.shape, np.nan), self.retrieved_length)
+        return gather_neighbors(self.database, ids, np.full(ids.shape, np.nan), self.retrieved_length)
 
     def _draw(self, chunk: Sequence[int]) -> list[int]:
         draws = np.random.default_rng(derived_seed(self.seed, "random neighbors", *chunk))
@@ -88,19 +88,19 @@ class GivenPassages:
             cut = list(passage)[:retrieved_length]
             tokens_KR[row, : len(cut)] = cut
             mask_KR[row, : len(cut)] = True
-        self.found = Found(tokens_KR, mask_KR, (-1,) * num_neighbors, (float("nan"),) * num_neighbors)
+        self.found = RetrievedNeighbors(tokens_KR, mask_KR, (-1,) * num_neighbors, (float("nan"),) * num_neighbors)
 
-    def find(self, chunks: Sequence[Sequence[int]]) -> list[Found]:
-        """What was given."""
+    def find(self, chunks: Sequence[Sequence[int]]) -> list[RetrievedNeighbors]:
+        """The given passages, for every chunk."""
         return [self.found] * len(chunks)
 
 
-def gathered(
+def gather_neighbors(
     database: ChunkDatabase, ids_XK: NDArray[Any], distances_XK: NDArray[Any], retrieved_length: int
-) -> list[Found]:
-    """Tokens of found chunks."""
+) -> list[RetrievedNeighbors]:
+    """The tokens of chunk ids, with ids and distances."""
     tokens_XKR, mask_XKR = database.gather(np.asarray(ids_XK, np.int64), retrieved_length)
     return [
-        Found(tokens.astype(np.int64), mask, tuple(ids.tolist()), tuple(map(float, distances)))
+        RetrievedNeighbors(tokens.astype(np.int64), mask, tuple(ids.tolist()), tuple(map(float, distances)))
         for tokens, mask, ids, distances in zip(tokens_XKR, mask_XKR, ids_XK, distances_XK, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""`generate` and `serve` from settings to text: prompts in; texts, and the neighbours that each chunk read, out."""
+"""The verbs `generate` and `serve`: a model of --load answers prompts, or HTTP requests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_retro.config.inference import (
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings
 from megatron_retro.data.instructions.conversations import Turn
 from megatron_retro.errors import ConfigError, DataError
-from megatron_retro.inference.conversation_form import ConversationForm, conversation_form
+from megatron_retro.inference.chat_format import ChatFormat, load_chat_format
 from megatron_retro.inference.generation import Generation
 from megatron_retro.inference.replicas import Replica, ask_model
 from megatron_retro.inference.sampling import Sampling
@@ -34,7 +34,7 @@ _PROMPTS = '{"prompt": TEXT} or {"question": TEXT}'
 def serve(settings: Settings) -> None:
     """Answer HTTP requests until a signal comes."""
     require("fastapi", "serving")
-    from megatron_retro.inference.serving.program import serve_generator
+    from megatron_retro.inference.serving.server import serve_generator
 
     def answer(replica: Replica) -> None:
         serve_generator(replica.generator, replica.path, settings[ServeConfig], settings[ChatConfig])
@@ -43,7 +43,7 @@ def serve(settings: Settings) -> None:
 
 
 def generate(settings: Settings) -> None:
-    """Generate, print, write."""
+    """Generate a text for each prompt; print the texts, and write them with their neighbours to --output."""
     prompts, output = _prompts(settings[GenerateConfig]), settings[GenerateConfig].output
     if output is not None:
         make_folder(Path(output).parent)  # before the work, which a path that cannot be written would lose
@@ -52,7 +52,7 @@ def generate(settings: Settings) -> None:
 
     def answer(replica: Replica) -> None:
         generator = replica.generator
-        generations = _generate(generator, prompts, settings, _form(replica.path, settings))
+        generations = _generate(generator, prompts, settings, _chat_format(replica.path, settings))
         if output is not None:
             _write(Path(output), prompts, generations, generator)
 
@@ -84,27 +84,27 @@ def _prompts(config: GenerateConfig) -> list[str]:
     return prompts
 
 
-def _form(checkpoint: Path, settings: Settings) -> ConversationForm | None:
-    """How prompts become turns of a conversation; None without --chat."""
+def _chat_format(checkpoint: Path, settings: Settings) -> ChatFormat | None:
+    """The chat format that prompts are written in; None without --chat."""
     chat = settings[GenerateConfig].chat
-    return conversation_form(checkpoint, settings[ChatConfig].chat_template) if chat else None
+    return load_chat_format(checkpoint, settings[ChatConfig].chat_template) if chat else None
 
 
 def _written(
-    prompts: Sequence[str], passages: Sequence[str], form: ConversationForm | None
+    prompts: Sequence[str], passages: Sequence[str], chat_format: ChatFormat | None
 ) -> tuple[list[str], Sequence[str]]:
-    """What the model goes on from, and the passages that its encoder reads."""
-    if form is None:
+    """The prompts in the chat format, and the passages that the encoder reads."""
+    if chat_format is None:
         return list(prompts), passages
-    written = [form.write([Turn("user", prompt)], passages) for prompt in prompts]
+    written = [chat_format.write([Turn("user", prompt)], passages) for prompt in prompts]
     return [text for text, _ in written], written[0][1] if written else ()
 
 
 def _generate(
-    generator: TextGenerator, asked: Sequence[str], settings: Settings, form: ConversationForm | None
+    generator: TextGenerator, asked: Sequence[str], settings: Settings, chat_format: ChatFormat | None
 ) -> list[Generation]:
     sampling, config = settings[SamplingConfig], settings[GenerateConfig]
-    prompts, passages = _written(asked, config.passages or (), form)
+    prompts, passages = _written(asked, config.passages or (), chat_format)
     streamed = config.stream and len(prompts) == 1
     mode = config.retrieval
     if (
@@ -118,7 +118,7 @@ def _generate(
         raise ConfigError(
             "--retrieval-step is given and nothing is retrieved", fix="give --retro-index DIR, or leave the step out"
         )
-    stops = [*(sampling.stop or ()), *(form.stops if form is not None else ())]
+    stops = [*(sampling.stop or ()), *(chat_format.stops if chat_format is not None else ())]
     generations = generator.generate(
         prompts,
         max_new_tokens=sampling.max_new_tokens,
@@ -126,7 +126,7 @@ def _generate(
         stop_strings=stops,
         sources=[source] * len(prompts),
         retrieval_step=config.retrieval_step,
-        listener=_Printed(prompts[0]) if streamed else None,
+        listener=_StreamPrinter(prompts[0]) if streamed else None,
     )
     for prompt, generation in zip(prompts, generations, strict=True):
         print() if streamed else print(f"{prompt}{generation.text}")
@@ -135,20 +135,20 @@ def _generate(
     return generations
 
 
-class _Printed:
-    """Prints pieces as they come, the prompt before the first: nothing of a request that is refused."""
+class _StreamPrinter:
+    """Prints new text as it comes; the prompt is printed before the first, so not for a refused request."""
 
     def __init__(self, prompt: str) -> None:
         self._before = prompt
 
-    def __call__(self, piece: str) -> None:
-        sys.stdout.write(self._before + piece)
+    def __call__(self, text: str) -> None:
+        sys.stdout.write(self._before + text)
         sys.stdout.flush()
         self._before = ""
 
 
 def _explained(generator: TextGenerator, generation: Generation) -> str:
-    """The neighbours of each chunk in words."""
+    """A description of the neighbours of each chunk."""
     lines = [f"--- {len(generation.new_tokens)} tokens, ended by {generation.finish_reason}"]
     for chunk in generator.report(generation):
         lines.append(f"chunk of tokens {chunk.query_start} to {chunk.query_stop - 1}: {_short(chunk.query)}")

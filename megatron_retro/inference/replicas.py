@@ -1,4 +1,4 @@
-"""Where a generator meets several processes: those of a replica hold a part of the model each, and the first drives."""
+"""A model loaded for generation, in one process or spread over the ranks of a replica, whose first rank drives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_retro.config.training import CheckpointConfig
 from megatron_retro.errors import ConfigError, Requeue
 from megatron_retro.inference.driver import DriverEngine, run_worker
 from megatron_retro.inference.engine import Engine
-from megatron_retro.inference.staged_forward import StagedForward
+from megatron_retro.inference.forward import StagedForward
 from megatron_retro.inference.text_generator import TextGenerator, build_text_generator, index_for, limits_of
 from megatron_retro.parallel.mesh import ParallelMesh, build_mesh
 from megatron_retro.parallel.replica_channel import ReplicaChannel
@@ -32,7 +32,7 @@ _USE_GPU = {"cpu": False, "cuda": True}
 
 @dataclass(frozen=True)
 class Replica:
-    """A model that answers, which of its replicas it is, and where its weights come from."""
+    """A model ready to generate, which of its replicas it is, and where its weights come from."""
 
     generator: TextGenerator
     worker: Worker
@@ -71,11 +71,11 @@ def ask_model(
     live = live or LiveRetrievalConfig()
     worker = this_replica(shard, launch, tensor, pipeline)
     if parallel.model_parallel_size() == 1:
-        work(_whole(settings, live, launch, worker))
+        work(_load_whole(settings, live, launch, worker))
         return
     minutes, use_gpu = parallel.distributed_timeout_minutes, _USE_GPU.get(settings[EngineConfig].device)
     with process_group(launch, timeout_minutes=minutes, use_gpu=use_gpu) as device:
-        _as_a_part(settings, work, live, build_mesh(parallel, device), worker)
+        _run_on_ranks(settings, work, live, build_mesh(parallel, device), worker)
 
 
 def _require_processes(launch: Launch, size: int, replicas: bool) -> None:
@@ -89,7 +89,7 @@ def _require_processes(launch: Launch, size: int, replicas: bool) -> None:
         )
 
 
-def _whole(settings: Settings, live: LiveRetrievalConfig, launch: Launch, worker: Worker) -> Replica:
+def _load_whole(settings: Settings, live: LiveRetrievalConfig, launch: Launch, worker: Worker) -> Replica:
     engine = settings[EngineConfig]
     choose_device(launch, use_gpu=_USE_GPU.get(engine.device))  # "cuda" is this process's own GPU from here on
     path, tokenizer = checkpoint_path(settings), given_tokenizer(settings)
@@ -98,7 +98,7 @@ def _whole(settings: Settings, live: LiveRetrievalConfig, launch: Launch, worker
     return Replica(generator, worker, loaded.path, loaded.fingerprint)
 
 
-def _as_a_part(
+def _run_on_ranks(
     settings: Settings,
     work: Callable[[Replica], None],
     live: LiveRetrievalConfig,

@@ -2,7 +2,7 @@
 
 The order is transformers': penalty, temperature, top-k, top-p, draw. Each sequence draws from a generator of its own,
 so its text does not depend on what else is in the batch. Draws stay where the logits are until those of a whole batch
-are fetched at once: a device is waited for once per step, whatever the number of texts.
+are fetch_samples at once: a device is waited for once per step, whatever the number of texts.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ class Sampling:
 
     @classmethod
     def from_config(cls, config: SamplingConfig) -> Sampling:
-        """As the flags say."""
+        """The settings of the flags."""
         return cls(config.temperature, config.top_k, config.top_p, config.repetition_penalty, config.sampling_seed)
 
 
-class Choice(NamedTuple):
-    """What was drawn: the token, and its log-probability under the model (before penalty, temperature and cuts)."""
+class SampledToken(NamedTuple):
+    """A sampled token and its log-probability under the model (before penalty, temperature, top-k and top-p)."""
 
     token: int
-    log_probability: float
+    logprob: float
     highest_logit: float
 
     def require_finite(self) -> None:
-        """Refuse what was drawn from logits that mean nothing."""
+        """Refuse a token that was sampled from logits that are not finite."""
         if not math.isfinite(self.highest_logit):
             raise DataError(
                 "the model's logits are not finite",
@@ -54,14 +54,14 @@ class Choice(NamedTuple):
 
 
 class Sampler:
-    """The choices of one sequence."""
+    """Samples the tokens of one sequence."""
 
     def __init__(self, settings: Sampling) -> None:
         self.settings = settings
         self._generator = generator(settings.seed, "sampling")
 
     def draw(self, logits_V: Tensor, seen: Collection[int]) -> Tensor:
-        """[3] for `fetched`: the fields of a choice, as the device computes them."""
+        """[3], on the logits' device: the fields of a `SampledToken`, for `fetch_samples`."""
         logits_V = logits_V.double()
         token_1 = self._token(logits_V, seen)
         log_probability_1 = logits_V.gather(0, token_1) - torch.logsumexp(logits_V, -1)
@@ -80,9 +80,9 @@ class Sampler:
         return (chances_V / noise_V.to(chances_V.device, non_blocking=True)).argmax(-1, keepdim=True)
 
 
-def fetched(drawn: Sequence[Tensor]) -> list[Choice]:
-    """What was drawn for each text of a batch, in one transfer."""
-    return [Choice(int(token), *rest) for token, *rest in torch.stack(list(drawn)).tolist()]
+def fetch_samples(drawn: Sequence[Tensor]) -> list[SampledToken]:
+    """The sampled tokens of a batch, in one transfer from the device."""
+    return [SampledToken(int(token), *rest) for token, *rest in torch.stack(list(drawn)).tolist()]
 
 
 def penalize(logits_V: Tensor, seen: Collection[int], penalty: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Log-probabilities of given continuations, with or without neighbours: what multiple-choice evaluation asks for."""
+"""Log-probabilities of given continuations, with or without neighbours, as multiple-choice evaluation needs them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_retro.inference.forward import stack
+from megatron_retro.inference.forward import stack_neighbors
 from megatron_retro.inference.neighbor_sources import NeighborSource
 from megatron_retro.model.retro import Retro
 from megatron_retro.peft.prompts import virtual_tokens_of
 
 
 @dataclass(frozen=True)
-class Scored:
-    """Sum over the continuation, and whether each of its tokens was the most likely one."""
+class ScoredContinuation:
+    """The log-probability of a continuation, and whether each of its tokens was the most likely one."""
 
-    log_probability: float
+    logprob: float
     is_greedy: bool
 
 
@@ -29,13 +29,13 @@ def score_continuations(
     source: NeighborSource | None,
     *,
     max_length: int,
-) -> list[Scored]:
-    """One forward over all pairs (context, continuation), padded at the right; long contexts lose their beginning.
+) -> list[ScoredContinuation]:
+    """Score pairs (context, continuation) in one forward, padded on the right; long contexts lose their beginning.
 
-    The context must hold a token: the first of a continuation is predicted too. Virtual tokens lead every row.
+    A context must hold a token, since the first of the continuation is predicted too. Virtual tokens precede every row.
     """
-    lead = virtual_tokens_of(model.embedding)
-    rows = [[*lead, *kept_tokens(context, continuation, max_length)] for context, continuation in pairs]
+    virtual_tokens = virtual_tokens_of(model.embedding)
+    rows = [[*virtual_tokens, *kept_tokens(context, continuation, max_length)] for context, continuation in pairs]
     device = next(model.parameters()).device
     longest = max(len(row) for row in rows)
     tokens_BS = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
@@ -43,13 +43,15 @@ def score_continuations(
         tokens_BS[number, : len(row)] = torch.tensor(row)
     size = model.retro.retro_chunk_length
     found = [
-        source.find([row[max(start, len(lead)) : start + size] for start in range(0, len(row) - size + 1, size)])
+        source.find(
+            [row[max(start, len(virtual_tokens)) : start + size] for start in range(0, len(row) - size + 1, size)]
+        )
         if source is not None and model.retro.reads_neighbors() and len(row) >= size
         else []
         for row in rows
     ]
     shape = (max(1, model.retro.retro_num_neighbors), model.retro.retrieved_length())
-    neighbors = stack(found, shape, device, at_least=longest // size)
+    neighbors = stack_neighbors(found, shape, device, at_least=longest // size)
     logits_BSV = model(tokens_BS, neighbors)
     return [
         _scored(logits_BSV[number], row, len(continuation))
@@ -57,17 +59,22 @@ def score_continuations(
     ]
 
 
+def _chunks(row: Sequence[int], size: int, num_virtual: int) -> list[Sequence[int]]:
+    """The whole chunks of a row, without virtual tokens."""
+    return [row[max(start, num_virtual) : start + size] for start in range(0, len(row) - size + 1, size)]
+
+
 def kept_tokens(context: Sequence[int], continuation: Sequence[int], max_length: int) -> list[int]:
-    """What of a pair is fed: its last `max_length` + 1 tokens, the last of which is only predicted."""
+    """The last `max_length` + 1 tokens of a pair; the last one is only predicted."""
     return [*context, *continuation][-(max_length + 1) : -1] + list(continuation[-1:])
 
 
-def _scored(logits_SV: Tensor, row: Sequence[int], length: int) -> Scored:
+def _scored(logits_SV: Tensor, row: Sequence[int], length: int) -> ScoredContinuation:
     length = min(length, len(row) - 1)
     predicted_LV = logits_SV[len(row) - length - 1 : len(row) - 1].float().log_softmax(-1)
     wanted_L = torch.tensor(row[len(row) - length :], device=logits_SV.device)
     chosen_L = predicted_LV.gather(1, wanted_L[:, None])[:, 0]
-    return Scored(float(chosen_L.sum()), bool((predicted_LV.argmax(-1) == wanted_L).all()))
+    return ScoredContinuation(float(chosen_L.sum()), bool((predicted_LV.argmax(-1) == wanted_L).all()))
 
 
 def rolling_windows(tokens: Sequence[int], first: int, max_length: int) -> list[tuple[list[int], list[int]]]:

@@ -1,4 +1,4 @@
-"""A loaded model, its engine and its sources of neighbours: text in, text out."""
+"""Generation from text to text: tokenizer, engine and neighbour sources of a loaded model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from megatron_retro.inference.weight_layout import store_for_decoding
 
 @dataclass(frozen=True)
 class NeighborText:
-    """One neighbour as a reader sees it."""
+    """One neighbour as text."""
 
     id: int
     distance: float | None
@@ -36,8 +36,8 @@ class NeighborText:
 
 
 @dataclass(frozen=True)
-class ChunkReport:
-    """What one chunk retrieved, and where in the text (in tokens) what it found is read from."""
+class ChunkNeighbors:
+    """The neighbours that one chunk retrieved; tokens from query_stop - 1 on read them."""
 
     query: str
     query_start: int
@@ -46,7 +46,7 @@ class ChunkReport:
 
 
 class TextGenerator:
-    """Generation for programs that think in text."""
+    """Generates text from text."""
 
     def __init__(
         self,
@@ -61,11 +61,11 @@ class TextGenerator:
         self.engine = engine or Engine(forward, tokenizer, limits)
 
     def tokens_of(self, text: str) -> tuple[int, ...]:
-        """A prompt's tokens; an empty prompt begins a document."""
+        """The tokens of a prompt; an empty prompt is the end-of-document token, which begins a document."""
         return tuple(self.tokenizer.encode(text)) or (self.tokenizer.eod,)
 
     def source(self, mode: str, passages: Sequence[str] = ()) -> NeighborSource | None:
-        """`live`, `random` (both need an index) or `none`; given passages win over all of them."""
+        """The source of a mode: `live`, `random` (both need an index) or `none`; given passages replace any of them."""
         shape = self.forward.neighbor_shape
         if passages:
             if not self.forward.reads_neighbors:
@@ -84,12 +84,12 @@ class TextGenerator:
             )
         return LiveNeighbors(self.index, *shape) if mode == "live" else RandomNeighbors(self.index.database, *shape)
 
-    def report(self, generation: Generation) -> list[ChunkReport]:
-        """Every chunk with its neighbours, in order."""
+    def report(self, generation: Generation) -> list[ChunkNeighbors]:
+        """The chunks of a text with the neighbours that they retrieved, in order."""
         decode = self.tokenizer.decode
         return [
-            ChunkReport(
-                decode(generation.words(one.query_start, one.query_stop)),
+            ChunkNeighbors(
+                decode(generation.text_tokens(one.query_start, one.query_stop)),
                 one.query_start,
                 one.query_stop,
                 tuple(
@@ -100,7 +100,7 @@ class TextGenerator:
                     if tokens
                 ),
             )
-            for one in generation.readings
+            for one in generation.retrievals
         ]
 
     def generate(
@@ -114,7 +114,7 @@ class TextGenerator:
         retrieval_step: int | None = None,
         listener: Callable[[str], None] | None = None,
     ) -> list[Generation]:
-        """Answers, in order. `sources` has one entry per prompt, or none at all."""
+        """Generate one text per prompt. `sources` has one entry per prompt, or none."""
         generations = [
             self.engine.submit(
                 GenerationRequest(
@@ -136,18 +136,18 @@ class TextGenerator:
 
 
 def build_text_generator(loaded: LoadedModel, engine: EngineConfig, live: LiveRetrievalConfig) -> TextGenerator:
-    """The generator of a loaded model, with an index that was checked to fit it."""
+    """The generator of a loaded model, with an index that fits it."""
     index = index_for(loaded, live)
     return TextGenerator(LocalForward(store_for_decoding(loaded.module)), loaded.tokenizer, limits_of(engine), index)
 
 
 def limits_of(engine: EngineConfig) -> EngineLimits:
-    """As the flags say."""
+    """The engine's limits from the flags."""
     return EngineLimits(engine.max_batch_size, engine.max_sequence_length, engine.prefill_tokens)
 
 
 def index_for(loaded: Loaded, live: LiveRetrievalConfig) -> ChunkSearch | None:
-    """The index that a model reads, if one is given."""
+    """The index of --retro-index, if one is given; refused for a model that reads no neighbours."""
     if live.retro_index is None:
         return None
     if not loaded.retro.reads_neighbors():
@@ -161,7 +161,7 @@ def index_for(loaded: Loaded, live: LiveRetrievalConfig) -> ChunkSearch | None:
 
 
 def open_index(path: Path, chunk_length: int, tokenizer_fingerprint: str) -> ChunkSearch:
-    """A live index, if its chunks and its tokens are the model's."""
+    """A live index; one whose chunk length or tokenizer is not the model's is refused."""
     from megatron_retro.retrieval.live_index import LiveIndex
 
     index = LiveIndex(path)

@@ -1,4 +1,4 @@
-"""How matrices lie in memory while few rows are decoded on a CPU.
+"""The memory layout of weight matrices while a few rows are decoded on a CPU.
 
 A matrix times one vector only reads the matrix, and it is read fastest from large pages: our own product of few rows
 reads 37 GB/s of matrices on them, as fast as a sum, and 28 GB/s of matrices on pages of 4 KB. PyTorch's product, which

@@ -15,7 +15,7 @@ from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.convert.checkpoint_files import parameter_shapes, write_checkpoint
 from megatron_retro.data.tokenizers import ByteTokenizer
-from megatron_retro.inference.neighbor_sources import Found
+from megatron_retro.inference.neighbor_sources import RetrievedNeighbors
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.retro import Retro
 from megatron_retro.testing.retrieval_projects import CHUNK, echoing_documents, project_settings, write_corpus
@@ -28,15 +28,15 @@ class HashedNeighbors:
         self.shape = (num_neighbors, retrieved_length)
         self.asked: list[list[int]] = []
 
-    def find(self, chunks: Sequence[Sequence[int]]) -> list[Found]:
+    def find(self, chunks: Sequence[Sequence[int]]) -> list[RetrievedNeighbors]:
         return [self._one(list(chunk)) for chunk in chunks]
 
-    def _one(self, chunk: list[int]) -> Found:
+    def _one(self, chunk: list[int]) -> RetrievedNeighbors:
         self.asked.append(chunk)
         draws = np.random.default_rng(chunk)
         mask = draws.random(self.shape) > 0.2
         tokens = draws.integers(0, 256, self.shape)
-        return Found(tokens, mask, (7,) * self.shape[0], (0.5,) * self.shape[0])
+        return RetrievedNeighbors(tokens, mask, (7,) * self.shape[0], (0.5,) * self.shape[0])
 
 
 def build_model(seed: int = 1, **changes: object) -> Retro:

@@ -15,7 +15,7 @@ from megatron_retro.data.tokenizers import ByteTokenizer
 from megatron_retro.errors import ConfigError, DataError
 from megatron_retro.inference import weight_layout
 from megatron_retro.inference.engine import Engine, EngineLimits
-from megatron_retro.inference.forward import LocalForward, stack
+from megatron_retro.inference.forward import LocalForward, stack_neighbors
 from megatron_retro.inference.generation import Generation, GenerationRequest
 from megatron_retro.inference.neighbor_sources import GivenPassages
 from megatron_retro.inference.sampling import Sampling
@@ -43,7 +43,7 @@ def teacher_forced(model: Retro, tokens: Sequence[int], source: Any) -> Tensor:
     whole = len(tokens) // CHUNK
     chunks = [tokens[number * CHUNK : (number + 1) * CHUNK] for number in range(whole)]
     shape = LocalForward(model).neighbor_shape
-    neighbors = None if source is None else stack([source.find(chunks)], shape, torch.device("cpu"))
+    neighbors = None if source is None else stack_neighbors([source.find(chunks)], shape, torch.device("cpu"))
     with torch.inference_mode():
         return model(torch.tensor([tokens]), neighbors)[0, :, :256]
 
@@ -81,7 +81,7 @@ def test_equals_teacher_forcing(
     for generation in engine.generate(requests):
         source = generation.request.source
         compare(generation, teacher_forced(model, generation.tokens[:-1], source))
-        stops = [reading.query_stop for reading in generation.readings]
+        stops = [reading.query_stop for reading in generation.retrievals]
         assert stops == ([] if source is None else list(range(CHUNK, len(generation.tokens), CHUNK)))
 
 
@@ -110,7 +110,7 @@ def stepwise_reference(model: Retro, generation: Generation) -> Tensor:
         if layer.cross_attention is not None:
             normed = layer.cross_norm(hidden)
             if int(name) == model.first_retrieval_layer:
-                windows = [encoded_window(model, reading, normed) for reading in generation.readings]
+                windows = [encoded_window(model, reading, normed) for reading in generation.retrievals]
             found = torch.zeros_like(hidden)
             for number, (end, neighbors, encoded) in enumerate(windows):
                 stop = min(windows[number + 1][0] if number + 1 < len(windows) else end + CHUNK, end + CHUNK, length)
@@ -125,7 +125,7 @@ def stepwise_reference(model: Retro, generation: Generation) -> Tensor:
 
 
 def encoded_window(model: Retro, reading: Any, normed_BSH: Tensor) -> tuple[int, Any, Tensor]:
-    neighbors = stack([[reading.found]], LocalForward(model).neighbor_shape, torch.device("cpu"))
+    neighbors = stack_neighbors([[reading.found]], LocalForward(model).neighbor_shape, torch.device("cpu"))
     assert neighbors is not None
     state = normed_BSH[:, reading.query_start : reading.query_stop][:, None]
     return reading.query_stop - 1, neighbors, model.encode(neighbors, state, None)
@@ -141,11 +141,11 @@ def test_retrieval_step(small_model: Callable[..., Retro], hashed: Any, step: in
         with torch.inference_mode():
             compare(generation, stepwise_reference(model, generation))
         prompt_length = len(generation.request.prompt)
-        refreshed = [one.query_stop for one in generation.readings if one.query_stop >= prompt_length]
+        refreshed = [one.query_stop for one in generation.retrievals if one.query_stop >= prompt_length]
         late = [stop for stop in refreshed if stop >= prompt_length + CHUNK]
         assert all((stop - prompt_length) % step == 0 for stop in late)
         assert len(late) >= (len(generation.tokens) - 1 - prompt_length - CHUNK) // step
-        assert all(one.query_stop - one.query_start == CHUNK for one in generation.readings)
+        assert all(one.query_stop - one.query_start == CHUNK for one in generation.retrievals)
 
 
 def test_company_changes_nothing(small_model: Callable[..., Retro], hashed: Any) -> None:

@@ -22,11 +22,10 @@ from megatron_retro.data.tokenizers import ByteTokenizer
 from megatron_retro.errors import ConfigError, DataError, DistributedError
 from megatron_retro.inference.driver import DriverEngine, run_worker
 from megatron_retro.inference.engine import Engine, EngineLimits
-from megatron_retro.inference.forward import LocalForward
+from megatron_retro.inference.forward import LocalForward, StagedForward
 from megatron_retro.inference.generation import GenerationRequest
-from megatron_retro.inference.neighbor_sources import Found, NeighborSource
+from megatron_retro.inference.neighbor_sources import NeighborSource, RetrievedNeighbors
 from megatron_retro.inference.sampling import Sampling
-from megatron_retro.inference.staged_forward import StagedForward
 from megatron_retro.model.retro import Retro
 from megatron_retro.parallel.mesh import build_mesh
 from megatron_retro.parallel.replica_channel import ReplicaChannel
@@ -59,7 +58,7 @@ def texts(engine: Engine, source: Any) -> list[tuple[list[int], list[float], int
         GenerationRequest(PROMPTS[1], 12, Sampling(temperature=1.0, seed=4), retrieval_step=3, source=source)
     )
     done = engine.generate(requests)
-    return [(one.tokens, one.log_probabilities, len(one.readings)) for one in done]
+    return [(one.tokens, one.logprobs, len(one.retrievals)) for one in done]
 
 
 def parts(checkpoint: Path, tensor: int, pipeline: int) -> tuple[StagedForward, ReplicaChannel]:
@@ -88,10 +87,10 @@ def test_layouts_write_the_same(checkpoint: Path, hashed: Any, tensor: int, pipe
     found = [one for one in run_ranks(rank, tensor * pipeline * data) if one is not None]
     assert len(found) == data
     for replica in found:
-        for (tokens, chances, readings), (expected, expected_chances, expected_readings) in zip(
+        for (tokens, chances, retrievals), (expected, expected_chances, expected_retrievals) in zip(
             replica, alone, strict=True
         ):
-            assert tokens == expected and readings == expected_readings
+            assert tokens == expected and retrievals == expected_retrievals
             assert chances == pytest.approx(expected_chances, abs=1e-3)
 
 
@@ -101,7 +100,7 @@ class FailsOnce:
     def __init__(self, source: NeighborSource) -> None:
         self.source, self.asked = source, 0
 
-    def find(self, chunks: Sequence[Sequence[int]]) -> list[Found]:
+    def find(self, chunks: Sequence[Sequence[int]]) -> list[RetrievedNeighbors]:
         self.asked += 1
         if self.asked == 2:
             raise OSError("the index is gone")

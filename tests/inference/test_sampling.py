@@ -12,13 +12,21 @@ from hypothesis import strategies as st
 
 from megatron_retro.data.tokenizers import ByteTokenizer
 from megatron_retro.errors import DataError
-from megatron_retro.inference.sampling import Choice, Sampler, Sampling, fetched, keep_top_k, keep_top_p, penalize
-from megatron_retro.inference.text_stream import TextStream
+from megatron_retro.inference.generation import TextStream
+from megatron_retro.inference.sampling import (
+    SampledToken,
+    Sampler,
+    Sampling,
+    fetch_samples,
+    keep_top_k,
+    keep_top_p,
+    penalize,
+)
 from megatron_retro.runtime.seeds import generator
 
 
-def choose(sampler: Sampler, logits: torch.Tensor, seen: Sequence[int] = ()) -> Choice:
-    return fetched([sampler.draw(logits, seen)])[0]
+def choose(sampler: Sampler, logits: torch.Tensor, seen: Sequence[int] = ()) -> SampledToken:
+    return fetch_samples([sampler.draw(logits, seen)])[0]
 
 
 def test_cuts_are_those_of_transformers() -> None:
@@ -51,9 +59,9 @@ def test_draws_follow_the_distribution() -> None:
 
 def test_greedy_and_extremes() -> None:
     logits = torch.tensor([0.5, 3.0, -2.0])
-    token, log_probability, highest = choose(Sampler(Sampling()), logits)
+    token, logprob, highest = choose(Sampler(Sampling()), logits)
     assert highest == 3.0
-    assert token == 1 and log_probability == pytest.approx(logits.log_softmax(0)[1].item())
+    assert token == 1 and logprob == pytest.approx(logits.log_softmax(0)[1].item())
     assert choose(Sampler(Sampling(repetition_penalty=10.0)), logits, [1]).token == 0
     for temperature in (1e-300, 1e-30, 1e30):
         assert choose(Sampler(Sampling(temperature=temperature, seed=1)), logits).token in range(3)
@@ -69,11 +77,11 @@ def test_a_batch_draws_what_torch_draws_one_by_one() -> None:
     generators = [generator(seed, "sampling") for seed in range(4)]
     for step in range(50):
         logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(step)) * 2
-        choices = fetched([sampler.draw(row, ()) for sampler, row in zip(samplers, logits, strict=True)])
+        choices = fetch_samples([sampler.draw(row, ()) for sampler, row in zip(samplers, logits, strict=True)])
         for row, choice, source in zip(logits.double(), choices, generators, strict=True):
             chances = keep_top_p((row - row.max()) / 0.8, 0.9).softmax(-1)
             assert choice.token == int(torch.multinomial(chances, 1, generator=source))
-            assert choice.log_probability == pytest.approx(float(row.log_softmax(-1)[choice.token]), abs=1e-12)
+            assert choice.logprob == pytest.approx(float(row.log_softmax(-1)[choice.token]), abs=1e-12)
 
 
 @settings(max_examples=100, deadline=None)

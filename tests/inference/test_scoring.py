@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_retro.inference.forward import LocalForward, stack
+from megatron_retro.inference.forward import LocalForward, stack_neighbors
 from megatron_retro.inference.scoring import rolling_windows, score_continuations
 from megatron_retro.model.retro import Retro
 
 
 def plain(model: Retro, tokens: list[int], length: int, source: Any) -> tuple[float, bool]:
     chunks = [tokens[start : start + 8] for start in range(0, len(tokens) - 7, 8)]
-    found = stack([source.find(chunks)], LocalForward(model).neighbor_shape, torch.device("cpu")) if source else None
+    found = (
+        stack_neighbors([source.find(chunks)], LocalForward(model).neighbor_shape, torch.device("cpu"))
+        if source
+        else None
+    )
     with torch.inference_mode():
         rows = model(torch.tensor([tokens]), found)[0].log_softmax(-1)
     wanted = tokens[-length:]
@@ -37,12 +41,10 @@ def test_scores(small_model: Callable[..., Retro], hashed: Any, reads: bool) -> 
     scored = score_continuations(model, pairs, source, max_length=100)
     for (context, continuation), one in zip(pairs, scored, strict=True):
         value, is_greedy = plain(model, [*context, *continuation], len(continuation), source)
-        assert one.log_probability == pytest.approx(value, abs=1e-3) and one.is_greedy == is_greedy
+        assert one.logprob == pytest.approx(value, abs=1e-3) and one.is_greedy == is_greedy
     assert scored[-1].is_greedy
     (cut,) = score_continuations(model, [pairs[2]], source, max_length=16)
-    assert cut.log_probability == pytest.approx(
-        plain(model, [*pairs[2][0], *pairs[2][1]][-17:], 9, source)[0], abs=1e-3
-    )
+    assert cut.logprob == pytest.approx(plain(model, [*pairs[2][0], *pairs[2][1]][-17:], 9, source)[0], abs=1e-3)
 
 
 @pytest.mark.parametrize("length", [1, 4, 5, 12, 13])

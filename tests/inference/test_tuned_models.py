@@ -21,11 +21,10 @@ from megatron_retro.convert.checkpoint_files import parameter_shapes, write_chec
 from megatron_retro.data.tokenizers import ByteTokenizer
 from megatron_retro.inference.driver import DriverEngine, run_worker
 from megatron_retro.inference.engine import Engine, EngineLimits
-from megatron_retro.inference.forward import Forward, LocalForward, stack
+from megatron_retro.inference.forward import Forward, LocalForward, StagedForward, stack_neighbors
 from megatron_retro.inference.generation import GenerationRequest
 from megatron_retro.inference.sampling import Sampling
 from megatron_retro.inference.scoring import score_continuations
-from megatron_retro.inference.staged_forward import StagedForward
 from megatron_retro.inference.text_generator import TextGenerator
 from megatron_retro.model.retro import Retro
 from megatron_retro.parallel.mesh import build_mesh
@@ -109,14 +108,16 @@ def test_virtual_tokens_lead_what_is_generated(
         chunks = [
             [word for word in read[at : at + CHUNK] if word >= 0] for at in range(0, len(read) - CHUNK + 1, CHUNK)
         ]
-        neighbors = stack([hashed.find(chunks)], forward.neighbor_shape, torch.device("cpu")) if reads else None
+        neighbors = (
+            stack_neighbors([hashed.find(chunks)], forward.neighbor_shape, torch.device("cpu")) if reads else None
+        )
         with torch.inference_mode():
             logits = module(torch.tensor([read]), neighbors)[0, -20:, :256].log_softmax(-1)
         picked = logits.gather(1, torch.tensor(generation.new_tokens)[:, None])[:, 0]
         torch.testing.assert_close(picked, logits.max(-1).values, atol=2e-4, rtol=0)
-        torch.testing.assert_close(picked, torch.tensor(generation.log_probabilities), atol=2e-4, rtol=0)
+        torch.testing.assert_close(picked, torch.tensor(generation.logprobs), atol=2e-4, rtol=0)
         if reads:
-            assert [one.query_stop for one in generation.readings] == list(range(CHUNK, len(tokens), CHUNK))
+            assert [one.query_stop for one in generation.retrievals] == list(range(CHUNK, len(tokens), CHUNK))
     assert all(word >= 0 for chunk in hashed.asked for word in chunk)
 
 
@@ -133,7 +134,7 @@ def test_virtual_tokens_lead_what_is_scored_and_are_no_text(
     assert "".join(chunk.query for chunk in generator.report(generation)).startswith("the prompt of")
     context, answer = list(generation.request.prompt), generation.new_tokens
     (scored,) = score_continuations(loaded, [(context, answer)], hashed, max_length=64)
-    assert scored.log_probability == pytest.approx(sum(generation.log_probabilities), abs=1e-3)
+    assert scored.logprob == pytest.approx(sum(generation.logprobs), abs=1e-3)
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3", "adapter", "p-tuning"])
@@ -169,4 +170,4 @@ def engine_of(forward: Forward) -> Engine:
 
 def texts(engine: Engine, source: Any) -> list[tuple[list[int], list[float]]]:
     requests = [GenerationRequest(prompt, 12, source=source) for prompt in PROMPTS]
-    return [(one.tokens, one.log_probabilities) for one in engine.generate(requests)]
+    return [(one.tokens, one.logprobs) for one in engine.generate(requests)]

@@ -1,4 +1,4 @@
-"""From requests to generation and back to OpenAI's answers, whole or as a stream of events."""
+"""From OpenAI's requests to generation requests, and from generated texts to OpenAI's responses, whole or streamed."""
 
 from __future__ import annotations
 
@@ -11,31 +11,30 @@ from itertools import accumulate
 from typing import Protocol
 
 from megatron_retro.data.instructions.conversations import Turn
-from megatron_retro.inference.conversation_form import ConversationForm
-from megatron_retro.inference.generation import Chance, Generation, GenerationRequest
+from megatron_retro.inference.chat_format import ChatFormat
+from megatron_retro.inference.generation import Generation, GenerationRequest, TextStream, TokenLogprob
 from megatron_retro.inference.sampling import Sampling
 from megatron_retro.inference.serving import schema
-from megatron_retro.inference.serving.engine_thread import EngineThread, Refused, Ticket
+from megatron_retro.inference.serving.engine_thread import EngineThread, RequestHandle, RequestRefused
 from megatron_retro.inference.text_generator import TextGenerator
-from megatron_retro.inference.text_stream import TextStream
 
 DEFAULT_CHAT_TOKENS = 128
 
 
 class Connection(Protocol):
-    """The client's side of a request."""
+    """The connection of a client."""
 
     async def is_disconnected(self) -> bool:
-        """Whether the client is gone."""
+        """Whether the client has disconnected."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """Everything that answers requests."""
+    """A generator, its engine's thread and its chat format, under one model name."""
 
     generator: TextGenerator
     engine: EngineThread
-    form: ConversationForm
+    chat_format: ChatFormat
     model_name: str
     created: int
 
@@ -49,12 +48,14 @@ class Service:
     def requests_of(self, body: schema.CompletionRequest | schema.ChatRequest) -> list[GenerationRequest]:
         """The texts to generate, n for each prompt in turn."""
         if body.model is not None and body.model != self.model_name:
-            raise Refused(f"there is no model {body.model!r} here", 404, f"use {self.model_name!r}, or leave it out")
+            raise RequestRefused(
+                f"there is no model {body.model!r} here", 404, f"use {self.model_name!r}, or leave it out"
+            )
         prompts, passages = self._prompts(body)
         if len(prompts) * body.n > schema.MAX_TEXTS:
-            raise Refused(f"more than {schema.MAX_TEXTS} texts in one request", 400)
+            raise RequestRefused(f"more than {schema.MAX_TEXTS} texts in one request", 400)
         stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-        stops += self.form.stops if isinstance(body, schema.ChatRequest) else ()
+        stops += self.chat_format.stops if isinstance(body, schema.ChatRequest) else ()
         source = self.generator.source(self._mode(body.retrieval_mode), passages)
         seed = secrets.randbits(62) if body.seed is None else body.seed
         return [
@@ -75,7 +76,7 @@ class Service:
     def _mode(self, mode: schema.RetrievalMode | None) -> str:
         modes = self.retrieval_modes
         if mode is not None and mode not in modes:
-            raise Refused(f"retrieval_mode {mode!r} needs an index", 400, "start the service with --retro-index")
+            raise RequestRefused(f"retrieval_mode {mode!r} needs an index", 400, "start the service with --retro-index")
         return mode or modes[0]
 
     def _prompts(
@@ -86,7 +87,7 @@ class Service:
         if isinstance(body, schema.ChatRequest):
             roles = {"developer": "system"}
             turns = [Turn(roles.get(one.role, one.role), one.text()) for one in body.messages]
-            text, to_encoder = self.form.write(turns, passages)
+            text, to_encoder = self.chat_format.write(turns, passages)
             return [self.generator.tokens_of(text)], to_encoder
         return self._completion_prompts(body.prompt), passages
 
@@ -116,7 +117,7 @@ class Service:
         return self.generator.tokenizer.decode(generation.request.prompt) if echo else ""
 
     def logprobs(self, body: schema.CompletionRequest, generation: Generation) -> schema.Logprobs | None:
-        """The chances of the answer's tokens, the prompt's before them if it is echoed."""
+        """The log-probabilities of the answer's tokens, the prompt's before them if it is echoed."""
         if body.logprobs is None:
             return None
         decode, prompt = self.generator.tokenizer.decode, generation.request.prompt
@@ -126,26 +127,26 @@ class Service:
         offsets = [0, *accumulate(map(len, texts))][: len(texts)]
         length = len(self.prefix(body, generation)) + len(generation.text)
         shown = sum(offset < length for offset in offsets)  # a stop string ends the text before its tokens
-        known = [None] * (len(tokens) - len(generation.chances)) + list(generation.chances)
+        known = [None] * (len(tokens) - len(generation.token_logprobs)) + list(generation.token_logprobs)
         return schema.Logprobs(
             tokens=texts[:shown],
-            token_logprobs=[None if one is None else one.log_probability for one in known[:shown]],
+            token_logprobs=[None if one is None else one.logprob for one in known[:shown]],
             top_logprobs=[None if one is None else self._named(one) for one in known[:shown]]
             if body.logprobs
             else None,
             text_offset=offsets[:shown],
         )
 
-    def _named(self, chance: Chance) -> dict[str, float]:
+    def _named(self, one: TokenLogprob) -> dict[str, float]:
         """Alternatives by their text; those that share one, or are a part of a character, by their number."""
         found: dict[str, float] = {}
-        for token, value in chance.alternatives:
+        for token, value in one.alternatives:
             text = self.generator.tokenizer.decode([token])
             found[f"token:{token}" if text in found or "\ufffd" in text else text] = value
         return found
 
     def chunks(self, generation: Generation, first: int = 0) -> list[schema.Chunk]:
-        """What the chunks from number `first` on read."""
+        """The neighbours of the chunks from number `first` on."""
         return [
             schema.Chunk(
                 query=chunk.query,
@@ -157,80 +158,80 @@ class Service:
         ]
 
 
-async def whole_answers(service: Service, tickets: Sequence[Ticket], client: Connection) -> list[Generation]:
-    """Wait for all texts; cancelled when the client leaves."""
+async def whole_answers(service: Service, handles: Sequence[RequestHandle], client: Connection) -> list[Generation]:
+    """Wait for all texts; they are cancelled when the client disconnects."""
 
-    async def drain(ticket: Ticket) -> None:
-        async for _ in ticket.read():
+    async def drain(handle: RequestHandle) -> None:
+        async for _ in handle.read():
             pass
 
-    work = asyncio.gather(*(drain(ticket) for ticket in tickets))
+    work = asyncio.gather(*(drain(handle) for handle in handles))
     try:
         while not work.done():
             await asyncio.wait([work], timeout=0.25)
             if not work.done() and await client.is_disconnected():
-                raise Refused("the client left", 499)
+                raise RequestRefused("the client left", 499)
         await work
     finally:
         work.cancel()
-        for ticket in tickets:
-            service.engine.cancel(ticket)
-    return [ticket.generation for ticket in tickets if ticket.generation is not None]
+        for handle in handles:
+            service.engine.cancel(handle)
+    return [handle.generation for handle in handles if handle.generation is not None]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """New text of one answer, with chunks that read neighbours since the last piece; `ended` is why it ended."""
+class TextDelta:
+    """New text of one response, and the chunks that retrieved neighbours since the last delta."""
 
     index: int
     text: str
     chunks: list[schema.Chunk]
-    ended: str | None
+    finish_reason: str | None
 
 
-async def pieces(service: Service, tickets: Sequence[Ticket]) -> AsyncIterator[Piece]:
-    """The pieces of all texts as they come; what is left is cancelled when nobody listens any more."""
+async def text_deltas(service: Service, handles: Sequence[RequestHandle]) -> AsyncIterator[TextDelta]:
+    """The deltas of all texts as they come; texts are cancelled when the caller stops reading."""
     mixed: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue()
     failures: list[Exception] = []
 
-    async def forward(index: int, ticket: Ticket) -> None:
+    async def forward(index: int, handle: RequestHandle) -> None:
         try:
-            async for text in ticket.read():
+            async for text in handle.read():
                 mixed.put_nowait((index, text))
         except Exception as error:  # raised below, by the reader of this stream
             failures.append(error)
         mixed.put_nowait((index, None))
 
-    tasks = [asyncio.create_task(forward(index, ticket)) for index, ticket in enumerate(tickets)]
-    told = [0] * len(tickets)
-    open_texts = len(tickets)
+    tasks = [asyncio.create_task(forward(index, handle)) for index, handle in enumerate(handles)]
+    num_sent = [0] * len(handles)
+    open_texts = len(handles)
     try:
         while open_texts:
             index, text = await mixed.get()
-            generation = tickets[index].generation
+            generation = handles[index].generation
             if failures:
                 raise failures[0]
-            chunks = [] if generation is None else service.chunks(generation, told[index])
-            told[index] += len(chunks)
-            ended = generation.finish_reason if text is None and generation is not None else None
+            chunks = [] if generation is None else service.chunks(generation, num_sent[index])
+            num_sent[index] += len(chunks)
+            finish_reason = generation.finish_reason if text is None and generation is not None else None
             open_texts -= text is None
-            yield Piece(index, text or "", chunks, ended)
+            yield TextDelta(index, text or "", chunks, finish_reason)
     finally:
         for task in tasks:
             task.cancel()
-        for ticket in tickets:
-            service.engine.cancel(ticket)
+        for handle in handles:
+            service.engine.cancel(handle)
 
 
 def usage_of(generations: Sequence[Generation], n: int) -> schema.Usage:
-    """Tokens read (each prompt once) and written."""
+    """Prompt tokens (each prompt once) and generated tokens."""
     read = sum(len(one.request.prompt) for one in generations[::n])
     written = sum(len(one.new_tokens) for one in generations)
     return schema.Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
 
 
 def new_id(kind: str) -> str:
-    """An id as OpenAI's look."""
+    """A response id in OpenAI's form."""
     return f"{kind}-{secrets.token_hex(12)}"
 
 

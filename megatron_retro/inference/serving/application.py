@@ -1,4 +1,4 @@
-"""The routes."""
+"""The routes of the service: completions, chat, models, health, metrics and the page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_retro import __version__
 from megatron_retro.config.inference import ServeConfig
 from megatron_retro.errors import MegatronRetroError
 from megatron_retro.inference.serving import answering, schema
-from megatron_retro.inference.serving.engine_thread import Refused, Ticket
+from megatron_retro.inference.serving.engine_thread import RequestHandle, RequestRefused
 from megatron_retro.inference.serving.guards import Guards
 from megatron_retro.inference.serving.metrics import Metrics
 from megatron_retro.runtime.strict_json import json_text
@@ -60,7 +60,7 @@ def build_application(service: answering.Service, metrics: Metrics, config: Serv
 
 
 def error_answer(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
-    """OpenAI's form."""
+    """An error in OpenAI's form."""
     detail = schema.ErrorDetail(message=message, type=_KINDS.get(status, "api_error"), param=param, code=code)
     headers = {"Retry-After": "1"} if status in (429, 503) else None
     return JSONResponse({"error": detail.model_dump()}, status_code=status, headers=headers)
@@ -72,8 +72,8 @@ def _add_error_handlers(application: FastAPI) -> None:
         where, message = _explained(error.errors())
         return error_answer(400, f"{where or 'body'}: {message}", param=where or None)
 
-    @application.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> Response:
+    @application.exception_handler(RequestRefused)
+    async def refused(_: Request, error: RequestRefused) -> Response:
         return error_answer(error.status, str(error))
 
     @application.exception_handler(MegatronRetroError)
@@ -142,7 +142,7 @@ def _add_status(application: FastAPI, service: answering.Service, metrics: Metri
     @application.get("/v1/models/{name:path}")
     async def model(name: str) -> schema.ModelCard:
         if name != service.model_name:
-            raise Refused(f"there is no model {name!r} here", 404)
+            raise RequestRefused(f"there is no model {name!r} here", 404)
         return _card(service)
 
 
@@ -152,7 +152,7 @@ def _card(service: answering.Service) -> schema.ModelCard:
 
 def _submit(
     service: answering.Service, metrics: Metrics, body: schema.CompletionRequest | schema.ChatRequest
-) -> list[Ticket]:
+) -> list[RequestHandle]:
     metrics.count("megatron_retro_requests_total", kind=type(body).__name__)
     return service.engine.submit(service.requests_of(body), asyncio.get_running_loop())
 
@@ -160,13 +160,13 @@ def _submit(
 def _add_completions(application: FastAPI, service: answering.Service, metrics: Metrics) -> None:
     @application.post("/v1/completions", response_model=schema.Completion, responses=_STREAM)
     async def completions(body: schema.CompletionRequest, request: Request) -> Response:
-        tickets = _submit(service, metrics, body)
+        handles = _submit(service, metrics, body)
         head = schema.Completion(
             id=answering.new_id("cmpl"), created=answering.now(), model=service.model_name, choices=[]
         )
         if body.stream:
-            return _event_stream(_completion_events(service, body, tickets, head))
-        generations = await answering.whole_answers(service, tickets, request)
+            return _event_stream(_completion_events(service, body, handles, head))
+        generations = await answering.whole_answers(service, handles, request)
         choices = [
             schema.CompletionChoice(
                 index=index,
@@ -182,33 +182,33 @@ def _add_completions(application: FastAPI, service: answering.Service, metrics: 
 
 
 async def _completion_events(
-    service: answering.Service, body: schema.CompletionRequest, tickets: list[Ticket], head: schema.Completion
+    service: answering.Service, body: schema.CompletionRequest, handles: list[RequestHandle], head: schema.Completion
 ) -> AsyncIterator[schema.Completion]:
     begun: set[int] = set()
-    async for piece in answering.pieces(service, tickets):
-        generation = tickets[piece.index].generation
-        prefix = "" if piece.index in begun or generation is None else service.prefix(body, generation)
-        begun.add(piece.index)
+    async for new in answering.text_deltas(service, handles):
+        generation = handles[new.index].generation
+        prefix = "" if new.index in begun or generation is None else service.prefix(body, generation)
+        begun.add(new.index)
         choice = schema.CompletionChoice(
-            index=piece.index,
-            text=prefix + piece.text,
-            finish_reason=piece.ended,
-            retrieval=piece.chunks if body.retrieval else None,
+            index=new.index,
+            text=prefix + new.text,
+            finish_reason=new.finish_reason,
+            retrieval=new.chunks if body.retrieval else None,
         )
         yield head.model_copy(update={"choices": [choice]})
     if body.stream_options is not None and body.stream_options.include_usage:
-        yield head.model_copy(update={"usage": _usage(tickets, body.n)})
+        yield head.model_copy(update={"usage": _usage(handles, body.n)})
 
 
 def _add_chat(application: FastAPI, service: answering.Service, metrics: Metrics) -> None:
     @application.post("/v1/chat/completions", response_model=schema.ChatCompletion, responses=_STREAM)
     async def chat(body: schema.ChatRequest, request: Request) -> Response:
-        tickets = _submit(service, metrics, body)
+        handles = _submit(service, metrics, body)
         name, created = answering.new_id("chatcmpl"), answering.now()
         if body.stream:
             head = schema.ChatCompletionChunk(id=name, created=created, model=service.model_name, choices=[])
-            return _event_stream(_chat_events(service, body, tickets, head))
-        generations = await answering.whole_answers(service, tickets, request)
+            return _event_stream(_chat_events(service, body, handles, head))
+        generations = await answering.whole_answers(service, handles, request)
         choices = [
             schema.ChatChoice(
                 index=index,
@@ -225,28 +225,28 @@ def _add_chat(application: FastAPI, service: answering.Service, metrics: Metrics
 
 
 async def _chat_events(
-    service: answering.Service, body: schema.ChatRequest, tickets: list[Ticket], head: schema.ChatCompletionChunk
+    service: answering.Service, body: schema.ChatRequest, handles: list[RequestHandle], head: schema.ChatCompletionChunk
 ) -> AsyncIterator[schema.ChatCompletionChunk]:
     begun: set[int] = set()
-    async for piece in answering.pieces(service, tickets):
-        first = piece.index not in begun
-        text = piece.text.lstrip() if first else piece.text
+    async for new in answering.text_deltas(service, handles):
+        first = new.index not in begun
+        text = new.text.lstrip() if first else new.text
         if text or not first:
-            begun.add(piece.index)
+            begun.add(new.index)
         delta = schema.ChatDelta(role="assistant" if first else None, content=text)
         choice = schema.ChatChunkChoice(
-            index=piece.index,
+            index=new.index,
             delta=delta,
-            finish_reason=piece.ended,
-            retrieval=piece.chunks if body.retrieval else None,
+            finish_reason=new.finish_reason,
+            retrieval=new.chunks if body.retrieval else None,
         )
         yield head.model_copy(update={"choices": [choice]})
     if body.stream_options is not None and body.stream_options.include_usage:
-        yield head.model_copy(update={"usage": _usage(tickets, body.n)})
+        yield head.model_copy(update={"usage": _usage(handles, body.n)})
 
 
-def _usage(tickets: list[Ticket], n: int) -> schema.Usage:
-    return answering.usage_of([ticket.generation for ticket in tickets if ticket.generation is not None], n)
+def _usage(handles: list[RequestHandle], n: int) -> schema.Usage:
+    return answering.usage_of([handle.generation for handle in handles if handle.generation is not None], n)
 
 
 def _json(answer: schema.Completion | schema.ChatCompletion) -> Response:

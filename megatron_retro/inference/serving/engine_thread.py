@@ -1,8 +1,8 @@
-"""The engine's own thread, and how requests of an event loop reach it and text comes back.
+"""The thread that runs the engine, and its queues to and from the event loop.
 
 The event loop never waits for the model and the model never waits for a client: requests go in through a bounded
-queue, pieces of text come out as callbacks on the loop. A request that finds the queue full, or waits in it too
-long, is refused with a reason.
+queue, texts come out as callbacks on the loop. A request that finds the queue full, or waits in it too long, is refused
+with a reason.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from megatron_retro.inference.serving.metrics import Metrics
 from megatron_retro.runtime.console import say
 
 
-class Refused(MegatronRetroError):
-    """A request that is well-formed and cannot be served now."""
+class RequestRefused(MegatronRetroError):
+    """A well-formed request that cannot be served now."""
 
     def __init__(self, what: str, status: int, fix: str | None = None) -> None:
         self.status = status
@@ -31,29 +31,29 @@ class Refused(MegatronRetroError):
 
 
 @dataclass(eq=False)
-class Ticket:
-    """One request on its way. `pieces` gets text, and None at the end."""
+class RequestHandle:
+    """A request in the queue or the engine. `texts` receives new text, and None at the end."""
 
     request: GenerationRequest
     loop: asyncio.AbstractEventLoop
-    pieces: asyncio.Queue[str | None] = field(default_factory=asyncio.Queue)
+    texts: asyncio.Queue[str | None] = field(default_factory=asyncio.Queue)
     asked_at: float = field(default_factory=time.monotonic)
     generation: Generation | None = None
     waiting: bool = True
     failure: MegatronRetroError | None = None
     cancelled: bool = False
 
-    def tell(self, piece: str | None) -> None:
-        """Hand a piece to the event loop; from the engine's thread."""
+    def send(self, text: str | None) -> None:
+        """Hand new text to the event loop; called by the engine's thread."""
         try:
-            self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
+            self.loop.call_soon_threadsafe(self.texts.put_nowait, text)
         except RuntimeError:
             self.cancelled = True  # the loop is closed: nobody listens any more
 
     async def read(self) -> AsyncIterator[str]:
-        """Pieces of text until the end; raises why it failed."""
-        while (piece := await self.pieces.get()) is not None:
-            yield piece
+        """New texts until the end; raises the failure, if there was one."""
+        while (text := await self.texts.get()) is not None:
+            yield text
         if self.failure is not None:
             raise self.failure
 
@@ -70,59 +70,61 @@ class EngineThread:
         queue_seconds: float,
         on_loss: Callable[[DistributedError], None] | None = None,
     ) -> None:
-        """`on_loss` hears that the model's other processes are gone, after which nothing can be served."""
+        """`on_loss` is called when the model's other processes are lost, after which nothing can be served."""
         self._engine, self._metrics, self._on_loss = engine, metrics, on_loss
         self._queue_size, self._queue_seconds = queue_size, queue_seconds
-        self._arrived: deque[Ticket] = deque()
-        self._open: list[Ticket] = []
+        self._arrived: deque[RequestHandle] = deque()
+        self._open: list[RequestHandle] = []
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.failures = 0
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the current step: open requests hear that the service is shutting down."""
+        """End after the current step; open requests fail with "shutting down"."""
         with self._changed:
             self._closed = True
             self._changed.notify()
 
     def close(self) -> None:
-        """Stop, and wait for it."""
+        """Stop, and wait for the thread to end."""
         self.stop()
         self._thread.join(timeout=30)
 
     @property
     def num_waiting(self) -> int:
         """Requests without a place in the batch."""
-        return len(self._arrived) + sum(ticket.waiting for ticket in list(self._open))
+        return len(self._arrived) + sum(handle.waiting for handle in list(self._open))
 
     @property
     def num_active(self) -> int:
         """Requests in the batch."""
-        return sum(not ticket.waiting for ticket in list(self._open))
+        return sum(not handle.waiting for handle in list(self._open))
 
-    def submit(self, requests: Sequence[GenerationRequest], loop: asyncio.AbstractEventLoop) -> list[Ticket]:
-        """Queue the texts of one client, all or none. Refused when the queue is full."""
+    def submit(self, requests: Sequence[GenerationRequest], loop: asyncio.AbstractEventLoop) -> list[RequestHandle]:
+        """Queue the texts of one client, all of them or none. RequestRefused when the queue is full."""
         for request in requests:
             check_request(request, self._engine.limits, self._engine.forward)
         with self._changed:
             if self._closed:
-                raise Refused("the service is shutting down", 503)
+                raise RequestRefused("the service is shutting down", 503)
             if self.num_waiting + len(requests) > self._queue_size:
                 self._metrics.count("megatron_retro_refused_total", reason="queue full")
-                raise Refused(f"the queue is full: {self.num_waiting} of {self._queue_size}", 429, "try again later")
-            tickets = [Ticket(request, loop) for request in requests]
-            self._arrived.extend(tickets)
+                raise RequestRefused(
+                    f"the queue is full: {self.num_waiting} of {self._queue_size}", 429, "try again later"
+                )
+            handles = [RequestHandle(request, loop) for request in requests]
+            self._arrived.extend(handles)
             self._changed.notify()
-        return tickets
+        return handles
 
-    def cancel(self, ticket: Ticket) -> None:
-        """The client is gone."""
-        ticket.cancelled = True
+    def cancel(self, handle: RequestHandle) -> None:
+        """Cancel a request whose client has disconnected."""
+        handle.cancelled = True
         with self._changed:
             self._changed.notify()
 
@@ -134,16 +136,16 @@ class EngineThread:
                 self._open += arrived
                 closed = self._closed
             if closed:
-                self._end_all(Refused("the service is shutting down", 503))
+                self._end_all(RequestRefused("the service is shutting down", 503))
                 return
-            for ticket in arrived:
-                self._begin(ticket)
+            for handle in arrived:
+                self._begin(handle)
             try:
                 self._review()
                 self._engine.step()
             except DistributedError as error:
                 self.failures += 1
-                self._end_all(Refused("the model's other processes are gone", 503))
+                self._end_all(RequestRefused("the model's other processes are gone", 503))
                 if self._on_loss is not None:
                     self._on_loss(error)
             except MegatronRetroError as error:
@@ -151,52 +153,52 @@ class EngineThread:
             except Exception as error:  # a fault of ours must not stop the service for others
                 self.failures += 1
                 say(traceback.format_exc())
-                self._end_all(Refused(f"the engine failed: {type(error).__name__}", 500))
+                self._end_all(RequestRefused(f"the engine failed: {type(error).__name__}", 500))
             self._review()
 
-    def _begin(self, ticket: Ticket) -> None:
-        def hear(piece: str) -> None:
-            if piece:
-                ticket.tell(piece)
+    def _begin(self, handle: RequestHandle) -> None:
+        def forward(text: str) -> None:
+            if text:
+                handle.send(text)
 
         try:
-            ticket.generation = self._engine.submit(ticket.request, hear)
+            handle.generation = self._engine.submit(handle.request, forward)
         except MegatronRetroError as error:
-            self._end(ticket, error)
+            self._end(handle, error)
 
     def _review(self) -> None:
-        """Note who started, who is done, who left and who waited too long."""
+        """Update the metrics, and end the requests that are finished, cancelled or queued for too long."""
         now = time.monotonic()
-        for ticket in list(self._open):
-            generation = ticket.generation
+        for handle in list(self._open):
+            generation = handle.generation
             if generation is None:
                 continue
-            if ticket.waiting and generation.started:
-                ticket.waiting = False
-                self._metrics.observe("megatron_retro_waiting_seconds", now - ticket.asked_at)
-            if ticket.cancelled and not generation.finished:
+            if handle.waiting and generation.started:
+                handle.waiting = False
+                self._metrics.observe("megatron_retro_waiting_seconds", now - handle.asked_at)
+            if handle.cancelled and not generation.finished:
                 self._engine.cancel(generation)
                 self._metrics.count("megatron_retro_cancelled_total")
-            if ticket.waiting and not generation.finished and now - ticket.asked_at > self._queue_seconds:
+            if handle.waiting and not generation.finished and now - handle.asked_at > self._queue_seconds:
                 self._engine.cancel(generation)
                 self._metrics.count("megatron_retro_refused_total", reason="waited too long")
-                self._end(ticket, Refused(f"no place within {self._queue_seconds:g} s", 503, "try again later"))
+                self._end(handle, RequestRefused(f"no place within {self._queue_seconds:g} s", 503, "try again later"))
             elif generation.finished:
                 self._metrics.count("megatron_retro_generated_tokens_total", len(generation.new_tokens))
                 self._metrics.count("megatron_retro_prompt_tokens_total", len(generation.request.prompt))
-                self._metrics.observe("megatron_retro_request_seconds", now - ticket.asked_at)
+                self._metrics.observe("megatron_retro_request_seconds", now - handle.asked_at)
                 failed = generation.failure
-                self._end(ticket, None if failed is None else Refused(str(failed), 500))
+                self._end(handle, None if failed is None else RequestRefused(str(failed), 500))
 
-    def _end(self, ticket: Ticket, failure: MegatronRetroError | None) -> None:
-        ticket.failure = failure
-        if ticket in self._open:
-            self._open.remove(ticket)
-        ticket.tell(None)
+    def _end(self, handle: RequestHandle, failure: MegatronRetroError | None) -> None:
+        handle.failure = failure
+        if handle in self._open:
+            self._open.remove(handle)
+        handle.send(None)
 
     def _end_all(self, failure: MegatronRetroError) -> None:
-        for ticket in list(self._open):
-            if ticket.generation is not None:
-                self._engine.cancel(ticket.generation)
-            self._end(ticket, failure)
+        for handle in list(self._open):
+            if handle.generation is not None:
+                self._engine.cancel(handle.generation)
+            self._end(handle, failure)
         self._engine.reset()

@@ -1,4 +1,4 @@
-"""What stands before the application: size of a request, the key, and clients that do not read.
+"""Checks before the application: size of a request, API key, and clients that do not read.
 
 Plain ASGI, because a middleware of the framework would buffer streams.
 """
@@ -36,7 +36,7 @@ class BodyTooLarge(HTTPException):
 
 
 class Guards:
-    """Wraps an application."""
+    """Wraps an application with its checks."""
 
     def __init__(
         self, application: Application, *, max_body_bytes: int, send_seconds: float, api_key: str | None
@@ -46,7 +46,7 @@ class Guards:
         self._api_key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check, then hand on."""
+        """Check the request, then pass it to the application."""
         if scope["type"] != "http":
             await self._application(scope, receive, send)
             return

@@ -68,7 +68,7 @@ class CompletionRequest(SharedRequest):
     )
     max_tokens: int = Field(16, ge=1, le=1 << 20)
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=5, description="chances of each token and of so many others")
+    logprobs: int | None = Field(None, ge=0, le=5, description="log-probabilities of a token and of this many others")
 
     @model_validator(mode="after")
     def _whole(self) -> CompletionRequest:

@@ -20,18 +20,18 @@ from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.instructions.templates import InstructRetroTemplate
 from megatron_retro.data.token_writer import TokenFileWriter
 from megatron_retro.data.tokenizers import ByteTokenizer
-from megatron_retro.inference.conversation_form import ConversationForm
+from megatron_retro.inference.chat_format import ChatFormat
 from megatron_retro.inference.engine import EngineLimits
 from megatron_retro.inference.forward import LocalForward
-from megatron_retro.inference.neighbor_sources import Found
-from megatron_retro.inference.serving.program import Server, build_service, listening_socket
+from megatron_retro.inference.neighbor_sources import RetrievedNeighbors
+from megatron_retro.inference.serving.server import Server, build_service, listening_socket
 from megatron_retro.inference.text_generator import TextGenerator
 from megatron_retro.model.cache import Cache
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.retro import Retro
 
 CHUNK = 16
-FORM = ConversationForm(InstructRetroTemplate())
+FORM = ChatFormat(InstructRetroTemplate())
 TEXTS = [
     "The quick brown fox jumps over the lazy dog and then goes home to sleep.",
     "A retrieval model reads neighbours of each chunk before it writes the next one.",
@@ -60,7 +60,7 @@ def trigrams(tokens: Sequence[int]) -> set[tuple[int, ...]]:
 class LettersForward(LocalForward):
     """A random model that may only write small letters and spaces, so that its answers are readable text."""
 
-    def next_logits(self, tokens_B: Sequence[int], found: Sequence[Found | None], cache: Cache) -> Tensor:
+    def next_logits(self, tokens_B: Sequence[int], found: Sequence[RetrievedNeighbors | None], cache: Cache) -> Tensor:
         logits_BV = super().next_logits(tokens_B, found, cache)
         allowed = torch.zeros(logits_BV.shape[1], dtype=torch.bool)
         allowed[[32, *range(97, 123)]] = True

@@ -1,4 +1,4 @@
-"""How a model is talked to: the written form that it was tuned on, and where passages stand in it."""
+"""How a conversation becomes a prompt: the template that a model was tuned on, and where passages stand in it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from megatron_retro.data.instructions.conversations import Passage, Turn
 from megatron_retro.data.instructions.encoding import placed
 from megatron_retro.data.instructions.templates import InstructRetroTemplate, Template, build_template, prompt_of
 
-SPEAKERS = ("\n\nUser:", "\n\nSystem:")
+_STOP_STRINGS = ("\n\nUser:", "\n\nSystem:")
 
 
 @dataclass(frozen=True)
-class ConversationForm:
-    """Writes prompts; `place` is tuning's --context-place."""
+class ChatFormat:
+    """Writes prompts with a template; `place` is --context-place of the tuning run."""
 
     template: Template
     place: str = "encoder"
@@ -26,7 +26,7 @@ class ConversationForm:
     @property
     def stops(self) -> tuple[str, ...]:
         """Where an answer ends, besides the end-of-document token: a model may go on as another speaker."""
-        return SPEAKERS if isinstance(self.template, InstructRetroTemplate) else ()
+        return _STOP_STRINGS if isinstance(self.template, InstructRetroTemplate) else ()
 
     def write(self, turns: Sequence[Turn], passages: Sequence[str] = ()) -> tuple[str, tuple[str, ...]]:
         """The prompt, and the passages that the neighbour encoder reads."""
@@ -34,11 +34,11 @@ class ConversationForm:
         return prompt_of(turns, self.template, in_prompt), tuple(passage.text for passage in to_encoder)
 
 
-def conversation_form(checkpoint: Path, template: str | None = None) -> ConversationForm:
-    """That of the tuning run, unless another template is named; passages of an untuned model are neighbours."""
+def load_chat_format(checkpoint: Path, template: str | None = None) -> ChatFormat:
+    """The format of the tuning run unless another template is named; an untuned model reads passages as neighbours."""
     opened = open_checkpoint(checkpoint)
     tuned = stored_instructions(opened)
     if template is None and tuned is not None and tuned.instruction_template != InstructionConfig.instruction_template:
         template = str(seen_from(tuned.instruction_template, opened.path))
     place = "encoder" if tuned is None or tuned.context_place == "none" else tuned.context_place
-    return ConversationForm(build_template(template or InstructionConfig.instruction_template), place)
+    return ChatFormat(build_template(template or InstructionConfig.instruction_template), place)

@@ -1,4 +1,4 @@
-"""Starting the service: model, engine thread, application, a listening socket."""
+"""Starts the service: engine thread, application, listening socket."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import uvicorn
 
 from megatron_retro.config.inference import ChatConfig, ServeConfig
 from megatron_retro.errors import ConfigError, DistributedError, EnvironmentProblem
-from megatron_retro.inference.conversation_form import ConversationForm, conversation_form
+from megatron_retro.inference.chat_format import ChatFormat, load_chat_format
 from megatron_retro.inference.serving import answering
 from megatron_retro.inference.serving.application import build_application
 from megatron_retro.inference.serving.engine_thread import EngineThread
@@ -38,8 +38,8 @@ def serve_generator(generator: TextGenerator, checkpoint: Path, config: ServeCon
         losses.append(loss)
         server.should_exit = True
 
-    form = conversation_form(checkpoint, chat.chat_template)
-    server = build_service(generator, config, name, form, api_key, end)
+    chat_format = load_chat_format(checkpoint, chat.chat_template)
+    server = build_service(generator, config, name, chat_format, api_key, end)
     listener = listening_socket(config)
     if config.host not in _LOOPBACK and api_key is None:
         warn(f"anyone who reaches {config.host} can use this service: give --api-key-file")
@@ -52,7 +52,7 @@ def serve_generator(generator: TextGenerator, checkpoint: Path, config: ServeCon
 
 
 class Server(uvicorn.Server):
-    """A server that is told to end lets texts finish for a while, and then tells their clients why they end."""
+    """When it is told to end, lets texts finish for a while, and then tells the clients of the others why they end."""
 
     def __init__(self, application: Guards, thread: EngineThread, finishing_seconds: float) -> None:
         settings = uvicorn.Config(
@@ -66,7 +66,7 @@ class Server(uvicorn.Server):
         self._engine_thread, self._finishing_seconds = thread, finishing_seconds
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Called by uvicorn when it ends; what is still open after the engine's end is cut off."""
+        """Called by uvicorn when it ends; connections that are open after the engine's end are closed."""
         ending = asyncio.get_running_loop().call_later(self._finishing_seconds, self._engine_thread.stop)
         await super().shutdown(sockets)
         ending.cancel()
@@ -76,7 +76,7 @@ def build_service(
     generator: TextGenerator,
     config: ServeConfig,
     name: str,
-    form: ConversationForm,
+    chat_format: ChatFormat,
     api_key: str | None = None,
     on_loss: Callable[[DistributedError], None] | None = None,
     *,
@@ -91,7 +91,7 @@ def build_service(
         queue_seconds=config.queue_seconds,
         on_loss=on_loss,
     )
-    service = answering.Service(generator, thread, form, name, answering.now())
+    service = answering.Service(generator, thread, chat_format, name, answering.now())
     return Server(build_application(service, metrics, config, api_key), thread, finishing_seconds)
 
 
