@@ -48,7 +48,7 @@ def test_answers_with_neighbors(room: Path, capsys: pytest.CaptureFixture[str]) 
         (["--load", "shut", "--prompt", "x", "--retro-index", "project"], "reads no neighbours"),
         (["--load", "shut", "--prompt", "x", "--passages", "y"], "reads no neighbours"),
         (["--load", "nowhere", "--prompt", "x"], "nowhere"),
-        (["--load", "retro", "--prompt", "x", "--tensor-model-parallel-size", "2"], "processes are not those"),
+        (["--load", "retro", "--prompt", "x", "--tensor-model-parallel-size", "2"], "does not fit the model"),
     ],
 )
 def test_bad_input(
