@@ -1,4 +1,4 @@
-"""What the documents promise: decisions in one form."""
+"""What the documents promise: short lines, links and paths that lead somewhere, decisions in one form."""
 
 from __future__ import annotations
 
@@ -8,7 +8,46 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+DOCUMENTS = {
+    str(path.relative_to(ROOT)): path
+    for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])
+}
+LINE = 119
+FOLDERS = ("megatron_retro", "tests", "examples", "benchmarks", "csrc", "tools", "docs")
 LABELS = ["Question", "Choice", "Measured", "Would change it"]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_lines_are_short(name: str) -> None:
+    lines = DOCUMENTS[name].read_text().splitlines()
+    assert [number for number, line in enumerate(lines, 1) if len(line) > LINE] == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name: str) -> None:
+    page = DOCUMENTS[name]
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
+        if not target.startswith("http"):
+            found = page.parent / target if target else page
+            assert found.exists(), f"{name}: {target}"
+            assert not anchor or anchor in anchors(found), f"{name}: {target}#{anchor}"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_paths_exist(name: str) -> None:
+    paths = re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]*)", DOCUMENTS[name].read_text())
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_script_of_the_experiments_exists() -> None:
+    scripts = {path.name for path in (ROOT / "examples").rglob("*.sh")}
+    named = set(re.findall(r"(?:^|[`/ ])(\w+\.sh)\b", DOCUMENTS["docs/experiments.md"].read_text(), flags=re.MULTILINE))
+    assert named - scripts == set()
 
 
 def decisions() -> dict[str, str]:

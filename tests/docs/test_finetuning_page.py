@@ -53,9 +53,3 @@ def test_every_command_runs(workplace: Path, capsys: pytest.CaptureFixture[str])
     contexts = [json.loads(line)["contexts"] for line in Path("chat_with_passages.jsonl").read_text().splitlines()]
     assert [len(one) for one in contexts] == [2] * 6
     assert (workplace / "adapter-hf" / "adapter_config.json").is_file()
-
-
-def test_the_study_and_the_recipe_are_there() -> None:
-    root = Path(__file__).parents[2]
-    for name in re.findall(r"`((?:examples|tests)/[\w./]+)`", TEXT):
-        assert (root / name).is_file(), name
