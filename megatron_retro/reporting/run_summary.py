@@ -134,9 +134,9 @@ def _of_retro(story: Story) -> list[str]:
 
 def _quality(story: Story) -> list[str]:
     rows = [
-        (name, int(at), one["recall"], f"{one['low']:.3f} to {one['high']:.3f}", entry["closeness"]["mean_overlap"])
-        for name, entry in (story.quality["tables"] if story.quality else {}).items()
-        for at, one in entry["recall"].items()
+        (name, int(depth), one.recall, f"{one.low:.3f} to {one.high:.3f}", quality.closeness.mean_overlap)
+        for name, quality in (story.quality.tables if story.quality else {}).items()
+        for depth, one in quality.recall.items()
     ]
     header = ("table", "neighbours", "recall", "95 %", "tokens shared with the nearest")
     return [section("How good the neighbours are", table(header, rows))] if rows else []

@@ -42,18 +42,17 @@ def _neighbors_cost(story: Story) -> Iterator[Expectation]:
 
 
 def _retrieval(story: Story) -> Iterator[Expectation]:
-    for name, table in (story.quality["tables"] if story.quality else {}).items():
-        recall = table["recall"].get("2", {}).get("recall")
-        if recall is not None:
+    for name, table in (story.quality.tables if story.quality else {}).items():
+        if (found := table.recall.get("2")) is not None:
             claim = f"the index finds the nearest chunks ({name})"
-            yield Expectation(claim, f"recall@2 {recall:.3f} against exact search", recall >= RECALL_FLOOR)
+            seen = f"recall@2 {found.recall:.3f} against exact search"
+            yield Expectation(claim, seen, found.recall >= RECALL_FLOOR)
 
 
 def _leakage_free(story: Story) -> Iterator[Expectation]:
-    tables = story.quality["tables"] if story.quality else {}
-    if tables:
-        leaks = sum(table["audit"]["leaks"] for table in tables.values())
-        rows = sum(table["audit"]["rows"] for table in tables.values())
+    audits = [table.audit for table in story.quality.tables.values()] if story.quality else []
+    if audits:
+        leaks, rows = sum(audit.leaks for audit in audits), sum(audit.rows for audit in audits)
         yield Expectation("no chunk is its own document's neighbour", f"{leaks} leaks in {rows:,} rows", leaks == 0)
 
 

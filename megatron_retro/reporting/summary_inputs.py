@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_retro.config.evaluation import ReportConfig
 from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.reporting.quality_page import QualityReport, read_quality
 from megatron_retro.runtime.run_log import RunLog, read_run_log
 
 Records = tuple[dict[str, Any], ...]
@@ -20,7 +21,7 @@ class Story:
     """Runs in their order, and what is told about the last one that was evaluated with other neighbours."""
 
     runs: tuple[tuple[Path, RunLog], ...]
-    quality: dict[str, Any] | None
+    quality: QualityReport | None
     texts: tuple[tuple[str, Records], ...]
     answers: tuple[tuple[str, Records], ...]
     questions: Records
@@ -38,7 +39,7 @@ def read_story(runs: Sequence[Path], config: ReportConfig) -> Story:
     quality = None if config.report_retrieval is None else Path(config.report_retrieval) / "report" / "quality.json"
     return Story(
         tuple((run, read_run_log(run)) for run in runs),
-        None if quality is None else _object(quality),
+        None if quality is None else read_quality(quality),
         _named(config.report_texts, "--report-texts"),
         _named(config.report_answers, "--report-answers"),
         () if config.report_questions is None else _records(Path(config.report_questions)),
@@ -57,16 +58,6 @@ def _named(words: Sequence[str] | None, flag: str) -> tuple[tuple[str, Records],
         counts = ", ".join(f"{name} {len(records)}" for name, records in found)
         raise ConfigError(f"the files of {flag} answer different prompts", got=counts, expected="as many in each")
     return tuple(found)
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read", got=error) from None
-    if not isinstance(found, dict):
-        raise ArtifactError(f"{path} is no report", got=type(found).__name__, expected="an object")
-    return found
 
 
 def _records(path: Path) -> Records:

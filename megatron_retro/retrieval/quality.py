@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_retro.data.neighbor_table import NeighborTable
+from megatron_retro.reporting.quality_page import Audit, Closeness, Effort, Histogram, ListBalance, Recall
 from megatron_retro.retrieval.exact_search import Truth, distances_to, exact_neighbors
 from megatron_retro.retrieval.list_join import Found
 from megatron_retro.retrieval.native import longest_common_runs, token_overlaps
@@ -53,7 +54,7 @@ def covered_rows(table: NeighborTable, places: NDArray[np.int64]) -> NDArray[np.
     return numbers
 
 
-def recalls(rows: SampledRows, ids_QK: NDArray[np.int64], search: NeighborSearch) -> dict[str, dict[str, float]]:
+def recalls(rows: SampledRows, ids_QK: NDArray[np.int64], search: NeighborSearch) -> dict[str, Recall]:
     """Recall at several depths with a 95 % interval; a chunk as near as a true neighbour counts as one."""
     distances = distances_to(search.project, rows.truth.vectors, ids_QK)
     found = Found(np.sort(distances, axis=1), ids_QK)
@@ -62,7 +63,7 @@ def recalls(rows: SampledRows, ids_QK: NDArray[np.int64], search: NeighborSearch
         shares = row_recalls(found, rows.truth.found, depth)
         margin = 1.96 * float(shares.std(ddof=1)) / len(shares) ** 0.5 if len(shares) > 1 else 1.0
         mean = float(shares.mean())
-        result[str(depth)] = {"recall": mean, "low": max(0.0, mean - margin), "high": min(1.0, mean + margin)}
+        result[str(depth)] = Recall(mean, max(0.0, mean - margin), min(1.0, mean + margin))
     return result
 
 
@@ -75,7 +76,7 @@ def row_recalls(found: Found, truth: Found, depth: int) -> NDArray[np.float64]:
     return np.where(there > 0, np.minimum(hits, there) / np.maximum(there, 1), 1.0)
 
 
-def effort_sweep(search: NeighborSearch, rows: SampledRows, efforts: Sequence[int]) -> list[dict[str, float]]:
+def effort_sweep(search: NeighborSearch, rows: SampledRows, efforts: Sequence[int]) -> list[Effort]:
     """Recall@2 and time per query at several numbers of lists (or efSearch, where there are no lists)."""
     own, points = search.own_chunks(rows.numbers), []
     current = search.searcher
@@ -88,12 +89,12 @@ def effort_sweep(search: NeighborSearch, rows: SampledRows, efforts: Sequence[in
         exact = distances_to(search.project, rows.truth.vectors, found.ids_QK)
         share = row_recalls(Found(np.sort(exact, axis=1), found.ids_QK), rows.truth.found, 2)
         cost = seconds * 1000 / len(rows.numbers)
-        points.append({"effort": effort, "recall@2": float(share.mean()), "milliseconds": cost})
+        points.append(Effort(effort, float(share.mean()), cost))
     replace(current)  # sets the effort in use again
     return points
 
 
-def audit(search: NeighborSearch, table: NeighborTable, limit: int) -> dict[str, Any]:
+def audit(search: NeighborSearch, table: NeighborTable, limit: int) -> Audit:
     """Leaks, absences and repetitions over up to `limit` rows, and whether planted leaks are seen."""
     rows = leaks = missing = repeated = empty = planted = seen = 0
     step = max(1, min(_AUDIT_ROWS, limit))
@@ -112,15 +113,15 @@ def audit(search: NeighborSearch, table: NeighborTable, limit: int) -> dict[str,
             hidden, found = _planted_leaks(search, start, ids)
             planted, seen = planted + hidden, seen + found
     cells = max(rows * table.num_saved, 1)
-    return {
-        "rows": rows,
-        "leaks": leaks,
-        "missing_share": missing / cells,
-        "empty_rows_share": empty / max(rows, 1),
-        "repeated": repeated,
-        "planted_leaks": planted,
-        "planted_leaks_seen": seen,
-    }
+    return Audit(
+        rows=rows,
+        leaks=leaks,
+        missing_share=missing / cells,
+        empty_rows_share=empty / max(rows, 1),
+        repeated=repeated,
+        planted_leaks=planted,
+        planted_leaks_seen=seen,
+    )
 
 
 def leaking(search: NeighborSearch, first: int, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -144,7 +145,7 @@ def _planted_leaks(search: NeighborSearch, first: int, ids: NDArray[np.int64]) -
     return len(rows), int(leaking(search, first, copy).sum()) - before
 
 
-def closeness(search: NeighborSearch, rows: SampledRows) -> dict[str, Any]:
+def closeness(search: NeighborSearch, rows: SampledRows) -> Closeness:
     """Histograms of distances and shared tokens of the nearest neighbours, and how much they leak of what follows."""
     project, numbers = search.project, rows.numbers
     nearest = rows.ids_QK[:, :2]
@@ -166,32 +167,32 @@ def closeness(search: NeighborSearch, rows: SampledRows) -> dict[str, Any]:
         there,
     )
     exists = nearest >= 0
-    return {
-        "distance": _histogram(distances[exists]),
-        "overlap": _histogram(shared[exists], 0.0, 1.0),
-        "successor_run": _histogram(runs.max(axis=1) / length, 0.0, 1.0),
-        "same_text_share": float(((shared >= 1.0) & exists).sum() / max(exists.sum(), 1)),
-        "mean_overlap": float(shared[exists].mean()) if exists.any() else 0.0,
-        "successor_run_above_half": float((runs.max(axis=1) > length / 2).mean()),
-    }
+    return Closeness(
+        distance=_histogram(distances[exists]),
+        overlap=_histogram(shared[exists], 0.0, 1.0),
+        successor_run=_histogram(runs.max(axis=1) / length, 0.0, 1.0),
+        same_text_share=float(((shared >= 1.0) & exists).sum() / max(exists.sum(), 1)),
+        mean_overlap=float(shared[exists].mean()) if exists.any() else 0.0,
+        successor_run_above_half=float((runs.max(axis=1) > length / 2).mean()),
+    )
 
 
-def list_balance(sizes: NDArray[np.int64]) -> dict[str, Any]:
+def list_balance(sizes: NDArray[np.int64]) -> ListBalance:
     """How evenly chunks lie in the inverted lists; 1 is even, K is all in one of K."""
     total = float(sizes.sum())
-    return {
-        "lists": len(sizes),
-        "imbalance": float(len(sizes) * np.square(sizes, dtype=np.float64).sum() / max(total * total, 1.0)),
-        "largest": int(sizes.max(initial=0)),
-        "empty": int((sizes == 0).sum()),
-        "sizes": _histogram(sizes.astype(np.float64)),
-    }
+    return ListBalance(
+        lists=len(sizes),
+        imbalance=float(len(sizes) * np.square(sizes, dtype=np.float64).sum() / max(total * total, 1.0)),
+        largest=int(sizes.max(initial=0)),
+        empty=int((sizes == 0).sum()),
+        sizes=_histogram(sizes.astype(np.float64)),
+    )
 
 
-def _histogram(values: NDArray[Any], low: float | None = None, high: float | None = None) -> dict[str, list[float]]:
+def _histogram(values: NDArray[Any], low: float | None = None, high: float | None = None) -> Histogram:
     if not len(values):
-        return {"counts": [], "edges": []}
+        return Histogram()
     low = float(values.min()) if low is None else low
     high = max(float(values.max()) if high is None else high, low + 1e-6)
     counts, edges = np.histogram(values, bins=_BINS, range=(low, high))
-    return {"counts": counts.astype(float).tolist(), "edges": edges.tolist()}
+    return Histogram(counts.astype(float).tolist(), edges.tolist())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +13,13 @@ from megatron_retro.artifacts.files import write_file
 from megatron_retro.artifacts.manifest import damage, load_manifest, read_manifest
 from megatron_retro.data.neighbor_table import NeighborTable
 from megatron_retro.errors import ArtifactError, BelowFloor
-from megatron_retro.reporting.quality_page import quality_page
+from megatron_retro.reporting.quality_page import (
+    IndexFigures,
+    QualityReport,
+    TableQuality,
+    quality_page,
+    read_quality,
+)
 from megatron_retro.retrieval.embedder_comparison import compare_embedders
 from megatron_retro.retrieval.faiss_index import inverted_parts
 from megatron_retro.retrieval.gpu_copies import MOST_SELECTED
@@ -37,7 +43,7 @@ from megatron_retro.retrieval.quality import (
     sampled_rows,
 )
 from megatron_retro.runtime.console import say
-from megatron_retro.runtime.strict_json import json_text
+from megatron_retro.runtime.strict_json import json_text, to_plain
 
 _REPORT_VERSION = 1
 
@@ -52,10 +58,10 @@ def verify(project: Project) -> None:
         for made in _made(project):
             _require_intact(made)
     for _ in claimed(project.layout, "verify", ["verify"], lambda _: _is_about(path, subject), project.worker):
-        report = {**_measured(project), "subject": subject}
+        report = replace(_measured(project), subject=subject)
         write_file(path.with_name("quality.html"), quality_page(report))
-        write_file(path, json_text(report, indent=1) + "\n")
-    judge(json.loads(path.read_text(encoding="utf-8")), path)
+        write_file(path, json_text(to_plain(report), indent=1) + "\n")
+    judge(read_quality(path), path)
 
 
 def _subject(project: Project) -> str:
@@ -79,13 +85,13 @@ def _is_about(path: Path, subject: str) -> bool:
         return False
 
 
-def judge(report: dict[str, Any], path: Path) -> None:
+def judge(report: QualityReport, path: Path) -> None:
     """Say what was measured; raise if something is below its floor."""
-    for name, quality in report["tables"].items():
-        shown = "  ".join(f"@{at} {one['recall']:.4f}" for at, one in quality["recall"].items())
-        say(f"verify: {name}: recall {shown}; leaks {quality['audit']['leaks']} in {quality['audit']['rows']:,} rows")
+    for name, quality in report.tables.items():
+        shown = "  ".join(f"@{depth} {one.recall:.4f}" for depth, one in quality.recall.items())
+        say(f"verify: {name}: recall {shown}; leaks {quality.audit.leaks} in {quality.audit.rows:,} rows")
     say(f"verify: report at {path.with_name('quality.html')}")
-    problems = [f"{name}: {problem}" for name, one in report["tables"].items() for problem in one["problems"]]
+    problems = [f"{name}: {problem}" for name, one in report.tables.items() for problem in one.problems]
     if problems:
         raise BelowFloor(
             "the neighbours are not good enough",
@@ -94,8 +100,8 @@ def judge(report: dict[str, Any], path: Path) -> None:
         )
 
 
-def _measured(project: Project) -> dict[str, Any]:
-    tables: dict[str, Any] = {}
+def _measured(project: Project) -> QualityReport:
+    tables: dict[str, TableQuality] = {}
     searches = open_searches(project, project.query_corpora)
     for search in searches:
         path = project.layout.neighbors(search.corpus.name)
@@ -103,16 +109,16 @@ def _measured(project: Project) -> dict[str, Any]:
         settings = table_settings(project, search.searcher.nprobe, search.searcher.ef_search)
         table = check_table(path, table_inputs(project, search.chunks.file), settings, layout)
         tables[search.corpus.name] = _table_quality(search, table)
-    return {
-        "recall_floor": project.config.retro_recall_floor,
-        "embedder": project.embedder.fingerprint,
-        "index": _index_facts(project, searches[0]),
-        "tables": tables,
-        "embedders": compare_embedders(searches[0], project.config.retro_verify_embedders or ()),
-    }
+    return QualityReport(
+        recall_floor=project.config.retro_recall_floor,
+        embedder=project.embedder.fingerprint,
+        index=_index_figures(project, searches[0]),
+        tables=tables,
+        embedders=compare_embedders(searches[0], project.config.retro_verify_embedders or ()),
+    )
 
 
-def _table_quality(search: NeighborSearch, table: NeighborTable) -> dict[str, Any]:
+def _table_quality(search: NeighborSearch, table: NeighborTable) -> TableQuality:
     config = search.project.config
     rows = sampled_rows(search, table, config.retro_verify_queries)
     chosen = config.retro_rerank != "none" or config.retro_drop_overlap is not None
@@ -120,30 +126,30 @@ def _table_quality(search: NeighborSearch, table: NeighborTable) -> dict[str, An
     if chosen:
         saved = config.retro_query_num_neighbors_save
         ids = search.searcher.search(rows.truth.vectors, saved, search.own_chunks(rows.numbers), saved).ids_QK
-    quality = {
-        "rows": table.layout.num_rows,
-        "saved": table.num_saved,
-        "sampled": len(rows.numbers),
-        "recall_of": "the search before re-ranking and dropping" if chosen else "the rows of the table",
-        "recall": recalls(rows, ids, search),
-        "audit": audit(search, table, config.retro_verify_rows),
-        "closeness": closeness(search, rows),
-        "sweep": effort_sweep(search, rows, _efforts(search)),
-    }
-    return {**quality, "problems": _problems(quality, config.retro_recall_floor)}
+    quality = TableQuality(
+        rows=table.layout.num_rows,
+        saved=table.num_saved,
+        sampled=len(rows.numbers),
+        recall_of="the search before re-ranking and dropping" if chosen else "the rows of the table",
+        recall=recalls(rows, ids, search),
+        audit=audit(search, table, config.retro_verify_rows),
+        closeness=closeness(search, rows),
+        sweep=effort_sweep(search, rows, _efforts(search)),
+    )
+    return replace(quality, problems=_problems(quality, config.retro_recall_floor))
 
 
-def _problems(quality: dict[str, Any], floor: float | None) -> list[str]:
-    audited, problems = quality["audit"], []
-    if audited["leaks"]:
-        problems.append(f"{audited['leaks']} neighbours are from the query's own documents")
-    if audited["planted_leaks_seen"] != audited["planted_leaks"]:
-        planted, seen = audited["planted_leaks"], audited["planted_leaks_seen"]
-        problems.append(f"the audit saw {seen} of {planted} planted leaks: do not trust it")
-    if audited["repeated"]:
-        problems.append(f"{audited['repeated']} neighbours are repeated in their row")
-    at = "2" if "2" in quality["recall"] else "1"
-    measured = quality["recall"][at]["recall"]
+def _problems(quality: TableQuality, floor: float | None) -> list[str]:
+    audited, problems = quality.audit, []
+    if audited.leaks:
+        problems.append(f"{audited.leaks} neighbours are from the query's own documents")
+    if audited.planted_leaks_seen != audited.planted_leaks:
+        found = f"{audited.planted_leaks_seen} of {audited.planted_leaks}"
+        problems.append(f"the audit saw {found} planted leaks: do not trust it")
+    if audited.repeated:
+        problems.append(f"{audited.repeated} neighbours are repeated in their row")
+    at = "2" if "2" in quality.recall else "1"
+    measured = quality.recall[at].recall
     if floor is not None and measured < floor:
         problems.append(f"recall@{at} is {measured:.4f}, below the floor of {floor:g}")
     return problems
@@ -162,7 +168,7 @@ def _efforts(search: NeighborSearch) -> list[int]:
     return sorted(value for value in wanted if 1 <= value <= min(most, parts.num_lists))
 
 
-def _index_facts(project: Project, search: NeighborSearch) -> dict[str, Any]:
+def _index_figures(project: Project, search: NeighborSearch) -> IndexFigures:
     parts = inverted_parts(search.searcher.index)
     sizes = (
         np.array([parts.inverted.invlists.list_size(number) for number in range(parts.num_lists)], np.int64)
@@ -170,15 +176,15 @@ def _index_facts(project: Project, search: NeighborSearch) -> dict[str, Any]:
         else None
     )
     manifest = read_manifest(project.layout.merged, kind=KIND, version=VERSION)
-    return {
-        "chunks": manifest.counts["chunks"],
-        "index_str": manifest.config["index_str"],
-        "nprobe": search.searcher.nprobe,
-        "ef_search": search.searcher.ef_search,
-        "by_lists": search.searcher.by_lists,
-        "on_gpus": search.searcher.gpus is not None,
-        "balance": list_balance(sizes) if sizes is not None and len(sizes) > 1 else None,
-    }
+    return IndexFigures(
+        chunks=manifest.counts["chunks"],
+        index_str=manifest.config["index_str"],
+        nprobe=search.searcher.nprobe,
+        ef_search=search.searcher.ef_search,
+        by_lists=search.searcher.by_lists,
+        on_gpus=search.searcher.gpus is not None,
+        balance=list_balance(sizes) if sizes is not None and len(sizes) > 1 else None,
+    )
 
 
 def _require_intact(path: Path) -> None:

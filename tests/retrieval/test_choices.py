@@ -241,7 +241,7 @@ def test_a_finished_report_is_left_alone_and_an_old_one_stays_until_the_new_one_
     report = tmp_path / "p" / "report" / "quality.json"
     first, made = report.read_text(), report.stat().st_mtime_ns
 
-    def interrupted(_: Project) -> dict[str, Any]:
+    def interrupted(_: Project) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(verification, "_measured", interrupted)
