@@ -1,4 +1,4 @@
-"""What the documents promise: short lines, links and paths that lead somewhere, decisions in one form."""
+"""What the documents promise: short lines, links, paths and flags that exist, decisions in one form."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_retro.config.command_line import opposite
+from megatron_retro.config.fields import field_specs
+from megatron_retro.config.sections import ALL_SECTIONS
+
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = {
     str(path.relative_to(ROOT)): path
@@ -14,6 +18,16 @@ DOCUMENTS = {
 }
 LINE = 119
 FOLDERS = ("megatron_retro", "tests", "examples", "benchmarks", "csrc", "tools", "docs")
+# Flags of other programs and of ours that are no settings.
+NO_SETTINGS = {
+    *("--config", "--preset", "--print-config", "--help"),  # every verb
+    *("--dry-run", "--nodes", "--partition", "--container-image", "--container-mounts"),  # recipes, as given to SLURM
+    *("--full", "--setup-only", "--json", "--inplace"),  # tests/run.sh, benchmarks, setup.py
+    *("--nproc-per-node", "--standalone", "--max-restarts", "--master-port"),  # torchrun
+    *("--signal", "--batch", "--exclude"),  # scancel and sbatch
+    *("--model", "--model_args", "--tasks"),  # lm-eval
+    *("--no-build-isolation", "--config-settings", "--build-option", "--cpp_ext", "--cuda_ext"),  # pip
+}
 LABELS = ["Question", "Choice", "Measured", "Would change it"]
 
 
@@ -37,6 +51,13 @@ def test_links_lead_somewhere(name: str) -> None:
 def test_paths_exist(name: str) -> None:
     paths = re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]*)", DOCUMENTS[name].read_text())
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_flags_exist(name: str) -> None:
+    settings = {spelling for section in ALL_SECTIONS for spec in field_specs(section) for spelling in spec.spellings}
+    known = settings | {opposite(flag) for flag in settings} | NO_SETTINGS
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", DOCUMENTS[name].read_text())) - known == set()
 
 
 def anchors(page: Path) -> set[str]:
