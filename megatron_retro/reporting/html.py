@@ -36,6 +36,11 @@ svg text { fill: var(--ink); font: 12px system-ui, sans-serif; } svg .axis { str
 svg .bound { stroke: var(--ink); stroke-width: 1.5; }
 svg .dot { fill: var(--s1); }
 svg .grid { stroke: var(--rule); } details summary { cursor: pointer; color: var(--soft); font-size: .9rem; }
+h3, article h2 { font-size: 1rem; margin: 1.2rem 0 .3rem; padding: 0; border: 0; } article li { margin: .7rem 0; }
+article { border: 1px solid var(--rule); border-radius: .4rem; padding: 0 1rem .6rem; margin: 1rem 0; }
+.text { white-space: pre-wrap; font-family: ui-monospace, monospace; font-size: .86rem; background: var(--panel);
+  border-radius: .3rem; padding: .5rem .7rem; overflow-wrap: anywhere; }
+.follows { color: var(--soft); } mark { background: var(--mark); color: inherit; }
 .good { color: var(--good); } .bad { color: var(--bad); font-weight: 600; }
 code, pre { font-family: ui-monospace, monospace; }
 pre { background: var(--panel); padding: .8rem; border-radius: .4rem; overflow-x: auto; white-space: pre-wrap; }

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.reporting.html import facts, page, paragraph, preformatted, section, table
-from megatron_retro.reporting.marked_text import MARKED_STYLE
-from megatron_retro.reporting.neighbor_examples import neighbor_section
+from megatron_retro.reporting.neighbors import neighbor_section
 from megatron_retro.reporting.perplexity_page import leakage_sections
 from megatron_retro.reporting.plots import Series, bars, line_plot
 from megatron_retro.reporting.retrieval_sections import health_sections, use_sections
@@ -35,7 +34,7 @@ def write_report(run: Path) -> Path:
         section("Environment", table(("part", "state"), environment_rows())),
     ]
     path = run / REPORT
-    write_file(path, page(f"Run {run.name}", parts, summary=str(run), style=MARKED_STYLE))
+    write_file(path, page(f"Run {run.name}", parts, summary=str(run)))
     return path
 
 

@@ -13,8 +13,7 @@ from megatron_retro.artifacts.files import write_file
 from megatron_retro.config.evaluation import ReportConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.reporting.html import facts, page, paragraph, preformatted, section, table
-from megatron_retro.reporting.marked_text import MARKED_STYLE
-from megatron_retro.reporting.neighbor_examples import neighbor_section
+from megatron_retro.reporting.neighbors import neighbor_section
 from megatron_retro.reporting.perplexity_page import leakage_sections
 from megatron_retro.reporting.plots import Series, line_plot
 from megatron_retro.reporting.retrieval_sections import health_sections
@@ -25,7 +24,7 @@ from megatron_retro.runtime.console import readable_seconds, say
 from megatron_retro.runtime.statistics import Interval
 
 _CURVE_POINTS = 60  # means of stretches: single steps are noise
-_STYLE = """h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
+_STYLE = """
 td:first-child { overflow-wrap: anywhere; } /* names of functions in questions would push answers off the page */
 """
 
@@ -58,7 +57,7 @@ def write_story(runs: list[Path], config: ReportConfig, path: Path) -> list[Expe
         *_stages(story),
     ]
     summary = "What was trained, what retrieval did for it, and what you should see; everything here was measured here."
-    write_file(path, page("Does retrieval help?", parts, summary=summary, style=MARKED_STYLE + _STYLE))
+    write_file(path, page("Does retrieval help?", parts, summary=summary, style=_STYLE))
     return checked
 
 

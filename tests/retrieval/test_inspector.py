@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_retro.cli.main import main
-from megatron_retro.reporting.marked_text import shared_runs
+from megatron_retro.reporting.neighbors import shared_runs
 from megatron_retro.retrieval.stages import build_retrieval
 from megatron_retro.testing.browser import Browser, missing_browser
 from megatron_retro.testing.retrieval_projects import project_settings, write_corpus

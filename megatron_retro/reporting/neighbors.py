@@ -1,0 +1,157 @@
+"""Chunks beside the neighbours that they retrieved, what they share marked: in a page of their own, or in a run's.
+
+The page can be read without a script; the script only searches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+
+from megatron_retro.config.data import DataConfig, TokenizerConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.config.sections import ALL_SECTIONS
+from megatron_retro.config.settings import Settings, build_settings
+from megatron_retro.config.toml_files import read_recipe
+from megatron_retro.config.training import TrainingConfig
+from megatron_retro.data.builders import build_dataset
+from megatron_retro.data.tokenizers import build_tokenizer
+from megatron_retro.errors import MegatronRetroError
+from megatron_retro.reporting.html import page, paragraph, section
+
+Decode = Callable[[Sequence[int]], str]
+_EXAMPLES = 3  # held-out samples on a run's page
+_SHORTEST_RUN = 4  # tokens that are worth a mark there
+_STYLE = """
+#find { position: sticky; top: 0; background: var(--paper); padding: .6rem 0; border-bottom: 1px solid var(--rule); }
+#find input { font: inherit; padding: .35rem .6rem; width: min(30rem, 70vw); border: 1px solid var(--soft);
+  border-radius: .3rem; background: var(--paper); color: var(--ink); }
+[hidden] { display: none; }
+"""
+_SCRIPT = """
+const input = document.querySelector('#find input'), count = document.querySelector('#count');
+const articles = [...document.querySelectorAll('article')];
+const texts = articles.map(one => one.textContent.toLowerCase());
+function search() {
+  const words = input.value.toLowerCase().split(/\\s+/).filter(Boolean);
+  let shown = 0;
+  articles.forEach((one, number) => {
+    one.hidden = !words.every(word => texts[number].includes(word));
+    shown += one.hidden ? 0 : 1;
+  });
+  count.textContent = shown + ' of ' + articles.length + ' chunks';
+}
+input.addEventListener('input', search);
+search();
+"""
+
+
+@dataclass(frozen=True)
+class RetrievedText:
+    """A neighbour under its title: a chunk and its continuation."""
+
+    title: str
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True)
+class QueryText:
+    """A chunk with what follows it, and what it retrieved."""
+
+    title: str
+    tokens: Sequence[int]
+    neighbors: Sequence[RetrievedText]
+
+
+def inspector_page(
+    name: str, shown: Sequence[QueryText], num_rows: int, decode: Decode, chunk_length: int, shortest: int
+) -> str:
+    """The page of one table; runs of at least `shortest` shared tokens are marked."""
+    find = (
+        '<div id="find" role="search"><label>Find <input type="search" placeholder="words, chunk or document numbers">'
+        '</label> <span id="count" class="soft" aria-live="polite"></span></div>'
+    )
+    return page(
+        f"Neighbours of {name}",
+        [find, *(_article(one, decode, chunk_length, shortest, heading="h2") for one in shown)],
+        summary=f"{len(shown):,} of {num_rows:,} query chunks. Marked: runs of at least {shortest} tokens that a "
+        "neighbour shares with the chunk or with what follows it. Grey: what follows.",
+        style=_STYLE,
+        script=_SCRIPT,
+    )
+
+
+def neighbor_section(recipe: Path) -> list[str]:
+    """A few held-out chunks of a run with the neighbours that it reads for them; nothing for a run that reads none."""
+    try:
+        sections = (ModelConfig, RetroConfig, DataConfig, TokenizerConfig, TrainingConfig)
+        settings = build_settings(sections, read_recipe(recipe, sections, ALL_SECTIONS), {})
+        if not settings[RetroConfig].reads_neighbors():
+            return []
+        words = paragraph(
+            "Held-out chunks, what follows them (grey), and what they retrieved. Marked: runs of at least "
+            f"{_SHORTEST_RUN} tokens that a neighbour shares with the chunk or with what follows it; the model has to "
+            "predict what follows."
+        )
+        return [section("Neighbours", words, *_held_out(settings))]
+    except MegatronRetroError as error:
+        return [section("Neighbours", paragraph(f"not shown: {error.what}", "soft"))]
+
+
+def _held_out(settings: Settings) -> Iterator[str]:
+    tokenizer = build_tokenizer(settings[TokenizerConfig])
+    batch = build_dataset(settings, "valid", eod=tokenizer.eod).read(range(_EXAMPLES))
+    length = settings[RetroConfig].retro_chunk_length
+    found, there = batch.neighbor_tokens_BCKR, batch.neighbor_mask_BCKR
+    for row in range(batch.num_samples):
+        retrieved = []
+        if found is not None and there is not None:
+            pairs = enumerate(zip(found[row, 0], there[row, 0], strict=True), 1)
+            retrieved = [
+                RetrievedText(f"neighbour {number}", tokens[mask].tolist()) for number, (tokens, mask) in pairs
+            ]
+        tokens = batch.tokens_BS[row, : 2 * length].tolist()
+        shown = QueryText(f"Held-out sample {row + 1}", tokens, [one for one in retrieved if one.tokens])
+        yield _article(shown, tokenizer.decode, length, _SHORTEST_RUN)
+
+
+def _article(shown: QueryText, decode: Decode, chunk_length: int, shortest: int, heading: str = "h3") -> str:
+    items = [
+        f'<li><div class="soft">{escape(one.title)}</div>'
+        + marked_text(decode, one.tokens, shared_runs(shown.tokens, one.tokens, shortest), chunk_length)
+        + "</li>"
+        for one in shown.neighbors
+    ]
+    listed = f"<ol>{''.join(items)}</ol>" if items else '<p class="soft">It has no neighbours.</p>'
+    body = marked_text(decode, shown.tokens, [], chunk_length)
+    return f"<article><{heading}>{escape(shown.title)}</{heading}>{body}{listed}</article>"
+
+
+def shared_runs(text: Sequence[Hashable], other: Sequence[Hashable], shortest: int) -> list[tuple[int, int]]:
+    """Ranges of `other` that are in `text` as runs of at least `shortest` tokens, ascending and disjoint."""
+    grams = {tuple(text[start : start + shortest]) for start in range(len(text) - shortest + 1)}
+    runs: list[tuple[int, int]] = []
+    for start in range(len(other) - shortest + 1):
+        if tuple(other[start : start + shortest]) in grams:
+            if runs and start <= runs[-1][1]:
+                runs[-1] = (runs[-1][0], start + shortest)
+            else:
+                runs.append((start, start + shortest))
+    return runs
+
+
+def marked_text(decode: Decode, tokens: Sequence[int], runs: Sequence[tuple[int, int]], chunk_length: int) -> str:
+    """The text of tokens; what lies in `runs` is marked, what lies beyond the chunk is grey."""
+    cuts = sorted({0, min(chunk_length, len(tokens)), len(tokens), *(bound for run in runs for bound in run)})
+    # Pieces are cut from growing texts: a token decoded alone may lose its space.
+    ends = {cut: len(decode(tokens[:cut])) for cut in cuts}
+    whole, parts = decode(tokens), []
+    for start, stop in pairwise(cuts):
+        piece = escape(whole[ends[start] : ends[stop]])
+        if any(first <= start and stop <= last for first, last in runs):
+            piece = f"<mark>{piece}</mark>"
+        parts.append(piece if stop <= chunk_length else f'<span class="follows">{piece}</span>')
+    return f'<div class="text">{"".join(parts)}</div>'
