@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.config.evaluation import ReportConfig
@@ -18,8 +17,8 @@ from megatron_retro.reporting.perplexity_page import leakage_sections
 from megatron_retro.reporting.plots import Series, line_plot
 from megatron_retro.reporting.retrieval_sections import health_sections
 from megatron_retro.reporting.run_page import CONFIG, thinned, write_report
-from megatron_retro.reporting.summary_checks import Expectation, expectations
-from megatron_retro.reporting.summary_inputs import Story, read_story
+from megatron_retro.reporting.summary_checks import Check, summary_checks
+from megatron_retro.reporting.summary_inputs import GeneratedText, SummaryInputs, read_summary_inputs
 from megatron_retro.runtime.console import readable_seconds, say
 from megatron_retro.runtime.statistics import Interval
 
@@ -36,35 +35,35 @@ def report(settings: Settings, names: Sequence[str]) -> None:
         for run in runs:
             say(f"wrote {write_report(run)}")
         return
-    for one in write_story(runs, config, Path(config.report_output)):
+    for one in write_run_summary(runs, config, Path(config.report_output)):
         say(one.line)
     say(f"wrote {config.report_output}")
 
 
-def write_story(runs: list[Path], config: ReportConfig, path: Path) -> list[Expectation]:
+def write_run_summary(runs: list[Path], config: ReportConfig, path: Path) -> list[Check]:
     """Write the page; returns what should be seen with what was."""
-    story = read_story(runs, config)
-    checked = expectations(story)
+    inputs = read_summary_inputs(runs, config)
+    checked = summary_checks(inputs)
     parts = [
-        _verdict(story),
+        _verdict(inputs),
         _expected(checked),
-        _trained(story),
-        _curves(story),
-        *_of_retro(story),
-        *_quality(story),
-        *_texts(story),
-        *_answers(story),
-        *_stages(story),
+        _trained(inputs),
+        _curves(inputs),
+        *_of_retro(inputs),
+        *_quality(inputs),
+        *_texts(inputs),
+        *_answers(inputs),
+        *_stages(inputs),
     ]
     summary = "What was trained, what retrieval did for it, and what you should see; everything here was measured here."
     write_file(path, page("Does retrieval help?", parts, summary=summary, style=_STYLE))
     return checked
 
 
-def _verdict(story: Story) -> str:
-    if story.retro is None:
+def _verdict(inputs: SummaryInputs) -> str:
+    if inputs.retro is None:
         return paragraph("No run here was measured with and without its neighbours.", "soft")
-    run, log = story.retro
+    run, log = inputs.retro
     _, health = log.health[-1]
     none, random = (health.excess[name] for name in ("none", "random"))
     measured = (
@@ -94,12 +93,12 @@ def _rise(cost: Interval) -> str:
     return f"{'rises' if change > 0 else 'falls'} by {abs(change):.2f} %" if math.isfinite(change) else "is unknown"
 
 
-def _expected(checked: list[Expectation]) -> str:
+def _expected(checked: list[Check]) -> str:
     rows = [(one.claim, one.seen, "seen" if one.met else "NOT SEEN") for one in checked]
     return section("What you should see, and what was seen", table(("you should see that", "measured here", ""), rows))
 
 
-def _trained(story: Story) -> str:
+def _trained(inputs: SummaryInputs) -> str:
     rows = [
         (
             run.name,
@@ -109,7 +108,7 @@ def _trained(story: Story) -> str:
             readable_seconds(log.training_seconds),
             f"{log.evaluations[-1].loss:.4f}" if log.evaluations else "",
         )
-        for run, log in story.runs
+        for run, log in inputs.runs
     ]
     header = ("run", "parameters", "steps", "tokens", "training", "held-out loss")
     caption = (
@@ -119,78 +118,65 @@ def _trained(story: Story) -> str:
     return section("What was trained", table(header, rows, caption=caption))
 
 
-def _curves(story: Story) -> str:
-    series = [Series(run.name, *thinned(*log.curve("loss"), _CURVE_POINTS)) for run, log in story.runs if log.steps]
+def _curves(inputs: SummaryInputs) -> str:
+    series = [Series(run.name, *thinned(*log.curve("loss"), _CURVE_POINTS)) for run, log in inputs.runs if log.steps]
     return section("Curves", line_plot(series, title="Training loss", x_label="step", y_label="nats per token"))
 
 
-def _of_retro(story: Story) -> list[str]:
-    if story.retro is None:
+def _of_retro(inputs: SummaryInputs) -> list[str]:
+    if inputs.retro is None:
         return []
-    run, log = story.retro
+    run, log = inputs.retro
     return [*health_sections(log), *leakage_sections(run), *neighbor_section(run / CONFIG)]
 
 
-def _quality(story: Story) -> list[str]:
+def _quality(inputs: SummaryInputs) -> list[str]:
     rows = [
         (name, int(depth), one.recall, f"{one.low:.3f} to {one.high:.3f}", quality.closeness.mean_overlap)
-        for name, quality in (story.quality.tables if story.quality else {}).items()
+        for name, quality in (inputs.quality.tables if inputs.quality else {}).items()
         for depth, one in quality.recall.items()
     ]
     header = ("table", "neighbours", "recall", "95 %", "tokens shared with the nearest")
     return [section("How good the neighbours are", table(header, rows))] if rows else []
 
 
-def _texts(story: Story) -> list[str]:
+def _texts(inputs: SummaryInputs) -> list[str]:
     parts = []
-    for name, records in story.texts:
-        for record in records:
-            parts.append(f"<h3>{escape(name)}</h3>" + preformatted(record["prompt"] + record["text"]))
-            parts += _read_by(record)
+    for name, texts in inputs.texts.items():
+        for one in texts:
+            parts.append(f"<h3>{escape(name)}</h3>" + preformatted(one.prompt + one.text))
+            parts += _read_by(one)
     return [section("Text", *parts)] if parts else []
 
 
-def _read_by(record: dict[str, Any]) -> list[str]:
+def _read_by(text: GeneratedText) -> list[str]:
     rows = [
-        (chunk["query"], number, neighbor["text"])
-        for chunk in record["chunks"]
-        for number, neighbor in enumerate(chunk["neighbors"], 1)
+        (chunk.query, number, neighbor.text)
+        for chunk in text.chunks
+        for number, neighbor in enumerate(chunk.neighbors, 1)
     ]
     return [table(("chunk", "neighbour", "its text"), rows, caption="What it read")] if rows else []
 
 
-def _answers(story: Story) -> list[str]:
-    if not story.answers:
+def _answers(inputs: SummaryInputs) -> list[str]:
+    if not inputs.answers:
         return []
-    names = [name for name, _ in story.answers]
-    rows = [
-        (
-            _question(story, number),
-            *(records[number]["text"].strip() for _, records in story.answers),
-            *_gold(story, number),
-        )
-        for number in range(len(story.answers[0][1]))
-    ]
-    header = ("question", *names, *(("the docstring says",) if story.questions else ()))
+    prompts = [one.prompt for one in next(iter(inputs.answers.values()))]
+    columns = [[one.question for one in inputs.questions] or prompts]
+    columns += [[one.text.strip() for one in texts] for texts in inputs.answers.values()]
+    columns += [[one.answers[0] for one in inputs.questions]] if inputs.questions else []
+    header = ("question", *inputs.answers, *(("the docstring says",) if inputs.questions else ()))
     caption = (
         "Questions about held-out files; neither their text nor their questions were trained on. "
         "A model of a few million parameters learns the form of an answer, not its content."
     )
-    return [section("Answers", table(header, rows, caption=caption))]
+    return [section("Answers", table(header, list(zip(*columns, strict=False)), caption=caption))]
 
 
-def _question(story: Story, number: int) -> str:
-    return str(story.questions[number]["question"] if story.questions else story.answers[0][1][number]["prompt"])
-
-
-def _gold(story: Story, number: int) -> tuple[str, ...]:
-    return (str(story.questions[number]["answers"][0]),) if story.questions else ()
-
-
-def _stages(story: Story) -> list[str]:
+def _stages(inputs: SummaryInputs) -> list[str]:
     longest: dict[str, float] = {}
-    for stage in story.stages:  # a stage that was done before takes no time when the story is started again
-        longest[stage["stage"]] = max(longest.get(stage["stage"], 0.0), float(stage["seconds"]))
+    for stage in inputs.stages:  # a stage that was done before takes no time when all are started again
+        longest[stage.stage] = max(longest.get(stage.stage, 0.0), stage.seconds)
     rows = [(name, readable_seconds(seconds)) for name, seconds in longest.items()]
     total = readable_seconds(sum(longest.values()))
     return [section("Time of each stage", table(("stage", "time"), [*rows, ("all", total)]))] if rows else []

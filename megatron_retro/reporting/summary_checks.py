@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_retro.reporting.summary_inputs import Story
+from megatron_retro.reporting.summary_inputs import SummaryInputs
 
 RECALL_FLOOR = 0.9
 
 
 @dataclass(frozen=True)
-class Expectation:
+class Check:
     """A claim, the figures that it is held against, and whether they bear it out."""
 
     claim: str
@@ -24,42 +24,41 @@ class Expectation:
         return f"{'seen    ' if self.met else 'NOT SEEN'}  {self.claim}: {self.seen}"
 
 
-def expectations(story: Story) -> list[Expectation]:
-    """All claims that this story has figures for."""
-    return [*_retrieval(story), *_neighbors_cost(story), *_leakage_free(story), *_tuning(story)]
+def summary_checks(inputs: SummaryInputs) -> list[Check]:
+    """A check for each claim that there are figures for."""
+    return [*_recall(inputs), *_gain(inputs), *_leaks(inputs), *_tuning(inputs)]
 
 
-def _neighbors_cost(story: Story) -> Iterator[Expectation]:
-    if story.retro is None:
+def _recall(inputs: SummaryInputs) -> Iterator[Check]:
+    for name, table in (inputs.quality.tables if inputs.quality else {}).items():
+        if (found := table.recall.get("2")) is not None:
+            claim = f"the index finds the nearest chunks ({name})"
+            yield Check(claim, f"recall@2 {found.recall:.3f} against exact search", found.recall >= RECALL_FLOOR)
+
+
+def _gain(inputs: SummaryInputs) -> Iterator[Check]:
+    if inputs.retro is None:
         return
-    excess = story.retro[1].health[-1][1].excess
+    _, health = inputs.retro[1].health[-1]
     for variant, claim in (
         ("none", "held-out text is easier with its neighbours than with none"),
         ("random", "and easier than with random ones, so it is their content that helps"),
     ):
-        cost = excess[variant]
-        yield Expectation(claim, f"{variant} cost {cost} nats per token more than real ones", cost.above_zero)
+        cost = health.excess[variant]
+        yield Check(claim, f"{variant} cost {cost} nats per token more than real ones", cost.above_zero)
 
 
-def _retrieval(story: Story) -> Iterator[Expectation]:
-    for name, table in (story.quality.tables if story.quality else {}).items():
-        if (found := table.recall.get("2")) is not None:
-            claim = f"the index finds the nearest chunks ({name})"
-            seen = f"recall@2 {found.recall:.3f} against exact search"
-            yield Expectation(claim, seen, found.recall >= RECALL_FLOOR)
-
-
-def _leakage_free(story: Story) -> Iterator[Expectation]:
-    audits = [table.audit for table in story.quality.tables.values()] if story.quality else []
+def _leaks(inputs: SummaryInputs) -> Iterator[Check]:
+    audits = [table.audit for table in inputs.quality.tables.values()] if inputs.quality else []
     if audits:
         leaks, rows = sum(audit.leaks for audit in audits), sum(audit.rows for audit in audits)
-        yield Expectation("no chunk is its own document's neighbour", f"{leaks} leaks in {rows:,} rows", leaks == 0)
+        yield Check("no chunk is its own document's neighbour", f"{leaks} leaks in {rows:,} rows", leaks == 0)
 
 
-def _tuning(story: Story) -> Iterator[Expectation]:
-    if len(story.answers) < 2:
+def _tuning(inputs: SummaryInputs) -> Iterator[Check]:
+    if len(inputs.answers) < 2:
         return
-    (first, before), (last, after) = story.answers[0], story.answers[-1]
-    ended = [sum(one["finish_reason"] == "stop" for one in records) for records in (before, after)]
-    seen = f"{ended[0]} of {len(before)} answers ended by themselves {first}, {ended[1]} of {len(after)} {last}"
-    yield Expectation("tuned on questions, it answers and stops", seen, ended[1] > ended[0])
+    ended = [(name, sum(text.ended for text in texts), len(texts)) for name, texts in inputs.answers.items()]
+    (first, before, asked), (last, after, _) = ended[0], ended[-1]
+    seen = f"{before} of {asked} answers ended by themselves {first}, {after} of {asked} {last}"
+    yield Check("tuned on questions, it answers and stops", seen, after > before)

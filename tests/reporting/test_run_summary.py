@@ -15,9 +15,9 @@ from megatron_retro.config.evaluation import ReportConfig
 from megatron_retro.config.toml_files import render_toml
 from megatron_retro.errors import ConfigError
 from megatron_retro.reporting.run_page import write_report
-from megatron_retro.reporting.run_summary import write_story
-from megatron_retro.reporting.summary_checks import expectations
-from megatron_retro.reporting.summary_inputs import read_story
+from megatron_retro.reporting.run_summary import write_run_summary
+from megatron_retro.reporting.summary_checks import summary_checks
+from megatron_retro.reporting.summary_inputs import read_summary_inputs
 from megatron_retro.runtime.events import EventLog, read_events
 from megatron_retro.runtime.statistics import Interval
 from megatron_retro.testing.browser import Browser, missing_browser
@@ -38,7 +38,7 @@ def answer(text: str, ended: bool) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("story")
+    folder = tmp_path_factory.mktemp("summary")
     corpus = write_tiny_corpus(folder / "corpus")
     settings = corpus.settings(train_iters=40, eval_iters=4, save=str(folder / "retro"), split="60,40,0")
     recipe = folder / "retro.toml"
@@ -63,17 +63,17 @@ def config(folder: Path, tuned: bool = True) -> ReportConfig:
 
 def test_claims_follow_the_figures(run: Path, tmp_path: Path) -> None:
     """What the log measured decides; a log that says otherwise makes the claim not seen."""
-    story = read_story([run], config(tmp_path))
-    _, health = story.runs[0][1].health[-1]
+    inputs = read_summary_inputs([run], config(tmp_path))
+    _, health = inputs.runs[0][1].health[-1]
     excess = cast(dict[str, Interval], health.excess)
     for low, met in ((0.001, True), (-0.001, False)):
         excess["random"] = replace(excess["random"], low=low)
-        found = {one.seen.split()[0]: one.met for one in expectations(story)}
+        found = {one.seen.split()[0]: one.met for one in summary_checks(inputs)}
         assert found["random"] is met
     excess["none"] = replace(excess["none"], low=-1.0)
-    assert [one.met for one in expectations(story)] == [False, False, True]
-    untuned = read_story([run], config(tmp_path, tuned=False))
-    assert not expectations(untuned)[-1].met and expectations(untuned)[-1].line.startswith("NOT SEEN")
+    assert [one.met for one in summary_checks(inputs)] == [False, False, True]
+    untuned = read_summary_inputs([run], config(tmp_path, tuned=False))
+    assert not summary_checks(untuned)[-1].met and summary_checks(untuned)[-1].line.startswith("NOT SEEN")
 
 
 @pytest.mark.parametrize(("random_low", "verdict"), [(0.001, "Yes: on files"), (-0.001, "Not clearly: on files")])
@@ -88,8 +88,8 @@ def test_the_verdict_is_that_of_the_intervals(run: Path, tmp_path: Path, random_
         log.write(**{name: value for name, value in event.items() if name != "time"})
     log.close()
     (changed / "config.toml").write_bytes((run / "config.toml").read_bytes())
-    write_story([changed], config(tmp_path), tmp_path / "story.html")
-    text = (tmp_path / "story.html").read_text(encoding="utf-8")
+    write_run_summary([changed], config(tmp_path), tmp_path / "summary.html")
+    text = (tmp_path / "summary.html").read_text(encoding="utf-8")
     assert verdict in text and "perplexity rises by 2.02 % without" in text and "rises by 1.01 % with random" in text
     assert text.count("<rect") >= 3, "measured once: bars with their bounds, no line through one point"
 
@@ -110,14 +110,14 @@ def test_a_diverged_run_has_its_pages(run: Path, tmp_path: Path) -> None:
     (diverged / "config.toml").write_bytes((run / "config.toml").read_bytes())
     text = write_report(diverged).read_text(encoding="utf-8")
     assert "Retrieval health" in text and '="nan' not in text
-    checked = write_story([diverged], config(tmp_path), tmp_path / "story.html")
+    checked = write_run_summary([diverged], config(tmp_path), tmp_path / "summary.html")
     assert [one.met for one in checked] == [False, False, True]
 
 
 @pytest.mark.skipif(missing_browser() is not None, reason=str(missing_browser()))
 def test_the_page_in_a_browser(run: Path, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    write_story([run], config(tmp_path), path)
+    write_run_summary([run], config(tmp_path), path)
     text = path.read_text(encoding="utf-8")
     assert "<script>alert" not in text and "<b>a neighbour" not in text and "http://" not in text
     with Browser() as browser:
@@ -143,6 +143,6 @@ def test_files_of_other_prompts_are_refused(run: Path, tmp_path: Path) -> None:
     one = records(tmp_path / "one.jsonl", answer("a", True))
     two = records(tmp_path / "two.jsonl", answer("a", True), answer("b", True))
     with pytest.raises(ConfigError, match="different prompts"):
-        read_story([run], ReportConfig(report_answers=(f"before={one}", f"after={two}")))
+        read_summary_inputs([run], ReportConfig(report_answers=(f"before={one}", f"after={two}")))
     with pytest.raises(ConfigError, match="NAME=FILE"):
-        read_story([run], ReportConfig(report_texts=(one,)))
+        read_summary_inputs([run], ReportConfig(report_texts=(one,)))
