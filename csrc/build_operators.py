@@ -1,7 +1,7 @@
 """Builds `megatron_retro/ops/_operators.so`: torch operators on torch's stable ABI, for CPU and CUDA in one file.
 
-One library serves every torch from 2.11 on, and a CPU torch loads it with the CUDA kernels inside: it asks for
-torch's CUDA stream through a weak symbol. The kernels under `cpu/` know nothing of torch and are compiled once per
+One library serves every torch from 2.11 on, and a CPU torch loads it with the CUDA kernels inside: torch's CUDA stream
+is looked up by name when it is loaded. The kernels under `cpu/` know nothing of torch and are compiled once per
 instruction set; the best that the processor has is taken when the library is loaded.
 """
 
@@ -20,11 +20,14 @@ from build_toolchain import (
     host_compiler,
     is_x86,
     link,
+    run,
     say,
 )
 
 SOURCES = Path(__file__).resolve().parent / "operators"
 TARGET_TORCH = "0x020b000000000000"  # 2.11, the oldest torch that the library runs with
+# A100, H100 and H200, B200, RTX Blackwell: those of them that nvcc knows; the last gets PTX too, for what comes after.
+ARCHITECTURES = ("80", "90", "100", "120")
 
 # Each has what its name says and everything before it. AVX-512 without BF16 instructions counts as AVX2.
 INSTRUCTION_SETS = {
@@ -40,15 +43,60 @@ def build_operators(target: Path) -> None:
     """Compile and link; raises CompilerMissing where the package has to do without."""
     torch_home = _torch_home()
     compiler = host_compiler()
-    nvcc = cuda_compiler()
+    nvcc = matching_nvcc()
     say(f"operators with {compiler}" + (f" and {nvcc}" if nvcc else "; no nvcc, so without CUDA kernels"))
-    units = [Unit(source, (compiler, *_host_flags(torch_home))) for source in sorted(SOURCES.glob("*.cpp"))]
+    flags = (*_host_flags(torch_home), *(_facts(nvcc) if nvcc else ()))
+    units = [Unit(source, (compiler, *flags)) for source in sorted(SOURCES.glob("*.cpp"))]
     units += _kernel_units(compiler)
     if nvcc:
         units += _cuda_units(nvcc, compiler, torch_home)
     # nvcc links where there is one: it knows its static runtime, with which the file needs no CUDA to be loaded.
     linker = (nvcc, "-ccbin", compiler) if nvcc else (compiler,)
     link(linker, compile_all(units), target, _libraries(torch_home))
+
+
+def matching_nvcc() -> str | None:
+    """nvcc, unless this torch is built for another CUDA: one process holds one driver and one runtime of each major."""
+    import torch
+
+    nvcc = cuda_compiler()
+    if nvcc is None or torch.version.cuda is None:
+        return nvcc
+    ours = cuda_version(nvcc)
+    if ours.split(".")[0] == torch.version.cuda.split(".")[0]:
+        return nvcc
+    say(f"no CUDA kernels: nvcc is of CUDA {ours}, this torch of CUDA {torch.version.cuda}; install a matching nvcc")
+    return None
+
+
+def cuda_version(nvcc: str) -> str:
+    """`13.0`, as nvcc says it."""
+    found = re.search(r"release (\d+\.\d+)", run([nvcc, "--version"], "nvcc --version"))
+    return found[1] if found else "unknown"
+
+
+def architectures(nvcc: str) -> list[str]:
+    """What the kernels are compiled for: $MEGATRON_RETRO_CUDA_ARCHITECTURES (`80;90`), the GPUs of this machine, or
+    ours that nvcc knows."""
+    wanted = os.environ.get("MEGATRON_RETRO_CUDA_ARCHITECTURES") or " ".join(gpus_here())
+    if wanted:
+        return sorted(wanted.replace(";", " ").split(), key=int)
+    known = set(re.findall(r"compute_(\d+)", run([nvcc, "--list-gpu-arch"], "nvcc --list-gpu-arch")))
+    return [arch for arch in ARCHITECTURES if arch in known]
+
+
+def gpus_here() -> set[str]:
+    """The architectures of this machine's GPUs that torch sees."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.version.cuda else 0
+    return {"".join(map(str, torch.cuda.get_device_capability(index))) for index in range(count)}
+
+
+def _facts(nvcc: str) -> tuple[str, ...]:
+    made = architectures(nvcc)
+    text = " ".join([*made, f"{made[-1]}+ptx"])
+    return (f'-DMEGATRON_RETRO_ARCHITECTURES="{text}"', f'-DMEGATRON_RETRO_CUDA_VERSION="{cuda_version(nvcc)}"')
 
 
 def kernel_objects() -> list[Path]:
@@ -131,8 +179,9 @@ def _kernel_units(compiler: str) -> list[Unit]:
 
 
 def _cuda_units(nvcc: str, compiler: str, torch_home: Path) -> list[Unit]:
-    wanted = os.environ.get("MEGATRON_RETRO_CUDA_ARCHITECTURES", "80;90").split(";")
-    targets = [word for arch in wanted for word in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
+    made = architectures(nvcc)
+    codes = [*((arch, f"sm_{arch}") for arch in made), (made[-1], f"compute_{made[-1]}")]
+    targets = [word for arch, code in codes for word in ("-gencode", f"arch=compute_{arch},code={code}")]
     flags = (
         "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-ccbin", compiler, "-Xptxas", "-v",
         "--expt-relaxed-constexpr", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TARGET_TORCH}",

@@ -82,7 +82,7 @@ def compile_into(folder: Path, units: Sequence[Unit]) -> list[Path]:
 
     def compiled(unit: Unit) -> Path:
         target = folder / f"{unit.source.stem}.o"
-        _run([*unit.command, "-c", str(unit.source), "-o", str(target)], unit.name)
+        run([*unit.command, "-c", str(unit.source), "-o", str(target)], unit.name)
         return target
 
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
@@ -93,7 +93,7 @@ def link(command: Sequence[str], objects: Sequence[Path], target: Path, librarie
     """A shared library from objects, moved into place only when complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    _run([*command, "-shared", "-o", str(unfinished), *map(str, objects), *libraries], target.name)
+    run([*command, "-shared", "-o", str(unfinished), *map(str, objects), *libraries], target.name)
     os.replace(unfinished, target)
 
 
@@ -112,13 +112,14 @@ def _compiled(unit: Unit) -> Path:
     if not target.exists():
         say(f"compiling {unit.name}")
         unfinished = target.with_suffix(f".{os.getpid()}.o")
-        output = _run([*unit.command, "-c", str(unit.source), "-o", str(unfinished)], unit.name)
+        output = run([*unit.command, "-c", str(unit.source), "-o", str(unfinished)], unit.name)
         target.with_suffix(".log").write_text(output)
         os.replace(unfinished, target)
     return target
 
 
-def _run(command: Sequence[str], name: str) -> str:
+def run(command: Sequence[str], name: str) -> str:
+    """What a compiler said; CompilationFailed with all of it where it failed."""
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     output = finished.stdout + finished.stderr
     if finished.returncode != 0:

@@ -2,6 +2,7 @@
 # Sets up what is missing and runs every check. Flags:
 #   --full         the long counts, results to tests/results/
 #   --setup-only   stop after the set-up
+#   --cuda-build   with a torch that is built with CUDA, in .venv-cuda (several GB, no GPU needed): what such a torch shows
 #   anything else goes to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,6 +17,11 @@ for word in "$@"; do
     --setup-only) setup_only=true ;;
     -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' tests/run.sh; exit ;;
     --full) arguments+=(--full) ;;
+    --cuda-build)
+      export MEGATRON_RETRO_VENV="$PWD/.venv-cuda" MEGATRON_RETRO_TORCH="torch>=2.14"
+      arguments+=(-m cuda_build)
+      whole=false
+      ;;
     *) arguments+=("$word"); whole=false ;;
   esac
 done

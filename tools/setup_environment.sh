@@ -4,6 +4,7 @@
 #
 # MEGATRON_RETRO_VENV         the virtual environment to use or create (an active one is respected; else .venv)
 # MEGATRON_RETRO_TORCH_INDEX  a package index for torch itself, as one that holds CPU-only wheels
+# MEGATRON_RETRO_TORCH        which torch, as "torch>=2.14"; else the one that the tests are pinned to, or the newest
 
 setup_environment() {
   local extras="$1" root stamp wanted
@@ -53,22 +54,28 @@ _install() {
   local root="$1" extras="$2" pip=(python -m pip install --quiet --disable-pip-version-check) pins=()
   if python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
     pins=(--constraint "$root/.ci/constraints.txt")
+    if [ -n "${MEGATRON_RETRO_TORCH:-}" ]; then
+      pins=(--constraint "$(python -c 'import sys; print(sys.prefix)')/constraints.txt")
+      sed '/^torch==/d' "$root/.ci/constraints.txt" >"${pins[1]}"
+    fi
   fi
   if ! python -c 'import torch' 2>/dev/null; then
     _install_torch "${pip[@]}" "${pins[@]}" || return
   fi
   echo "  packages"
   "${pip[@]}" "${pins[@]}" 'setuptools>=77,<82' wheel pybind11 || return  # torch 2.11 refuses later ones
+  # Without a GPU the kernels only wait for one here: two architectures, and PTX for later ones, take half as long as all.
+  command -v nvidia-smi >/dev/null || export MEGATRON_RETRO_CUDA_ARCHITECTURES="${MEGATRON_RETRO_CUDA_ARCHITECTURES:-80;90}"
   (cd "$root" && "${pip[@]}" "${pins[@]}" --no-build-isolation --editable ".[$extras]") || return
 }
 
 _install_torch() {
   echo "  torch"
   if [ -n "${MEGATRON_RETRO_TORCH_INDEX:-}" ] && ! command -v nvidia-smi >/dev/null; then
-    "$@" --index-url "$MEGATRON_RETRO_TORCH_INDEX" torch
+    "$@" --index-url "$MEGATRON_RETRO_TORCH_INDEX" "${MEGATRON_RETRO_TORCH:-torch}"
   else
     command -v nvidia-smi >/dev/null ||
       echo "  (no NVIDIA driver: MEGATRON_RETRO_TORCH_INDEX may name an index of CPU-only torch, which spares gigabytes)"
-    "$@" torch
+    "$@" "${MEGATRON_RETRO_TORCH:-torch}"
   fi
 }

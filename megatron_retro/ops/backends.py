@@ -179,7 +179,8 @@ def _not_native(operator: str, device: str) -> Sequence[str]:
         return (f"there are kernels for cpu and cuda, not for {device}",)
     if operator in library.CPU_ONLY:
         return (f"{operator} has a kernel for the cpu only",)
-    return () if library.has_cuda_kernels() else ("csrc was compiled without nvcc",)
+    lost = library.cuda_problem()
+    return () if lost is None else (lost,)
 
 
 @cache

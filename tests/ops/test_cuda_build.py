@@ -17,7 +17,7 @@ CSRC = Path(__file__).parents[2] / "csrc"
 
 @pytest.fixture
 def resources() -> Iterator[list[tuple[str, str, int, int]]]:
-    if not library.has_cuda_kernels() or not CSRC.exists():
+    if not library.compiled_architectures() or not CSRC.exists():
         pytest.skip("csrc was compiled without nvcc")
     sys.path.insert(0, str(CSRC))
     try:

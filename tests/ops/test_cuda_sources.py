@@ -114,8 +114,8 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         return Kernels(request.getfixturevalue("shim").ops, "cpu")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
-    if not library.has_cuda_kernels():
-        pytest.skip("csrc was compiled without nvcc")
+    if library.cuda_problem() is not None:
+        pytest.skip(str(library.cuda_problem()))
     return Kernels(torch.ops.megatron_retro, "cuda")
 
 

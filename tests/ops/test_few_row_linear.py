@@ -158,7 +158,7 @@ def test_a_gradient_is_refused() -> None:
 
 @COMPILED
 def test_a_gpu_has_none_and_a_wish_for_all_kernels_does_not_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "has_cuda_kernels", lambda: True)
+    monkeypatch.setattr(library, "cuda_problem", lambda: None)
     assert "few_row_linear" in library.CPU_ONLY
     for wish in ("auto", "native"):
         monkeypatch.setenv(VARIABLE, wish)

@@ -2,19 +2,13 @@
 #pragma once
 
 #include "cuda/elements.cuh"
+#include "cuda_library.h"
 #include "tensors.h"
 
 #ifdef MEGATRON_RETRO_SHIM
 #define MEGATRON_RETRO_CUDA_LIBRARY(library) STABLE_TORCH_LIBRARY_IMPL(megatron_retro_shim, CPU, library)
 #else
 #define MEGATRON_RETRO_CUDA_LIBRARY(library) STABLE_TORCH_LIBRARY_IMPL(megatron_retro, CUDA, library)
-#endif
-
-#ifndef MEGATRON_RETRO_SHIM
-// A torch without CUDA has no such symbols; the library loads there all the same.
-#pragma weak aoti_torch_get_current_cuda_stream
-#pragma weak torch_c10_cuda_check_msg
-#pragma weak torch_c10_cuda_free_error_msg
 #endif
 
 namespace megatron_retro {
@@ -24,8 +18,9 @@ inline cudaStream_t stream_of(const Tensor& tensor) {
 #ifdef MEGATRON_RETRO_SHIM
   return nullptr;
 #else
+  require(current_stream() != nullptr, "CUDA: torch's current stream was not found when the library was loaded");
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(current_stream()(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 #endif
 }
