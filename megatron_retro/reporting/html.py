@@ -32,6 +32,8 @@ dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr))
 dl div { background: var(--panel); border-radius: .4rem; padding: .6rem .8rem; }
 dt { color: var(--soft); font-size: .85rem; } dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
 figure { margin: 1rem 0 1.6rem; } figure svg { width: 100%; height: auto; max-width: 46rem; display: block; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(27rem, 100%), 1fr)); gap: 0 1.5rem; }
+.plots figure { min-width: 0; } .plots svg text { font-size: 15px; }
 svg text { fill: var(--ink); font: 12px system-ui, sans-serif; } svg .axis { stroke: var(--soft); }
 svg .bound { stroke: var(--ink); stroke-width: 1.5; }
 svg .dot { fill: var(--s1); }
@@ -69,6 +71,11 @@ def page(title: str, parts: Sequence[str], *, summary: str = "", style: str = ""
 def section(title: str, *parts: str) -> str:
     """A part of a page under its own heading."""
     return "\n".join(["<section>", f"<h2>{escape(title)}</h2>", *parts, "</section>"])
+
+
+def side_by_side(figures: Sequence[str]) -> str:
+    """Figures in as many columns as the window has room for."""
+    return f'<div class="plots">{"".join(figures)}</div>'
 
 
 def paragraph(text: str, kind: str = "") -> str:

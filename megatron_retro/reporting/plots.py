@@ -173,7 +173,8 @@ def _range(values: Sequence[float], log: bool) -> tuple[float, float]:
     finite = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
     low, high = min(finite), max(finite)
     if low == high:
-        return (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+        half = abs(low) / 2 or 0.5
+        return (low / 2, high * 2) if log else (low - half, high + half)
     margin = 0.0 if log else (high - low) * 0.04
     return low - margin, high + margin
 

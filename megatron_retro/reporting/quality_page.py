@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_retro.errors import ArtifactError
-from megatron_retro.reporting.html import facts, page, paragraph, section, table
+from megatron_retro.reporting.html import facts, page, paragraph, section, side_by_side, table
 from megatron_retro.reporting.plots import Series, histogram, line_plot
 from megatron_retro.runtime.strict_json import from_plain
 
@@ -194,10 +194,16 @@ def _table_part(name: str, quality: TableQuality, floor: float | None) -> str:
             [(int(depth), one.recall, one.low, one.high) for depth, one in quality.recall.items()],
             caption=f"Recall against exact search, {quality.sampled:,} query chunks ({quality.recall_of})",
         ),
-        *_effort_plots(quality.sweep, floor),
-        _histogram(close.distance, "Squared distance to the two nearest", "squared distance"),
-        _histogram(close.overlap, "Tokens of the query chunk that a neighbour shares", "share of tokens"),
-        _histogram(close.successor_run, "Longest run shared with what follows the query chunk", "share of a chunk"),
+        side_by_side(
+            [
+                *_effort_plots(quality.sweep, floor),
+                _histogram(close.distance, "Squared distance to the two nearest", "squared distance"),
+                _histogram(close.overlap, "Tokens of the query chunk that a neighbour shares", "share of tokens"),
+                _histogram(
+                    close.successor_run, "Longest run shared with what follows the query chunk", "share of a chunk"
+                ),
+            ]
+        ),
         paragraph(
             f"The audit read {audit.rows:,} rows. Of {audit.planted_leaks:,} leaks planted in copies of them it "
             f"found {audit.planted_leaks_seen:,}; in the rows themselves it found {audit.leaks:,}.",

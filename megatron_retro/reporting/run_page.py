@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 from megatron_retro.artifacts.files import write_file
-from megatron_retro.reporting.html import facts, page, paragraph, preformatted, section, table
+from megatron_retro.reporting.html import facts, page, paragraph, preformatted, section, side_by_side, table
 from megatron_retro.reporting.neighbors import neighbor_section
 from megatron_retro.reporting.perplexity_page import leakage_sections
 from megatron_retro.reporting.plots import Series, bars, line_plot
@@ -52,6 +52,7 @@ def _overview(log: RunLog) -> str:
         shown |= {
             "last loss": log.steps[-1].loss,
             "tokens": log.steps[-1].tokens,
+            "batch size": log.steps[-1].batch_size,
             "tokens per second": round(tokens / max(seconds, 1e-9)),
             "data wait": f"{sum(step.seconds.get('data', 0.0) for step in recent) / max(seconds, 1e-9):.1%}",
             "memory (MB)": round(log.steps[-1].memory_bytes / 1e6),
@@ -59,7 +60,7 @@ def _overview(log: RunLog) -> str:
     if log.evaluations:
         shown["validation loss"] = log.evaluations[-1].loss
     if log.saves:
-        shown["saved"] = f"{len(log.saves)} times, last after step {log.saves[-1]}"
+        shown["saves"] = f"{len(log.saves)}, last after step {log.saves[-1]}"
     alarms = log.evaluations[-1].alarms if log.evaluations else ()
     return facts(shown) + "".join(paragraph(f"Alarm: {alarm}", "bad") for alarm in alarms)
 
@@ -73,14 +74,12 @@ def _curves(log: RunLog) -> str:
         ("batch_size", "Batch size"),
     ):
         steps, values = thinned(*log.curve(name))
-        plots.append(line_plot([Series(name, steps, values)], title=title, x_label="step", y_label=title.lower()))
+        if name != "batch_size" or len(set(values)) > 1:
+            plots.append(line_plot([Series(name, steps, values)], title=title, x_label="step", y_label=title.lower()))
     if log.evaluations:
-        steps = [float(record.step) for record in log.evaluations]
-        losses = [record.loss for record in log.evaluations]
-        plots.append(
-            line_plot([Series("loss", steps, losses)], title="Validation loss", x_label="step", y_label="loss")
-        )
-    return section("Curves", *plots, _time_per_phase(log))
+        line = Series("loss", [record.step for record in log.evaluations], [record.loss for record in log.evaluations])
+        plots.append(line_plot([line], title="Validation loss", x_label="step", y_label="loss"))
+    return section("Curves", side_by_side([*plots, _time_per_phase(log)]))
 
 
 def thinned(steps: list[float], values: list[float], points: int = _POINTS) -> tuple[list[float], list[float]]:

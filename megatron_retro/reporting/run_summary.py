@@ -170,7 +170,7 @@ def _answers(inputs: SummaryInputs) -> list[str]:
         "Questions about held-out files; neither their text nor their questions were trained on. "
         "A model of a few million parameters learns the form of an answer, not its content."
     )
-    return [section("Answers", table(header, list(zip(*columns, strict=False)), caption=caption))]
+    return [section("Answers", table(header, list(zip(*columns, strict=True)), caption=caption))]
 
 
 def _stages(inputs: SummaryInputs) -> list[str]:

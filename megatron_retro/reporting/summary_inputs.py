@@ -84,12 +84,20 @@ class SummaryInputs:
 def read_summary_inputs(runs: Sequence[Path], config: ReportConfig) -> SummaryInputs:
     """All files; what was not asked for is empty."""
     quality = None if config.report_retrieval is None else Path(config.report_retrieval) / "report" / "quality.json"
+    answers = _generated(config.report_answers, "--report-answers")
+    questions = () if config.report_questions is None else _records(Question, Path(config.report_questions))
+    if questions and any(len(texts) != len(questions) for texts in answers.values()):
+        raise ConfigError(
+            "--report-questions and --report-answers belong to different questions",
+            got=f"{len(questions)} questions, {len(next(iter(answers.values())))} answers",
+            expected="the questions that were answered, in their order",
+        )
     return SummaryInputs(
         [(run, read_run_log(run)) for run in runs],
         None if quality is None else read_quality(quality),
         _generated(config.report_texts, "--report-texts"),
-        _generated(config.report_answers, "--report-answers"),
-        () if config.report_questions is None else _records(Question, Path(config.report_questions)),
+        answers,
+        questions,
         () if config.report_stages is None else _records(Stage, Path(config.report_stages)),
     )
 

@@ -144,5 +144,8 @@ def test_files_of_other_prompts_are_refused(run: Path, tmp_path: Path) -> None:
     two = records(tmp_path / "two.jsonl", answer("a", True), answer("b", True))
     with pytest.raises(ConfigError, match="different prompts"):
         read_summary_inputs([run], ReportConfig(report_answers=(f"before={one}", f"after={two}")))
+    asked = records(tmp_path / "asked.jsonl", *[{"question": "What?", "answers": ["So."]}] * 2)
+    with pytest.raises(ConfigError, match="2 questions, 1 answers"):
+        read_summary_inputs([run], ReportConfig(report_answers=(f"before={one}",), report_questions=asked))
     with pytest.raises(ConfigError, match="NAME=FILE"):
         read_summary_inputs([run], ReportConfig(report_texts=(one,)))

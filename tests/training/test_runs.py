@@ -1,10 +1,9 @@
-"""Whole tiny runs: pinned losses, observers that change nothing, retro-fitting, the report."""
+"""Whole tiny runs: pinned losses, observers that change nothing, retro-fitting."""
 
 from __future__ import annotations
 
 import json
 import os
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,10 @@ from megatron_retro.assembly.retrofitting import collapsed, inherited_settings, 
 from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.model.gates import AdaptiveGate
-from megatron_retro.reporting.run_page import write_report
 from megatron_retro.runtime.launch import find_launch
 from megatron_retro.runtime.process_group import process_group
 from megatron_retro.runtime.run_log import read_run_log
 from megatron_retro.runtime.signals import StopRequests
-from megatron_retro.testing.browser import Browser, missing_browser
 from megatron_retro.testing.layouts import LIKE_LLAMA, random_batches, tiny_settings
 from megatron_retro.testing.processes import run_ranks
 from megatron_retro.testing.run_results import differences, losses, stored_tensors
@@ -196,63 +193,6 @@ def test_a_stop_without_a_place_to_save_says_so(corpus: TinyCorpus) -> None:
         outcome = program.train(settings, find_launch({}), device, stops)
     with pytest.raises(Exception, match="nothing was saved: there is no --save"):
         program.finish(settings, outcome)
-
-
-class Page(HTMLParser):
-    """Counts what a page holds, and what it would fetch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.fetched: list[str] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.fetched += [value for name, value in attrs if name in ("src", "href") and value and "data:" not in value]
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def test_the_report_is_one_page_with_everything(corpus: TinyCorpus, tmp_path: Path) -> None:
-    short_run(corpus, tmp_path / "run", eval_iters=1, eval_interval=2)
-    page = Page()
-    page.feed(write_report(tmp_path / "run").read_text())
-    assert page.fetched == []
-    assert page.tags.count("svg") >= 8
-    for heading in ("Training loss", "Retrieval health", "Neighbours", "What happened", "Configuration", "Environment"):
-        assert heading in page.text
-    assert "seq_length = 64" in page.text and "neighbour 1" in page.text
-    assert f"{losses(tmp_path / 'run')[-1]:.4g}" in page.text
-    with pytest.raises(ArtifactError, match="is no run"):
-        write_report(tmp_path)
-
-
-@pytest.mark.skipif(missing_browser() is not None, reason=str(missing_browser()))
-def test_a_browser_shows_the_report_without_asking_for_anything(corpus: TinyCorpus, tmp_path: Path) -> None:
-    """Curves have a size and lie in their plots, text does not overflow, nothing fails and nothing is fetched."""
-    short_run(corpus, tmp_path / "run", eval_iters=1, eval_interval=2, retro_gate_type="adaptive")
-    page = write_report(tmp_path / "run")
-    with Browser() as browser:
-        browser.open(page.as_uri())
-        plots = browser.run(
-            "return [...document.querySelectorAll('svg')].map(plot => {"
-            " const outer = plot.getBoundingClientRect();"
-            " const shapes = [...plot.querySelectorAll('path, polyline, circle, rect')];"
-            " const lines = shapes.map(shape => shape.getBoundingClientRect());"
-            " return {width: outer.width, height: outer.height, shapes: lines.length,"
-            "  inside: lines.every(x => x.left >= outer.left - 2 && x.right <= outer.right + 2"
-            "   && x.top >= outer.top - 2 && x.bottom <= outer.bottom + 2)}; })"
-        )
-        wide = browser.run("return document.documentElement.scrollWidth <= window.innerWidth + 1")
-        fetched = browser.run("return performance.getEntriesByType('resource').map(entry => entry.name)")
-        headings = browser.run("return [...document.querySelectorAll('h1, h2')].map(x => x.innerText)")
-        errors = [entry for entry in browser.log() if entry.get("level") == "SEVERE"]
-    assert len(plots) >= 8 and all(plot["width"] > 100 and plot["height"] > 50 for plot in plots)
-    assert all(plot["shapes"] and plot["inside"] for plot in plots)
-    assert wide and fetched == [] and errors == []
-    assert {"Retrieval health", "Configuration"} <= set(headings)
 
 
 def test_a_log_that_repeats_steps_counts_each_once(corpus: TinyCorpus, tmp_path: Path) -> None:
