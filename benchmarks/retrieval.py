@@ -26,8 +26,8 @@ from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.retrieval import EmbedderConfig
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.tokenizers import build_tokenizer
+from megatron_retro.retrieval.chunk_encoding import ChunkEncoder, as_bfloat16
 from megatron_retro.retrieval.embedders import HashedEmbedder, build_embedder
-from megatron_retro.retrieval.encoding import ChunkEncoder, as_bfloat16
 from megatron_retro.retrieval.faiss_index import (
     InvertedParts,
     faiss_module,
@@ -37,11 +37,11 @@ from megatron_retro.retrieval.faiss_index import (
     search_one_by_one,
     write_index,
 )
-from megatron_retro.retrieval.layout import spans
-from megatron_retro.retrieval.list_join import Found, search_by_lists
-from megatron_retro.retrieval.merging import ListMerge, open_merged
+from megatron_retro.retrieval.index_building import ListMerge, open_merged
+from megatron_retro.retrieval.index_search import SearchResult, search_by_lists
 from megatron_retro.retrieval.native import keep_foreign
-from megatron_retro.retrieval.reordering import refined, refined_anew
+from megatron_retro.retrieval.reranking import refine_by_embedding, refine_with_kept
+from megatron_retro.retrieval.work_blocks import cut_blocks
 from megatron_retro.runtime.console import say
 from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main, interleave, median_ratio
 from megatron_retro.testing.embedded_text import build_standard_library, minilm_vectors, synthetic_vectors
@@ -91,7 +91,12 @@ def recall_at_2(ids: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
 
 
 def search_figures(
-    name: str, vectors: Vectors, queries: Vectors, lists: int, rounds: int, anew: Callable[..., Found] | None = None
+    name: str,
+    vectors: Vectors,
+    queries: Vectors,
+    lists: int,
+    rounds: int,
+    anew: Callable[..., SearchResult] | None = None,
 ) -> Iterator[Figure]:
     """Whole vectors, then codes of the same lists."""
     flat = filled(trained(f"IVF{lists},Flat", vectors), vectors)
@@ -139,15 +144,15 @@ def contrib_figure(name: str, index: Any, parts: InvertedParts, queries: Vectors
 
 
 def quantized_figures(
-    name: str, flat: Any, vectors: Vectors, queries: Vectors, rounds: int, anew: Callable[..., Found] | None
+    name: str, flat: Any, vectors: Vectors, queries: Vectors, rounds: int, anew: Callable[..., SearchResult] | None
 ) -> Iterator[Figure]:
     """Codes refined by half-precision vectors against IndexIVFPQ.search; recall of what the probed lists hold."""
     index = with_codes(flat, vectors, 48 if vectors.shape[1] % 48 == 0 else 32)
     parts, kept = parts_of(index), as_bfloat16(vectors)
     truth: NDArray[np.int64] = flat.search(queries, 2)[1]
 
-    def ours() -> Found:
-        return refined(search_by_lists(parts, queries, CANDIDATES), queries, kept)
+    def ours() -> SearchResult:
+        return refine_with_kept(search_by_lists(parts, queries, CANDIDATES), queries, kept)
 
     candidates: dict[str, Callable[[], Any]] = {"ours": ours, "faiss": lambda: index.search(queries, KEEP)}
     if anew is not None:
@@ -216,7 +221,7 @@ def build_in_blocks(folder: Path, index: Any, vectors: Vectors) -> None:
     stored: Any = StoredVectors(vectors)
     encoder = ChunkEncoder(stored, stored, index, {})
     paths = []
-    for span in spans(stored.num_chunks, 100_000):
+    for span in cut_blocks(stored.num_chunks, 100_000):
         paths.append(folder / "codes" / span.name)
         encoder.write_block(span, paths[-1], None)
     parts = parts_of(index)
@@ -286,8 +291,8 @@ def library_figures(quick: bool, lists: int, rounds: int) -> Iterator[Figure]:
         yield Figure(f"automatic index, {len(vectors)} chunks of the quickstart: recall@2", recall, "share", 0.95)
         database, embedder = ChunkDatabase.open(Path(name) / "project/database"), HashedEmbedder(vectors.shape[1])
 
-        def anew(found: Found, queries: Vectors) -> Found:
-            return refined_anew(found, queries, database, embedder, 1e9)
+        def anew(found: SearchResult, queries: Vectors) -> SearchResult:
+            return refine_by_embedding(found, queries, database, embedder, 1e9)
 
         queries = vectors[:: max(1, len(vectors) // (2000 if quick else 50_000))]
         yield from search_figures("hashed text", vectors, queries, lists, rounds, anew)

@@ -21,7 +21,7 @@ import numpy as np
 from megatron_retro.config.command_line import parse_settings
 from megatron_retro.config.sections import ALL_SECTIONS, INDEX_SECTIONS
 from megatron_retro.data.token_writer import TokenFileWriter
-from megatron_retro.retrieval.planning import RetrievalPlan, make_plan
+from megatron_retro.retrieval.build_estimate import BuildEstimate, estimate_build
 from megatron_retro.retrieval.project import Project
 from megatron_retro.runtime.console import say
 from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main
@@ -96,13 +96,13 @@ def anonymous_bytes(process: int) -> float:
     return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0.0)
 
 
-def planned(flags: list[str]) -> RetrievalPlan:
+def planned(flags: list[str]) -> BuildEstimate:
     """What the plan stage would print."""
     settings, _ = parse_settings("benchmark", INDEX_SECTIONS, flags, all_sections=ALL_SECTIONS)
-    return make_plan(Project(settings))
+    return estimate_build(Project(settings))
 
 
-def file_errors(plan: RetrievalPlan, root: Path) -> float:
+def file_errors(plan: BuildEstimate, root: Path) -> float:
     """Largest difference between planned and written bytes, as a share; codes may differ by their headers."""
     errors = []
     for name, expected in plan.files.items():

@@ -67,7 +67,7 @@ class Plan:
         return max(memory.total for memory in self.memory)
 
 
-def make_plan(
+def estimate_build(
     work: Workload,
     layout: Layout,
     machine: Accelerator,

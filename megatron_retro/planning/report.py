@@ -19,7 +19,7 @@ from megatron_retro.planning.hardware import Accelerator, machine_of
 from megatron_retro.planning.inference import inference_report
 from megatron_retro.planning.memory import Memory
 from megatron_retro.planning.model_shape import with_model_shape
-from megatron_retro.planning.plan import Plan, make_plan
+from megatron_retro.planning.plan import Plan, estimate_build
 from megatron_retro.planning.shards import Shard, build_shards
 from megatron_retro.planning.variants import suggestions
 from megatron_retro.planning.workload import Workload, layout_of, workload_of
@@ -59,7 +59,7 @@ def _beyond_layouts(broken: list[Violation]) -> bool:
 
 
 def _print_training(settings: Settings, planning: PlanningConfig, machine: Accelerator) -> int:
-    plan = make_plan(workload_of(settings), layout_of(settings), machine, counts=_counts_by_hand(settings))
+    plan = estimate_build(workload_of(settings), layout_of(settings), machine, counts=_counts_by_hand(settings))
     shards = build_shards(settings, plan) if planning.plan_shards else []
     wrong, absent = data_faults(settings)
     print("\n".join(plan_lines(plan, planning, shards)))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import combinations, product
 
 from megatron_retro.planning.hardware import Accelerator
-from megatron_retro.planning.plan import Plan, make_plan
+from megatron_retro.planning.plan import Plan, estimate_build
 from megatron_retro.planning.trace import PartTrace, Trace, trace_parts
 from megatron_retro.planning.workload import Layout, Workload
 
@@ -24,7 +24,7 @@ def fitting_change(plan: Plan, usable: float) -> str | None:
     for chosen in [*((change,) for change in single), *combinations(single, 2)]:
         layout = replace(plan.layout, **{field: value for _, field, value in chosen})  # type: ignore[arg-type]
         if len({field for _, field, _ in chosen}) == len(chosen) and is_legal(plan.work, layout):
-            other = make_plan(plan.work, layout, plan.machine, prove=False)
+            other = estimate_build(plan.work, layout, plan.machine, prove=False)
             if other.peak_memory <= usable:
                 flags = " ".join(flag for flag, _, _ in chosen)
                 return f"{flags} fits ({other.peak_memory / 1e9:.1f} GB)"
@@ -83,7 +83,7 @@ def suggestions(
     best: dict[tuple[int, int, int], Plan] = {}
     for layout in _layouts(work, world_size, gpus_per_node, list(traces)):
         traced = _scaled(traces[layout.tensor], layout.micro_batch)
-        plan = make_plan(work, layout, machine, traced=traced, prove=False)
+        plan = estimate_build(work, layout, machine, traced=traced, prove=False)
         key = (layout.tensor, layout.pipeline, layout.pieces_per_rank)
         fits = plan.peak_memory <= machine.memory_bytes * (1 - margin)
         if fits and (key not in best or plan.time.total < best[key].time.total):

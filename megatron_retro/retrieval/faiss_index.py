@@ -1,7 +1,7 @@
-"""What the rest of retrieval asks of a faiss index: build, take apart, save, load.
+"""A faiss index: build, take apart, save, load.
 
-An index is a chain of transforms before an inverted file (`IVF`) whose lists hold one code per chunk. Those are
-encoded in blocks and merged on disk. Any other index of the factory is kept whole and filled chunk after chunk.
+An index is a chain of transforms before an inverted file (`IVF`) whose lists hold one code per chunk. Such an index is
+encoded in blocks and merged on disk. Any other index of the factory is filled in memory, chunk after chunk.
 """
 
 from __future__ import annotations
@@ -54,13 +54,15 @@ def new_index(index_str: str, dimension: int) -> Any:
 
 
 def _refuse_unknown_parts(index: Any, index_str: str) -> None:
-    """Own ids, and list finders other than the two below, have no place in blocks, plans and checks."""
+    """Refuse IDMap and coarse quantizers other than flat and HNSW: blocks, estimates and checks do not know them."""
     faiss, parts = faiss_module(), inverted_parts(index)
-    finder = faiss.downcast_index(parts.inverted.quantizer) if parts else None
-    if isinstance(index, faiss.IndexIDMap) or (finder and not isinstance(finder, (faiss.IndexFlat, faiss.IndexHNSW))):
+    quantizer = faiss.downcast_index(parts.inverted.quantizer) if parts else None
+    if isinstance(index, faiss.IndexIDMap) or (
+        quantizer and not isinstance(quantizer, (faiss.IndexFlat, faiss.IndexHNSW))
+    ):
         raise ConfigError(
             f"--retro-index-str {index_str!r} cannot be built here",
-            got=type(finder or index).__name__,
+            got=type(quantizer or index).__name__,
             expected="an index without IDMap whose lists, if any, are found by all centroids or by HNSW",
             fix="give IVF.. or IVF.._HNSW.., or --retro-index-str auto",
         )
@@ -73,7 +75,7 @@ def reason_of(error: RuntimeError) -> str:
 
 @dataclass(frozen=True)
 class InvertedParts:
-    """An index taken apart: what is done to a vector, and the inverted file behind it."""
+    """An index taken apart: the whole with its transforms, and the inverted file behind them."""
 
     index: Any
     inverted: Any
@@ -125,7 +127,7 @@ class InvertedParts:
 
 
 def searched_index(index: Any) -> Any:
-    """What is behind the transforms."""
+    """The index behind the transforms."""
     faiss = faiss_module()
     return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
 
@@ -145,7 +147,7 @@ def write_index(index: Any, path: Path) -> None:
 def read_index(path: Path, flags: int = 0) -> Any:
     """Read an index file."""
     try:
-        with _without_chatter():
+        with _without_output():
             return faiss_module().read_index(str(path), flags)
     except RuntimeError as error:
         raise ArtifactError(
@@ -154,8 +156,8 @@ def read_index(path: Path, flags: int = 0) -> Any:
 
 
 @contextmanager
-def _without_chatter() -> Iterator[None]:
-    """faiss tells standard output where it looks for the lists of an index; results belong there, not that."""
+def _without_output() -> Iterator[None]:
+    """Silence standard output, where faiss prints the place of an index's lists."""
     sys.stdout.flush()
     kept = os.dup(1)
     try:
@@ -168,20 +170,20 @@ def _without_chatter() -> Iterator[None]:
 
 
 def set_search_effort(index: Any, nprobe: int, ef_search: int) -> None:
-    """How many lists a search looks into, and how hard it looks for them."""
+    """Set nprobe of the lists, and efSearch of a graph."""
     parts = inverted_parts(index)
     if parts is None:
         if hasattr(index, "hnsw"):
             index.hnsw.efSearch = ef_search
         return
     parts.inverted.nprobe = nprobe
-    finder = faiss_module().downcast_index(parts.inverted.quantizer)
-    if hasattr(finder, "hnsw"):
-        finder.hnsw.efSearch = max(ef_search, nprobe)
+    quantizer = faiss_module().downcast_index(parts.inverted.quantizer)
+    if hasattr(quantizer, "hnsw"):
+        quantizer.hnsw.efSearch = max(ef_search, nprobe)
 
 
 def search_one_by_one(index: Any) -> None:
-    """Prepare for single queries: faiss starts 32 threads per search to read lists ahead, most of a query's time."""
+    """Prepare for single queries: faiss would start 32 threads per search to read lists ahead."""
     parts = inverted_parts(index)
     if parts is None:
         return

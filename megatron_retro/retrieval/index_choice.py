@@ -39,7 +39,7 @@ def choose_index(
     dimension: int,
     memory_bytes: float,
     train_chunks: int | None,
-    width_in_lists: Callable[[str], int],
+    dimension_in_lists: Callable[[str], int],
 ) -> IndexChoice:
     """The index to build; an impossible request is refused with what would fit."""
     if num_chunks == 0:
@@ -47,13 +47,13 @@ def choose_index(
     index_str = "IVF1,Flat" if asked == "Flat" else asked
     if asked == "auto":
         index_str = automatic_index(num_chunks, dimension, memory_bytes)
-        index_str = _trainable_within(index_str, memory_bytes / (_TRAINING_BYTES * width_in_lists(index_str)))
+        index_str = _trainable_within(index_str, memory_bytes / (_TRAINING_BYTES * dimension_in_lists(index_str)))
     lists = number_of_lists(index_str)
     quantizer_chunks = _QUANTIZER_CHUNKS if re.search(r"PQ|SQ|PCA|RaBitQ|RQ", index_str) else 1024
     wanted = train_chunks or max(_COMFORTABLE_POINTS_PER_LIST * lists, quantizer_chunks)
     sample = min(wanted, num_chunks)
     _refuse_too_few(index_str, lists, sample, num_chunks)
-    _refuse_too_large(index_str, sample, width_in_lists(index_str), memory_bytes)
+    _refuse_too_large(index_str, sample, dimension_in_lists(index_str), memory_bytes)
     return IndexChoice(index_str, sample, nprobe=max(1, min(lists, lists // 16 + 8)), ef_search=64)
 
 

@@ -21,7 +21,7 @@ from megatron_retro.reporting.neighbors import QueryText, RetrievedText, inspect
 from megatron_retro.retrieval.layout import ProjectLayout
 from megatron_retro.retrieval.live_index import LiveIndex, live_settings
 from megatron_retro.retrieval.quality import covered_rows
-from megatron_retro.retrieval.training import uniform_sample
+from megatron_retro.retrieval.work_blocks import uniform_sample
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Where things lie in a project directory, and how it is cut into blocks.
+"""The files of a project directory.
 
 database/            chunk database
-index/plan.json      what was decided, once
+index/plan.json      what was index_spec, once
 index/trained/       the trained, empty index
 index/codes/         one file of codes per block of chunks
 index/embeddings/    kept vectors, one file per block (--retro-keep-embeddings)
@@ -13,14 +13,8 @@ work/                claims of workers, unfinished tables
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-from megatron_retro.artifacts.claims import BlockClaims
-from megatron_retro.errors import ArtifactError
-from megatron_retro.runtime.workers import Worker
 
 
 @dataclass(frozen=True)
@@ -35,13 +29,13 @@ class ProjectLayout:
         return self.root / "database"
 
     @property
-    def plan(self) -> Path:
-        """What was decided."""
+    def index_spec(self) -> Path:
+        """What was index_spec."""
         return self.root / "index" / "plan.json"
 
     @property
     def live_settings(self) -> Path:
-        """How the index is asked while text is generated."""
+        """The settings for live search while text is generated."""
         return self.root / "index" / "live.json"
 
     @property
@@ -80,51 +74,3 @@ class ProjectLayout:
     def claims(self, name: str) -> Path:
         """Claims on the blocks of something."""
         return self.root / "work" / "claims" / name
-
-
-@dataclass(frozen=True)
-class Span:
-    """Items [first, last), one block of work."""
-
-    first: int
-    last: int
-
-    @property
-    def name(self) -> str:
-        """As in file names."""
-        return f"{self.first:013d}-{self.last:013d}"
-
-    @property
-    def size(self) -> int:
-        """How many."""
-        return self.last - self.first
-
-
-def spans(total: int, size: int) -> tuple[Span, ...]:
-    """`total` items cut into blocks of `size`, the last one perhaps smaller."""
-    return tuple(Span(first, min(first + size, total)) for first in range(0, total, size))
-
-
-@contextmanager
-def unless_done(is_done: Callable[[], bool]) -> Iterator[None]:
-    """Write and publish under this: a worker that was taken for dead may find that another has published its block.
-
-    Both made the same bytes, so that its own attempt failed does not matter then.
-    """
-    try:
-        yield
-    except (OSError, ArtifactError):
-        if not is_done():
-            raise
-
-
-def claimed(
-    layout: ProjectLayout, what: str, blocks: Sequence[str], is_done: Callable[[str], bool], worker: Worker
-) -> Iterator[str]:
-    """The blocks that this worker gets to do; ends when all are done, by whomever.
-
-    Workers start at different places, so that they rarely want the same block.
-    """
-    start = worker.share(len(blocks)).start
-    order = [*blocks[start:], *blocks[:start]]
-    return iter(BlockClaims(layout.claims(what), order, is_done))

@@ -1,6 +1,6 @@
-"""A finished project as something to ask while text is generated: chunks of tokens in, ids and distances out.
+"""A finished project that is searched while text is generated: chunks of tokens in, ids and distances out.
 
-Everything it needs is in the project directory: the index, the database, and which embedder and tokenizer made it.
+Everything it needs is in the project directory: the index, the database, and the settings of embedder and tokenizer.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from megatron_retro.data.tokenizers import build_tokenizer
 from megatron_retro.errors import ArtifactError
 from megatron_retro.retrieval.embedders import build_embedder
 from megatron_retro.retrieval.faiss_index import search_one_by_one, set_search_effort
+from megatron_retro.retrieval.index_building import KIND, VERSION, open_merged
 from megatron_retro.retrieval.layout import ProjectLayout
-from megatron_retro.retrieval.merging import KIND, VERSION, open_merged
 from megatron_retro.retrieval.project import Project
 from megatron_retro.runtime.strict_json import json_text
 
@@ -35,7 +35,7 @@ _CACHED_CHUNKS = 4096
 
 
 def write_live_settings(project: Project, nprobe: int, ef_search: int) -> None:
-    """Note beside the index how it is asked; paths of tokenizer files become absolute."""
+    """Write the settings for live search beside the index; paths of tokenizer files become absolute."""
     tokenizer = asdict(project.settings[TokenizerConfig])
     for name in _FILES:
         tokenizer[name] = str(Path(tokenizer[name]).resolve()) if tokenizer[name] else None
@@ -50,7 +50,7 @@ def write_live_settings(project: Project, nprobe: int, ef_search: int) -> None:
 
 
 class LiveIndex:
-    """An open index. `search` may be called from several threads; the answers to recent chunks are remembered."""
+    """An open index. `search` may be called from several threads; results of recent chunks are cached."""
 
     def __init__(self, path: str | Path, *, nprobe: int | None = None, cached_chunks: int = _CACHED_CHUNKS) -> None:
         layout = ProjectLayout(Path(path))
@@ -75,11 +75,11 @@ class LiveIndex:
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Ids [n, k], -1 for none, and squared distances of the nearest chunks."""
         keys = [(tuple(int(token) for token in chunk), num_neighbors) for chunk in chunks]
-        known = {key: answer for key in keys if (answer := self._remembered(key)) is not None}
+        known = {key: answer for key in keys if (answer := self._cached(key)) is not None}
         asked = [key for key in dict.fromkeys(keys) if key not in known]
         if asked:
             known.update(zip(asked, self._answers([chunk for chunk, _ in asked], num_neighbors), strict=True))
-            self._remember({key: known[key] for key in asked})
+            self._put_in_cache({key: known[key] for key in asked})
         shape = (len(keys), num_neighbors)
         ids, distances = np.full(shape, -1, np.int64), np.full(shape, np.inf, np.float32)
         for row, key in enumerate(keys):
@@ -99,13 +99,13 @@ class LiveIndex:
         distances, ids = self._index.search(self.embedder.embed(tokens, present), num_neighbors)
         return list(zip(ids, np.where(ids >= 0, distances, np.inf), strict=True))
 
-    def _remembered(self, key: tuple[tuple[int, ...], int]) -> tuple[NDArray[Any], NDArray[Any]] | None:
+    def _cached(self, key: tuple[tuple[int, ...], int]) -> tuple[NDArray[Any], NDArray[Any]] | None:
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
             return self._cache.get(key)
 
-    def _remember(self, answers: dict[tuple[tuple[int, ...], int], tuple[NDArray[Any], NDArray[Any]]]) -> None:
+    def _put_in_cache(self, answers: dict[tuple[tuple[int, ...], int], tuple[NDArray[Any], NDArray[Any]]]) -> None:
         with self._lock:
             self._cache.update(answers)
             while len(self._cache) > self._limit:
@@ -113,7 +113,7 @@ class LiveIndex:
 
 
 def live_settings(layout: ProjectLayout) -> dict[str, Any]:
-    """How a project is asked: tokenizer, embedder, effort."""
+    """The settings for live search: tokenizer, embedder, effort."""
     path = layout.live_settings
     try:
         settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -27,34 +27,31 @@ from megatron_retro.data.query_chunks import QueryChunks
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.errors import ConfigError
 from megatron_retro.retrieval.faiss_index import set_search_effort
-from megatron_retro.retrieval.gpu_copies import copied_to_gpus, num_gpus
-from megatron_retro.retrieval.layout import claimed, unless_done
-from megatron_retro.retrieval.list_join import Found
+from megatron_retro.retrieval.gpu_index import copy_to_gpus, num_gpus
+from megatron_retro.retrieval.index_building import KIND, VERSION, open_merged
+from megatron_retro.retrieval.index_search import Searcher, SearchResult
 from megatron_retro.retrieval.live_index import write_live_settings
-from megatron_retro.retrieval.merging import KIND, VERSION, open_merged
-from megatron_retro.retrieval.operating_point import OperatingPoint, operating_point
-from megatron_retro.retrieval.placement import place_search
 from megatron_retro.retrieval.project import Project, QueryCorpus, parsed_range
 from megatron_retro.retrieval.query_texts import QueryTexts, query_chunks
-from megatron_retro.retrieval.recomputing import recompute
-from megatron_retro.retrieval.reordering import (
+from megatron_retro.retrieval.reranking import (
     BATCH_ROWS,
     TokenStatistics,
-    refined,
-    refined_anew,
-    reranked,
+    drop_leaks,
+    refine_by_embedding,
+    refine_with_kept,
+    rerank,
     statistics_of,
-    without_leaks,
 )
-from megatron_retro.retrieval.searching import Searcher
-from megatron_retro.retrieval.training import uniform_sample
+from megatron_retro.retrieval.search_device import choose_device
+from megatron_retro.retrieval.search_effort import SearchEffort, choose_search_effort
+from megatron_retro.retrieval.work_blocks import claim_blocks, ignore_failure_if_done, recompute, uniform_sample
 from megatron_retro.runtime.console import Progress, say
 from megatron_retro.runtime.strict_json import json_text
 
 
 @dataclass(frozen=True)
 class NeighborSearch(QueryTexts):
-    """All that turns query chunks of a corpus into rows of its table."""
+    """Finds the neighbours of a corpus's query chunks: the rows of its table."""
 
     searcher: Searcher
 
@@ -68,66 +65,64 @@ class NeighborSearch(QueryTexts):
         """Neighbours of the query chunks [first, last), -1 for none."""
         config = self.project.config
         keep = config.retro_query_num_neighbors_save
-        return self.found(first, last).ids_QK[:, :keep]
+        return self.search(first, last).ids_QK[:, :keep]
 
-    def found(self, first: int, last: int) -> Found:
-        """The same with distances, and the candidates behind them."""
+    def search(self, first: int, last: int) -> SearchResult:
+        """The same with distances, and the further candidates."""
         config = self.project.config
         save, numbers = config.retro_query_num_neighbors_save, np.arange(first, last)
-        chooses = config.retro_refine or config.retro_rerank != "none" or config.retro_drop_overlap is not None
+        reranks = config.retro_refine or config.retro_rerank != "none" or config.retro_drop_overlap is not None
         candidates = max(save, config.retro_query_num_neighbors_query)
-        wanted = candidates if chooses or not self.searcher.by_lists else save
+        wanted = candidates if reranks or not self.searcher.by_lists else save
         vectors = self.vectors(first, last)
         found = self.searcher.search(vectors, wanted, self.own_chunks(numbers), save)
-        return self._chosen(found, vectors, first) if chooses else found
+        return self._rerank(found, vectors, first) if reranks else found
 
-    def _chosen(self, found: Found, vectors: NDArray[np.float32], first: int) -> Found:
+    def _rerank(self, found: SearchResult, vectors: NDArray[np.float32], first: int) -> SearchResult:
         parts = [
-            self._chosen_batch(
-                Found(found.distances_QK[start : start + BATCH_ROWS], found.ids_QK[start : start + BATCH_ROWS]),
+            self._rerank_batch(
+                SearchResult(found.distances_QK[start : start + BATCH_ROWS], found.ids_QK[start : start + BATCH_ROWS]),
                 vectors[start : start + BATCH_ROWS],
                 first + start,
             )
             for start in range(0, len(vectors), BATCH_ROWS)
         ]
-        return Found(
-            np.concatenate([part.distances_QK for part in parts]), np.concatenate([part.ids_QK for part in parts])
-        )
+        return SearchResult.joined(parts)
 
-    def _chosen_batch(self, found: Found, vectors: NDArray[np.float32], first: int) -> Found:
+    def _rerank_batch(self, found: SearchResult, vectors: NDArray[np.float32], first: int) -> SearchResult:
         config, database = self.project.config, self.project.database
         last = first + len(vectors)
         if config.retro_refine:
             found = self._refined(found, vectors)
         if config.retro_rerank != "none":
-            found = reranked(found, self.texts(first, last), database, config.retro_rerank, self.statistics)
+            found = rerank(found, self.texts(first, last), database, config.retro_rerank, self.statistics)
         if config.retro_drop_overlap is not None:
             successors = self.successors(first, last)
             length = self.project.retrieved_length
-            found = without_leaks(found, successors, database, length, config.retro_drop_overlap)
+            found = drop_leaks(found, successors, database, length, config.retro_drop_overlap)
         return found
 
-    def _refined(self, found: Found, vectors: NDArray[np.float32]) -> Found:
+    def _refined(self, found: SearchResult, vectors: NDArray[np.float32]) -> SearchResult:
         project = self.project
         if project.kept_vectors is not None:
-            return refined(found, vectors, project.kept_vectors.mapped())
-        return refined_anew(found, vectors, project.database, project.embedder, project.memory_bytes / 4)
+            return refine_with_kept(found, vectors, project.kept_vectors.mapped())
+        return refine_by_embedding(found, vectors, project.database, project.embedder, project.memory_bytes / 4)
 
 
 def query(project: Project) -> None:
     """Fill the table of every query corpus."""
-    point = operating_point(project)
-    write_live_settings(project, point.nprobe, point.ef_search)
-    unfinished = [corpus for corpus in project.query_corpora if not _is_finished(project, corpus, point)]
+    effort = choose_search_effort(project)
+    write_live_settings(project, effort.nprobe, effort.ef_search)
+    unfinished = [corpus for corpus in project.query_corpora if not _is_finished(project, corpus, effort)]
     for search in open_searches(project, unfinished) if unfinished else ():
         _fill_table(project, search)
 
 
-def _is_finished(project: Project, corpus: QueryCorpus, point: OperatingPoint) -> bool:
-    """Whether a table is there; one that was made from something else is refused."""
+def _is_finished(project: Project, corpus: QueryCorpus, effort: SearchEffort) -> bool:
+    """Whether a table exists; one with other inputs or settings is refused."""
     path, chunks = project.layout.neighbors(corpus.name), query_chunks(project, corpus)
     if path.exists():
-        settings = table_settings(project, point.nprobe, point.ef_search)
+        settings = table_settings(project, effort.nprobe, effort.ef_search)
         check_table(path, table_inputs(project, chunks.file), settings, table_layout(project, chunks))
     return path.exists()
 
@@ -137,7 +132,7 @@ def _fill_table(project: Project, search: NeighborSearch) -> None:
     path, layout = project.layout.neighbors(corpus.name), table_layout(project, search.chunks)
     inputs = table_inputs(project, search.chunks.file)
     settings = table_settings(project, searcher.nprobe, searcher.ef_search)
-    # Ways of searching differ in rounding and ties: parts of one table are all found in one way, any one will do.
+    # Search methods differ in rounding and ties, so all blocks of one table are searched with the same method.
     config = {**settings, "by_lists": searcher.by_lists, "on_gpus": searcher.gpus is not None}
     key = hashlib.sha256(json_text([inputs, config, layout.row_ranges], sort_keys=True).encode()).hexdigest()[:12]
     name = f"neighbors-{corpus.name}-{key}"
@@ -151,8 +146,8 @@ def _fill_table(project: Project, search: NeighborSearch) -> None:
 
     with Progress(f"query {corpus.name}", layout.num_rows, "rows") as progress:
         progress.advance(sum(block.last - block.first for block in layout.blocks if is_done(block.name)))
-        for block in claimed(project.layout, name, list(blocks), is_done, project.worker):
-            with unless_done(path.exists):
+        for block in claim_blocks(project.layout, name, list(blocks), is_done, project.worker):
+            with ignore_failure_if_done(path.exists):
                 write_block(directory, layout, blocks[block], search.rows(blocks[block].first, blocks[block].last))
             progress.advance(blocks[block].last - blocks[block].first)
     again = [block for block in layout.blocks if (directory / block.name).exists()]
@@ -164,32 +159,32 @@ def _fill_table(project: Project, search: NeighborSearch) -> None:
             file.parent, layout, again[number], search.rows(again[number].first, again[number].last)
         ),
     )
-    for _ in claimed(project.layout, name, ["finish"], lambda _: path.exists(), project.worker):
+    for _ in claim_blocks(project.layout, name, ["finish"], lambda _: path.exists(), project.worker):
         make_folder(path.parent)
-        with unless_done(path.exists):
-            _drop_foreign_files(directory, set(blocks))
+        with ignore_failure_if_done(path.exists):
+            _remove_other_files(directory, set(blocks))
             finish_table(directory, path, layout, inputs=inputs, config=config)
     shutil.rmtree(project.layout.claims(name), ignore_errors=True)
 
 
 def open_searches(project: Project, corpora: Sequence[QueryCorpus]) -> list[NeighborSearch]:
-    """The searches of query corpora in the project's index, which is opened once for them."""
+    """A search for each query corpus, all in the project's index, which is opened once."""
     chunks = [query_chunks(project, corpus) for corpus in corpora]
     searcher = _open_searcher(project, sum(table_layout(project, one).num_rows for one in chunks))
     return [NeighborSearch(project, corpus, one, searcher) for corpus, one in zip(corpora, chunks, strict=True)]
 
 
 def _open_searcher(project: Project, rows: int) -> Searcher:
-    """The merged index, searched as the settings or the calibration say, where so many rows cost least."""
-    point, index = operating_point(project), open_merged(project.layout.merged)
-    place = place_search(project, index, point.nprobe, rows)
+    """The merged index with its search effort, on the device where this many queries cost least."""
+    effort, index = choose_search_effort(project), open_merged(project.layout.merged)
+    device = choose_device(project, index, effort.nprobe, rows)
     if num_gpus():
-        say(f"search: on {place}")
-    if not place.on_gpus:
-        return Searcher(index, point.nprobe, point.ef_search, point.by_lists, project.memory_bytes)
-    set_search_effort(index, point.nprobe, point.ef_search)
-    copy = copied_to_gpus(index, index.ntotal)
-    return Searcher(index, point.nprobe, point.ef_search, False, project.memory_bytes, copy)
+        say(f"search: on {device}")
+    if not device.on_gpus:
+        return Searcher(index, effort.nprobe, effort.ef_search, effort.by_lists, project.memory_bytes)
+    set_search_effort(index, effort.nprobe, effort.ef_search)
+    copy = copy_to_gpus(index, index.ntotal)
+    return Searcher(index, effort.nprobe, effort.ef_search, False, project.memory_bytes, copy)
 
 
 def table_layout(project: Project, chunks: QueryChunks) -> TableLayout:
@@ -210,7 +205,7 @@ def table_layout(project: Project, chunks: QueryChunks) -> TableLayout:
 
 
 def check_table(path: Path, inputs: dict[str, str], config: dict[str, Any], layout: TableLayout) -> NeighborTable:
-    """A finished table, refused if it was made from something else."""
+    """A finished table; one with other inputs or settings is refused."""
     table = NeighborTable.open(path)
     again = f"remove {path} and query again, or give another --retro-project-dir"
     for name, value in inputs.items():
@@ -223,7 +218,7 @@ def check_table(path: Path, inputs: dict[str, str], config: dict[str, Any], layo
 
 
 def table_inputs(project: Project, file: TokenFile) -> dict[str, str]:
-    """What a table is made of."""
+    """Fingerprints of the corpus, database, embedder and index of a table."""
     index = read_manifest(project.layout.merged, kind=KIND, version=VERSION)
     return {
         "corpus": file.fingerprint,
@@ -234,7 +229,7 @@ def table_inputs(project: Project, file: TokenFile) -> dict[str, str]:
 
 
 def table_settings(project: Project, nprobe: int, ef_search: int) -> dict[str, Any]:
-    """What was asked of a table's search."""
+    """The settings of a table's search, for its manifest."""
     config = project.config
     return {
         "chunk_length": project.database.chunk_length,
@@ -247,7 +242,7 @@ def table_settings(project: Project, nprobe: int, ef_search: int) -> dict[str, A
     }
 
 
-def _drop_foreign_files(directory: Path, names: set[str]) -> None:
+def _remove_other_files(directory: Path, names: set[str]) -> None:
     for file in directory.iterdir():
         if file.name not in names:
             file.unlink()

@@ -1,4 +1,4 @@
-"""One project directory with its settings: what every stage works on, opened when first asked for."""
+"""A retrieval project: its directory, settings, database and embedder, each opened when first used."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.retrieval.chunk_encoding import KeptVectors
 from megatron_retro.retrieval.embedders import Embedder, build_embedder
-from megatron_retro.retrieval.encoding import KeptVectors
 from megatron_retro.retrieval.faiss_index import inverted_parts, new_index
 from megatron_retro.retrieval.index_choice import IndexChoice, choose_index
-from megatron_retro.retrieval.layout import ProjectLayout, Span, claimed, spans, unless_done
+from megatron_retro.retrieval.layout import ProjectLayout
+from megatron_retro.retrieval.work_blocks import WorkBlock, claim_blocks, cut_blocks, ignore_failure_if_done
 from megatron_retro.runtime.strict_json import json_text
 from megatron_retro.runtime.workers import Worker, this_worker
 
@@ -37,23 +38,23 @@ class QueryCorpus:
 
 @dataclass(frozen=True)
 class Project:
-    """Settings of one `build-retrieval`, and what follows from them."""
+    """One `build-retrieval`: settings, files and blocks, shared by all stages."""
 
     settings: Settings
 
     @property
     def config(self) -> RetrievalConfig:
-        """Database, index, queries."""
+        """The settings of database, index and queries."""
         return self.settings[RetrievalConfig]
 
     @cached_property
     def layout(self) -> ProjectLayout:
-        """Where things lie."""
+        """The paths of the project directory."""
         return ProjectLayout(Path(self.config.retro_project_dir))
 
     @cached_property
     def worker(self) -> Worker:
-        """Which of how many workers this is."""
+        """This worker's number and the number of workers."""
         return this_worker(self.settings[WorkersConfig].shard)
 
     @cached_property
@@ -63,12 +64,12 @@ class Project:
 
     @cached_property
     def embedder(self) -> Embedder:
-        """What turns chunks into vectors."""
+        """The embedder of chunks."""
         return build_embedder(self.settings[EmbedderConfig], self.tokenizer)
 
     @property
     def memory_bytes(self) -> float:
-        """What one worker may use."""
+        """Memory that one worker may use."""
         return self.config.retro_memory_gb * 1e9
 
     @property
@@ -80,9 +81,9 @@ class Project:
     def database(self) -> ChunkDatabase:
         """The chunk database, created when it is not there yet."""
         layout, length = self.layout, self.settings[RetroConfig].retro_chunk_length
-        for _ in claimed(layout, "database", ["database"], lambda _: layout.database.exists(), self.worker):
+        for _ in claim_blocks(layout, "database", ["database"], lambda _: layout.database.exists(), self.worker):
             corpora, ranges = self._database_corpora(), self._document_ranges()
-            with unless_done(layout.database.exists):
+            with ignore_failure_if_done(layout.database.exists):
                 ChunkDatabase.create(layout.database, corpora, length, eod=self.eod, document_ranges=ranges)
         database = ChunkDatabase.open(layout.database)
         again = f"remove {layout.root} or give another --retro-project-dir"
@@ -141,23 +142,23 @@ class Project:
             self.embedder.dimension,
             self.memory_bytes,
             config.retro_index_ntrain,
-            self._width_in_lists,
+            self._dimension_in_lists,
         )
 
-    def _width_in_lists(self, index_str: str) -> int:
-        """Width of vectors as the lists of an index see them; a string that faiss does not know is refused."""
+    def _dimension_in_lists(self, index_str: str) -> int:
+        """Dimension of the vectors in an index's lists; a string that faiss does not know is refused."""
         parts = inverted_parts(new_index(index_str, self.embedder.dimension))
         return parts.dimension if parts else self.embedder.dimension
 
     @cached_property
-    def blocks(self) -> tuple[Span, ...]:
-        """The blocks of chunks that the index gets."""
-        blocks = spans(self.database.num_chunks, self.config.retro_block_size)
+    def blocks(self) -> tuple[WorkBlock, ...]:
+        """The blocks of chunks in the index."""
+        blocks = cut_blocks(self.database.num_chunks, self.config.retro_block_size)
         return blocks[: max(1, round(len(blocks) * self.config.retro_index_add_load_fraction))]
 
     @cached_property
-    def decided(self) -> dict[str, Any]:
-        """What the index depends on; fixed by the first run, refused when a later one differs."""
+    def index_spec(self) -> dict[str, Any]:
+        """Everything that the index depends on; the first run fixes it, a later one that differs is refused."""
         return {
             "database": self.database.fingerprint,
             "embedder": self.embedder.fingerprint,
@@ -168,17 +169,17 @@ class Project:
             "keep_embeddings": self.config.retro_keep_embeddings,
         }
 
-    def settle(self) -> None:
-        """Write down what was decided, or check that it still holds."""
-        path = self.layout.plan
+    def fix_index_spec(self) -> None:
+        """Write the index's specification, or check that it is that of the first run."""
+        path = self.layout.index_spec
         if not path.exists():
-            write_file(path, json_text(self.decided, indent=1, sort_keys=True) + "\n")
+            write_file(path, json_text(self.index_spec, indent=1, sort_keys=True) + "\n")
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ArtifactError(f"{path} is damaged", got=error, fix=f"remove {path.parent} and build again") from None
-        for name, value in self.decided.items():
+        for name, value in self.index_spec.items():
             again = f"remove {path.parent} to build another index, or give another --retro-project-dir"
             require_same(path, name, found.get(name), value, again)
 
@@ -190,9 +191,9 @@ class Project:
         path = self.layout.embeddings / "vectors.bf16"
         return KeptVectors(path, self.database.num_chunks, self.embedder.dimension)
 
-    def codes_path(self, span: Span) -> Path:
+    def codes_path(self, block: WorkBlock) -> Path:
         """The file of a block's codes."""
-        return self.layout.codes / f"{span.name}.safetensors"
+        return self.layout.codes / f"{block.name}.safetensors"
 
 
 def parsed_range(text: str, flag: str) -> tuple[int, int]:

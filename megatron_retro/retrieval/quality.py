@@ -1,6 +1,9 @@
 """How good a neighbour table is: recall, effort, leaks, absences, distances, shared tokens.
 
 Every figure is measured on the table as it is on disk. The audit for leaks proves itself on planted ones.
+
+Embedders are compared on a sample of the database (`--retro-verify-embedders`): what a neighbour and its continuation
+share with the text AFTER the query chunk is what a model can gain from it; random neighbours are the floor.
 """
 
 from __future__ import annotations
@@ -13,13 +16,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_retro.config.retrieval import EmbedderConfig
 from megatron_retro.data.neighbor_table import NeighborTable
 from megatron_retro.reporting.quality_page import Audit, Closeness, Effort, Histogram, ListBalance, Recall
-from megatron_retro.retrieval.exact_search import Truth, distances_to, exact_neighbors
-from megatron_retro.retrieval.list_join import Found
+from megatron_retro.retrieval.embedders import Embedder, build_embedder
+from megatron_retro.retrieval.exact_search import ExactNeighbors, distances_to, exact_neighbors
+from megatron_retro.retrieval.index_search import SearchResult
+from megatron_retro.retrieval.index_training import sampled_vectors
 from megatron_retro.retrieval.native import longest_common_runs, token_overlaps
 from megatron_retro.retrieval.neighbor_search import NeighborSearch
-from megatron_retro.retrieval.training import uniform_sample
+from megatron_retro.retrieval.reranking import MaskedTokens
+from megatron_retro.retrieval.work_blocks import uniform_sample
 
 RECALL_AT = (1, 2, 10, 20)
 _AUDIT_ROWS = 1 << 16
@@ -29,11 +36,11 @@ _BINS = 40
 
 @dataclass(frozen=True)
 class SampledRows:
-    """Rows of a table that are looked at closely, with their vectors and exact neighbours."""
+    """A sample of a table's rows, with their vectors and exact neighbours."""
 
     numbers: NDArray[np.int64]
     ids_QK: NDArray[np.int64]
-    truth: Truth
+    exact: ExactNeighbors
 
 
 def sampled_rows(search: NeighborSearch, table: NeighborTable, size: int) -> SampledRows:
@@ -55,21 +62,21 @@ def covered_rows(table: NeighborTable, places: NDArray[np.int64]) -> NDArray[np.
 
 
 def recalls(rows: SampledRows, ids_QK: NDArray[np.int64], search: NeighborSearch) -> dict[str, Recall]:
-    """Recall at several depths with a 95 % interval; a chunk as near as a true neighbour counts as one."""
-    distances = distances_to(search.project, rows.truth.vectors, ids_QK)
-    found = Found(np.sort(distances, axis=1), ids_QK)
+    """Recall at several depths with a 95 % interval; a chunk as near as a true neighbour counts as found."""
+    distances = distances_to(search.project, rows.exact.vectors, ids_QK)
+    found = SearchResult(np.sort(distances, axis=1), ids_QK)
     result = {}
     for depth in (depth for depth in RECALL_AT if depth <= ids_QK.shape[1]):
-        shares = row_recalls(found, rows.truth.found, depth)
+        shares = row_recalls(found, rows.exact.found, depth)
         margin = 1.96 * float(shares.std(ddof=1)) / len(shares) ** 0.5 if len(shares) > 1 else 1.0
         mean = float(shares.mean())
         result[str(depth)] = Recall(mean, max(0.0, mean - margin), min(1.0, mean + margin))
     return result
 
 
-def row_recalls(found: Found, truth: Found, depth: int) -> NDArray[np.float64]:
+def row_recalls(found: SearchResult, exact: SearchResult, depth: int) -> NDArray[np.float64]:
     """Per row, the share of the `depth` true neighbours that were found; 1 where there are none."""
-    true = truth.distances_QK[:, :depth]
+    true = exact.distances_QK[:, :depth]
     there = np.isfinite(true).sum(axis=1)
     worst = np.where(np.isfinite(true), true, -np.inf).max(axis=1, keepdims=True)
     hits = (found.distances_QK[:, :depth] <= worst * (1 + 1e-4) + 1e-5).sum(axis=1)
@@ -84,10 +91,10 @@ def effort_sweep(search: NeighborSearch, rows: SampledRows, efforts: Sequence[in
         searcher = replace(current, nprobe=effort, ef_search=max(effort, 16))
         clock = time.process_time if current.gpus is None else time.perf_counter
         start = clock()
-        found = searcher.search(rows.truth.vectors, 20, own, 20)
+        found = searcher.search(rows.exact.vectors, 20, own, 20)
         seconds = clock() - start
-        exact = distances_to(search.project, rows.truth.vectors, found.ids_QK)
-        share = row_recalls(Found(np.sort(exact, axis=1), found.ids_QK), rows.truth.found, 2)
+        exact = distances_to(search.project, rows.exact.vectors, found.ids_QK)
+        share = row_recalls(SearchResult(np.sort(exact, axis=1), found.ids_QK), rows.exact.found, 2)
         cost = seconds * 1000 / len(rows.numbers)
         points.append(Effort(effort, float(share.mean()), cost))
     replace(current)  # sets the effort in use again
@@ -149,7 +156,7 @@ def closeness(search: NeighborSearch, rows: SampledRows) -> Closeness:
     """Histograms of distances and shared tokens of the nearest neighbours, and how much they leak of what follows."""
     project, numbers = search.project, rows.numbers
     nearest = rows.ids_QK[:, :2]
-    distances = distances_to(project, rows.truth.vectors, nearest)
+    distances = distances_to(project, rows.exact.vectors, nearest)
     texts = [search.texts(int(number), int(number) + 1) for number in numbers]
     after = [search.successors(int(number), int(number) + 1) for number in numbers]
     tokens, there = project.database.gather(nearest, project.retrieved_length)
@@ -196,3 +203,64 @@ def _histogram(values: NDArray[Any], low: float | None = None, high: float | Non
     high = max(float(values.max()) if high is None else high, low + 1e-6)
     counts, edges = np.histogram(values, bins=_BINS, range=(low, high))
     return Histogram(counts.astype(float).tolist(), edges.tolist())
+
+
+POOL_CHUNKS = 4000
+_QUERIES = 200
+
+
+def compare_embedders(search: NeighborSearch, kinds: tuple[str, ...]) -> list[dict[str, Any]]:
+    """One row of figures per embedder, after one for random neighbours; nothing when none is asked for."""
+    if not kinds:
+        return []
+    project = search.project
+    pool = uniform_sample(project.database.num_chunks, min(POOL_CHUNKS, project.database.num_chunks))
+    numbers = uniform_sample(search.chunks.num_chunks, min(_QUERIES, search.chunks.num_chunks))
+    random = np.random.default_rng(0).integers(0, len(pool), (len(numbers), 2))
+    rows = [{"embedder": "random", **_shared(search, numbers, pool[random]), "chunks per second": None}]
+    for kind in kinds:
+        config = replace(project.settings[EmbedderConfig], retro_embedder=kind)
+        embedder = build_embedder(config, project.tokenizer)
+        start = time.perf_counter()
+        chunks = sampled_vectors(project.database, embedder, pool)
+        rate = len(pool) / (time.perf_counter() - start)
+        nearest = _nearest(search, embedder, numbers, pool, chunks)
+        rows.append({"embedder": kind, **_shared(search, numbers, nearest), "chunks per second": rate})
+    return rows
+
+
+def _nearest(
+    search: NeighborSearch,
+    embedder: Embedder,
+    numbers: NDArray[np.int64],
+    pool: NDArray[np.int64],
+    chunks: NDArray[np.float32],
+) -> NDArray[np.int64]:
+    texts = _concatenated([search.texts(int(number), int(number) + 1) for number in numbers])
+    queries = embedder.embed(texts.tokens_NM, texts.present_NM)
+    distances = np.square(chunks).sum(axis=1) - 2 * queries @ chunks.T
+    own = search.own_chunks(numbers)
+    distances[(pool >= own.first[:, None]) & (pool < own.last[:, None])] = np.inf
+    order = np.argsort(distances, axis=1)[:, :2]
+    return np.where(np.isfinite(np.take_along_axis(distances, order, axis=1)), pool[order], -1)
+
+
+def _shared(search: NeighborSearch, numbers: NDArray[np.int64], ids: NDArray[np.int64]) -> dict[str, float]:
+    project, length = search.project, search.chunks.chunk_length
+    tokens, there = project.database.gather(ids, project.retrieved_length)
+    texts = _concatenated([search.texts(int(number), int(number) + 1) for number in numbers])
+    after = _concatenated([search.successors(int(number), int(number) + 1) for number in numbers])
+    with_query = token_overlaps(texts.tokens_NM, texts.present_NM, tokens[..., :length], there[..., :length])
+    with_after = token_overlaps(after.tokens_NM, after.present_NM, tokens, there)
+    runs = longest_common_runs(after.tokens_NM, after.present_NM, tokens, there)
+    return {
+        "shared with the chunk": float(with_query.mean()),
+        "shared with what follows": float(with_after.mean()),
+        "longest run of what follows": float(runs.max(axis=1).mean()),
+    }
+
+
+def _concatenated(parts: list[MaskedTokens]) -> MaskedTokens:
+    return MaskedTokens(
+        np.concatenate([part.tokens_NM for part in parts]), np.concatenate([part.present_NM for part in parts])
+    )

@@ -1,4 +1,4 @@
-"""Query chunks of a corpus: their tokens, what follows them, their vectors, and which database chunks are their own."""
+"""The query chunks of a corpus: tokens, the text after them, vectors, and the chunks of their own documents."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from megatron_retro.data.query_chunks import QueryChunks
 from megatron_retro.data.token_file import TokenFile
-from megatron_retro.retrieval.encoding import BATCH_CHUNKS
-from megatron_retro.retrieval.list_join import Excluded
+from megatron_retro.retrieval.chunk_encoding import BATCH_CHUNKS
+from megatron_retro.retrieval.index_search import ExcludedIds
 from megatron_retro.retrieval.project import Project, QueryCorpus
-from megatron_retro.retrieval.reordering import Texts
+from megatron_retro.retrieval.reranking import MaskedTokens
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class QueryTexts:
             vectors[start - first : stop - first] = self.project.embedder.embed(texts.tokens_NM, texts.present_NM)
         return vectors
 
-    def texts(self, first: int, last: int) -> Texts:
+    def texts(self, first: int, last: int) -> MaskedTokens:
         """Tokens of query chunks; the end-of-document id is masked."""
         return self._masked(self.chunks.tokens(first, last))
 
-    def successors(self, first: int, last: int) -> Texts:
+    def successors(self, first: int, last: int) -> MaskedTokens:
         """Tokens that follow each query chunk: the next chunk, as far as the stream goes."""
         length, file = self.chunks.chunk_length, self.chunks.file
         stop = min((last + 1) * length, file.num_tokens)
@@ -46,18 +46,18 @@ class QueryTexts:
         padded[: len(stream)] = stream
         texts = self._masked(padded.reshape(-1, length))
         there = np.arange(padded.size).reshape(-1, length) < len(stream)
-        return Texts(texts.tokens_NM, texts.present_NM & there)
+        return MaskedTokens(texts.tokens_NM, texts.present_NM & there)
 
-    def own_chunks(self, numbers: NDArray[np.int64]) -> Excluded:
+    def own_chunks(self, numbers: NDArray[np.int64]) -> ExcludedIds:
         """The database chunks of each query chunk's own documents, as an interval of ids."""
         database = self.project.database
         first, last = self.chunks.documents(numbers)
         low, high = database.map_documents(self.chunks.file.fingerprint, first, last)
-        return Excluded(np.asarray(database.chunks_before[low]), np.asarray(database.chunks_before[high]))
+        return ExcludedIds(np.asarray(database.chunks_before[low]), np.asarray(database.chunks_before[high]))
 
-    def _masked(self, tokens: NDArray[Any]) -> Texts:
+    def _masked(self, tokens: NDArray[Any]) -> MaskedTokens:
         eod = self.project.eod
-        return Texts(tokens, np.ones(tokens.shape, np.bool_) if eod is None else tokens != eod)
+        return MaskedTokens(tokens, np.ones(tokens.shape, np.bool_) if eod is None else tokens != eod)
 
 
 def query_chunks(project: Project, corpus: QueryCorpus) -> QueryChunks:

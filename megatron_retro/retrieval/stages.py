@@ -7,21 +7,21 @@ from collections.abc import Callable, Mapping
 from megatron_retro.config.retrieval import STAGES
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import ConfigError
+from megatron_retro.retrieval.build_estimate import estimate_build
 from megatron_retro.retrieval.faiss_index import new_index
 from megatron_retro.retrieval.index_building import encode, merge
+from megatron_retro.retrieval.index_training import train
 from megatron_retro.retrieval.neighbor_search import query
-from megatron_retro.retrieval.placement import check_placement
-from megatron_retro.retrieval.planning import make_plan
 from megatron_retro.retrieval.project import Project
-from megatron_retro.retrieval.training import train
+from megatron_retro.retrieval.search_device import check_device
 from megatron_retro.retrieval.verification import verify
 from megatron_retro.runtime.console import say
 
 
 def plan(project: Project) -> None:
-    """Say what the build will write, hold and take."""
+    """Print the estimate of files, memory and time."""
     if project.worker.index == 0:
-        print(make_plan(project).text(), flush=True)
+        print(estimate_build(project).text(), flush=True)
 
 
 _RUNNERS: Mapping[str, Callable[[Project], None]] = {
@@ -35,10 +35,10 @@ _RUNNERS: Mapping[str, Callable[[Project], None]] = {
 
 
 def build_retrieval(settings: Settings) -> None:
-    """Run the stages that were asked for, in their order."""
+    """Run the stages of --retro-tasks, in their order."""
     project = Project(settings)
     check_settings(project)
-    project.settle()
+    project.fix_index_spec()
     asked = project.config.retro_tasks or STAGES
     for stage in STAGES:
         if stage in asked and stage in _RUNNERS:
@@ -47,7 +47,7 @@ def build_retrieval(settings: Settings) -> None:
 
 
 def check_settings(project: Project) -> None:
-    """Refuse what cannot be before anything is written."""
+    """Refuse impossible settings before anything is written."""
     config = project.config
     if config.retro_query_num_neighbors_query < config.retro_query_num_neighbors_save:
         raise ConfigError(
@@ -57,4 +57,4 @@ def check_settings(project: Project) -> None:
         )
     if config.retro_faiss_device == "gpu":
         index = new_index(project.choice.index_str, project.embedder.dimension)
-        check_placement(project, index, config.retro_query_nprobe or 1)
+        check_device(project, index, config.retro_query_nprobe or 1)

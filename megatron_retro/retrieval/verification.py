@@ -1,4 +1,4 @@
-"""The verify stage: checks every file, measures every table, writes the report, fails below the floor."""
+"""The verify stage: check every file, measure every table, write the report, fail below the recall floor."""
 
 from __future__ import annotations
 
@@ -20,11 +20,9 @@ from megatron_retro.reporting.quality_page import (
     quality_page,
     read_quality,
 )
-from megatron_retro.retrieval.embedder_comparison import compare_embedders
 from megatron_retro.retrieval.faiss_index import inverted_parts
-from megatron_retro.retrieval.gpu_copies import MOST_SELECTED
-from megatron_retro.retrieval.layout import claimed
-from megatron_retro.retrieval.merging import KIND, VERSION
+from megatron_retro.retrieval.gpu_index import MOST_SELECTED
+from megatron_retro.retrieval.index_building import KIND, VERSION
 from megatron_retro.retrieval.neighbor_search import (
     NeighborSearch,
     check_table,
@@ -37,11 +35,13 @@ from megatron_retro.retrieval.project import Project
 from megatron_retro.retrieval.quality import (
     audit,
     closeness,
+    compare_embedders,
     effort_sweep,
     list_balance,
     recalls,
     sampled_rows,
 )
+from megatron_retro.retrieval.work_blocks import claim_blocks
 from megatron_retro.runtime.console import say
 from megatron_retro.runtime.strict_json import json_text, to_plain
 
@@ -53,27 +53,27 @@ def verify(project: Project) -> None:
 
     A report on the same files, measured the same way, is judged again; the files themselves are checked every time.
     """
-    path, subject = project.layout.report / "quality.json", _subject(project)
+    path, subject = project.layout.report / "quality.json", _report_key(project)
     if project.worker.index == 0:
-        for made in _made(project):
-            _require_intact(made)
-    for _ in claimed(project.layout, "verify", ["verify"], lambda _: _is_about(path, subject), project.worker):
+        for artifact in _artifacts(project):
+            _require_intact(artifact)
+    for _ in claim_blocks(project.layout, "verify", ["verify"], lambda _: _is_about(path, subject), project.worker):
         report = replace(_measured(project), subject=subject)
         write_file(path.with_name("quality.html"), quality_page(report))
         write_file(path, json_text(to_plain(report), indent=1) + "\n")
     judge(read_quality(path), path)
 
 
-def _subject(project: Project) -> str:
-    """What a report is about: an old one, of other tables or measured otherwise, must not be judged for it."""
+def _report_key(project: Project) -> str:
+    """Identifies the tables and settings of a report, so that an old report is never judged in its place."""
     config = project.config
     measured = [config.retro_verify_queries, config.retro_verify_rows, config.retro_verify_embedders]
-    made = [load_manifest(path).fingerprint for path in _made(project)]
-    facts = [_REPORT_VERSION, made, measured, config.retro_recall_floor]
+    fingerprints = [load_manifest(path).fingerprint for path in _artifacts(project)]
+    facts = [_REPORT_VERSION, fingerprints, measured, config.retro_recall_floor]
     return hashlib.sha256(json_text(facts).encode()).hexdigest()
 
 
-def _made(project: Project) -> list[Path]:
+def _artifacts(project: Project) -> list[Path]:
     """The directories that are verified."""
     return [project.layout.merged, *(project.layout.neighbors(corpus.name) for corpus in project.query_corpora)]
 
@@ -86,7 +86,7 @@ def _is_about(path: Path, subject: str) -> bool:
 
 
 def judge(report: QualityReport, path: Path) -> None:
-    """Say what was measured; raise if something is below its floor."""
+    """Print the measurements; raise if something is below its floor."""
     for name, quality in report.tables.items():
         shown = "  ".join(f"@{depth} {one.recall:.4f}" for depth, one in quality.recall.items())
         say(f"verify: {name}: recall {shown}; leaks {quality.audit.leaks} in {quality.audit.rows:,} rows")
@@ -125,7 +125,7 @@ def _table_quality(search: NeighborSearch, table: NeighborTable) -> TableQuality
     ids = rows.ids_QK
     if chosen:
         saved = config.retro_query_num_neighbors_save
-        ids = search.searcher.search(rows.truth.vectors, saved, search.own_chunks(rows.numbers), saved).ids_QK
+        ids = search.searcher.search(rows.exact.vectors, saved, search.own_chunks(rows.numbers), saved).ids_QK
     quality = TableQuality(
         rows=table.layout.num_rows,
         saved=table.num_saved,

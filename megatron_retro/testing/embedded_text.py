@@ -17,8 +17,8 @@ from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.retrieval import EmbedderConfig
 from megatron_retro.data.standard_library import standard_library_documents
 from megatron_retro.data.tokenizers import build_tokenizer
+from megatron_retro.retrieval.chunk_encoding import KeptVectors, from_bfloat16
 from megatron_retro.retrieval.embedders import build_embedder
-from megatron_retro.retrieval.encoding import KeptVectors, from_bfloat16
 from megatron_retro.runtime.strict_json import json_text
 
 Vectors = NDArray[np.float32]

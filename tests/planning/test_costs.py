@@ -23,7 +23,7 @@ from megatron_retro.ops.backends import VARIABLE
 from megatron_retro.peft.attach import attach, connect, initialize
 from megatron_retro.peft.prompts import virtual_token_ids
 from megatron_retro.planning.hardware import accelerator
-from megatron_retro.planning.plan import make_plan
+from megatron_retro.planning.plan import estimate_build
 from megatron_retro.planning.shards import build_shards
 from megatron_retro.planning.workload import Layout, Workload, layout_of, workload_of
 from megatron_retro.testing.tiny_models import lively, random_neighbors, random_tokens, tiny_model, tiny_retro
@@ -170,7 +170,7 @@ def test_planned_ranks_hold_and_train_what_built_ones_do(changes: dict[str, Any]
     values = {**vars(tiny_model(num_layers=8)), **vars(tiny_retro(retro_layers=(3, 6))), **changes, **cut}
     values |= {"seq_length": 32, "global_batch_size": 4, "plan_gpus_per_node": 4}
     settings = build_settings(ALL_SECTIONS, {name: value for name, value in values.items() if value is not None}, {})
-    plan = make_plan(workload_of(settings), layout_of(settings), accelerator("A100"), prove=False)
+    plan = estimate_build(workload_of(settings), layout_of(settings), accelerator("A100"), prove=False)
     shards = build_shards(settings, plan)
     assert len(shards) == settings[ParallelConfig].pipeline_model_parallel_size
     assert 0 < sum(shard.trained_parameters for shard in shards) < sum(shard.parameters for shard in shards)
@@ -182,7 +182,7 @@ def test_a_plan_counts_no_gradient_of_what_is_frozen(pipeline: int) -> None:
     retro = RetroConfig(retro_add_retriever=True, retro_layers=(4, 7))
     work = Workload(SMALL, retro, 128, 8, 64, 4)
     plans = [
-        make_plan(replace(work, trained=trained), Layout(pipeline, pipeline=pipeline), accelerator("A100"))
+        estimate_build(replace(work, trained=trained), Layout(pipeline, pipeline=pipeline), accelerator("A100"))
         for trained in (EVERYTHING, ADDED)
     ]
     whole, frozen = (plan.work.training_flops for plan in plans)

@@ -10,7 +10,7 @@ from megatron_retro.config.sections import ALL_SECTIONS
 from megatron_retro.config.settings import build_settings
 from megatron_retro.config.toml_files import read_recipe
 from megatron_retro.planning.hardware import accelerator
-from megatron_retro.planning.plan import make_plan
+from megatron_retro.planning.plan import estimate_build
 from megatron_retro.planning.workload import Layout, workload_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,5 +31,5 @@ def test_planned_gpu_hours_are_near_the_published_ones(
     recipe = ROOT / f"examples/retrofit_{size}.toml"
     settings = build_settings(ALL_SECTIONS, read_recipe(recipe, ALL_SECTIONS, ALL_SECTIONS), {})
     work = workload_of(settings.replace(retro_add_retriever=retriever))
-    plan = make_plan(work, layout, accelerator("A100"), prove=False)
+    plan = estimate_build(work, layout, accelerator("A100"), prove=False)
     assert plan.gpu_hours == pytest.approx(hours, rel=0.2)

@@ -11,7 +11,7 @@ from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.parallel.traffic import microbatch_sizes, tensor_bytes
 from megatron_retro.planning.hardware import accelerator
 from megatron_retro.planning.memory import microbatches_in_flight
-from megatron_retro.planning.plan import Plan, make_plan
+from megatron_retro.planning.plan import Plan, estimate_build
 from megatron_retro.planning.trace import ENCODER, trace_parts
 from megatron_retro.planning.variants import is_legal, suggestions
 from megatron_retro.planning.workload import Layout, Workload
@@ -26,7 +26,7 @@ WORK = Workload(MODEL, RETRO, seq_length=512, global_batch=16, num_samples=1600,
 
 def plan(**changes: object) -> Plan:
     layout = replace(Layout(8, gpus_per_node=8), **changes)  # type: ignore[arg-type]
-    return make_plan(WORK, layout, accelerator("H100"), prove=False)
+    return estimate_build(WORK, layout, accelerator("H100"), prove=False)
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

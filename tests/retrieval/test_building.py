@@ -13,9 +13,9 @@ import pytest
 from megatron_retro.config.settings import Settings
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.neighbor_table import NeighborTable
-from megatron_retro.retrieval import list_join
+from megatron_retro.retrieval import index_search
 from megatron_retro.retrieval.embedders import HashedEmbedder
-from megatron_retro.retrieval.merging import open_merged
+from megatron_retro.retrieval.index_building import open_merged
 from megatron_retro.retrieval.stages import build_retrieval
 from megatron_retro.testing.retrieval_projects import (
     CHUNK,
@@ -193,7 +193,7 @@ def test_rounded_products_find_the_same_neighbors(
     """The join in bfloat16, taken or not, leaves the tables as they are but for rounding."""
     corpus, found = write_corpus(tmp_path / "corpus", echoing_documents(9, 300)), []
     for rounded in (False, True):
-        monkeypatch.setattr(list_join, "multiplies_bfloat16", lambda rounded=rounded: rounded)
+        monkeypatch.setattr(index_search, "has_fast_bfloat16", lambda rounded=rounded: rounded)
         settings = project_settings(
             tmp_path / str(rounded),
             [corpus],

@@ -12,10 +12,10 @@ import pytest
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.neighbor_table import NeighborTable
 from megatron_retro.errors import ArtifactError, ConfigError
-from megatron_retro.retrieval import merging, neighbor_search, verification
+from megatron_retro.retrieval import index_building, neighbor_search, verification
+from megatron_retro.retrieval.build_estimate import estimate_build, index_file_bytes
 from megatron_retro.retrieval.faiss_index import faiss_module, inverted_parts, new_index
 from megatron_retro.retrieval.index_choice import automatic_index, choose_index, number_of_lists
-from megatron_retro.retrieval.planning import index_file_bytes, make_plan
 from megatron_retro.retrieval.project import Project
 from megatron_retro.retrieval.reference import longest_common_runs, token_overlaps
 from megatron_retro.retrieval.stages import build_retrieval
@@ -160,7 +160,7 @@ def test_a_plan_before_calibration_tells_both_ends(
 ) -> None:
     """How many lists are enough is known once the index is there: no single price would be true before."""
     changes = {"retro_index_str": index_str, "retro_index_ntrain": 10_000, "retro_query_nprobe": nprobe}
-    plan = make_plan(Project(project_settings(tmp_path / "p", [corpus], **changes)))
+    plan = estimate_build(Project(project_settings(tmp_path / "p", [corpus], **changes)))
     query = next(cost for cost in plan.costs if cost.stage == "query")
     assert (query.most_seconds is not None and query.most_seconds > query.seconds) is told
     assert plan.facts["lists searched"].startswith({True: "9 to 16: calibrated", False: str(nprobe or 1)}[told])
@@ -170,7 +170,7 @@ def test_a_plan_before_calibration_tells_both_ends(
 def test_the_plan_knows_every_file_to_the_byte(corpus: str, tmp_path: Path, index_str: str) -> None:
     changes = {"retro_index_str": index_str, "retro_index_ntrain": 10_000, "retro_keep_embeddings": True}
     settings = project_settings(tmp_path / "p", [corpus], retro_tasks=TASKS, **changes)
-    plan = make_plan(Project(settings))
+    plan = estimate_build(Project(settings))
     build_retrieval(settings)
     for name, size in plan.files.items():
         path = tmp_path / "p" / name
@@ -208,7 +208,7 @@ def test_who_comes_second_accepts_what_another_worker_has_published(
 ) -> None:
     """Every publishing step done twice, the first time by "the other worker", whose result stays."""
     settings = project_settings(tmp_path / "p", [corpus], retro_index_str="IVF4,Flat", retro_block_size=100)
-    for place, name in ((merging.ListMerge, "finish"), (neighbor_search, "finish_table")):
+    for place, name in ((index_building.ListMerge, "finish"), (neighbor_search, "finish_table")):
         once = getattr(place, name)
 
         def twice(*arguments: Any, once: Any = once, **more: Any) -> None:
@@ -263,7 +263,7 @@ def test_a_finished_report_is_left_alone_and_an_old_one_stays_until_the_new_one_
 def test_the_plan_knows_about_what_an_index_without_blocks_takes(corpus: str, tmp_path: Path, index_str: str) -> None:
     """A thousand chunks, so that tables of fixed size and random levels of a graph still count."""
     settings = project_settings(tmp_path / "p", [corpus], retro_index_str=index_str, retro_tasks=TASKS[:3])
-    expected = make_plan(Project(settings)).files["index/merged/index.faiss (about)"]
+    expected = estimate_build(Project(settings)).files["index/merged/index.faiss (about)"]
     build_retrieval(settings)
     written = (tmp_path / "p/index/merged/index.faiss").stat().st_size
     assert expected * 0.97 <= written <= expected * 1.1 + 20_000

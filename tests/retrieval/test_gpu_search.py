@@ -15,15 +15,20 @@ import pytest
 
 from megatron_retro.data.neighbor_table import NeighborTable
 from megatron_retro.errors import EnvironmentProblem
-from megatron_retro.retrieval import gpu_copies, placement
+from megatron_retro.retrieval import gpu_index, search_device
+from megatron_retro.retrieval.build_estimate import estimate_build
 from megatron_retro.retrieval.faiss_index import faiss_module, inverted_parts, new_index
-from megatron_retro.retrieval.gpu_copies import MOST_SELECTED, copied_to_gpus, copy_bytes, lack_of_memory, obstacles
-from megatron_retro.retrieval.list_join import Excluded
+from megatron_retro.retrieval.gpu_index import (
+    MOST_SELECTED,
+    copy_bytes,
+    copy_to_gpus,
+    lack_of_memory,
+    not_supported_reasons,
+)
+from megatron_retro.retrieval.index_search import ExcludedIds, Searcher
 from megatron_retro.retrieval.live_index import LiveIndex
-from megatron_retro.retrieval.planning import make_plan
 from megatron_retro.retrieval.project import Project
-from megatron_retro.retrieval.searching import Searcher
-from megatron_retro.retrieval.speeds import GpuSpeeds
+from megatron_retro.retrieval.search_device import GpuOperationSeconds
 from megatron_retro.retrieval.stages import build_retrieval
 from megatron_retro.testing.retrieval_projects import echoing_documents, project_settings, write_corpus
 
@@ -83,12 +88,12 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[StandInIndex]:
     stand_ins = (object, SimpleNamespace, to_gpus, lambda: SimpleNamespace(set_index_parameter=set_parameter))
     for name, stand_in in zip(GPU_NAMES, stand_ins, strict=True):
         monkeypatch.setattr(faiss, name, stand_in, raising=False)
-    monkeypatch.setattr(gpu_copies, "free_bytes", lambda: (10 * 10**9, 10 * 10**9))
+    monkeypatch.setattr(gpu_index, "free_bytes", lambda: (10 * 10**9, 10 * 10**9))
     return copies
 
 
 def cheap(monkeypatch: pytest.MonkeyPatch, copied_byte: float, score: float) -> None:
-    monkeypatch.setattr(placement, "measure_gpu_speeds", lambda _: GpuSpeeds(copied_byte, score))
+    monkeypatch.setattr(search_device, "measure_gpu_operations", lambda _: GpuOperationSeconds(copied_byte, score))
 
 
 def filled(index_str: str) -> Any:
@@ -118,13 +123,13 @@ def filled(index_str: str) -> Any:
 def test_what_faiss_cannot_search_on_gpus_is_known_beforehand(
     two_gpus: list[StandInIndex], index_str: str, nprobe: int, keep: int, reason: str | None
 ) -> None:
-    found = obstacles(new_index(index_str, 64), nprobe, keep)
+    found = not_supported_reasons(new_index(index_str, 64), nprobe, keep)
     assert found == () if reason is None else len(found) == 1 and reason in found[0]
 
 
 def test_without_gpus_that_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(faiss_module(), "get_num_gpus", lambda: 0)
-    assert obstacles(new_index("IVF8,Flat", 64), 4, 200) == ("faiss sees no GPU",)
+    assert not_supported_reasons(new_index("IVF8,Flat", 64), 4, 200) == ("faiss sees no GPU",)
 
 
 def test_memory_decides_between_copies_parts_and_none(two_gpus: list[StandInIndex]) -> None:
@@ -134,14 +139,14 @@ def test_memory_decides_between_copies_parts_and_none(two_gpus: list[StandInInde
     assert "through memory" in str(lack_of_memory(9 * 10**9, 4e9))
     assert lack_of_memory(9 * 10**9, 10e9) is None
     assert "GPUs have" in str(lack_of_memory(30 * 10**9, 100e9))
-    copied_to_gpus(index, 1000)
-    copied_to_gpus(index, 40_000_000)
+    copy_to_gpus(index, 1000)
+    copy_to_gpus(index, 40_000_000)
     assert [copy.options.shard for copy in two_gpus] == [False, True]
 
 
 def test_long_codes_are_looked_up_in_half_precision(two_gpus: list[StandInIndex]) -> None:
     for codes in (8, 64):
-        copied_to_gpus(new_index(f"IVF4,PQ{codes}", 64), 1000)
+        copy_to_gpus(new_index(f"IVF4,PQ{codes}", 64), 1000)
     assert [copy.options.useFloat16 for copy in two_gpus] == [False, True]
 
 
@@ -160,9 +165,9 @@ def test_a_real_gpu_finds_what_the_index_finds(index_str: str) -> None:
 
 def check_copy(index_str: str) -> None:
     """Equal distances from both places; a graph over the lists may miss one, an exhaustive finder does not."""
-    index, queries, nobody = filled(index_str), VECTORS[:100] + 0.1, Excluded(NOBODY, NOBODY)
+    index, queries, nobody = filled(index_str), VECTORS[:100] + 0.1, ExcludedIds(NOBODY, NOBODY)
     here = Searcher(index, 4, 64, False, 1e9)
-    there = Searcher(index, 4, 64, False, 1e9, copied_to_gpus(index, len(VECTORS)))
+    there = Searcher(index, 4, 64, False, 1e9, copy_to_gpus(index, len(VECTORS)))
     left, right = here.search(queries, 20, nobody, 20), there.search(queries, 20, nobody, 20)
     assert np.allclose(left.distances_QK, right.distances_QK, rtol=1e-3, atol=1e-3)
     assert (left.ids_QK == right.ids_QK).mean() > 0.99
@@ -173,7 +178,7 @@ def test_the_list_finder_comes_back_after_copying(two_gpus: list[StandInIndex]) 
     parts = inverted_parts(index)
     assert parts is not None
     before = index.search(VECTORS[:50], 5)
-    copied_to_gpus(index, 1000)
+    copy_to_gpus(index, 1000)
     assert type(faiss_module().downcast_index(parts.inverted.quantizer)).__name__ == "IndexHNSWFlat"
     assert (index.search(VECTORS[:50], 5)[1] == before[1]).all()
 
@@ -184,8 +189,8 @@ def test_more_than_a_gpu_selects_is_selected_here(two_gpus: list[StandInIndex]) 
     index.train(VECTORS)
     vectors = np.tile(VECTORS, (3, 1))
     index.add(vectors)
-    searcher = Searcher(index, 1, 16, False, 1e9, copied_to_gpus(index, len(vectors)))
-    own = Excluded(np.zeros(2, np.int64), np.full(2, 3590, np.int64))
+    searcher = Searcher(index, 1, 16, False, 1e9, copy_to_gpus(index, len(vectors)))
+    own = ExcludedIds(np.zeros(2, np.int64), np.full(2, 3590, np.int64))
     found = searcher.search(VECTORS[:2], 20, own, 5)
     assert (np.sort(found.ids_QK[:, :10]) == np.arange(3590, 3600)).all() and (found.ids_QK[:, 10:] == -1).all()
     assert two_gpus[0].asked and max(two_gpus[0].asked) <= MOST_SELECTED
@@ -212,7 +217,7 @@ def test_the_cheaper_place_is_planned_and_taken(
 ) -> None:
     cheap(monkeypatch, 1e-15, score)
     settings = project_settings(tmp_path / "p", [corpus], retro_index_str="IVF8,Flat", retro_query_nprobe=4)
-    text = make_plan(Project(settings)).text()
+    text = estimate_build(Project(settings)).text()
     assert ("2 GPUs (" if on_gpus else "CPU (") in next(line for line in text.splitlines() if "searching" in line)
     build_retrieval(settings)
     made = len(two_gpus)

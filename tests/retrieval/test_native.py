@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_retro.retrieval import native, reference
-from megatron_retro.retrieval.encoding import as_bfloat16, from_bfloat16
+from megatron_retro.retrieval.chunk_encoding import as_bfloat16, from_bfloat16
 
 pytestmark = pytest.mark.skipif(native.native_module() is None, reason="installed without a compiler")
 SEEDS = st.integers(0, 100_000)

@@ -1,4 +1,4 @@
-"""What may be done to candidates after the search: order them by better distances or shared tokens, drop leaks."""
+"""Candidates after the search: refined by better distances, re-ranked by shared tokens, leaks dropped."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_retro.data.chunk_database import ChunkDatabase
+from megatron_retro.retrieval.chunk_encoding import BATCH_CHUNKS, as_bfloat16
 from megatron_retro.retrieval.embedders import Embedder
-from megatron_retro.retrieval.encoding import BATCH_CHUNKS, as_bfloat16
-from megatron_retro.retrieval.list_join import Found
+from megatron_retro.retrieval.index_search import SearchResult
 from megatron_retro.retrieval.native import bm25_scores, candidate_distances, longest_common_runs, token_overlaps
 
 BATCH_ROWS = 4096
@@ -22,8 +22,8 @@ _K1, _B = 1.2, 0.75
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Tokens of queries, and where there are any."""
+class MaskedTokens:
+    """Tokens of query chunks, and which of them are present."""
 
     tokens_NM: NDArray[Any]
     present_NM: NDArray[np.bool_]
@@ -55,16 +55,16 @@ def statistics_of(database: ChunkDatabase, sample: NDArray[np.int64]) -> TokenSt
     return TokenStatistics(database, sample[:: max(1, len(sample) // _SAMPLED_CHUNKS)])
 
 
-def refined(found: Found, queries: NDArray[np.float32], vectors: NDArray[np.uint16]) -> Found:
-    """Candidates ordered by their kept vectors instead of their codes; distances are those of the kept vectors."""
+def refine_with_kept(found: SearchResult, queries: NDArray[np.float32], vectors: NDArray[np.uint16]) -> SearchResult:
+    """Order candidates by the distances of their kept vectors instead of those of their codes."""
     distances = candidate_distances(queries, found.ids_QK, vectors)
-    return in_order(Found(distances, found.ids_QK), distances)
+    return SearchResult(distances, found.ids_QK).sorted_by(distances)
 
 
-def refined_anew(
-    found: Found, queries: NDArray[np.float32], database: ChunkDatabase, embedder: Embedder, memory_bytes: float
-) -> Found:
-    """The same where no vectors were kept: every candidate of a few rows is embedded again, once for all of them."""
+def refine_by_embedding(
+    found: SearchResult, queries: NDArray[np.float32], database: ChunkDatabase, embedder: Embedder, memory_bytes: float
+) -> SearchResult:
+    """The same where no vectors were kept: the candidates of a group of queries are embedded again, each once."""
     step = max(1, int(memory_bytes / (found.ids_QK.shape[1] * embedder.dimension * _HALF_BYTES)))
     parts = []
     for start in range(0, max(len(queries), 1), step):
@@ -75,12 +75,14 @@ def refined_anew(
             np.where(ids >= 0, places.reshape(ids.shape), -1),
             _half_vectors(wanted, database, embedder),
         )
-        parts.append(in_order(Found(distances, ids), distances))
-    return Found(np.concatenate([part.distances_QK for part in parts]), np.concatenate([part.ids_QK for part in parts]))
+        parts.append(SearchResult(distances, ids).sorted_by(distances))
+    return SearchResult(
+        np.concatenate([part.distances_QK for part in parts]), np.concatenate([part.ids_QK for part in parts])
+    )
 
 
 def _half_vectors(chunks: NDArray[np.int64], database: ChunkDatabase, embedder: Embedder) -> NDArray[np.uint16]:
-    """Vectors of chunks as they would have been kept."""
+    """Vectors of chunks in bfloat16, as they would have been kept."""
     vectors = np.empty((len(chunks), embedder.dimension), np.uint16)
     for start in range(0, len(chunks), BATCH_CHUNKS):
         part = chunks[start : start + BATCH_CHUNKS]
@@ -88,8 +90,10 @@ def _half_vectors(chunks: NDArray[np.int64], database: ChunkDatabase, embedder: 
     return vectors
 
 
-def reranked(found: Found, texts: Texts, database: ChunkDatabase, kind: str, statistics: TokenStatistics) -> Found:
-    """Candidates ordered by the tokens they share with the query chunk, ties by distance."""
+def rerank(
+    found: SearchResult, texts: MaskedTokens, database: ChunkDatabase, kind: str, statistics: TokenStatistics
+) -> SearchResult:
+    """Order candidates by the tokens that they share with the query chunk, ties by distance."""
     tokens, there = database.gather(found.ids_QK, database.chunk_length)
     if kind == "overlap":
         scores = token_overlaps(texts.tokens_NM, texts.present_NM, tokens, there)
@@ -97,21 +101,17 @@ def reranked(found: Found, texts: Texts, database: ChunkDatabase, kind: str, sta
         weights = statistics.inverse_frequencies
         mean = float(database.chunk_length)
         scores = bm25_scores(texts.tokens_NM, texts.present_NM, tokens, there, weights, k1=_K1, b=_B, mean_length=mean)
-    return in_order(found, np.where(found.ids_QK >= 0, -scores, np.inf))
+    return found.sorted_by(np.where(found.ids_QK >= 0, -scores, np.inf))
 
 
-def without_leaks(
-    found: Found, successors: Texts, database: ChunkDatabase, retrieved_length: int, share: float
-) -> Found:
-    """Candidates without those that, continuation included, share too long a run with the query's successor."""
+def drop_leaks(
+    found: SearchResult, successors: MaskedTokens, database: ChunkDatabase, retrieved_length: int, share: float
+) -> SearchResult:
+    """Drop candidates that, continuation included, share too long a run with the text after the query chunk."""
     tokens, there = database.gather(found.ids_QK, retrieved_length)
     runs = longest_common_runs(successors.tokens_NM, successors.present_NM, tokens, there)
     leaks = runs > share * database.chunk_length
-    kept = Found(np.where(leaks, np.inf, found.distances_QK).astype(np.float32), np.where(leaks, -1, found.ids_QK))
-    return in_order(kept, (kept.ids_QK < 0).astype(np.int8))
-
-
-def in_order(found: Found, keys: NDArray[Any]) -> Found:
-    """Candidates sorted by keys, smallest first, ties as they were."""
-    order = np.argsort(keys, axis=1, kind="stable")
-    return Found(np.take_along_axis(found.distances_QK, order, axis=1), np.take_along_axis(found.ids_QK, order, axis=1))
+    kept = SearchResult(
+        np.where(leaks, np.inf, found.distances_QK).astype(np.float32), np.where(leaks, -1, found.ids_QK)
+    )
+    return kept.sorted_by((kept.ids_QK < 0).astype(np.int8))

@@ -1,4 +1,4 @@
-"""The plan stage: what a build will write, hold in memory and take, before anything of it runs.
+"""The plan stage: files, memory and time of a build, estimated before it runs.
 
 Sizes of files are arithmetic and exact (codes of blocks: to within their headers). Times are this machine's speeds
 times the operations of each stage, for one worker; stages split over workers evenly.
@@ -14,17 +14,15 @@ import numpy as np
 from megatron_retro.data.neighbor_table import ID_BYTES
 from megatron_retro.data.query_chunks import QueryChunks
 from megatron_retro.data.token_file import TokenFile
-from megatron_retro.retrieval.encoding import BATCH_CHUNKS
+from megatron_retro.retrieval.chunk_encoding import BATCH_CHUNKS
 from megatron_retro.retrieval.faiss_index import InvertedParts, faiss_module, inverted_parts, new_index, searched_index
-from megatron_retro.retrieval.index_building import SEGMENT_BYTES
-from megatron_retro.retrieval.merging import LISTS_FILE
+from megatron_retro.retrieval.index_building import LISTS_FILE, SEGMENT_BYTES
+from megatron_retro.retrieval.index_training import TRANSFORM_CHUNKS, training_device
 from megatron_retro.retrieval.neighbor_search import table_layout
-from megatron_retro.retrieval.operating_point import can_calibrate
-from megatron_retro.retrieval.placement import Placement, place_search
 from megatron_retro.retrieval.project import Project
-from megatron_retro.retrieval.reordering import BATCH_ROWS
-from megatron_retro.retrieval.speeds import Speeds, measure_speeds
-from megatron_retro.retrieval.training import TRANSFORM_CHUNKS, training_place
+from megatron_retro.retrieval.reranking import BATCH_ROWS
+from megatron_retro.retrieval.search_device import DeviceChoice, OperationSeconds, choose_device, measure_operations
+from megatron_retro.retrieval.search_effort import can_calibrate
 from megatron_retro.runtime.console import readable_bytes, readable_count, readable_seconds, render_table
 
 _KMEANS_ROUNDS = 10
@@ -36,7 +34,7 @@ _ID_BYTES = 8
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a stage costs one worker; `most_seconds` where that depends on what calibration will find."""
+    """What a stage costs one worker; `most_seconds` where it depends on the calibration of nprobe."""
 
     stage: str
     seconds: float
@@ -51,8 +49,8 @@ class StageCost:
 
 
 @dataclass(frozen=True)
-class RetrievalPlan:
-    """All that `plan` prints."""
+class BuildEstimate:
+    """The tables that the plan stage prints."""
 
     facts: dict[str, str]
     files: dict[str, int]
@@ -72,29 +70,29 @@ class RetrievalPlan:
         )
 
 
-def make_plan(project: Project) -> RetrievalPlan:
-    """Measure this machine for a second and multiply."""
+def estimate_build(project: Project) -> BuildEstimate:
+    """Measure this machine for a second and multiply by the operations of each stage."""
     index = new_index(project.choice.index_str, project.embedder.dimension)
     parts = inverted_parts(index)
-    chunks = sum(span.size for span in project.blocks)
+    chunks = sum(block.size for block in project.blocks)
     rows = {corpus.name: _rows(project, corpus.prefix) for corpus in project.query_corpora}
     width = parts.dimension if parts else project.embedder.dimension
-    speeds = measure_speeds(project.database, project.embedder, width)
+    speeds = measure_operations(project.database, project.embedder, width)
     choice, config = project.choice, project.config
-    place = place_search(project, index, _nprobe(project), sum(rows.values()), speeds.score)
+    device = choose_device(project, index, _nprobe(project), sum(rows.values()), speeds.score)
     facts = {
         "database": f"{project.database.num_chunks:,} chunks of {project.database.chunk_length}, "
         f"{project.database.num_documents:,} documents",
         "index": choice.index_str,
-        "trained on": f"{project.decided['train_chunks']:,} chunks",
+        "trained on": f"{project.index_spec['train_chunks']:,} chunks",
         "blocks": f"{len(project.blocks):,} of {project.config.retro_block_size:,} chunks",
         "queries": ", ".join(f"{name}: {readable_count(count)} rows" for name, count in rows.items()),
         "lists searched": _lists_searched(project, parts, chunks),
-        "training": training_place(config.retro_faiss_device),
-        "searching": str(place),
+        "training": training_device(config.retro_faiss_device),
+        "searching": str(device),
     }
-    return RetrievalPlan(
-        facts, _files(project, parts, chunks, rows), _costs(project, parts, chunks, rows, speeds, place)
+    return BuildEstimate(
+        facts, _files(project, parts, chunks, rows), _costs(project, parts, chunks, rows, speeds, device)
     )
 
 
@@ -135,7 +133,7 @@ def _files(project: Project, parts: InvertedParts | None, chunks: int, rows: dic
 
 
 def _bytes_of_vector(index: Any) -> int:
-    """What an index that is filled in memory keeps of a vector: a code, with links in a graph and an id in a list."""
+    """Bytes per vector in an index that is filled in memory: its code, links of a graph, an id in a list."""
     faiss = faiss_module()
     searched = searched_index(index)
     if hasattr(searched, "hnsw"):
@@ -205,9 +203,14 @@ def _fill(vector: Any, size: int) -> None:
 
 
 def _costs(
-    project: Project, parts: InvertedParts | None, chunks: int, rows: dict[str, int], speeds: Speeds, place: Placement
+    project: Project,
+    parts: InvertedParts | None,
+    chunks: int,
+    rows: dict[str, int],
+    speeds: OperationSeconds,
+    device: DeviceChoice,
 ) -> tuple[StageCost, ...]:
-    sample, dimension = int(project.decided["train_chunks"]), project.embedder.dimension
+    sample, dimension = int(project.index_spec["train_chunks"]), project.embedder.dimension
     width, lists = (parts.dimension, parts.num_lists) if parts else (dimension, 1)
     code = parts.code_size if parts else 4 * dimension
     points = min(sample, _KMEANS_POINTS * lists)
@@ -215,7 +218,7 @@ def _costs(
     quantize = 256 * width * speeds.multiply_add if "PQ" in project.choice.index_str else 0.0
     train = sample * speeds.embed_chunk + _KMEANS_ROUNDS * points * lists * width * speeds.multiply_add
     written = chunks * (code + 8) / _WRITE_BYTES_PER_SECOND
-    score = place.speeds.score if place.on_gpus and place.speeds else speeds.score
+    score = device.speeds.score if device.on_gpus and device.speeds else speeds.score
     per_query = speeds.embed_chunk + assign + min(_nprobe(project), lists) * chunks / lists * score
     every_list = max(0, lists - _nprobe(project)) * chunks / lists * score if _will_calibrate(project, chunks) else 0.0
     if project.config.retro_refine and project.kept_vectors is None:
@@ -240,7 +243,7 @@ def _costs(
     )
 
 
-def _assign_seconds(index_str: str, lists: int, width: int, speeds: Speeds) -> float:
+def _assign_seconds(index_str: str, lists: int, width: int, speeds: OperationSeconds) -> float:
     if "HNSW" in index_str:
         return speeds.hnsw_assign * float(np.log2(max(lists, 2)))
     return lists * width * speeds.multiply_add

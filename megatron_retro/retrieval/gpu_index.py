@@ -1,7 +1,7 @@
-"""Indexes on the GPUs of faiss: which ones can be copied there, what a copy takes, and searching it.
+"""An index copied to the GPUs of faiss: which indexes can be copied, how much memory that takes, and its search.
 
 A copy answers as the index on disk does, query by query. On several GPUs it is repeated where it fits one of them, and
-split over them where it does not. A graph over the lists (`_HNSW`) becomes an exhaustive finder, which misses none.
+split over them where it does not. An HNSW coarse quantizer becomes a flat one, which misses no list.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WORKING_BYTES = 1 << 31
 
 
 @dataclass(frozen=True)
-class GpuCopy:
+class GpuIndex:
     """An index on all GPUs of faiss."""
 
     index: Any
@@ -58,8 +58,8 @@ def num_gpus() -> int:
     return int(faiss_module().get_num_gpus())
 
 
-def obstacles(index: Any, nprobe: int, keep: int) -> tuple[str, ...]:
-    """Why an index cannot be searched on GPUs; nothing where it can."""
+def not_supported_reasons(index: Any, nprobe: int, keep: int) -> tuple[str, ...]:
+    """Why an index cannot be searched on GPUs; empty where it can."""
     if num_gpus() == 0:
         return ("faiss sees no GPU",)
     found = list(_unsupported(index))
@@ -69,7 +69,7 @@ def obstacles(index: Any, nprobe: int, keep: int) -> tuple[str, ...]:
 
 
 def lack_of_memory(needed: int, host_bytes: float) -> str | None:
-    """Why a copy of so many bytes does not fit the GPUs; None where it does or nobody can say."""
+    """Why a copy of this size does not fit the GPUs; None where it fits or free memory is unknown."""
     usable = [max(0, free - _WORKING_BYTES) for free in free_bytes() or ()]
     if not usable or needed <= min(usable):
         return None
@@ -88,7 +88,7 @@ def free_bytes() -> tuple[int, ...] | None:
 
 
 def copy_bytes(index: Any, chunks: int) -> int:
-    """What a copy with so many chunks takes: lists are padded to whole warps."""
+    """GPU memory of a copy with this many chunks; lists are padded to whole warps."""
     parts = inverted_parts(index)
     if parts is None:
         return 4 * int(searched_index(index).d) * chunks
@@ -96,18 +96,18 @@ def copy_bytes(index: Any, chunks: int) -> int:
     return padded * (parts.code_size + _ID_BYTES) + parts.num_lists * (4 * parts.dimension + _LIST_BYTES)
 
 
-def copied_to_gpus(index: Any, chunks: int) -> GpuCopy:
+def copy_to_gpus(index: Any, chunks: int) -> GpuIndex:
     """Copy an index to every GPU, in parts where one GPU cannot hold it; raises what faiss says if it cannot."""
     faiss = faiss_module()
     options = faiss.GpuMultipleClonerOptions()
     free, needed = free_bytes(), copy_bytes(index, chunks)
     options.shard = free is not None and needed > min(free) - _WORKING_BYTES
     parts = inverted_parts(index)
-    options.useFloat16 = parts is not None and hasattr(parts.inverted, "pq") and _is_long(parts)
+    options.useFloat16 = parts is not None and hasattr(parts.inverted, "pq") and _needs_half_precision(parts)
     resources = [faiss.StandardGpuResources() for _ in range(num_gpus())]
     try:
-        with _exhaustive_finder(parts):
-            return GpuCopy(faiss.index_cpu_to_gpu_multiple_py(resources, index, options))
+        with _flat_quantizer(parts):
+            return GpuIndex(faiss.index_cpu_to_gpu_multiple_py(resources, index, options))
     except RuntimeError as error:
         raise EnvironmentProblem(
             "faiss cannot copy the index to the GPU", got=reason_of(error), fix="give --retro-faiss-device cpu"
@@ -115,7 +115,7 @@ def copied_to_gpus(index: Any, chunks: int) -> GpuCopy:
 
 
 def _unsupported(index: Any) -> Iterator[str]:
-    """What faiss has no kernels for."""
+    """What of an index faiss has no GPU kernels for."""
     faiss, searched = faiss_module(), searched_index(index)
     kind = type(searched).__name__
     if kind == "IndexIVFPQ":
@@ -132,14 +132,14 @@ def _unsupported(index: Any) -> Iterator[str]:
         yield f"faiss searches no {kind} on GPUs"
 
 
-def _is_long(parts: InvertedParts) -> bool:
-    """Whether the distance tables of a query fit the fast memory of a GPU in half precision only."""
+def _needs_half_precision(parts: InvertedParts) -> bool:
+    """Whether a query's distance tables fit a GPU's shared memory in half precision only."""
     return bool(parts.inverted.pq.M > _SINGLE_PRECISION_CODES)
 
 
 @contextmanager
-def _exhaustive_finder(parts: InvertedParts | None) -> Iterator[None]:
-    """Put a flat list finder in the place of a graph, which GPUs do not search, for as long as a copy takes."""
+def _flat_quantizer(parts: InvertedParts | None) -> Iterator[None]:
+    """Replace an HNSW coarse quantizer, which GPUs do not search, by a flat one while the index is copied."""
     faiss = faiss_module()
     if parts is None or isinstance(faiss.downcast_index(parts.inverted.quantizer), faiss.IndexFlat):
         yield

@@ -13,8 +13,8 @@ from megatron_retro.artifacts.files import new_directory
 from megatron_retro.artifacts.manifest import damage, read_manifest, require_same, write_manifest
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.retrieval.chunk_encoding import BATCH_CHUNKS
 from megatron_retro.retrieval.embedders import Embedder
-from megatron_retro.retrieval.encoding import BATCH_CHUNKS
 from megatron_retro.retrieval.faiss_index import (
     InvertedParts,
     faiss_module,
@@ -23,26 +23,25 @@ from megatron_retro.retrieval.faiss_index import (
     read_index,
     reason_of,
 )
-from megatron_retro.retrieval.gpu_copies import num_gpus
-from megatron_retro.retrieval.layout import claimed, unless_done
+from megatron_retro.retrieval.gpu_index import num_gpus
 from megatron_retro.retrieval.project import Project
+from megatron_retro.retrieval.work_blocks import claim_blocks, ignore_failure_if_done, uniform_sample
 from megatron_retro.runtime.console import Progress
 
 KIND = "trained-index"
 VERSION = 1
 TRAINED_FILE = "trained.faiss"
 TRANSFORM_CHUNKS = 100_000
-_SEED = 1234
 
 
 def train(project: Project) -> None:
-    """Train the index unless that is done; other workers wait."""
+    """Train the index, if it is not trained yet; other workers wait."""
     where = project.layout.trained
-    for _ in claimed(project.layout, "train", ["train"], lambda _: where.exists(), project.worker):
-        sample = uniform_sample(project.database.num_chunks, int(project.decided["train_chunks"]))
+    for _ in claim_blocks(project.layout, "train", ["train"], lambda _: where.exists(), project.worker):
+        sample = uniform_sample(project.database.num_chunks, int(project.index_spec["train_chunks"]))
         index = new_index(project.choice.index_str, project.embedder.dimension)
         try:
-            with _assigning_on_gpus(index, project.config.retro_faiss_device):
+            with _kmeans_on_gpus(index, project.config.retro_faiss_device):
                 _train(index, project, sample)
         except RuntimeError as error:
             raise ConfigError(
@@ -50,7 +49,7 @@ def train(project: Project) -> None:
                 got=reason_of(error),
                 fix="give --retro-index-str auto",
             ) from None
-        with unless_done(where.exists), new_directory(where) as directory:
+        with ignore_failure_if_done(where.exists), new_directory(where) as directory:
             faiss_module().write_index(index, str(directory / TRAINED_FILE))
             write_manifest(
                 directory, kind=KIND, version=VERSION, inputs=_inputs(project), counts={"sample": len(sample)}
@@ -76,33 +75,27 @@ def trained_fingerprint(project: Project) -> str:
     return read_manifest(project.layout.trained, kind=KIND, version=VERSION).fingerprint
 
 
-def uniform_sample(total: int, size: int) -> NDArray[np.int64]:
-    """`size` of `total` numbers: one from each of `size` equal parts, the same ones every time."""
-    within = np.random.default_rng(_SEED).random(size)
-    return np.minimum(((np.arange(size) + within) * (total / size)).astype(np.int64), total - 1)
-
-
 def sampled_vectors(
-    database: ChunkDatabase, embedder: Embedder, sample: NDArray[np.int64], seen_by: InvertedParts | None = None
+    database: ChunkDatabase, embedder: Embedder, sample: NDArray[np.int64], transform_for: InvertedParts | None = None
 ) -> NDArray[np.float32]:
-    """Vectors of chosen chunks; as the lists of an index see them when one is given."""
-    vectors = np.empty((len(sample), seen_by.dimension if seen_by else embedder.dimension), np.float32)
+    """Vectors of chosen chunks, transformed as in the lists of an index when one is given."""
+    vectors = np.empty((len(sample), transform_for.dimension if transform_for else embedder.dimension), np.float32)
     with Progress("vectors of a sample", len(sample), "chunks") as progress:
         for first in range(0, len(sample), BATCH_CHUNKS):
             ids = sample[first : first + BATCH_CHUNKS]
             batch = embedder.embed(*database.gather(ids, database.chunk_length))
-            vectors[first : first + len(ids)] = seen_by.transformed(batch) if seen_by else batch
+            vectors[first : first + len(ids)] = transform_for.transformed(batch) if transform_for else batch
             progress.advance(len(ids))
     return vectors
 
 
 def _inputs(project: Project) -> dict[str, str]:
     names = ("database", "embedder", "index_str")
-    return {name: project.decided[name] for name in names}
+    return {name: project.index_spec[name] for name in names}
 
 
 def _train(index: Any, project: Project, sample: NDArray[np.int64]) -> None:
-    """Transforms learn from part of the sample, so that the whole of it is held only as narrow as the lists see it."""
+    """Train transforms on part of the sample, so that the whole of it is held only after their reduction."""
     parts = inverted_parts(index)
     if parts is None or parts.index is parts.inverted:
         index.train(sampled_vectors(project.database, project.embedder, sample))
@@ -117,16 +110,16 @@ def _train(index: Any, project: Project, sample: NDArray[np.int64]) -> None:
     index.is_trained = True
 
 
-def training_place(device: str) -> str:
-    """Where the k-means of inverted lists runs."""
+def training_device(device: str) -> str:
+    """The device that the k-means of inverted lists runs on, for the estimate."""
     if device == "cpu":
         return "CPU (--retro-faiss-device cpu)"
     return f"{num_gpus()} GPUs (k-means of the lists)" if num_gpus() else "CPU (faiss sees no GPU)"
 
 
 @contextmanager
-def _assigning_on_gpus(index: Any, device: str) -> Iterator[None]:
-    """Let the k-means of an inverted file run on the GPUs, where faiss has any; their memory is given back."""
+def _kmeans_on_gpus(index: Any, device: str) -> Iterator[None]:
+    """Run the k-means of an inverted file on the GPUs, where faiss has any, and free their memory afterwards."""
     faiss = faiss_module()
     inverted = faiss.try_extract_index_ivf(index)
     if device == "cpu" or inverted is None or num_gpus() == 0:
