@@ -1,7 +1,7 @@
 """From a pretrained GPT to a Retro: which settings it brings, which weights, and what is made fresh.
 
 The decoder's weights come from the GPT's checkpoint. The neighbour encoder, cross-attention and its norms and gates are
-fresh, with values that depend on the seed and the name alone.
+fresh, with values that depend on the seed and the name alone; or they start from the decoder (`warm_start`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from itertools import groupby
 import torch
 
 from megatron_retro.assembly.stage_building import trained_parts, trains
+from megatron_retro.assembly.warm_start import starts_from_decoder
 from megatron_retro.checkpoint.live_state import MODEL
 from megatron_retro.checkpoint.loading import Checkpoint
 from megatron_retro.config.data import TokenizerConfig
@@ -71,7 +72,8 @@ def retrofit_plan(settings: Settings, checkpoint: Checkpoint) -> list[PlanRow]:
     rows = []
     for name, parameter in model.named_parameters():
         from_gpt = MODEL + name in checkpoint.index.sizes
-        source = "checkpoint" if from_gpt else "fresh"
+        warm = settings[RetroConfig].retro_init == "decoder" and starts_from_decoder(name)
+        source = "checkpoint" if from_gpt else "decoder" if warm else "fresh"
         rows.append(PlanRow(name, tuple(parameter.shape), source, trains(name, trained_parts(settings))))
     lost = [row.parameter for row in rows if row.source == "fresh" and part_of(row.parameter) == "decoder"]
     if lost:

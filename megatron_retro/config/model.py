@@ -81,8 +81,9 @@ class ModelConfig:
         return -(-(self.vocab_size or 0) // multiple) * multiple
 
 
-GATES = ("fixed", "scalar", "adaptive")
-NEIGHBOR_POSITIONS = ("rotary", "relative", "none")
+GATES = ("fixed", "scalar", "heads", "adaptive")
+NEIGHBOR_POSITIONS = ("rotary", "continued", "relative", "none")
+RETRO_INITS = ("noise", "decoder")
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,10 @@ class RetroConfig:
     retro_encoder_num_attention_heads: int | None = option(None, "heads of the encoder", ours=True)
     retro_encoder_kv_channels: int | None = option(None, "size of one head of the encoder", ours=True)
     retro_encoder_ffn_hidden_size: int | None = option(None, "MLP width of the encoder", ours=True)
+    retro_encoder_causal: bool = option(
+        False, "a neighbour's token sees those before it, as in the decoder, not all", ours=True
+    )
+    retro_encoder_final_norm: bool = option(False, "a norm of what the encoder gives", ours=True)
     retro_encoder_own_embedding: bool = option(False, "a token embedding of the encoder's own", ours=True)
     retro_encoder_hidden_dropout: float = option(0.0, "dropout in the encoder", minimum=0.0, maximum=1.0)
     retro_encoder_attention_dropout: float = option(0.0, "attention dropout in the encoder", minimum=0.0, maximum=1.0)
@@ -117,6 +122,12 @@ class RetroConfig:
     )
     retro_random_retrieval_probability: float = option(
         0.0, "training: share of samples with another sample's neighbours", minimum=0.0, maximum=1.0, ours=True
+    )
+    retro_init: str = option(
+        "noise", "retrofit: where the weights of what it adds come from", choices=RETRO_INITS, ours=True
+    )
+    retro_init_output_scale: float = option(
+        1.0, "retrofit from the decoder: factor on the copied cross-attention outputs", minimum=0.0, ours=True
     )
     retro_zero_init_output: bool = option(False, "start cross-attention at zero, so that step 0 is the GPT", ours=True)
     retro_legacy_checkpoint: bool = option(
@@ -144,6 +155,14 @@ class RetroConfig:
     def neighbor_positions(self) -> str:
         """Positions of neighbour tokens; the published checkpoints were trained without."""
         return "none" if self.retro_legacy_checkpoint else self.retro_neighbor_positions
+
+    def turns_neighbors(self) -> bool:
+        """Whether the heads that read neighbours, and the encoder's, are turned by position."""
+        return self.neighbor_positions() in ("rotary", "continued")
+
+    def chunk_start(self) -> int:
+        """Position of a chunk's first token where its neighbours' tokens stand at 0 .. r-1."""
+        return self.retrieved_length() if self.neighbor_positions() == "continued" else 0
 
     def encoder_model(self, model: ModelConfig) -> ModelConfig:
         """The neighbour encoder's shape: the decoder's where nothing else is set."""
@@ -244,10 +263,27 @@ def _retriever(model: ModelConfig, retro: RetroConfig) -> Iterator[Violation]:
             f"a divisor of the encoder's width {encoder.hidden_size}",
             "or give --retro-encoder-kv-channels",
         )
+    if retro.retro_init == "decoder":
+        yield from _warm_start(model, retro)
     if not 0 < retro.retro_gate_target_rate < 1:
         yield Violation(
             "retro_gate_target_rate", retro.retro_gate_target_rate, "a rate between 0 and 1", "0.5 is a start"
         )
+
+
+def _warm_start(model: ModelConfig, retro: RetroConfig) -> Iterator[Violation]:
+    """What is added can start from the decoder where it has the decoder's shape."""
+    encoder = retro.encoder_model(model)
+    fix = "leave the encoder's shape to the decoder, or use --retro-init noise"
+    for name in ("hidden_size", "num_attention_heads", "kv_channels", "ffn_hidden_size"):
+        if getattr(encoder, name) != getattr(model, name):
+            yield Violation(
+                f"retro_encoder_{name}", getattr(encoder, name), f"{getattr(model, name)}, as in the decoder", fix
+            )
+    if retro.retro_encoder_layers > model.num_layers:
+        yield Violation("retro_encoder_layers", retro.retro_encoder_layers, f"at most {model.num_layers}", fix)
+    if model.qk_layernorm:
+        yield Violation("retro_init", "decoder", "noise, since cross-attention has no norms of queries and keys", fix)
 
 
 def model_is_possible(settings: Settings, world_size: int) -> Iterator[Violation]:

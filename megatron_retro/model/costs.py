@@ -241,7 +241,7 @@ def _if_read(retro: RetroConfig, work: Work) -> Work:
 
 def gate_parameters(block: Block, retro: RetroConfig) -> int:
     """Parameters of one gate."""
-    return {"fixed": 0, "scalar": 1, "adaptive": block.width + 1}[retro.retro_gate_type]
+    return {"fixed": 0, "scalar": 1, "heads": block.num_heads, "adaptive": block.width + 1}[retro.retro_gate_type]
 
 
 def decoder_layer_parameters(model: ModelConfig) -> int:
@@ -276,12 +276,14 @@ def _encoder_cost(model: ModelConfig, retro: RetroConfig, rows: int) -> UnitCost
     block, tokens = encoder_block(model, retro), neighbor_tokens_per_token(retro)
     inner, layers = block.num_heads * block.head_size, retro.retro_encoder_layers
     query, key_value, output = block.attention_matrices(model.hidden_size)
-    attention, scores = sum(block.attention_matrices()), 2 * inner * retro.retrieved_length()
+    attention = sum(block.attention_matrices())
+    scores = (1 if retro.retro_encoder_causal else 2) * inner * retro.retrieved_length()
     products = (layers - 1) * attention + layers * block.feed_forward_matrices() + query + output
     others = (layers - 1) * scores + 2 * inner * retro.retro_chunk_length
     parameters = (layers - 1) * block.self_attention_parameters() + layers * block.feed_forward_parameters()
     parameters += block.cross_attention_parameters(model.hidden_size, _relative(retro))
     parameters += rows * block.width if retro.retro_encoder_own_embedding else 0
+    parameters += block.norm_parameters() if retro.retro_encoder_final_norm else 0
     return UnitCost(
         ENCODER,
         _if_read(retro, Work(parameters, tokens * products + key_value, tokens * others)),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.model.cache import CacheSlice, LayerCache
 from megatron_retro.model.context import NeighborContext
-from megatron_retro.model.gates import AdaptiveGate, ScalarGate
+from megatron_retro.model.gates import AdaptiveGate, HeadGate, ScalarGate
 from megatron_retro.model.leaves import HeadsToHidden, Linear, RelativePositions
 from megatron_retro.ops.attention import AttentionPattern, attention
 from megatron_retro.ops.chunked_cross_attention import chunked_cross_attention
@@ -131,7 +131,7 @@ class ChunkedCrossAttention(CrossAttention):
             rates_BC = self.gate(normed_BSH[:, ends][:, :num_chunks])
             rates_BS = spread_over_queries(rates_BC, attended_BSND.shape[1], self.chunk_length, first_position)
             return attended_BSND * rates_BS[..., None, None].to(attended_BSND.dtype)
-        if isinstance(self.gate, ScalarGate):
+        if isinstance(self.gate, ScalarGate | HeadGate):
             factor: Tensor = self.gate()
             return attended_BSND * factor
         return attended_BSND if self.fixed_gate == 1.0 else attended_BSND * self.fixed_gate
@@ -236,9 +236,11 @@ def visible_chunk_index(cache_slice: CacheSlice, device: torch.device) -> Tensor
     return index.clamp(max=cache_slice.num_visible_chunks - 1)
 
 
-def _build_gate(config: ModelConfig, retro: RetroConfig) -> AdaptiveGate | ScalarGate | None:
+def _build_gate(config: ModelConfig, retro: RetroConfig) -> AdaptiveGate | HeadGate | ScalarGate | None:
     if retro.retro_gate_type == "scalar":
         return ScalarGate()
+    if retro.retro_gate_type == "heads":
+        return HeadGate(config.num_attention_heads)
     if retro.retro_gate_type == "adaptive":
         return AdaptiveGate(config.hidden_size, retro)
     return None

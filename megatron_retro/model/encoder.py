@@ -9,17 +9,18 @@ from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.model.context import EncoderContext, neighbor_token_positions, rotary_frequencies, table_or_none
 from megatron_retro.model.embeddings import TokenEmbedding
 from megatron_retro.model.layers import EncoderLayer
+from megatron_retro.model.leaves import Norm
 from megatron_retro.ops.attention import AttentionPattern
 
 
 class NeighborEncoder(nn.Module):
-    """Two bidirectional layers by default; the first cross-attends to the decoder. No final norm, as published."""
+    """Two bidirectional layers by default; the first cross-attends to the decoder. As published, no final norm."""
 
     def __init__(self, model: ModelConfig, retro: RetroConfig) -> None:
         super().__init__()
         config = retro.encoder_model(model)
-        rotary = retro.neighbor_positions() == "rotary"
-        self.frequencies = rotary_frequencies(config) if rotary else None
+        self.frequencies = rotary_frequencies(config) if retro.turns_neighbors() else None
+        self.causal, self.chunk_start = retro.retro_encoder_causal, retro.chunk_start()
         self.embedding = TokenEmbedding(config) if retro.retro_encoder_own_embedding else None
         self.layers = nn.ModuleDict(
             {
@@ -27,6 +28,7 @@ class NeighborEncoder(nn.Module):
                 for index in range(retro.retro_encoder_layers)
             }
         )
+        self.final_norm = Norm(config, config.hidden_size) if retro.retro_encoder_final_norm else None
 
     def forward(
         self,
@@ -44,6 +46,8 @@ class NeighborEncoder(nn.Module):
         context = self._context(shape, hidden_XKRH.device, mask_XKR, chunk_XMH.shape[1], chunk_mask_XM)
         for layer in self.layers.values():
             hidden_XKRH = layer(hidden_XKRH, chunk_XMH, context)
+        if self.final_norm is not None:
+            hidden_XKRH = self.final_norm(hidden_XKRH)
         return hidden_XKRH
 
     def _context(
@@ -57,9 +61,9 @@ class NeighborEncoder(nn.Module):
         num_neighbors, retrieved_length = shape
         own_positions = torch.arange(retrieved_length, device=device)
         return EncoderContext(
-            AttentionPattern(allowed_BST=None if mask_XKR is None else mask_XKR.flatten(0, 1)[:, None]),
+            AttentionPattern(self.causal, allowed_BST=None if mask_XKR is None else mask_XKR.flatten(0, 1)[:, None]),
             table_or_none(own_positions, self.frequencies),
             chunk_mask_XM,
             table_or_none(neighbor_token_positions(num_neighbors, retrieved_length, device), self.frequencies),
-            table_or_none(torch.arange(chunk_length, device=device), self.frequencies),
+            table_or_none(torch.arange(chunk_length, device=device) + self.chunk_start, self.frequencies),
         )

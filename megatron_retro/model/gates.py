@@ -1,4 +1,4 @@
-"""What scales the cross-attention: a fixed number, a learned one, or a decision per chunk.
+"""What scales the cross-attention: a fixed number, a learned one, one for each head, or a decision per chunk.
 
 An adaptive gate that is only charged for reading ends at zero, unnoticed: its slope p(1-p) vanishes there. The budget
 here is the divergence of the mean rate from a target rate, whose slope in the gate's logit stays the target itself.
@@ -28,6 +28,18 @@ class ScalarGate(nn.Module):
     def forward(self) -> Tensor:
         """The factor."""
         return torch.tanh(local(self.value))
+
+
+class HeadGate(nn.Module):
+    """tanh of one number per head, each 0 at first: which heads read neighbours well is soon told."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.heads = nn.Parameter(torch.empty(num_heads))
+
+    def forward(self) -> Tensor:
+        """[N, 1]: the factors of what these heads read."""
+        return torch.tanh(local(self.heads))[:, None]
 
 
 class AdaptiveGate(nn.Module):

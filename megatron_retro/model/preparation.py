@@ -32,7 +32,7 @@ class Preparation:
         self.chunk_length = retro.retro_chunk_length
         self.reads = retro.reads_neighbors()
         self.frequencies = decoder_frequencies(model)
-        self.neighbor_frequencies = rotary_frequencies(model) if retro.neighbor_positions() == "rotary" else None
+        self.neighbor_frequencies = rotary_frequencies(model) if retro.turns_neighbors() else None
 
     def whole_sequence(
         self,
@@ -122,7 +122,7 @@ class Preparation:
             mask_BCE,
             chunk_mask_XM,
             positions_BS,
-            None if frequencies is None else rotary_table(positions_BS, frequencies),
+            None if frequencies is None else rotary_table(positions_BS + self.retro.chunk_start(), frequencies),
             table_or_none(keys_E, frequencies),
             first_position,
         )

@@ -33,7 +33,7 @@ _SCHEDULES: dict[int, tuple[dict[str, Any], ...]] = {
     4: ({"pipeline_schedule": "gpipe"}, {"pipeline_schedule": "1f1b"}, {"pipeline_schedule": "zero-bubble"}),
 }
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "retro_gate_type": ("fixed", "fixed", "scalar", "adaptive"),
+    "retro_gate_type": ("fixed", "fixed", "scalar", "heads", "adaptive"),
     "freeze_decoder": (False, False, True),
     "untie_embeddings_and_output_weights": (False, True),
     "recompute_granularity": ("none", "full", "selective"),
@@ -43,7 +43,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "disable_bias_linear": (False, True),
     "qk_layernorm": (False, True),
     "position_embedding_type": ("rope", "learned_absolute"),
-    "retro_neighbor_positions": ("rotary", "relative", "none"),
+    "retro_neighbor_positions": ("rotary", "continued", "relative", "none"),
+    "retro_encoder_causal": (False, True),
+    "retro_encoder_final_norm": (False, True),
     "retro_encoder_own_embedding": (False, False, True),
     "retro_attention_gate": (1.0, 1.0, 1.0, 0.0),
     "neighbors": ("some absent", "some absent", "all there", "none"),

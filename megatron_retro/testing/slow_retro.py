@@ -105,7 +105,7 @@ class SlowRetro:
         causal = exists is None
         heads, groups, size = config.num_attention_heads, config.num_key_value_heads(), config.head_size()
         shared = heads // groups
-        rotary = self.model.position_embedding_type == "rope" if causal else self.retro.neighbor_positions() == "rotary"
+        rotary = self.model.position_embedding_type == "rope" if causal else self.retro.turns_neighbors()
         relative = config.position_embedding_type == "relative"
         queries, keys, values = [], [], []
         for position, vector in enumerate(normed):
@@ -126,7 +126,7 @@ class SlowRetro:
             values.append([parts[group, shared + 1] for group in range(groups)])
         results = []
         for position in range(len(normed)):
-            seen = [other for other in range(len(normed)) if self._sees(position, other, config, causal, exists)]
+            seen = [other for other in range(len(normed)) if self._sees(position, other, config, exists)]
             joined = []
             for head in range(heads):
                 query_head = queries[position][head]
@@ -140,10 +140,9 @@ class SlowRetro:
             results.append(output + self._bias(f"{name}.output.bias"))
         return results
 
-    @staticmethod
-    def _sees(position: int, other: int, config: ModelConfig, causal: bool, exists: Sequence[bool] | None) -> bool:
-        if not causal:
-            return exists is None or bool(exists[other])
+    def _sees(self, position: int, other: int, config: ModelConfig, exists: Sequence[bool] | None) -> bool:
+        if exists is not None:
+            return bool(exists[other]) and (other <= position or not self.retro.retro_encoder_causal)
         window = config.sliding_window
         return other <= position and (window is None or position - other < window)
 
@@ -173,19 +172,19 @@ class SlowRetro:
             query_head = self.weights[f"{name}.query.weight"][head] @ query
             both = self.weights[f"{name}.key_value.weight"][group]
             plain_query = query_head
-            if style == "rotary":
+            if self.retro.turns_neighbors():
                 query_head = self._rotated(query_head, query_position)
             scores, values = [], []
             for vector, position in zip(source, positions, strict=True):
                 key = both[:size] @ vector
-                if style == "rotary":
+                if self.retro.turns_neighbors():
                     key = self._rotated(key, position)
                 score = float(query_head @ key) / math.sqrt(size)
                 if style == "relative":
                     score += self._relative_score(name, plain_query, head, query_position - position)
                 scores.append(score)
                 values.append(both[size:] @ vector)
-            joined.append(self._weighted(scores, values, size))
+            joined.append(self._head_gate(name, head) * self._weighted(scores, values, size))
         return self.weights[f"{name}.output.weight"] @ np.concatenate(joined)
 
     def _encode(self, neighbors: Any, mask: Any, chunk: list[Array]) -> Any:
@@ -207,7 +206,7 @@ class SlowRetro:
                             self.norm(f"{name}.cross_norm", vector),
                             position,
                             chunk,
-                            list(range(len(chunk))),
+                            [self.retro.chunk_start() + place for place in range(len(chunk))],
                             config,
                         )
                         for position, vector in enumerate(hidden)
@@ -215,6 +214,8 @@ class SlowRetro:
                     hidden = self._added(hidden, read)
                 normed = [self.norm(f"{name}.mlp_norm", vector) for vector in hidden]
                 hidden = self._added(hidden, [self._mlp(f"{name}.mlp", vector) for vector in normed])
+            if self.retro.retro_encoder_final_norm:
+                hidden = [self.norm("encoder.final_norm", vector) for vector in hidden]
             encoded.append(hidden)
         return encoded
 
@@ -232,9 +233,13 @@ class SlowRetro:
             for neighbor, exists in zip(encoded[u], mask[u], strict=True):
                 source += [part for part, there in zip(neighbor, exists, strict=True) if there]
                 positions += [position for position, there in enumerate(exists) if there]
-            found = self._cross(name, vector, p - u * length, source, positions, self.model)
+            found = self._cross(name, vector, self.retro.chunk_start() + p - u * length, source, positions, self.model)
             results.append(found * self._gate(name, normed[(u + 1) * length - 1]))
         return results
+
+    def _head_gate(self, name: str, head: int) -> float:
+        gates = self.weights.get(f"{name}.gate.heads")
+        return 1.0 if gates is None else math.tanh(gates[head].item())
 
     def _gate(self, name: str, state: Array) -> float:
         """The factor on one chunk's cross-attention, given the state at the chunk's last token."""
@@ -244,4 +249,4 @@ class SlowRetro:
         if kind == "adaptive":
             score = float(state @ self.weights[f"{name}.gate.weight"]) + self.weights[f"{name}.gate.bias"].item()
             return 1 / (1 + math.exp(-score))
-        return self.retro.retro_attention_gate
+        return self.retro.retro_attention_gate if kind == "fixed" else 1.0

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_retro.assembly.run_parts import MODEL_SECTIONS, RunParts
 from megatron_retro.assembly.stage_building import is_tuned, trained_parts, trains
+from megatron_retro.assembly.warm_start import start_from_decoder
 from megatron_retro.checkpoint.directory import complete_checkpoints, set_aside
 from megatron_retro.checkpoint.live_state import (
     MODEL,
@@ -32,7 +33,7 @@ from megatron_retro.checkpoint.loading import (
 )
 from megatron_retro.checkpoint.saver import Saver, Snapshot
 from megatron_retro.config.data import DataConfig, InstructionConfig, TokenizerConfig
-from megatron_retro.config.model import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import section_name
 from megatron_retro.config.training import CheckpointConfig, OptimizerConfig, PeftConfig, TrainingConfig
@@ -55,6 +56,8 @@ FREE_MODEL_SETTINGS = (
     "retro_gate_target_rate",
     "retro_gate_budget_weight",
     "retro_gate_budget_warmup",
+    "retro_init",
+    "retro_init_output_scale",
     "retro_zero_init_output",
     "lora_dropout",
     "peft_load",
@@ -221,6 +224,9 @@ class RunCheckpoints:
         known = {name: tensor for name, tensor in self._tensors.items() if name in source.index.sizes}
         decoder = {name: tensor for name, tensor in known.items() if name.startswith(MODEL)}
         load_tensors(source, decoder, self._true_rows, self._group)
+        model, retro = self._parts.settings[ModelConfig], self._parts.settings[RetroConfig]
+        if retro.retro_init == "decoder":
+            start_from_decoder(self._parts.trainable.module, source, model, retro)
 
     def _newest(self, run: Path) -> Path | None:
         found = [complete_checkpoints(run)[-1:]] if self._rank == 0 else [None]

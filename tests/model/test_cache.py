@@ -20,6 +20,15 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "relative": ({"position_embedding_type": "relative"}, {"retro_neighbor_positions": "relative"}),
     "learned": ({"position_embedding_type": "learned_absolute"}, {"retro_gate_type": "scalar"}),
     "window": ({"sliding_window": 5}, {"retro_gate_type": "adaptive"}),
+    "like the decoder": (
+        {},
+        {
+            "retro_gate_type": "heads",
+            "retro_neighbor_positions": "continued",
+            "retro_encoder_causal": True,
+            "retro_encoder_final_norm": True,
+        },
+    ),
     "grouped": ({"group_query_attention": True, "num_query_groups": 2}, {"retro_layers": (1, 2, 6)}),
 }
 SPLITS = [[LENGTH], [1] * LENGTH, [5, 1, 1, 6, 5], [4, 4, 4, 6], [3, 2, 13]]

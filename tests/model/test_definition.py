@@ -30,7 +30,13 @@ RETRIEVERS: dict[str, dict[str, Any]] = {
         "retro_encoder_own_embedding": True,
         "retro_layers": (1, 3, 6),
     },
+    "like the decoder": {
+        "retro_neighbor_positions": "continued",
+        "retro_encoder_causal": True,
+        "retro_encoder_final_norm": True,
+    },
     "scalar": {"retro_gate_type": "scalar"},
+    "heads": {"retro_gate_type": "heads"},
     "adaptive": {"retro_gate_type": "adaptive"},
     "half open": {"retro_attention_gate": 0.5, "retro_encoder_layers": 1},
 }

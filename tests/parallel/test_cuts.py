@@ -22,7 +22,8 @@ from megatron_retro.testing.processes import run_ranks
 CHOICES: dict[str, tuple[object, ...]] = {
     "qk_layernorm": (False, True),
     "swiglu": (False, True),
-    "retro_gate_type": ("fixed", "scalar", "adaptive"),
+    "retro_gate_type": ("fixed", "scalar", "heads", "adaptive"),
+    "retro_encoder_final_norm": (False, True),
     "position_embedding_type": ("rope", "learned_absolute"),
     "normalization": ("LayerNorm", "RMSNorm"),
 }

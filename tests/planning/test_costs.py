@@ -53,6 +53,7 @@ RETRIEVERS: list[dict[str, Any]] = [
     {"retro_add_retriever": True, "retro_gate_type": "scalar"},
     {"retro_add_retriever": True, "retro_gate_type": "adaptive", "retro_encoder_layers": 3},
     {"retro_add_retriever": True, "retro_neighbor_positions": "relative"},
+    {"retro_add_retriever": True, "retro_gate_type": "heads", "retro_encoder_final_norm": True},
 ]
 
 
