@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_retro.ablation.comparison import Configuration, Difference, difference
-from megatron_retro.ablation.directories import Outcome
 from megatron_retro.ablation.grid import SEED, Cell, Choice
-from megatron_retro.ablation.results import Result
+from megatron_retro.ablation.results import Configuration, Result, difference
+from megatron_retro.ablation.runs import Outcome
 from megatron_retro.reporting.plots import Series, bars, line_plot
+from megatron_retro.reporting.study_page import Difference
 from megatron_retro.runtime.run_records import EvaluationRecord
 from megatron_retro.runtime.statistics import Interval
 from megatron_retro.runtime.strict_json import json_text
@@ -149,7 +149,7 @@ def _configurations(name: str) -> dict[str, Configuration]:
 def _compared(one: Configuration, other: Configuration) -> Difference:
     found = difference(one, other)
     if found is None or isinstance(found.over_documents, str):
-        raise SystemExit(f"{one.name} and {other.name} cannot be compared")
+        raise SystemExit(f"{one.labels} and {other.labels} cannot be compared")
     return found
 
 

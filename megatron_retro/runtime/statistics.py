@@ -40,6 +40,11 @@ class Interval:
         """Whether the whole interval lies above zero."""
         return self.low > 0
 
+    @property
+    def side(self) -> int:
+        """1 above zero, -1 below, 0 around it or unknown."""
+        return (self.low > 0) - (self.high < 0)
+
     def to_json(self) -> list[float]:
         """Mean, low, high."""
         return [self.mean, self.low, self.high]

@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_retro.ablation.comparison import configurations, difference, student_interval
-from megatron_retro.ablation.directories import Outcome, cell_settings, render_recipe
 from megatron_retro.ablation.grid import Cell, Choice, study_axes, study_cells
-from megatron_retro.ablation.results import Result
-from megatron_retro.ablation.running import lone_environment
+from megatron_retro.ablation.results import Result, configurations, difference, student_interval
+from megatron_retro.ablation.runs import Outcome, cell_settings, lone_environment, render_recipe
 from megatron_retro.config.command_line import parse_settings
 from megatron_retro.config.evaluation import AblationConfig
 from megatron_retro.config.model import RetroConfig

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from megatron_retro.ablation.program import FailedRuns, run_study
-from megatron_retro.ablation.shortage import neighbor_shortage
+from megatron_retro.ablation.runs import neighbor_shortage
 from megatron_retro.artifacts.claims import BlockClaims
 from megatron_retro.cli.main import main
 from megatron_retro.config.sections import STUDY_SECTIONS

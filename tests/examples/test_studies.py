@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_retro.ablation.directories import cell_settings
 from megatron_retro.ablation.program import build_study
+from megatron_retro.ablation.runs import cell_settings
 from megatron_retro.config.command_line import parse_settings
 from megatron_retro.config.evaluation import AblationConfig
 from megatron_retro.config.model import RetroConfig
@@ -81,7 +81,7 @@ def test_example(name: str) -> None:
     words = ["--config", str(EXAMPLES / f"{name}.toml")]
     settings, _ = parse_settings("x", STUDY_SECTIONS, words, all_sections=ALL_SECTIONS)
     assert settings[AblationConfig].study_verb == verb
-    study, _ = build_study(settings)
+    study = build_study(settings)
     assert len({cell.configuration for cell in study.cells}) == configurations
     seeds = {"": set(), "1": {"seed"}}[min(cell.seed for cell in study.cells)]
     assert {cell.seed for cell in study.cells} in ({"1", "2", "3"}, {"1", "2"}, {""})
