@@ -14,8 +14,8 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import PeftConfig, TrainingConfig
 from megatron_retro.data.builders import build_loader
 from megatron_retro.data.instructions.buckets import Buckets
+from megatron_retro.data.instructions.conversation_tokens import ConversationEncoder
 from megatron_retro.data.instructions.dataset import InstructionDataset, open_instructions
-from megatron_retro.data.instructions.encoding import ConversationEncoder
 from megatron_retro.data.instructions.rows import RowShape
 from megatron_retro.data.instructions.templates import build_template
 from megatron_retro.data.loader import Loader

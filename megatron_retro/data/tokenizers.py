@@ -1,7 +1,7 @@
 """Text to token ids and back: sentencepiece models, Hugging Face `tokenizer.json`, GPT-2 files, plain bytes.
 
 All keep one convention: `encode` adds nothing, `eod` is the id that ends a document in a token file.
-How corpora are encoded fast is `word_cache.py`; both give the same ids.
+How corpora are encoded fast is `preprocessing/tokenization.py`; both give the same ids.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from pathlib import Path
 from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.checkpoint.stored_settings import seen_from, stored_instructions
 from megatron_retro.config.data import InstructionConfig
+from megatron_retro.data.instructions.conversation_tokens import placed
 from megatron_retro.data.instructions.conversations import Passage, Turn
-from megatron_retro.data.instructions.encoding import placed
 from megatron_retro.data.instructions.templates import InstructRetroTemplate, Template, build_template, prompt_of
 
 _STOP_STRINGS = ("\n\nUser:", "\n\nSystem:")

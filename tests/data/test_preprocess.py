@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_retro.cli.main import main
-from megatron_retro.data.preprocessing import plan as plan_module
+from megatron_retro.data.preprocessing import job as job_module
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 from megatron_retro.testing.corpora import (
@@ -31,7 +31,7 @@ Run = Callable[..., int]
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few records, so that small inputs make many."""
-    monkeypatch.setattr(plan_module, "SMALLEST_BLOCK", 2000)
+    monkeypatch.setattr(job_module, "SMALLEST_BLOCK", 2000)
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +112,14 @@ def test_plain_text_is_a_document_per_file_or_per_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 50, 1000])
 @pytest.mark.parametrize("text", [b"", b"\n", b"ab\n", b"ab", b"a\nbb\n\nccc\r\nd", b"x" * 90 + b"\ny\n", b"\n" * 9])
 def test_every_line_is_read_once_wherever_ranges_are_cut(tmp_path: Path, text: bytes, block: int) -> None:
-    from megatron_retro.data.preprocessing.plan import Plan, Reading, Segment, find_inputs
-    from megatron_retro.data.preprocessing.records import read_segment
+    from megatron_retro.data.preprocessing.job import InputRange, PreprocessingJob, ReadOptions, find_inputs
+    from megatron_retro.data.preprocessing.records import read_range
 
     path = tmp_path / "a.jsonl"
     path.write_bytes(text)
-    plan = Plan(find_inputs([str(path)]), Reading(("text",), "file", 20, "stop"), False, "", "uint16")
+    job = PreprocessingJob(find_inputs([str(path)]), ReadOptions(("text",), "file", 20, "stop"), False, "", "uint16")
     ranges = range(0, len(text), block)
-    got = [record for s in ranges for record in read_segment(plan, Segment(0, s, min(s + block, len(text))))]
+    got = [record for s in ranges for record in read_range(job, InputRange(0, s, min(s + block, len(text))))]
     lines = text.split(b"\n")
     wanted = [line + b"\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
     assert [record.length for record in got] == [len(line) for line in wanted]
@@ -173,7 +173,7 @@ LIMIT = ("--max-document-bytes", "250")
 def test_a_bad_record_stops_the_run_by_name(
     tmp_path: Path, name: str, workers: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan_module, "SMALLEST_BLOCK", 10)
+    monkeypatch.setattr(job_module, "SMALLEST_BLOCK", 10)
     path = tmp_path / "a.jsonl"
     path.write_bytes(GOOD + BAD[name][0] + GOOD)
     assert preprocess(tmp_path / "o", [path], *LIMIT, "--workers", workers) == 2
@@ -225,7 +225,7 @@ def test_after_hours_of_work_a_bad_record_is_set_aside_and_the_rest_is_kept(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was finished under --on-error stop is the same under skip; the other way round it need not be."""
-    monkeypatch.setattr(plan_module, "SMALLEST_BLOCK", 10)
+    monkeypatch.setattr(job_module, "SMALLEST_BLOCK", 10)
     path = tmp_path / "a.jsonl"
     path.write_bytes(GOOD + BAD["null"][0] + GOOD)
     assert preprocess(tmp_path / "o", [path], "--workers", "1") == 2

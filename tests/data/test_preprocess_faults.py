@@ -18,8 +18,8 @@ import pytest
 
 from megatron_retro.cli.main import main
 from megatron_retro.config.data import InputConfig, PreprocessConfig, TokenizerConfig
-from megatron_retro.data.preprocessing import plan as plan_module
-from megatron_retro.data.preprocessing.blocks import BlockMaker
+from megatron_retro.data.preprocessing import job as job_module
+from megatron_retro.data.preprocessing.blocks import BlockTokenizer
 from megatron_retro.data.preprocessing.run import plan_run
 from megatron_retro.data.tokenizers import SentencePieceTokenizer
 from megatron_retro.runtime.workers import Worker
@@ -98,17 +98,17 @@ def test_a_killed_worker_is_noticed_and_its_part_done_again(tmp_path: Path, larg
 
 def test_a_part_that_kills_every_worker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_json_lines(tmp_path / "a.jsonl", records(8, 60))
-    monkeypatch.setattr(plan_module, "SMALLEST_BLOCK", 2000)
-    make = BlockMaker.make
+    monkeypatch.setattr(job_module, "SMALLEST_BLOCK", 2000)
+    make = BlockTokenizer.tokenize
 
-    def deadly(self: BlockMaker, block: int, report: Any) -> None:
+    def deadly(self: BlockTokenizer, block: int, report: Any) -> None:
         if block == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         make(self, block, report)
 
-    monkeypatch.setattr(BlockMaker, "make", deadly)
+    monkeypatch.setattr(BlockTokenizer, "tokenize", deadly)
     assert preprocess(tmp_path / "o", [source], "--workers", "2") == 2
-    monkeypatch.setattr(BlockMaker, "make", make)
+    monkeypatch.setattr(BlockTokenizer, "tokenize", make)
     assert preprocess(tmp_path / "o", [source], "--workers", "2", "--resume") == 0
     assert preprocess(tmp_path / "p", [source]) == 0
     assert files(tmp_path / "o") == files(tmp_path / "p")
@@ -161,21 +161,23 @@ def test_compressed_files_that_are_finished_are_not_read_again(
     tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Work on compressed input is resumed file by file."""
-    monkeypatch.setattr(plan_module, "SMALLEST_BLOCK", 1)
+    monkeypatch.setattr(job_module, "SMALLEST_BLOCK", 1)
     lines = [write_json_lines(tmp_path / "a.jsonl", records(number, 30)).read_bytes() for number in range(4)]
     sources = [compressed(tmp_path / f"{number}{ending}", content) for number, content in enumerate(lines)]
     assert preprocess(tmp_path / "whole", sources) == 0
-    make, made = BlockMaker.make, list[int]()
+    make, made = BlockTokenizer.tokenize, list[int]()
 
-    def stopping(self: BlockMaker, block: int, report: Any) -> None:
+    def stopping(self: BlockTokenizer, block: int, report: Any) -> None:
         if len(made) == 2:
             raise KeyboardInterrupt
         make(self, block, report)
         made.append(block)
 
-    monkeypatch.setattr(BlockMaker, "make", stopping)
+    monkeypatch.setattr(BlockTokenizer, "tokenize", stopping)
     assert preprocess(tmp_path / "o", sources) != 0
-    monkeypatch.setattr(BlockMaker, "make", lambda self, block, report: (make(self, block, report), made.append(block)))
+    monkeypatch.setattr(
+        BlockTokenizer, "tokenize", lambda self, block, report: (make(self, block, report), made.append(block))
+    )
     assert preprocess(tmp_path / "o", sources, "--resume") == 0
     assert sorted(made) == [0, 1, 2, 3]
     assert files(tmp_path / "o") == files(tmp_path / "whole")
@@ -199,7 +201,7 @@ def test_token_files_are_merged_by_a_flag(tmp_path: Path, capfd: pytest.CaptureF
 def test_words_learned_before_the_fork_are_not_learned_again(tmp_path: Path, larger: Path, model: Path) -> None:
     tokenizer = TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(model))
     settings = PreprocessConfig(output_prefix=str(tmp_path / "o"))
-    maker = plan_run(InputConfig(input=(str(larger),)), settings, tokenizer, Worker(0, 1)).maker()
+    maker = plan_run(InputConfig(input=(str(larger),)), settings, tokenizer, Worker(0, 1)).block_tokenizer()
     maker.warm_up()
     encoder: Any = maker.encoder
     asked: list[list[str]] = []

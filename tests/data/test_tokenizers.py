@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_retro.config.data import TokenizerConfig
-from megatron_retro.data.preprocessing.encoding import CachedEncoder, PlainEncoder, UnigramEncoder, build_encoder
+from megatron_retro.data.preprocessing.tokenization import CachedEncoder, PlainEncoder, UnigramEncoder, build_encoder
 from megatron_retro.data.token_index import token_dtype
 from megatron_retro.data.tokenizers import ByteTokenizer, Tokenizer, build_tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError, DataError
@@ -132,7 +132,7 @@ def test_the_fast_encoder_gives_the_tokenizers_ids(
 def test_long_texts_and_a_cache_that_forgets_change_nothing(
     name: str, tokenizers: Callable[[str], Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_retro.data.preprocessing.encoding.CACHE_BYTES", 200_000)
+    monkeypatch.setattr("megatron_retro.data.preprocessing.tokenization.CACHE_BYTES", 200_000)
     tokenizer = tokenizers(name)
     fast, _ = encoders(tokenizer)
     generator = random.Random(1)

@@ -16,8 +16,8 @@ import numpy as np
 from megatron_retro.data.batches import Batch
 from megatron_retro.data.blends import Blend, parse_data_path
 from megatron_retro.data.instructions.buckets import Buckets
+from megatron_retro.data.instructions.conversation_tokens import ConversationEncoder, EncodedExample
 from megatron_retro.data.instructions.conversations import Conversation, read_conversations
-from megatron_retro.data.instructions.encoding import ConversationEncoder, EncodedExample
 from megatron_retro.data.instructions.rows import RowShape, build_batch, pack
 from megatron_retro.data.order import key_of, permuted
 from megatron_retro.errors import DataError

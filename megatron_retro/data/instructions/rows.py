@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_retro.data.batches import Batch
-from megatron_retro.data.instructions.encoding import EncodedExample
+from megatron_retro.data.instructions.conversation_tokens import EncodedExample
 from megatron_retro.errors import ConfigError
 
 OPEN_ROWS = 32

@@ -1,1 +1,1 @@
-"""Text to token files: a plan of byte ranges, workers that tokenize them, and their pieces put together in order."""
+"""Text to token files: a job cut into blocks, workers that tokenize them, and part files joined in order."""

@@ -1,6 +1,6 @@
-"""One block of work: its records tokenized into piece files, refused records set aside, a record of it all last.
+"""One block of work: its records tokenized into part files, refused records set aside, its counts written last.
 
-A block's pieces are a pure function of the plan and the block, so it does not matter who makes them or how often.
+A block's part files are a pure function of the job and the block, so any worker may write them, any number of times.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import named_disk_errors, temporary_name, write_file
-from megatron_retro.data.preprocessing.encoding import Encoder
-from megatron_retro.data.preprocessing.plan import LINES, TEXT, Plan
-from megatron_retro.data.preprocessing.records import Record, Refused, Texts, read_segment, texts_of
+from megatron_retro.data.preprocessing.job import LINES, TEXT, PreprocessingJob
+from megatron_retro.data.preprocessing.records import Record, RecordRefused, Texts, read_range, texts_of
+from megatron_retro.data.preprocessing.tokenization import TextEncoder
 from megatron_retro.errors import ArtifactError, DataError
 from megatron_retro.runtime.strict_json import json_text
 
@@ -33,7 +33,7 @@ Report = Callable[[int, int, int], None]
 
 @dataclass
 class BlockCounts:
-    """What a block holds; written as JSON when all of its pieces are in place."""
+    """Counts of a block, and the sizes of its part files; written as JSON when all of these are in place."""
 
     documents: int = 0
     tokens: int = 0
@@ -42,8 +42,8 @@ class BlockCounts:
     piece_bytes: dict[str, int] = field(default_factory=dict)
 
 
-def piece_path(directory: Path, block: int, key: int, kind: str) -> Path:
-    """A piece: the tokens, sequence lengths (i4) or sequences per document (i4) of one key."""
+def part_path(directory: Path, block: int, key: int, kind: str) -> Path:
+    """A part file: the tokens, sequence lengths (i4) or sequences per document (i4) of one key."""
     return directory / f"{block:06d}.{key}.{kind}"
 
 
@@ -53,17 +53,17 @@ def refused_path(directory: Path, block: int) -> Path:
 
 
 def reasons_path(directory: Path, block: int) -> Path:
-    """Why they were refused, one line each."""
+    """The reasons for refusing them, one line each."""
     return directory / f"{block:06d}.reasons"
 
 
 def counts_path(directory: Path, block: int) -> Path:
-    """The record of a finished block."""
+    """The counts of a finished block."""
     return directory / f"{block:06d}.json"
 
 
 def read_counts(directory: Path, block: int) -> BlockCounts | None:
-    """The record of a block if it is finished and its pieces have their sizes."""
+    """The counts of a block if it is finished and its part files have their sizes."""
     try:
         counts = BlockCounts(**json.loads(counts_path(directory, block).read_text()))
         sizes = {name: os.path.getsize(directory / name) for name in counts.piece_bytes}
@@ -72,7 +72,7 @@ def read_counts(directory: Path, block: int) -> BlockCounts | None:
     return counts if sizes == counts.piece_bytes else None
 
 
-class _Pieces:
+class _PartFiles:
     """The files that a block writes, under temporary names until it is finished."""
 
     def __init__(self, directory: Path) -> None:
@@ -100,49 +100,49 @@ class _Pieces:
 
 
 @dataclass(frozen=True)
-class BlockMaker:
-    """Makes blocks of one plan in one directory."""
+class BlockTokenizer:
+    """Tokenizes the blocks of a job into one directory."""
 
-    plan: Plan
+    job: PreprocessingJob
     directory: Path
-    encoder: Encoder
+    encoder: TextEncoder
     eod: int
 
-    def make(self, block: int, report: Report) -> None:
-        """Tokenize a block. `report` is told of stored bytes, documents and tokens done as it goes."""
-        pieces = _Pieces(self.directory)
+    def tokenize(self, block: int, report: Report) -> None:
+        """Tokenize a block; `report` is called with the stored bytes, documents and tokens of each batch."""
+        files = _PartFiles(self.directory)
         try:
             with named_disk_errors(self.directory):
-                counts = self._fill(block, pieces, report)
-                counts.piece_bytes = pieces.publish()
+                counts = self._fill(block, files, report)
+                counts.piece_bytes = files.publish()
                 write_file(counts_path(self.directory, block), json_text(asdict(counts)))
         finally:
-            pieces.discard()
+            files.discard()
 
     def warm_up(self) -> None:
-        """Let the encoder learn the words of a few places of the input, for the processes that are forked from here."""
-        plain = [block for block in self.plan.blocks if self.plan.files[block[0].file].format in PLAIN_FORMATS]
+        """Fill the encoder's word cache from a few places of the input, before worker processes are forked."""
+        plain = [block for block in self.job.blocks if self.job.files[block[0].file].format in PLAIN_FORMATS]
         for place in range(_WARM_PLACES if plain else 0):
             texts: list[str] = []
             characters = 0
-            for record in read_segment(self.plan, plain[len(plain) * place // _WARM_PLACES][0]):
+            for record in read_range(self.job, plain[len(plain) * place // _WARM_PLACES][0]):
                 if characters >= _BATCH_CHARACTERS:
                     break
-                with suppress(Refused):  # whoever makes the block reports it
-                    found = texts_of(record, self.plan) or {}
+                with suppress(RecordRefused):  # the worker that tokenizes the block reports it
+                    found = texts_of(record, self.job) or {}
                     texts += [text for parts in found.values() for text in parts]
                 characters += record.length
             self.encoder.encode(texts)
 
-    def _fill(self, block: int, pieces: _Pieces, report: Report) -> BlockCounts:
+    def _fill(self, block: int, files: _PartFiles, report: Report) -> BlockCounts:
         counts = BlockCounts()
-        dtype = np.dtype(self.plan.dtype)
-        for number in range(len(self.plan.reading.json_keys)):
+        dtype = np.dtype(self.job.dtype)
+        for number in range(len(self.job.reading.json_keys)):
             for kind in (TOKENS, LENGTHS, DOCUMENTS):
-                pieces.write(piece_path(self.directory, block, number, kind), b"")
-        for batch, stored_bytes in self._batches(block, pieces, counts):
+                files.write(part_path(self.directory, block, number, kind), b"")
+        for batch, stored_bytes in self._batches(block, files, counts):
             before = counts.tokens
-            for number, key in enumerate(self.plan.reading.json_keys):
+            for number, key in enumerate(self.job.reading.json_keys):
                 tokens, lengths, sequences = self._encode([texts[key] for texts in batch])
                 for kind, array in (
                     (TOKENS, tokens.astype(dtype, copy=False)),
@@ -150,7 +150,7 @@ class BlockMaker:
                     (DOCUMENTS, sequences),
                 ):
                     if array.size:
-                        pieces.write(piece_path(self.directory, block, number, kind), array.data.cast("B"))
+                        files.write(part_path(self.directory, block, number, kind), array.data.cast("B"))
                 counts.tokens += tokens.size
             counts.documents += len(batch)
             report(stored_bytes, len(batch), counts.tokens - before)
@@ -165,22 +165,22 @@ class BlockMaker:
         tokens, lengths = self.encoder.encode([text for texts in documents for text in texts])
         kept = lengths > 0
         owner, lengths = owner[kept], lengths[kept]
-        if self.plan.append_eod and len(lengths):
+        if self.job.append_eod and len(lengths):
             is_last = np.append(owner[1:] != owner[:-1], True)
             tokens = np.insert(tokens, np.cumsum(lengths)[is_last], self.eod)
             lengths = lengths + is_last
         sequences = np.bincount(owner, minlength=len(documents)).astype(np.int32)
         return tokens, lengths.astype(np.int32), sequences
 
-    def _batches(self, block: int, pieces: _Pieces, counts: BlockCounts) -> Iterator[tuple[list[Texts], int]]:
+    def _batches(self, block: int, files: _PartFiles, counts: BlockCounts) -> Iterator[tuple[list[Texts], int]]:
         """Texts of about a million characters at a time, and the stored bytes that they took."""
         batch: list[Texts] = []
         characters = stored = 0
-        for segment in self.plan.blocks[block]:
-            share, seen = self.plan.segment_bytes(segment), 0
-            is_stored_plain = self.plan.files[segment.file].format in PLAIN_FORMATS
-            for record in read_segment(self.plan, segment):
-                texts = self._usable(block, record, pieces, counts)
+        for span in self.job.blocks[block]:
+            share, seen = self.job.range_bytes(span), 0
+            is_stored_plain = self.job.files[span.file].format in PLAIN_FORMATS
+            for record in read_range(self.job, span):
+                texts = self._usable(block, record, files, counts)
                 amount = min(record.length, share - seen) if is_stored_plain else 0
                 seen, stored = seen + amount, stored + amount
                 if texts is not None:
@@ -192,23 +192,23 @@ class BlockMaker:
             stored += share - seen
         yield batch, stored
 
-    def _usable(self, block: int, record: Record, pieces: _Pieces, counts: BlockCounts) -> Texts | None:
+    def _usable(self, block: int, record: Record, files: _PartFiles, counts: BlockCounts) -> Texts | None:
         try:
-            texts = texts_of(record, self.plan)
-        except Refused as reason:
-            if self.plan.reading.on_error == "stop":
+            texts = texts_of(record, self.job)
+        except RecordRefused as reason:
+            if self.job.reading.on_error == "stop":
                 raise _stopped(record, str(reason)) from None
             counts.refused += 1
-            pieces.write(reasons_path(self.directory, block), f"{record.place}: {reason}\n".encode())
-            for piece in _raw(record):
-                pieces.write(refused_path(self.directory, block), piece)
+            files.write(reasons_path(self.directory, block), f"{record.place}: {reason}\n".encode())
+            for content in _raw(record):
+                files.write(refused_path(self.directory, block), content)
             return None
         counts.blank += texts is None
         return texts
 
 
 def _raw(record: Record) -> Iterator[bytes]:
-    """A refused record as it stands in its file; one that was never held is copied piece by piece."""
+    """A refused record as it stands in its file; one too long to be held is copied in parts."""
     if isinstance(record.content, bytes):
         yield record.content if record.content.endswith(b"\n") else record.content + b"\n"
     elif isinstance(record.content, dict):
@@ -217,9 +217,9 @@ def _raw(record: Record) -> Iterator[bytes]:
         left = record.length
         with open(record.path, "rb") as stream:
             stream.seek(record.offset)
-            while left and (piece := stream.read(min(left, _COPY_BYTES))):
-                left -= len(piece)
-                yield piece
+            while left and (content := stream.read(min(left, _COPY_BYTES))):
+                left -= len(content)
+                yield content
 
 
 def _stopped(record: Record, reason: str) -> DataError:
@@ -231,23 +231,23 @@ def _stopped(record: Record, reason: str) -> DataError:
 
 
 def _line_number(record: Record) -> str:
-    """Lines are counted only when one has to be named."""
+    """The number of a record's line, counted only for an error."""
     if record.path.endswith((".gz", ".zst")):
         return "?"
     lines, left = 1, record.offset
     with open(record.path, "rb") as stream:
-        while left and (piece := stream.read(min(left, _COPY_BYTES))):
-            lines += piece.count(b"\n")
-            left -= len(piece)
+        while left and (content := stream.read(min(left, _COPY_BYTES))):
+            lines += content.count(b"\n")
+            left -= len(content)
     return str(lines)
 
 
-def require_counts(plan: Plan, directory: Path, block: int) -> BlockCounts:
-    """The record of a block that must be finished."""
+def require_counts(job: PreprocessingJob, directory: Path, block: int) -> BlockCounts:
+    """The counts of a block that must be finished."""
     counts = read_counts(directory, block)
     if counts is None:
         raise ArtifactError(
-            f"{directory}: the pieces of block {block} ({plan.describe(block)}) are missing or cut",
+            f"{directory}: the part files of block {block} ({job.describe(block)}) are missing or cut",
             fix="run the same command with --resume",
         )
     return counts

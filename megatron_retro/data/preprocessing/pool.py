@@ -1,7 +1,7 @@
-"""Worker processes of this machine: each makes blocks that it claims, and a death is noticed at once.
+"""Worker processes of this machine: each tokenizes blocks that it claims, and is replaced when it dies.
 
-A worker that dies gives its block up (the claim of a dead process is free) and is replaced; a block that kills three
-workers ends the run with its byte range named. An error that a worker reports ends the run with that error.
+The claim of a dead process is free, so another worker takes its block; a block that kills three workers ends the run
+with its byte range named. An error that a worker reports ends the run with that error.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class WorkerPool:
     _deaths: dict[int | None, int] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Start, watch, replace; returns when all blocks that can be claimed are done."""
+        """Start workers and replace dead ones; returns when all blocks that can be claimed are done."""
         members = [self._start(number) for number in range(self.size)]
         try:
             while members:
@@ -52,7 +52,7 @@ class WorkerPool:
                 for member in list(members):
                     if member.channel in ready or member.process.sentinel in ready:
                         members.remove(member)
-                        members += self._attend(member)
+                        members += self._read_messages(member)
         finally:
             for member in members:
                 member.process.kill()
@@ -66,8 +66,8 @@ class WorkerPool:
         sending.close()
         return _Member(process, receiving, number=number)
 
-    def _attend(self, member: _Member) -> list[_Member]:
-        """Read what a worker says; the workers that go on in its place."""
+    def _read_messages(self, member: _Member) -> list[_Member]:
+        """Read a worker's messages; returns the workers that go on in its place."""
         try:
             while member.channel.poll():
                 kind, content = member.channel.recv()
@@ -101,7 +101,7 @@ class WorkerPool:
 
 
 def _main(work: Callable[[int, Send], None], number: int, channel: Connection) -> None:
-    """The life of a worker process."""
+    """The main function of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with_parent()
 
@@ -121,7 +121,7 @@ def _main(work: Callable[[int, Send], None], number: int, channel: Connection) -
 
 
 def _die_with_parent() -> None:
-    """Linux: be killed when the parent is, so that nothing goes on unseen."""
+    """Linux: be killed when the parent is, so that no worker goes on alone."""
     import ctypes
 
     library = ctypes.CDLL(None, use_errno=True)

@@ -1,6 +1,6 @@
-"""Records of input segments: raw pieces with their place in the file, in bounded memory, then their text by key.
+"""Records of input ranges with their place in the file, read in bounded memory, and their texts by key.
 
-A record longer than the limit is passed over in pieces and never held; its place and length are what remain of it.
+A record longer than the limit is never held: its content is None, its place and length are known.
 """
 
 from __future__ import annotations
@@ -13,16 +13,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
-from megatron_retro.data.preprocessing.plan import GZIP, LINES, PARQUET, TEXT, Plan, Segment, parquet_module
+from megatron_retro.data.preprocessing.job import (
+    GZIP,
+    LINES,
+    PARQUET,
+    TEXT,
+    InputRange,
+    PreprocessingJob,
+    parquet_module,
+)
 from megatron_retro.errors import DataError, EnvironmentProblem
 
-_PIECE = 1 << 20
+_READ_BYTES = 1 << 20
 _BYTE_ORDER_MARK = "\ufeff"
 Texts = dict[str, list[str]]
 
 
-class Refused(Exception):
-    """A record that cannot be used, and why."""
+class RecordRefused(Exception):
+    """Why a record cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +49,24 @@ class Record:
 
     @property
     def place(self) -> str:
-        """In words."""
+        """Where the record lies, for messages."""
         return f"{self.path}, {self.unit} {self.offset}"
 
 
-def read_segment(plan: Plan, segment: Segment) -> Iterator[Record]:
-    """The records that begin in a segment."""
-    file, limit = plan.files[segment.file], plan.reading.max_document_bytes
+def read_range(job: PreprocessingJob, span: InputRange) -> Iterator[Record]:
+    """The records that begin in a range."""
+    file, limit = job.files[span.file], job.reading.max_document_bytes
     if file.format == PARQUET:
-        yield from _rows(file.path, segment.start, plan.reading.json_keys)
-    elif file.format == LINES or (file.format == TEXT and plan.reading.text_documents == "line"):
-        with open(file.path, "rb", buffering=_PIECE) as stream:
-            for record in _lines_between(stream, file.path, segment.start, segment.stop, limit):
+        yield from _rows(file.path, span.start, job.reading.json_keys)
+    elif file.format == LINES or (file.format == TEXT and job.reading.text_documents == "line"):
+        with open(file.path, "rb", buffering=_READ_BYTES) as stream:
+            for record in _lines_between(stream, file.path, span.start, span.stop, limit):
                 yield replace(record, is_plain=True) if file.format == TEXT else record
     elif file.format == TEXT:
         yield _whole_file(file.path, file.bytes, limit)
     else:
         with _decompressed(file.path, file.format) as stream:
-            yield from _guarded(_lines(stream, file.path, 0, limit), file.path)
+            yield from _with_named_errors(_lines(stream, file.path, 0, limit), file.path)
 
 
 def _lines_between(stream: BinaryIO, path: str, start: int, stop: int, limit: int) -> Iterator[Record]:
@@ -67,11 +75,11 @@ def _lines_between(stream: BinaryIO, path: str, start: int, stop: int, limit: in
     if start > 0:
         stream.seek(start - 1)
         while True:
-            piece = stream.readline(min(_PIECE, stop - offset + 1))
+            line = stream.readline(min(_READ_BYTES, stop - offset + 1))
             offset = stream.tell()
-            if piece.endswith(b"\n"):
+            if line.endswith(b"\n"):
                 break
-            if not piece or offset >= stop:
+            if not line or offset >= stop:
                 return
     for record in _lines(stream, path, offset, limit):
         if record.offset >= stop:
@@ -84,9 +92,9 @@ def _lines(stream: BinaryIO, path: str, offset: int, limit: int) -> Iterator[Rec
         length = len(line)
         too_long = length > limit and len(line.rstrip(b"\r\n")) > limit
         if not line.endswith(b"\n") and length == limit + 2:
-            while piece := stream.readline(_PIECE):
-                length += len(piece)
-                if piece.endswith(b"\n"):
+            while rest := stream.readline(_READ_BYTES):
+                length += len(rest)
+                if rest.endswith(b"\n"):
                     break
         yield Record(path, offset, length, None if too_long else line)
         offset += length
@@ -116,8 +124,8 @@ def _rows(path: str, group: int, keys: tuple[str, ...]) -> Iterator[Record]:
 
 def _decompressed(path: str, kind: str) -> BinaryIO:
     if kind == GZIP:
-        return io.BufferedReader(gzip.open(path, "rb"), _PIECE)
-    return io.BufferedReader(_ZstdStream(path), _PIECE)
+        return io.BufferedReader(gzip.open(path, "rb"), _READ_BYTES)
+    return io.BufferedReader(_ZstdStream(path), _READ_BYTES)
 
 
 class _ZstdStream(io.RawIOBase):
@@ -170,8 +178,8 @@ class _ZstdStream(io.RawIOBase):
         super().close()
 
 
-def _guarded(records: Iterator[Record], path: str) -> Iterator[Record]:
-    """A compressed file that is cut or damaged ends the run whatever --on-error says."""
+def _with_named_errors(records: Iterator[Record], path: str) -> Iterator[Record]:
+    """Name a compressed file that is cut or damaged; it ends the run whatever --on-error says."""
     last = 0
     try:
         for record in records:
@@ -183,17 +191,17 @@ def _guarded(records: Iterator[Record], path: str) -> Iterator[Record]:
         ) from None
 
 
-def texts_of(record: Record, plan: Plan) -> Texts | None:
+def texts_of(record: Record, job: PreprocessingJob) -> Texts | None:
     """The texts of a record by key (a list of them when the field is a list); None for a blank line."""
-    reading = plan.reading
+    reading = job.reading
     if record.content is None:
-        raise Refused(f"{record.length} bytes, more than --max-document-bytes {reading.max_document_bytes}")
+        raise RecordRefused(f"{record.length} bytes, more than --max-document-bytes {reading.max_document_bytes}")
     if isinstance(record.content, dict):
         return {key: _checked(record.content[key], key, reading.max_document_bytes) for key in reading.json_keys}
     try:
         text = record.content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Refused(f"invalid UTF-8 at byte {record.offset + error.start}") from None
+        raise RecordRefused(f"invalid UTF-8 at byte {record.offset + error.start}") from None
     if record.offset == 0:
         text = text.removeprefix(_BYTE_ORDER_MARK)
     if record.is_plain and reading.text_documents == "file":
@@ -209,12 +217,12 @@ def _fields(text: str, keys: tuple[str, ...], limit: int) -> Texts:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Refused(f"malformed JSON (a line holds one object): {error}") from None
+        raise RecordRefused(f"malformed JSON (a line holds one object): {error}") from None
     if not isinstance(value, dict):
-        raise Refused(f"a JSON {type(value).__name__} where an object is expected")
+        raise RecordRefused(f"a JSON {type(value).__name__} where an object is expected")
     missing = [key for key in keys if key not in value]
     if missing:
-        raise Refused(f"no key {missing[0]!r} (there are {', '.join(list(value)[:8])})")
+        raise RecordRefused(f"no key {missing[0]!r} (there are {', '.join(list(value)[:8])})")
     return {key: _checked(value[key], key, limit) for key in keys}
 
 
@@ -222,12 +230,12 @@ def _checked(value: Any, key: str, limit: int) -> list[str]:
     parts: list[str] = value if isinstance(value, list) else [value]
     for part in parts:
         if not isinstance(part, str):
-            raise Refused(f"{key!r} is {'null' if part is None else type(part).__name__}, not text")
+            raise RecordRefused(f"{key!r} is {'null' if part is None else type(part).__name__}, not text")
         if len(part) > limit:
-            raise Refused(f"{key!r} has {len(part)} characters, more than --max-document-bytes {limit}")
+            raise RecordRefused(f"{key!r} has {len(part)} characters, more than --max-document-bytes {limit}")
         if not part.isascii():
             try:
                 part.encode("utf-8")
             except UnicodeEncodeError:
-                raise Refused(f"{key!r} holds half a surrogate pair") from None
+                raise RecordRefused(f"{key!r} holds half a surrogate pair") from None
     return parts

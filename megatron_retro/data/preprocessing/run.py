@@ -1,6 +1,6 @@
 """A preprocessing run from settings to finished token files, alone or as one of many workers on a shared directory.
 
-The work directory `PREFIX.unfinished` holds the plan, claims and finished pieces; it is what --resume goes on from.
+The work directory `PREFIX.unfinished` holds the job, claims and finished part files; --resume goes on from it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from megatron_retro.artifacts.manifest import load_manifest, manifest_path
 from megatron_retro.config.data import InputConfig, PreprocessConfig, TokenizerConfig, WorkersConfig
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings
 from megatron_retro.config.training import ObservabilityConfig
-from megatron_retro.data.preprocessing.assembly import Output, assemble, is_finished
-from megatron_retro.data.preprocessing.blocks import BlockCounts, BlockMaker, read_counts
-from megatron_retro.data.preprocessing.encoding import build_encoder
-from megatron_retro.data.preprocessing.plan import Plan, Reading, find_inputs
+from megatron_retro.data.preprocessing.blocks import BlockCounts, BlockTokenizer, read_counts
+from megatron_retro.data.preprocessing.job import PreprocessingJob, ReadOptions, find_inputs
+from megatron_retro.data.preprocessing.joining import Output, is_finished, join_blocks
 from megatron_retro.data.preprocessing.pool import Send, WorkerPool
+from megatron_retro.data.preprocessing.tokenization import build_encoder
 from megatron_retro.data.token_file import bin_path, idx_path
 from megatron_retro.data.token_index import token_dtype
 from megatron_retro.data.token_writer import merge_token_files, verify_token_file
@@ -42,36 +42,36 @@ _FINISH = "finish"
 
 @dataclass(frozen=True)
 class Run:
-    """One run: what is read, what is written, where unfinished work lies."""
+    """One run: its job, output files, tokenizer and worker."""
 
-    plan: Plan
+    job: PreprocessingJob
     output: Output
     tokenizer: Tokenizer
     worker: Worker
 
     @property
     def directory(self) -> Path:
-        """Unfinished work."""
+        """The work directory."""
         return Path(self.output.prefix + ".unfinished")
 
     def is_done(self, block: str) -> bool:
-        """Whether a block's pieces, or the whole output, are in place."""
-        return read_counts(self.directory, int(block)) is not None or is_finished(self.plan, self.output)
+        """Whether a block's part files, or the whole output, are in place."""
+        return read_counts(self.directory, int(block)) is not None or is_finished(self.job, self.output)
 
     def remaining(self) -> list[int]:
-        """Blocks still to make."""
-        return [block for block in range(len(self.plan.blocks)) if read_counts(self.directory, block) is None]
+        """Blocks that are not finished."""
+        return [block for block in range(len(self.job.blocks)) if read_counts(self.directory, block) is None]
 
     def claims(self, number: int, workers: int, *, wait: bool) -> Iterator[int]:
-        """Blocks to make, under claims; worker `number` of this machine begins at its own place."""
-        total = len(self.plan.blocks)
+        """Unfinished blocks, each under a claim; worker `number` of this machine begins at its own place."""
+        total = len(self.job.blocks)
         start = total * (self.worker.index * workers + number) // (self.worker.count * workers)
         order = [f"{block % total:06d}" for block in range(start, start + total)]
         return (int(block) for block in self._claimed(order, self.is_done, wait=wait))
 
     def finish_claim(self) -> Iterator[str]:
-        """One claim, for the worker that puts the pieces together; the others wait for it."""
-        return self._claimed([_FINISH], lambda _: is_finished(self.plan, self.output), wait=True)
+        """One claim, for the worker that joins the blocks; the others wait for it."""
+        return self._claimed([_FINISH], lambda _: is_finished(self.job, self.output), wait=True)
 
     def _claimed(self, blocks: Sequence[str], is_done: Callable[[str], bool], *, wait: bool) -> Iterator[str]:
         claims = BlockClaims(self.directory / "claims", blocks, is_done, CLAIM_SECONDS, wait=wait)
@@ -79,18 +79,18 @@ class Run:
             yield from claims
         except FileNotFoundError:
             # Another worker finished everything and removed the directory under us.
-            if not is_finished(self.plan, self.output):
+            if not is_finished(self.job, self.output):
                 raise
 
-    def maker(self) -> BlockMaker:
-        """Makes blocks in this process."""
-        encoder = build_encoder(self.tokenizer, np.dtype(self.plan.dtype))
-        return BlockMaker(self.plan, self.directory, encoder, self.tokenizer.eod)
+    def block_tokenizer(self) -> BlockTokenizer:
+        """The tokenizer of blocks in this process."""
+        encoder = build_encoder(self.tokenizer, np.dtype(self.job.dtype))
+        return BlockTokenizer(self.job, self.directory, encoder, self.tokenizer.eod)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run made."""
+    """Counts of a finished run."""
 
     documents: int
     tokens: int
@@ -107,22 +107,22 @@ def preprocess(settings: Settings) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     worker = this_worker(settings[WorkersConfig].shard)
     run = plan_run(inputs, config, settings[TokenizerConfig], worker)
-    if is_finished(run.plan, run.output) and (config.resume or worker.count > 1):
+    if is_finished(run.job, run.output) and (config.resume or worker.count > 1):
         shutil.rmtree(run.directory, ignore_errors=True)  # a kill may have come between the last file and this
         say(f"{run.output.prefix}: finished before, nothing to do")
         return
     asked_to_log = settings.origin("log_interval") != DEFAULT_ORIGIN
     log_interval = settings[ObservabilityConfig].log_interval if asked_to_log else None
-    _enter(run, resume=config.resume)
+    _open_work_directory(run, resume=config.resume)
     try:
-        _make_blocks(run, config.workers or len(os.sched_getaffinity(0)), log_interval)
+        _tokenize_blocks(run, config.workers or len(os.sched_getaffinity(0)), log_interval)
         summary = _finish(run)
     except BaseException:
-        _leave_no_empty_directory(run)
+        _remove_empty_work_directory(run)
         raise
     if config.verify:
         verify(run)
-    _tell(run, summary)
+    _print_summary(run, summary)
 
 
 def join_token_files(inputs: InputConfig, config: PreprocessConfig) -> None:
@@ -143,49 +143,49 @@ def join_token_files(inputs: InputConfig, config: PreprocessConfig) -> None:
 
 
 def plan_run(inputs: InputConfig, config: PreprocessConfig, tokenizer_config: TokenizerConfig, worker: Worker) -> Run:
-    """Check the settings and lay out the work; reads sizes and samples of the input, nothing else."""
+    """Check the settings and define the job; reads sizes and samples of the input, nothing else."""
     if inputs.input is None or config.output_prefix is None:
         raise ConfigError("--input and --output-prefix are needed", got=f"{inputs.input} and {config.output_prefix}")
     if len(set(inputs.json_keys)) < len(inputs.json_keys):
         raise ConfigError("--json-keys names a key twice", got=" ".join(inputs.json_keys))
     tokenizer = build_tokenizer(tokenizer_config)
-    reading = Reading(inputs.json_keys, inputs.text_documents, inputs.max_document_bytes, inputs.on_error)
+    reading = ReadOptions(inputs.json_keys, inputs.text_documents, inputs.max_document_bytes, inputs.on_error)
     dtype = token_dtype(tokenizer.vocab_size)
-    plan = Plan(find_inputs(inputs.input), reading, config.append_eod, tokenizer.fingerprint, str(dtype))
+    job = PreprocessingJob(find_inputs(inputs.input), reading, config.append_eod, tokenizer.fingerprint, str(dtype))
     facts: dict[str, Any] = {
         "tokenizer_type": tokenizer_config.tokenizer_type,
         "vocab_size": tokenizer.vocab_size,
         "eod": tokenizer.eod,
     }
     output = Output(config.output_prefix, config.shards, config.shuffle_documents, facts)
-    return Run(plan, output, tokenizer, worker)
+    return Run(job, output, tokenizer, worker)
 
 
-def _enter(run: Run, *, resume: bool) -> None:
-    """Open the work directory, or say why not."""
-    for key, shard, target in run.output.targets(run.plan):
-        _require_free(run, target, run.output.config_of(run.plan, key, shard), resume=resume)
+def _open_work_directory(run: Run, *, resume: bool) -> None:
+    """Open the work directory; that of another job is refused."""
+    for key, shard, target in run.output.targets(run.job):
+        _require_free(run, target, run.output.config_of(run.job, key, shard), resume=resume)
     plan_file = run.directory / "plan.json"
     if plan_file.exists():
         stored = json.loads(plan_file.read_text())
-        back_to_stop = stored["reading"]["on_error"] == "skip" and run.plan.reading.on_error == "stop"
-        if stored["fingerprint"] != run.plan.fingerprint or back_to_stop:
+        back_to_stop = stored["reading"]["on_error"] == "skip" and run.job.reading.on_error == "stop"
+        if stored["fingerprint"] != run.job.fingerprint or back_to_stop:
             raise ArtifactError(
                 f"{run.directory} holds unfinished work of another run",
-                got="other " + ", ".join(run.plan.differences(stored)[:5]),
+                got="other " + ", ".join(run.job.differences(stored)[:5]),
                 fix="finish that run with its own settings, or remove the directory",
             )
         if not resume and run.worker.count == 1:
             raise ArtifactError(
                 f"{run.directory} holds unfinished work of this same run", fix="--resume goes on; or remove it"
             )
-    write_file(plan_file, json_text({"fingerprint": run.plan.fingerprint, **asdict(run.plan)}, indent=1))
+    write_file(plan_file, json_text({"fingerprint": run.job.fingerprint, **asdict(run.job)}, indent=1))
 
 
-def _leave_no_empty_directory(run: Run) -> None:
-    """A run that ends before its first block leaves nothing to go on from, and nothing in another's way."""
+def _remove_empty_work_directory(run: Run) -> None:
+    """Remove the work directory of a run that failed before its first block."""
     claimed = any((run.directory / "claims").glob("*"))
-    if not claimed and len(run.remaining()) == len(run.plan.blocks):
+    if not claimed and len(run.remaining()) == len(run.job.blocks):
         shutil.rmtree(run.directory, ignore_errors=True)
 
 
@@ -203,25 +203,25 @@ def _require_free(run: Run, target: str, config: dict[str, Any], *, resume: bool
         )
 
 
-def _make_blocks(run: Run, workers: int, log_interval: int | None) -> None:
+def _tokenize_blocks(run: Run, workers: int, log_interval: int | None) -> None:
     left = run.remaining()
-    total = sum(run.plan.segment_bytes(segment) for block in left for segment in run.plan.blocks[block])
+    total = sum(run.job.range_bytes(span) for block in left for span in run.job.blocks[block])
     with Progress("preprocess", total, "B") as progress:
         log = _Log(progress, log_interval)
         workers = max(1, min(workers, len(left)))
         if workers == 1:
-            _make_here(run, log)
+            _tokenize_here(run, log)
             return
-        # Before the fork: what the encoder learns here, its processes need not learn each for itself.
-        maker = run.maker()
-        maker.warm_up()
-        pool = WorkerPool(workers, partial(_work, run, maker, workers), log, run.plan.describe)
+        # Before the fork, so that the processes share the word cache that is filled here.
+        blocks = run.block_tokenizer()
+        blocks.warm_up()
+        pool = WorkerPool(workers, partial(_work, run, blocks, workers), log, run.job.describe)
         pool.run()
-        _make_here(run, log)
+        _tokenize_here(run, log)
 
 
 class _Log:
-    """Adds up what workers report."""
+    """Adds up the counts that workers report."""
 
     def __init__(self, progress: Progress, log_interval: int | None) -> None:
         self._progress, self._interval = progress, log_interval
@@ -236,36 +236,36 @@ class _Log:
             say(f"{self._documents} documents, {self._tokens} tokens, {self._progress.facts()}")
 
 
-def _work(run: Run, maker: BlockMaker, workers: int, number: int, send: Send) -> None:
-    """A worker process: blocks that nobody else has."""
+def _work(run: Run, blocks: BlockTokenizer, workers: int, number: int, send: Send) -> None:
+    """The work of a worker process: blocks that no other worker has claimed."""
     for block in run.claims(number, workers, wait=False):
         send("block", block)
-        maker.make(block, lambda *facts: send("progress", facts))
+        blocks.tokenize(block, lambda *facts: send("progress", facts))
 
 
-def _make_here(run: Run, log: _Log) -> None:
-    """In this process, all that is left; waits for blocks that other machines hold."""
+def _tokenize_here(run: Run, log: _Log) -> None:
+    """Tokenize all unfinished blocks in this process; waits for blocks that other machines have claimed."""
     if not run.remaining():
         return
-    maker = run.maker()
+    blocks = run.block_tokenizer()
     for block in run.claims(0, 1, wait=True):
-        maker.make(block, lambda *facts: log(facts))
+        blocks.tokenize(block, lambda *facts: log(facts))
 
 
 def _finish(run: Run) -> Summary | None:
-    """Put the pieces together, in one worker; the others wait for it. None where another one did it."""
+    """Join the blocks in one worker; the others wait for it. None where another worker did it."""
     summary = None
     for _ in run.finish_claim():
-        counts = [read_counts(run.directory, block) or BlockCounts() for block in range(len(run.plan.blocks))]
+        counts = [read_counts(run.directory, block) or BlockCounts() for block in range(len(run.job.blocks))]
         summary = Summary(*(sum(getattr(c, name) for c in counts) for name in Summary.__dataclass_fields__))
-        assemble(run.plan, run.directory, run.output)
+        join_blocks(run.job, run.directory, run.output)
     shutil.rmtree(run.directory, ignore_errors=True)
     return summary
 
 
 def verify(run: Run) -> None:
     """Read the finished files again; any fault is an error."""
-    for _, _, target in run.output.targets(run.plan):
+    for _, _, target in run.output.targets(run.job):
         _verify_file(target, run.tokenizer.vocab_size)
 
 
@@ -276,15 +276,15 @@ def _verify_file(prefix: str, vocab_size: int | None = None) -> None:
     say(f"{prefix}: verified")
 
 
-def _tell(run: Run, summary: Summary | None) -> None:
+def _print_summary(run: Run, summary: Summary | None) -> None:
     if summary is None:
         say(f"{run.output.prefix}: finished by another worker")
         return
     say(
-        f"{summary.documents} documents, {summary.tokens} tokens from {readable_bytes(run.plan.num_bytes)}"
+        f"{summary.documents} documents, {summary.tokens} tokens from {readable_bytes(run.job.num_bytes)}"
         + (f"; {summary.blank} blank lines" if summary.blank else "")
     )
     if summary.refused:
         warn(f"{summary.refused} records were refused; see {run.output.prefix}.refused.txt and .refused.jsonl")
-    for _, _, target in run.output.targets(run.plan):
+    for _, _, target in run.output.targets(run.job):
         say(f"wrote {target}.bin and .idx")

@@ -1,4 +1,4 @@
-"""A sentencepiece model from a sample spread over the input.
+"""Training of a sentencepiece model on a sample spread over the input.
 
 Every block gives its first records until its share of the sample is full, so the same input gives the same sample.
 Bytes stand in for characters that are not in the vocabulary, so nothing is ever unknown.
@@ -13,8 +13,8 @@ from pathlib import Path
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.config.data import InputConfig, TrainTokenizerConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.data.preprocessing.plan import Plan, Reading, find_inputs
-from megatron_retro.data.preprocessing.records import Refused, read_segment, texts_of
+from megatron_retro.data.preprocessing.job import PreprocessingJob, ReadOptions, find_inputs
+from megatron_retro.data.preprocessing.records import RecordRefused, read_range, texts_of
 from megatron_retro.errors import ArtifactError, ConfigError, DataError
 from megatron_retro.runtime.console import readable_bytes, say
 
@@ -26,9 +26,9 @@ def train_tokenizer(settings: Settings) -> None:
     inputs, config = settings[InputConfig], settings[TrainTokenizerConfig]
     if inputs.input is None or config.tokenizer_output is None:
         raise ConfigError("--input and --tokenizer-output are needed")
-    reading = Reading(inputs.json_keys, inputs.text_documents, inputs.max_document_bytes, inputs.on_error)
-    plan = Plan(find_inputs(inputs.input), reading, False, "", "int32")
-    model = _train(sampled_lines(plan, config.tokenizer_sample_bytes), config)
+    reading = ReadOptions(inputs.json_keys, inputs.text_documents, inputs.max_document_bytes, inputs.on_error)
+    job = PreprocessingJob(find_inputs(inputs.input), reading, False, "", "int32")
+    model = _train(sampled_lines(job, config.tokenizer_sample_bytes), config)
     target = Path(f"{config.tokenizer_output}.model")
     if target.exists() and target.read_bytes() != model:
         raise ArtifactError(
@@ -37,7 +37,7 @@ def train_tokenizer(settings: Settings) -> None:
         )
     write_file(target, model)
     write_file(Path(f"{config.tokenizer_output}.vocab"), _vocabulary(model))
-    say(f"wrote {config.tokenizer_output}.model and .vocab ({readable_bytes(plan.num_bytes)} of input)")
+    say(f"wrote {config.tokenizer_output}.model and .vocab ({readable_bytes(job.num_bytes)} of input)")
 
 
 def _train(lines: Iterator[str], config: TrainTokenizerConfig) -> bytes:
@@ -75,19 +75,19 @@ def _train(lines: Iterator[str], config: TrainTokenizerConfig) -> bytes:
     return written.getvalue()
 
 
-def sampled_lines(plan: Plan, sample_bytes: int) -> Iterator[str]:
+def sampled_lines(job: PreprocessingJob, sample_bytes: int) -> Iterator[str]:
     """Lines of the sample; long ones are cut, since sentencepiece drops them."""
-    share = max(1, sample_bytes // max(len(plan.blocks), 1))
-    for block in plan.blocks:
+    share = max(1, sample_bytes // max(len(job.blocks), 1))
+    for block in job.blocks:
         left = share
-        for segment in block:
-            for record in read_segment(plan, segment):
+        for span in block:
+            for record in read_range(job, span):
                 if left <= 0:
                     break
                 try:
-                    texts = texts_of(record, plan) or {}
-                except Refused as reason:
-                    if plan.reading.on_error == "stop":
+                    texts = texts_of(record, job) or {}
+                except RecordRefused as reason:
+                    if job.reading.on_error == "stop":
                         raise DataError(f"{record.place}: {reason}") from None
                     continue
                 for line in _lines(texts):

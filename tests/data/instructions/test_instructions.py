@@ -18,9 +18,9 @@ from megatron_retro.assembly.batch_tensors import to_tensors
 from megatron_retro.assembly.single_process import neighbors_of
 from megatron_retro.config.model import RetroConfig
 from megatron_retro.data.instructions.buckets import Buckets
+from megatron_retro.data.instructions.conversation_tokens import ConversationEncoder, EncodedExample
 from megatron_retro.data.instructions.conversations import Conversation, Passage, Turn, read_conversations
 from megatron_retro.data.instructions.dataset import InstructionDataset, open_instructions
-from megatron_retro.data.instructions.encoding import ConversationEncoder, EncodedExample
 from megatron_retro.data.instructions.rows import RowShape, build_batch, pack
 from megatron_retro.data.instructions.templates import (
     INSTRUCT_RETRO_SYSTEM,

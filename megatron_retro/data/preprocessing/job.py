@@ -1,7 +1,7 @@
-"""What a preprocessing run does: its input files, cut into blocks of work that do not depend on the workers.
+"""A preprocessing job: its input files, cut into blocks of work that do not depend on the workers.
 
-A block is one or more segments: a byte range of a plain file, a row group of a Parquet file, or a whole compressed
-file. The plan's fingerprint says whether work found on disk belongs to the same run.
+A block is one or more input ranges: bytes of a plain file, a row group of a Parquet file, or a whole compressed file.
+The job's fingerprint says whether unfinished work on disk belongs to it. Its file is called `plan.json`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ENDINGS = {
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file of the input as it was when the run was planned."""
+    """A file of the input as it was when the job was defined."""
 
     path: str
     format: str
@@ -49,8 +49,8 @@ class InputFile:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A part of one input file: bytes [start, stop), or row group `start` of a Parquet file."""
+class InputRange:
+    """A range of one input file: bytes [start, stop), or row group `start` of a Parquet file."""
 
     file: int
     start: int
@@ -58,7 +58,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How records are read and which are refused."""
 
     json_keys: tuple[str, ...]
@@ -68,11 +68,11 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Inputs and everything else that the output depends on."""
+class PreprocessingJob:
+    """The inputs and everything else that the output depends on."""
 
     files: tuple[InputFile, ...]
-    reading: Reading
+    reading: ReadOptions
     append_eod: bool
     tokenizer: str
     dtype: str
@@ -87,7 +87,7 @@ class Plan:
         return hashlib.sha256(json_text(facts, sort_keys=True).encode()).hexdigest()
 
     def differences(self, stored: Mapping[str, Any]) -> list[str]:
-        """What another plan, as it was stored, would do differently."""
+        """How another job, as it was stored, differs."""
         mine: dict[str, Any] = json.loads(json_text(asdict(self)))
         theirs = {**stored, **stored.get("reading", {})}
         facts = {**mine.pop("reading"), **mine}
@@ -106,28 +106,28 @@ class Plan:
         return sum(file.bytes for file in self.files)
 
     @cached_property
-    def blocks(self) -> tuple[tuple[Segment, ...], ...]:
+    def blocks(self) -> tuple[tuple[InputRange, ...], ...]:
         """The input in order, cut into blocks."""
         size = max(SMALLEST_BLOCK, -(-self.num_bytes // MOST_BLOCKS))
-        return tuple(_packed(self._segments(size), size))
+        return tuple(_packed(self._ranges(size), size))
 
-    def _segments(self, size: int) -> Iterator[Segment]:
+    def _ranges(self, size: int) -> Iterator[InputRange]:
         for number, file in enumerate(self.files):
             if file.format == PARQUET:
-                yield from (Segment(number, group, group + 1) for group in range(file.row_groups))
+                yield from (InputRange(number, group, group + 1) for group in range(file.row_groups))
             elif file.format == LINES or (file.format == TEXT and self.reading.text_documents == "line"):
                 starts = range(0, file.bytes, size)
-                yield from (Segment(number, start, min(start + size, file.bytes)) for start in starts)
+                yield from (InputRange(number, start, min(start + size, file.bytes)) for start in starts)
             else:
-                yield Segment(number, 0, file.bytes)
+                yield InputRange(number, 0, file.bytes)
 
-    def segment_bytes(self, segment: Segment) -> int:
-        """How much of the stored input a segment is, for the progress bar."""
-        file = self.files[segment.file]
-        return file.bytes // max(file.row_groups, 1) if file.format == PARQUET else segment.stop - segment.start
+    def range_bytes(self, span: InputRange) -> int:
+        """The stored bytes of a range, for the progress bar."""
+        file = self.files[span.file]
+        return file.bytes // max(file.row_groups, 1) if file.format == PARQUET else span.stop - span.start
 
     def describe(self, block: int) -> str:
-        """A block in words."""
+        """The input range of a block, for messages."""
         first, last = self.blocks[block][0], self.blocks[block][-1]
         path = self.files[first.file].path
         if len(self.blocks[block]) > 1:
@@ -137,16 +137,16 @@ class Plan:
         return f"bytes {first.start} to {first.stop} of {path}"
 
 
-def _packed(segments: Iterable[Segment], size: int) -> Iterator[tuple[Segment, ...]]:
-    """Small neighbouring segments share a block."""
-    block: list[Segment] = []
+def _packed(ranges: Iterable[InputRange], size: int) -> Iterator[tuple[InputRange, ...]]:
+    """Put small neighbouring ranges into one block."""
+    block: list[InputRange] = []
     room = size
-    for segment in segments:
-        amount = segment.stop - segment.start
+    for span in ranges:
+        amount = span.stop - span.start
         if block and amount > room:
             yield tuple(block)
             block, room = [], size
-        block.append(segment)
+        block.append(span)
         room -= amount
     if block:
         yield tuple(block)

@@ -1,4 +1,4 @@
-"""The pieces of all blocks put together, in the order of the input or shuffled, as token files.
+"""Part files of all blocks joined to token files, in the order of the input or shuffled.
 
 One pass in bounded memory; only the manifest, written last, makes a target finished.
 """
@@ -21,12 +21,12 @@ from megatron_retro.data.preprocessing.blocks import (
     DOCUMENTS,
     LENGTHS,
     TOKENS,
-    piece_path,
+    part_path,
     reasons_path,
     refused_path,
     require_counts,
 )
-from megatron_retro.data.preprocessing.plan import Plan
+from megatron_retro.data.preprocessing.job import PreprocessingJob
 from megatron_retro.data.token_file import KIND, MANIFEST_VERSION
 from megatron_retro.data.token_writer import TokenFileWriter
 from megatron_retro.errors import ArtifactError, DataError
@@ -37,7 +37,7 @@ _SHUFFLED_SPAN = 1 << 14
 
 @dataclass(frozen=True)
 class Output:
-    """Everything about the output that is not in the plan."""
+    """Where the output goes, how it is sharded and shuffled, and facts of the tokenizer for its manifest."""
 
     prefix: str
     shards: int
@@ -49,33 +49,33 @@ class Output:
         part = f"_{shard:05d}-of-{self.shards:05d}" if self.shards > 1 else ""
         return f"{self.prefix}{part}_{key}_document"
 
-    def targets(self, plan: Plan) -> list[tuple[int, int, str]]:
+    def targets(self, job: PreprocessingJob) -> list[tuple[int, int, str]]:
         """Key number, shard and prefix of every token file."""
-        keys = plan.reading.json_keys
+        keys = job.reading.json_keys
         return [(n, shard, self.target(key, shard)) for n, key in enumerate(keys) for shard in range(self.shards)]
 
-    def config_of(self, plan: Plan, key: int, shard: int) -> dict[str, Any]:
-        """What the manifest of a target says."""
+    def config_of(self, job: PreprocessingJob, key: int, shard: int) -> dict[str, Any]:
+        """The configuration in the manifest of a target."""
         return {
             **self.tokenizer_facts,
-            "plan": plan.fingerprint,
-            "json_key": plan.reading.json_keys[key],
-            "append_eod": plan.append_eod,
+            "plan": job.fingerprint,
+            "json_key": job.reading.json_keys[key],
+            "append_eod": job.append_eod,
             "shard": [shard, self.shards],
             "shuffle_documents": self.shuffle_seed,
         }
 
 
-def is_finished(plan: Plan, output: Output) -> bool:
-    """Whether every target is there, made by this plan."""
-    for key, shard, target in output.targets(plan):
+def is_finished(job: PreprocessingJob, output: Output) -> bool:
+    """Whether every target is there, written by this job."""
+    for key, shard, target in output.targets(job):
         if not manifest_path(Path(target)).exists():
             return False
         try:
             manifest = read_manifest(Path(target), kind=KIND, version=MANIFEST_VERSION)
         except ArtifactError:
             return False
-        if manifest.config != output.config_of(plan, key, shard):
+        if manifest.config != output.config_of(job, key, shard):
             return False
         sizes = {name: record.bytes for name, record in manifest.files.items()}
         paths = {name: Path(target).with_name(name) for name in sizes}
@@ -84,27 +84,27 @@ def is_finished(plan: Plan, output: Output) -> bool:
     return True
 
 
-def assemble(plan: Plan, directory: Path, output: Output) -> None:
-    """Write every target and what was refused."""
-    documents = np.array([require_counts(plan, directory, block).documents for block in range(len(plan.blocks))])
+def join_blocks(job: PreprocessingJob, directory: Path, output: Output) -> None:
+    """Write every target, and the refused records."""
+    documents = np.array([require_counts(job, directory, block).documents for block in range(len(job.blocks))])
     before = np.cumsum([0, *documents], dtype=np.int64)
     if before[-1] == 0:
-        raise DataError(f"the input holds no documents ({len(plan.files)} files, {plan.num_bytes} bytes)")
+        raise DataError(f"the input holds no documents ({len(job.files)} files, {job.num_bytes} bytes)")
     if before[-1] < output.shards:
         raise DataError("fewer documents than --shards", got=before[-1], expected=f"{output.shards} or more")
-    for key, shard, target in output.targets(plan):
+    for key, shard, target in output.targets(job):
         first, last = (int(before[-1]) * part // output.shards for part in (shard, shard + 1))
-        with TokenFileWriter(target, plan.dtype) as writer:
+        with TokenFileWriter(target, job.dtype) as writer:
             if output.shuffle_seed is None:
                 _append_in_order(writer, directory, key, before, first, last)
             else:
                 _append_shuffled(writer, directory, key, before, (first, last), output.shuffle_seed)
             writer.finalize(
-                inputs={"text": plan.fingerprint, "tokenizer": plan.tokenizer},
-                config=output.config_of(plan, key, shard),
+                inputs={"text": job.fingerprint, "tokenizer": job.tokenizer},
+                config=output.config_of(job, key, shard),
             )
     for suffix, part in ((".refused.jsonl", refused_path), (".refused.txt", reasons_path)):
-        _concatenate(Path(output.prefix + suffix), [part(directory, block) for block in range(len(plan.blocks))])
+        _concatenate(Path(output.prefix + suffix), [part(directory, block) for block in range(len(job.blocks))])
 
 
 def _append_in_order(
@@ -114,13 +114,13 @@ def _append_in_order(
         start, stop = max(first, int(before[block])), min(last, int(before[block + 1]))
         if start >= stop:
             continue
-        sequences = np.fromfile(piece_path(directory, block, key, DOCUMENTS), "<i4")
-        lengths = np.fromfile(piece_path(directory, block, key, LENGTHS), "<i4")
+        sequences = np.fromfile(part_path(directory, block, key, DOCUMENTS), "<i4")
+        lengths = np.fromfile(part_path(directory, block, key, LENGTHS), "<i4")
         start, stop = start - int(before[block]), stop - int(before[block])
         low, high = int(sequences[:start].sum(dtype=np.int64)), int(sequences[:stop].sum(dtype=np.int64))
         skipped = int(lengths[:low].sum(dtype=np.int64))
         wanted = int(lengths[low:high].sum(dtype=np.int64))
-        for tokens in _token_spans(piece_path(directory, block, key, TOKENS), writer.dtype, skipped, wanted):
+        for tokens in _token_spans(part_path(directory, block, key, TOKENS), writer.dtype, skipped, wanted):
             writer.add_documents(tokens, np.zeros(0, np.int32), np.zeros(0, np.int64))
         writer.add_documents(np.zeros(0, writer.dtype), lengths[low:high], sequences[start:stop].astype(np.int64))
 
@@ -145,7 +145,7 @@ def _append_shuffled(
     span: tuple[int, int],
     seed: int,
 ) -> None:
-    """Positions [first, last) of the shuffled order; documents are fetched block by block within each span."""
+    """Append positions [first, last) of the shuffled order; within a span, documents are read block by block."""
     total = int(before[-1])
     for start in range(span[0], span[1], _SHUFFLED_SPAN):
         positions = np.arange(start, min(start + _SHUFFLED_SPAN, span[1]))
@@ -170,11 +170,11 @@ def _documents(
     directory: Path, block: int, key: int, documents: NDArray[np.int64], dtype: np.dtype[Any]
 ) -> Iterator[tuple[NDArray[Any], NDArray[np.int32]]]:
     """Tokens and sequence lengths of some documents of a block."""
-    sequences = np.fromfile(piece_path(directory, block, key, DOCUMENTS), "<i4")
-    lengths = np.fromfile(piece_path(directory, block, key, LENGTHS), "<i4")
+    sequences = np.fromfile(part_path(directory, block, key, DOCUMENTS), "<i4")
+    lengths = np.fromfile(part_path(directory, block, key, LENGTHS), "<i4")
     sequence_starts = np.cumsum([0, *sequences], dtype=np.int64)
     token_starts = np.append(0, np.cumsum(lengths, dtype=np.int64))
-    with piece_path(directory, block, key, TOKENS).open("rb") as stream:
+    with part_path(directory, block, key, TOKENS).open("rb") as stream:
         for document in documents:
             low, high = int(sequence_starts[document]), int(sequence_starts[document + 1])
             stream.seek(int(token_starts[low]) * dtype.itemsize)

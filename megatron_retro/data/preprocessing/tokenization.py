@@ -1,6 +1,7 @@
-"""Texts to one array of tokens, many at a time: the plain way, through the tokenizer's own `encode`.
+"""Batches of texts to one array of tokens.
 
-`build_encoder` chooses the exact word cache of `word_cache.py` where a tokenizer allows it; the result is the same.
+`build_encoder` chooses the word cache of `csrc/host/word_cache.h` where a tokenizer allows it, else the tokenizer's own
+`encode`; both give the same tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from megatron_retro.data.word_boundaries import SPACE_MARK, UnigramModel, UnitRu
 CACHE_BYTES = 24 << 20
 
 
-class Encoder(Protocol):
+class TextEncoder(Protocol):
     """Encodes batches of texts."""
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -35,7 +36,7 @@ class PlainEncoder:
     dtype: np.dtype[Any]
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """See `Encoder`."""
+        """See `TextEncoder`."""
         if isinstance(self.tokenizer, SentencePieceTokenizer):
             found = self.tokenizer.processor.encode(list(texts), num_threads=1)
         else:
@@ -55,7 +56,7 @@ class ByteEncoder:
     dtype: np.dtype[Any]
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """See `Encoder`."""
+        """See `TextEncoder`."""
         return _joined([np.frombuffer(utf8(text), np.uint8) for text in texts], self.dtype)
 
 
@@ -90,7 +91,7 @@ class CachedEncoder:
         self._emit = self._cache.emit16 if dtype.itemsize == 2 else self._cache.emit32
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """See `Encoder`."""
+        """See `TextEncoder`."""
         missing = self._cache.scan(texts)
         if missing:
             self._cache.fill(self._resolve(missing))
@@ -111,7 +112,7 @@ class UnigramEncoder:
         self._segment = self._words.segment16 if dtype.itemsize == 2 else self._words.segment32
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """See `Encoder`."""
+        """See `TextEncoder`."""
         missing = self._cache.scan(texts)
         if missing:
             self._cache.fill(self._words.add(self._normalize(missing)))
@@ -132,7 +133,7 @@ class UnigramEncoder:
         return all(np.array_equal(a, b) for a, b in zip(self.encode(trial), plain.encode(trial), strict=True))
 
 
-def build_encoder(tokenizer: Tokenizer, dtype: np.dtype[Any]) -> Encoder:
+def build_encoder(tokenizer: Tokenizer, dtype: np.dtype[Any]) -> TextEncoder:
     """The fastest encoder that gives exactly the tokenizer's ids."""
     if isinstance(tokenizer, ByteTokenizer):
         return ByteEncoder(dtype)
