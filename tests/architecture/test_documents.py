@@ -76,6 +76,12 @@ def decisions() -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
+def test_every_area_of_decisions_is_in_its_contents() -> None:
+    text = (ROOT / "docs" / "decisions.md").read_text()
+    areas = re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
+    assert re.findall(r"\[([^\]]+)\]\(#", text.split("\n## ")[0]) == areas
+
+
 @pytest.mark.parametrize("title", decisions())
 def test_a_decision_is_dated_and_has_its_four_lines(title: str) -> None:
     text = decisions()[title]
