@@ -31,6 +31,7 @@ from megatron_retro.evaluation.leakage import leakage_curve, text_bytes
 from megatron_retro.evaluation.perplexity import (
     Group,
     Measured,
+    PerplexityParts,
     grouped,
     losses_of_group,
     measured,
@@ -38,7 +39,6 @@ from megatron_retro.evaluation.perplexity import (
     spread,
     window_documents,
 )
-from megatron_retro.evaluation.perplexity_parts import PerplexityParts
 from megatron_retro.peft.prompts import configured_virtual_tokens
 from megatron_retro.reporting.perplexity_page import (
     PERPLEXITY_RESULT,

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_retro.errors import ConfigError
-from megatron_retro.evaluation import document_sets, open_sets, span_sets, summary_sets
-from megatron_retro.evaluation.answer_metrics import (
+from megatron_retro.evaluation import answer_sets, document_sets
+from megatron_retro.evaluation.examples import Example
+from megatron_retro.evaluation.metrics import (
     best_over_golds,
     exact_match,
     normalize_answer,
     overlap_f1,
+    rouge_values,
     token_f1,
     usable_golds,
 )
-from megatron_retro.evaluation.examples import Example
 from megatron_retro.evaluation.prompts import Form, option_letters
-from megatron_retro.evaluation.rouge_metrics import rouge_values
 
 _LETTER = re.compile(r"^\s*\(?([A-Z])\)?(?=$|[\s.,:)])")
 # What a model says instead of an answer. SQuAD 2.0's program knows only the empty answer, so these become one.
@@ -120,22 +120,22 @@ _EM_FIRST, _F1_FIRST = ("em", "f1"), ("f1", "em")
 _SQUAD2 = ("f1", "em", "has_answer_f1", "has_answer_em", "no_answer_f1", "no_answer_em")
 
 TASKS: tuple[Task, ...] = (
-    Task("nq", "NQ-open", open_sets.load_open_questions, Form.SHORT, score_span, _EM_FIRST),
-    Task("triviaqa", "TriviaQA", open_sets.load_trivia_qa, Form.SHORT, score_span, _EM_FIRST),
-    Task("webquestions", "WebQuestions", open_sets.load_web_questions, Form.SHORT, score_span, _EM_FIRST),
-    Task("squad1", "SQuAD 1.1", span_sets.load_squad, Form.SHORT, score_squad1, _F1_FIRST),
-    Task("squad2", "SQuAD 2.0", span_sets.load_squad, Form.SHORT, score_span_or_none, _SQUAD2),
-    Task("newsqa", "NewsQA", span_sets.load_newsqa, Form.SHORT, score_span, _F1_FIRST),
-    Task("quoref", "Quoref", span_sets.load_quoref, Form.SHORT, score_span, _F1_FIRST),
-    Task("drop", "DROP", span_sets.load_drop, Form.SHORT, score_span, _F1_FIRST),
+    Task("nq", "NQ-open", answer_sets.load_open_questions, Form.SHORT, score_span, _EM_FIRST),
+    Task("triviaqa", "TriviaQA", answer_sets.load_trivia_qa, Form.SHORT, score_span, _EM_FIRST),
+    Task("webquestions", "WebQuestions", answer_sets.load_web_questions, Form.SHORT, score_span, _EM_FIRST),
+    Task("squad1", "SQuAD 1.1", answer_sets.load_squad, Form.SHORT, score_squad1, _F1_FIRST),
+    Task("squad2", "SQuAD 2.0", answer_sets.load_squad, Form.SHORT, score_span_or_none, _SQUAD2),
+    Task("newsqa", "NewsQA", answer_sets.load_newsqa, Form.SHORT, score_span, _F1_FIRST),
+    Task("quoref", "Quoref", answer_sets.load_quoref, Form.SHORT, score_span, _F1_FIRST),
+    Task("drop", "DROP", answer_sets.load_drop, Form.SHORT, score_span, _F1_FIRST),
     Task("narrativeqa", "NarrativeQA", document_sets.load_narrative_qa, Form.SHORT, score_span, _F1_FIRST),
     Task("qasper", "Qasper", document_sets.load_qasper, Form.SHORT, score_span, _F1_FIRST),
     Task("quality", "QuALITY", document_sets.load_quality, Form.CHOICE, score_choice, ("em",)),
     Task("doc2dial", "doc2dial", document_sets.load_doc2dial, Form.TALK, score_span, _F1_FIRST),
-    Task("boolq", "BoolQ", open_sets.load_bool_q, Form.TRUE_FALSE, score_truth, ("accuracy",)),
-    Task("qmsum", "QMSum", summary_sets.load_qmsum, Form.LONG, score_summary, _ROUGE),
-    Task("govreport", "GovReport", summary_sets.load_gov_report, Form.LONG, score_summary, _ROUGE),
-    Task("summscreen", "SummScreenFD", summary_sets.load_summ_screen, Form.LONG, score_summary, _ROUGE),
+    Task("boolq", "BoolQ", answer_sets.load_bool_q, Form.TRUE_FALSE, score_truth, ("accuracy",)),
+    Task("qmsum", "QMSum", document_sets.load_qmsum, Form.LONG, score_summary, _ROUGE),
+    Task("govreport", "GovReport", document_sets.load_gov_report, Form.LONG, score_summary, _ROUGE),
+    Task("summscreen", "SummScreenFD", document_sets.load_summ_screen, Form.LONG, score_summary, _ROUGE),
 )
 
 

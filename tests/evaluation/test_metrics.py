@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_retro.config.evaluation import QUESTION_SETS
-from megatron_retro.evaluation.answer_metrics import exact_match, normalize_answer, overlap_f1, token_f1
 from megatron_retro.evaluation.examples import Example
-from megatron_retro.evaluation.rouge_metrics import rouge_values
+from megatron_retro.evaluation.metrics import exact_match, normalize_answer, overlap_f1, rouge_values, token_f1
 from megatron_retro.evaluation.tasks import TASKS, Scoring, abstains, average, find_task
 
 words = st.sampled_from(["the", "a", "An", "cat", "Cat's", "dog", "U.S.", "1,000", "is", "été", "—", "", "theatre"])
