@@ -1,8 +1,9 @@
-"""A checkpoint of ours written from a stream of tensors, without a model in memory, and read the same way."""
+"""Checkpoints of megatron_retro read and written parameter by parameter, without a model in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,12 +13,17 @@ from megatron_retro.artifacts.files import new_directory, write_file
 from megatron_retro.artifacts.manifest import file_record, write_manifest
 from megatron_retro.checkpoint.directory import KIND, STATE_NAME, VERSION, point_to, step_directory
 from megatron_retro.checkpoint.live_state import MODEL
-from megatron_retro.checkpoint.loading import Checkpoint, load_tensors
+from megatron_retro.checkpoint.loading import Checkpoint, load_tensors, open_checkpoint
 from megatron_retro.checkpoint.shard_files import DTYPES, PieceSpec, StoredPiece, write_shard
 from megatron_retro.checkpoint.storage import INDEX_NAME, ShardFile, TensorIndex, shard_name
+from megatron_retro.checkpoint.stored_settings import open_base, stored_settings
+from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import PeftConfig
+from megatron_retro.errors import ConfigError
 from megatron_retro.model.retro import Retro
+from megatron_retro.peft.merging import merged, require_mergeable
 from megatron_retro.runtime.strict_json import json_text
 
 _SHARD_BYTES = 4 << 30
@@ -35,7 +41,7 @@ def write_checkpoint(
     with new_directory(target) as partial:
         files: dict[str, ShardFile] = {}
         pieces: dict[str, tuple[StoredPiece, ...]] = {}
-        for number, names in enumerate(_shard_plan(shapes)):
+        for number, names in enumerate(_names_by_shard(shapes)):
             specs = [PieceSpec(MODEL + name, "F32", shapes[name], (0,) * len(shapes[name])) for name in names]
             path = partial / shard_name(number)
             written = write_shard(path, specs, lambda index, names=names: load(names[index]).float())  # type: ignore[misc]
@@ -70,23 +76,91 @@ def parameter_shapes(model: ModelConfig, retro: RetroConfig) -> dict[str, tuple[
     return {name: (model.vocab_size or 0, *shape[1:]) if name in rows else shape for name, shape in shapes.items()}
 
 
-def _shard_plan(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
-    """Names in order, cut where a shard would grow too large."""
-    plan: list[list[str]] = [[]]
+def _names_by_shard(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
+    """The names of each shard, in order; a new shard begins where one would grow too large."""
+    shards: list[list[str]] = [[]]
     size = 0
     for name, shape in shapes.items():
         num_bytes = 4 * torch.Size(shape).numel()
-        if plan[-1] and size + num_bytes > _SHARD_BYTES:
-            plan.append([])
+        if shards[-1] and size + num_bytes > _SHARD_BYTES:
+            shards.append([])
             size = 0
-        plan[-1].append(name)
+        shards[-1].append(name)
         size += num_bytes
-    return plan
+    return shards
 
 
 def read_parameter(checkpoint: Checkpoint, name: str) -> Tensor:
-    """One parameter, every byte verified."""
+    """One parameter, with every byte verified."""
     key = MODEL + name
     tensor = torch.empty(checkpoint.index.sizes[key], dtype=DTYPES[checkpoint.index.dtypes[key]])
     load_tensors(checkpoint, {key: tensor})
     return tensor
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """The parameters of a checkpoint by name, those of PEFT merged where asked."""
+
+    path: Path
+    settings: Settings
+    names: frozenset[str]
+    load: Callable[[str], Tensor]
+    inputs: Mapping[str, str]
+
+
+def open_stored(source: Path, *, merge: bool) -> StoredModel:
+    """Open a whole model; a PEFT run is one once it is merged into its base."""
+    checkpoint = open_checkpoint(source)
+    settings = stored_settings(checkpoint)
+    tuned = settings[PeftConfig].peft_method != "none"
+    if merge and not tuned:
+        raise ConfigError(
+            f"{checkpoint.path} has nothing to merge: it is a whole model", fix="leave out --convert-merge"
+        )
+    if tuned and not merge:
+        raise ConfigError(
+            f"{checkpoint.path} holds what was tuned beside a model, not the model",
+            got=f"--peft-method {settings[PeftConfig].peft_method}",
+            fix="give --convert-merge, or --convert-to peft",
+        )
+    if merge:
+        return _merged_model(checkpoint, settings)
+    return StoredModel(
+        checkpoint.path,
+        settings,
+        parameter_names(checkpoint),
+        lambda name: read_parameter(checkpoint, name),
+        {"checkpoint": checkpoint.manifest.fingerprint},
+    )
+
+
+def parameter_names(checkpoint: Checkpoint) -> frozenset[str]:
+    """The names of a checkpoint's parameters."""
+    return frozenset(name.removeprefix(MODEL) for name in checkpoint.index.sizes if name.startswith(MODEL))
+
+
+def _merged_model(checkpoint: Checkpoint, settings: Settings) -> StoredModel:
+    config = settings[PeftConfig]
+    require_mergeable(config.peft_method)
+    base, tuned = open_base(checkpoint), parameter_names(checkpoint)
+
+    def added(name: str) -> Tensor | None:
+        return read_parameter(checkpoint, name) if name in tuned else None
+
+    def load(name: str) -> Tensor:
+        return merged(name, read_parameter(base, name), added, config)
+
+    inputs = {"base": base.manifest.fingerprint, "tuned": checkpoint.manifest.fingerprint}
+    tokenizer = checkpoint.manifest.inputs.get("tokenizer")
+    if tokenizer is not None:
+        inputs["tokenizer"] = tokenizer
+    return StoredModel(checkpoint.path, settings, parameter_names(base), load, inputs)
+
+
+def write_merged(source: Path, run: Path) -> Path:
+    """Write a run whose step 0 is the tuned model, merged into its base."""
+    stored = open_stored(source, merge=True)
+    model, retro = stored.settings[ModelConfig], stored.settings[RetroConfig]
+    settings = Settings([model, retro, stored.settings[TokenizerConfig]])
+    return write_checkpoint(run, settings, parameter_shapes(model, retro), stored.load, stored.inputs)

@@ -1,4 +1,4 @@
-"""Which conversion a source and a wish call for."""
+"""The verb `convert`: chooses the conversion by the source's format and --convert-to."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import torch
 
 from megatron_retro.config.model import ConvertConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.convert.hugging_face import CONFIG, export_hugging_face, import_hugging_face
+from megatron_retro.convert.checkpoint_files import write_merged
+from megatron_retro.convert.hugging_face import CONFIG, export_hugging_face, export_remote_code, import_hugging_face
 from megatron_retro.convert.hugging_face_peft import ADAPTER_CONFIG, export_peft
 from megatron_retro.convert.megatron_checkpoint import import_megatron
 from megatron_retro.convert.megatron_files import is_megatron
 from megatron_retro.convert.peft_import import import_peft
-from megatron_retro.convert.remote_code import export_remote_code
-from megatron_retro.convert.stored_model import write_merged
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.runtime.console import say
 

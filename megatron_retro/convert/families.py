@@ -1,4 +1,4 @@
-"""The decoder families of Hugging Face that a GPT of ours can come from and go to: names of tensors, names of settings.
+"""The decoder families of Hugging Face that can be imported and exported: names of tensors and settings.
 
 A setting that is neither understood nor known to leave the function alone is refused by name.
 """

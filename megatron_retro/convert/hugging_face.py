@@ -1,7 +1,12 @@
-"""A decoder from a Hugging Face folder into a checkpoint, and the decoder of a checkpoint into such a folder."""
+"""A decoder from a Hugging Face folder into a checkpoint, and a checkpoint into such a folder.
+
+A decoder goes out in the family that computes the same. A whole Retro goes out with its code, for transformers'
+`trust_remote_code=True`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,11 +20,10 @@ from megatron_retro.artifacts.manifest import file_record
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.convert.checkpoint_files import parameter_shapes, write_checkpoint
+from megatron_retro.convert.checkpoint_files import open_stored, parameter_shapes, write_checkpoint
 from megatron_retro.convert.families import GPT2, Family
 from megatron_retro.convert.hugging_face_config import family_of, hugging_face_from_model, model_from_hugging_face
 from megatron_retro.convert.safetensors_folder import SafetensorsFolder, read_json, write_folder
-from megatron_retro.convert.stored_model import open_stored
 from megatron_retro.convert.tensor_rules import Rule
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.runtime.console import warn
@@ -27,6 +31,7 @@ from megatron_retro.runtime.strict_json import json_text
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
+_REMOTE_CODE = "modeling_megatron_retro"
 # tensors that some versions store and that follow from the configuration
 _DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
 
@@ -171,3 +176,32 @@ def _export_tokenizer(stored: Path, partial: Path) -> None:
         )
     shutil.copyfile(stored, partial / TOKENIZER)
     write_file(partial / "tokenizer_config.json", json_text({"tokenizer_class": "PreTrainedTokenizerFast"}) + "\n")
+
+
+def export_remote_code(
+    source: Path, destination: Path, *, dtype: torch.dtype, shard_bytes: int, merge: bool = False
+) -> Path:
+    """Write the folder, tensor by tensor."""
+    stored = open_stored(source, merge=merge)
+    # The true vocabulary, unpadded: the file's shapes are then the model's.
+    model = dataclasses.replace(stored.settings[ModelConfig], make_vocab_size_divisible_by=1)
+    retro = stored.settings[RetroConfig]
+    config = {
+        "model_type": "megatron_retro",
+        "architectures": ["MegatronRetroForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{_REMOTE_CODE}.MegatronRetroConfig",
+            "AutoModelForCausalLM": f"{_REMOTE_CODE}.MegatronRetroForCausalLM",
+        },
+        "retro_model": dataclasses.asdict(model),
+        "retro_retrieval": dataclasses.asdict(retro),
+        "dtype": str(dtype).removeprefix("torch."),
+        "tie_word_embeddings": False,
+        "use_cache": False,
+    }
+    names = parameter_shapes(model, retro)
+    with new_directory(destination) as partial:
+        write_folder(partial, ((f"retro.{name}", stored.load(name).to(dtype)) for name in names), shard_bytes)
+        write_file(partial / CONFIG, json_text(config, indent=2) + "\n")
+        shutil.copyfile(Path(__file__).with_name(f"{_REMOTE_CODE}.py"), partial / f"{_REMOTE_CODE}.py")
+    return destination

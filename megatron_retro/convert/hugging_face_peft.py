@@ -1,4 +1,4 @@
-"""What was tuned beside a decoder, to and from the format of Hugging Face's `peft`.
+"""Export of PEFT runs to the format of Hugging Face's `peft`, and the names that its import shares.
 
 LoRA and (IA)3 follow the tensor rules of the decoder's family: an update of our fused matrices is one update of each of
 theirs. Virtual tokens go out as their vectors (prompt tuning); the network that made them stays here.
@@ -20,10 +20,9 @@ from megatron_retro.checkpoint.stored_settings import open_base, stored_settings
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import PeftConfig
-from megatron_retro.convert.checkpoint_files import read_parameter
+from megatron_retro.convert.checkpoint_files import parameter_names, read_parameter
 from megatron_retro.convert.families import GPT2, Family
 from megatron_retro.convert.hugging_face_config import hugging_face_from_model
-from megatron_retro.convert.stored_model import parameter_names
 from megatron_retro.convert.tensor_rules import Rule
 from megatron_retro.errors import ConfigError
 from megatron_retro.peft import lora, prompts, scaling
@@ -37,7 +36,7 @@ PROMPT_VECTORS = "prompt_embeddings"
 
 @dataclass(frozen=True)
 class LinearNames:
-    """One of our linear layers and those of a family that it is made of; `input_first` is how GPT-2 stores a matrix."""
+    """One of our linear layers and the family's layers that it fuses; `input_first` is how GPT-2 stores a matrix."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -72,7 +71,7 @@ def linear_names(model: ModelConfig) -> tuple[Family, list[LinearNames]]:
 
 
 def export_peft(source: Path, destination: Path, *, dtype: torch.dtype, decoder_only: bool = False) -> Path:
-    """Write what a run tuned as a folder that `PeftModel.from_pretrained(base, folder)` loads."""
+    """Write a PEFT run as a folder that `PeftModel.from_pretrained(base, folder)` loads."""
     from safetensors.torch import save_file
 
     checkpoint = open_checkpoint(source)

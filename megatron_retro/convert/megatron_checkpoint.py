@@ -1,36 +1,44 @@
-"""A GPT or Retro checkpoint of Megatron-LM (its older model code) into a checkpoint of ours."""
+"""A GPT or Retro checkpoint of Megatron-LM's older ("legacy") model code as one of ours: names, cuts and settings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_retro.artifacts.manifest import file_record
 from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.convert.checkpoint_files import parameter_shapes, write_checkpoint
 from megatron_retro.convert.megatron_files import FILE, read_megatron
-from megatron_retro.convert.megatron_names import not_understood, parts_of, settings_of
 from megatron_retro.errors import ArtifactError
 
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"
+Merge = Callable[[Sequence[Tensor]], Tensor]
+DECODER = "language_model.encoder.layers."
+_RETRIEVER = re.compile(re.escape(DECODER) + r"(\d+)\.retriever\.layers\.(\d+)\.")
+_READS = re.compile(re.escape(DECODER) + r"(\d+)\.inter_attention\.")
+_DERIVED = re.compile(r".*(_extra_state|inv_freq)$")
 
 
 def import_megatron(source: Path, run: Path, say: Callable[[str], None]) -> Path:
-    """Write step 0 of `run`; says what was left behind. The vocabulary is the checkpoint's, padding included."""
+    """Write step 0 of `run` and print what was skipped. The vocabulary is the checkpoint's, padding included."""
     checkpoint = read_megatron(source)
     if _EMBEDDING not in checkpoint.shards[0]:
         raise ArtifactError(f"{checkpoint.path} is no model of the older code", expected=_EMBEDDING)
     names = list(checkpoint.shards[0])
     vocabulary = sum(len(shard[_EMBEDDING]) for shard in checkpoint.shards)
     model, retro = settings_of(checkpoint.arguments, names, vocabulary)
-    parts = parts_of(model, retro)
+    parts = tensor_sources(model, retro)
     shapes = parameter_shapes(model, retro)
     problems = [f"{parts[name].theirs} is missing" for name in shapes if parts[name].theirs not in names]
-    problems += [f"{name} is not understood" for name in not_understood(names, parts)]
+    problems += [f"{name} is not understood" for name in unknown_tensors(names, parts)]
     if problems:
         raise ArtifactError(
             f"{checkpoint.path} is not the model that its arguments describe", got="; ".join(problems[:6])
@@ -52,3 +60,157 @@ def import_megatron(source: Path, run: Path, say: Callable[[str], None]) -> Path
     say(f"{len(checkpoint.shards)} shards merged, {len(shapes)} parameters; skipped: {', '.join(checkpoint.skipped)}")
     say("no tokenizer is in such a checkpoint: give --tokenizer-type and --tokenizer-model when you use it")
     return written
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """The name of one of our tensors in Megatron's shards, and how the shards are merged."""
+
+    theirs: str
+    merge: Merge
+
+
+def rows(shards: Sequence[Tensor]) -> Tensor:
+    """Merge a column-parallel weight: each rank has some output rows."""
+    return torch.cat(list(shards), 0)
+
+
+def columns(shards: Sequence[Tensor]) -> Tensor:
+    """Merge a row-parallel weight: each rank has some input columns."""
+    return torch.cat(list(shards), 1)
+
+
+def replica(shards: Sequence[Tensor]) -> Tensor:
+    """Merge a replicated tensor, which must be the same on every rank."""
+    if not all(torch.equal(shards[0], shard) for shard in shards[1:]):
+        raise ArtifactError("a tensor that every rank should have alike differs between the shards")
+    return shards[0]
+
+
+def gated_rows(shards: Sequence[Tensor]) -> Tensor:
+    """Merge a gated up-projection: each rank has [its gate; its up]."""
+    halves = [shard.chunk(2) for shard in shards]
+    return torch.stack([torch.cat([half[number] for half in halves]) for number in (0, 1)])
+
+
+def grouped(groups: int) -> Merge:
+    """Merge rows of whole heads into [G, rows of a head, ...]."""
+
+    def merge(shards: Sequence[Tensor]) -> Tensor:
+        whole = rows(shards)
+        return whole.reshape(groups, -1, *whole.shape[1:])
+
+    return merge
+
+
+def settings_of(arguments: Mapping[str, Any], names: Sequence[str], vocabulary: int) -> tuple[ModelConfig, RetroConfig]:
+    """Our settings from the run's arguments; the retrieval layers are those with a cross-attention."""
+
+    def given(name: str, *default: Any) -> Any:
+        if name not in arguments and not default:
+            raise ArtifactError(
+                f"the checkpoint's arguments lack {name}", fix="it is no training checkpoint of Megatron-LM"
+            )
+        value = arguments.get(name)
+        return default[0] if value is None and default else value
+
+    heads = given("num_attention_heads")
+    grouped_queries = bool(given("group_query_attention", False))
+    bias = bool(given("add_bias_linear", True))
+    model = ModelConfig(
+        num_layers=given("num_layers"),
+        hidden_size=given("hidden_size"),
+        ffn_hidden_size=given("ffn_hidden_size"),
+        num_attention_heads=heads,
+        group_query_attention=grouped_queries,
+        num_query_groups=given("num_query_groups", None) if grouped_queries else None,
+        kv_channels=given("kv_channels", None),
+        max_position_embeddings=given("max_position_embeddings"),
+        position_embedding_type="rope"
+        if given("use_rotary_position_embeddings", False)
+        else given("position_embedding_type"),
+        rotary_percent=float(given("rotary_percent", 1.0)),
+        rotary_base=float(given("rotary_base", 10000.0)),
+        normalization=given("normalization", "LayerNorm"),
+        apply_layernorm_1p=bool(given("apply_layernorm_1p", False)),
+        norm_epsilon=float(given("norm_epsilon", given("layernorm_epsilon", 1e-5))),
+        swiglu=bool(given("swiglu", False)),
+        squared_relu=bool(given("squared_relu", False)),
+        gelu_tanh=bias and bool(given("bias_gelu_fusion", True)),
+        disable_bias_linear=not bias,
+        untie_embeddings_and_output_weights=bool(given("untie_embeddings_and_output_weights", False)),
+        vocab_size=vocabulary,
+        make_vocab_size_divisible_by=1,
+    )
+    reading = sorted({int(found[1]) for name in names if (found := _READS.match(name))})
+    encoder_layers = {int(found[2]) for name in names if (found := _RETRIEVER.match(name))}
+    if not reading:
+        return model, RetroConfig()
+    retro = RetroConfig(
+        retro_add_retriever=True,
+        retro_layers=tuple(index + 1 for index in reading),
+        retro_encoder_layers=len(encoder_layers),
+        retro_chunk_length=given("retro_gpt_chunk_length", given("retro_chunk_length", 64)),
+        retro_num_neighbors=given("retro_num_neighbors", 2),
+        retro_num_retrieved_chunks=given("retro_num_retrieved_chunks", 2),
+        retro_neighbor_positions="none",
+        retro_attention_gate=float(given("retro_attention_gate", 1.0)),
+        retro_legacy_checkpoint=True,
+    )
+    return model, retro
+
+
+def tensor_sources(model: ModelConfig, retro: RetroConfig) -> dict[str, TensorSource]:
+    """The source of every parameter, by our name."""
+    parts = {"embedding.word.weight": TensorSource("language_model.embedding.word_embeddings.weight", rows)}
+    if model.position_embedding_type == "learned_absolute":
+        parts["embedding.position.weight"] = TensorSource(
+            "language_model.embedding.position_embeddings.weight", replica
+        )
+    if model.untie_embeddings_and_output_weights:
+        parts["output.weight"] = TensorSource("language_model.output_layer.weight", rows)
+    parts |= _norm(model, "final_norm", "language_model.encoder.final_norm")
+    retrieval = [number - 1 for number in retro.retrieval_layers(model.num_layers)]
+    for index in range(model.num_layers):
+        parts |= _layer(model, f"layers.{index}", f"{DECODER}{index}", index in retrieval)
+    for index in range(retro.retro_encoder_layers if retrieval else 0):
+        theirs = f"{DECODER}{retrieval[0]}.retriever.layers.{index}"
+        parts |= _layer(model, f"encoder.layers.{index}", theirs, index == 0)
+    return parts
+
+
+def _norm(model: ModelConfig, ours: str, theirs: str) -> dict[str, TensorSource]:
+    kinds = ("weight",) if model.normalization == "RMSNorm" else ("weight", "bias")
+    return {f"{ours}.{kind}": TensorSource(f"{theirs}.{kind}", replica) for kind in kinds}
+
+
+def _layer(model: ModelConfig, ours: str, theirs: str, reads: bool) -> dict[str, TensorSource]:
+    """The sources of one layer. With a cross-attention, that has the norm after self-attention, the MLP another one."""
+    groups = model.num_key_value_heads()
+    before_mlp = "post_inter_attention_norm" if reads else "post_attention_norm"
+    parts = {**_norm(model, f"{ours}.input_norm", f"{theirs}.input_norm")}
+    parts |= _norm(model, f"{ours}.mlp_norm", f"{theirs}.{before_mlp}")
+    up = gated_rows if model.swiglu else rows
+    linears: list[tuple[str, str, Merge, Merge]] = [
+        ("attention.query_key_value", "self_attention.query_key_value", grouped(groups), grouped(groups)),
+        ("attention.output", "self_attention.dense", columns, replica),
+        ("mlp.up", "mlp.dense_h_to_4h", up, up),
+        ("mlp.down", "mlp.dense_4h_to_h", columns, replica),
+    ]
+    for mine, other, weight, bias in linears:
+        parts[f"{ours}.{mine}.weight"] = TensorSource(f"{theirs}.{other}.weight", weight)
+        if not model.disable_bias_linear:
+            parts[f"{ours}.{mine}.bias"] = TensorSource(f"{theirs}.{other}.bias", bias)
+    if reads:
+        parts |= _norm(model, f"{ours}.cross_norm", f"{theirs}.post_attention_norm")
+        cross, other = f"{ours}.cross_attention", f"{theirs}.inter_attention"
+        parts[f"{cross}.query.weight"] = TensorSource(f"{other}.query.weight", grouped(model.num_attention_heads))
+        parts[f"{cross}.key_value.weight"] = TensorSource(f"{other}.key_value.weight", grouped(groups))
+        parts[f"{cross}.output.weight"] = TensorSource(f"{other}.dense.weight", columns)
+    return parts
+
+
+def unknown_tensors(names: Sequence[str], parts: Mapping[str, TensorSource]) -> list[str]:
+    """Tensors of the checkpoint that no parameter comes from, derived ones left out."""
+    used = {part.theirs for part in parts.values()}
+    return sorted(name for name in names if name not in used and not _DERIVED.match(name))

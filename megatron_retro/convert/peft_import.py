@@ -1,4 +1,4 @@
-"""An adapter of Hugging Face's `peft` as a run of ours that tuned beside a model: LoRA, (IA)3, prompt tuning, P-tuning.
+"""Import of adapters of Hugging Face's `peft` as PEFT runs: LoRA, (IA)3, prompt tuning, P-tuning.
 
 Our matrices are fused where theirs are not, so updates of several of theirs become one of ours whose rank is the sum
 of those whose inputs differ. Nothing is approximated; what has no counterpart is refused by name.
@@ -53,7 +53,7 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {
 
 
 def import_peft(source: Path, base: Path, run: Path) -> Path:
-    """Write step 0 of `run`: what the folder adds to the checkpoint `base`."""
+    """Write step 0 of `run`: the adapter of a folder, whose base is the checkpoint `base`."""
     theirs = read_json(source / ADAPTER_CONFIG)
     checkpoint = open_checkpoint(base)
     settings = stored_settings(checkpoint)

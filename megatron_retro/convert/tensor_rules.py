@@ -1,4 +1,4 @@
-"""How one of our tensors is joined from, and split into, the tensors of another program."""
+"""Rules that join one of our tensors from the tensors of another program, and split it into them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from megatron_retro.config.model import ModelConfig
 
 Join = Callable[[Sequence[Tensor], ModelConfig], Tensor]
 Split = Callable[[Tensor, ModelConfig], list[Tensor]]
-Shapes = Callable[[ModelConfig], list[tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
