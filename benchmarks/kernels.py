@@ -1,6 +1,6 @@
 """Our kernels against eager PyTorch and torch.compile, forward and backward, on one thread of the CPU.
 
-The product of few rows has no backward; PyTorch's is the only other candidate, as in generation.
+The small-batch GEMV has no backward; PyTorch's is the only other candidate, as in generation.
 
     python benchmarks/kernels.py --json benchmarks/results/kernels.json [--quick]
 
@@ -28,9 +28,8 @@ from torch.nn import functional
 
 from megatron_retro.ops.activation import GELU, GELU_TANH, SQUARED_RELU, SWIGLU, activate
 from megatron_retro.ops.chunked_cross_attention import chunked_cross_attention
-from megatron_retro.ops.linear import MOST_ROWS, linear
+from megatron_retro.ops.linear import MAX_GEMV_ROWS, linear
 from megatron_retro.ops.linear_cross_entropy import linear_cross_entropy
-from megatron_retro.ops.masked_softmax import masked_softmax
 from megatron_retro.ops.norm import layer_norm, residual_norm, rms_norm
 from megatron_retro.ops.rotary import RotaryFrequencies, RotaryTable, apply_rotary, rotary_table
 from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main, interleave, median_ratio
@@ -117,11 +116,11 @@ def norm_cases(dtype: torch.dtype, tokens: int, width: int) -> Iterator[Case]:
 def plain_rotary(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """As models write it: rotate_half and two products."""
     rotated = 2 * cosine.shape[-1]
-    turning, passing = heads[..., :rotated], heads[..., rotated:]
-    first, second = turning.chunk(2, -1)
+    rotated_part, passed = heads[..., :rotated], heads[..., rotated:]
+    first, second = rotated_part.chunk(2, -1)
     cos = torch.cat((cosine, cosine), -1)[:, :, None].to(heads.dtype)
     sin = torch.cat((sine, sine), -1)[:, :, None].to(heads.dtype)
-    return torch.cat((turning * cos + torch.cat((-second, first), -1) * sin, passing), -1)
+    return torch.cat((rotated_part * cos + torch.cat((-second, first), -1) * sin, passed), -1)
 
 
 def pointwise_cases(dtype: torch.dtype, tokens: int, width: int) -> Iterator[Case]:
@@ -149,14 +148,6 @@ def pointwise_cases(dtype: torch.dtype, tokens: int, width: int) -> Iterator[Cas
     widened = leaf(1, tokens, 2 * width, dtype=dtype)
     for kind, formula in plain_forms.items():
         yield Case(kind, partial(activate, kind=kind), formula, (widened,))
-    scores = leaf(8, tokens // 8, 256, dtype=dtype)
-    mask = torch.rand(8, tokens // 8, 256) > 0.3
-    yield Case(
-        "masked_softmax",
-        lambda s, m: masked_softmax(s, m, scale=0.125),
-        lambda s, m: (s * 0.125).masked_fill(~m, float("-inf")).softmax(-1),
-        (scores, mask),
-    )
 
 
 def padded_attention(
@@ -188,14 +179,14 @@ def attention_case(dtype: torch.dtype, tokens: int, width: int) -> Case:
     lengths = torch.where(torch.rand(1, chunks, 2, 1) < 0.8, 128, torch.randint(1, 129, (1, chunks, 2, 1)))
     mask = (torch.arange(128) < lengths).flatten(2)
     frequencies = RotaryFrequencies(32, 10000.0)
-    turn_queries = rotary_table((torch.arange(tokens)[None] + 1) % 64 + 63, frequencies)
-    turn_keys = rotary_table(torch.arange(128).repeat(2)[None], frequencies)
+    query_table = rotary_table((torch.arange(tokens)[None] + 1) % 64 + 63, frequencies)
+    key_table = rotary_table(torch.arange(128).repeat(2)[None], frequencies)
 
     def ours(q: Tensor, k: Tensor, v: Tensor, m: Tensor, qc: Tensor, qs: Tensor, kc: Tensor, ks: Tensor) -> Tensor:
         tables = {"query_table": RotaryTable(qc, qs), "key_table": RotaryTable(kc, ks)}
         return chunked_cross_attention(q, k, v, m, 64, **tables)  # type: ignore[arg-type]
 
-    tables = (turn_queries.cosine, turn_queries.sine, turn_keys.cosine, turn_keys.sine)
+    tables = (query_table.cosine, query_table.sine, key_table.cosine, key_table.sine)
     return Case("chunked_cross_attention", ours, padded_attention, (query, key, value, mask, *tables), target=1.3)
 
 
@@ -212,7 +203,7 @@ def loss_case(dtype: torch.dtype, tokens: int, width: int, vocabulary: int) -> C
     return Case("linear_cross_entropy", linear_cross_entropy, plain, (hidden, weight, labels))
 
 
-def few_row_case(dtype: torch.dtype, num_rows: int, width: int, num_matrices: int) -> Case:
+def gemv_case(dtype: torch.dtype, num_rows: int, width: int, num_matrices: int) -> Case:
     """Matrices one after the other, more than a cache holds, as a decoding step reads them."""
     rows = torch.randn(num_rows, width).to(dtype)
     weights = torch.randn(num_matrices, 4 * width, width).to(dtype)
@@ -225,7 +216,7 @@ def few_row_case(dtype: torch.dtype, num_rows: int, width: int, num_matrices: in
     def plain(given: Tensor, matrices: Tensor) -> Tensor:
         return torch.stack([functional.linear(given, each) for each in matrices])
 
-    return Case(f"few_row_linear (rows: {num_rows})", ours, plain, (rows, weights))
+    return Case(f"small_batch_gemv (rows: {num_rows})", ours, plain, (rows, weights))
 
 
 def check_equal(case: Case, runs: dict[str, Callable[[], list[Tensor]]]) -> None:
@@ -303,8 +294,8 @@ def run(quick: bool) -> list[Figure]:
         cases.append(attention_case(dtype, tokens // 2, width))
         for case in cases:
             figures += measured(case, dtype, repeats=repeats, compiled=not quick)
-        for num_rows in (1, 2, 4, MOST_ROWS[dtype]):
-            case = few_row_case(dtype, num_rows, width, 4 if quick else 12)
+        for num_rows in (1, 2, 4, MAX_GEMV_ROWS[dtype]):
+            case = gemv_case(dtype, num_rows, width, 4 if quick else 12)
             figures += measured(case, dtype, repeats=2 * repeats, compiled=False)
         # 256,000 logits of each token in float64 would not fit: equality is shown at 8,000
         check = loss_case(dtype, 64, width // 2, 8000)

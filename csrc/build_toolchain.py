@@ -103,12 +103,7 @@ def say(text: str) -> None:
 
 
 def _compiled(unit: Unit) -> Path:
-    key = hashlib.sha256()
-    for part in (*unit.command, _compiler_version(unit.command[0])):
-        key.update(part.encode() + b"\0")
-    for path in read_files(unit):
-        key.update(path.read_bytes() + b"\0")
-    target = CACHE / f"{unit.source.stem}.{key.hexdigest()[:20]}.o"
+    target = CACHE / f"{unit.source.stem}.{key_of(unit)}.o"
     if not target.exists():
         say(f"compiling {unit.name}")
         unfinished = target.with_suffix(f".{os.getpid()}.o")
@@ -116,6 +111,16 @@ def _compiled(unit: Unit) -> Path:
         target.with_suffix(".log").write_text(output)
         os.replace(unfinished, target)
     return target
+
+
+def key_of(unit: Unit) -> str:
+    """Changes with the command, the compiler and everything of ours that it reads; another checkout's is the same."""
+    key = hashlib.sha256()
+    for part in (*unit.command, _compiler_version(unit.command[0])):
+        key.update(part.replace(str(ROOT.parent), ".").encode() + b"\0")
+    for path in read_files(unit):
+        key.update(path.read_bytes() + b"\0")
+    return key.hexdigest()[:20]
 
 
 def run(command: Sequence[str], name: str) -> str:

@@ -20,9 +20,9 @@ inline const float* table_of(
   check_device(*table, what, query, "query");
   require(table->scalar_type() == ScalarType::Float && table->is_contiguous(), what, " must be contiguous float32");
   require(table->dim() == 2 && table->size(0) == rows, what, " must be [", rows, ", pairs], got ", shape_of(*table));
-  require(rotated == 0 || rotated == 2 * table->size(1), "the four rotary tables must turn the same dimensions");
+  require(rotated == 0 || rotated == 2 * table->size(1), "the four rotary tables must rotate the same dimensions");
   rotated = 2 * table->size(1);
-  require(rotated <= width, what, " turns ", rotated, " dimensions of a head of ", width);
+  require(rotated <= width, what, " rotates ", rotated, " dimensions of a head of ", width);
   return static_cast<const float*>(table->const_data_ptr());
 }
 

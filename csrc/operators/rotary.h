@@ -12,7 +12,7 @@ inline void check_table(const Tensor& table, const char* what, const Tensor& hea
   require(
       (table.size(0) == 1 || table.size(0) == heads.size(0)) && table.size(1) == heads.size(1), what,
       " must have the sequences and positions of heads: got ", shape_of(table), " for ", shape_of(heads));
-  require(2 * table.size(2) <= heads.size(3), what, " turns ", 2 * table.size(2), " dimensions of a head of ", heads.size(3));
+  require(2 * table.size(2) <= heads.size(3), what, " rotates ", 2 * table.size(2), " dimensions of a head of ", heads.size(3));
 }
 
 inline Rotary rotary_arguments(const Tensor& heads, const Tensor& cosine, const Tensor& sine, bool interleaved, bool inverse) {

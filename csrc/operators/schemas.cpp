@@ -27,9 +27,7 @@ STABLE_TORCH_LIBRARY(MEGATRON_RETRO_NAMESPACE, library) {
       " Tensor(c!) label_logit) -> ()");
   library.def(
       "vocabulary_gradient_(Tensor(a!) logits, Tensor labels, int first_label, Tensor log_normalizer,"
-      " Tensor probability_scale, Tensor label_scale) -> ()");
-  library.def("masked_softmax(Tensor scores, Tensor? mask, float scale) -> Tensor");
-  library.def("masked_softmax_backward(Tensor grad_output, Tensor output, float scale) -> Tensor");
+      " Tensor scale) -> ()");
   library.def(
       "chunked_cross_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, int chunk_length,"
       " int first_position, float scale, Tensor? query_cosine, Tensor? query_sine, Tensor? key_cosine,"
@@ -40,5 +38,5 @@ STABLE_TORCH_LIBRARY(MEGATRON_RETRO_NAMESPACE, library) {
       " Tensor? query_cosine, Tensor? query_sine, Tensor? key_cosine, Tensor? key_sine, bool interleaved)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
   // For the CPU only, as `CPU_ONLY` of megatron_retro/ops/library.py says.
-  library.def("few_row_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+  library.def("small_batch_gemv(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
 }

@@ -26,7 +26,7 @@ class ModelConfig:
     kv_channels: int | None = option(None, "size of one head; hidden size / heads when not set", minimum=1)
     max_position_embeddings: int = option(4096, "longest sequence of learned positions", minimum=1)
     position_embedding_type: str = option("rope", "positions of the decoder", choices=POSITIONS)
-    rotary_percent: float = option(1.0, "share of a head that rotary turns", minimum=0.0, maximum=1.0)
+    rotary_percent: float = option(1.0, "share of a head that rotary positions rotate", minimum=0.0, maximum=1.0)
     rotary_base: float = option(10000.0, "base of the rotary frequencies", minimum=1.0)
     rotary_interleaved: bool = option(False, "turn neighbouring pairs instead of halves")
     rope_scaling_type: str = option(

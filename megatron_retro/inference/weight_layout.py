@@ -1,6 +1,6 @@
-"""The memory layout of weight matrices while a few rows are decoded on a CPU.
+"""The memory layout of weight matrices while a small batch is decoded on a CPU.
 
-A matrix times one vector only reads the matrix, and it is read fastest from large pages: our own product of few rows
+A matrix times one vector only reads the matrix, and it is read fastest from large pages: our small-batch GEMV
 reads 37 GB/s of matrices on them, as fast as a sum, and 28 GB/s of matrices on pages of 4 KB. PyTorch's product, which
 serves where csrc is not compiled, also wants them input by input: 20 GB/s instead of 14 (`docs/decisions.md`). So the
 matrices of a model that generates are moved into one block for each layer; shapes and names do not change.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megatron_retro.model.leaves import Linear, Output
 from megatron_retro.model.retro import Retro
-from megatron_retro.ops.linear import reads_by_outputs
+from megatron_retro.ops.linear import has_gemv
 
 LARGE_PAGE = 2 << 20
 
@@ -44,7 +44,7 @@ def _store(weights: list[nn.Parameter]) -> None:
     start = 0
     for weight in weights:
         place = block[start : start + weight.numel()]
-        stored = place.view(weight.shape) if reads_by_outputs() else _by_inputs(place, weight.shape)
+        stored = place.view(weight.shape) if has_gemv() else _by_inputs(place, weight.shape)
         weight.set_(stored.copy_(weight))  # type: ignore[call-overload]  # its stub lacks the tensor alone
         start += weight.numel()
 

@@ -44,10 +44,9 @@ FASTEST: Mapping[str, Mapping[str, str]] = {
     "gelu": {CPU: REFERENCE, CUDA: REFERENCE},
     "gelu_tanh": {CPU: NATIVE, CUDA: REFERENCE},
     "squared_relu": {CPU: NATIVE, CUDA: REFERENCE},
-    "masked_softmax": {CPU: NATIVE, CUDA: REFERENCE},
     "chunked_cross_attention": {CPU: NATIVE, CUDA: REFERENCE},
     "linear_cross_entropy": {CPU: NATIVE, CUDA: REFERENCE},
-    "few_row_linear": {CPU: NATIVE},
+    "small_batch_gemv": {CPU: NATIVE},
     "fp8_linear": {CPU: TORCH, CUDA: TORCH},
 }
 # Where float32 differs from that.

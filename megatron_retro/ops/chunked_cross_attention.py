@@ -33,7 +33,7 @@ def chunked_cross_attention(
 ) -> Tensor:
     """[B, S, N, D]. E = k*r neighbour tokens of a chunk; `first_position` is the first query's, counted from chunk 0.
 
-    `bias_BNSE` is added to the scores of each query; it and dropout are the reference's alone. Tables turn queries
+    `bias_BNSE` is added to the scores of each query; it and dropout are the reference's alone. Tables rotate queries
     [1, S, pairs] and keys [1, E, pairs] inside.
     """
     if bias_BNSE is None and not dropout and uses_native("chunked_cross_attention", query_BSND.device.type):
@@ -50,8 +50,8 @@ def chunked_cross_attention(
         )
     if query_table is not None and key_table is not None:
         query_BSND = apply_rotary(query_BSND, query_table, interleaved=interleaved)
-        turned = apply_rotary(key_BCEGD.flatten(0, 1), key_table, interleaved=interleaved)
-        key_BCEGD = torch.unflatten(turned, 0, key_BCEGD.shape[:2])
+        rotated = apply_rotary(key_BCEGD.flatten(0, 1), key_table, interleaved=interleaved)
+        key_BCEGD = torch.unflatten(rotated, 0, key_BCEGD.shape[:2])
     num_chunks = key_BCEGD.shape[1]
     spans = attending_spans(query_BSND.shape[1], chunk_length, num_chunks, first_position)
     if not spans:
@@ -82,8 +82,8 @@ def _native(
     heads = [each if each.stride(-1) == 1 else each.contiguous() for each in (query_BSND, key_BCEGD, value_BCEGD)]
     tables: list[Tensor | None] = [None] * 4
     if query_table is not None and key_table is not None:
-        turns = (query_table.cosine, query_table.sine, key_table.cosine, key_table.sine)
-        tables = [turn.squeeze(0).contiguous() for turn in turns]
+        rotary = (query_table.cosine, query_table.sine, key_table.cosine, key_table.sine)
+        tables = [table.squeeze(0).contiguous() for table in rotary]
     mask_BCE = None if mask_BCE is None else mask_BCE.contiguous()
     scale = 1 / math.sqrt(query_BSND.shape[-1])
     attended: Tensor = torch.ops.megatron_retro.chunked_cross_attention(

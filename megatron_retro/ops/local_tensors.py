@@ -1,4 +1,4 @@
-"""The one place where a parameter turns into the plain tensor that an operator sees.
+"""The one place where a parameter becomes the plain tensor that an operator sees.
 
 A model that is cut holds DTensors; operators, hand-written kernels among them, compute on this rank's part.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,44 +10,8 @@ import torch
 from torch import Tensor
 
 
-def register(namespace: str = "megatron_retro") -> None:
-    """Every operator's fake, then every gradient. Tests load the CUDA sources, built for the host, as a second name."""
-    fakes: dict[str, Callable[..., Any]] = {
-        "gated_activation": _activation_fake,
-        "gated_activation_backward": _activation_backward_fake,
-        "residual_norm": _norm_fake,
-        "residual_norm_backward": _norm_backward_fake,
-        "rotary": _rotary_fake,
-        "rotary_": _returns_nothing,
-        "vocabulary_statistics": _returns_nothing,
-        "vocabulary_gradient_": _returns_nothing,
-        "masked_softmax": _like_first,
-        "masked_softmax_backward": _like_first,
-        "chunked_cross_attention": _cross_attention_fake,
-        "chunked_cross_attention_backward": _cross_attention_backward_fake,
-        "few_row_linear": _few_row_fake,
-    }
-    for name, fake in fakes.items():
-        torch.library.register_fake(f"{namespace}::{name}", fake)
-    gradients: dict[str, tuple[Callable[..., None] | None, Callable[..., Any]]] = {
-        "gated_activation": (_activation_context, _activation_gradient),
-        "residual_norm": (_norm_context, _norm_gradient),
-        "rotary": (_rotary_context, _rotary_gradient),
-        "masked_softmax": (_softmax_context, _softmax_gradient),
-        "chunked_cross_attention": (_cross_attention_context, _cross_attention_gradient),
-        "few_row_linear": (None, _few_row_gradient),
-    }
-    for name, (context, gradient) in gradients.items():
-        backward = partial(gradient, getattr(torch.ops, namespace))
-        torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=context)
-
-
 def _returns_nothing(*_arguments: object) -> None:
     return None
-
-
-def _like_first(first: Tensor, *_arguments: object) -> Tensor:
-    return torch.empty_like(first)
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -164,19 +128,6 @@ def _rotary_gradient(ops: Any, ctx: Any, grad_output: Tensor) -> tuple[Any, ...]
     return grad_heads, None, None, None, None
 
 
-# ---- masked_softmax -------------------------------------------------------------------------------
-
-
-def _softmax_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.scale = inputs[2]
-    ctx.save_for_backward(output)
-
-
-def _softmax_gradient(ops: Any, ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    (output,) = ctx.saved_tensors
-    return ops.masked_softmax_backward(grad_output.contiguous(), output, ctx.scale), None, None
-
-
 # ---- chunked_cross_attention ----------------------------------------------------------------------
 
 
@@ -216,12 +167,45 @@ def _cross_attention_gradient(ops: Any, ctx: Any, grad_output: Tensor, _: object
     return (*grads, *(None,) * 9)
 
 
-# ---- few_row_linear -------------------------------------------------------------------------------
+# ---- small_batch_gemv -----------------------------------------------------------------------------
 
 
-def _few_row_fake(rows_TX: Tensor, weight_YX: Tensor, bias_Y: Tensor | None) -> Tensor:
+def _gemv_fake(rows_TX: Tensor, weight_YX: Tensor, bias_Y: Tensor | None) -> Tensor:
     return rows_TX.new_empty(rows_TX.shape[0], weight_YX.shape[0])
 
 
-def _few_row_gradient(ops: Any, ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    raise RuntimeError("few_row_linear has no gradient: it is for generation, training takes functional.linear")
+def _gemv_gradient(ops: Any, ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    raise RuntimeError("small_batch_gemv has no gradient: it is for generation, training takes functional.linear")
+
+
+# ---- registration ---------------------------------------------------------------------------------
+
+FAKES: Mapping[str, Callable[..., Any]] = {
+    "gated_activation": _activation_fake,
+    "gated_activation_backward": _activation_backward_fake,
+    "residual_norm": _norm_fake,
+    "residual_norm_backward": _norm_backward_fake,
+    "rotary": _rotary_fake,
+    "rotary_": _returns_nothing,
+    "vocabulary_statistics": _returns_nothing,
+    "vocabulary_gradient_": _returns_nothing,
+    "chunked_cross_attention": _cross_attention_fake,
+    "chunked_cross_attention_backward": _cross_attention_backward_fake,
+    "small_batch_gemv": _gemv_fake,
+}
+_GRADIENTS: Mapping[str, tuple[Callable[..., None] | None, Callable[..., Any]]] = {
+    "gated_activation": (_activation_context, _activation_gradient),
+    "residual_norm": (_norm_context, _norm_gradient),
+    "rotary": (_rotary_context, _rotary_gradient),
+    "chunked_cross_attention": (_cross_attention_context, _cross_attention_gradient),
+    "small_batch_gemv": (None, _gemv_gradient),
+}
+
+
+def register(namespace: str = "megatron_retro") -> None:
+    """Every operator's fake, then every gradient. Tests load the CUDA sources, built for the host, as a second name."""
+    for name, fake in FAKES.items():
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+    for name, (context, gradient) in _GRADIENTS.items():
+        backward = partial(gradient, getattr(torch.ops, namespace))
+        torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=context)

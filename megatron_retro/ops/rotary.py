@@ -13,7 +13,7 @@ from megatron_retro.ops.backends import uses_native
 
 @dataclass(frozen=True)
 class RotaryFrequencies:
-    """How fast each pair of a head turns; `rotated` of its dimensions turn at all."""
+    """The rotary frequencies of a head, of whose dimensions the first `rotated` are rotated."""
 
     rotated: int
     base: float
@@ -58,9 +58,9 @@ def rotary_table(position_ids_BS: Tensor, frequencies: RotaryFrequencies) -> Rot
 def apply_rotary(
     heads_BSND: Tensor, table: RotaryTable, *, interleaved: bool = False, may_overwrite: bool = False
 ) -> Tensor:
-    """Turn the first dimensions of each head by its position's angles; the rest passes.
+    """Rotate the first dimensions of each head by its position's angles; the rest passes.
 
-    `may_overwrite` says that nobody else needs `heads`: where no gradient is recorded they are turned where they lie.
+    `may_overwrite` says that nobody else needs `heads`: where no gradient is recorded they are rotated in place.
     """
     if uses_native("rotary", heads_BSND.device.type):
         heads_BSND = heads_BSND if heads_BSND.stride(-1) == 1 else heads_BSND.contiguous()
@@ -68,15 +68,15 @@ def apply_rotary(
         if may_overwrite and not (torch.is_grad_enabled() and heads_BSND.requires_grad):
             torch.ops.megatron_retro.rotary_(heads_BSND, *tables, interleaved, False)
             return heads_BSND
-        turned: Tensor = torch.ops.megatron_retro.rotary(heads_BSND, *tables, interleaved, False)
-        return turned
+        rotated_BSND: Tensor = torch.ops.megatron_retro.rotary(heads_BSND, *tables, interleaved, False)
+        return rotated_BSND
     rotated = 2 * table.cosine.shape[-1]
-    turning, passing = heads_BSND[..., :rotated], heads_BSND[..., rotated:]
+    rotating, passing = heads_BSND[..., :rotated], heads_BSND[..., rotated:]
     cosine = table.cosine[..., None, :].to(heads_BSND.dtype)
     sine = table.sine[..., None, :].to(heads_BSND.dtype)
     if interleaved:
-        first, second = turning[..., 0::2], turning[..., 1::2]
+        first, second = rotating[..., 0::2], rotating[..., 1::2]
         pairs = torch.stack((first * cosine - second * sine, second * cosine + first * sine), -1)
         return torch.cat((pairs.flatten(-2), passing), -1)
-    first, second = turning.chunk(2, -1)
+    first, second = rotating.chunk(2, -1)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine, passing), -1)

@@ -32,15 +32,6 @@ class Statistics:
         return self.largest_T + self.sum_T.log()
 
 
-@dataclass(frozen=True)
-class Slopes:
-    """d loss / d logit = probability_scale * softmax - label_scale * [is label], per position, float32."""
-
-    log_normalizer_T: Tensor
-    probability_scale_T: Tensor
-    label_scale_T: Tensor
-
-
 def statistics(hidden_TH: Tensor, rows_VH: Tensor, labels_T: Tensor, first_label: int = 0) -> Statistics:
     """Over these rows of the vocabulary; a label that is not among them contributes a logit of zero."""
     whole = _new_statistics(hidden_TH)
@@ -55,24 +46,28 @@ def gradients(
     hidden_TH: Tensor,
     rows_VH: Tensor,
     labels_T: Tensor,
-    slopes: Slopes,
+    log_normalizer_T: Tensor,
+    scale_T: Tensor,
     first_label: int = 0,
     *,
     wanted: Sequence[bool] = (True, True),
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of the hidden state (these rows' part of it) and of these rows, where `wanted`; logits are computed once more."""
+    """Of the hidden state (these rows' part of it) and of these rows, where `wanted`; logits are computed once more.
+
+    `scale` is the gradient of each position's loss.
+    """
     exact = hidden_TH.dtype == torch.float32
     hidden_grad = torch.zeros_like(hidden_TH, dtype=torch.float32) if wanted[0] else None
     rows_grad = torch.empty_like(rows_VH) if wanted[1] else None
     for columns in blocks(rows_VH.shape[0], hidden_TH.shape[0] * hidden_TH.element_size()):
-        slope = hidden_TH @ rows_VH[columns].T
-        logits_to_slopes(slope, labels_T, slopes, first_label + columns.start)
+        logits = hidden_TH @ rows_VH[columns].T
+        logits_to_gradients_(logits, labels_T, log_normalizer_T, scale_T, first_label + columns.start)
         if hidden_grad is not None and exact:
-            hidden_grad.addmm_(slope, rows_VH[columns])
+            hidden_grad.addmm_(logits, rows_VH[columns])
         elif hidden_grad is not None:
-            hidden_grad += slope @ rows_VH[columns]
+            hidden_grad += logits @ rows_VH[columns]
         if rows_grad is not None:
-            torch.mm(slope.T, hidden_TH, out=rows_grad[columns])
+            torch.mm(logits.T, hidden_TH, out=rows_grad[columns])
     return None if hidden_grad is None else hidden_grad.to(hidden_TH.dtype), rows_grad
 
 
@@ -87,17 +82,18 @@ def statistics_of(logits_TV: Tensor, labels_T: Tensor, first_label: int = 0) -> 
     return whole
 
 
-def logits_to_slopes(logits_TV: Tensor, labels_T: Tensor, slopes: Slopes, first_label: int = 0) -> None:
-    """Turn logits into the gradient of the loss by them, in place."""
-    scales = slopes.log_normalizer_T, slopes.probability_scale_T, slopes.label_scale_T
+def logits_to_gradients_(
+    logits_TV: Tensor, labels_T: Tensor, log_normalizer_T: Tensor, scale_T: Tensor, first_label: int = 0
+) -> None:
+    """Overwrite logits with the gradient of the loss by them: scale * (softmax - [is label])."""
     if _native(logits_TV):
-        torch.ops.megatron_retro.vocabulary_gradient_(logits_TV, labels_T, first_label, *scales)
+        torch.ops.megatron_retro.vocabulary_gradient_(logits_TV, labels_T, first_label, log_normalizer_T, scale_T)
         return
-    normalizer, probability_scale, label_scale = (scale[:, None] for scale in scales)
+    scale = scale_T[:, None]
     local, held = _local(labels_T, logits_TV.shape[1], first_label)
-    slope = (logits_TV.float() - normalizer).exp_().mul_(probability_scale)
-    slope.scatter_add_(1, local[:, None], torch.where(held[:, None], -label_scale, 0.0))
-    logits_TV.copy_(slope)
+    gradient = (logits_TV.float() - log_normalizer_T[:, None]).exp_().mul_(scale)
+    gradient.scatter_add_(1, local[:, None], torch.where(held[:, None], -scale, 0.0))
+    logits_TV.copy_(gradient)
 
 
 def blocks(length: int, bytes_each: int) -> Iterator[slice]:

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from megatron_retro.ops.linear import linear
-from megatron_retro.ops.vocabulary_blocks import Slopes, gradients, statistics
+from megatron_retro.ops.vocabulary_blocks import gradients, statistics
 from megatron_retro.parallel.collectives import all_gather
 
 
@@ -42,7 +42,7 @@ def parallel_losses(
 ) -> Tensor:
     """[B, S] float32: -log softmax over all ranks' rows; two small collectives for all tokens together.
 
-    A label below zero marks a position that does not count. `hidden` is entered (its gradient is this rank's part);
+    A label below zero marks a position that does not count. `hidden` is gathered (its gradient is this rank's part);
     every rank of the group must call.
     """
     arguments = (hidden_BSH.flatten(0, -2), rows_LH, labels_BS.flatten(), first_row, group)
@@ -73,7 +73,6 @@ class _ParallelLosses(torch.autograd.Function):
     def backward(context: Any, gradient_T: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TH, rows_LH, labels_T, log_normalizer_T = context.saved_tensors
         scale_T = gradient_T.float().where(labels_T >= 0, 0.0).contiguous()
-        slopes = Slopes(log_normalizer_T, scale_T, scale_T)
         wanted = context.needs_input_grad[:2]
-        found = gradients(hidden_TH, rows_LH, labels_T, slopes, context.first_row, wanted=wanted)
+        found = gradients(hidden_TH, rows_LH, labels_T, log_normalizer_T, scale_T, context.first_row, wanted=wanted)
         return *found, None, None, None

@@ -46,6 +46,19 @@ def test_only_what_reads_a_changed_header_is_compiled_again(toolchain: ModuleTyp
         before = after
 
 
+def test_another_checkout_of_the_same_sources_needs_no_compiling(
+    toolchain: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = []
+    for name in ("here", "there"):
+        source = tmp_path / name / "csrc" / "first.cpp"
+        source.parent.mkdir(parents=True)
+        source.write_text("int first() { return 1; }\n")
+        monkeypatch.setattr(toolchain, "ROOT", source.parent)
+        keys.append(toolchain.key_of(toolchain.Unit(source, ("true", f"-I{source.parent}"))))
+    assert keys[0] == keys[1]
+
+
 def test_every_header_of_ours_is_found_or_is_the_shims(toolchain: ModuleType) -> None:
     """A header that the scan overlooked would leave a stale library; the shim's are for builds that see its folder."""
     import build_operators

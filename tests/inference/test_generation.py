@@ -163,9 +163,9 @@ def test_the_layout_for_decoding(
     small_model: Callable[..., Retro], hashed: Any, monkeypatch: pytest.MonkeyPatch, kernels: str, large_page: int
 ) -> None:
     """It changes no name, no shape and no result beyond rounding, and PyTorch's product gets matrices by inputs."""
-    monkeypatch.setenv(VARIABLE, f"few_row_linear={kernels}")
+    monkeypatch.setenv(VARIABLE, f"small_batch_gemv={kernels}")
     monkeypatch.setattr(weight_layout, "LARGE_PAGE", large_page)
-    by_outputs = choice("few_row_linear", "cpu").backend == NATIVE
+    by_outputs = choice("small_batch_gemv", "cpu").backend == NATIVE
     model = small_model(untie_embeddings_and_output_weights=True)
     tokens = prompts(8)[7]
     before, shapes = teacher_forced(model, tokens, hashed), {name: one.shape for name, one in model.named_parameters()}

@@ -40,7 +40,7 @@ def test_every_architecture_has_every_kernel(resources: list[tuple[str, str, int
         by_arch.setdefault(arch, set()).add(kernel)
     assert {"sm_80", "sm_90"} <= set(by_arch)
     assert by_arch["sm_80"] == by_arch["sm_90"]
-    words = ("forward", "backward", "turn", "statistics", "gradient", "backward_queries", "backward_keys")
+    words = ("forward", "backward", "rotate", "statistics", "gradient", "backward_queries", "backward_keys")
     for word in (*words, "matrix_forward", "matrix_backward"):
         assert any(word in kernel for kernel in by_arch["sm_90"])
 

@@ -2,19 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import inspect
-import itertools
-import json
-import os
-import random
-import re
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,108 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_retro.ops import library, registrations
-from megatron_retro.ops.backends import VARIABLE
 from megatron_retro.ops.chunked_cross_attention import chunked_cross_attention
 from megatron_retro.ops.rotary import RotaryFrequencies, RotaryTable, apply_rotary, rotary_table
+from megatron_retro.testing.cuda_shim import COMPILER, CSRC, DTYPES, Kernels
 from megatron_retro.testing.far_tensors import spread
-from megatron_retro.testing.precision import excess_over_twice
-
-ROOT = Path(__file__).parents[2]
-CSRC = Path(os.environ.get("MEGATRON_RETRO_SHIM_CSRC", ROOT / "csrc"))  # or a copy with a planted fault
-COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 pytestmark = pytest.mark.skipif(COMPILER is None or not CSRC.exists(), reason="needs csrc and a C++ compiler")
-
-SHIM, DEVICE = "shim", "device"
-COUNTING = "MEGATRON_RETRO_SHIM_COUNTING"  # a folder: the shim is built there, and counts how often its lines run
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """The operators and where their tensors live."""
-
-    ops: Any
-    device: str
-
-    def excess(self, ours: Callable[..., Any], plain: Callable[..., Any], *inputs: Tensor | None) -> float:
-        moved = [
-            each if each is None else each.detach().to(self.device).requires_grad_(each.requires_grad)
-            for each in inputs
-        ]
-        return max(excess_over_twice(ours, plain, moved), default=0.0)
-
-
-@dataclass(frozen=True)
-class Shim:
-    """csrc/operators/cuda/*.cu for the host: the operators, and every kernel in the library by its place there."""
-
-    ops: Any
-    library: ctypes.CDLL
-    compiled: Mapping[int, str]
-
-    def launched(self) -> set[str]:
-        """The kernels that have run in this process."""
-        places = (ctypes.c_uint64 * 1000)()
-        count = self.library.shim_launched(places, ctypes.c_uint64(len(places)))
-        assert count <= len(places)
-        return {self.compiled[place] for place in places[:count]}
-
-
-def declared_kernels() -> set[str]:
-    """The name after every `__global__` of the sources."""
-    text = "".join(path.read_text() for path in sorted((CSRC / "operators").rglob("*.cu*")))
-    found = re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", text)
-    assert len(found) == text.count("__global__")
-    return set(found)
-
-
-def compiled_kernels(library: Path) -> dict[int, str]:
-    """Place and name, template arguments included, of every kernel that the compiler made."""
-    listing = subprocess.run(["nm", "-C", library], capture_output=True, text=True, check=True).stdout
-    names = "|".join(sorted(declared_kernels()))
-    place = r"^([0-9a-f]+) \w (?:void )?megatron_retro::device::\(anonymous namespace\)"
-    pattern = rf"{place}::((?:{names})\b(?!.*lambda).*)$"
-    return {int(place, 16): name for place, name in re.findall(pattern, listing, re.MULTILINE)}
-
-
-@pytest.fixture(scope="session")
-def shim() -> Shim:
-    """Built once, kept while the sources stay as they are."""
-    sys.path.insert(0, str(CSRC))
-    try:
-        from build_operators import build_shim
-    finally:
-        sys.path.remove(str(CSRC))
-    folder = os.environ.get(COUNTING)
-    target = Path(folder or CSRC.parent / "build" / "csrc") / f"_shim.{os.getpid()}.so"
-    build_shim(target, counting=folder is not None)
-    torch.ops.load_library(str(target))
-    found = Shim(torch.ops.megatron_retro_shim, ctypes.CDLL(str(target)), compiled_kernels(target))
-    target.unlink()
-    registrations.register("megatron_retro_shim")
-    return found
-
-
-@pytest.fixture(params=[SHIM, DEVICE])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernels:
-    monkeypatch.setenv(VARIABLE, "reference")
-    torch.manual_seed(0)
-    if request.param == SHIM:
-        return Kernels(request.getfixturevalue("shim").ops, "cpu")
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device on this machine")
-    if library.cuda_problem() is not None:
-        pytest.skip(str(library.cuda_problem()))
-    return Kernels(torch.ops.megatron_retro, "cuda")
-
-
-@pytest.fixture(params=[0, 1, 2])
-def thread_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The shim draws the order of threads and blocks from it."""
-    monkeypatch.setenv("MEGATRON_RETRO_SHIM_SEED", str(request.param))
-    return int(request.param)
 
 
 def leaf(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -201,51 +92,32 @@ def test_rotary(kernels: Kernels, thread_order: int, dtype: torch.dtype, interle
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_softmax(kernels: Kernels, thread_order: int, dtype: torch.dtype) -> None:
-    def plain(s: Tensor, m: Tensor) -> Tensor:
-        weights = (s * 0.5).masked_fill(~m, float("-inf")).softmax(-1)
-        return weights.where(m.any(-1, keepdim=True), 0.0)
-
-    for heads, width in ((3, 45), (1, 200), (0, 4)):
-        scores = leaf(2, heads, 5, width, dtype=dtype, scale=4.0)
-        mask = torch.rand(2, 1, 5, width) > 0.5
-        mask[0, 0, 1] = False
-
-        def ours(s: Tensor, m: Tensor) -> Tensor:
-            return kernels.ops.masked_softmax(s, m.expand(s.shape).contiguous(), 0.5)
-
-        assert kernels.excess(ours, plain, scores, mask) <= 0.0
-        everything = torch.ones_like(mask)
-        assert kernels.excess(lambda s, m: kernels.ops.masked_softmax(s, None, 0.5), plain, scores, everything) <= 0.0
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(4, 1100), (1, 256_000), (0, 8), (3, 1)])
 def test_vocabulary_block(kernels: Kernels, thread_order: int, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     """Of a part of the vocabulary that begins at 100: labels inside, before and behind it."""
     rows, width = shape
     logits = (torch.randn(shape) * 5).to(dtype)
     labels = 100 + torch.tensor([7, width + 400, 0, width - 1])[:rows]
-    scales = torch.rand(rows), torch.rand(rows)
+    scales = torch.rand(rows)
 
-    def ours(given: Tensor, where: Tensor, *scale: Tensor) -> tuple[Tensor, ...]:
-        largest, total, label_logit = (torch.zeros_like(scale[0]) for _ in range(3))
+    def ours(given: Tensor, where: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        largest, total, label_logit = (torch.zeros_like(scale) for _ in range(3))
         kernels.ops.vocabulary_statistics(given, where, 100, largest, total, label_logit)
         normalizer = largest + total.log()
-        slopes = given.clone()
-        kernels.ops.vocabulary_gradient_(slopes, where, 100, normalizer, *scale)
-        return normalizer, label_logit, slopes
+        gradient = given.clone()
+        kernels.ops.vocabulary_gradient_(gradient, where, 100, normalizer, scale)
+        return normalizer, label_logit, gradient
 
-    def plain(given: Tensor, where: Tensor, *scale: Tensor) -> tuple[Tensor, ...]:
+    def plain(given: Tensor, where: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         compute = given if given.dtype == torch.float64 else given.float()
         held = ((where >= 100) & (where < 100 + width)).unsqueeze(-1)
         at = (where - 100).unsqueeze(-1).where(held, 0)
         normalizer = compute.logsumexp(-1)
-        slopes = (compute - normalizer.unsqueeze(-1)).exp() * scale[0].unsqueeze(-1)
-        slopes = slopes.scatter_add(-1, at, torch.where(held, -scale[1].unsqueeze(-1), 0.0))
-        return normalizer, compute.gather(-1, at).where(held, 0.0).squeeze(-1), slopes.to(given.dtype)
+        gradient = (compute - normalizer.unsqueeze(-1)).exp() * scale.unsqueeze(-1)
+        gradient = gradient.scatter_add(-1, at, torch.where(held, -scale.unsqueeze(-1), 0.0))
+        return normalizer, compute.gather(-1, at).where(held, 0.0).squeeze(-1), gradient.to(given.dtype)
 
-    assert kernels.excess(ours, plain, logits, labels, *scales) <= 0.0
+    assert kernels.excess(ours, plain, logits, labels, scales) <= 0.0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -277,11 +149,11 @@ def test_chunked_cross_attention(
     mask[-1, -1, 64:128] = False  # whole tiles of keys between others
     frequencies = RotaryFrequencies(2 * (size // 4), 10000.0)
     tables = [rotary_table(torch.arange(count)[None], frequencies) for count in (length, keys)]
-    turns = [turn[0].to(kernels.device) for table in tables for turn in (table.cosine, table.sine)]
+    rotary = [each[0].to(kernels.device) for table in tables for each in (table.cosine, table.sine)]
 
     def ours(q: Tensor, kv: Tensor, m: Tensor) -> Tensor:
         return kernels.ops.chunked_cross_attention(
-            q, kv[..., :size], kv[..., size:], m, chunk_length, first, size**-0.5, *turns, interleaved
+            q, kv[..., :size], kv[..., size:], m, chunk_length, first, size**-0.5, *rotary, interleaved
         )[0]
 
     def plain(q: Tensor, kv: Tensor, m: Tensor) -> Tensor:
@@ -321,12 +193,12 @@ def test_index_arithmetic_beyond_32_bits(kernels: Kernels, thread_order: int) ->
         given = [place(each) for each in (heads, logits, query, key)]
         rows = [torch.zeros(2, device=kernels.device) for _ in range(3)]
         ops.vocabulary_statistics(given[1], labels, 0, *rows)
-        ops.vocabulary_gradient_(given[1], labels, 0, *rows)
+        ops.vocabulary_gradient_(given[1], labels, 0, *rows[:2])
         attended, normalizer = ops.chunked_cross_attention(given[2], given[3], key, None, *settings)
         attention = (query, given[2], given[3], key, None, attended, normalizer, *settings)
         gradients = ops.chunked_cross_attention_backward(*attention)
-        turned = ops.rotary(given[0], table, table, False, False)
-        results.append([turned, *rows, given[1], attended, normalizer, *gradients])
+        rotated = ops.rotary(given[0], table, table, False, False)
+        results.append([rotated, *rows, given[1], attended, normalizer, *gradients])
     assert all(torch.equal(near, far) for near, far in zip(*results, strict=True))
 
 
@@ -361,140 +233,3 @@ def test_absent_neighbors_have_no_influence(kernels: Kernels, thread_order: int,
         results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
     assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
     assert float(results[0][0][:, 7:].abs().max()) == 0.0 and float(results[0][0][:, :3].abs().max()) == 0.0
-
-
-def parameters_of(test: Callable[..., None]) -> Iterator[dict[str, Any]]:
-    """Every combination that pytest would run."""
-    marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
-    for chosen in itertools.product(*(mark.args[1] for mark in marks)):
-        combination: dict[str, Any] = {}
-        for mark, values in zip(marks, chosen, strict=True):
-            names = mark.args[0]
-            combination |= {names: values} if isinstance(names, str) else dict(zip(names, values, strict=True))
-        yield combination
-
-
-def test_every_kernel_in_every_type_is_run_by_a_test(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All tests above once more, in this process, with one order of threads: what none of them reaches fails here."""
-    monkeypatch.setenv(VARIABLE, "reference")
-    tests = [each for name, each in globals().items() if name.startswith("test_") and inspect.isfunction(each)]
-    for test in tests:
-        if "kernels" in inspect.signature(test).parameters:
-            for parameters in parameters_of(test):
-                torch.manual_seed(0)
-                test(kernels=Kernels(shim.ops, "cpu"), thread_order=0, **parameters)
-    assert {re.split(r"\W", name)[0] for name in shim.compiled.values()} == declared_kernels()
-    assert set(shim.compiled.values()) - shim.launched() == set(), "compiled, and never executed"
-
-
-def test_every_operator_has_a_cuda_side_or_is_declared_without(shim: Shim) -> None:
-    operators = re.findall(r"library\.def\(\s*\"(\w+)\(", (CSRC / "operators" / "schemas.cpp").read_text())
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    on_cuda = {name for name in operators if has_kernel(f"megatron_retro_shim::{name}", "CPU")}
-    assert len(operators) >= 12 and set(operators) - on_cuda == library.CPU_ONLY
-
-
-def is_template(mangled: str) -> bool:
-    """Of our own files: kernels and what they call are templates, what launches them is not."""
-    name = re.search(r"_GLOBAL__N_1(\d+)", mangled)
-    return name is not None and mangled[name.end() + int(name[1]) :].startswith("I")
-
-
-@pytest.mark.skipif(not COMPILER or "g++" not in COMPILER or not shutil.which("gcov"), reason="needs g++ and gcov")
-def test_every_line_of_every_kernel_in_every_type_runs(tmp_path: Path) -> None:
-    """A kernel that was launched may have found nothing to do: gcov counts lines, by instantiation."""
-    test = f"{__file__}::{test_every_kernel_in_every_type_is_run_by_a_test.__name__}"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    ran = subprocess.run(command, env={**environment, COUNTING: str(tmp_path)}, capture_output=True, check=False)
-    assert ran.returncode == 0, ran.stdout.decode()
-    kernels, never = set(), []
-    for counts in sorted(tmp_path.glob("*.gcda")):
-        shown = subprocess.run(
-            ["gcov", "--json-format", "--stdout", counts.name], cwd=tmp_path, capture_output=True, check=True
-        )
-        for source in json.loads(shown.stdout)["files"]:
-            for line in source["lines"] if source["file"].endswith(".cu") else ():
-                function = line.get("function_name", "")
-                name = re.search(rf"\d({'|'.join(declared_kernels())})I", function)
-                kernels |= {name[1]} if name else set()
-                if line["count"] == 0 and is_template(function):
-                    never.append((Path(source["file"]).name, line["line_number"], function))
-    assert kernels == declared_kernels() and never == []
-
-
-def test_every_barrier_is_missed(tmp_path: Path, count: Callable[[int, int], int]) -> None:
-    """Each taken out of the sources in turn: a comparison above fails under one of the orders of threads."""
-    shutil.copytree(CSRC, tmp_path / "csrc")
-    barriers = [
-        (path, *match.span(1))
-        for path in sorted((tmp_path / "csrc" / "operators" / "cuda").iterdir())
-        for match in re.finditer(r"(__sync(?:threads|warp)\(\);)(?!.*on the shim it does)", path.read_text())
-    ]
-    assert len(barriers) >= 15
-    random.Random(0).shuffle(barriers)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "shim and (norm or vocabulary or attention)",
-    ]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment["MEGATRON_RETRO_SHIM_CSRC"] = str(tmp_path / "csrc")
-    for path, start, stop in barriers[: count(1, len(barriers))]:
-        text = path.read_text()
-        path.write_text(text[:start] + ";" + text[stop:])
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        path.write_text(text)
-        where = f"{path.name} line {text[:start].count(chr(10)) + 1}"
-        assert ran.returncode == 1 and "AssertionError" in ran.stdout, where + ran.stdout[-2000:]
-
-
-PLANTED = """
-#include <cstdio>
-#include "cuda_shim.h"
-__global__ void reversed(const float* from, float* to, bool with_barrier, bool stuck, bool unwritten) {
-  float* shared = shim::running()->shared.data();
-  if (!unwritten || threadIdx.x != 5) shared[threadIdx.x] = from[threadIdx.x];
-  if (with_barrier) __syncthreads();
-  if (stuck && threadIdx.x == 0) __syncthreads();
-  if (stuck && threadIdx.x > 0 && threadIdx.x < 32) __syncwarp();
-  to[threadIdx.x] = shared[blockDim.x - 1 - threadIdx.x];
-}
-int main(int, char** words) {
-  float from[64], to[64];
-  const auto is = [&](int word) { return words[word][0] == '1'; };
-  for (int i = 0; i < 64; ++i) from[i] = float(i);
-  try {
-    shim::launch(1, 64, 64 * 4, [&] { reversed(from, to, is(1), is(2), is(3)); });
-  } catch (const std::exception& problem) {
-    return std::puts(problem.what()), 3;
-  }
-  for (int i = 0; i < 64; ++i)
-    if (!(to[i] == float(63 - i))) return 1;
-  return 0;
-}
-"""
-
-
-def test_the_shim_notices_a_missing_barrier_a_deadlock_and_memory_never_written(tmp_path: Path) -> None:
-    source, program = tmp_path / "planted.cpp", tmp_path / "planted"
-    source.write_text(PLANTED)
-    assert COMPILER is not None
-    command = [COMPILER, "-std=c++17", "-O1", "-w", f"-I{CSRC / 'shim'}", str(source), "-o", str(program)]
-    subprocess.run(command, check=True)
-
-    def exit_code(*words: str, seed: int = 0) -> int:
-        environment = {"MEGATRON_RETRO_SHIM_SEED": str(seed)}
-        return subprocess.run([program, *words], env=environment, capture_output=True, check=False).returncode
-
-    assert [exit_code("1", "0", "0", seed=seed) for seed in range(4)] == [0] * 4
-    assert any(exit_code("0", "0", "0", seed=seed) == 1 for seed in range(4))
-    assert exit_code("1", "1", "0") == 3
-    assert exit_code("1", "0", "1") == 1

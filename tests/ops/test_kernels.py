@@ -13,7 +13,6 @@ from megatron_retro.ops import library
 from megatron_retro.ops.activation import GATED, GEGLU, GELU, GELU_TANH, SQUARED_RELU, SWIGLU, activate
 from megatron_retro.ops.backends import VARIABLE
 from megatron_retro.ops.chunked_cross_attention import chunked_cross_attention
-from megatron_retro.ops.masked_softmax import masked_softmax
 from megatron_retro.ops.norm import layer_norm, residual_norm, rms_norm
 from megatron_retro.ops.rotary import RotaryFrequencies, RotaryTable, apply_rotary, rotary_table
 from megatron_retro.testing.precision import excess_over_twice, values_and_gradients
@@ -143,20 +142,6 @@ def test_rotary_in_place_is_rotary() -> None:
         torch.testing.assert_close(view, heads)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_masked_softmax(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    for shape in ((2, 3, 4, 7), (1, 1, 5, 64), (2, 2, 3, 100), (0, 1, 1, 3)):
-        scores = leaf(*shape, dtype=dtype, scale=4.0)
-        mask = torch.rand(shape[0], 1, shape[2], shape[3]) > 0.4
-        if mask.numel():
-            mask[0, 0, 0] = False
-        ours, plain = pair(lambda s, m: masked_softmax(s, m, scale=0.3), monkeypatch)
-        assert_within_twice(ours, plain, scores, mask)
-        assert_within_twice(ours, plain, scores, None)
-        if mask.numel():
-            assert float(ours(scores.detach(), mask)[0, :, 0].abs().max()) == 0.0
-
-
 ATTENTION_SHAPES = [
     # batch, length, first position, query heads, key heads, head size, chunk length, keys per chunk, chunks
     (2, 12, 0, 4, 2, 16, 4, 6, 3),
@@ -169,9 +154,9 @@ ATTENTION_SHAPES = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES)
-@pytest.mark.parametrize("turned", ["not", "halves", "neighbors"])
+@pytest.mark.parametrize("rotated", ["not", "halves", "pairs"])
 def test_chunked_cross_attention(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shape: tuple[int, ...], turned: str
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shape: tuple[int, ...], rotated: str
 ) -> None:
     batch, length, first, heads, groups, size, chunk_length, keys, chunks = shape
     query = leaf(batch, length, heads, size, dtype=dtype)
@@ -180,12 +165,12 @@ def test_chunked_cross_attention(
     mask[0, 0] = False
     frequencies = RotaryFrequencies(2 * (size // 4), 10000.0)
     tables = [rotary_table(torch.arange(count)[None], frequencies) for count in (length, keys)]
-    turns: dict[str, Any] = {"query_table": tables[0], "key_table": tables[1], "interleaved": turned == "neighbors"}
-    turns = {} if turned == "not" else turns
+    rotary: dict[str, Any] = {"query_table": tables[0], "key_table": tables[1], "interleaved": rotated == "pairs"}
+    rotary = {} if rotated == "not" else rotary
 
     def face(q: Tensor, kv: Tensor) -> Tensor:
         key, value = kv[..., :size], kv[..., size:]
-        return chunked_cross_attention(q, key, value, mask, chunk_length, first_position=first, **turns)
+        return chunked_cross_attention(q, key, value, mask, chunk_length, first_position=first, **rotary)
 
     ours, plain = pair(face, monkeypatch)
     assert_within_twice(ours, plain, query, both)
@@ -249,7 +234,6 @@ def test_inputs_that_are_not_contiguous(monkeypatch: pytest.MonkeyPatch, wish: s
         (lambda h, r, w: residual_norm(h, r, w, w, epsilon=1e-5, centered=True), (rows, rows * 2, weight)),
         (lambda x, b: activate(x, SWIGLU, b), (torch.randn(2, 5, 10).transpose(0, 1), torch.randn(10, 2).T)),
         (lambda x: activate(x, GELU_TANH), (rows,)),
-        (lambda s: masked_softmax(s, torch.arange(20).view(4, 5).T > 3), (torch.randn(4, 5).T,)),
         (
             lambda q, k: chunked_cross_attention(q, k, k, None, 2),
             (torch.randn(1, 6, 2, 16)[..., ::2], torch.randn(1, 2, 8, 2, 3).transpose(2, 4)),

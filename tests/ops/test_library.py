@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_retro.errors import ConfigError, EnvironmentProblem
-from megatron_retro.ops import backends, library
+from megatron_retro.ops import backends, library, registrations
 from megatron_retro.ops.activation import SWIGLU, activate
 from megatron_retro.testing.far_tensors import FAR, spread
 
@@ -42,13 +42,11 @@ def operator_inputs() -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "rotary", (leaf(2, 5, 3, 8), table, table, False, False)
     yield "rotary_", (torch.randn(2, 5, 3, 8), table, table, True, False)
     yield "vocabulary_statistics", (torch.randn(3, 9), torch.tensor([0, 5, 20]), 0, rows, rows.clone(), rows.clone())
-    yield "vocabulary_gradient_", (torch.randn(3, 9), torch.tensor([0, 5, 20]), 0, rows, rows.clone(), rows.clone())
-    yield "masked_softmax", (leaf(2, 3, 7), torch.rand(2, 3, 7) > 0.3, 0.5)
-    yield "masked_softmax_backward", (torch.randn(2, 7), torch.rand(2, 7), 0.5)
-    yield "few_row_linear", (torch.randn(3, 20), torch.randn(7, 20), torch.randn(7))
+    yield "vocabulary_gradient_", (torch.randn(3, 9), torch.tensor([0, 5, 20]), 0, rows, rows.clone())
+    yield "small_batch_gemv", (torch.randn(3, 20), torch.randn(7, 20), torch.randn(7))
     attention = (leaf(1, 8, 2, 8), leaf(1, 2, 3, 2, 8), leaf(1, 2, 3, 2, 8), torch.rand(1, 2, 3) > 0.3)
-    turns = (torch.rand(8, 2), torch.rand(8, 2), torch.rand(3, 2), torch.rand(3, 2))
-    yield "chunked_cross_attention", (*attention, 4, 0, 0.3, *turns, False)
+    tables = (torch.rand(8, 2), torch.rand(8, 2), torch.rand(3, 2), torch.rand(3, 2))
+    yield "chunked_cross_attention", (*attention, 4, 0, 0.3, *tables, False)
     detached = tuple(each.detach() for each in attention)
     yield "chunked_cross_attention_backward", (
         torch.randn(1, 8, 2, 8), *detached, torch.randn(1, 8, 2, 8), torch.zeros(1, 2, 8), 4, 0, 0.3,
@@ -81,12 +79,12 @@ def normalize(residual: Tensor | None, weight: Tensor) -> tuple[Any, ...]:
     return "residual_norm", (ones(2, 4), residual, weight, None, 1e-5, True, 0.0)
 
 
-def turn(table: Tensor) -> tuple[Any, ...]:
+def rotate(table: Tensor) -> tuple[Any, ...]:
     return "rotary", (ones(1, 3, 2, 8), table, table, False, False)
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
-    return "few_row_linear", (rows, weight, bias)
+    return "small_batch_gemv", (rows, weight, bias)
 
 
 def activation(given: Tensor, bias: Tensor | None = None, kind: int = 0) -> tuple[Any, ...]:
@@ -102,10 +100,9 @@ BAD_CALLS = {
     "input must be contiguous": activation(ones(4, 6).T),
     "residual must have the shape of input: got [3, 4], expected [2, 4]": normalize(ones(3, 4), ones(4)),
     "weight must have 4 elements, got the shape [5]": normalize(None, ones(5)),
-    "cosine turns 10 dimensions of a head of 8": turn(ones(1, 3, 5)),
-    "cosine must have the sequences and positions of heads: got [1, 4, 2] for [1, 3, 2, 8]": turn(ones(1, 4, 2)),
+    "cosine rotates 10 dimensions of a head of 8": rotate(ones(1, 3, 5)),
+    "cosine must have the sequences and positions of heads: got [1, 4, 2] for [1, 3, 2, 8]": rotate(ones(1, 4, 2)),
     "labels must be contiguous int64": ("vocabulary_statistics", (ones(2, 4), ones(2), 0, ones(2), ones(2), ones(2))),
-    "mask must be contiguous bool": ("masked_softmax", (ones(2, 4), ones(2, 4), 1.0)),
     "the heads of query (3) must be a multiple of those of key (2)": attend(ones(1, 4, 3, 8), ones(1, 1, 2, 2, 8)),
     "mask must be [sequences, chunks, keys] of key: got [1, 1, 3] for [1, 1, 2, 2, 8]": attend(
         ones(1, 4, 2, 8), ones(1, 1, 2, 2, 8), mask=ones(1, 1, 3).bool()
@@ -176,7 +173,7 @@ def test_index_arithmetic_beyond_32_bits() -> None:
 
 @COMPILED
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["gated_activation", "residual_norm", "masked_softmax"])
+@pytest.mark.parametrize("name", ["gated_activation", "residual_norm"])
 def test_more_than_two_to_the_31_elements(name: str) -> None:
     """Whole tensors of 4.4 GB: the last rows come out as they do alone."""
     width = 64
@@ -189,9 +186,7 @@ def test_more_than_two_to_the_31_elements(name: str) -> None:
     def run(given: Tensor) -> Tensor:
         if name == "gated_activation":
             return torch.ops.megatron_retro.gated_activation(given, None, 3, False)
-        if name == "residual_norm":
-            return torch.ops.megatron_retro.residual_norm(given, None, weight, None, 1e-5, False, 0.0)[0]
-        return torch.ops.megatron_retro.masked_softmax(given, None, 1.0)
+        return torch.ops.megatron_retro.residual_norm(given, None, weight, None, 1e-5, False, 0.0)[0]
 
     assert torch.equal(run(whole)[-3:], run(last))
 
@@ -210,8 +205,8 @@ normed = ops.residual_norm(x, x, weight, bias, 1e-5, True, 0.0)[0]
 gated = ops.gated_activation(x, bias, 1, True)
 attended = ops.chunked_cross_attention(q, k, k, None, 4, 0, 0.2, None, None, None, None, False)[0]
 gradients = torch.autograd.grad(normed.square().sum() + gated.square().sum(), (weight, bias))
-products = [ops.few_row_linear(x[:rows].contiguous(), x, None) for rows in (1, 5, 19)]
-products += [ops.few_row_linear(x[:rows].bfloat16(), x.bfloat16(), None) for rows in (1, 5)]
+products = [ops.small_batch_gemv(x[:rows].contiguous(), x, None) for rows in (1, 5, 19)]
+products += [ops.small_batch_gemv(x[:rows].bfloat16(), x.bfloat16(), None) for rows in (1, 5)]
 for values in (normed, attended, gated, *gradients, *products):
     print(values.double().square().sum().item())
 """
@@ -246,6 +241,12 @@ def test_a_library_that_was_built_loads() -> None:
     if not library.PATH.exists():
         pytest.skip("csrc is not compiled")
     assert library.problem() is None
+
+
+@COMPILED
+def test_a_library_of_other_sources_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registrations.FAKES, "planted", lambda: None)  # type: ignore[arg-type]
+    assert "is of other sources, it lacks planted" in str(library.problem.__wrapped__())
 
 
 def test_a_wish_is_kept_or_refused_with_reasons(monkeypatch: pytest.MonkeyPatch) -> None:

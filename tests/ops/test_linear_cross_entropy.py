@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_retro.ops import library, vocabulary_blocks
 from megatron_retro.ops.backends import VARIABLE
 from megatron_retro.ops.linear_cross_entropy import _VocabularyBlocks, linear_cross_entropy
-from megatron_retro.ops.vocabulary_blocks import Slopes, gradients, statistics
+from megatron_retro.ops.vocabulary_blocks import gradients, statistics
 from megatron_retro.testing.precision import excess_over_twice, values_and_gradients
 
 NATIVE = pytest.mark.skipif(library.problem() is not None, reason=str(library.problem()))
@@ -79,7 +79,7 @@ def test_the_way_of_gpus(wish: str, block_bytes: None, dtype: torch.dtype) -> No
     hidden, weight, labels = case(dtype)
 
     def by_vocabulary(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
-        return _VocabularyBlocks.apply(h[0], w, t[0], 0.0)[None]
+        return _VocabularyBlocks.apply(h[0], w, t[0])[None]
 
     assert max(excess_over_twice(by_vocabulary, plain, (hidden, weight, labels))) <= 0.0
 
@@ -93,18 +93,6 @@ def test_skipped_positions(wish: str) -> None:
     assert all(float(each.abs().max()) == 0.0 for each in results)
     empty = values_and_gradients(linear_cross_entropy, (hidden[:, :0].detach().requires_grad_(), weight, labels[:, :0]))
     assert empty[0].shape == (1, 0) and float(empty[2].abs().max()) == 0.0
-
-
-def test_z_loss(wish: str) -> None:
-    hidden, weight, labels = case(torch.float32)
-
-    def ours(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
-        return linear_cross_entropy(h, w, t, z_loss_weight=0.01)
-
-    def with_z(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
-        return plain(h, w, t) + 0.01 * (h @ w.T).logsumexp(-1).square().where(t >= 0, 0.0)
-
-    assert max(excess_over_twice(ours, with_z, (hidden, weight, labels))) <= 0.0
 
 
 def test_only_what_needs_a_gradient_gets_one(wish: str) -> None:
@@ -132,7 +120,7 @@ def test_no_product_for_a_gradient_that_nobody_wants(wish: str, frozen: str) -> 
     wanted = {"hidden": weight, "weight": hidden}[frozen]
 
     def gradient() -> Tensor:
-        losses: Tensor = _VocabularyBlocks.apply(hidden[0], weight, labels[0], 0.0)  # type: ignore[no-untyped-call]  # torch's `apply`
+        losses: Tensor = _VocabularyBlocks.apply(hidden[0], weight, labels[0])  # type: ignore[no-untyped-call]  # torch's `apply`
         return torch.autograd.grad(losses.sum(), wanted)[0]
 
     expected = gradient()
@@ -158,8 +146,9 @@ def test_a_cut_vocabulary(wish: str, cut: int) -> None:
     label_logit = sum((each.label_logit_T for each in found), torch.zeros_like(largest))
     torch.testing.assert_close(((normalizer - label_logit) * kept).sum()[None], expected[0])
     scale = kept.float() * direction
-    slopes = Slopes(normalizer, scale, scale)
-    pieces = [gradients(rows, part, labels[0], slopes, first) for part, first in zip(parts, firsts, strict=True)]
+    pieces = [
+        gradients(rows, part, labels[0], normalizer, scale, first) for part, first in zip(parts, firsts, strict=True)
+    ]
     torch.testing.assert_close(
         torch.stack([piece[0] for piece in pieces]).sum(0)[None], expected[1], rtol=1e-4, atol=1e-5
     )

@@ -180,8 +180,8 @@ def test_loaded_matrices_lie_as_the_isa_says(program: Program, transposed: bool)
     area = numbers[: 16 * 24].reshape(16, 24)
     matrices = [area[up : up + 8, left : left + 8] for up in (0, 8) for left in (0, 8)]
     for lane, (group, thread) in enumerate(LANES):
-        turned = [each.T if transposed else each for each in matrices]
-        expected = [pair(each[group, 2 * thread], each[group, 2 * thread + 1]) for each in turned]
+        given = [each.T if transposed else each for each in matrices]
+        expected = [pair(each[group, 2 * thread], each[group, 2 * thread + 1]) for each in given]
         assert got[lane].tolist() == got[lane + 32].tolist() == expected
 
 

@@ -9,7 +9,7 @@
 
 #include "cpu/for_stored.h"
 #include "cpu/multiply.h"
-#include "cpu/turn.h"
+#include "cpu/rope.h"
 
 namespace megatron_retro {
 namespace INSTRUCTION_SET {
@@ -150,7 +150,7 @@ class Chunk {
     for (int64_t index = 0; index < num_seen; ++index) {
       read(call.key, call.key_strides, seen[index], keys.data() + index * padded);
       read(call.value, call.value_strides, seen[index], values.data() + index * padded);
-      turn_by(call.key_cosine, call.key_sine, seen[index], keys.data() + index * padded, 1);
+      rotate_by(call.key_cosine, call.key_sine, seen[index], keys.data() + index * padded, 1);
     }
   }
 
@@ -164,10 +164,10 @@ class Chunk {
   void write_head(Element* target, const Scalar* from) const {
     for (int64_t column = 0; column < call.width; column += step) store(target + column, load(from + column), call.width - column);
   }
-  void turn_by(const float* cosine, const float* sine, int64_t position, Scalar* head, double sign) const {
+  void rotate_by(const float* cosine, const float* sine, int64_t position, Scalar* head, double sign) const {
     if (!call.rotated) return;
     const int64_t half = call.rotated / 2, at = position * half;
-    turn(head, head, cosine + at, sine + at, sign, half, call.interleaved);
+    rotate(head, head, cosine + at, sine + at, sign, half, call.interleaved);
   }
 
   void read_queries() {
@@ -175,7 +175,7 @@ class Chunk {
     for (int64_t lane = 0; lane < tile_rows_used; ++lane) {
       Scalar* head = queries.data() + lane * padded;
       read_head(query + query_offset(lane), head);
-      turn_by(call.query_cosine, call.query_sine, query_of(lane), head, 1);
+      rotate_by(call.query_cosine, call.query_sine, query_of(lane), head, 1);
     }
     transpose(tile_rows_used, call.width, queries.data(), padded, across.data(), tile_queries);
   }
@@ -255,7 +255,7 @@ class Chunk {
     transpose(call.width, tile_rows_used, result.data(), tile_queries, grads.data(), padded);
     for (int64_t lane = 0; lane < tile_rows_used; ++lane) {
       Scalar* head = grads.data() + lane * padded;
-      turn_by(call.query_cosine, call.query_sine, query_of(lane), head, -1);
+      rotate_by(call.query_cosine, call.query_sine, query_of(lane), head, -1);
       write_head(static_cast<Element*>(call.grad_query) + output_offset(lane), head);
     }
   }
@@ -267,9 +267,9 @@ class Chunk {
       Element* grad_key = static_cast<Element*>(call.grad_key) + at;
       Element* grad_value = static_cast<Element*>(call.grad_value) + at;
       if (num_queries && index < num_seen && seen[index] == key) {
-        Scalar* turned = grad_keys.data() + index * padded;
-        turn_by(call.key_cosine, call.key_sine, key, turned, -1);
-        write_head(grad_key, turned);
+        Scalar* rotated = grad_keys.data() + index * padded;
+        rotate_by(call.key_cosine, call.key_sine, key, rotated, -1);
+        write_head(grad_key, rotated);
         write_head(grad_value, grad_values.data() + index * padded);
         ++index;
       } else {

@@ -47,7 +47,7 @@ struct Norm {
 
 struct Rotary {
   bool interleaved;
-  bool inverse;        // turn back: the gradient
+  bool inverse;        // rotate back: the gradient
   int64_t positions;   // a row is one position of one sequence: row = sequence * positions + position
   int64_t heads, width, rotated;
   int64_t input_strides[3], output_strides[3];  // sequence, position, head
@@ -67,18 +67,7 @@ struct VocabularyBlock {
   float* sum;
   float* label_logit;          // written only where the label is in this block
   const float* log_normalizer;
-  const float* probability_scale;  // d loss / d logit = probability_scale * p - label_scale * [is label]
-  const float* label_scale;
-};
-
-struct MaskedSoftmax {
-  int64_t width, rows_per_mask;  // a mask row serves this many rows in a row
-  double scale;
-  const void* input;
-  const uint8_t* mask;           // true = seen, or null
-  void* output;
-  const void* grad_output;
-  void* grad_input;
+  const float* scale;          // d loss / d logit = scale * (p - [is label])
 };
 
 // Chunked cross-attention. A row is one (sequence, chunk, key/value head) in that order: what its queries read of keys
@@ -93,7 +82,7 @@ struct CrossAttention {
   const void* key;
   const void* value;
   const uint8_t* mask;       // [sequence, chunk, key], true = seen, or null
-  int64_t rotated;           // dimensions that turn: 0 = none
+  int64_t rotated;           // dimensions that rotate: 0 = none
   bool interleaved;
   const float* query_cosine;  // [queries, rotated / 2]
   const float* query_sine;
@@ -107,8 +96,8 @@ struct CrossAttention {
   void* grad_value;
 };
 
-// The product of a few rows with a matrix. A row of the work is one output, of all rows of the input.
-struct FewRowLinear {
+// A product of a matrix with the few vectors of a decoding step. A row of the work is one output, of all rows of the input.
+struct SmallBatchGemv {
   int64_t rows, depth, outputs;
   const void* input;   // [rows, depth], compute type
   const void* weight;  // [outputs, depth]
@@ -125,11 +114,9 @@ struct FewRowLinear {
   KERNEL(rotary, Rotary)                       \
   KERNEL(vocabulary_statistics, VocabularyBlock) \
   KERNEL(vocabulary_gradient, VocabularyBlock) \
-  KERNEL(masked_softmax_forward, MaskedSoftmax) \
-  KERNEL(masked_softmax_backward, MaskedSoftmax) \
   KERNEL(cross_attention_forward, CrossAttention) \
   KERNEL(cross_attention_backward, CrossAttention) \
-  KERNEL(few_row_linear, FewRowLinear)
+  KERNEL(small_batch_gemv, SmallBatchGemv)
 
 #define MEGATRON_RETRO_DECLARE(name, Arguments) void name(Stored stored, const Arguments& call, int64_t first, int64_t last);
 #define MEGATRON_RETRO_DECLARE_ALL(set) \

@@ -65,8 +65,10 @@ inline Vector<Scalar> splat(Scalar value) {
 
 // ---- loads and stores -------------------------------------------------------------------------
 
-inline Vector<float> widen(ShortVector stored, const BFloat16*) {
-  return bits_as<Vector<float>>(__builtin_convertvector(stored, BitVector) << 16);
+template <int bytes>
+inline typename VectorOf<float, bytes>::type widen(typename VectorOf<uint16_t, bytes / 2>::type stored, const BFloat16*) {
+  using Bits = typename VectorOf<uint32_t, bytes>::type;
+  return bits_as<typename VectorOf<float, bytes>::type>(__builtin_convertvector(stored, Bits) << 16);
 }
 
 inline ShortVector narrow(Vector<float> value, const BFloat16*) {
@@ -76,9 +78,11 @@ inline ShortVector narrow(Vector<float> value, const BFloat16*) {
   return __builtin_convertvector(chosen, ShortVector);
 }
 
-inline Vector<float> widen(ShortVector stored, const Half*) {
-  Vector<float> value;
-  for (int lane = 0; lane < 16; ++lane) value[lane] = static_cast<float>(bits_as<_Float16>(uint16_t(stored[lane])));
+template <int bytes>
+inline typename VectorOf<float, bytes>::type widen(typename VectorOf<uint16_t, bytes / 2>::type stored, const Half*) {
+  typename VectorOf<float, bytes>::type value;
+  for (int lane = 0; lane < bytes / 4; ++lane)
+    value[lane] = static_cast<float>(bits_as<_Float16>(uint16_t(stored[lane])));
   return value;
 }
 
@@ -88,14 +92,15 @@ inline ShortVector narrow(Vector<float> value, const Half*) {
   return stored;
 }
 
-template <typename Stored>
-inline Vector<compute_t<Stored>> load(const Stored* from) {
+// A vector of 64 bytes, or of as many as are asked for.
+template <int bytes = 64, typename Stored>
+inline typename VectorOf<compute_t<Stored>, bytes>::type load(const Stored* from) {
   if constexpr (sizeof(Stored) == 2) {
-    ShortVector stored;
+    typename VectorOf<uint16_t, bytes / 2>::type stored;
     std::memcpy(&stored, from, sizeof(stored));
-    return widen(stored, from);
+    return widen<bytes>(stored, from);
   } else {
-    Vector<Stored> value;
+    typename VectorOf<Stored, bytes>::type value;
     std::memcpy(&value, from, sizeof(value));
     return value;
   }
@@ -112,13 +117,13 @@ inline void store(Stored* to, Vector<compute_t<Stored>> value) {
 }
 
 // The first `count` lanes only; the others read as zero.
-template <typename Stored>
-inline Vector<compute_t<Stored>> load(const Stored* from, int64_t count) {
-  constexpr int64_t width = lanes<compute_t<Stored>>;
-  if (count >= width) return load(from);
+template <int bytes = 64, typename Stored>
+inline typename VectorOf<compute_t<Stored>, bytes>::type load(const Stored* from, int64_t count) {
+  constexpr int64_t width = bytes / sizeof(compute_t<Stored>);
+  if (count >= width) return load<bytes>(from);
   Stored padded[width] = {};
   std::memcpy(padded, from, count * sizeof(Stored));
-  return load(padded);
+  return load<bytes>(padded);
 }
 
 template <typename Stored>

@@ -1,5 +1,5 @@
 // What both CUDA forms of chunked cross-attention share: which queries, keys and values belong together and where they
-// lie, what may be seen, how a tile of rows comes into shared memory and turns by its positions, and the launches.
+// lie, what may be seen, how a tile of rows comes into shared memory and rotates by its positions, and the launches.
 //
 // A block serves a tile of query rows (positions and heads of one attending chunk and one key/value head) or, for the
 // gradients of keys and values, a tile of keys. Keys and values belong to exactly one block, so there are no atomics and
@@ -63,17 +63,17 @@ __device__ __forceinline__ bool sees_any(const CrossAttention& call, const Place
   return over_warp(any ? 1.0f : 0.0f, Maximum{}) > 0.0f;
 }
 
-// Dimension `at` of a head, turned by its position's angles (turned back for sign = -1).
+// Dimension `at` of a head, rotated by its position's angles (rotated back for sign = -1).
 template <typename Kept>
-__device__ __forceinline__ float turned(
+__device__ __forceinline__ float rotated(
     const CrossAttention& call, const Kept* head, int at, const float* cosine, const float* sine, float sign) {
   const float value = widen(head[at]);
   if (at >= call.rotated) return value;
   const int half = int(call.rotated) / 2, pair = call.interleaved ? at / 2 : at % half;
   const bool first = call.interleaved ? at % 2 == 0 : at < half;
   const int distance = call.interleaved ? 1 : half;
-  const float other = widen(head[first ? at + distance : at - distance]), turn = sine[pair] * sign;
-  return value * cosine[pair] + (first ? -other : other) * turn;
+  const float other = widen(head[first ? at + distance : at - distance]), signed_sine = sine[pair] * sign;
+  return value * cosine[pair] + (first ? -other : other) * signed_sine;
 }
 
 // A tile is rows of heads in shared memory, as float32 or as stored, with one face:
@@ -81,7 +81,7 @@ __device__ __forceinline__ float turned(
 //   row(r), width(), given()   where row r begins, its elements, and how many of them a head in memory has
 //   copy(r, at, from)          copies `packed` elements, zeros where `from` is null
 //   wait()                     behind it the thread's own copies are there
-// A warp copies and turns rows of its own, so between the two no barrier of the block is needed.
+// A warp copies and rotates rows of its own, so between the two no barrier of the block is needed.
 template <typename Tile, typename Visitor>
 __device__ __forceinline__ void for_own_rows(int steps, Visitor&& visit) {
   constexpr int own = Tile::rows / attention_warps;
@@ -100,9 +100,9 @@ __device__ __forceinline__ void copy_rows(const Tile& tile, SourceOf&& source_of
   });
 }
 
-// Waits for whatever the warp copies, then turns each row by the angles of `position_of(row)`, unless that is negative.
+// Waits for whatever the warp copies, then rotates each row by the angles of `position_of(row)`, unless that is negative.
 template <typename Tile, typename PositionOf>
-__device__ __forceinline__ void turn_rows(
+__device__ __forceinline__ void rotate_rows(
     const CrossAttention& call, const Tile& tile, const float* cosine, const float* sine, PositionOf&& position_of) {
   tile.wait();
   __syncwarp();
@@ -113,8 +113,8 @@ __device__ __forceinline__ void turn_rows(
     if (position < 0) return;
     auto* head = tile.row(row);
     const int first = call.interleaved ? 2 * pair : pair, second = call.interleaved ? first + 1 : pair + half;
-    const float left = turned(call, head, first, cosine + table, sine + table, 1.0f);
-    const float right = turned(call, head, second, cosine + table, sine + table, 1.0f);
+    const float left = rotated(call, head, first, cosine + table, sine + table, 1.0f);
+    const float right = rotated(call, head, second, cosine + table, sine + table, 1.0f);
     narrow(left, head[first]);
     narrow(right, head[second]);
   });
@@ -139,8 +139,8 @@ __device__ __forceinline__ void copy_like_output(
 }
 
 template <typename Tile>
-__device__ __forceinline__ void turn_queries(const CrossAttention& call, const Place& place, int first, const Tile& tile) {
-  turn_rows(call, tile, call.query_cosine, call.query_sine, [&](int row) {
+__device__ __forceinline__ void rotate_queries(const CrossAttention& call, const Place& place, int first, const Tile& tile) {
+  rotate_rows(call, tile, call.query_cosine, call.query_sine, [&](int row) {
     return first + row < place.num_rows ? place.query(first + row) : -1;
   });
 }
@@ -148,7 +148,7 @@ __device__ __forceinline__ void turn_queries(const CrossAttention& call, const P
 template <typename Element, typename Tile>
 __device__ __forceinline__ void read_queries(const CrossAttention& call, const Place& place, int first, const Tile& queries) {
   copy_queries<Element>(call, place, first, queries);
-  turn_queries(call, place, first, queries);
+  rotate_queries(call, place, first, queries);
 }
 
 // Keys and values that may not be seen are zeros: not even NaN in them reaches a product.
@@ -160,7 +160,7 @@ __device__ __forceinline__ void read_keys_values(
   };
   copy_rows(keys, [&](int row) { return source_of(call.key, call.key_strides, first + row); });
   copy_rows(values, [&](int row) { return source_of(call.value, call.value_strides, first + row); });
-  turn_rows(call, keys, call.key_cosine, call.key_sine, [&](int row) {
+  rotate_rows(call, keys, call.key_cosine, call.key_sine, [&](int row) {
     return place.sees(call, first + row) ? first + row : -1;
   });
 }
@@ -191,7 +191,7 @@ __device__ __forceinline__ void read_queries_gradients(
     float* shares) {
   copy_queries<Element>(call, place, first, queries);
   copy_like_output<Element>(call, place, call.grad_output, first, grads);
-  turn_queries(call, place, first, queries);
+  rotate_queries(call, place, first, queries);
   read_statistics<Element>(call, place, first, grads, normalizers, shares);
 }
 

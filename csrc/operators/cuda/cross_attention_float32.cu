@@ -99,18 +99,18 @@ __device__ __forceinline__ void probability_and_slope(
   slope = seen ? probability * (dot(grad, value, call.width) - share) * float(call.scale) : 0.0f;
 }
 
-// The thread's part of a row's gradient to memory, turned back: the tile's row lends its space.
+// The thread's part of a row's gradient to memory, rotated back: the tile's row lends its space.
 template <typename Element, int slots>
-__device__ __forceinline__ void write_turned_back(
+__device__ __forceinline__ void write_rotated_back(
     const CrossAttention& call, const float (&result)[slots], float* space, bool there, const float* cosine, const float* sine,
     Element* target) {
   const int share = threadIdx.x % sharers;
-  __syncwarp();  // where no other row was read, the warp may still be turning this one
+  __syncwarp();  // where no other row was read, the warp may still be rotating this one
 #pragma unroll
   for (int slot = 0; slot < slots; ++slot)
     if (slot * sharers + share < call.width) space[slot * sharers + share] = result[slot];
   __syncwarp();
-  for (int at = share; there && at < call.width; at += sharers) narrow(turned(call, space, at, cosine, sine, -1.0f), target[at]);
+  for (int at = share; there && at < call.width; at += sharers) narrow(rotated(call, space, at, cosine, sine, -1.0f), target[at]);
 }
 
 template <typename Element, int most_width>
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(threads, 1) backward_queries(CrossAttention ca
   const bool there = first + row < place.num_rows;
   const int64_t table = there ? place.query(first + row) * (call.rotated / 2) : 0;
   Element* target = static_cast<Element*>(call.grad_query) + (there ? place.output(call, first + row) : 0);
-  write_turned_back(call, result, queries.row(row), there, call.query_cosine + table, call.query_sine + table, target);
+  write_rotated_back(call, result, queries.row(row), there, call.query_cosine + table, call.query_sine + table, target);
 }
 
 template <typename Element, int most_width>
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(threads, 1) backward_keys(CrossAttention call,
   const int64_t key = first_key + row;
   const bool there = key < call.keys;
   const int64_t table = there ? key * (call.rotated / 2) : 0, target = there ? place.key_gradient(call, key) : 0;
-  write_turned_back(
+  write_rotated_back(
       call, grad_key, keys.row(row), there, call.key_cosine + table, call.key_sine + table,
       static_cast<Element*>(call.grad_key) + target);
   Element* grad_values = static_cast<Element*>(call.grad_value) + target;

@@ -260,7 +260,7 @@ __device__ __forceinline__ void gradients_of_queries(const CrossAttention& call,
   const auto value_of = [&](int row, int at) {
     const int64_t table = place.query(first + row) * (call.rotated / 2);
     const float* cosine = call.query_cosine + table;
-    return turned(call, results.row(row), at, cosine, call.query_sine + table, -1.0f) * float(call.scale);
+    return rotated(call, results.row(row), at, cosine, call.query_sine + table, -1.0f) * float(call.scale);
   };
   results.keep(gradient);
   results.write(int(call.width), target_of, value_of);
@@ -294,15 +294,15 @@ __device__ __forceinline__ void gradients_of_keys(const CrossAttention& call, co
     };
   };
   const auto value_of = [&](int row, int at) { return results.row(row)[at]; };
-  const auto turned_back = [&](int row, int at) {
+  const auto rotated_back = [&](int row, int at) {
     const int64_t table = (first_key + row) * (call.rotated / 2);
     const float* cosine = call.key_cosine + table;
-    return turned(call, results.row(row), at, cosine, call.key_sine + table, -1.0f) * float(call.scale);
+    return rotated(call, results.row(row), at, cosine, call.key_sine + table, -1.0f) * float(call.scale);
   };
   results.keep(value_gradient);
   results.write(int(call.width), place_in(call.grad_value), value_of);
   results.keep(key_gradient);
-  results.write(int(call.width), place_in(call.grad_key), turned_back);
+  results.write(int(call.width), place_in(call.grad_key), rotated_back);
 }
 
 // One launch for both: blocks of one chunk run side by side, so its keys, values and queries come from memory once and

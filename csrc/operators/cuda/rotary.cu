@@ -1,4 +1,4 @@
-// `rotary` and `rotary_` on the GPU: a thread turns the pairs of one pack, or copies a pack that does not turn.
+// `rotary` and `rotary_` on the GPU: a thread rotates the pairs of one pack, or copies a pack that does not rotate.
 #include "cuda/device.cuh"
 #include "rotary.h"
 
@@ -10,9 +10,9 @@ constexpr int threads = 256;
 
 // `count` pairs at a time: (i, i + half) as two packs, or neighbours (2i, 2i + 1) as one pack of twice the length.
 template <typename Element, int count>
-__global__ void __launch_bounds__(threads) turn(Rotary call, int64_t packs, bool copy_rest) {
-  const int64_t half = call.rotated / 2, turning = half / count, rest = copy_rest ? (call.width - call.rotated) / count : 0;
-  const int64_t per_head = turning + rest, step = int64_t(gridDim.x) * threads;
+__global__ void __launch_bounds__(threads) rotate(Rotary call, int64_t packs, bool copy_rest) {
+  const int64_t half = call.rotated / 2, rotating = half / count, rest = copy_rest ? (call.width - call.rotated) / count : 0;
+  const int64_t per_head = rotating + rest, step = int64_t(gridDim.x) * threads;
   const float sign = call.inverse ? -1.0f : 1.0f;
   for (int64_t pack = int64_t(blockIdx.x) * threads + threadIdx.x; pack < packs; pack += step) {
     const int64_t place = pack % per_head, head = pack / per_head % call.heads, row = pack / per_head / call.heads;
@@ -21,8 +21,8 @@ __global__ void __launch_bounds__(threads) turn(Rotary call, int64_t packs, bool
                           position * call.input_strides[1] + head * call.input_strides[2];
     Element* to = static_cast<Element*>(call.output) + sequence * call.output_strides[0] +
                   position * call.output_strides[1] + head * call.output_strides[2];
-    if (place >= turning) {
-      const int64_t column = call.rotated + (place - turning) * count;
+    if (place >= rotating) {
+      const int64_t column = call.rotated + (place - rotating) * count;
       store_pack(to + column, load_pack<Element, count>(from + column));
       continue;
     }
@@ -36,17 +36,17 @@ __global__ void __launch_bounds__(threads) turn(Rotary call, int64_t packs, bool
     for (int i = 0; i < count; ++i) {
       const float cosine = call.cosine[table + i], sine = call.sine[table + i] * sign;
       const float first = call.interleaved ? in[2 * i] : in[i], second = call.interleaved ? in[2 * i + 1] : in[count + i];
-      const float turned_first = first * cosine - second * sine, turned_second = second * cosine + first * sine;
+      const float rotated_first = first * cosine - second * sine, rotated_second = second * cosine + first * sine;
       if (call.interleaved)
-        out[2 * i] = turned_first, out[2 * i + 1] = turned_second;
+        out[2 * i] = rotated_first, out[2 * i + 1] = rotated_second;
       else
-        out[i] = turned_first, out[count + i] = turned_second;
+        out[i] = rotated_first, out[count + i] = rotated_second;
     }
-    Pack<Element, count> turned_left, turned_right;
+    Pack<Element, count> rotated_left, rotated_right;
 #pragma unroll
-    for (int i = 0; i < count; ++i) narrow(out[i], turned_left.each[i]), narrow(out[count + i], turned_right.each[i]);
-    store_pack(to + at, turned_left);
-    store_pack(to + other, turned_right);
+    for (int i = 0; i < count; ++i) narrow(out[i], rotated_left.each[i]), narrow(out[count + i], rotated_right.each[i]);
+    store_pack(to + at, rotated_left);
+    store_pack(to + other, rotated_right);
   }
 }
 
@@ -54,7 +54,7 @@ template <typename Element, int count>
 void run(const Rotary& call, const Tensor& heads, bool copy_rest) {
   const int64_t per_head = call.rotated / 2 / count + (copy_rest ? (call.width - call.rotated) / count : 0);
   const int64_t packs = heads.size(0) * call.positions * call.heads * per_head;
-  launch(turn<Element, count>, num_blocks(packs, threads), threads, 0, stream_of(heads), call, packs, copy_rest);
+  launch(rotate<Element, count>, num_blocks(packs, threads), threads, 0, stream_of(heads), call, packs, copy_rest);
 }
 
 bool strides_line_up(const int64_t* strides, int64_t count) {

@@ -17,7 +17,7 @@ inline Vector<Scalar> table_values(const float* table, int64_t count) {
 
 // Pairs (i, i + half).
 template <typename Element>
-inline void turn_halves(
+inline void rotate_halves(
     const Element* from, Element* to, const float* cosine, const float* sine, double sign, int64_t half) {
   using Scalar = compute_t<Element>;
   constexpr int64_t step = lanes<Scalar>;
@@ -33,7 +33,7 @@ inline void turn_halves(
 
 // Pairs (2i, 2i + 1).
 template <typename Element>
-inline void turn_neighbors(
+inline void rotate_pairs(
     const Element* from, Element* to, const float* cosine, const float* sine, double sign, int64_t half) {
   using Scalar = compute_t<Element>;
   constexpr int64_t step = lanes<Scalar>;
@@ -53,10 +53,10 @@ inline void turn_neighbors(
 }
 
 template <typename Element>
-inline void turn(
+inline void rotate(
     const Element* from, Element* to, const float* cosine, const float* sine, double sign, int64_t half,
     bool interleaved) {
-  interleaved ? turn_neighbors(from, to, cosine, sine, sign, half) : turn_halves(from, to, cosine, sine, sign, half);
+  interleaved ? rotate_pairs(from, to, cosine, sine, sign, half) : rotate_halves(from, to, cosine, sine, sign, half);
 }
 
 }  // namespace INSTRUCTION_SET

@@ -1,4 +1,4 @@
-"""The product of few rows: as exact as PyTorch's, for every shape and layout, in inference mode and nowhere else."""
+"""The small-batch GEMV: as exact as PyTorch's, for every shape and layout, in inference mode and nowhere else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_retro.config.model import ModelConfig
 from megatron_retro.model.leaves import HeadsToHidden, Linear, Output
 from megatron_retro.ops import library
 from megatron_retro.ops.backends import VARIABLE, backend_rows, choice
-from megatron_retro.ops.linear import MOST_ROWS, linear
+from megatron_retro.ops.linear import MAX_GEMV_ROWS, linear
 from megatron_retro.testing.precision import excess_over_twice
 
 COMPILED = pytest.mark.skipif(library.problem() is not None, reason=str(library.problem()))
@@ -29,7 +29,7 @@ def seeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    result: Tensor = torch.ops.megatron_retro.few_row_linear(rows, weight, bias)
+    result: Tensor = torch.ops.megatron_retro.small_batch_gemv(rows, weight, bias)
     return result
 
 
@@ -94,7 +94,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, wish: str | None = None) -> list[int]
 
     class Counted:
         @staticmethod
-        def few_row_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        def small_batch_gemv(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             seen.append(len(rows))
             return functional.linear(rows, weight, bias)
 
@@ -117,10 +117,10 @@ def test_the_face_serves_any_layout(dtype: torch.dtype) -> None:
 
 
 @COMPILED
-def test_it_serves_few_rows_in_inference_mode_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_serves_small_batches_in_inference_mode_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(8, 16)
     seen = calls(monkeypatch)
-    most = MOST_ROWS[torch.float32]
+    most = MAX_GEMV_ROWS[torch.float32]
     with torch.no_grad():
         linear(torch.randn(1, 16), weight)
     linear(torch.randn(1, 16, requires_grad=True), weight)
@@ -131,7 +131,7 @@ def test_it_serves_few_rows_in_inference_mode_and_nothing_else(monkeypatch: pyte
         linear(torch.randn(1, most, 16), weight)
         linear(torch.randn(2, 16).bfloat16(), weight.bfloat16())
         assert seen == [most, 2]
-        monkeypatch.setenv(VARIABLE, "few_row_linear=reference")
+        monkeypatch.setenv(VARIABLE, "small_batch_gemv=reference")
         linear(torch.randn(1, 16), weight)
     assert seen == [most, 2]
 
@@ -152,15 +152,15 @@ def test_every_leaf_that_multiplies_uses_it(monkeypatch: pytest.MonkeyPatch) -> 
 @COMPILED
 def test_a_gradient_is_refused() -> None:
     rows, weight = torch.randn(2, 8, requires_grad=True), torch.randn(3, 8)
-    with pytest.raises(RuntimeError, match="few_row_linear has no gradient"):
+    with pytest.raises(RuntimeError, match="small_batch_gemv has no gradient"):
         product(rows, weight, None).sum().backward()
 
 
 @COMPILED
 def test_a_gpu_has_none_and_a_wish_for_all_kernels_does_not_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "cuda_problem", lambda: None)
-    assert "few_row_linear" in library.CPU_ONLY
+    assert "small_batch_gemv" in library.CPU_ONLY
     for wish in ("auto", "native"):
         monkeypatch.setenv(VARIABLE, wish)
-        assert "cpu only" in choice("few_row_linear", "cuda").reason
-    assert dict(backend_rows("cpu"))["kernel few_row_linear"].startswith("native: ")
+        assert "cpu only" in choice("small_batch_gemv", "cuda").reason
+    assert dict(backend_rows("cpu"))["kernel small_batch_gemv"].startswith("native: ")

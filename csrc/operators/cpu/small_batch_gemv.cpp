@@ -29,33 +29,6 @@ using Register = typename VectorOf<Scalar, width>::type;
 template <typename Scalar>
 constexpr int64_t register_lanes = width / sizeof(Scalar);
 
-template <typename Element>
-inline Register<compute_t<Element>> load_register(const Element* from) {
-  if constexpr (std::is_same_v<Element, BFloat16>) {
-    typename VectorOf<uint16_t, width / 2>::type stored;
-    std::memcpy(&stored, from, sizeof(stored));
-    return bits_as<Register<float>>(__builtin_convertvector(stored, Register<uint32_t>) << 16);
-  } else if constexpr (std::is_same_v<Element, Half>) {
-    Register<float> value = {};
-    for (int lane = 0; lane < width / 4; ++lane) value[lane] = static_cast<float>(bits_as<_Float16>(from[lane].bits));
-    return value;
-  } else {
-    Register<Element> value;
-    std::memcpy(&value, from, sizeof(value));
-    return value;
-  }
-}
-
-// The first `count` lanes only; the others read as zero.
-template <typename Element>
-inline Register<compute_t<Element>> load_register(const Element* from, int64_t count) {
-  constexpr int64_t all = register_lanes<compute_t<Element>>;
-  if (count >= all) return load_register(from);
-  Element padded[all] = {};
-  std::memcpy(padded, from, count * sizeof(Element));
-  return load_register(padded);
-}
-
 // Lanes i and i + half together, then the halves of that.
 template <typename Element, int bytes>
 inline Element sum_of_halves(typename VectorOf<Element, bytes>::type value) {
@@ -69,14 +42,14 @@ inline Element sum_of_halves(typename VectorOf<Element, bytes>::type value) {
 }
 
 template <typename Element>
-inline void finish(const FewRowLinear& call, int64_t row, int64_t output, Register<compute_t<Element>> sums) {
+inline void finish(const SmallBatchGemv& call, int64_t row, int64_t output, Register<compute_t<Element>> sums) {
   auto value = sum_of_halves<compute_t<Element>, width>(sums);
   if (call.bias) value += load_one(static_cast<const Element*>(call.bias) + output);
   store_one(static_cast<Element*>(call.output) + row * call.outputs + output, value);
 }
 
 template <typename Element>
-void one_row(const FewRowLinear& call, int64_t first, int64_t last) {
+void one_row(const SmallBatchGemv& call, int64_t first, int64_t last) {
   using Scalar = compute_t<Element>;
   constexpr int64_t step = register_lanes<Scalar>;
   constexpr int chains = 4;  // of additions, side by side
@@ -90,12 +63,12 @@ void one_row(const FewRowLinear& call, int64_t first, int64_t last) {
       for (int chain = 0; chain < chains; ++chain) {
         const int64_t at = column + chain * step;
         __builtin_prefetch(reinterpret_cast<const char*>(weight + at) + bytes_ahead);
-        sums[chain] += load_register(input + at) * load_register(weight + at);
+        sums[chain] += load<width>(input + at) * load<width>(weight + at);
       }
     }
     for (; column < call.depth; column += step) {
       const int64_t count = call.depth - column;
-      sums[0] += load_register(input + column, count) * load_register(weight + column, count);
+      sums[0] += load<width>(input + column, count) * load<width>(weight + column, count);
     }
     finish<Element>(call, 0, output, (sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
@@ -113,12 +86,12 @@ inline void add_tile(
     Wide factors[outputs];
 #pragma GCC unroll 8
     for (int output = 0; output < outputs; ++output) {
-      factors[output] = load_register(weight + output * depth + column, size);
+      factors[output] = load<width>(weight + output * depth + column, size);
       __builtin_prefetch(weight + output * depth + column + ahead);
     }
 #pragma GCC unroll 8
     for (int row = 0; row < rows; ++row) {
-      const Wide value = load_register(input + row * depth + column, size);
+      const Wide value = load<width>(input + row * depth + column, size);
 #pragma GCC unroll 8
       for (int output = 0; output < outputs; ++output) sums[output][row] += value * factors[output];
     }
@@ -138,7 +111,7 @@ inline void add_tile(
 
 // Outputs first..last, at most a group of them, of `rows` rows.
 template <typename Element, int rows>
-void some_rows(const FewRowLinear& call, int64_t first_row, int64_t first, int64_t last) {
+void some_rows(const SmallBatchGemv& call, int64_t first_row, int64_t first, int64_t last) {
   using Scalar = compute_t<Element>;
   constexpr int outputs = std::min(most_outputs, most_sums / rows);
   const Scalar* input = static_cast<const Scalar*>(call.input) + first_row * call.depth;
@@ -161,14 +134,14 @@ void some_rows(const FewRowLinear& call, int64_t first_row, int64_t first, int64
 
 // The rows that fill no tile.
 template <typename Element, int rows>
-void last_rows(const FewRowLinear& call, int64_t row, int64_t first, int64_t last) {
+void last_rows(const SmallBatchGemv& call, int64_t row, int64_t first, int64_t last) {
   if (call.rows - row == rows) return some_rows<Element, rows>(call, row, first, last);
   if constexpr (rows > 1) last_rows<Element, rows - 1>(call, row, first, last);
 }
 
 }  // namespace
 
-void few_row_linear(Stored stored, const FewRowLinear& call, int64_t first, int64_t last) {
+void small_batch_gemv(Stored stored, const SmallBatchGemv& call, int64_t first, int64_t last) {
   for_stored(stored, [&](auto element) {
     using Element = decltype(element);
     if (call.rows == 1) return one_row<Element>(call, first, last);

@@ -1,4 +1,4 @@
-// `few_row_linear`, for the CPU only: checks, memory, threads over outputs.
+// `small_batch_gemv`, for the CPU only: checks, memory, threads over outputs.
 #include "tensors.h"
 
 #include "cpu/dispatch.h"
@@ -6,7 +6,7 @@
 namespace megatron_retro {
 namespace {
 
-Tensor few_row_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+Tensor small_batch_gemv(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   const Stored stored = stored_type(input, "input");
   require(weight.dim() == 2 && weight.is_contiguous(), "weight must be contiguous [outputs, inputs]");
   check_like(weight, "weight", input, "input");
@@ -14,7 +14,7 @@ Tensor few_row_linear(const Tensor& input, const Tensor& weight, const OptionalT
   require(
       input.size(1) == weight.size(1), "input must have the ", weight.size(1), " columns of weight, got the shape ",
       shape_of(input));
-  FewRowLinear call{};
+  SmallBatchGemv call{};
   call.rows = input.size(0);
   call.depth = weight.size(1);
   call.outputs = weight.size(0);
@@ -31,13 +31,13 @@ Tensor few_row_linear(const Tensor& input, const Tensor& weight, const OptionalT
   Tensor output = torch::stable::new_empty(input, {call.rows, call.outputs});
   call.output = output.mutable_data_ptr();
   torch::stable::parallel_for(0, call.outputs, grain_of(call.depth), [&](int64_t first, int64_t last) {
-    cpu::few_row_linear(stored, call, first, last);
+    cpu::small_batch_gemv(stored, call, first, last);
   });
   return output;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(megatron_retro, CPU, library) { library.impl("few_row_linear", TORCH_BOX(&few_row_linear)); }
+STABLE_TORCH_LIBRARY_IMPL(megatron_retro, CPU, library) { library.impl("small_batch_gemv", TORCH_BOX(&small_batch_gemv)); }
 
 }  // namespace megatron_retro
