@@ -51,6 +51,9 @@ check_network() {
     local answer
     if ! answer="$(python -m megatron_retro.cli.main reach 2>&1)"; then
       faults+=("$(tail -n 1 <<<"$answer")")
+      if [ -z "${GLOO_SOCKET_IFNAME:-}" ] && getent hosts "$(hostname)" | grep -q '^127\.'; then
+        faults+=("its name is a loopback address, which others cannot reach: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME")
+      fi
     fi
   fi
 }

@@ -8,6 +8,7 @@
 #   --print-config         starts nothing: prints the effective settings
 #   --container-*          goes to srun (Enroot/Pyxis); so does everything in SRUN_OPTIONS
 #
+# CLUSTER                 profile of the cluster (default: cluster.env beside this file): modules, container, interfaces
 # LOGS (default logs)     per job: LOGS/NAME-JOB/rank-N.log
 # MAIL_TO                 address that gets one summary line at the end
 # HEALTH_CHECK=off        skips the check of the nodes
@@ -15,12 +16,16 @@
 set -euo pipefail
 
 exit_requeue=75
-home="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+slurm="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+home="$(cd "$slurm/../.." && pwd)"
+# shellcheck source=examples/slurm/profile.sh
+source "$slurm/profile.sh"
 if [ -x "$home/.venv/bin/python" ] && ! command -v megatron-retro >/dev/null; then
   export PATH="$home/.venv/bin:$PATH"
 fi
 program=(python -m megatron_retro.cli.main)
-containers=()
+containers=(${CONTAINER_IMAGE:+"--container-image=$CONTAINER_IMAGE"}
+  ${CONTAINER_MOUNTS:+"--container-mounts=$CONTAINER_MOUNTS"})
 words=()
 dry_run=false
 
@@ -38,6 +43,9 @@ main() {
   if "$dry_run"; then
     exec "${program[@]}" plan --plan-for "$verb" "${words[@]}"
   fi
+  load_modules
+  # Memory that is cut into pieces costs a run its last gigabytes; torch reads this where there are GPUs.
+  export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
   case "$(launcher "$verb")" in
     srun) run_in_slurm "$verb" ;;
     torchrun) run_with_torchrun "$verb" ;;
@@ -90,13 +98,25 @@ run_in_slurm() {
   if [ "${HEALTH_CHECK:-on}" != off ]; then
     # One task per node; a node that fails ends the job before anything is built.
     srun "${options[@]}" --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" \
-      "$home/examples/slurm/health_check.sh" "$logs" || status=$?
+      "$slurm/health_check.sh" "$logs" || status=$?
   fi
   if [ "$status" = 0 ]; then
-    srun "${options[@]}" --open-mode=append --output="$logs/${SLURM_ARRAY_TASK_ID:+task-$SLURM_ARRAY_TASK_ID-}rank-%t.log" \
+    # shellcheck disable=SC2046 # one word or none
+    srun "${options[@]}" $(cores_option) --open-mode=append --output="$logs/${SLURM_ARRAY_TASK_ID:+task-$SLURM_ARRAY_TASK_ID-}rank-%t.log" \
       "${program[@]}" "$verb" "${words[@]}" || status=$?
   fi
   finish "$verb" "$status" "$(($(date +%s) - begin))" "$logs"
+}
+
+# srun forgets --cpus-per-task of the job; where the job does not say, its tasks share the cores of a node evenly.
+cores_option() {
+  local cores="${SLURM_CPUS_PER_TASK:-}" on_node="${SLURM_JOB_CPUS_PER_NODE:-}"
+  if [ -z "$cores" ] && [ -n "${SLURM_NTASKS_PER_NODE:-}" ] && [[ "$on_node" =~ ^([0-9]+)(\(x[0-9]+\))?$ ]]; then
+    cores=$((BASH_REMATCH[1] / SLURM_NTASKS_PER_NODE))
+  fi
+  if [ "${cores:-0}" -gt 0 ]; then
+    echo "--cpus-per-task=$cores"
+  fi
 }
 
 finish() {

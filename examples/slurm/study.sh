@@ -1,27 +1,46 @@
 #!/usr/bin/env bash
-# What the studies have in common: where they run, what they need beside the quickstart's files, and how they start.
+# A study of examples/studies: makes what it needs beside the quickstart's files, and runs it.
 #
-#   study.sh NAME [flags]     runs NAME.toml beside the recipe; one worker, whose runs are processes of their own
+#   study.sh NAME [flags]     one worker, whose runs are processes of their own; `submit.sh study NAME` has several
 #
-# DATA (default runs/quickstart): the directory that examples/quickstart.sh made.
-# CONVERSATIONS, HELD_OUT: files of conversations to train and to measure on, for the studies of tuning.
+# DATA (default runs/quickstart): the directory that examples/quickstart.sh made. What some need besides:
+#   encoder_ablation, peft_study   CONVERSATIONS, HELD_OUT: files of conversations to train and to measure on
+#   prose                          TEXT: JSON lines with "text", to train on and to search in; HELD_OUT_TEXT: to measure on
+#                                  (default: each 20th line of TEXT); DATA (default runs/prose) is a directory of its own
+#   peft_study_published           DATA (default: here) holds runs/, what the recipes of pretraining and retro-fitting saved,
+#                                  and data/peft/SET.{train,valid}.jsonl; each run takes the eight GPUs of a node
 set -euo pipefail
 
 slurm="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 name="${1:?usage: study.sh NAME [flags]}"
 shift
 export PROCESSES=1
-cd "${DATA:-$slurm/../../runs/quickstart}"
-words=(ablate --config "$slurm/../$name.toml")
+examples="$(dirname "$slurm")"
+recipe="$examples/studies/$name.toml"
+if [ ! -f "$recipe" ]; then
+  echo "error: there is no study $name; they are in $examples/studies" >&2
+  exit 2
+fi
+words=(ablate --config "$recipe")
+case " $* " in
+  *" --dry-run "* | *" --print-config "*) exec "$slurm/launch.sh" "${words[@]}" "$@" ;; # nothing is made
+esac
 train=corpus/train_text_document
 held_out=corpus/held_out_text_document
+tokenizer=(--tokenizer-type SentencePieceTokenizer --tokenizer-model corpus/tokenizer.model)
 
 build() { # directory of the project, the table that is made last, flags
   local project="$1" last="$2"
   shift 2
   if [ ! -e "$project/neighbors/$last" ]; then
     "$slurm/launch.sh" build-retrieval --retro-project-dir "$project" --retro-chunk-length 32 --retro-index-str IVF256,Flat \
-      --retro-tasks train encode merge query --tokenizer-type SentencePieceTokenizer --tokenizer-model corpus/tokenizer.model "$@"
+      --retro-tasks train encode merge query "${tokenizer[@]}" "$@"
+  fi
+}
+
+tokenize() { # name of a file in corpus/
+  if [ ! -f "corpus/${1}_text_document.manifest.json" ]; then
+    "$slurm/launch.sh" preprocess --input "corpus/$1.jsonl" --output-prefix "corpus/$1" --append-eod "${tokenizer[@]}"
   fi
 }
 
@@ -51,10 +70,33 @@ split_by_source() {
         codecs) grep '^{"id": "encodings/' corpus/train.jsonl >corpus/codecs.jsonl ;;
         library) grep -v -e '^{"id": "topic ' -e '^{"id": "encodings/' corpus/train.jsonl >corpus/library.jsonl ;;
       esac
-      "$slurm/launch.sh" preprocess --input "corpus/$source.jsonl" --output-prefix "corpus/$source" --append-eod \
-        --tokenizer-type SentencePieceTokenizer --tokenizer-model corpus/tokenizer.model
+      tokenize "$source"
     fi
   done
+}
+
+# Files and a GPT of the quickstart's form, on any text.
+make_prose() {
+  if [ ! -f corpus/tokenizer.model ]; then
+    if [ -n "$held_out_text" ]; then
+      cp "$text" corpus/train.jsonl
+      cp "$held_out_text" corpus/held_out.jsonl
+    else
+      awk 'NR % 20 != 10' "$text" >corpus/train.jsonl
+      awk 'NR % 20 == 10' "$text" >corpus/held_out.jsonl
+    fi
+    "$slurm/launch.sh" train-tokenizer --input corpus/train.jsonl --tokenizer-output corpus/tokenizer \
+      --tokenizer-vocab-size 2048
+  fi
+  tokenize train
+  tokenize held_out
+  if [ ! -e retrieval/neighbors/held_out ]; then
+    "$slurm/launch.sh" build-retrieval --retro-project-dir retrieval --retro-chunk-length 32 "${tokenizer[@]}" \
+      --retro-tasks train encode merge query --retro-database-corpus "$train" \
+      --retro-query-corpus "train=$train" "held_out=$held_out"
+  fi
+  "$slurm/launch.sh" pretrain --config "$examples/quickstart.toml" "${tokenizer[@]}" --data-path "$train" \
+    --valid-data-path "$held_out" --train-iters 500 --save gpt
 }
 
 require_conversations() {
@@ -70,6 +112,17 @@ require_conversations() {
 }
 
 case "$name" in
+  prose)
+    text="$(realpath "${TEXT:?set it to a file of JSON lines}")"
+    held_out_text="${HELD_OUT_TEXT:+$(realpath "$HELD_OUT_TEXT")}"
+    DATA="${DATA:-$examples/../runs/prose}"
+    mkdir -p "$DATA/corpus"
+    ;;
+  peft_study_published) DATA="${DATA:-.}" ;;
+esac
+cd "${DATA:-$examples/../runs/quickstart}"
+case "$name" in
+  prose) make_prose ;;
   ablate_database_size)
     build retrieval100 train --retro-query-num-neighbors-save 100 --retro-database-corpus "$train" \
       --retro-query-corpus "held_out=$held_out" "train=$train"

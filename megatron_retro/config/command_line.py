@@ -125,7 +125,7 @@ def parse_settings(
     )
     general = parser.add_argument_group("settings files")
     general.add_argument("--config", type=Path, metavar="FILE", help="a recipe in TOML; flags win over it")
-    general.add_argument("--preset", metavar="NAME", help="a built-in recipe: " + ", ".join(preset_names()))
+    general.add_argument("--preset", metavar="NAME", help="a published size: " + ", ".join(preset_names()))
     general.add_argument(
         "--print-config", action="store_true", help="print the effective TOML with the origin of each value, and stop"
     )
@@ -137,7 +137,7 @@ def parse_settings(
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, path in _recipe_files(namespace):
-        found = read_recipe(path, sections, all_sections)
+        found = read_recipe(path, sections, all_sections, namespace.preset)
         values.update(found)
         origins.update(dict.fromkeys(found, origin))
     flags = {name: value for name, value in vars(namespace).items() if name in specs_by_name(sections)}

@@ -17,7 +17,14 @@ from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.sections import ALL_SECTIONS
 from megatron_retro.config.settings import Settings, section_name, specs_by_name
-from megatron_retro.config.toml_files import flat_values, parse_toml, preset_names, preset_path, render_toml
+from megatron_retro.config.toml_files import (
+    flat_values,
+    parse_toml,
+    preset_names,
+    preset_path,
+    read_recipe,
+    render_toml,
+)
 from megatron_retro.errors import ConfigError
 
 SECTIONS = (ModelConfig, RetroConfig, ParallelConfig)
@@ -159,8 +166,62 @@ def test_printed_toml_reads_back(layers: int, base: float, window: int | None) -
 @pytest.mark.parametrize("name", preset_names() or ["-"])
 def test_presets_are_legal(name: str) -> None:
     if name != "-":
-        text = preset_path(name).read_text()
-        assert flat_values(parse_toml(text, name), name, ALL_SECTIONS, ALL_SECTIONS)
+        assert read_recipe(preset_path(name), ALL_SECTIONS, ALL_SECTIONS)
+
+
+def recipes(folder: Path, **texts: str) -> Path:
+    """Files NAME.toml; the path of the first."""
+    for name, text in texts.items():
+        (folder / f"{name}.toml").write_text(text)
+    return folder / f"{next(iter(texts))}.toml"
+
+
+SIZED = """
+base = "lower.toml"
+[model]
+num_layers = 3
+[preset.gpt-tiny]
+model = { num_layers = 4 }
+[preset.retro-tiny.retro]
+retro_num_neighbors = 3
+"""
+
+
+@pytest.mark.parametrize(("preset", "layers", "neighbors"), [("gpt-tiny", 4, 2), ("retro-tiny", 3, 3)])
+def test_a_recipe_says_what_differs_by_preset(preset: str, layers: int, neighbors: int, tmp_path: Path) -> None:
+    """Preset below base below recipe below what it says for the preset."""
+    lower = "[model]\nnum_layers = 2\nhidden_size = 32\n[preset.retro-tiny.model]\nkv_channels = 16\n"
+    words = ["--preset", preset, "--config", str(recipes(tmp_path, sized=SIZED, lower=lower))]
+    settings = parse(*words)
+    model = settings[ModelConfig]
+    assert (model.num_layers, settings[RetroConfig].retro_num_neighbors) == (layers, neighbors)
+    assert (model.hidden_size, model.swiglu) == (32, True)
+    assert model.kv_channels == (16 if preset == "retro-tiny" else None)
+    assert parse(*words, "--num-layers", "7")[ModelConfig].num_layers == 7
+
+
+@pytest.mark.parametrize("words", [[], ["--preset", "gpt-43b"]])
+def test_a_recipe_of_some_presets_serves_no_others(words: list[str], tmp_path: Path) -> None:
+    path = recipes(tmp_path, sized=SIZED, lower="")
+    with pytest.raises(ConfigError, match=r"(?s)has no settings for .*expected: gpt-tiny, retro-tiny"):
+        parse(*words, "--config", str(path))
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"one": 'base = "two.toml"', "two": 'base = "one.toml"'}, "builds on itself"),
+        ({"one": 'base = "three.toml"'}, "cannot read"),
+        ({"one": "base = 3"}, "cannot read"),
+        ({"one": "[preset.gpt-tinny.model]\nnum_layers = 2"}, "did you mean gpt-tiny"),
+        ({"one": 'preset = "gpt-tiny"'}, "\\[preset\\] is no table"),
+        ({"one": "[preset]\ngpt-tiny = 3"}, "\\[preset.gpt-tiny\\] is no table"),
+        ({"one": "[preset.gpt-tiny.model]\nnum_layer = 2"}, "did you mean num_layers"),
+    ],
+)
+def test_what_is_wrong_with_a_base_or_a_size_is_named(texts: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse("--preset", "gpt-tiny", "--config", str(recipes(tmp_path, **texts)))
 
 
 def test_configuration_needs_no_torch() -> None:

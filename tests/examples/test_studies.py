@@ -16,7 +16,7 @@ from megatron_retro.ablation.runs import cell_settings
 from megatron_retro.config.command_line import parse_settings
 from megatron_retro.config.evaluation import AblationConfig
 from megatron_retro.config.model import RetroConfig
-from megatron_retro.config.sections import ALL_SECTIONS, STUDY_SECTIONS, TRAINING_SECTIONS
+from megatron_retro.config.sections import ALL_SECTIONS, STUDY_SECTIONS
 from megatron_retro.config.training import PeftConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -69,16 +69,10 @@ STUDIES = {
 }
 
 
-def quickstart_chunk_length() -> int:
-    words = ["--config", str(EXAMPLES / "quickstart.toml")]
-    settings, _ = parse_settings("x", TRAINING_SECTIONS, words, all_sections=ALL_SECTIONS)
-    return settings[RetroConfig].retro_chunk_length
-
-
 @pytest.mark.parametrize("name", STUDIES)
 def test_example(name: str) -> None:
     verb, configurations, fields = STUDIES[name]
-    words = ["--config", str(EXAMPLES / f"{name}.toml")]
+    words = ["--config", str(EXAMPLES / f"studies/{name}.toml")]
     settings, _ = parse_settings("x", STUDY_SECTIONS, words, all_sections=ALL_SECTIONS)
     assert settings[AblationConfig].study_verb == verb
     study = build_study(settings)
@@ -89,12 +83,14 @@ def test_example(name: str) -> None:
     every = [cell_settings(study.settings, cell, study.sections) for cell in study.cells]
     if verb != "perplexity":
         assert all(one[RetroConfig].retro_attention_gate in (0.0, 1.0) for one in every)
-    if verb in ("pretrain", "retrofit"):  # the database that the quickstart made
-        assert all(one[RetroConfig].retro_chunk_length == quickstart_chunk_length() for one in every)
+    if verb in ("pretrain", "retrofit"):
+        assert all(one[RetroConfig].retro_chunk_length == 32 for one in every), "that of the quickstart's database"
     methods = {one[PeftConfig].peft_method for one in every} if verb == "finetune" else {"none"}
     assert len(methods) == {"peft_study": 5, "peft_study_published": 3}.get(name, 1)
-    script = (EXAMPLES / f"{name}.sh").read_text()
-    assert f'exec "$here/slurm/study.sh" {name} "$@"' in script
+
+
+def test_every_study_is_here() -> None:
+    assert {path.stem for path in (EXAMPLES / "studies").glob("*.toml")} - {"shared"} == set(STUDIES)
 
 
 FAKE_PYTHON = """#!/usr/bin/env bash
@@ -113,7 +109,7 @@ def start(name: str, directory: Path, **variables: str) -> tuple[subprocess.Comp
     path = f"{directory / 'bin'}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "DATA": str(directory), "SEEN": str(seen), **variables}
     done = subprocess.run(
-        ["bash", str(EXAMPLES / f"{name}.sh"), "--study-output", "elsewhere"],
+        ["bash", str(EXAMPLES / "slurm/study.sh"), name, "--study-output", "elsewhere"],
         env=environment,
         capture_output=True,
         text=True,
@@ -134,7 +130,7 @@ def test_a_script_makes_what_its_study_reads(name: str, tmp_path: Path) -> None:
     (tmp_path / "corpus/train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     done, started = start(name, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert started[-1] == f"ablate --config {EXAMPLES}/slurm/../{name}.toml --study-output elsewhere"
+    assert started[-1] == f"ablate --config {EXAMPLES}/studies/{name}.toml --study-output elsewhere"
     made = set()
     for line in started[:-1]:
         if line.startswith("build-retrieval"):
@@ -142,7 +138,7 @@ def test_a_script_makes_what_its_study_reads(name: str, tmp_path: Path) -> None:
             made |= {
                 f"{project}/neighbors/{query.split('=')[0]}" for query in words_after(line, "--retro-query-corpus")
             }
-    recipe = (EXAMPLES / f"{name}.toml").read_text()
+    recipe = (EXAMPLES / f"studies/{name}.toml").read_text()
     read = set(re.findall(r"retrieval[\w-]*/neighbors/[\w-]+", recipe))
     unread = {
         f"retrieval-small-{kind}/neighbors/train{order}" for kind in ("hashed", "minilm") for order in ("", "-bm25")

@@ -14,11 +14,14 @@ from megatron_retro.config.toml_files import render_toml
 from megatron_retro.testing.tiny_corpus import TinyCorpus, write_tiny_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "examples/retrofit_48b.toml"
+RECIPE = ROOT / "examples/recipes/retrofit.toml"
 
 
-def plan(capsys: pytest.CaptureFixture[str], *words: str, recipe: Path = RECIPE) -> tuple[int, str]:
-    code = main(["plan", "--plan-for", "retrofit", "--config", str(recipe), "--no-plan-shards", *words])
+def plan(
+    capsys: pytest.CaptureFixture[str], *words: str, recipe: Path = RECIPE, preset: str | None = "retro-48b"
+) -> tuple[int, str]:
+    size = ["--preset", preset] if preset else []
+    code = main(["plan", "--plan-for", "retrofit", *size, "--config", str(recipe), "--no-plan-shards", *words])
     captured = capsys.readouterr()
     return code, captured.out + captured.err
 
@@ -76,9 +79,11 @@ def small_recipe(directory: Path, corpus: TinyCorpus, **changes: object) -> Path
 def test_a_table_of_another_corpus_is_found(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     mine, other = write_tiny_corpus(tmp_path / "mine"), write_tiny_corpus(tmp_path / "other", seed=1)
     small = ["--plan-gpus-per-node", "1"]
-    code, text = plan(capsys, *small, recipe=small_recipe(tmp_path, mine))
+    code, text = plan(capsys, *small, recipe=small_recipe(tmp_path, mine), preset=None)
     assert code == 0, text
-    code, text = plan(capsys, *small, "--neighbor-path", str(other.table), recipe=small_recipe(tmp_path, mine))
+    code, text = plan(
+        capsys, *small, "--neighbor-path", str(other.table), recipe=small_recipe(tmp_path, mine), preset=None
+    )
     assert code == 2
     assert str(other.table) in text
     assert "1 problem(s)" in text
@@ -86,7 +91,9 @@ def test_a_table_of_another_corpus_is_found(capsys: pytest.CaptureFixture[str], 
 
 def test_files_that_are_not_there_yet_are_a_note(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path, write_tiny_corpus(tmp_path / "mine"))
-    code, text = plan(capsys, "--plan-gpus-per-node", "1", "--neighbor-path", str(tmp_path / "later"), recipe=recipe)
+    code, text = plan(
+        capsys, "--plan-gpus-per-node", "1", "--neighbor-path", str(tmp_path / "later"), recipe=recipe, preset=None
+    )
     assert code == 0
     assert f"note: {tmp_path / 'later'} is not there yet" in text
 
@@ -102,8 +109,8 @@ def test_no_layout_that_fits_is_a_fault(capsys: pytest.CaptureFixture[str]) -> N
     assert code == 2 and "error: no layout of this model fits 1 x H100" in text
 
 
-@pytest.mark.parametrize("name", ["pretrain_gpt_tiny", "retrofit_tiny", "instruct_tiny"])
-def test_the_tiny_recipes_have_a_plan_too(name: str) -> None:
-    words = ["bash", str(ROOT / f"examples/{name}.sh"), "--dry-run", "--no-plan-shards"]
+@pytest.mark.parametrize("stage", ["pretrain", "retrofit", "instruct"])
+def test_the_tiny_recipes_have_a_plan_too(stage: str) -> None:
+    words = ["bash", str(ROOT / "examples/slurm/stage.sh"), stage, "tiny", "--dry-run", "--no-plan-shards"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=180, env=environment())
     assert done.returncode == 0, done.stderr

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_retro.config.command_line import parse_settings
 from megatron_retro.config.sections import ALL_SECTIONS
-from megatron_retro.config.settings import build_settings
-from megatron_retro.config.toml_files import read_recipe
 from megatron_retro.planning.hardware import accelerator
 from megatron_retro.planning.plan import estimate_build
 from megatron_retro.planning.workload import Layout, workload_of
@@ -28,8 +27,8 @@ def test_planned_gpu_hours_are_near_the_published_ones(
     size: str, retriever: bool, hours: float, layout: Layout
 ) -> None:
     """100B tokens on A100s, in the fastest layout that fits."""
-    recipe = ROOT / f"examples/retrofit_{size}.toml"
-    settings = build_settings(ALL_SECTIONS, read_recipe(recipe, ALL_SECTIONS, ALL_SECTIONS), {})
+    words = ["--preset", f"retro-{size}", "--config", str(ROOT / "examples/recipes/retrofit.toml")]
+    settings, _ = parse_settings("x", ALL_SECTIONS, words, all_sections=ALL_SECTIONS)
     work = workload_of(settings.replace(retro_add_retriever=retriever))
     plan = estimate_build(work, layout, accelerator("A100"), prove=False)
     assert plan.gpu_hours == pytest.approx(hours, rel=0.2)

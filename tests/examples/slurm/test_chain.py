@@ -11,7 +11,7 @@ import pytest
 from megatron_retro.testing.slurm import Cluster
 
 ROOT = Path(__file__).resolve().parents[3]
-STAGES = "corpus index gpt retro instruct evaluate"
+STAGES = "corpus index pretrain retrofit instruct evaluate"
 STEPS = 18
 
 
@@ -67,18 +67,20 @@ def test_the_chain_survives_preemption_and_a_lost_node(cluster: Cluster, tmp_pat
     write_conversations(tmp_path / "data/instructions")
     jobs = submit_chain(cluster, tmp_path)
 
-    cluster.wait_until(lambda: bool(saved_steps(tmp_path, "gpt-tiny")), 300, "the GPT's first checkpoint", jobs["gpt"])
-    cluster.run("scontrol", "requeue", str(jobs["gpt"]))
-    facts = cluster.wait(jobs["gpt"], 300)
-    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), starts(tmp_path, "gpt-tiny-*")
+    cluster.wait_until(
+        lambda: bool(saved_steps(tmp_path, "gpt-tiny")), 300, "the GPT's first checkpoint", jobs["pretrain"]
+    )
+    cluster.run("scontrol", "requeue", str(jobs["pretrain"]))
+    facts = cluster.wait(jobs["pretrain"], 300)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), starts(tmp_path, "pretrain-tiny-*")
 
-    cluster.wait_until(lambda: bool(saved_steps(tmp_path, "retro-tiny")), 300, "a checkpoint", jobs["retro"])
-    cluster.kill_node(last_node(cluster, jobs["retro"]))
-    facts = cluster.wait(jobs["retro"], 300)
-    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), starts(tmp_path, "retro-tiny-*")
+    cluster.wait_until(lambda: bool(saved_steps(tmp_path, "retro-tiny")), 300, "a checkpoint", jobs["retrofit"])
+    cluster.kill_node(last_node(cluster, jobs["retrofit"]))
+    facts = cluster.wait(jobs["retrofit"], 300)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), starts(tmp_path, "retrofit-tiny-*")
 
-    for run in ("gpt-tiny", "retro-tiny"):
-        words = starts(tmp_path, f"{run}-*")
+    for stage, run in (("pretrain", "gpt-tiny"), ("retrofit", "retro-tiny")):
+        words = starts(tmp_path, f"{stage}-tiny-*")
         assert re.search(r"resum", words), words
         assert max(saved_steps(tmp_path, run)) == STEPS
 

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Submits one stage, or a study, with the nodes that its recipe is planned for; prints the number of the job.
+#
+#   submit.sh STAGE SIZE [sbatch options] [-- flags]     as in: submit.sh retrofit 9.5b --time=2-0 -- --train-iters 1000
+#   submit.sh study NAME [sbatch options] [-- flags]     as in: submit.sh study findings
+#
+# STAGE, SIZE, DATA, RUNS   as in stage.sh; NAME as in study.sh
+# WORKERS                   jobs of the array that shares corpus, index (default 16) or study (default 4)
+# CLUSTER                   profile of the cluster (default: cluster.env beside this file): account, partition, time, ...
+#
+# A job that is preempted or whose node dies is queued again and goes on from its last checkpoint.
+set -euo pipefail
+
+slurm="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source=examples/slurm/profile.sh
+source "$slurm/profile.sh"
+usage="usage: submit.sh STAGE SIZE [sbatch options] [-- flags]"
+stage="${1:?$usage}"
+size="${2:?$usage}"
+shift 2
+given=()
+while [ "$#" -gt 0 ] && [ "$1" != -- ]; do
+  given+=("$1")
+  shift
+done
+[ "$#" = 0 ] || shift
+
+options=(--parsable "--job-name=$stage-$size" --requeue --open-mode=append --output=%x-%j.log --signal=USR1@300
+  "--mail-type=END,FAIL")
+if [ "$stage" = study ]; then
+  command=("$slurm/study.sh" "$size" "$@")
+else
+  command=("$slurm/stage.sh" "$stage" "$size" "$@")
+fi
+
+# What the plan of this stage is for; settings that cannot be are refused here, before anything is queued.
+settings="$("${command[@]}" --dry-run --print-config)"
+nodes="$(awk '$1 == "plan_nodes" { print $3 }' <<<"$settings")"
+gpus="$(awk '$1 == "plan_gpus_per_node" { print $3 }' <<<"$settings")"
+with_gpus="--gpus-per-node=${GPU_TYPE:+$GPU_TYPE:}$gpus"
+
+case "$stage-$size" in
+  corpus-* | index-*) options+=(--nodes=1 --ntasks-per-node=1 "--array=0-$((${WORKERS:-16} - 1))") ;;
+  study-prose) options+=(--nodes=1 --ntasks-per-node=1) ;; # it makes its files first, which workers cannot share
+  study-*)
+    options+=(--nodes=1 --ntasks-per-node=1 "--array=0-$((${WORKERS:-4} - 1))")
+    [ "$gpus" = 1 ] || options+=("$with_gpus")
+    ;;
+  evaluate-tiny) options+=(--nodes=1 --ntasks-per-node=1) ;;
+  *-tiny) options+=("--nodes=$nodes" "--ntasks-per-node=$gpus") ;;
+  *) options+=("--nodes=$nodes" "--ntasks-per-node=$gpus" "$with_gpus" --exclusive --mem=0) ;;
+esac
+read_sbatch_options
+options+=("${profile_options[@]}")
+sbatch "${options[@]}" "${given[@]}" --wrap "exec $(printf '%q ' "${command[@]}")" | cut -d ';' -f 1
