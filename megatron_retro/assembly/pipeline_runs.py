@@ -18,6 +18,9 @@ from megatron_retro.parallel.mesh import PIPELINE, TENSOR, ParallelMesh
 from megatron_retro.parallel.schedules import Boundary, build_schedule
 from megatron_retro.parallel.stages import Stage
 
+# Microbatches of an evaluation that are under way together, per stage: enough to fill the pipeline twice.
+_EVALUATED_AT_ONCE = 2
+
 
 class PipelineRuns:
     """The schedules of this rank's stages, made when they are first needed."""
@@ -33,10 +36,14 @@ class PipelineRuns:
         schedule.step(target=target, return_outputs=False, microbatch=numbers, **_joined(microbatches))
 
     def evaluate(self, microbatches: Sequence[TensorBatch]) -> list[Tensor] | None:
-        """Losses of every token on the ranks that hold the last stage."""
-        schedule = self._schedule(microbatches, training=False)
-        losses = schedule.step(**_joined(microbatches))
-        return None if losses is None else list(losses.chunk(len(microbatches)))
+        """Losses of every token on the ranks that hold the last stage; memory does not grow with the microbatches."""
+        last, size = self._stages[-1].part, _EVALUATED_AT_ONCE * self._stages[-1].part.num_stages
+        losses: list[Tensor] = []
+        for start in range(0, len(microbatches), size):
+            group = microbatches[start : start + size]
+            joined = self._schedule(group, training=False).step(**_joined(group))
+            losses += [] if joined is None else joined.chunk(len(group))
+        return losses if last.last else None
 
     def _schedule(self, microbatches: Sequence[TensorBatch], *, training: bool) -> Any:
         boundary = self._boundary(microbatches[0])
@@ -50,6 +57,7 @@ class PipelineRuns:
                 self._mesh.device,
                 self._mesh.group(PIPELINE),
                 training=training,
+                gather_once=self._settings[ParallelConfig].sharding() != "full",
             )
         return self._schedules[key]
 

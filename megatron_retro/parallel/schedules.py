@@ -2,11 +2,16 @@
 
 Shapes on the boundaries are told beforehand, so no schedule runs the model to find them. One schedule serves all steps
 with the same number of microbatches and the same boundary; others are made when they are needed.
+
+What a rank holds does not grow with the number of microbatches: a buffer to receive into lives from its receive to the
+end of the backward that needs it (torch allocates one for each microbatch, once for each schedule, for good), and
+parameters that are whole within a step are gathered once (torch keeps three stages whole and gathers the others again).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,13 +53,82 @@ class Boundary:
         return tuple(torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True) for shape in shapes)
 
 
+class BoundedStage(PipelineStage):
+    """torch's stage, whose buffers exist while they are needed: from a receive to the backward of its microbatch."""
+
+    def _prepare_forward_infra(self, *arguments: Any, **keywords: Any) -> Any:
+        return self._described(super()._prepare_forward_infra, *arguments, **keywords)
+
+    def _prepare_backward_infra(self, *arguments: Any, **keywords: Any) -> Any:
+        return self._described(super()._prepare_backward_infra, *arguments, **keywords)
+
+    def _described(self, prepare: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        """Let torch make its buffers on the meta device: descriptions, without memory."""
+        device, self.device = self.device, torch.device("meta")
+        try:
+            return prepare(*arguments, **keywords)
+        finally:
+            self.device = device
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """Receive a microbatch's input into new buffers."""
+        self._allocate(self.args_recv_info[fwd_chunk_id])
+        ops: list[dist.P2POp] = super().get_fwd_recv_ops(fwd_chunk_id)
+        return ops
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """Receive the gradient of a microbatch's output into new buffers."""
+        if self.has_backward and not self.is_last:
+            self._allocate(self.grad_recv_info[bwd_chunk_id])
+        ops: list[dist.P2POp] = super().get_bwd_recv_ops(bwd_chunk_id)
+        return ops
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int) -> None:
+        """The next stage is on this rank; where it has no gradient torch fills the buffer with zeros."""
+        pairs = zip(self.grad_recv_info[mb_index], next_stage_bwd_outputs, strict=True)
+        self._allocate(info for info, gradient in pairs if gradient is None)
+        super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **keywords: Any) -> Any:
+        """Without a backward, nothing is kept but what is sent."""
+        output = super().forward_one_chunk(fwd_chunk_id, *arguments, **keywords)
+        if not (self.has_backward and torch.is_grad_enabled()):
+            self._release(self.args_recv_info[fwd_chunk_id])
+            self.fwd_cache[fwd_chunk_id] = (self.fwd_cache[fwd_chunk_id][0], [])
+        return output
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """Send a microbatch's output; without a backward it is not kept."""
+        ops: list[dist.P2POp] = super().get_fwd_send_ops(fwd_chunk_id)
+        if not (self.has_backward and torch.is_grad_enabled()):
+            self.fwd_cache.pop(fwd_chunk_id)
+        return ops
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **keywords: Any) -> None:
+        """What was received for this microbatch has served; autograd holds what deferred gradients still need."""
+        super().backward_one_chunk(bwd_chunk_id, *arguments, **keywords)
+        self._release(self.args_recv_info[bwd_chunk_id])
+        self._release(self.grad_recv_info.get(bwd_chunk_id, ()))
+
+    def _allocate(self, infos: Iterable[Any]) -> None:
+        for info in infos:
+            if info.buffer is not None:
+                info.buffer = torch.empty_like(info.buffer, device=self.device, requires_grad=False)
+
+    def _release(self, infos: Iterable[Any]) -> None:
+        for info in infos:
+            if info.buffer is not None:
+                info.buffer = torch.empty_like(info.buffer, device="meta", requires_grad=False)
+
+
 class ForwardOnly(_PipelineScheduleRuntime):
     """Every microbatch through all stages, without a backward, on any number of stages per rank.
 
-    torch has such a schedule for one stage per rank only, and its check of an order wants backwards.
+    torch has such a schedule for one stage per rank only, and its check of an order wants backwards. Parameters that
+    are whole within a step stay so after it; who evaluates shards them again when all is done.
     """
 
-    def __init__(self, stages: list[PipelineStage], num_microbatches: int) -> None:
+    def __init__(self, stages: list[PipelineStage], num_microbatches: int, *, gather_once: bool) -> None:
         super().__init__(stages, num_microbatches)  # type: ignore[no-untyped-call]
         size, num_stages = stages[0].group_size, stages[0].num_stages
         forwards = {
@@ -66,7 +140,40 @@ class ForwardOnly(_PipelineScheduleRuntime):
             for rank in range(size)
         }
         gathered = {rank: _add_unshard_reshard(list(actions)) for rank, actions in forwards.items()}
+        if gather_once:
+            gathered = {rank: gathered_once(actions, reshard=False) for rank, actions in gathered.items()}
         self.pipeline_order_with_comms = _add_send_recv(gathered, lambda stage: stage % size, num_stages)
+
+    def step(self, *arguments: Any, **keywords: Any) -> Any:
+        """One group of microbatches; keeps nothing of it."""
+        outputs = super().step(*arguments, **keywords)
+        self.unsharded_stages.clear()
+        for stage in self._stages:
+            stage.clear_runtime_states()
+        return outputs
+
+
+def gathered_once(actions: Sequence[_Action], *, reshard: bool = True) -> list[_Action]:
+    """An order in which each stage's parameters are gathered before their first use, and freed at the end or kept."""
+    kept: list[_Action] = []
+    whole: dict[int, None] = {}
+    for action in actions:
+        if action.computation_type == _ComputationType.RESHARD:
+            continue
+        if action.computation_type == _ComputationType.UNSHARD:
+            if action.stage_index in whole:
+                continue
+            whole[action.stage_index] = None
+        kept.append(action)
+    return kept + [_Action(stage, _ComputationType.RESHARD, None) for stage in whole if reshard]
+
+
+def num_gathers(schedule: Any, rank: int) -> dict[int, int]:
+    """How often one step of a schedule gathers the parameters of each of this rank's stages."""
+    if not isinstance(schedule, _PipelineScheduleRuntime):
+        return {schedule._stage.stage_index: 1}  # FSDP's own hooks do, at the first use
+    order = schedule.pipeline_order_with_comms[rank]
+    return dict(Counter(one.stage_index for one in order if one.computation_type == _ComputationType.UNSHARD))
 
 
 def build_schedule(
@@ -78,20 +185,27 @@ def build_schedule(
     group: dist.ProcessGroup,
     *,
     training: bool,
+    gather_once: bool,
 ) -> Any:
-    """The schedule over this rank's stages for steps of this shape."""
+    """The schedule over this rank's stages for steps of this shape.
+
+    With `gather_once`, parameters are gathered once per step instead of for each use.
+    """
     torch_stages: list[Any] = [_torch_stage(stage, boundary, device, group, training) for stage in stages]
     if not training:
-        return ForwardOnly(torch_stages, num_microbatches)
+        return ForwardOnly(torch_stages, num_microbatches, gather_once=gather_once)
     options: dict[str, Any] = {"loss_fn": _loss_as_given, "scale_grads": False}
     few = num_microbatches < torch_stages[0].num_stages  # then 1F1B's order is GPipe's, and torch's 1F1B refuses
     if kind == "gpipe" or (kind == "1f1b" and few):
         return ScheduleGPipe(torch_stages[0], num_microbatches, **options)
     if kind == "1f1b":
         return Schedule1F1B(torch_stages[0], num_microbatches, **options)
-    if kind == "interleaved":
-        return ScheduleInterleaved1F1B(torch_stages, num_microbatches, **options)
-    return ScheduleInterleavedZeroBubble(torch_stages, num_microbatches, **options)
+    interleaved = ScheduleInterleaved1F1B if kind == "interleaved" else ScheduleInterleavedZeroBubble
+    schedule = interleaved(torch_stages, num_microbatches, **options)
+    if gather_once:
+        order = schedule.pipeline_order_with_comms
+        schedule.pipeline_order_with_comms = {rank: gathered_once(actions) for rank, actions in order.items()}
+    return schedule
 
 
 def _torch_stage(
@@ -101,7 +215,7 @@ def _torch_stage(
     inputs = () if part.first else boundary.tensors(part.receives_neighbors)
     losses = torch.empty(() if training else boundary.losses, dtype=torch.float32, device="meta", requires_grad=True)
     outputs = losses if part.last else boundary.tensors(part.sends_neighbors)
-    return PipelineStage(
+    return BoundedStage(
         stage,
         part.index,
         part.num_stages,
