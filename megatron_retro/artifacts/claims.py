@@ -53,10 +53,6 @@ class BlockClaims:
                 return
             time.sleep(min(1.0, self.lease_seconds / 10))
 
-    def remaining(self) -> list[str]:
-        """Blocks whose output is not in place yet."""
-        return [block for block in self.blocks if not self.is_done(block)]
-
     def _path(self, block: str) -> Path:
         return self.directory / f"{block}.claim"
 

@@ -132,13 +132,6 @@ class ChunkDatabase:
         found: NDArray[np.int64] = self.native.documents(np.ascontiguousarray(ids).reshape(-1))
         return found.reshape(ids.shape)
 
-    def document_interval(self, corpus_fingerprint: str) -> tuple[int, int] | None:
-        """The global documents [first, last) of a corpus, or None if it is not in the database."""
-        for number, corpus in enumerate(self.corpora):
-            if corpus.fingerprint == corpus_fingerprint:
-                return int(self.documents_before[number]), int(self.documents_before[number + 1])
-        return None
-
     def map_documents(
         self, corpus_fingerprint: str, first: NDArray[np.int64], last: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import flush_directory, publish_directory, write_file
-from megatron_retro.artifacts.manifest import Manifest, damage, read_manifest, write_manifest
+from megatron_retro.artifacts.manifest import Manifest, read_manifest, write_manifest
 from megatron_retro.data.token_index import map_file
 from megatron_retro.errors import ArtifactError, DataError
 
@@ -213,10 +213,6 @@ class NeighborTable:
             content = map_file(self.path / self.layout.blocks[number].name)
             self._maps[number] = content.reshape(-1, self.num_saved * ID_BYTES)
         return self._maps[number]
-
-    def damage(self) -> list[str]:
-        """What is wrong with the files, by their checksums."""
-        return damage(self.path, self.manifest)
 
 
 def _block_bytes(layout: TableLayout, block: Block) -> int:

@@ -1,4 +1,4 @@
-"""Writing token files: documents one by one, or whole files joined; then checks of what was written.
+"""Writing token files: documents, or whole files joined; then checks of what was written.
 
 Lengths and boundaries go to disk as they come, so memory does not grow with the corpus. The `.bin` and `.idx` take
 their names when both are whole, the manifest last.
@@ -94,21 +94,13 @@ class TokenFileWriter:
         self._bounds.extend([0])
         self.num_tokens = 0
 
-    def add_document(self, tokens: ArrayLike, lengths: Sequence[int] | None = None) -> None:
-        """Append a document; `lengths` cuts it into sequences (one when not given, none when it is empty)."""
-        array = checked_tokens(tokens, self.dtype)
-        if lengths is None:
-            lengths = [array.size] if array.size else []
-        if sum(lengths) != array.size:
-            raise DataError("sequence lengths do not add up to the document", got=sum(lengths), expected=array.size)
-        self.add_documents(array, np.asarray(lengths, np.int32), np.array([len(lengths)]))
-
     def add_documents(
         self, tokens: NDArray[Any], lengths: NDArray[np.int32], sequences_per_document: NDArray[np.int64]
     ) -> None:
-        """Append many documents at once: their tokens, the lengths of their sequences, sequences of each."""
+        """Append documents: all their tokens, the length of each sequence, the number of sequences of each document."""
+        stored = np.ascontiguousarray(_checked_tokens(tokens, self.dtype))
         with named_disk_errors(self._bin.path):
-            self._bin.write(np.ascontiguousarray(tokens, self.dtype).data.cast("B") if tokens.size else b"")
+            self._bin.write(stored.data.cast("B") if stored.size else b"")
             before = self._lengths.count
             self._lengths.extend(lengths)
             self._bounds.extend(np.cumsum(sequences_per_document) + before)
@@ -179,13 +171,12 @@ class TokenFileWriter:
         self.discard()
 
 
-def checked_tokens(tokens: ArrayLike, dtype: np.dtype[Any]) -> NDArray[Any]:
+def _checked_tokens(tokens: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Tokens in the stored type; a value that the type cannot hold is refused."""
-    array = np.asarray(tokens)
-    if array.size == 0:
-        return np.zeros(0, dtype)
+    if tokens.dtype == dtype or not tokens.size:
+        return tokens
     bounds = np.iinfo(dtype)
-    low, high = int(array.min()), int(array.max())
+    low, high = int(tokens.min()), int(tokens.max())
     if low < bounds.min or high > bounds.max:
         raise DataError(
             "a token does not fit the stored type",
@@ -193,7 +184,7 @@ def checked_tokens(tokens: ArrayLike, dtype: np.dtype[Any]) -> NDArray[Any]:
             expected=f"{bounds.min} to {bounds.max} ({dtype})",
             fix="the tokenizer's vocabulary is larger than the type; store int32",
         )
-    return array.astype(dtype, copy=False)
+    return tokens.astype(dtype)
 
 
 def merge_token_files(prefixes: Sequence[str | Path], output: str | Path) -> Manifest:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_retro.data.token_writer import TokenFileWriter
 from megatron_retro.data.tokenizers import GPT2BPETokenizer, HuggingFaceTokenizer, SentencePieceTokenizer
 from megatron_retro.data.word_boundaries import SPLIT_PATTERNS
 from megatron_retro.runtime.strict_json import json_text
@@ -37,6 +38,15 @@ def random_documents(seed: int, count: int, longest: int = 400, vocab: int = 256
         generator.integers(0, vocab, generator.integers(0, longest + 1) * (generator.random() > 0.1)).tolist()
         for _ in range(count)
     ]
+
+
+def write_documents(prefix: Path, documents: Iterable[Sequence[int]], dtype: str = "uint16") -> None:
+    """A token file of documents, each of one sequence (none when it is empty)."""
+    with TokenFileWriter(prefix, dtype) as writer:
+        for document in documents:
+            lengths = np.array([len(document)] if document else [], np.int32)
+            writer.add_documents(np.array(document, np.int64), lengths, np.array([len(lengths)]))
+        writer.finalize()
 
 
 def write_reference_token_file(prefix: Path, documents: Iterable[Sequences], dtype: str, modes: bool = False) -> None:

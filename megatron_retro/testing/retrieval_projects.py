@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from megatron_retro.config.sections import INDEX_SECTIONS
 from megatron_retro.config.settings import Settings, build_settings
-from megatron_retro.data.token_writer import TokenFileWriter
+from megatron_retro.testing.corpora import write_documents
 
 EOD = 256
 CHUNK = 16
@@ -39,10 +39,7 @@ def echoing_documents(seed: int, count: int, *, longest: int = 120, echo: float 
 def write_corpus(prefix: Path, documents: Sequence[Sequence[int]]) -> str:
     """A token file of the documents, each ended by EOD; returns its prefix."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    with TokenFileWriter(prefix, np.uint16) as writer:
-        for document in documents:
-            writer.add_document(np.array([*document, EOD], np.uint16))
-        writer.finalize()
+    write_documents(prefix, ([*document, EOD] for document in documents))
     return str(prefix)
 
 

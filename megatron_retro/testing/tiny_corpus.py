@@ -15,7 +15,7 @@ from megatron_retro.config.settings import Settings, build_settings
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.neighbor_table import NONE, TableLayout, finish_table, write_block
 from megatron_retro.data.token_file import TokenFile
-from megatron_retro.data.token_writer import TokenFileWriter
+from megatron_retro.testing.corpora import write_documents
 
 CHUNK = 16
 CHUNKS_PER_DOCUMENT = 8
@@ -65,12 +65,8 @@ def write_tiny_corpus(directory: Path, *, pairs: int = 20, seed: int = 0) -> Tin
     directory.mkdir(parents=True, exist_ok=True)
     corpus = TinyCorpus(directory / "tokens", directory / "database", directory / "neighbors")
     random = np.random.default_rng(seed)
-    with TokenFileWriter(corpus.tokens, np.uint16) as writer:
-        for _ in range(pairs):
-            text = random.integers(97, 123, CHUNKS_PER_DOCUMENT * CHUNK - 1)
-            for _ in range(2):
-                writer.add_document(np.append(text, EOD))
-        writer.finalize()
+    texts = [random.integers(97, 123, CHUNKS_PER_DOCUMENT * CHUNK - 1) for _ in range(pairs)]
+    write_documents(corpus.tokens, ([*text.tolist(), EOD] for text in texts for _ in range(2)))
     database = ChunkDatabase.create(corpus.database, [corpus.tokens], CHUNK, eod=EOD)
     _write_table(corpus, database, pairs)
     return corpus

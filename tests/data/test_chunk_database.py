@@ -87,7 +87,8 @@ def test_document_ranges_make_a_part_of_a_corpus_a_database(tmp_path: Path) -> N
     mine = TokenFile(prefix).fingerprint
     first, last = database.map_documents(mine, np.array([0, 5, 12, 24, 27]), np.array([3, 12, 14, 30, 28]))
     assert list(zip(first, last, strict=True)) == [(0, 0), (0, 2), (2, 4), (14, 15), (15, 15)]
-    assert database.document_interval(mine) == (0, 15) and database.document_interval("other") is None
+    nowhere = database.map_documents("other", np.array([3]), np.array([9]))
+    assert [one.tolist() for one in nowhere] == [[0], [0]]
 
 
 def test_unknown_ids_are_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_retro.artifacts.manifest import damage
 from megatron_retro.data.neighbor_table import (
     MAX_ID,
     NONE,
@@ -53,7 +54,7 @@ def test_rows_are_those_written_across_blocks_and_ranges(tmp_path: Path, block_r
     for first, last in ((0, 4), (60, 62), (99, 101), (130, 131)):
         with pytest.raises(DataError, match="no neighbours of query chunk"):
             table.rows(first, last)
-    assert table.damage() == []
+    assert damage(table.path, table.manifest) == []
 
 
 def test_an_id_takes_five_bytes_little_endian() -> None:
@@ -71,7 +72,7 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[3] ^= 1
     path.write_bytes(content)
-    assert any("checksum" in problem for problem in table.damage())
+    assert any("checksum" in problem for problem in damage(table.path, table.manifest))
     path.write_bytes(content[:-1])
     with pytest.raises(ArtifactError, match="missing or cut"):
         NeighborTable.open(tmp_path / "t")

@@ -121,13 +121,15 @@ def test_epochs_may_start_at_other_chunks(tmp_path: Path, shift: bool) -> None:
 def by_hand(file: TokenFile, neighbors: NeighborReader, chunk: int, count: int) -> list[list[int]]:
     """The same-document rule, one neighbour at a time."""
     documents = {file.document_of(token) for token in range(chunk * LENGTH, (chunk + count) * LENGTH + 1)}
-    own = neighbors.database.document_interval(file.fingerprint)
+    database = neighbors.database
+    corpora = zip(database.corpora, database.documents_before.tolist(), strict=False)
+    first = next((before for corpus, before in corpora if corpus.fingerprint == file.fingerprint), None)
     found = []
     for row in neighbors.table.rows(chunk, chunk + count).tolist():
         legal = [
             id
             for id in row
-            if id != NONE and not (own and int(neighbors.database.document_of(np.array(id))) - own[0] in documents)
+            if id != NONE and (first is None or int(database.document_of(np.array(id))) - first not in documents)
         ]
         found.append(([*legal, NONE, NONE])[:2])
     return found

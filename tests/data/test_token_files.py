@@ -31,7 +31,8 @@ corpora = st.lists(st.lists(st.lists(st.integers(0, 65535), min_size=1, max_size
 def write(prefix: Path, documents: list[list[list[int]]], dtype: str) -> None:
     with TokenFileWriter(prefix, dtype) as writer:
         for document in documents:
-            writer.add_document([t for sequence in document for t in sequence], [len(s) for s in document])
+            lengths = np.array([len(sequence) for sequence in document], np.int32)
+            writer.add_documents(np.array(flat(document), np.int64), lengths, np.array([len(document)]))
         writer.finalize()
 
 
@@ -81,8 +82,8 @@ def test_the_stored_type_is_megatrons_choice() -> None:
 @pytest.mark.parametrize(("dtype", "token"), [("uint16", 65536), ("uint16", -1), ("int32", 1 << 31)])
 def test_a_token_beyond_the_type_is_refused_and_nothing_is_left(tmp_path: Path, dtype: str, token: int) -> None:
     with pytest.raises(DataError, match="does not fit"), TokenFileWriter(tmp_path / "a", dtype) as writer:
-        writer.add_document([1, 2])
-        writer.add_document([token])
+        for tokens in ([1, 2], [token]):
+            writer.add_documents(np.array(tokens), np.array([len(tokens)], np.int32), np.array([1]))
     assert list(tmp_path.iterdir()) == []
 
 

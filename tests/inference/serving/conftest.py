@@ -18,7 +18,6 @@ from megatron_retro.config.inference import ServeConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.instructions.templates import InstructRetroTemplate
-from megatron_retro.data.token_writer import TokenFileWriter
 from megatron_retro.data.tokenizers import ByteTokenizer
 from megatron_retro.inference.chat_format import ChatFormat
 from megatron_retro.inference.engine import EngineLimits
@@ -29,6 +28,7 @@ from megatron_retro.inference.text_generator import TextGenerator
 from megatron_retro.model.cache import Cache
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.retro import Retro
+from megatron_retro.testing.corpora import write_documents
 
 CHUNK = 16
 FORM = ChatFormat(InstructRetroTemplate())
@@ -72,10 +72,7 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> TextGenerator:
     torch.set_num_threads(1)
     prefix = tmp_path_factory.mktemp("database") / "corpus"
     tokenizer = ByteTokenizer()
-    with TokenFileWriter(prefix, np.dtype(np.uint16)) as writer:
-        for text in TEXTS:
-            writer.add_document(np.array([*tokenizer.encode(text), tokenizer.eod], np.uint16))
-        writer.finalize()
+    write_documents(prefix, ([*tokenizer.encode(text), tokenizer.eod] for text in TEXTS))
     database = ChunkDatabase.create(prefix.with_name("chunks"), [prefix], CHUNK, eod=tokenizer.eod)
     return TextGenerator(LettersForward(random_model()), tokenizer, EngineLimits(4, 512, 64), OverlapSearch(database))
 
