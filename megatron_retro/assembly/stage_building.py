@@ -14,7 +14,7 @@ from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import OptimizerConfig, PeftConfig, TrainingConfig
-from megatron_retro.model.costs import ADDED, EVERYTHING, Trained
+from megatron_retro.model.costs import Trained
 from megatron_retro.model.leaves import Linear
 from megatron_retro.model.retro import Retro
 from megatron_retro.ops.backends import backend_of
@@ -119,7 +119,8 @@ def model_without_memory(settings: Settings) -> Retro:
 def trained_parts(settings: Settings) -> Trained:
     """Where a run changes something: what is tuned beside a model, what retro-fitting added, or everything."""
     if not is_tuned(settings):
-        return ADDED if settings[TrainingConfig].freeze_decoder else EVERYTHING
+        training = settings[TrainingConfig]
+        return Trained(decoder=not training.freeze_decoder, encoder=not training.freeze_encoder)
     peft = settings[PeftConfig]
     parts = ("decoder",) if peft.peft_method == "p-tuning" else peft.peft_parts
     return Trained("decoder" in parts, "cross-attention" in parts, "encoder" in parts, weights=False)
@@ -129,7 +130,7 @@ def trains(name: str, trained: Trained) -> bool:
     """Whether a run changes a parameter."""
     if not trained.weights:
         return is_added(name)
-    return trained.decoder or part_of(name) != "decoder"
+    return {"decoder": trained.decoder, "encoder": trained.encoder}.get(part_of(name), trained.cross_attention)
 
 
 def freeze(module: nn.Module, trained: Trained) -> None:

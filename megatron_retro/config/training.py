@@ -23,6 +23,7 @@ class TrainingConfig:
     train_samples: int | None = option(None, "samples of the run", minimum=1)
     seed: int = option(1234, "seeds weights, order and dropout", minimum=0)
     freeze_decoder: bool = option(False, "train only what retro-fitting added", ours=True)
+    freeze_encoder: bool = option(False, "leave the neighbour encoder as it starts", ours=True)
     eval_interval: int = option(0, "steps between evaluations; 0 = only at the end", minimum=0)
     eval_iters: int = option(10, "batches of one evaluation; 0 = none", minimum=0)
     retrieval_health: bool = option(True, "evaluate with real, no, random and shuffled neighbours", ours=True)
@@ -205,14 +206,15 @@ def tuned_parts_are_reached(settings: Settings, world_size: int) -> Iterator[Vio
 
 def one_thing_is_frozen(settings: Settings, world_size: int) -> Iterator[Violation]:
     """Tuning beside the model freezes all of it; a GPT is a decoder and nothing else."""
-    if TrainingConfig not in settings or not settings[TrainingConfig].freeze_decoder:
+    if TrainingConfig not in settings:
         return
-    if PeftConfig in settings and settings[PeftConfig].peft_method != "none":
-        yield Violation("freeze_decoder", True, "off", "--peft-method freezes the whole model already")
-    elif RetroConfig in settings and not settings[RetroConfig].reads_neighbors():
-        yield Violation(
-            "freeze_decoder", True, "off without a retriever that reads", "nothing else would be left to train"
-        )
+    frozen = [name for name in ("freeze_decoder", "freeze_encoder") if getattr(settings[TrainingConfig], name)]
+    for name in frozen:
+        if PeftConfig in settings and settings[PeftConfig].peft_method != "none":
+            yield Violation(name, True, "off", "--peft-method freezes the whole model already")
+        elif RetroConfig in settings and not settings[RetroConfig].reads_neighbors():
+            why = "nothing else would be left to train" if name == "freeze_decoder" else "there is nothing to freeze"
+            yield Violation(name, True, "off without a retriever that reads", why)
 
 
 def schedule_fits(settings: Settings, world_size: int) -> Iterator[Violation]:

@@ -35,6 +35,7 @@ _SCHEDULES: dict[int, tuple[dict[str, Any], ...]] = {
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "retro_gate_type": ("fixed", "fixed", "scalar", "heads", "adaptive"),
     "freeze_decoder": (False, False, True),
+    "freeze_encoder": (False, False, True),
     "untie_embeddings_and_output_weights": (False, True),
     "recompute_granularity": ("none", "full", "selective"),
     "make_vocab_size_divisible_by": (1, 8),
@@ -120,7 +121,7 @@ def drawn_part(seed: int) -> list[Case]:
 
 def _variant(draw: random.Random) -> dict[str, Any]:
     variant = {name: draw.choice(values) for name, values in _CHOICES.items()}
-    if variant["freeze_decoder"]:  # then something must be left to train
+    if variant["freeze_decoder"] or variant["freeze_encoder"]:  # then something must be left to train, or to freeze
         variant.update(neighbors="some absent", retro_attention_gate=1.0)
     return variant
 

@@ -109,6 +109,7 @@ WRONG: list[tuple[str, int, dict[str, Any], str]] = [
         "valid_neighbor_path",
     ),
     ("one_thing_is_frozen", 1, {"retro_add_retriever": False, "freeze_decoder": True}, "freeze_decoder"),
+    ("one_thing_is_frozen", 1, {"retro_add_retriever": False, "freeze_encoder": True}, "freeze_encoder"),
     (
         "degraded_shares_fit",
         1,

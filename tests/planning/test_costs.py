@@ -162,6 +162,7 @@ def test_a_plan_of_tuning_counts_what_torch_counts(
         {"peft_method": "ia3"},
         {"peft_method": "p-tuning", "prompt_encoder_hidden_size": 8},
         {"freeze_decoder": True},
+        {"freeze_decoder": True, "freeze_encoder": True},
     ],
     ids=str,
 )

@@ -76,6 +76,7 @@ MATTERS: tuple[dict[str, Any], ...] = (
     {"split": "50,50,0"},
     {"seed": 7},
     {"freeze_decoder": True},
+    {"freeze_encoder": True},
     {"lr_warmup_samples": 8},
     {"lr_warmup_iters": 2},
     {"weight_decay": 1.0},
