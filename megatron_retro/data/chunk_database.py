@@ -20,10 +20,8 @@ from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import new_directory
 from megatron_retro.artifacts.manifest import Manifest, read_manifest, require_same, write_manifest
-from megatron_retro.data.bisection import last_at_or_before
 from megatron_retro.data.native import extension
-from megatron_retro.data.token_file import TokenFile
-from megatron_retro.data.token_index import map_file
+from megatron_retro.data.token_file import TokenFile, last_at_or_before, map_file
 from megatron_retro.errors import ArtifactError, ConfigError, DataError
 from megatron_retro.runtime.console import warn
 from megatron_retro.runtime.strict_json import json_text

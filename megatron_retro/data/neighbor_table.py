@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import flush_directory, publish_directory, write_file
 from megatron_retro.artifacts.manifest import Manifest, read_manifest, write_manifest
-from megatron_retro.data.token_index import map_file
+from megatron_retro.data.token_file import map_file
 from megatron_retro.errors import ArtifactError, DataError
 
 KIND = "neighbor-table"
@@ -30,7 +30,7 @@ MAX_ID = NONE_BITS - 1
 
 
 @dataclass(frozen=True)
-class Block:
+class TableBlock:
     """Rows [first, last) of one file."""
 
     first: int
@@ -38,7 +38,7 @@ class Block:
 
     @property
     def name(self) -> str:
-        """The file of the block."""
+        """The name of the block's file."""
         return f"rows-{self.first:013d}-{self.last:013d}.ids"
 
 
@@ -60,10 +60,10 @@ class TableLayout:
             raise DataError("a neighbour table needs at least one id per row and one row per block")
 
     @cached_property
-    def blocks(self) -> tuple[Block, ...]:
+    def blocks(self) -> tuple[TableBlock, ...]:
         """The files of the table; a block never spans two ranges."""
         return tuple(
-            Block(start, min(start + self.block_rows, last))
+            TableBlock(start, min(start + self.block_rows, last))
             for first, last in self.row_ranges
             for start in range(first, last, self.block_rows)
         )
@@ -92,7 +92,7 @@ def unpack_ids(octets: NDArray[np.uint8]) -> NDArray[np.int64]:
     return np.where(ids == NONE_BITS, NONE, ids)
 
 
-def write_block(directory: Path, layout: TableLayout, block: Block, ids: NDArray[np.int64]) -> None:
+def write_block(directory: Path, layout: TableLayout, block: TableBlock, ids: NDArray[np.int64]) -> None:
     """Write one block atomically. `ids` is [rows, saved], -1 for none."""
     expected = (block.last - block.first, layout.saved)
     if ids.shape != expected:
@@ -100,7 +100,7 @@ def write_block(directory: Path, layout: TableLayout, block: Block, ids: NDArray
     write_file(directory / block.name, pack_ids(ids).tobytes())
 
 
-def block_is_done(directory: Path, layout: TableLayout, block: Block) -> bool:
+def block_is_done(directory: Path, layout: TableLayout, block: TableBlock) -> bool:
     """Whether the block's file is in place and whole."""
     path = directory / block.name
     return path.is_file() and path.stat().st_size == _block_bytes(layout, block)
@@ -161,12 +161,12 @@ class NeighborTable:
 
     @property
     def num_saved(self) -> int:
-        """Ids of a row."""
+        """Ids in a row."""
         return self.layout.saved
 
     @property
     def row_ranges(self) -> tuple[tuple[int, int], ...]:
-        """The rows that the table has."""
+        """The ranges of rows that the table has."""
         return self.layout.row_ranges
 
     @property
@@ -215,7 +215,7 @@ class NeighborTable:
         return self._maps[number]
 
 
-def _block_bytes(layout: TableLayout, block: Block) -> int:
+def _block_bytes(layout: TableLayout, block: TableBlock) -> int:
     return (block.last - block.first) * layout.saved * ID_BYTES
 
 

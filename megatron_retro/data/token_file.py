@@ -1,32 +1,47 @@
 """Token files: a corpus as one stream of tokens (`PREFIX.bin`) and where its documents lie (`PREFIX.idx`).
 
-Byte for byte Megatron's format, so files go both ways. Ours have a manifest beside them; files made by others are
-read without one. Opening maps the files and checks sizes and ends only; `verify_token_file` checks everything.
+Byte for byte Megatron's format (`MMIDIDX`, version 1), so files go both ways. Ours have a manifest beside them; files
+made by others are read without one. Opening maps the files and checks sizes and ends only; `verify_token_file` checks
+everything.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import mmap
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from megatron_retro.data.bisection import last_at_or_before
 from megatron_retro.data.native import extension
-from megatron_retro.data.token_index import HEADER_BYTES, TokenIndex, map_file, read_index
 from megatron_retro.errors import ArtifactError, DataError
 
+_MAGIC = b"MMIDIDX\x00\x00"
+_INDEX_VERSION = 1
+_HEADER_BYTES = 34
+_HEADER = struct.Struct("<QBQQ")
+_DTYPE_OF_CODE = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
+_CODE_OF_DTYPE = {np.dtype(dtype): code for code, dtype in _DTYPE_OF_CODE.items()}
+_SMALL_VOCABULARY = 65500
 KIND = "tokens"
 MANIFEST_VERSION = 1
 _SAMPLED_WINDOWS = 256
 _WINDOW_BYTES = 4096
-
-
-__all__ = ["KIND", "MANIFEST_VERSION", "TokenFile", "bin_path", "idx_path"]
 
 
 def bin_path(prefix: str | Path) -> Path:
@@ -44,7 +59,7 @@ class TokenFile:
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
-        self.index: TokenIndex = read_index(idx_path(prefix))
+        self.index: TokenIndex = _read_index(idx_path(prefix))
         self._bytes = map_file(bin_path(prefix))
         self._check_ends()
         self.stream: NDArray[Any] = self._bytes.view(self.index.dtype)
@@ -140,7 +155,7 @@ class TokenFile:
         digest = hashlib.sha256(b"token file 1")
         for content in (map_file(idx_path(self.prefix)), self._bytes):
             digest.update(len(content).to_bytes(8, "little"))
-            digest.update(content[:HEADER_BYTES].tobytes())
+            digest.update(content[:_HEADER_BYTES].tobytes())
             for window in _windows(len(content)):
                 digest.update(content[window].tobytes())
         return digest.hexdigest()
@@ -151,3 +166,121 @@ def _windows(size: int) -> Sequence[slice]:
         return [slice(0, size)]
     starts = [(size - _WINDOW_BYTES) * number // (_SAMPLED_WINDOWS - 1) for number in range(_SAMPLED_WINDOWS)]
     return [slice(start, start + _WINDOW_BYTES) for start in starts]
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The type that Megatron stores tokens of such a vocabulary in."""
+    return np.dtype(np.uint16 if vocab_size < _SMALL_VOCABULARY else np.int32)
+
+
+@dataclass(frozen=True)
+class TokenIndex:
+    """The arrays of an `.idx`; views of the mapped file, at odd addresses as the format has them."""
+
+    dtype: np.dtype[Any]
+    lengths: NDArray[np.int32]
+    pointers: NDArray[np.int64]
+    documents: NDArray[np.int64]
+    modes: NDArray[np.int8] | None
+
+    @property
+    def num_sequences(self) -> int:
+        """Stored sequences; a document is one or more (or, when empty, none) of them."""
+        return len(self.lengths)
+
+
+def map_file(path: Path) -> NDArray[np.uint8]:
+    """Map a file into memory as bytes."""
+    try:
+        with path.open("rb") as stream:
+            size = stream.seek(0, 2)
+            if size == 0:
+                return np.zeros(0, np.uint8)
+            return np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"there is no file {path}",
+            fix="give the prefix without .bin and .idx, or make the file with `megatron-retro preprocess`",
+        ) from None
+
+
+def _read_index(path: Path) -> TokenIndex:
+    """Map an `.idx`; its size must be exactly what its header says."""
+    content = map_file(path)
+    if len(content) < _HEADER_BYTES or content[: len(_MAGIC)].tobytes() != _MAGIC:
+        raise ArtifactError(f"{path} is no token file index", expected="a file that starts with MMIDIDX")
+    version, code, sequences, boundaries = _HEADER.unpack(content[len(_MAGIC) : _HEADER_BYTES].tobytes())
+    if version != _INDEX_VERSION or code not in _DTYPE_OF_CODE:
+        raise ArtifactError(
+            f"{path} is of another format", got=f"version {version}, type {code}", expected="version 1, type 1 to 8"
+        )
+    plain = _HEADER_BYTES + 12 * sequences + 8 * boundaries
+    if len(content) not in (plain, plain + sequences):
+        raise ArtifactError(
+            f"{path} does not have the size that its header says",
+            got=f"{len(content)} bytes",
+            expected=f"{plain} for {sequences} sequences and {boundaries} document boundaries",
+            fix="the file is cut or foreign: write it again",
+        )
+    return _views(content, np.dtype(_DTYPE_OF_CODE[code]), sequences, boundaries, has_modes=len(content) != plain)
+
+
+def _views(
+    content: NDArray[np.uint8], dtype: np.dtype[Any], sequences: int, boundaries: int, *, has_modes: bool
+) -> TokenIndex:
+    def view(kind: DTypeLike, start: int, count: int) -> NDArray[Any]:
+        if not count:
+            return np.zeros(0, kind)
+        return np.frombuffer(content.data, kind, count, start)
+
+    pointers_at = _HEADER_BYTES + 4 * sequences
+    documents_at = pointers_at + 8 * sequences
+    modes_at = documents_at + 8 * boundaries
+    return TokenIndex(
+        dtype=dtype,
+        lengths=view("<i4", _HEADER_BYTES, sequences),
+        pointers=view("<i8", pointers_at, sequences),
+        documents=view("<i8", documents_at, boundaries),
+        modes=view(np.int8, modes_at, sequences) if has_modes else None,
+    )
+
+
+def header(dtype: DTypeLike, sequences: int, boundaries: int) -> bytes:
+    """The first 34 bytes of an `.idx`."""
+    kind = np.dtype(dtype)
+    if kind not in _CODE_OF_DTYPE:
+        raise DataError(f"tokens of type {kind} cannot be stored", expected="uint16 or int32")
+    return _MAGIC + _HEADER.pack(_INDEX_VERSION, _CODE_OF_DTYPE[kind], sequences, boundaries)
+
+
+class Sink(Protocol):
+    """A stream that is written to."""
+
+    def write(self, content: bytes) -> object:
+        """Append bytes."""
+
+
+def write_pointers(stream: Sink, lengths: NDArray[np.int32], itemsize: int, start: int) -> int:
+    """Write the byte offsets of a run of sequences that begins at byte `start`; returns where it ends."""
+    ends = np.cumsum(lengths, dtype=np.int64) * itemsize + start
+    if not len(ends):
+        return start
+    pointers = np.empty(len(ends), "<i8")
+    pointers[0] = start
+    pointers[1:] = ends[:-1]
+    stream.write(pointers.tobytes())
+    return int(ends[-1])
+
+
+def last_at_or_before(
+    read: Callable[[NDArray[np.int64]], NDArray[np.int64]], count: int, values: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """For each value the last i in [0, count) with read(i) <= value; `read` must not fall, and read(0) <= all."""
+    low = np.zeros(values.shape, np.int64)
+    high = np.full(values.shape, count, np.int64)
+    for _ in range(max(count, 1).bit_length()):
+        middle = (low + high) >> 1
+        right = (high - low > 1) & (read(middle) <= values)
+        high = np.where(right | (high - low <= 1), high, middle)
+        low = np.where(right, middle, low)
+    return low

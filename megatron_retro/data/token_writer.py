@@ -24,8 +24,7 @@ from megatron_retro.artifacts.files import (
     temporary_name,
 )
 from megatron_retro.artifacts.manifest import FileRecord, Manifest, damage, load_manifest, manifest_path, write_manifest
-from megatron_retro.data.token_file import KIND, MANIFEST_VERSION, TokenFile, bin_path, idx_path
-from megatron_retro.data.token_index import header, write_pointers
+from megatron_retro.data.token_file import KIND, MANIFEST_VERSION, TokenFile, bin_path, header, idx_path, write_pointers
 from megatron_retro.errors import ArtifactError, DataError
 
 _SPAN = 1 << 20

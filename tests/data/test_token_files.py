@@ -14,8 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_retro.data.token_file import TokenFile
-from megatron_retro.data.token_index import token_dtype
+from megatron_retro.data.token_file import TokenFile, token_dtype
 from megatron_retro.data.token_writer import TokenFileWriter, merge_token_files, verify_token_file
 from megatron_retro.errors import ArtifactError, DataError
 from megatron_retro.testing.corpora import random_documents, write_reference_token_file

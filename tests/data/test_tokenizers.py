@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.data.preprocessing.tokenization import CachedEncoder, PlainEncoder, UnigramEncoder, build_encoder
-from megatron_retro.data.token_index import token_dtype
+from megatron_retro.data.token_file import token_dtype
 from megatron_retro.data.tokenizers import ByteTokenizer, Tokenizer, build_tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError, DataError
 from megatron_retro.testing.corpora import (

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_retro.data.token_index import map_file
+from megatron_retro.data.token_file import map_file
 from megatron_retro.errors import ConfigError, DataError, EnvironmentProblem
 from megatron_retro.runtime.strict_json import json_text
 

@@ -27,8 +27,7 @@ from megatron_retro.data.preprocessing.job import PreprocessingJob, ReadOptions,
 from megatron_retro.data.preprocessing.joining import Output, is_finished, join_blocks
 from megatron_retro.data.preprocessing.pool import Send, WorkerPool
 from megatron_retro.data.preprocessing.tokenization import build_encoder
-from megatron_retro.data.token_file import bin_path, idx_path
-from megatron_retro.data.token_index import token_dtype
+from megatron_retro.data.token_file import bin_path, idx_path, token_dtype
 from megatron_retro.data.token_writer import merge_token_files, verify_token_file
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError
