@@ -13,9 +13,9 @@ import torch
 from megatron_retro.assembly.model_assembly import build_trainable
 from megatron_retro.assembly.run_data import is_instruction_run, open_loader
 from megatron_retro.assembly.trainable import Trainable
-from megatron_retro.config.checks import require_legal
 from megatron_retro.config.data import InstructionConfig, TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.config.sections import require_legal
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import OptimizerConfig, TrainingConfig
 from megatron_retro.data.loader import Loader

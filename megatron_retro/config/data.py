@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_retro.config.fields import option
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings
-from megatron_retro.errors import ConfigError
+from megatron_retro.errors import ConfigError, Violation
 
 KEPT_AS_ONE = ("document", "chunk")
 TOKENIZERS = ("ByteTokenizer", "SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer")
+CONTEXT_PLACES = ("prompt", "encoder", "split", "none")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class DataConfig:
     reset_position_ids: bool = option(False, "positions start again after each document")
     reset_attention_mask: bool = option(False, "no attention over document borders")
     eod_mask_loss: bool = option(False, "no loss on end-of-document tokens")
+    # What makes retrieval worse, in training and evaluation alike, for studies: less to find, another's, nothing. The
+    # noise that regularizes training is the model's own (`retro_no_retrieval_probability` and its neighbour).
     database_keep_fraction: float = option(
         1.0, "keep this share of the database (chosen by a hash of the id)", minimum=0.0, maximum=1.0, ours=True
     )
@@ -76,7 +80,14 @@ class DataConfig:
     )
 
 
-CONTEXT_PLACES = ("prompt", "encoder", "split", "none")
+def degraded_shares_fit(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """A chunk reads its own neighbours, another's, or none."""
+    if DataConfig not in settings:
+        return
+    data = settings[DataConfig]
+    if data.neighbor_random_share + data.neighbor_absent_share > 1:
+        got = f"{data.neighbor_random_share} with --neighbor-absent-share {data.neighbor_absent_share}"
+        yield Violation("neighbor_random_share", got, "shares of together at most 1", "lower one of them")
 
 
 @dataclass(frozen=True)

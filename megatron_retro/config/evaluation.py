@@ -1,4 +1,4 @@
-"""What is measured and how it is shown: evaluation sets, perplexity, studies, reports."""
+"""What is measured, planned and shown: evaluation sets, perplexity, studies, reports, the cost of a run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ QUESTION_SETS = (
     *("qasper", "quality", "doc2dial", "boolq", "qmsum", "govreport", "summscreen"),
 )
 CONTEXTS = ("given", "bm25", "dense", "none")
+SPLITS = ("train", "valid", "test")
+STUDY_VERBS = ("pretrain", "retrofit", "finetune", PERPLEXITY)
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,6 @@ class EvaluationConfig:
     eval_stemming: bool = option(True, "stem words in ROUGE", ours=True)
 
 
-SPLITS = ("train", "valid", "test")
-
-
 @dataclass(frozen=True)
 class PerplexityConfig:
     """Perplexity: sliding windows, variants of neighbours, leakage curve"""
@@ -63,9 +62,6 @@ class PerplexityConfig:
     )
 
 
-VERBS = ("pretrain", "retrofit", "finetune", PERPLEXITY)
-
-
 @dataclass(frozen=True)
 class AblationConfig:
     """Ablation: a grid of runs, and their comparison"""
@@ -73,7 +69,7 @@ class AblationConfig:
     study_output: str | None = option(None, "directory of the study: one directory per run, and the report", ours=True)
     study_title: str = option("Ablation", "heading of the report", ours=True)
     study_verb: str = option(
-        "pretrain", "the verb of every run; perplexity = evaluate perplexity", choices=VERBS, ours=True
+        "pretrain", "the verb of every run; perplexity = evaluate perplexity", choices=STUDY_VERBS, ours=True
     )
     study_grid: tuple[str, ...] = option(
         (), 'fields to vary, each as TOML: "retro_num_neighbors = [0, 2, 4]"; runs are the product', ours=True
@@ -106,3 +102,35 @@ class ReportConfig:
     )
     report_questions: str | None = option(None, "those questions with their gold answers (JSON lines)", ours=True)
     report_stages: str | None = option(None, "JSON lines of `stage` and `seconds`", ours=True)
+
+
+@dataclass(frozen=True)
+class PlanningConfig:
+    """Planning: cluster, prices, corpus"""
+
+    plan_for: str = option("pretrain", "the verb that would run", ours=True)
+    plan_model: str | None = option(None, "a Hugging Face folder whose shape the plan takes", ours=True)
+    plan_hardware: str = option("H100", "accelerator, a row of the hardware table", ours=True)
+    plan_hardware_table: str | None = option(None, "a hardware table of your own (TOML)", ours=True)
+    plan_nodes: int = option(1, "nodes of the cluster", minimum=1, ours=True)
+    plan_gpus_per_node: int = option(8, "accelerators of a node", minimum=1, ours=True)
+    plan_memory_margin: float = option(
+        0.08, "share of the memory left to the allocator, the driver and NCCL", minimum=0.0, maximum=0.9, ours=True
+    )
+    plan_price_per_gpu_hour: float | None = option(None, "price of a GPU hour", minimum=0.0, ours=True)
+    plan_price_per_cpu_hour: float | None = option(None, "price of a CPU core hour", minimum=0.0, ours=True)
+    plan_corpus_tokens: int | None = option(
+        None, "tokens of the training corpus; the token files' when they are there", minimum=1, ours=True
+    )
+    plan_database_tokens: int | None = option(
+        None, "tokens of the retrieval database; the corpus's when not set", minimum=1, ours=True
+    )
+    plan_document_tokens: int = option(800, "tokens of a document, on average", minimum=1, ours=True)
+    plan_data_workers: int = option(1, "workers that share the data and index work", minimum=1, ours=True)
+    plan_shards: bool = option(True, "build every distinct shard on the meta device", ours=True)
+    suggest: bool = option(False, "search layouts for this cluster and list the best five", ours=True)
+    plan_json: str | None = option(None, "also write the plan's numbers to this file", ours=True)
+
+    def world_size(self) -> int:
+        """Accelerators of the cluster."""
+        return self.plan_nodes * self.plan_gpus_per_node

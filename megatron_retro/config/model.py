@@ -11,6 +11,11 @@ from megatron_retro.errors import Violation
 
 NORMALIZATIONS = ("LayerNorm", "RMSNorm")
 POSITIONS = ("rope", "learned_absolute", "relative", "none")
+GATES = ("fixed", "scalar", "heads", "adaptive")
+NEIGHBOR_POSITIONS = ("rotary", "continued", "relative", "none")
+RETRO_INITS = ("noise", "decoder")
+CONVERSIONS = ("checkpoint", "huggingface", "remote-code", "peft")
+EXPORT_TYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -79,11 +84,6 @@ class ModelConfig:
         """The vocabulary padded for a cut in `divisor` parts."""
         multiple = self.make_vocab_size_divisible_by * divisor
         return -(-(self.vocab_size or 0) // multiple) * multiple
-
-
-GATES = ("fixed", "scalar", "heads", "adaptive")
-NEIGHBOR_POSITIONS = ("rotary", "continued", "relative", "none")
-RETRO_INITS = ("noise", "decoder")
 
 
 @dataclass(frozen=True)
@@ -183,10 +183,6 @@ class RetroConfig:
             hidden_dropout=self.retro_encoder_hidden_dropout,
             attention_dropout=self.retro_encoder_attention_dropout,
         )
-
-
-CONVERSIONS = ("checkpoint", "huggingface", "remote-code", "peft")
-EXPORT_TYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)

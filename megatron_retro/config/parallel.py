@@ -10,14 +10,12 @@ from megatron_retro.config.data import DataConfig
 from megatron_retro.config.fields import option
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.config.training import (
-    OptimizerConfig,
-    TrainingConfig,
-)
+from megatron_retro.config.training import OptimizerConfig, TrainingConfig
 from megatron_retro.errors import Violation
 
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero-bubble")
 SHARDINGS = ("none", "optimizer", "gradients", "full")
+_TILE = 16
 
 
 @dataclass(frozen=True)
@@ -267,9 +265,6 @@ def no_context_parallelism(settings: Settings, world_size: int) -> Iterator[Viol
         )
 
 
-_TILE = 16
-
-
 def fp8_fits(settings: Settings, world_size: int) -> Iterator[Violation]:
     """Both sides of every matrix of a layer are whole tiles on every tensor rank."""
     if not _in_fp8(settings) or ModelConfig not in settings:
@@ -303,3 +298,20 @@ def fp8_gradients_are_not_deferred(settings: Settings, world_size: int) -> Itera
 def _in_fp8(settings: Settings) -> bool:
     sections = ParallelConfig in settings and OptimizerConfig in settings
     return sections and settings[OptimizerConfig].fp8_format != "none"
+
+
+PARALLEL_RULES = (
+    world_size_fits,
+    heads_divide,
+    widths_divide,
+    encoder_divides,
+    sequence_divides,
+    stages_have_layers,
+    schedule_has_its_stages,
+    layout_fits,
+    batch_divides,
+    microbatches_fill_the_pipeline,
+    no_context_parallelism,
+    fp8_fits,
+    fp8_gradients_are_not_deferred,
+)

@@ -1,6 +1,8 @@
-"""Which sections a recipe may hold, and which of them each kind of run reads."""
+"""Which sections a recipe may hold, which of them each kind of run reads, and the rules between them."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 from megatron_retro.config.data import (
     CollectConfig,
@@ -12,12 +14,14 @@ from megatron_retro.config.data import (
     TokenizerConfig,
     TrainTokenizerConfig,
     WorkersConfig,
+    degraded_shares_fit,
 )
 from megatron_retro.config.evaluation import (
     PERPLEXITY,
     AblationConfig,
     EvaluationConfig,
     PerplexityConfig,
+    PlanningConfig,
     ReportConfig,
 )
 from megatron_retro.config.inference import (
@@ -28,17 +32,19 @@ from megatron_retro.config.inference import (
     SamplingConfig,
     ServeConfig,
 )
-from megatron_retro.config.model import ConvertConfig, ModelConfig, RetroConfig
-from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.planning import PlanningConfig
+from megatron_retro.config.model import ConvertConfig, ModelConfig, RetroConfig, model_is_possible
+from megatron_retro.config.parallel import PARALLEL_RULES, ParallelConfig
 from megatron_retro.config.retrieval import EmbedderConfig, InspectorConfig, RetrievalConfig
+from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import (
+    TRAINING_RULES,
     CheckpointConfig,
     ObservabilityConfig,
     OptimizerConfig,
     PeftConfig,
     TrainingConfig,
 )
+from megatron_retro.errors import ConfigError, Violation
 
 ALL_SECTIONS: tuple[type, ...] = (
     CollectConfig,
@@ -111,3 +117,22 @@ STUDY_SECTIONS: tuple[type, ...] = (
     WorkersConfig,
     *dict.fromkeys((*FINETUNING_SECTIONS, *STUDIED_SECTIONS[PERPLEXITY])),
 )
+
+# A rule names the field, its value, what would be legal and what to do. It reads only sections that are there.
+Rule = Callable[[Settings, int], Iterator[Violation]]
+
+
+def violations(settings: Settings, world_size: int) -> list[Violation]:
+    """Every rule that these settings break on this many processes."""
+    return [violation for rule in RULES for violation in rule(settings, world_size)]
+
+
+def require_legal(settings: Settings, world_size: int) -> None:
+    """Refuse settings that cannot be, before anything is built or any process is met."""
+    found = violations(settings, world_size)
+    if found:
+        raise ConfigError.from_violations(found)
+
+
+# Whoever adds a feature that cannot be combined with another adds a rule beside the section that it speaks of.
+RULES: tuple[Rule, ...] = (*PARALLEL_RULES, model_is_possible, *TRAINING_RULES, degraded_shares_fit)

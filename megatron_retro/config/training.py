@@ -11,6 +11,11 @@ from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import Violation
 
+DECAY_STYLES = ("constant", "linear", "cosine", "WSD")
+METHODS = ("none", "lora", "adapter", "p-tuning", "ia3")
+PARTS = ("decoder", "encoder", "cross-attention")
+LORA_TARGETS = ("attention.query_key_value", "attention.output", "mlp.up", "mlp.down", "query", "key_value", "output")
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -37,9 +42,6 @@ class TrainingConfig:
     exit_duration_in_mins: float | None = option(None, "save and stop after this long", minimum=0.0)
     exit_signal_handler: bool = option(True, "save and stop on SIGTERM and SIGUSR1")
     exit_on_requeue_code: int = option(75, "exit code of a run that wants to go on", ours=True)
-
-
-DECAY_STYLES = ("constant", "linear", "cosine", "WSD")
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,6 @@ class OptimizerConfig:
     )
     initial_loss_scale: float = option(65536.0, "fp16: first loss scale", minimum=1.0)
     loss_scale_window: int = option(1000, "fp16: good steps until the scale doubles", minimum=1)
-
-
-METHODS = ("none", "lora", "adapter", "p-tuning", "ia3")
-PARTS = ("decoder", "encoder", "cross-attention")
-LORA_TARGETS = ("attention.query_key_value", "attention.output", "mlp.up", "mlp.down", "query", "key_value", "output")
 
 
 @dataclass(frozen=True)
@@ -238,11 +235,11 @@ def validation_has_neighbors(settings: Settings, world_size: int) -> Iterator[Vi
         )
 
 
-def degraded_shares_fit(settings: Settings, world_size: int) -> Iterator[Violation]:
-    """A chunk reads its own neighbours, another's, or none."""
-    if DataConfig not in settings:
-        return
-    data = settings[DataConfig]
-    if data.neighbor_random_share + data.neighbor_absent_share > 1:
-        got = f"{data.neighbor_random_share} with --neighbor-absent-share {data.neighbor_absent_share}"
-        yield Violation("neighbor_random_share", got, "shares of together at most 1", "lower one of them")
+TRAINING_RULES = (
+    schedule_fits,
+    validation_has_neighbors,
+    passages_have_a_reader,
+    buckets_are_of_one_size,
+    one_thing_is_frozen,
+    tuned_parts_are_reached,
+)

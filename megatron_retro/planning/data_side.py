@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_retro.config.evaluation import PlanningConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
-from megatron_retro.config.planning import PlanningConfig
 from megatron_retro.config.retrieval import RetrievalConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.planning.workload import workload_of

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_retro.config.checks import violations
 from megatron_retro.config.data import DataConfig
+from megatron_retro.config.evaluation import PlanningConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
-from megatron_retro.config.planning import PlanningConfig
+from megatron_retro.config.sections import violations
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import MegatronRetroError, Violation
 from megatron_retro.planning.plan import Plan

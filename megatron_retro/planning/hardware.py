@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from megatron_retro.config.planning import PlanningConfig
+from megatron_retro.config.evaluation import PlanningConfig
 from megatron_retro.config.toml_files import nearest, parse_toml
 from megatron_retro.errors import ConfigError
 

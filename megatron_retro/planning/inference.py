@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 
-from megatron_retro.config.evaluation import EvaluationConfig
+from megatron_retro.config.evaluation import EvaluationConfig, PlanningConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.planning import PlanningConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import ConfigError
 from megatron_retro.planning.hardware import machine_of

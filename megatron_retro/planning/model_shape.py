@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_retro.config.evaluation import PlanningConfig
 from megatron_retro.config.model import ModelConfig
-from megatron_retro.config.planning import PlanningConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import CheckpointConfig
 from megatron_retro.errors import ConfigError

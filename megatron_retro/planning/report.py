@@ -7,9 +7,9 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+from megatron_retro.config.evaluation import PlanningConfig
 from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.parallel import ParallelConfig, parse_layout
-from megatron_retro.config.planning import PlanningConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import ConfigError, Violation
 from megatron_retro.planning.data_side import data_lines

@@ -51,7 +51,7 @@ def _changes(layout: Layout) -> Iterator[tuple[str, str, object]]:
 
 
 def is_legal(work: Workload, layout: Layout) -> bool:
-    """The same rules as `config.checks`, for layouts that no recipe describes."""
+    """The same rules as `config.sections`, for layouts that no recipe describes."""
     model, per_step = work.model, layout.data * layout.micro_batch
     whole_heads = model.num_attention_heads % layout.tensor == 0 and model.num_key_value_heads() % layout.tensor == 0
     pieces = layout.pipeline * layout.pieces_per_rank

@@ -9,9 +9,9 @@ import torch
 
 from megatron_retro.assembly.stage_building import is_tuned, trained_parts
 from megatron_retro.config.data import DataConfig
+from megatron_retro.config.evaluation import PlanningConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.planning import PlanningConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import OptimizerConfig, PeftConfig, TrainingConfig
 from megatron_retro.model.costs import EVERYTHING, ModelCosts, Trained, model_costs, neighbor_tokens_per_token

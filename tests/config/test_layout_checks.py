@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron_retro.config.checks import RULES, require_legal, violations
 from megatron_retro.config.parallel import parse_layout
+from megatron_retro.config.sections import RULES, require_legal, violations
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import ConfigError
 from megatron_retro.testing.layout_grid import meshes

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_retro.config.checks import violations
 from megatron_retro.config.data import DataConfig
+from megatron_retro.config.sections import violations
 from megatron_retro.config.settings import Settings
 from megatron_retro.data.builders import build_dataset
 from megatron_retro.data.neighbor_degradation import Degradation

@@ -11,7 +11,7 @@ import torch
 
 from megatron_retro.assembly.model_assembly import ParallelModel
 from megatron_retro.assembly.trainable import StepResult
-from megatron_retro.config.checks import violations
+from megatron_retro.config.sections import violations
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import ConfigError, EnvironmentProblem
 from megatron_retro.ops.backends import NONE, VARIABLE, choice
