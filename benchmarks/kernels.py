@@ -31,9 +31,9 @@ from megatron_retro.ops.chunked_cross_attention import chunked_cross_attention
 from megatron_retro.ops.linear import MAX_GEMV_ROWS, linear
 from megatron_retro.ops.linear_cross_entropy import linear_cross_entropy
 from megatron_retro.ops.norm import layer_norm, residual_norm, rms_norm
+from megatron_retro.ops.precision import in_float64
 from megatron_retro.ops.rotary import RotaryFrequencies, RotaryTable, apply_rotary, rotary_table
 from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main, interleave, median_ratio
-from megatron_retro.testing.precision import in_float64
 
 Formula = Callable[..., "Tensor | tuple[Tensor, ...]"]
 

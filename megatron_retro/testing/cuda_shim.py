@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_retro.ops import registrations
-from megatron_retro.testing.precision import excess_over_twice
+from megatron_retro.ops.precision import excess_over_twice
 
 CSRC_VARIABLE = "MEGATRON_RETRO_SHIM_CSRC"  # a copy of csrc, with a planted fault
 COUNTING_VARIABLE = "MEGATRON_RETRO_SHIM_COUNTING"  # a folder: the shim is built there, and counts its lines' runs

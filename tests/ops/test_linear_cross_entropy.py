@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_retro.ops import library, vocabulary_blocks
 from megatron_retro.ops.backends import VARIABLE
 from megatron_retro.ops.linear_cross_entropy import _VocabularyBlocks, linear_cross_entropy
+from megatron_retro.ops.precision import excess_over_twice, values_and_gradients
 from megatron_retro.ops.vocabulary_blocks import gradients, statistics
-from megatron_retro.testing.precision import excess_over_twice, values_and_gradients
 
 NATIVE = pytest.mark.skipif(library.problem() is not None, reason=str(library.problem()))
 WISHES = ["reference", pytest.param("native", marks=NATIVE)]
