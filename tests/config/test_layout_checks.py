@@ -135,8 +135,8 @@ WRONG: list[tuple[str, int, dict[str, Any], str]] = [
 def test_each_rule_names_its_field_and_what_would_be_legal(
     rule: str, world_size: int, changes: dict[str, Any], field: str
 ) -> None:
-    only = [check for check in RULES if check.__name__ == rule]
-    found = violations(tiny_settings(**changes), world_size, only)
+    (only,) = (check for check in RULES if check.__name__ == rule)
+    found = list(only(tiny_settings(**changes), world_size))
     assert [violation.field for violation in found] == [field]
     assert found[0].expected and found[0].fix
 
