@@ -65,10 +65,11 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def test_every_script_of_the_experiments_exists() -> None:
-    scripts = {path.name for path in (ROOT / "examples").rglob("*.sh")}
-    named = set(re.findall(r"(?:^|[`/ ])(\w+\.sh)\b", DOCUMENTS["docs/experiments.md"].read_text(), flags=re.MULTILINE))
-    assert named - scripts == set()
+def test_every_study_of_the_experiments_exists() -> None:
+    studies = {path.stem for path in (ROOT / "examples" / "studies").glob("*.toml")}
+    text = DOCUMENTS["docs/experiments.md"].read_text()
+    named = re.findall(r"study\.sh (\w+)", text) + re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE)
+    assert len(named) > 20 and set(named) - {"NAME"} - studies == set()
 
 
 def decisions() -> dict[str, str]:
