@@ -69,13 +69,13 @@ def require_equal(dataset: Dataset) -> None:
     """The fast paths give what the plain ones give."""
     source = dataset.sources[0]
     batch = dataset.read(range(BATCH))
-    assert source.neighbors is not None and batch.neighbor_tokens_BCKR is not None
+    assert source.neighbors is not None and batch.neighbors is not None
     chunks = source.samples.first_chunks(np.arange(BATCH))
     ids = source.neighbors.select(chunks, LENGTH // CHUNK)
     tokens, mask = source.neighbors.database.gather_plainly(ids.reshape(-1), 2 * CHUNK)
     assert source.neighbors.database.native is not None, "csrc/host is not built"
-    assert (batch.neighbor_tokens_BCKR.reshape(tokens.shape) == tokens).all()
-    assert batch.neighbor_mask_BCKR is not None and (batch.neighbor_mask_BCKR.reshape(mask.shape) == mask).all()
+    assert (batch.neighbors.tokens_BCKR.reshape(tokens.shape) == tokens).all()
+    assert (batch.neighbors.mask_BCKR.reshape(mask.shape) == mask).all()
     assert all((dataset.read([number]).tokens_BS[0] == batch.tokens_BS[number]).all() for number in range(BATCH))
 
 

@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 import retro_pytorch_tokens
 
-from megatron_retro.assembly.loaded_model import load_model
+from megatron_retro.assembly.loading import load_model
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.costs import model_costs
 from megatron_retro.model.initialization import initialize
-from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.retro import Retro
 from megatron_retro.testing.benchmarking import LOWER, Figure, Times, benchmark_main, interleave, median_ratio
 

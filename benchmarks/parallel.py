@@ -20,13 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_retro.assembly.model_assembly import ParallelModel
-from megatron_retro.assembly.single_process import SingleProcess
+from megatron_retro.assembly.parallel_model import ParallelModel
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.initialization import initialize
-from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.retro import Retro
 from megatron_retro.parallel.collectives import TensorAxis
 from megatron_retro.parallel.mesh import TENSOR, build_mesh
@@ -38,6 +37,7 @@ from megatron_retro.planning.workload import Layout, Workload
 from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main
 from megatron_retro.testing.layouts import random_batches, tiny_settings
 from megatron_retro.testing.processes import run_ranks
+from megatron_retro.testing.single_process import SingleProcess
 
 MEDIUM = {
     "num_layers": 4,

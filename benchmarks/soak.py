@@ -18,8 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_retro.assembly.model_assembly import ParallelModel
-from megatron_retro.assembly.trainable import StepResult
+from megatron_retro.assembly.parallel_model import ParallelModel, StepResult
 from megatron_retro.config.settings import Settings
 from megatron_retro.data.loader import Loader
 from megatron_retro.ops.local_tensors import local

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_retro.assembly.trainable import TensorBatch
 from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.errors import DataError
+from megatron_retro.microbatch import Microbatch
 from megatron_retro.parallel.mesh import PIPELINE, TENSOR, ParallelMesh
 from megatron_retro.parallel.schedules import Boundary, build_schedule
 from megatron_retro.parallel.stages import Stage
@@ -29,23 +27,23 @@ class PipelineRuns:
         self._settings, self._mesh, self._stages, self._dtype = settings, mesh, stages, dtype
         self._schedules: dict[tuple[Any, ...], Any] = {}
 
-    def train(self, microbatches: Sequence[TensorBatch], numbers: Tensor) -> None:
+    def train(self, microbatches: Sequence[Microbatch[Tensor]], numbers: Tensor) -> None:
         """Forward and backward of all microbatches; every rank of the pipeline calls it."""
         schedule = self._schedule(microbatches, training=True)
         target = torch.zeros(len(microbatches), device=self._mesh.device)
-        schedule.step(target=target, return_outputs=False, microbatch=numbers, **_joined(microbatches))
+        schedule.step(target=target, return_outputs=False, number=numbers, batch=_joined(microbatches))
 
-    def evaluate(self, microbatches: Sequence[TensorBatch]) -> list[Tensor] | None:
+    def evaluate(self, microbatches: Sequence[Microbatch[Tensor]]) -> list[Tensor] | None:
         """Losses of every token on the ranks that hold the last stage; memory does not grow with the microbatches."""
         last, size = self._stages[-1].part, _EVALUATED_AT_ONCE * self._stages[-1].part.num_stages
         losses: list[Tensor] = []
         for start in range(0, len(microbatches), size):
             group = microbatches[start : start + size]
-            joined = self._schedule(group, training=False).step(**_joined(group))
+            joined = self._schedule(group, training=False).step(batch=_joined(group))
             losses += [] if joined is None else joined.chunk(len(group))
         return losses if last.last else None
 
-    def _schedule(self, microbatches: Sequence[TensorBatch], *, training: bool) -> Any:
+    def _schedule(self, microbatches: Sequence[Microbatch[Tensor]], *, training: bool) -> Any:
         boundary = self._boundary(microbatches[0])
         key = (len(microbatches), boundary, training)
         if key not in self._schedules:
@@ -61,32 +59,18 @@ class PipelineRuns:
             )
         return self._schedules[key]
 
-    def _boundary(self, batch: TensorBatch) -> Boundary:
+    def _boundary(self, batch: Microbatch[Tensor]) -> Boundary:
         model, retro = self._stages[0].model.model, self._settings[RetroConfig]
         cut = self._mesh.size(TENSOR) if self._settings[ParallelConfig].sequence_parallel else 1
         size, length = batch.tokens_BS.shape
         neighbors = None
-        context = self._stages[0].context(**{field.name: getattr(batch, field.name) for field in fields(batch)})
+        context = self._stages[0].context(batch)
         if context.retrieval is not None and context.retrieval.neighbors is not None:
             *leading, retrieved_length = context.retrieval.neighbors.tokens_BCKR.shape
             neighbors = (*leading, retrieved_length // cut, retro.encoder_model(model).hidden_size)
         return Boundary((size, length // cut, model.hidden_size), neighbors, (size, length), self._dtype)
 
 
-def _joined(microbatches: Sequence[TensorBatch]) -> dict[str, Tensor]:
-    """All microbatches as one batch, which the schedule cuts again."""
-    joined = {}
-    for field in fields(TensorBatch):
-        values = [getattr(batch, field.name) for batch in microbatches]
-        present = [value for value in values if value is not None]
-        shapes = {tuple(value.shape) for value in present}
-        if present and (len(present) != len(values) or len(shapes) != 1):
-            raise DataError(
-                f"a pipeline needs microbatches of one shape, and their {field.name} differ",
-                got=", ".join(map(str, sorted(shapes))) + f"; {len(values) - len(present)} without",
-                expected="the same shape in every microbatch of a step",
-                fix="mark absent neighbours in the mask; drop or pad a short last batch",
-            )
-        if present:
-            joined[field.name] = torch.cat(present)
-    return joined
+def _joined(microbatches: Sequence[Microbatch[Tensor]]) -> Microbatch[Tensor]:
+    """All microbatches as one, which the schedule cuts again."""
+    return Microbatch.joined(microbatches, lambda tensors: torch.cat(list(tensors)), same_size=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,22 +12,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_retro.assembly.loaded_model import Loaded, LoadedModel, load_model
-from megatron_retro.assembly.loaded_stage import LoadedStage, load_stage
+from megatron_retro.assembly.loading import Loaded, LoadedModel, LoadedStage, load_model, load_stage
 from megatron_retro.assembly.pipeline_runs import PipelineRuns
-from megatron_retro.assembly.single_process import neighbors_of
-from megatron_retro.assembly.trainable import TensorBatch
 from megatron_retro.config.inference import EngineConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import ConfigError
+from megatron_retro.microbatch import Microbatch
 from megatron_retro.parallel.mesh import PIPELINE, TENSOR, ParallelMesh, build_mesh
 from megatron_retro.parallel.replica_channel import ReplicaChannel
 from megatron_retro.runtime.launch import find_launch
 from megatron_retro.runtime.process_group import choose_device, process_group
 from megatron_retro.runtime.workers import Worker, this_replica
 
-Losses = Callable[[TensorBatch], NDArray[np.float32] | None]
+Losses = Callable[[Microbatch[Tensor]], NDArray[np.float32] | None]
 _USE_GPU = {"cpu": False, "cuda": True}
 
 
@@ -53,7 +51,7 @@ def replica_losses(settings: Settings, path: Path, shard: str | None) -> Iterato
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if launch.world_size % (tensor * pipeline):
         raise ConfigError(
-            "the processes are no whole replicas",
+            "the processes cannot be divided into replicas of the model",
             got=f"{launch.world_size} process(es)",
             expected=f"a multiple of tensor x pipeline = {tensor * pipeline}",
             fix="start that many (torchrun --nproc-per-node), or change the parallel sizes",
@@ -84,8 +82,8 @@ def losses_of_model(loaded: LoadedModel) -> Losses:
     module = loaded.module
 
     @torch.no_grad()
-    def losses(batch: TensorBatch) -> NDArray[np.float32]:
-        found = module(batch.tokens_BS, neighbors_of(batch), labels_BS=batch.labels_BS)
+    def losses(batch: Microbatch[Tensor]) -> NDArray[np.float32]:
+        found = module(batch.tokens_BS, batch.neighbors, labels_BS=batch.labels_BS)
         return _on_host(found)
 
     return losses
@@ -96,12 +94,11 @@ def _losses_of_stage(loaded: LoadedStage, mesh: ParallelMesh) -> Losses:
     runs = PipelineRuns(loaded.settings, mesh, [stage], next(stage.parameters()).dtype)
 
     @torch.no_grad()
-    def losses(batch: TensorBatch) -> NDArray[np.float32] | None:
+    def losses(batch: Microbatch[Tensor]) -> NDArray[np.float32] | None:
         if mesh.size(PIPELINE) > 1:
             found = runs.evaluate([batch])
         else:
-            present = {field.name: getattr(batch, field.name) for field in fields(batch)}
-            found = [stage(**{name: value for name, value in present.items() if value is not None})]
+            found = [stage(batch=batch)]
         return _on_host(found[0]) if found is not None else None
 
     return losses

@@ -5,19 +5,27 @@ Everything that can be refused is refused here, before the first step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from megatron_retro.assembly.model_assembly import build_trainable
-from megatron_retro.assembly.run_data import is_instruction_run, open_loader
-from megatron_retro.assembly.trainable import Trainable
-from megatron_retro.config.data import InstructionConfig, TokenizerConfig
+from megatron_retro.assembly.parallel_model import ParallelModel, build_parallel_model
+from megatron_retro.assembly.stage_building import is_tuned
+from megatron_retro.checkpoint.live_state import vocabulary_rows
+from megatron_retro.config.data import DataConfig, InstructionConfig, TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.sections import require_legal
 from megatron_retro.config.settings import Settings
-from megatron_retro.config.training import OptimizerConfig, TrainingConfig
+from megatron_retro.config.training import OptimizerConfig, PeftConfig, TrainingConfig
+from megatron_retro.data.builders import build_loader
+from megatron_retro.data.instructions.buckets import Buckets
+from megatron_retro.data.instructions.conversation_tokens import ConversationEncoder
+from megatron_retro.data.instructions.dataset import InstructionDataset, open_instructions
+from megatron_retro.data.instructions.rows import RowShape
+from megatron_retro.data.instructions.templates import build_template
 from megatron_retro.data.loader import Loader
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_retro.errors import ConfigError
@@ -29,17 +37,18 @@ from megatron_retro.optim.schedule import (
     learning_rate,
     run_length,
 )
+from megatron_retro.peft.prompts import configured_virtual_tokens
 from megatron_retro.runtime.seeds import derived_seed, seed_everything, use_deterministic_kernels
 
-VOCABULARY_PARAMETERS = ("embedding.word.weight", "encoder.embedding.word.weight", "output.weight")
+MODEL_SECTIONS = (ModelConfig, RetroConfig)
 
 
 @dataclass(frozen=True)
 class RunParts:
-    """What a training loop turns."""
+    """What a training loop drives."""
 
     settings: Settings
-    trainable: Trainable
+    trainable: ParallelModel
     optimizer: TrainingOptimizer
     schedule: LearningRate
     batch_sizes: BatchSizeSchedule
@@ -67,7 +76,7 @@ def build_run_parts(settings: Settings, device: torch.device, world_size: int) -
         use_deterministic_kernels()
     tokenizer = build_tokenizer(settings[TokenizerConfig])
     batch_sizes = batch_size_schedule(training)
-    trainable = build_trainable(settings, device)
+    trainable = build_parallel_model(settings, device)
     seed_everything(derived_seed(training.seed, "training", trainable.data_rank))
     loader = open_loader(settings, "train", tokenizer, trainable, batch_sizes.at)
     return RunParts(
@@ -80,11 +89,11 @@ def build_run_parts(settings: Settings, device: torch.device, world_size: int) -
         loader=loader,
         validation=_validation(settings, tokenizer, trainable),
         inputs=data_inputs(loader, tokenizer, retro),
-        true_rows=dict.fromkeys(VOCABULARY_PARAMETERS, settings[ModelConfig].vocab_size or 0),
+        true_rows=vocabulary_rows(settings[ModelConfig].vocab_size or 0),
     )
 
 
-def _validation(settings: Settings, tokenizer: Tokenizer, trainable: Trainable) -> Loader | None:
+def _validation(settings: Settings, tokenizer: Tokenizer, trainable: ParallelModel) -> Loader | None:
     """The loader of the validation split, or None when there is nothing to evaluate on or no wish to."""
     if settings[TrainingConfig].eval_iters == 0:
         return None
@@ -108,4 +117,73 @@ def data_inputs(loader: Loader, tokenizer: Tokenizer, retro: RetroConfig) -> dic
     return inputs
 
 
-MODEL_SECTIONS = (ModelConfig, RetroConfig)
+def is_instruction_run(settings: Settings) -> bool:
+    """Whether the run reads conversations."""
+    return InstructionConfig in settings
+
+
+def open_loader(
+    settings: Settings,
+    split: str,
+    tokenizer: Tokenizer,
+    model: ParallelModel,
+    global_batch_size: int | Callable[[int], int],
+) -> Loader:
+    """This data rank's loader of a split: of token files with neighbour tables, or of conversations."""
+    return build_loader(
+        settings,
+        split,
+        eod=tokenizer.eod,
+        samples=instruction_dataset(settings, split, tokenizer) if is_instruction_run(settings) else None,
+        data_rank=model.data_rank,
+        data_size=model.data_size,
+        global_batch_size=global_batch_size,
+    )
+
+
+def instruction_dataset(settings: Settings, split: str, tokenizer: Tokenizer) -> InstructionDataset:
+    """The rows of the training or the validation conversations."""
+    config = settings[InstructionConfig]
+    words = config.instruction_data if split == "train" else config.instruction_valid_data
+    if words is None:
+        raise ConfigError("--instruction-data is not set", fix="give files of conversations, one JSON object per line")
+    return open_instructions(
+        words,
+        conversation_encoder(settings, tokenizer),
+        row_shape(settings, tokenizer),
+        seed=settings[TrainingConfig].seed,
+        packed=config.pack_examples,
+        skip_long=config.skip_long_examples,
+        buckets=row_buckets(settings) if config.bucket_by_length and split == "train" else None,
+    )
+
+
+def row_buckets(settings: Settings) -> Buckets:
+    """Lengths that chunks and ranks of a cut sequence divide."""
+    parallel, retro = settings[ParallelConfig], settings[RetroConfig]
+    ranks = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    chunk = retro.retro_chunk_length if retro.reads_neighbors() else 1
+    return Buckets(settings[TrainingConfig].global_batch_size, math.lcm(8, ranks, chunk))
+
+
+def conversation_encoder(settings: Settings, tokenizer: Tokenizer) -> ConversationEncoder:
+    """How conversations become tokens, in training and afterwards."""
+    config = settings[InstructionConfig]
+    return ConversationEncoder(
+        tokenizer,
+        build_template(config.instruction_template),
+        config.context_place,
+        config.num_contexts,
+        config.loss_on_all_replies,
+        configured_virtual_tokens(settings[PeftConfig]) if is_tuned(settings) else (),
+    )
+
+
+def row_shape(settings: Settings, tokenizer: Tokenizer) -> RowShape:
+    """Rows with room for neighbours when the encoder reads passages."""
+    length, retro = settings[DataConfig].seq_length, settings[RetroConfig]
+    if not retro.reads_neighbors():
+        return RowShape(length, tokenizer.eod)
+    return RowShape(
+        length, tokenizer.eod, retro.retro_chunk_length, retro.retro_num_neighbors, retro.retrieved_length()
+    )

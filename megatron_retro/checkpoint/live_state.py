@@ -52,6 +52,11 @@ def random_tensors(rank: int, states: Mapping[str, Tensor]) -> dict[str, Tensor]
     return {f"{RANDOM}{rank:05}.{device}": state for device, state in states.items()}
 
 
+def vocabulary_rows(vocab_size: int) -> dict[str, int]:
+    """The true rows of every parameter whose vocabulary may be padded."""
+    return dict.fromkeys(("embedding.word.weight", "encoder.embedding.word.weight", "output.weight"), vocab_size)
+
+
 def padded_rows(names: Iterable[str], parameters: Mapping[str, int]) -> dict[str, int]:
     """True rows of every tensor that follows a parameter with a padded vocabulary, its moments included."""
     found = {}

@@ -14,7 +14,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from megatron_retro.config.model import ModelConfig, RetroConfig
-from megatron_retro.model.neighbors import Neighbors
+from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.retro import Retro
 
 

@@ -11,7 +11,7 @@ from megatron_retro.config.training import TrainingConfig
 from megatron_retro.data.blends import Blend, WeightedPath, parse_data_path
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.dataset import Boundaries, Dataset, RetrievalNoise, Source
-from megatron_retro.data.loader import Loader
+from megatron_retro.data.loader import Loader, Samples
 from megatron_retro.data.mock_samples import MockSamples
 from megatron_retro.data.neighbor_degradation import Degradation
 from megatron_retro.data.neighbor_table import NeighborTable, covered
@@ -29,15 +29,18 @@ def build_loader(
     split: str = "train",
     *,
     eod: int | None,
+    samples: Samples | None = None,
     data_rank: int = 0,
     data_size: int = 1,
     global_batch_size: int | Callable[[int], int] | None = None,
 ) -> Loader:
-    """The loader of a split (`train`, `valid`, `test`) for one data-parallel rank."""
+    """The loader of a split (`train`, `valid`, `test`), or of other samples, for one data-parallel rank."""
     training = settings[TrainingConfig]
-    mock = settings[DataConfig].mock_data
+    if samples is None:
+        mock = settings[DataConfig].mock_data
+        samples = build_mock_samples(settings, split) if mock else build_dataset(settings, split, eod=eod)
     return Loader(
-        build_mock_samples(settings, split) if mock else build_dataset(settings, split, eod=eod),
+        samples,
         micro_batch_size=training.micro_batch_size,
         global_batch_size=global_batch_size or training.global_batch_size,
         data_rank=data_rank,

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_retro.data.batches import Batch
 from megatron_retro.data.blends import Blend
 from megatron_retro.data.neighbor_degradation import Degradation
 from megatron_retro.data.neighbors import NeighborReader
@@ -22,6 +21,7 @@ from megatron_retro.data.order import key_of, mix_array
 from megatron_retro.data.samples import CorpusSamples
 from megatron_retro.data.thinning import Thinning
 from megatron_retro.errors import DataError
+from megatron_retro.microbatch import Array, Microbatch, Neighbors
 
 _ABSENT_KEY, _RANDOM_KEY, _OTHER_KEY = 11, 12, 13
 
@@ -107,7 +107,7 @@ class Dataset:
         counts = self.blend.counts(num_samples)
         return [count / source.samples.num_samples for count, source in zip(counts, self.sources, strict=True)]
 
-    def read(self, numbers: Sequence[int]) -> Batch:
+    def read(self, numbers: Sequence[int]) -> Microbatch[Array]:
         """The samples of the given numbers of the global order."""
         ids = np.asarray(numbers, np.int64)
         located = self._located(ids)
@@ -139,7 +139,7 @@ class Dataset:
         """Source and draw of each sample: [N, 2]."""
         return np.array([self.blend.locate(int(number)) for number in ids], np.int64).reshape(-1, 2)
 
-    def _read_source(self, source: Source, ids: NDArray[np.int64], draws: NDArray[np.int64]) -> Batch:
+    def _read_source(self, source: Source, ids: NDArray[np.int64], draws: NDArray[np.int64]) -> Microbatch[Array]:
         samples = source.samples
         chunks = samples.first_chunks(draws)
         starts = chunks * samples.chunk_length
@@ -148,16 +148,14 @@ class Dataset:
         documents = None
         if self.boundaries.reset_position_ids or self.boundaries.reset_attention_mask:
             documents = _document_ids(samples, starts)
-        neighbor_tokens, neighbor_mask = self._read_neighbors(source, ids, chunks)
-        return Batch(
+        return Microbatch(
             tokens_BS=tokens[:, :-1],
             labels_BS=tokens[:, 1:],
             loss_mask_BS=self._loss_mask(tokens[:, :-1]),
-            sample_ids_B=ids,
             position_ids_BS=_restarting_positions(documents) if self.boundaries.reset_position_ids else None,
             document_ids_BS=documents if self.boundaries.reset_attention_mask else None,
-            neighbor_tokens_BCKR=neighbor_tokens,
-            neighbor_mask_BCKR=neighbor_mask,
+            neighbors=self._read_neighbors(source, ids, chunks),
+            sample_ids_B=ids,
         )
 
     def _loss_mask(self, tokens: NDArray[Any]) -> NDArray[np.bool_]:
@@ -168,9 +166,9 @@ class Dataset:
 
     def _read_neighbors(
         self, source: Source, ids: NDArray[np.int64], chunks: NDArray[np.int64]
-    ) -> tuple[NDArray[Any] | None, NDArray[np.bool_] | None]:
+    ) -> Neighbors[Array] | None:
         if source.neighbors is None:
-            return None, None
+            return None
         per_sample = source.samples.chunks_per_sample
         absent = _drawn(ids, self.seed, _ABSENT_KEY, self.noise.none)
         other = _drawn(ids, self.seed, _RANDOM_KEY, self.noise.random) & ~absent
@@ -180,7 +178,7 @@ class Dataset:
         tokens, mask = source.neighbors.read(chunks, per_sample)
         if absent.any():
             tokens[absent], mask[absent] = 0, False
-        return tokens, mask
+        return Neighbors(tokens, mask)
 
 
 def short_rows(source: Source, most_samples: int) -> tuple[int, int]:
@@ -220,16 +218,11 @@ def _restarting_positions(documents: NDArray[np.int32] | None) -> NDArray[np.int
     return (places - restart).astype(np.int32)
 
 
-def _interleave(parts: Sequence[Batch], places: NDArray[np.int64]) -> Batch:
-    """Batches of several sources as one, row i of the joined parts going to `places[i]`."""
+def _interleave(parts: Sequence[Microbatch[Array]], places: NDArray[np.int64]) -> Microbatch[Array]:
+    """Samples of several sources as one microbatch, row i of the joined parts going to `places[i]`."""
     order = np.argsort(places)
-
-    def join(name: str) -> Any:
-        arrays = [getattr(part, name) for part in parts]
-        if all(array is None for array in arrays):
-            return None
-        if any(array is None for array in arrays):
-            raise DataError("some sources of the blend have neighbours and some have none")
-        return np.concatenate(arrays)[order]
-
-    return Batch(**{name: join(name) for name in Batch.__dataclass_fields__})
+    if len({part.neighbors is None for part in parts}) > 1:
+        raise DataError("some sources of the blend have neighbours and some have none")
+    joined = Microbatch.joined(parts, np.concatenate)
+    arrays = {name: array[order] for name, array in joined.arrays().items()}
+    return Microbatch.of_arrays(arrays, joined.sample_ids_B[order])

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_retro.data.batches import Batch
 from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.microbatch import Array, Microbatch
 
 _STEPS_AHEAD = 2
 
@@ -34,7 +34,7 @@ class Samples(Protocol):
         """Fingerprints of what the samples are made of."""
         ...
 
-    def read(self, numbers: Sequence[int]) -> Batch:
+    def read(self, numbers: Sequence[int]) -> Microbatch[Array]:
         """The samples of these numbers."""
         ...
 
@@ -61,7 +61,7 @@ class Loader:
         self._batch_size = global_batch_size
         self._num_threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="loader") if num_threads else None
-        self._ahead: deque[tuple[int, Future[list[Batch]]]] = deque()
+        self._ahead: deque[tuple[int, Future[list[Microbatch[Array]]]]] = deque()
         self.consumed_samples = 0
 
     def global_batch_size(self, consumed_samples: int) -> int:
@@ -76,16 +76,16 @@ class Loader:
             )
         return size
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Iterator[list[Microbatch[Array]]]:
         return self
 
-    def __next__(self) -> list[Batch]:
+    def __next__(self) -> list[Microbatch[Array]]:
         size = self.global_batch_size(self.consumed_samples)
         step = self._next_prepared() if self._pool else self._read_step(self.consumed_samples, size)
         self.consumed_samples += size
         return step
 
-    def _next_prepared(self) -> list[Batch]:
+    def _next_prepared(self) -> list[Microbatch[Array]]:
         position = self._ahead[-1][0] if self._ahead else self.consumed_samples
         while len(self._ahead) < _STEPS_AHEAD + self._num_threads:
             size = self.global_batch_size(position)
@@ -99,7 +99,7 @@ class Loader:
             raise ValueError("this loader has no threads")
         return self._pool
 
-    def _read_step(self, position: int, size: int) -> list[Batch]:
+    def _read_step(self, position: int, size: int) -> list[Microbatch[Array]]:
         share = size // self.data_size
         first = position + share * self.data_rank
         return [

@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass
 
 import numpy as np
 
-from megatron_retro.data.batches import Batch
+from megatron_retro.microbatch import Array, Microbatch, Neighbors
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,21 @@ class MockSamples:
     def documents(self, numbers: Sequence[int]) -> None:
         """Random tokens are of no document."""
 
-    def read(self, numbers: Sequence[int]) -> Batch:
+    def read(self, numbers: Sequence[int]) -> Microbatch[Array]:
         """The samples of these numbers."""
         ids = np.asarray(numbers, np.int64)
         chunks = self.seq_length // self.chunk_length
         shape = (chunks, self.num_neighbors, self.retrieved_length)
         rows = [np.random.Generator(np.random.Philox(key=(self.seed, int(number)))) for number in ids]
         tokens = np.stack([row.integers(0, self.vocab_size, self.seq_length + 1, np.int32) for row in rows])
-        neighbors = None
+        neighbors: Neighbors[Array] | None = None
         if self.num_neighbors:
-            neighbors = np.stack([row.integers(0, self.vocab_size, shape, np.int32) for row in rows])
-        return Batch(
+            found = np.stack([row.integers(0, self.vocab_size, shape, np.int32) for row in rows])
+            neighbors = Neighbors(found, np.ones(found.shape, np.bool_))
+        return Microbatch(
             tokens_BS=tokens[:, :-1],
             labels_BS=tokens[:, 1:],
             loss_mask_BS=np.ones((len(ids), self.seq_length), np.bool_),
+            neighbors=neighbors,
             sample_ids_B=ids,
-            neighbor_tokens_BCKR=neighbors,
-            neighbor_mask_BCKR=None if neighbors is None else np.ones(neighbors.shape, np.bool_),
         )

@@ -15,15 +15,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_retro.data.batches import Batch
+from megatron_retro.microbatch import Array, Microbatch, Neighbors
 
 VARIANTS = ("real", "none", "random", "shuffled")
-ReadSamples = Callable[[Sequence[int]], Batch]
+ReadSamples = Callable[[Sequence[int]], Microbatch[Array]]
 
 
 def with_variant(
-    batches: Sequence[Batch], variant: str, seed: int, *, num_samples: int = 0, read: ReadSamples | None = None
-) -> list[Batch]:
+    batches: Sequence[Microbatch[Array]],
+    variant: str,
+    seed: int,
+    *,
+    num_samples: int = 0,
+    read: ReadSamples | None = None,
+) -> list[Microbatch[Array]]:
     """All batches under one variant; a pure function of the batches and the seed.
 
     Random neighbours are those of another of `batches`' samples; or, where these are one rank's share of the samples
@@ -32,33 +37,36 @@ def with_variant(
     if variant == "real":
         return list(batches)
     if variant == "none":
-        return [replace(batch, neighbor_tokens_BCKR=None, neighbor_mask_BCKR=None) for batch in batches]
-    own = _Neighbors.of(batches)
+        return [replace(batch, neighbors=None) for batch in batches]
+    own = _NeighborsOfSamples.of(batches)
     if variant == "random":
         everyone = range(num_samples) if num_samples else own.ids.tolist()
         donors, chunks = _drawn(own.ids, everyone, own.num_chunks, seed)
         absent = np.setdiff1d(donors, own.ids)
         if len(absent) and read is not None:
-            own = _Neighbors.of([*batches, read(absent.tolist())])
+            own = _NeighborsOfSamples.of([*batches, read(absent.tolist())])
         rows = own.rows_of(donors)
     else:
         rows, chunks = np.arange(len(own.ids)), _shuffled(own.ids, own.num_chunks, seed)
     return _split(batches, own.tokens[rows[:, None], chunks], own.mask[rows[:, None], chunks])
 
 
-class _Neighbors:
+class _NeighborsOfSamples:
     """The neighbours of many samples, found by the sample's number."""
 
     def __init__(self, ids: NDArray[np.int64], tokens: NDArray[Any], mask: NDArray[Any]) -> None:
         self.ids, self.tokens, self.mask = ids, tokens, mask
 
     @classmethod
-    def of(cls, batches: Sequence[Batch]) -> _Neighbors:
-        tokens = [batch.neighbor_tokens_BCKR for batch in batches if batch.neighbor_tokens_BCKR is not None]
-        masks = [batch.neighbor_mask_BCKR for batch in batches if batch.neighbor_mask_BCKR is not None]
-        if len(tokens) != len(batches) or len(masks) != len(batches):
+    def of(cls, batches: Sequence[Microbatch[Array]]) -> _NeighborsOfSamples:
+        found = [batch.neighbors for batch in batches if batch.neighbors is not None]
+        if len(found) != len(batches):
             raise ValueError("variants of neighbours need batches with neighbours")
-        return cls(np.concatenate([batch.sample_ids_B for batch in batches]), *map(np.concatenate, (tokens, masks)))
+        return cls(
+            np.concatenate([batch.sample_ids_B for batch in batches]),
+            np.concatenate([neighbors.tokens_BCKR for neighbors in found]),
+            np.concatenate([neighbors.mask_BCKR for neighbors in found]),
+        )
 
     @property
     def num_chunks(self) -> int:
@@ -94,10 +102,10 @@ def _shuffled(ids: NDArray[np.int64], num_chunks: int, seed: int) -> NDArray[np.
     return (np.arange(num_chunks) + np.array(steps, np.int64).reshape(-1, num_chunks)) % num_chunks
 
 
-def _split(batches: Sequence[Batch], tokens: NDArray[Any], mask: NDArray[Any]) -> list[Batch]:
+def _split(batches: Sequence[Microbatch[Array]], tokens: NDArray[Any], mask: NDArray[Any]) -> list[Microbatch[Array]]:
     result, start = [], 0
     for batch in batches:
         stop = start + batch.num_samples
-        result.append(replace(batch, neighbor_tokens_BCKR=tokens[start:stop], neighbor_mask_BCKR=mask[start:stop]))
+        result.append(replace(batch, neighbors=Neighbors(tokens[start:stop], mask[start:stop])))
         start = stop
     return result

@@ -22,12 +22,11 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import write_file
-from megatron_retro.assembly.batch_tensors import to_tensors
 from megatron_retro.assembly.replica_losses import Losses
-from megatron_retro.data.batches import Batch
 from megatron_retro.data.dataset import Dataset, Source
 from megatron_retro.data.neighbor_variants import with_variant
 from megatron_retro.errors import ConfigError, DamagedArtifact, Requeue
+from megatron_retro.microbatch import Array, Microbatch, Neighbors
 from megatron_retro.runtime.console import Progress
 from megatron_retro.runtime.strict_json import json_text
 from megatron_retro.runtime.workers import Worker
@@ -99,23 +98,22 @@ def spread(windows: Sequence[Window], most: int | None) -> list[Window]:
     return [windows[number * len(windows) // count] for number in range(count)]
 
 
-def read_windows(dataset: Dataset, windows: Sequence[Window]) -> Batch:
+def read_windows(dataset: Dataset, windows: Sequence[Window]) -> Microbatch[Array]:
     """Windows of one source as a batch."""
     source = dataset.sources[windows[0].source]
     starts = np.array([window.start for window in windows], np.int64)
     positions = starts[:, None] + np.arange(windows[0].length + 1)
     tokens = source.samples.file.stream[positions]
     scored = positions[:, 1:] >= np.array([window.first_scored for window in windows])[:, None]
-    neighbor_tokens, neighbor_mask = _neighbors(source, starts)
-    return Batch(tokens[:, :-1], tokens[:, 1:], scored, starts, None, None, neighbor_tokens, neighbor_mask)
+    neighbors = _neighbors(source, starts)
+    return Microbatch(tokens[:, :-1], tokens[:, 1:], scored, neighbors=neighbors, sample_ids_B=starts)
 
 
-def _neighbors(source: Source, starts: NDArray[np.int64]) -> tuple[NDArray[np.int64] | None, NDArray[np.bool_] | None]:
+def _neighbors(source: Source, starts: NDArray[np.int64]) -> Neighbors[Array] | None:
     if source.neighbors is None:
-        return None, None
+        return None
     chunks = starts // source.samples.chunk_length
-    tokens, mask = source.neighbors.read(chunks, source.samples.chunks_per_sample)
-    return tokens, mask
+    return Neighbors(*source.neighbors.read(chunks, source.samples.chunks_per_sample))
 
 
 @dataclass(frozen=True)
@@ -144,21 +142,22 @@ def grouped(windows: Sequence[Window], batch_size: int) -> list[Group]:
     return groups
 
 
-def led(batch: Batch, lead: Sequence[int], chunk_length: int) -> Batch:
+def led(batch: Microbatch[Array], lead: Sequence[int], chunk_length: int) -> Microbatch[Array]:
     """Virtual tokens in front of each window, never scored; the chunks that they fill read no neighbours."""
     if not lead:
         return batch
     front = np.tile(np.array(lead, np.int64), (batch.num_samples, 1))
-    changes: dict[str, Any] = {
-        "tokens_BS": np.concatenate([front, batch.tokens_BS.astype(np.int64)], axis=1),
-        "labels_BS": np.concatenate([np.full_like(front, -1), batch.labels_BS.astype(np.int64)], axis=1),
-        "loss_mask_BS": np.concatenate([np.zeros(front.shape, np.bool_), batch.loss_mask_BS], axis=1),
-    }
-    for name in ("neighbor_tokens_BCKR", "neighbor_mask_BCKR"):
-        if (found := getattr(batch, name)) is not None:
-            chunks = ((0, 0), (len(lead) // chunk_length, 0), (0, 0), (0, 0))
-            changes[name] = np.pad(found, chunks)
-    return replace(batch, **changes)
+    neighbors = batch.neighbors
+    if neighbors is not None:
+        chunks = ((0, 0), (len(lead) // chunk_length, 0), (0, 0), (0, 0))
+        neighbors = Neighbors(np.pad(neighbors.tokens_BCKR, chunks), np.pad(neighbors.mask_BCKR, chunks))
+    return replace(
+        batch,
+        tokens_BS=np.concatenate([front, batch.tokens_BS.astype(np.int64)], axis=1),
+        labels_BS=np.concatenate([np.full_like(front, -1), batch.labels_BS.astype(np.int64)], axis=1),
+        loss_mask_BS=np.concatenate([np.zeros(front.shape, np.bool_), batch.loss_mask_BS], axis=1),
+        neighbors=neighbors,
+    )
 
 
 def losses_of_group(
@@ -176,7 +175,7 @@ def losses_of_group(
     Random neighbours are those of any window of the source, so they do not depend on who shares the forward.
     """
 
-    def read(numbers: Sequence[int]) -> Batch:
+    def read(numbers: Sequence[int]) -> Microbatch[Array]:
         batch = read_windows(dataset, [group.of_source[number] for number in numbers])
         return replace(batch, sample_ids_B=np.array(numbers, np.int64))
 
@@ -185,7 +184,7 @@ def losses_of_group(
     rows = []
     for variant in variants:
         (changed,) = with_variant([batch], variant, seed, num_samples=len(group.of_source), read=read)
-        found = losses(to_tensors(led(changed, lead, chunk_length), device))
+        found = losses(led(changed, lead, chunk_length).to(device))
         rows.append(None if found is None else found[:, len(lead) :][batch.loss_mask_BS])
     present = [row for row in rows if row is not None]
     return np.stack(present) if present else None

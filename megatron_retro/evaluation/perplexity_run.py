@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import write_file
-from megatron_retro.assembly.loaded_model import Loaded
+from megatron_retro.assembly.loading import Loaded
 from megatron_retro.assembly.replica_losses import ReplicaLosses, replica_losses
 from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.config.data import DataConfig, WorkersConfig
@@ -22,7 +22,6 @@ from megatron_retro.config.inference import EngineConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings, section_name
 from megatron_retro.config.training import CheckpointConfig, PeftConfig, TrainingConfig
-from megatron_retro.data.batches import label_checksum
 from megatron_retro.data.builders import build_dataset
 from megatron_retro.data.dataset import Dataset, short_rows
 from megatron_retro.data.neighbor_variants import VARIANTS
@@ -39,6 +38,7 @@ from megatron_retro.evaluation.perplexity import (
     spread,
     window_documents,
 )
+from megatron_retro.microbatch import label_checksum
 from megatron_retro.peft.prompts import configured_virtual_tokens
 from megatron_retro.reporting.perplexity_page import (
     PERPLEXITY_RESULT,

@@ -20,9 +20,9 @@ from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import PeftConfig
 from megatron_retro.inference.neighbor_sources import RetrievedNeighbors
+from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.cache import Cache
 from megatron_retro.model.context import SequenceContext
-from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.retro import Retro
 from megatron_retro.parallel.mesh import PIPELINE, ParallelMesh
 from megatron_retro.parallel.stages import Stage
@@ -67,7 +67,7 @@ class Forward(ABC):
         neighbors = self._stacked([[] if one is None else [one] for one in found])
         return self._logits(torch.tensor(tokens_B, device=self.device)[:, None], neighbors, cache)[:, -1]
 
-    def _stacked(self, found: FoundRows) -> Neighbors | None:
+    def _stacked(self, found: FoundRows) -> Neighbors[Tensor] | None:
         return stack_neighbors(found, self.neighbor_shape, self.device)
 
     @abstractmethod
@@ -75,11 +75,11 @@ class Forward(ABC):
         """A cache with room for sequences of `max_length` tokens."""
 
     @abstractmethod
-    def _hidden(self, tokens_BS: Tensor, neighbors: Neighbors | None, cache: Cache) -> Tensor:
+    def _hidden(self, tokens_BS: Tensor, neighbors: Neighbors[Tensor] | None, cache: Cache) -> Tensor:
         """The hidden states after this rank's layers; the cache then holds the tokens."""
 
     @abstractmethod
-    def _logits(self, tokens_BS: Tensor, neighbors: Neighbors | None, cache: Cache) -> Tensor:
+    def _logits(self, tokens_BS: Tensor, neighbors: Neighbors[Tensor] | None, cache: Cache) -> Tensor:
         """The logits of all tokens, on every rank."""
 
 
@@ -95,7 +95,7 @@ class LocalForward(Forward):
         """A cache of all layers."""
         return self.model.new_cache(batch_size, max_length)
 
-    def _hidden(self, tokens_BS: Tensor, neighbors: Neighbors | None, cache: Cache) -> Tensor:
+    def _hidden(self, tokens_BS: Tensor, neighbors: Neighbors[Tensor] | None, cache: Cache) -> Tensor:
         model = self.model
         batch_size, length = tokens_BS.shape
         context = model.prepare(batch_size, length, tokens_BS.device, neighbors=neighbors, cache=cache)
@@ -104,7 +104,7 @@ class LocalForward(Forward):
             cache.commit(context.cache_slice)
         return hidden_BSH
 
-    def _logits(self, tokens_BS: Tensor, neighbors: Neighbors | None, cache: Cache) -> Tensor:
+    def _logits(self, tokens_BS: Tensor, neighbors: Neighbors[Tensor] | None, cache: Cache) -> Tensor:
         return self.model.head(self._hidden(tokens_BS, neighbors, cache))
 
 
@@ -123,7 +123,7 @@ class StagedForward(Forward):
         """A cache of this stage's layers."""
         return self.stage.model.new_cache(batch_size, max_length)
 
-    def _logits(self, tokens_BS: Tensor, neighbors: Neighbors | None, cache: Cache) -> Tensor:
+    def _logits(self, tokens_BS: Tensor, neighbors: Neighbors[Tensor] | None, cache: Cache) -> Tensor:
         hidden_BSH = self._hidden(tokens_BS, neighbors, cache)
         if self.stage.part.last:
             logits_BSV = self.stage.model.head(hidden_BSH).float().contiguous()
@@ -133,7 +133,7 @@ class StagedForward(Forward):
             dist.broadcast(logits_BSV, dist.get_global_rank(self._group, self.stage.part.num_stages - 1), self._group)
         return logits_BSV
 
-    def _hidden(self, tokens_BS: Tensor, neighbors: Neighbors | None, cache: Cache) -> Tensor:
+    def _hidden(self, tokens_BS: Tensor, neighbors: Neighbors[Tensor] | None, cache: Cache) -> Tensor:
         model, part = self.stage.model, self.stage.part
         batch_size, length = tokens_BS.shape
         context = model.prepare(batch_size, length, tokens_BS.device, neighbors=neighbors, cache=cache)
@@ -169,7 +169,7 @@ class StagedForward(Forward):
 
 def stack_neighbors(
     rows: FoundRows, shape: tuple[int, int], device: torch.device, at_least: int = 0
-) -> Neighbors | None:
+) -> Neighbors[Tensor] | None:
     """[B, C, K, R] of the rows' neighbours, padded with absent ones to `at_least` chunks; None where there are none."""
     most = max(map(len, rows), default=0)
     if most == 0:

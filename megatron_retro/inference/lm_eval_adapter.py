@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_retro.assembly.loaded_model import load_model
+from megatron_retro.assembly.loading import load_model
 from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig
 from megatron_retro.errors import ConfigError
 from megatron_retro.inference.sampling import Sampling

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_retro.assembly.loaded_model import load_model
-from megatron_retro.assembly.loaded_stage import load_stage
+from megatron_retro.assembly.loading import load_model, load_stage
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig
 from megatron_retro.config.parallel import ParallelConfig

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_retro.artifacts.manifest import require_same
-from megatron_retro.assembly.loaded_model import Loaded, LoadedModel
+from megatron_retro.assembly.loading import Loaded, LoadedModel
 from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig
 from megatron_retro.data.tokenizers import Tokenizer
 from megatron_retro.errors import ConfigError

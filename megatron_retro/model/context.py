@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_retro.config.model import ModelConfig
+from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.cache import CacheSlice
-from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.ops.attention import AttentionPattern
 from megatron_retro.ops.rotary import RotaryFrequencies, RotaryTable, rotary_table
 
@@ -22,7 +22,7 @@ class NeighborContext:
     `first_position` is the grid position of the sequence's first token: 0, or more where the first chunk is short.
     """
 
-    neighbors: Neighbors | None
+    neighbors: Neighbors[Tensor] | None
     retrieved_length: int
     mask_BCE: Tensor | None
     chunk_mask_XM: Tensor | None

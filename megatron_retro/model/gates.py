@@ -68,6 +68,22 @@ class AdaptiveGate(nn.Module):
         self.charged = self.charged + loss
 
 
+def set_gate_budgets(module: nn.Module, retro: RetroConfig, step: int, factor: float) -> None:
+    """Set what the budget of adaptive gates weighs at this step, for one microbatch; it grows from 0 at first."""
+    warmup = retro.retro_gate_budget_warmup
+    grown = min(1.0, step / warmup) if warmup > 0 else 1.0
+    for part in module.modules():
+        if isinstance(part, AdaptiveGate):
+            part.budget_scale = retro.retro_gate_budget_weight * grown * factor
+            part.charged = 0.0
+
+
+def charged_budgets(module: nn.Module) -> float | None:
+    """What the gates here charged since their budgets were set; None where no gate decides for itself."""
+    charged = [float(part.charged) for part in module.modules() if isinstance(part, AdaptiveGate)]
+    return sum(charged) if charged else None
+
+
 def rate_divergence(scores: Tensor, target: float) -> Tensor:
     """Kullback-Leibler divergence of the mean rate from the target: 0 at the target, infinite at 0 and 1.
 

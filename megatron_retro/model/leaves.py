@@ -26,12 +26,11 @@ class Linear(nn.Module):
     `multiply` computes the product; an instance may be given another one (FP8, or deferred weight gradients).
     """
 
-    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(linear)
-
     def __init__(self, input_size: int, output_shape: tuple[int, ...], *, bias: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(*output_shape, input_size))
         self.bias = nn.Parameter(torch.empty(*output_shape)) if bias else None
+        self.multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., columns] -> [..., *output_shape]."""

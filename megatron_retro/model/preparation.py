@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.errors import DataError
+from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.cache import Cache, CacheSlice
 from megatron_retro.model.context import (
     NeighborContext,
@@ -18,7 +19,6 @@ from megatron_retro.model.context import (
     sequence_pattern,
     table_or_none,
 )
-from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.ops.attention import AttentionPattern
 from megatron_retro.ops.chunking import num_complete_chunks, query_positions
 from megatron_retro.ops.rotary import rotary_table
@@ -40,7 +40,7 @@ class Preparation:
         device: torch.device,
         position_ids_BS: Tensor | None,
         padding_mask_BS: Tensor | None,
-        neighbors: Neighbors | None,
+        neighbors: Neighbors[Tensor] | None,
         document_ids_BS: Tensor | None,
     ) -> SequenceContext:
         """The context of sequences that are given whole."""
@@ -84,11 +84,11 @@ class Preparation:
         return -length % self.chunk_length if self.retro.retro_legacy_checkpoint else 0
 
     def _retrieval(
-        self, length: int, device: torch.device, neighbors: Neighbors | None, padding_mask_BS: Tensor | None
+        self, length: int, device: torch.device, neighbors: Neighbors[Tensor] | None, padding_mask_BS: Tensor | None
     ) -> NeighborContext | None:
         first_position = self._first_position(length)
         num_chunks = num_complete_chunks(length + first_position, self.chunk_length)
-        if not self.reads or neighbors is None or num_chunks == 0 or not neighbors.has_room:
+        if not self.reads or neighbors is None or num_chunks == 0 or neighbors.is_empty:
             return None
         neighbors = neighbors.first_chunks(num_chunks)
         chunk_mask_XM = None
@@ -106,7 +106,7 @@ class Preparation:
 
     def _neighbor_context(
         self,
-        neighbors: Neighbors | None,
+        neighbors: Neighbors[Tensor] | None,
         neighbor_shape: tuple[int, ...],
         mask_BCE: Tensor | None,
         chunk_mask_XM: Tensor | None,
@@ -134,7 +134,7 @@ class Preparation:
         device: torch.device,
         position_ids_BS: Tensor | None,
         padding_mask_BS: Tensor | None,
-        neighbors: Neighbors | None,
+        neighbors: Neighbors[Tensor] | None,
         document_ids_BS: Tensor | None,
         cache: Cache,
     ) -> SequenceContext:
@@ -178,7 +178,7 @@ class Preparation:
         self,
         cache_slice: CacheSlice,
         real_BT: Tensor | None,
-        neighbors: Neighbors | None,
+        neighbors: Neighbors[Tensor] | None,
         cache: Cache,
         device: torch.device,
     ) -> NeighborContext:
@@ -186,7 +186,7 @@ class Preparation:
         rows, indices = cache_slice.rows, cache_slice.chunk_indices
         shape = cache.neighbor_shape
         fresh, fresh_mask_PE = None, None
-        if neighbors is not None and neighbors.has_room and rows:
+        if neighbors is not None and not neighbors.is_empty and rows:
             given = [index - 1 for index in indices]
             shape = tuple(neighbors.first_chunks(max(cache_slice.completed)).tokens_BCKR.shape[2:])
             cache.require_neighbor_shape(shape)

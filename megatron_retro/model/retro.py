@@ -17,13 +17,13 @@ from torch.nn import functional
 
 from megatron_retro.config.model import ModelConfig, RetroConfig, model_violations
 from megatron_retro.errors import ConfigError
+from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.cache import Cache
 from megatron_retro.model.context import SequenceContext
 from megatron_retro.model.embeddings import TokenEmbedding
 from megatron_retro.model.encoder import NeighborEncoder
 from megatron_retro.model.layers import DecoderLayer
 from megatron_retro.model.leaves import Norm, Output
-from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.preparation import Preparation
 
 
@@ -69,7 +69,7 @@ class Retro(nn.Module):
     def forward(
         self,
         tokens_BS: Tensor,
-        neighbors: Neighbors | None = None,
+        neighbors: Neighbors[Tensor] | None = None,
         *,
         labels_BS: Tensor | None = None,
         position_ids_BS: Tensor | None = None,
@@ -104,15 +104,17 @@ class Retro(nn.Module):
         length: int,
         device: torch.device,
         *,
-        neighbors: Neighbors | None = None,
+        neighbors: Neighbors[Tensor] | None = None,
         position_ids_BS: Tensor | None = None,
         document_ids_BS: Tensor | None = None,
         padding_mask_BS: Tensor | None = None,
         cache: Cache | None = None,
     ) -> SequenceContext:
         """Positions, masks and neighbours of one forward, the same on every stage."""
-        if neighbors is not None and self.retro.retro_legacy_checkpoint:
-            neighbors = neighbors.without_masks()
+        if neighbors is not None:
+            _require_mask(neighbors)
+            if self.retro.retro_legacy_checkpoint:
+                neighbors = _all_present(neighbors)
         sequence = (length, device, position_ids_BS, padding_mask_BS)
         if cache is not None:
             return self.preparation.cached_sequence(batch_size, *sequence, neighbors, document_ids_BS, cache)
@@ -163,12 +165,13 @@ class Retro(nn.Module):
 
         return read
 
-    def encode(self, neighbors: Neighbors, chunks_BCMH: Tensor, chunk_mask_XM: Tensor | None) -> Tensor:
+    def encode(self, neighbors: Neighbors[Tensor], chunks_BCMH: Tensor, chunk_mask_XM: Tensor | None) -> Tensor:
         """[B, C, K, R, H]; for the stage that holds the encoder."""
         assert self.encoder is not None
         table = self.encoder.embedding or self.embedding
         assert table is not None
-        embedded_BCKRH = table.word(neighbors.safe_tokens())
+        # whatever stands where nothing exists, the table can be asked for token 0
+        embedded_BCKRH = table.word(neighbors.tokens_BCKR.masked_fill(~neighbors.mask_BCKR, 0).long())
         dropout = self.retro.retro_encoder_hidden_dropout
         if dropout:
             embedded_BCKRH = functional.dropout(embedded_BCKRH, dropout, self.training)
@@ -180,3 +183,17 @@ class Retro(nn.Module):
             neighbors.tokens_BCKR.shape[-1],
         )
         return torch.unflatten(encoded, 0, neighbors.tokens_BCKR.shape[:2])
+
+
+def _require_mask(neighbors: Neighbors[Tensor]) -> None:
+    tokens, mask = neighbors.tokens_BCKR, neighbors.mask_BCKR
+    if tokens.shape != mask.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"neighbour tokens {tuple(tokens.shape)} need a bool mask of their shape, "
+            f"got {mask.dtype} {tuple(mask.shape)}"
+        )
+
+
+def _all_present(neighbors: Neighbors[Tensor]) -> Neighbors[Tensor]:
+    """As the published checkpoints were trained: in place of the absent, what stands there."""
+    return Neighbors(neighbors.tokens_BCKR.clamp(min=0), torch.ones_like(neighbors.mask_BCKR))

@@ -8,22 +8,24 @@ their inputs through it), and a boundary always requires a gradient (they lose g
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
+from megatron_retro.microbatch import Microbatch
 from megatron_retro.model.context import SequenceContext
-from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.retro import Retro
 from megatron_retro.parallel.collectives import TensorAxis
-from megatron_retro.parallel.deferred_gradients import DeferredWeightGradients
+from megatron_retro.parallel.layer_transforms import DeferredWeightGradients
 from megatron_retro.parallel.partition import StagePart
 from megatron_retro.parallel.randomness import Streams
 
 
 class Stage(nn.Module):
-    """Tokens or a boundary in; a boundary, or losses, out. Every argument of a microbatch comes by name."""
+    """Tokens or a boundary in; a boundary, or losses, out."""
 
     def __init__(self, model: Retro, part: StagePart, axis: TensorAxis | None) -> None:
         super().__init__()
@@ -35,57 +37,38 @@ class Stage(nn.Module):
         self.loss_factor = 1.0
         self.loss_sum = torch.zeros((), dtype=torch.float64)
 
-    def context(
-        self,
-        tokens_BS: Tensor,
-        position_ids_BS: Tensor | None = None,
-        document_ids_BS: Tensor | None = None,
-        neighbor_tokens_BCKR: Tensor | None = None,
-        neighbor_mask_BCKR: Tensor | None = None,
-        **others: Tensor | None,
-    ) -> SequenceContext:
+    def context(self, batch: Microbatch[Tensor]) -> SequenceContext:
         """Positions, masks and neighbours of a microbatch, the same on every stage."""
-        neighbors = None
-        if neighbor_tokens_BCKR is not None and neighbor_mask_BCKR is not None:
-            neighbors = Neighbors(neighbor_tokens_BCKR, neighbor_mask_BCKR)
+        size, length = batch.tokens_BS.shape
         return self.model.prepare(
-            tokens_BS.shape[0],
-            tokens_BS.shape[1],
-            tokens_BS.device,
-            neighbors=neighbors,
-            position_ids_BS=position_ids_BS,
-            document_ids_BS=document_ids_BS,
+            size,
+            length,
+            batch.tokens_BS.device,
+            neighbors=batch.neighbors,
+            position_ids_BS=batch.position_ids_BS,
+            document_ids_BS=batch.document_ids_BS,
         )
 
     def forward(
-        self,
-        *received: Tensor,
-        labels_BS: Tensor,
-        loss_mask_BS: Tensor,
-        tokens_BS: Tensor,
-        microbatch: Tensor | None = None,
-        **others: Tensor,
+        self, *received: Tensor, batch: Microbatch[Tensor], number: Tensor | None = None
     ) -> Tensor | tuple[Tensor, ...]:
         """In training the last stage gives the sum of unmasked losses times `loss_factor`, else each token's loss.
 
-        `microbatch` is the number in the global batch, which random streams begin from.
+        `number` is the microbatch's in the global batch, which random streams begin from.
         """
-        if self.streams is not None and self.training and microbatch is not None:
-            self.streams.microbatch = int(microbatch[0])
+        if self.streams is not None and self.training and number is not None:
+            self.streams.microbatch = int(number[0])
             self.streams.start("embedding")
-        context = self.context(tokens_BS, **others)
+        context = self.context(batch)
         received = tuple(_boundary(tensor) for tensor in received)
-        hidden = self.model.embed(tokens_BS, context) if self.part.first else received[0]
+        hidden = self.model.embed(batch.tokens_BS, context) if self.part.first else received[0]
         passed = received[1] if len(received) > 1 else None
         neighbors = passed
         if passed is not None and self.axis is not None and self.part.retrieves:
             neighbors = self.axis.gather(passed)
         hidden, encoded = self.model.run_layers(hidden, neighbors, context)
         if self.part.last:
-            # a label below zero costs the loss no work
-            labels_BS = labels_BS.where(loss_mask_BS > 0, -1) if self.training else labels_BS
-            losses_BS = self.model.head(hidden, labels_BS)
-            return self._training_loss((losses_BS * loss_mask_BS).sum()) if self.training else losses_BS
+            return self._losses(hidden, batch)
         if not self.part.sends_neighbors or context.retrieval is None:
             return _boundary(hidden)
         if passed is None:
@@ -93,7 +76,11 @@ class Stage(nn.Module):
             passed = encoded if self.axis is None else self.axis.split(encoded)
         return _boundary(hidden), _boundary(passed)
 
-    def _training_loss(self, loss_sum: Tensor) -> Tensor:
+    def _losses(self, hidden: Tensor, batch: Microbatch[Tensor]) -> Tensor:
+        if not self.training:
+            return self.model.head(hidden, batch.labels_BS)
+        losses_BS = self.model.head(hidden, batch.counted_labels())
+        loss_sum = (losses_BS * batch.loss_mask_BS).sum()
         self.loss_sum += loss_sum.detach()
         return loss_sum * self.loss_factor
 
@@ -114,3 +101,16 @@ def _boundary(tensor: Tensor) -> Tensor:
     """A fresh node of autograd that requires a gradient."""
     fresh: Tensor = _Border.apply(tensor)  # type: ignore[no-untyped-call]
     return fresh if fresh.requires_grad or not torch.is_grad_enabled() else fresh.requires_grad_()
+
+
+def _flattened(batch: Microbatch[Tensor]) -> tuple[list[Tensor], tuple[str, ...]]:
+    arrays = batch.arrays()
+    return list(arrays.values()), tuple(arrays)
+
+
+def _unflattened(tensors: Iterable[Tensor], names: tuple[str, ...]) -> Microbatch[Tensor]:
+    return Microbatch.of_arrays(dict(zip(names, tensors, strict=True)))
+
+
+# torch's schedules cut the microbatches of a step, which are given as one, through the tree of its tensors
+register_pytree_node(Microbatch, _flattened, _unflattened)

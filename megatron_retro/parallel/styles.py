@@ -6,7 +6,7 @@ output compute on their rows of the vocabulary. Parameters may be on the meta de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from megatron_retro.model.retro import Retro
 from megatron_retro.ops.local_tensors import local
 from megatron_retro.parallel.collectives import TensorAxis
 from megatron_retro.parallel.cuts import CUTS, Cut, Region, cut_of, regions_of
+from megatron_retro.parallel.layer_transforms import replace_forward
 from megatron_retro.parallel.vocabulary import gathered_logits, parallel_losses, partial_embedding, true_rows
 
 
@@ -37,7 +38,7 @@ def cut_model(model: Retro, mesh: DeviceMesh, axis: TensorAxis, cuts: Sequence[C
             if table.position is not None:
                 table.position.register_forward_hook(partial(_own_positions, axis))
     if model.output is not None:
-        _compute_by(model.output, partial(_parallel_output, model.output, axis))
+        replace_forward(model.output, partial(_parallel_output, model.output, axis))
     if model.encoder is not None:
         model.encoder.register_forward_hook(lambda module, arguments, encoded: axis.gather(encoded))
     for layer in model.layers.values():
@@ -89,16 +90,11 @@ def _replace_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> 
     setattr(model.get_submodule(path), leaf, parameter)
 
 
-def _compute_by(module: nn.Module, forward: Callable[..., Tensor]) -> None:
-    """Let a leaf compute its part; its parameters, hooks and name stay."""
-    vars(module)["forward"] = forward
-
-
 def _open_region(module: nn.Module, region: Region, axis: TensorAxis) -> None:
     """Gather the first argument; reduce the result, and add the closing bias once, after the sum."""
     closing = module.get_submodule(region.closing)
     assert isinstance(closing, Linear)
-    _compute_by(closing, partial(_product, closing))
+    replace_forward(closing, partial(_product, closing))
     module.register_forward_pre_hook(lambda _, arguments: (axis.gather(arguments[0]), *arguments[1:]))
 
     def reduce(_: nn.Module, arguments: Any, result: Tensor) -> Tensor:
@@ -120,7 +116,7 @@ def _cut_embedding(word: Embedding, axis: TensorAxis) -> None:
         rows = local(word.weight)
         return axis.reduce(partial_embedding(ids, rows, axis.rank * rows.shape[0]))
 
-    _compute_by(word, forward)
+    replace_forward(word, forward)
 
 
 def _own_positions(axis: TensorAxis, module: nn.Module, arguments: Any, vectors: Tensor) -> Tensor:

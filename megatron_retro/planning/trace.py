@@ -19,12 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_retro.assembly.stage_building import freeze
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.model.neighbors import Neighbors
+from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.retro import Retro
 from megatron_retro.ops.local_tensors import local
 from megatron_retro.parallel.collectives import TensorAxis
+from megatron_retro.parallel.layer_transforms import keeps
 from megatron_retro.parallel.mesh import TENSOR
-from megatron_retro.parallel.recompute import keeps
 from megatron_retro.parallel.styles import cut_model, cut_prompt
 from megatron_retro.peft.attach import attach, connect
 from megatron_retro.planning.fake_ranks import fake_rank, without_memory
@@ -154,7 +154,7 @@ def _run(model: Retro, work: Workload, layout: Layout) -> Trace:
     return Trace(recorder.parts, passed[LAYER], passed.get(ENCODER, 0))
 
 
-def _neighbors(work: Workload, layout: Layout) -> Neighbors | None:
+def _neighbors(work: Workload, layout: Layout) -> Neighbors[Tensor] | None:
     retro = work.retro
     if not retro.retro_add_retriever:
         return None

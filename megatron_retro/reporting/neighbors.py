@@ -105,11 +105,11 @@ def _held_out(settings: Settings) -> Iterator[str]:
     tokenizer = build_tokenizer(settings[TokenizerConfig])
     batch = build_dataset(settings, "valid", eod=tokenizer.eod).read(range(_EXAMPLES))
     length = settings[RetroConfig].retro_chunk_length
-    found, there = batch.neighbor_tokens_BCKR, batch.neighbor_mask_BCKR
+    found = batch.neighbors
     for row in range(batch.num_samples):
         retrieved = []
-        if found is not None and there is not None:
-            pairs = enumerate(zip(found[row, 0], there[row, 0], strict=True), 1)
+        if found is not None:
+            pairs = enumerate(zip(found.tokens_BCKR[row, 0], found.mask_BCKR[row, 0], strict=True), 1)
             retrieved = [
                 RetrievedText(f"neighbour {number}", tokens[mask].tolist()) for number, (tokens, mask) in pairs
             ]

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from megatron_retro.assembly.model_assembly import ParallelModel, one_process
-from megatron_retro.assembly.trainable import TensorBatch
+from megatron_retro.assembly.parallel_model import ParallelModel
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import OptimizerConfig, PeftConfig, TrainingConfig
+from megatron_retro.microbatch import Microbatch, Neighbors
 from megatron_retro.parallel.cuts import CUTS, Cut
 from megatron_retro.parallel.mesh import build_mesh
 from megatron_retro.parallel.partition import stage_parts
 from megatron_retro.runtime.seeds import generator
 from megatron_retro.testing.processes import run_ranks
+from megatron_retro.testing.single_process import one_process
 
 _TINY: dict[str, Any] = {
     "num_layers": 4,
@@ -64,7 +65,7 @@ def tiny_settings(**changes: Any) -> Settings:
     return Settings(sections).replace(**{**_TINY, **changes})
 
 
-def random_batches(settings: Settings, *, neighbors: bool = True, absent: bool = True) -> list[TensorBatch]:
+def random_batches(settings: Settings, *, neighbors: bool = True, absent: bool = True) -> list[Microbatch[Tensor]]:
     """The microbatches of one global batch: random tokens, some labels masked, some neighbours absent."""
     training, retro = settings[TrainingConfig], settings[RetroConfig]
     size, length = training.micro_batch_size, settings[DataConfig].seq_length
@@ -80,12 +81,11 @@ def random_batches(settings: Settings, *, neighbors: bool = True, absent: bool =
             lengths = lengths * (torch.rand(lengths.shape, generator=draw) > 0.25)
             lengths[:, number % chunks] = 0
         batches.append(
-            TensorBatch(
+            Microbatch(
                 tokens_BS=tokens[:, :-1],
                 labels_BS=tokens[:, 1:],
                 loss_mask_BS=torch.rand(size, length, generator=draw) > 0.2,
-                neighbor_tokens_BCKR=found if neighbors else None,
-                neighbor_mask_BCKR=torch.arange(retrieved) < lengths[..., None] if neighbors else None,
+                neighbors=Neighbors(found, torch.arange(retrieved) < lengths[..., None]) if neighbors else None,
             )
         )
     return batches
@@ -118,13 +118,13 @@ def whole_gradients(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def reference_outcome(settings: Settings, batches: Sequence[TensorBatch], steps: int = 1) -> StepOutcome:
+def reference_outcome(settings: Settings, batches: Sequence[Microbatch[Tensor]], steps: int = 1) -> StepOutcome:
     """The plain model in one process."""
     return _outcome(one_process(settings, torch.device("cpu")), batches, steps)
 
 
 def layout_outcome(
-    settings: Settings, batches: Sequence[TensorBatch], steps: int = 1, cuts: Sequence[Cut] = CUTS
+    settings: Settings, batches: Sequence[Microbatch[Tensor]], steps: int = 1, cuts: Sequence[Cut] = CUTS
 ) -> StepOutcome:
     """The same on this layout; every rank calls it, with the whole global batch."""
     mesh = build_mesh(settings[ParallelConfig], torch.device("cpu"))
@@ -133,7 +133,7 @@ def layout_outcome(
     return _outcome(trainable, batches[trainable.data_rank * share : (trainable.data_rank + 1) * share], steps)
 
 
-def _outcome(trainable: Any, batches: Sequence[TensorBatch], steps: int) -> StepOutcome:
+def _outcome(trainable: Any, batches: Sequence[Microbatch[Tensor]], steps: int) -> StepOutcome:
     """Parameters are those before the first step; gradients those of the last."""
     start = {name: whole(value.detach()).clone() for name, value in trainable.module.named_parameters()}
     trained = [parameter for parameter in trainable.module.parameters() if parameter.requires_grad]
@@ -151,7 +151,11 @@ def _outcome(trainable: Any, batches: Sequence[TensorBatch], steps: int) -> Step
 
 
 def run_layout(
-    settings: Settings, world_size: int, batches: Sequence[TensorBatch], steps: int = 1, cuts: Sequence[Cut] = CUTS
+    settings: Settings,
+    world_size: int,
+    batches: Sequence[Microbatch[Tensor]],
+    steps: int = 1,
+    cuts: Sequence[Cut] = CUTS,
 ) -> list[StepOutcome]:
     """The outcome on every rank."""
     return run_ranks(layout_outcome, world_size, settings, batches, steps, cuts, timeout=120.0)

@@ -8,13 +8,14 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from megatron_retro.assembly.model_assembly import build_trainable
-from megatron_retro.assembly.trainable import TensorBatch
+from megatron_retro.assembly.parallel_model import build_parallel_model
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import OptimizerConfig, TrainingConfig
+from megatron_retro.microbatch import Microbatch, Neighbors
 from megatron_retro.optim.optimizer import TrainingOptimizer
 from megatron_retro.testing.processes import run_ranks
 
@@ -72,7 +73,7 @@ def _measure(settings: Settings, num_steps: int) -> Measured:
     return_freed_memory()
     baseline = resident_bytes()
     with PeakWatch() as watch:
-        trainable = build_trainable(settings, torch.device("cpu"))
+        trainable = build_parallel_model(settings, torch.device("cpu"))
         optimizer = TrainingOptimizer(trainable.module, settings[OptimizerConfig])
         training = settings[TrainingConfig]
         count = training.global_batch_size // (trainable.data_size * training.micro_batch_size)
@@ -83,15 +84,14 @@ def _measure(settings: Settings, num_steps: int) -> Measured:
     return Measured(watch.peak - baseline, after - baseline)
 
 
-def random_batch(settings: Settings) -> TensorBatch:
+def random_batch(settings: Settings) -> Microbatch[Tensor]:
     """A microbatch of random tokens with all neighbours there."""
     model, retro, data = settings[ModelConfig], settings[RetroConfig], settings[DataConfig]
     shape = (settings[TrainingConfig].micro_batch_size, data.seq_length)
     tokens = torch.randint(model.vocab_size or 1, shape)
-    batch = {"tokens_BS": tokens, "labels_BS": tokens, "loss_mask_BS": torch.ones(shape)}
+    neighbors = None
     if retro.reads_neighbors():
         chunks = data.seq_length // retro.retro_chunk_length
         wide = (shape[0], chunks, retro.retro_num_neighbors, retro.retrieved_length())
-        batch["neighbor_tokens_BCKR"] = torch.randint(model.vocab_size or 1, wide)
-        batch["neighbor_mask_BCKR"] = torch.ones(wide, dtype=torch.bool)
-    return TensorBatch(**batch)
+        neighbors = Neighbors(torch.randint(model.vocab_size or 1, wide), torch.ones(wide, dtype=torch.bool))
+    return Microbatch(tokens, tokens, torch.ones(shape), neighbors=neighbors)

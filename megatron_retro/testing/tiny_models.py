@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_retro.config.model import ModelConfig, RetroConfig
-from megatron_retro.model.neighbors import Neighbors
+from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.retro import Retro
 
 
@@ -59,7 +59,7 @@ def random_neighbors(
     vocabulary: int = 61,
     present: float = 0.8,
     seed: int = 2,
-) -> Neighbors:
+) -> Neighbors[Tensor]:
     """Neighbours of which a share of `present` tokens exist; mask patterns are arbitrary."""
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, chunks, number, length)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_retro.artifacts.files import new_file, write_file
-from megatron_retro.data.batches import Batch
+from megatron_retro.microbatch import Array, Microbatch
 from megatron_retro.runtime.strict_json import json_text
 
 BAD_BATCHES = "bad_batches"
@@ -41,22 +40,20 @@ def non_finite_reason(loss: float, gradient_norm: float) -> str | None:
     return None if math.isfinite(gradient_norm) else f"the gradient's norm is {gradient_norm}"
 
 
-def sample_ids(microbatches: Sequence[Batch]) -> list[int]:
+def sample_ids(microbatches: Sequence[Microbatch[Array]]) -> list[int]:
     """Numbers of the samples in the global order."""
     return [int(number) for batch in microbatches for number in batch.sample_ids_B]
 
 
 def write_bad_batch(
-    run: Path, rank: int, step: int, first_sample: int, reason: str, microbatches: Sequence[Batch]
+    run: Path, rank: int, step: int, first_sample: int, reason: str, microbatches: Sequence[Microbatch[Array]]
 ) -> Path:
     """This rank's share of a bad batch: its arrays, and what was wrong in words."""
     directory = run / BAD_BATCHES / f"step-{step:08}-sample-{first_sample}"
     arrays: dict[str, Any] = {}
     for number, batch in enumerate(microbatches):
-        for field in fields(batch):
-            value = getattr(batch, field.name)
-            if value is not None:
-                arrays[f"{number}.{field.name}"] = value
+        arrays |= {f"{number}.{name}": array for name, array in batch.arrays().items()}
+        arrays[f"{number}.sample_ids_B"] = batch.sample_ids_B
     path = directory / f"rank-{rank:05}.npz"
     with new_file(path) as partial, partial.open("wb") as stream:
         np.savez(stream, **arrays)

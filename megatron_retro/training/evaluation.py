@@ -10,11 +10,10 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from megatron_retro.assembly.batch_tensors import to_tensors
-from megatron_retro.assembly.trainable import Trainable
-from megatron_retro.data.batches import Batch, label_checksum
+from megatron_retro.assembly.parallel_model import ParallelModel
 from megatron_retro.data.loader import Loader
 from megatron_retro.data.neighbor_variants import with_variant
+from megatron_retro.microbatch import Array, Microbatch, label_checksum
 from megatron_retro.runtime.run_records import HeldOutSamples
 
 
@@ -32,21 +31,25 @@ class TokenLosses:
         return float(self.losses.sum(where=self.mask, dtype=np.float64) / max(self.mask.sum(), 1))
 
 
-def evaluation_batches(loader: Loader, steps: int) -> list[Batch]:
+def evaluation_batches(loader: Loader, steps: int) -> list[Microbatch[Array]]:
     """This rank's share of the first `steps` batches of the validation order, always the same."""
     loader.seek(0)
     return [batch for _ in range(steps) for batch in next(loader)]
 
 
-def variant_batches(loader: Loader, batches: Sequence[Batch], variant: str, seed: int) -> list[Batch]:
+def variant_batches(
+    loader: Loader, batches: Sequence[Microbatch[Array]], variant: str, seed: int
+) -> list[Microbatch[Array]]:
     """This rank's share under a variant; random neighbours come from any sample of the evaluation."""
     everyone = sum(batch.num_samples for batch in batches) * loader.data_size
     return with_variant(batches, variant, seed, num_samples=everyone, read=loader.dataset.read)
 
 
-def token_losses(trainable: Trainable, batches: Sequence[Batch], group: dist.ProcessGroup | None) -> TokenLosses:
+def token_losses(
+    trainable: ParallelModel, batches: Sequence[Microbatch[Array]], group: dist.ProcessGroup | None
+) -> TokenLosses:
     """Losses gathered from all data ranks, the same on every rank. Every rank calls it."""
-    losses = trainable.evaluate([to_tensors(batch, trainable.device) for batch in batches])
+    losses = trainable.evaluate([batch.to(trainable.device) for batch in batches])
     mine: list[tuple[NDArray[Any], ...]] | None = None
     if losses is not None:
         mine = [
@@ -67,7 +70,7 @@ def sample_sums(measured: TokenLosses, documents: NDArray[np.int64] | None = Non
     )
 
 
-def _checksums(batch: Batch) -> NDArray[np.int64]:
+def _checksums(batch: Microbatch[Array]) -> NDArray[np.int64]:
     """Of the labels that count: what was read beside them (passages, padding) may differ between two runs."""
     rows = zip(batch.labels_BS, batch.loss_mask_BS, strict=True)
     return np.array([label_checksum(labels[counts]) for labels, counts in rows], np.int64)

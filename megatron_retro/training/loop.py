@@ -14,12 +14,11 @@ from enum import Enum
 import torch
 import torch.distributed as dist
 
-from megatron_retro.assembly.batch_tensors import to_tensors
 from megatron_retro.assembly.run_parts import RunParts
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import CheckpointConfig, TrainingConfig
-from megatron_retro.data.batches import Batch
 from megatron_retro.errors import DataError, DistributedError
+from megatron_retro.microbatch import Array, Microbatch
 from megatron_retro.optim.optimizer import Update
 from megatron_retro.runtime.heartbeat import Heartbeat
 from megatron_retro.runtime.process_group import explain_failure
@@ -134,11 +133,11 @@ class Trainer:
     def _finished(self) -> bool:
         return self.state.samples >= self.parts.total_samples
 
-    def _load(self) -> list[Batch]:
+    def _load(self) -> list[Microbatch[Array]]:
         with self._clock.phase("data"):
             return next(self.parts.loader)
 
-    def _step(self, batches: Sequence[Batch]) -> StepRecord | None:
+    def _step(self, batches: Sequence[Microbatch[Array]]) -> StepRecord | None:
         """One step; None for one that is known to be bad and passed over."""
         state, parts = self.state, self.parts
         first_sample = state.samples
@@ -147,7 +146,7 @@ class Trainer:
         if first_sample in state.bad_samples:
             return None
         with self._clock.phase("forward_backward"):
-            tensors = [to_tensors(batch, parts.trainable.device) for batch in batches]
+            tensors = [batch.to(parts.trainable.device) for batch in batches]
             scale = parts.optimizer.loss_scale.scale
             result = parts.trainable.train_step(tensors, loss_scale=scale, step=state.step)
         with self._clock.phase("save"):
@@ -206,7 +205,7 @@ class Trainer:
         """fp16 gradients that overflow at the present scale are the scale's fault, not the batch's."""
         return math.isfinite(loss) and not update.applied and update.loss_scale > 1.0
 
-    def _bad_step(self, batches: Sequence[Batch], first_sample: int, reason: str) -> None:
+    def _bad_step(self, batches: Sequence[Microbatch[Array]], first_sample: int, reason: str) -> None:
         """Name and keep the batch, then do what the policy says. Every rank comes here together."""
         state = self.state
         state.bad_in_a_row += 1
@@ -227,7 +226,7 @@ class Trainer:
             self._roll_back(bad_in_a_row)
         self._clock.lap()
 
-    def _global_samples(self, first_sample: int, batches: Sequence[Batch]) -> str:
+    def _global_samples(self, first_sample: int, batches: Sequence[Microbatch[Array]]) -> str:
         ids = sample_ids(batches)
         return f"{first_sample} to {self.state.samples - 1} (this rank: {ids[0]} to {ids[-1]})"
 

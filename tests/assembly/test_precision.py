@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_retro.assembly.model_assembly import one_process
 from megatron_retro.assembly.pipeline_runs import _joined
 from megatron_retro.errors import DataError
 from megatron_retro.testing.layouts import (
@@ -18,6 +17,7 @@ from megatron_retro.testing.layouts import (
     tiny_settings,
     worst_differences,
 )
+from megatron_retro.testing.single_process import one_process
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_recomputation_covers_decoder_encoder_and_cross_attention(granularity: s
 def test_microbatches_of_a_pipeline_are_alike(missing: str) -> None:
     first, second = random_batches(tiny_settings(global_batch_size=2))
     if missing == "neighbours":
-        second = replace(second, neighbor_tokens_BCKR=None, neighbor_mask_BCKR=None)
+        second = replace(second, neighbors=None)
     else:
         second = replace(second, tokens_BS=second.tokens_BS[:, :-8])
     with pytest.raises(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_retro.assembly.model_assembly import ParallelModel
+from megatron_retro.assembly.parallel_model import ParallelModel
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.parallel.mesh import build_mesh

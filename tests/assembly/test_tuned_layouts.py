@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from megatron_retro.assembly.trainable import TensorBatch
 from megatron_retro.config.training import LORA_TARGETS, PARTS
+from megatron_retro.microbatch import Microbatch
 from megatron_retro.peft.attach import is_added
 from megatron_retro.peft.prompts import virtual_token_ids
 from megatron_retro.testing.layouts import (
@@ -35,7 +36,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def with_virtual_tokens(batch: TensorBatch) -> TensorBatch:
+def with_virtual_tokens(batch: Microbatch[Tensor]) -> Microbatch[Tensor]:
     tokens = batch.tokens_BS.clone()
     tokens[:, 2:5] = torch.tensor(virtual_token_ids(3))
     return dataclasses.replace(batch, tokens_BS=tokens)

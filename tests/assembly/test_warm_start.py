@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_retro.assembly.model_assembly import ParallelModel, one_process
+from megatron_retro.assembly.parallel_model import ParallelModel
 from megatron_retro.assembly.warm_start import start_from_decoder
 from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.config.data import DataConfig, TokenizerConfig
@@ -17,8 +17,8 @@ from megatron_retro.config.model import ModelConfig, RetroConfig, model_violatio
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.convert.checkpoint_files import parameter_shapes, read_parameter, write_checkpoint
+from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.initialization import initialize
-from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.retro import Retro
 from megatron_retro.ops.attention import AttentionPattern
 from megatron_retro.ops.rotary import rotary_table
@@ -26,6 +26,7 @@ from megatron_retro.parallel.mesh import build_mesh
 from megatron_retro.parallel.partition import stage_parts
 from megatron_retro.testing.layouts import LIKE_LLAMA, tiny_settings, whole
 from megatron_retro.testing.processes import run_ranks
+from megatron_retro.testing.single_process import one_process
 from megatron_retro.testing.tiny_models import lively, random_neighbors, random_tokens, tiny_model, tiny_retro
 
 LLAMA = {

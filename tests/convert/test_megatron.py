@@ -19,7 +19,7 @@ from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.convert.checkpoint_files import read_parameter
 from megatron_retro.convert.megatron_checkpoint import import_megatron
 from megatron_retro.errors import ArtifactError, MegatronRetroError
-from megatron_retro.model.neighbors import Neighbors
+from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.retro import Retro
 from megatron_retro.testing.legacy_retro import LegacyRetro
 

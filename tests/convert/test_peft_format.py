@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_retro.assembly.loaded_model import load_model
+from megatron_retro.assembly.loading import load_model
 from megatron_retro.cli.main import main
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig

@@ -16,7 +16,6 @@ from megatron_retro.config.data import DataConfig
 from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
-from megatron_retro.data.batches import Batch
 from megatron_retro.data.builders import build_dataset, build_loader
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.dataset import Dataset
@@ -33,6 +32,7 @@ from megatron_retro.data.order import mix
 from megatron_retro.data.thinning import Thinning
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.errors import ArtifactError, ConfigError, DataError
+from megatron_retro.microbatch import Array, Microbatch
 from megatron_retro.testing.corpora import random_documents, write_reference_token_file
 
 EOD = 256
@@ -76,9 +76,9 @@ def retro_config(folder: Path, file: TokenFile, **more: Any) -> Settings:
     return config([file.prefix], retro, **data)
 
 
-def same(a: Batch, b: Batch) -> bool:
-    pairs = [(getattr(a, name), getattr(b, name)) for name in Batch.__dataclass_fields__]
-    return all((x is None and y is None) or np.array_equal(x, y) for x, y in pairs)
+def same(a: Microbatch[Array], b: Microbatch[Array]) -> bool:
+    ours, theirs = ({**each.arrays(), "ids": each.sample_ids_B} for each in (a, b))
+    return ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_labels_follow_tokens_and_an_epoch_has_every_sample_once(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_labels_follow_tokens_and_an_epoch_has_every_sample_once(tmp_path: Path)
     wanted = [tuple(file.stream[s * 32 : s * 32 + 33].tolist()) for s in range(total)]
     assert sorted(rows[:total]) == sorted(wanted) == sorted(rows[total:]) and rows[:total] != rows[total:]
     assert (batch.tokens_BS[:, 1:] == batch.labels_BS[:, :-1]).all() and batch.tokens_BS.dtype == np.uint16
-    assert batch.neighbor_tokens_BCKR is None and batch.loss_mask_BS.all()
+    assert batch.neighbors is None and batch.loss_mask_BS.all()
 
 
 def test_splits_share_no_token_and_no_label(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_samples_come_only_from_rows_that_the_table_has(tmp_path: Path) -> None:
     samples = dataset.sources[0].samples
     chunks = sorted(samples.first_chunks(np.arange(samples.num_samples)).tolist())
     assert chunks == [*range(3, 47, 4), *range(100, 187, 4)]
-    assert dataset.read(range(samples.num_samples)).neighbor_tokens_BCKR is not None
+    assert dataset.read(range(samples.num_samples)).neighbors is not None
 
 
 def test_neighbour_tokens_stand_where_the_model_reads_them(tmp_path: Path) -> None:
@@ -244,16 +244,16 @@ def test_neighbour_tokens_stand_where_the_model_reads_them(tmp_path: Path) -> No
     dataset = build_dataset(retro_config(tmp_path, file), "train", eod=EOD)
     batch = dataset.read(range(6))
     source = dataset.sources[0]
-    assert source.neighbors is not None and batch.neighbor_tokens_BCKR is not None
-    assert batch.neighbor_mask_BCKR is not None
+    assert source.neighbors is not None and batch.neighbors is not None
     ids = source.neighbors.select(source.samples.first_chunks(np.arange(6)), 4)
-    assert batch.neighbor_tokens_BCKR.shape == (6, 4, 2, 2 * LENGTH)
+    assert batch.neighbors.tokens_BCKR.shape == (6, 4, 2, 2 * LENGTH)
     for place in np.ndindex(6, 4, 2):
         tokens, mask = source.neighbors.database.gather(ids[place], 2 * LENGTH)
-        assert (batch.neighbor_tokens_BCKR[place] == tokens).all() and (batch.neighbor_mask_BCKR[place] == mask).all()
+        assert (batch.neighbors.tokens_BCKR[place] == tokens).all()
+        assert (batch.neighbors.mask_BCKR[place] == mask).all()
 
 
-def everything(loader: Any, steps: int) -> list[Batch]:
+def everything(loader: Any, steps: int) -> list[Microbatch[Array]]:
     return [batch for _ in range(steps) for batch in next(loader)]
 
 
@@ -382,10 +382,9 @@ def test_retrieval_noise_hits_its_share_of_samples(tmp_path: Path) -> None:
     noise = {"retro_no_retrieval_probability": 0.3, "retro_random_retrieval_probability": 0.3}
     noisy = build_dataset(retro_config(tmp_path, file, retro=noise), "train", eod=EOD)
     a, b = plain.read(range(300)), noisy.read(range(300))
-    assert (a.tokens_BS == b.tokens_BS).all() and a.neighbor_mask_BCKR is not None and b.neighbor_mask_BCKR is not None
-    assert a.neighbor_tokens_BCKR is not None and b.neighbor_tokens_BCKR is not None
-    absent = ~b.neighbor_mask_BCKR.any(axis=(1, 2, 3))
-    equal = (a.neighbor_tokens_BCKR == b.neighbor_tokens_BCKR).all(axis=(1, 2, 3))
+    assert (a.tokens_BS == b.tokens_BS).all() and a.neighbors is not None and b.neighbors is not None
+    absent = ~b.neighbors.mask_BCKR.any(axis=(1, 2, 3))
+    equal = (a.neighbors.tokens_BCKR == b.neighbors.tokens_BCKR).all(axis=(1, 2, 3))
     assert 0.2 < absent.mean() < 0.4 and 0.12 < (~equal & ~absent).mean() < 0.32
     assert same(b, noisy.read(range(300))) and noisy.fingerprint != plain.fingerprint
     valid = build_dataset(retro_config(tmp_path, file, retro=noise, split="1,1"), "valid", eod=EOD)
@@ -404,8 +403,8 @@ def test_mock_data_has_the_shape_of_a_run_and_one_order() -> None:
     setting = config(["nowhere"], {"retro_add_retriever": True}, mock_data=True)
     whole, half = build_loader(setting, eod=None), build_loader(setting, eod=None, data_size=2, data_rank=1)
     first, second = next(whole), next(half)
-    assert first[0].tokens_BS.shape == (2, 32) and first[0].neighbor_tokens_BCKR is not None
-    assert first[0].neighbor_tokens_BCKR.shape == (2, 4, 2, 16)
+    assert first[0].tokens_BS.shape == (2, 32) and first[0].neighbors is not None
+    assert first[0].neighbors.tokens_BCKR.shape == (2, 4, 2, 16)
     assert all(same(a, b) for a, b in zip(first[2:], second, strict=True)) and not same(first[0], first[1])
 
 
@@ -474,7 +473,7 @@ def test_reading_is_the_same_without_the_compiled_half(tmp_path: Path, monkeypat
     file = corpus(tmp_path / "a")
     setting = retro_config(tmp_path, file, reset_attention_mask=True, database_keep_fraction=0.7)
 
-    def read() -> Batch:
+    def read() -> Microbatch[Array]:
         dataset: Dataset = build_dataset(setting, "train", eod=EOD)
         return dataset.read(range(40))
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional
 
-from megatron_retro.assembly.loaded_model import LoadedModel, load_model
+from megatron_retro.assembly.loading import LoadedModel, load_model
 from megatron_retro.assembly.replica_losses import losses_of_model
-from megatron_retro.assembly.trainable import TensorBatch
 from megatron_retro.config.data import WorkersConfig
 from megatron_retro.config.evaluation import EvaluationConfig, PerplexityConfig
 from megatron_retro.config.inference import EngineConfig
@@ -40,7 +40,7 @@ from megatron_retro.evaluation.perplexity import (
     window_documents,
 )
 from megatron_retro.evaluation.perplexity_run import run_perplexity
-from megatron_retro.model.neighbors import Neighbors
+from megatron_retro.microbatch import Microbatch, Neighbors
 from megatron_retro.model.retro import Retro
 from megatron_retro.peft.attach import added_parameters, attach, initialize
 from megatron_retro.peft.prompts import virtual_token_ids
@@ -115,10 +115,7 @@ def test_losses_are_those_of_a_forward_per_token(setting: Setting, variant: str)
     for number in range(0, len(measured.losses), 7):
         window, offset = windows[measured.windows[number]], int(measured.offsets[number])
         batch = read_windows(setting.dataset, [window])
-        neighbors = Neighbors(
-            torch.from_numpy(batch.neighbor_tokens_BCKR.astype(np.int64)),  # type: ignore[union-attr]
-            torch.from_numpy(batch.neighbor_mask_BCKR),
-        )
+        neighbors = batch.to(torch.device("cpu")).neighbors
         tokens = torch.from_numpy(stream[window.start : offset].astype(np.int64))[None]
         with torch.no_grad():
             logits = module(tokens, neighbors if variant == "real" else None)[0, -1].double()
@@ -131,10 +128,10 @@ def test_other_neighbors_do_not_depend_on_who_shares_the_forward(setting: Settin
     """In groups of one too, where a window has no company to take neighbors from."""
     windows = sliding_windows(setting.dataset, CHUNK)[:9]
 
-    def checksums(batch: TensorBatch) -> NDArray[np.float32]:
+    def checksums(batch: Microbatch[Tensor]) -> NDArray[np.float32]:
         """In place of losses: what each window reads."""
-        assert batch.neighbor_tokens_BCKR is not None
-        read = batch.neighbor_tokens_BCKR.flatten(1).numpy().astype(np.int64)
+        assert batch.neighbors is not None
+        read = batch.neighbors.tokens_BCKR.flatten(1).numpy().astype(np.int64)
         sums = (read * np.arange(1, read.shape[1] + 1)).sum(1, keepdims=True) % 1009
         return np.broadcast_to(sums, batch.tokens_BS.shape).astype(np.float32)
 
@@ -222,19 +219,18 @@ def test_virtual_tokens_stand_in_front_of_each_window(setting: Setting, tmp_path
     module, lead = load_model(tuned).module, list(virtual_token_ids(count))
     sums = []
     for window in sliding_windows(setting.dataset, CHUNK):
-        batch = read_windows(setting.dataset, [window])
-        tokens, neighbors = torch.from_numpy(batch.tokens_BS.astype(np.int64)), None
+        batch = read_windows(setting.dataset, [window]).to(torch.device("cpu"))
+        tokens, neighbors = batch.tokens_BS, None
         if reads:
-            assert batch.neighbor_tokens_BCKR is not None and batch.neighbor_mask_BCKR is not None
-            found = torch.from_numpy(batch.neighbor_tokens_BCKR.astype(np.int64))
-            there = torch.from_numpy(batch.neighbor_mask_BCKR)
+            assert batch.neighbors is not None
+            found, there = batch.neighbors.tokens_BCKR, batch.neighbors.mask_BCKR
             neighbors = Neighbors(
                 torch.cat((found[:, :2], found), 1), torch.cat((torch.zeros_like(there[:, :2]), there), 1)
             )
         with torch.no_grad():
             logits_SV = module(torch.cat((torch.tensor([lead]), tokens), 1), neighbors)[0, count:]
-        labels = torch.from_numpy(batch.labels_BS.astype(np.int64))[0]
-        losses = functional.cross_entropy(logits_SV, labels, reduction="none")[torch.from_numpy(batch.loss_mask_BS[0])]
+        labels = batch.labels_BS[0]
+        losses = functional.cross_entropy(logits_SV, labels, reduction="none")[batch.loss_mask_BS[0]]
         sums.append(float(losses.double().sum()))
     assert result["variants"]["real"]["loss"][0] == pytest.approx(sum(sums) / result["tokens"], abs=1e-5)
     assert result["samples"]["losses"] == pytest.approx(sums, abs=2e-4)

@@ -12,8 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_retro.assembly.loaded_model import load_model
-from megatron_retro.assembly.loaded_stage import load_stage
+from megatron_retro.assembly.loading import load_model, load_stage
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings

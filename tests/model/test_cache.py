@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_retro.errors import DataError
+from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.cache import Cache
-from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.retro import Retro
 from megatron_retro.testing.tiny_models import lively, random_neighbors, random_tokens, tiny_model, tiny_retro
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_retro.model.neighbors import Neighbors
+from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.retro import Retro
 from megatron_retro.testing.tiny_models import lively, random_neighbors, random_tokens, tiny_model, tiny_retro
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_retro.assembly.model_assembly import one_process
-from megatron_retro.assembly.single_process import neighbors_of
+from megatron_retro.microbatch import Microbatch
 from megatron_retro.testing.layouts import LIKE_LLAMA, random_batches, tiny_settings
+from megatron_retro.testing.single_process import one_process
 
 
 @pytest.mark.parametrize(
@@ -49,11 +48,10 @@ def test_forward_and_backward(changes: dict[str, Any], kernels: str, monkeypatch
     settings, meta = tiny_settings(**changes), torch.device("meta")
     module = one_process(settings, meta).module.train()
     (batch, *_) = random_batches(settings)
-    tensors = {name: value.to(meta) for name, value in vars(batch).items() if value is not None}
-    batch = dataclasses.replace(batch, **tensors)
+    batch = Microbatch.of_arrays({name: tensor.to(meta) for name, tensor in batch.arrays().items()})
     losses_BS = module(
         batch.tokens_BS,
-        neighbors_of(batch),
+        batch.neighbors,
         labels_BS=batch.labels_BS,
         position_ids_BS=batch.position_ids_BS,
         document_ids_BS=batch.document_ids_BS,

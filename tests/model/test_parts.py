@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megatron_retro.config.model import RetroConfig
 from megatron_retro.errors import ConfigError, DataError
+from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.initialization import initialize
-from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.retro import Retro
 from megatron_retro.testing.tiny_models import lively, random_neighbors, random_tokens, tiny_model, tiny_retro
 
@@ -143,7 +143,9 @@ def test_what_cannot_be_built_is_named(model: dict[str, Any], retro: dict[str, A
 
 def test_neighbors_need_a_mask_of_their_shape() -> None:
     with pytest.raises(ValueError, match="bool mask"):
-        Neighbors(torch.zeros(1, 2, 2, 4), torch.ones(1, 2, 2, 4))
+        lively(tiny_model(), tiny_retro())(
+            random_tokens(1, 8), Neighbors(torch.zeros(1, 2, 2, 8), torch.ones(1, 2, 2, 8))
+        )
 
 
 def test_a_text_beyond_the_learned_positions_is_named() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_retro.assembly.model_assembly import ParallelModel
+from megatron_retro.assembly.parallel_model import ParallelModel
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings

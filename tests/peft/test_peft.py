@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.training import PeftConfig
 from megatron_retro.errors import ConfigError
-from megatron_retro.model.neighbors import Neighbors
+from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.retro import Retro
 from megatron_retro.peft import attach as attaching
 from megatron_retro.peft.attach import added_parameters, connect, initialize, is_added, trainable_table

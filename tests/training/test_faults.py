@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_retro.assembly.model_assembly import ParallelModel, build_trainable
+from megatron_retro.assembly.parallel_model import ParallelModel, StepResult, build_parallel_model
 from megatron_retro.assembly.run_parts import resolved_settings
-from megatron_retro.assembly.single_process import SingleProcess
-from megatron_retro.assembly.trainable import StepResult, TensorBatch
 from megatron_retro.config.settings import Settings
-from megatron_retro.data.batches import Batch
 from megatron_retro.data.loader import Loader
 from megatron_retro.errors import DataError
+from megatron_retro.microbatch import Array, Microbatch
 from megatron_retro.ops.local_tensors import local
+from megatron_retro.runtime.launch import find_launch
+from megatron_retro.runtime.process_group import process_group
 from megatron_retro.runtime.run_log import read_run_log
 from megatron_retro.testing.forked_runs import exit_code_of
 from megatron_retro.testing.processes import RankFailure, run_ranks
@@ -37,7 +37,7 @@ def poisoned(settings: Settings, rank: int, sample: int, *, loss: float | None =
     read, train_step = Loader.__next__, ParallelModel.train_step
     positions: list[int] = []
 
-    def remembering(self: Loader) -> list[Batch]:
+    def remembering(self: Loader) -> list[Microbatch[Array]]:
         positions.append(self.consumed_samples)
         return read(self)
 
@@ -136,18 +136,18 @@ def test_a_stopped_rank_ends_the_job_and_is_named(
     assert "lost rank" in capfd.readouterr().err
 
 
-def test_gradients_of_the_plain_path_are_means_over_all_tokens(corpus: TinyCorpus) -> None:
-    """Two microbatches with unequal masks: the gradient is that of one batch of all tokens."""
+def test_gradients_are_means_over_all_tokens(corpus: TinyCorpus) -> None:
+    """Microbatches with unequal masks: the gradient is that of one batch of all tokens."""
     settings = resolved_settings(corpus.settings(retro=False))
-    trainable = build_trainable(settings, torch.device("cpu"))
-    assert isinstance(trainable, SingleProcess)
     torch.manual_seed(0)
     tokens, labels = torch.randint(0, 256, (4, 64)), torch.randint(0, 256, (4, 64))
     mask = torch.rand(4, 64) < torch.tensor([[0.1], [0.9], [0.5], [1.0]])
-    whole = trainable.train_step([TensorBatch(tokens, labels, mask)])
-    gradients = [p.grad.clone() for p in trainable.module.parameters() if p.grad is not None]
-    trainable.module.zero_grad(set_to_none=True)
-    parts = trainable.train_step([TensorBatch(tokens[i : i + 1], labels[i : i + 1], mask[i : i + 1]) for i in range(4)])
+    with process_group(find_launch({}), use_gpu=False) as device:
+        model = build_parallel_model(settings, device)
+        whole = model.train_step([Microbatch(tokens, labels, mask)])
+        gradients = [p.grad.clone() for p in model.module.parameters() if p.grad is not None]
+        model.module.zero_grad(set_to_none=True)
+        parts = model.train_step([Microbatch(tokens[i : i + 1], labels[i : i + 1], mask[i : i + 1]) for i in range(4)])
     assert parts.loss == pytest.approx(whole.loss, rel=1e-6) and parts.num_tokens == mask.sum()
-    for one, other in zip(gradients, [p.grad for p in trainable.module.parameters()], strict=True):
+    for one, other in zip(gradients, [p.grad for p in model.module.parameters()], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)

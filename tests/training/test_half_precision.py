@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_retro.assembly.model_assembly import ParallelModel
-from megatron_retro.assembly.trainable import StepResult
+from megatron_retro.assembly.parallel_model import ParallelModel, StepResult
 from megatron_retro.config.sections import violations
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import ConfigError, EnvironmentProblem

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from megatron_retro.data.batches import Batch
 from megatron_retro.data.neighbor_variants import with_variant
+from megatron_retro.microbatch import Array, Microbatch, Neighbors
 from megatron_retro.runtime.run_records import LayerUse, RetrievalHealth
 from megatron_retro.runtime.statistics import bootstrap_ratio
 from megatron_retro.training.evaluation import TokenLosses
@@ -18,7 +18,7 @@ from megatron_retro.training.retrieval_health import alarms, retrieval_health
 CHUNK = 8
 
 
-def batches(count: int = 3, size: int = 2, chunks: int = 4) -> list[Batch]:
+def batches(count: int = 3, size: int = 2, chunks: int = 4) -> list[Microbatch[Array]]:
     """Every neighbour token names its sample and chunk."""
     found = []
     for number in range(count):
@@ -26,14 +26,14 @@ def batches(count: int = 3, size: int = 2, chunks: int = 4) -> list[Batch]:
         names = ids[:, None] * 100 + np.arange(chunks)
         tokens = np.zeros((size, chunks * CHUNK), np.int32)
         neighbors = np.broadcast_to(names[:, :, None, None], (size, chunks, 2, 5)).copy()
-        found.append(
-            Batch(tokens, tokens, np.ones(tokens.shape, np.bool_), ids, None, None, neighbors, neighbors % 2 == 0)
-        )
+        there = np.ones(tokens.shape, np.bool_)
+        retrieved = Neighbors(neighbors, neighbors % 2 == 0)
+        found.append(Microbatch(tokens, tokens, there, neighbors=retrieved, sample_ids_B=ids))
     return found
 
 
-def names(found: list[Batch]) -> np.ndarray:
-    return np.concatenate([batch.neighbor_tokens_BCKR[:, :, 0, 0] for batch in found])  # type: ignore[index]
+def names(found: list[Microbatch[Array]]) -> np.ndarray:
+    return np.concatenate([batch.neighbors.tokens_BCKR[:, :, 0, 0] for batch in found])  # type: ignore[union-attr]
 
 
 def test_variants_take_neighbors_from_where_they_say() -> None:
@@ -44,9 +44,10 @@ def test_variants_take_neighbors_from_where_they_say() -> None:
     shuffled = names(with_variant(real, "shuffled", 0))
     assert (shuffled // 100 == own // 100).all() and (shuffled != own).all(), "shuffled: another chunk of the same"
     for batch in with_variant(real, "random", 0):
-        assert np.array_equal(batch.neighbor_mask_BCKR, batch.neighbor_tokens_BCKR % 2 == 0), "masks move along"
+        assert batch.neighbors is not None
+        assert np.array_equal(batch.neighbors.mask_BCKR, batch.neighbors.tokens_BCKR % 2 == 0), "masks move along"
     none = with_variant(real, "none", 0)
-    assert all(batch.neighbor_tokens_BCKR is None and batch.neighbor_mask_BCKR is None for batch in none)
+    assert all(batch.neighbors is None for batch in none)
     assert np.array_equal(names(with_variant(real, "random", 0)), random), "a pure function of the seed"
 
 
@@ -55,7 +56,7 @@ def test_what_a_sample_gets_does_not_depend_on_who_reads_it(variant: str) -> Non
     """Two data ranks with half of every batch each, and one with all of them."""
     together = batches(count=4, size=4)
 
-    def read(numbers: Sequence[int]) -> Batch:
+    def read(numbers: Sequence[int]) -> Microbatch[Array]:
         return sliced(together, np.array(numbers))
 
     whole = names(with_variant(together, variant, 5, num_samples=16, read=read))
@@ -69,7 +70,7 @@ def test_random_neighbors_of_few_samples_do_not_walk_through_all() -> None:
     """A forward of many: drawing for each of them over the whole text would be quadratic."""
     real, total = batches(), 10**13
 
-    def read(numbers: Sequence[int]) -> Batch:
+    def read(numbers: Sequence[int]) -> Microbatch[Array]:
         donors = sliced(real, np.zeros(len(numbers), np.int64))
         return replace(donors, sample_ids_B=np.array(numbers, np.int64))
 
@@ -77,14 +78,11 @@ def test_random_neighbors_of_few_samples_do_not_walk_through_all() -> None:
     assert (drawn // 100 == 0).all(), "each from a donor that was read"
 
 
-def sliced(found: list[Batch], ids: np.ndarray) -> Batch:
-    known = np.concatenate([batch.sample_ids_B for batch in found])
-    rows = [int(np.flatnonzero(known == number)[0]) for number in ids]
-    values = {}
-    for field in fields(Batch):
-        parts = [getattr(batch, field.name) for batch in found]
-        values[field.name] = None if parts[0] is None else np.concatenate(parts)[rows]
-    return Batch(**values)
+def sliced(found: list[Microbatch[Array]], ids: np.ndarray) -> Microbatch[Array]:
+    joined = Microbatch.joined(found, np.concatenate)
+    rows = [int(np.flatnonzero(joined.sample_ids_B == number)[0]) for number in ids]
+    arrays = {name: array[rows] for name, array in joined.arrays().items()}
+    return Microbatch.of_arrays(arrays, joined.sample_ids_B[rows])
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_claim() -> None:

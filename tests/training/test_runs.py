@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_retro.assembly.model_assembly import one_process
 from megatron_retro.assembly.retrofitting import collapsed, inherited_settings, retrofit_plan
 from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.errors import ArtifactError, ConfigError
@@ -23,6 +22,7 @@ from megatron_retro.runtime.signals import StopRequests
 from megatron_retro.testing.layouts import LIKE_LLAMA, random_batches, tiny_settings
 from megatron_retro.testing.processes import run_ranks
 from megatron_retro.testing.run_results import differences, losses, stored_tensors
+from megatron_retro.testing.single_process import one_process
 from megatron_retro.testing.tiny_corpus import TinyCorpus
 from megatron_retro.training import program
 from megatron_retro.training.program import pretrain, retrofit

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_retro.data.batches import Batch
 from megatron_retro.data.blends import Blend, parse_data_path
 from megatron_retro.data.instructions.buckets import Buckets
 from megatron_retro.data.instructions.conversation_tokens import ConversationEncoder, EncodedExample
@@ -21,6 +20,7 @@ from megatron_retro.data.instructions.conversations import Conversation, read_co
 from megatron_retro.data.instructions.rows import RowShape, build_batch, pack
 from megatron_retro.data.order import key_of, permuted
 from megatron_retro.errors import DataError
+from megatron_retro.microbatch import Array, Microbatch
 from megatron_retro.runtime.console import warn
 
 _LONG_SHOWN = 10
@@ -70,7 +70,7 @@ class InstructionDataset:
         """One fingerprint for all conversations: they are read whole."""
         return {"conversations": self.fingerprint}
 
-    def read(self, numbers: Sequence[int]) -> Batch:
+    def read(self, numbers: Sequence[int]) -> Microbatch[Array]:
         """The rows of the given numbers of the run."""
         rows = [self._row(int(number)) for number in numbers]
         if self.buckets is None:

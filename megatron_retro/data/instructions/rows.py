@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_retro.data.batches import Batch
 from megatron_retro.data.instructions.conversation_tokens import EncodedExample
 from megatron_retro.errors import ConfigError
+from megatron_retro.microbatch import Array, Microbatch, Neighbors
 
 OPEN_ROWS = 32
 
@@ -67,7 +67,7 @@ def pack(spans: Sequence[int], row_length: int) -> list[tuple[int, ...]]:
 
 def build_batch(
     rows: Sequence[Sequence[EncodedExample]], sample_ids: Sequence[int], shape: RowShape, length: int | None = None
-) -> Batch:
+) -> Microbatch[Array]:
     """The rows as one batch, cut to a length that holds them all."""
     shape = shape if length is None else replace(shape, length=length)
     size = (len(rows), shape.length)
@@ -93,15 +93,14 @@ def build_batch(
             if neighbors is not None:
                 neighbors.fill(row, start, span, example)
             start += span
-    return Batch(
+    return Microbatch(
         tokens_BS=tokens,
         labels_BS=labels,
         loss_mask_BS=learned,
-        sample_ids_B=np.asarray(sample_ids, dtype=np.int64),
         position_ids_BS=positions,
         document_ids_BS=documents,
-        neighbor_tokens_BCKR=None if neighbors is None else neighbors.tokens,
-        neighbor_mask_BCKR=None if neighbors is None else neighbors.mask,
+        neighbors=None if neighbors is None else Neighbors(neighbors.tokens, neighbors.mask),
+        sample_ids_B=np.asarray(sample_ids, dtype=np.int64),
     )
 
 

@@ -14,8 +14,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_retro.assembly.batch_tensors import to_tensors
-from megatron_retro.assembly.single_process import neighbors_of
 from megatron_retro.config.model import RetroConfig
 from megatron_retro.data.instructions.buckets import Buckets
 from megatron_retro.data.instructions.conversation_tokens import ConversationEncoder, EncodedExample
@@ -114,7 +112,7 @@ def test_packed_rows_hold_every_example_apart(sizes: list[tuple[int, int, int]])
     assert sorted(number for row in rows for number in row) == list(range(len(examples)))
     for row in rows:
         batch = build_batch([[examples[number] for number in row]], [0], shape)
-        assert batch.neighbor_mask_BCKR is not None and batch.document_ids_BS is not None
+        assert batch.neighbors is not None and batch.document_ids_BS is not None
         documents = batch.document_ids_BS[0]
         for place, number in enumerate(row):
             example = examples[number]
@@ -125,7 +123,7 @@ def test_packed_rows_hold_every_example_apart(sizes: list[tuple[int, int, int]])
             assert (where[0] + example.prompt_length) % 8 == 0, "the prompt ends on a chunk boundary"
         assert batch.loss_mask_BS.sum() == sum(examples[number].learned[1:].sum() for number in row)
         readers = readers_of_each_chunk(documents, 8)
-        for chunk, mask in enumerate(batch.neighbor_mask_BCKR[0]):
+        for chunk, mask in enumerate(batch.neighbors.mask_BCKR[0]):
             if mask.any():
                 assert len(readers[chunk]) == 1, "a chunk's passages are read by one example alone"
 
@@ -143,8 +141,8 @@ def readers_of_each_chunk(documents: np.ndarray, chunk_length: int) -> list[set[
 def test_a_passage_never_leaves_its_slot() -> None:
     shape = RowShape(32, 0, chunk_length=8, num_neighbors=2, retrieved_length=16)
     batch = build_batch([[example_of(10, 5, (40, 3))]], [4], shape)
-    assert batch.neighbor_mask_BCKR is not None
-    assert batch.neighbor_mask_BCKR.sum(-1).tolist() == [[[16, 3], [16, 3], [0, 0], [0, 0]]]
+    assert batch.neighbors is not None
+    assert batch.neighbors.mask_BCKR.sum(-1).tolist() == [[[16, 3], [16, 3], [0, 0], [0, 0]]]
     assert batch.sample_ids_B.tolist() == [4]
 
 
@@ -345,11 +343,11 @@ def test_no_example_sees_another_in_a_packed_row(kind: str) -> None:
     )
 
     def logits(row: list[EncodedExample]) -> tuple[torch.Tensor, np.ndarray]:
-        batch = to_tensors(build_batch([row], [0], shape), torch.device("cpu"))
+        batch = build_batch([row], [0], shape).to(torch.device("cpu"))
         with torch.no_grad():
             found = module(
                 batch.tokens_BS,
-                neighbors_of(batch),
+                batch.neighbors,
                 position_ids_BS=batch.position_ids_BS,
                 document_ids_BS=batch.document_ids_BS,
             )

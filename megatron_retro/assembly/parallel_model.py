@@ -1,9 +1,13 @@
-"""The model of a run on its layout, ready to train: what `Trainable` promises, on any mesh."""
+"""The model of a run on its layout, ready to train: one step's gradients, and losses of single tokens.
+
+The loss of a step is the sum over all unmasked tokens of the GLOBAL batch divided by their number, so it does not
+depend on how the batch is shared between ranks or cut into microbatches.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -11,72 +15,55 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from megatron_retro.assembly.pipeline_runs import PipelineRuns
-from megatron_retro.assembly.single_process import GATE_BUDGET, SingleProcess, charged_budgets, set_gate_budgets
-from megatron_retro.assembly.stage_building import (
-    build_stage,
-    compute_dtype,
-    freeze,
-    is_tuned,
-    multiply_in_fp8,
-    tensor_axis,
-    trained_parts,
-)
-from megatron_retro.assembly.trainable import StepResult, TensorBatch, Trainable
+from megatron_retro.assembly.stage_building import build_stage, compute_dtype, tensor_axis
 from megatron_retro.config.data import DataConfig
-from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.config.training import OptimizerConfig, PeftConfig, TrainingConfig
-from megatron_retro.model.initialization import initialize
-from megatron_retro.model.retro import Retro
+from megatron_retro.config.training import OptimizerConfig
+from megatron_retro.microbatch import Microbatch
+from megatron_retro.model.gates import charged_budgets, set_gate_budgets
 from megatron_retro.optim.clipping import squared_norm
 from megatron_retro.parallel.cuts import CUTS, Cut
 from megatron_retro.parallel.data_parallel import before_backward
 from megatron_retro.parallel.mesh import DATA, PIPELINE, TENSOR, ParallelMesh, build_mesh
 from megatron_retro.parallel.partition import StagePart, describe_stages, stage_parts
-from megatron_retro.parallel.recompute import recompute_layers
 from megatron_retro.parallel.replicas import require_equal, share_embedding
 from megatron_retro.parallel.styles import sum_partial_gradients
-from megatron_retro.peft.attach import attach, connect
-from megatron_retro.peft.attach import initialize as initialize_added
 from megatron_retro.runtime.console import say, warn
 from megatron_retro.runtime.process_group import explain_failure, on_axis
 
+GATE_BUDGET = "gate budget"
 
-def build_trainable(settings: Settings, device: torch.device) -> Trainable:
-    """The model with its first values, on this rank's part of the layout; every rank calls it.
 
-    A program that has opened no process group is alone, and gets the plainest form.
-    """
-    if not dist.is_initialized():
-        return one_process(settings, device)
+@dataclass(frozen=True)
+class StepResult:
+    """Sums over the whole global batch, the same on every rank."""
+
+    loss_sum: float
+    num_tokens: float
+    extra_losses: dict[str, float]
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of a token."""
+        return self.loss_sum / max(self.num_tokens, 1.0)
+
+
+def build_parallel_model(settings: Settings, device: torch.device) -> ParallelModel:
+    """The model with its first values, on this rank's part of the layout; every rank of the default group calls it."""
     mesh = build_mesh(settings[ParallelConfig], device)
     parts = stage_parts(settings, settings[DataConfig].seq_length)
-    trainable = ParallelModel(settings, mesh, parts)
-    if mesh.size(PIPELINE) > 1 and trainable.is_reporter:
+    model = ParallelModel(settings, mesh, parts)
+    if mesh.size(PIPELINE) > 1 and model.is_reporter:
         say(describe_stages(settings, settings[DataConfig].seq_length))
-        if settings[ParallelConfig].sharding() == "full" and trainable.data_size > 1:
+        if settings[ParallelConfig].sharding() == "full" and model.data_size > 1:
             warn("--data-parallel-sharding full gathers every stage again for each microbatch of the pipeline")
-    return trainable
-
-
-def one_process(settings: Settings, device: torch.device) -> SingleProcess:
-    """The whole model with its first values."""
-    model, retro, training = settings[ModelConfig], settings[RetroConfig], settings[TrainingConfig]
-    module = Retro(model, retro).to(device)
-    initialize(module, model, retro, training.seed)
-    if is_tuned(settings):
-        attach(module, settings[PeftConfig])
-        connect(module)
-        initialize_added(module, training.seed)
-    freeze(module, trained_parts(settings))
-    multiply_in_fp8(module, settings, device)
-    recompute_layers(module, settings[ParallelConfig].recompute_granularity)
-    return SingleProcess(module, device, compute_dtype(settings[OptimizerConfig]))
+    return model
 
 
 class ParallelModel:
-    """This rank's stages on the mesh."""
+    """This rank's stages on the mesh. Every rank calls its methods."""
 
     def __init__(
         self, settings: Settings, mesh: ParallelMesh, parts: Sequence[StagePart], cuts: Sequence[Cut] = CUTS
@@ -92,7 +79,7 @@ class ParallelModel:
 
     @property
     def module(self) -> nn.Module:
-        """This rank's parameters under the names of the uncut model."""
+        """This rank's parameters under the names of the uncut model: what checkpoints and the optimizer read."""
         return self._module
 
     @property
@@ -112,10 +99,12 @@ class ParallelModel:
 
     @property
     def is_reporter(self) -> bool:
-        """True on the first rank."""
+        """True on the one rank that writes logs."""
         return dist.get_rank() == 0
 
-    def train_step(self, microbatches: Sequence[TensorBatch], *, loss_scale: float = 1.0, step: int = 0) -> StepResult:
+    def train_step(
+        self, microbatches: Sequence[Microbatch[Tensor]], *, loss_scale: float = 1.0, step: int = 0
+    ) -> StepResult:
         """Gradients of the mean loss over all unmasked tokens of the global batch, times `loss_scale`.
 
         `step` steps are done; an error names this one as the log does, counted from 1.
@@ -128,7 +117,7 @@ class ParallelModel:
                 raise
             raise named from error
 
-    def _train_step(self, microbatches: Sequence[TensorBatch], loss_scale: float, step: int) -> StepResult:
+    def _train_step(self, microbatches: Sequence[Microbatch[Tensor]], loss_scale: float, step: int) -> StepResult:
         num_tokens = self._sum_over(DATA, float(sum(batch.loss_mask_BS.sum() for batch in microbatches)))
         self._begin(training=True)
         budget_share = loss_scale / (len(microbatches) * self.data_size * self.mesh.size(TENSOR))
@@ -159,15 +148,15 @@ class ParallelModel:
             charged = self._sum_over(axis, charged)
         return charged
 
-    def evaluate(self, microbatches: Sequence[TensorBatch]) -> list[Tensor] | None:
-        """Loss of every token, on the ranks that hold the end of the model."""
+    def evaluate(self, microbatches: Sequence[Microbatch[Tensor]]) -> list[Tensor] | None:
+        """Loss of every token, [B, S] float32 on the CPU, one per microbatch; None on ranks without the model's end."""
         was_training = self._module.training
         self._begin(training=False)
         with torch.no_grad():
             if self._pipelined:
                 losses = self._runs.evaluate(microbatches)
             else:
-                losses = [self.stages[0](**arguments(batch)) for batch in microbatches]
+                losses = [self.stages[0](batch=batch) for batch in microbatches]
         for stage in self.stages:
             for module in stage.modules():
                 if isinstance(module, FSDPModule):
@@ -199,11 +188,11 @@ class ParallelModel:
             stage.train(training)
             stage.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
 
-    def _accumulate(self, microbatches: Sequence[TensorBatch], numbers: Tensor) -> None:
+    def _accumulate(self, microbatches: Sequence[Microbatch[Tensor]], numbers: Tensor) -> None:
         stage = self.stages[0]
         for number, batch in enumerate(microbatches):
             before_backward(stage, self._sharding, last=number == len(microbatches) - 1)
-            loss: Tensor = stage(microbatch=numbers[number : number + 1], **arguments(batch))
+            loss: Tensor = stage(batch=batch, number=numbers[number : number + 1])
             loss.backward()  # type: ignore[no-untyped-call]
 
     def _finish_gradients(self) -> None:
@@ -220,12 +209,6 @@ class ParallelModel:
         with on_axis(axis):
             dist.all_reduce(total, group=self.mesh.group(axis))
         return float(total)
-
-
-def arguments(batch: TensorBatch) -> dict[str, Tensor]:
-    """What is there of a microbatch, by name."""
-    found = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def _is_cut_along(tensor: Tensor, axis: str) -> bool:
