@@ -19,6 +19,7 @@ from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import ConfigError
 from megatron_retro.microbatch import Microbatch
+from megatron_retro.ops.agreement import settle_kernels
 from megatron_retro.parallel.mesh import PIPELINE, TENSOR, ParallelMesh, build_mesh
 from megatron_retro.parallel.replica_channel import ReplicaChannel
 from megatron_retro.runtime.launch import find_launch
@@ -64,6 +65,7 @@ def replica_losses(settings: Settings, path: Path, shard: str | None) -> Iterato
         yield ReplicaLosses(loaded, device, worker, True, losses_of_model(loaded), list)
         return
     with process_group(launch, timeout_minutes=parallel.distributed_timeout_minutes, use_gpu=use_gpu) as device:
+        settle_kernels(device)
         mesh = build_mesh(parallel, device)
         stage = load_stage(path, parallel, mesh, dtype=engine.dtype)
         channel = ReplicaChannel(mesh)

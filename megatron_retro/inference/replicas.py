@@ -19,6 +19,7 @@ from megatron_retro.inference.driver import DriverEngine, run_worker
 from megatron_retro.inference.engine import Engine
 from megatron_retro.inference.forward import StagedForward
 from megatron_retro.inference.text_generator import TextGenerator, build_text_generator, index_for, limits_of
+from megatron_retro.ops.agreement import settle_kernels
 from megatron_retro.parallel.mesh import ParallelMesh, build_mesh
 from megatron_retro.parallel.replica_channel import ReplicaChannel
 from megatron_retro.runtime.launch import Launch, find_launch
@@ -74,6 +75,7 @@ def ask_model(
         return
     minutes, use_gpu = parallel.distributed_timeout_minutes, _USE_GPU.get(settings[EngineConfig].device)
     with process_group(launch, timeout_minutes=minutes, use_gpu=use_gpu) as device:
+        settle_kernels(device)
         _run_on_ranks(settings, work, live, build_mesh(parallel, device), worker)
 
 

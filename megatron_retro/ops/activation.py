@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_retro.ops.backends import uses_native
+from megatron_retro.ops.backend_names import NATIVE
+from megatron_retro.ops.backends import backend_of, formula_of
 
 GELU, GELU_TANH, SQUARED_RELU, SWIGLU, GEGLU = "gelu", "gelu_tanh", "squared_relu", "swiglu", "geglu"
 GATED = (SWIGLU, GEGLU)
@@ -16,14 +17,19 @@ _CODES = {SWIGLU: 0, GELU: 1, GEGLU: 1, GELU_TANH: 2, SQUARED_RELU: 3}
 def activate(projected: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
     """[..., F] -> [..., F]; gated kinds [..., 2, F] (gate, then up) -> [..., F]. `bias` is added in front."""
     gated = kind in GATED
-    if uses_native("gated_activation" if gated else kind, projected.device.type):
+    backend = backend_of("gated_activation" if gated else kind, projected.device.type, projected.dtype)
+    if backend == NATIVE:
         rows = projected.flatten(-2) if gated else projected
         activated: Tensor = torch.ops.megatron_retro.gated_activation(
             rows.contiguous(), None if bias is None else bias.flatten(), _CODES[kind], gated
         )
         return activated
+    return formula_of(backend, _reference)(projected, kind, bias)
+
+
+def _reference(projected: Tensor, kind: str, bias: Tensor | None) -> Tensor:
     projected = projected if bias is None else projected + bias
-    if gated:
+    if kind in GATED:
         gate, up = projected.unbind(-2)
         return (functional.silu(gate) if kind == SWIGLU else functional.gelu(gate)) * up
     if kind == SQUARED_RELU:

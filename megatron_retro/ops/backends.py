@@ -2,21 +2,39 @@
 
 `MEGATRON_RETRO_KERNELS` holds the wish: `auto` (the default), `reference`, `native`, or `operator=backend` pairs such
 as `rotary=native,layer_norm=apex`. It is an environment variable because every thread and child process of a run
-must decide alike. `auto` takes the backend that the committed benchmark found fastest on the device; a backend that is
-asked for by name and cannot serve is an error with its reasons, never a silent fallback.
+must decide alike. `auto` takes on the CPU what the committed benchmark found fastest, and on a GPU what `verdicts`
+found right and fastest there; a backend that is asked for by name and cannot serve is an error with its reasons, never
+a silent fallback.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, TypeVar
 
 import torch
 
 from megatron_retro.errors import ConfigError, EnvironmentProblem
-from megatron_retro.ops import library
+from megatron_retro.ops import library, verdicts
+from megatron_retro.ops.backend_names import (
+    APEX,
+    AUTO,
+    COMPILED,
+    CPU,
+    CUDA,
+    FLOAT32,
+    FLOAT64,
+    HALF,
+    NATIVE,
+    NONE,
+    REFERENCE,
+    TORCH,
+    TRANSFORMER_ENGINE,
+)
 from megatron_retro.ops.engines import (
     apex_problems,
     fp8_problems,
@@ -25,37 +43,31 @@ from megatron_retro.ops.engines import (
     transformer_engine_problems,
 )
 
-VARIABLE = "MEGATRON_RETRO_KERNELS"
-AUTO, REFERENCE, NATIVE = "auto", "reference", "native"
-TORCH, TRANSFORMER_ENGINE, APEX = "torch", "transformer_engine", "apex"
-NONE = "none"
-CPU, CUDA = "cpu", "cuda"
-FLOAT32 = "float32"
+Formula = TypeVar("Formula", bound=Callable[..., Any])
 
-# Where the native kernel won against eager PyTorch and torch.compile: benchmarks/results/kernels.json.
-# CUDA kernels run in CI on a host shim; until they are measured on a device, they serve only by request.
-FASTEST: Mapping[str, Mapping[str, str]] = {
-    "layer_norm": {CPU: NATIVE, CUDA: REFERENCE},
-    "rms_norm": {CPU: NATIVE, CUDA: REFERENCE},
-    "residual_layer_norm": {CPU: NATIVE, CUDA: REFERENCE},
-    "residual_rms_norm": {CPU: NATIVE, CUDA: REFERENCE},
-    "rotary": {CPU: NATIVE, CUDA: REFERENCE},
-    "gated_activation": {CPU: NATIVE, CUDA: REFERENCE},
-    "gelu": {CPU: REFERENCE, CUDA: REFERENCE},
-    "gelu_tanh": {CPU: NATIVE, CUDA: REFERENCE},
-    "squared_relu": {CPU: NATIVE, CUDA: REFERENCE},
-    "chunked_cross_attention": {CPU: NATIVE, CUDA: REFERENCE},
-    "linear_cross_entropy": {CPU: NATIVE, CUDA: REFERENCE},
-    "small_batch_gemv": {CPU: NATIVE},
-    "fp8_linear": {CPU: TORCH, CUDA: TORCH},
+VARIABLE = "MEGATRON_RETRO_KERNELS"
+
+# What won on the CPU against eager PyTorch and torch.compile: benchmarks/results/kernels.json.
+FASTEST: Mapping[str, str] = {
+    "layer_norm": NATIVE,
+    "rms_norm": NATIVE,
+    "residual_layer_norm": NATIVE,
+    "residual_rms_norm": NATIVE,
+    "rotary": NATIVE,
+    "gated_activation": NATIVE,
+    "gelu": REFERENCE,
+    "gelu_tanh": NATIVE,
+    "squared_relu": NATIVE,
+    "chunked_cross_attention": NATIVE,
+    "linear_cross_entropy": NATIVE,
+    "small_batch_gemv": NATIVE,
+    "fp8_linear": TORCH,
 }
 # Where float32 differs from that.
-FASTEST_FLOAT32: Mapping[str, Mapping[str, str]] = {
-    "layer_norm": {CPU: REFERENCE},
-    "residual_layer_norm": {CPU: REFERENCE},
-}
+FASTEST_FLOAT32: Mapping[str, str] = {"layer_norm": REFERENCE, "residual_layer_norm": REFERENCE}
 
 _NORMS = ("layer_norm", "rms_norm", "residual_layer_norm", "residual_rms_norm")
+_POINTWISE = ("rotary", "gated_activation", "gelu", "gelu_tanh", "squared_relu")
 
 
 @dataclass(frozen=True)
@@ -69,15 +81,15 @@ class Choice:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def uses_native(operator: str, device: str) -> bool:
-    """Whether our compiled kernel serves `operator` on tensors of this device type."""
-    return choice(operator, device).backend == NATIVE
+def uses_native(operator: str, device: str, dtype: torch.dtype | None = None) -> bool:
+    """Whether our compiled kernel serves `operator` on tensors of this type of device."""
+    return choice(operator, device, _precision(dtype)).backend == NATIVE
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def backend_of(operator: str, device: str, dtype: torch.dtype | None = None) -> str:
     """The name of what serves; an error with all reasons where nothing does."""
-    found = choice(operator, device, FLOAT32 if dtype == torch.float32 else "")
+    found = choice(operator, device, _precision(dtype))
     if found.backend == NONE:
         raise EnvironmentProblem(
             f"nothing here serves {operator} on {device}",
@@ -87,16 +99,27 @@ def backend_of(operator: str, device: str, dtype: torch.dtype | None = None) -> 
     return found.backend
 
 
-def choice(operator: str, device: str, dtype: str = "") -> Choice:
-    """The decision for one operator; `dtype` is float32 or empty, for any other."""
-    return _decided(os.environ.get(VARIABLE, AUTO), operator, device, dtype)
+def choice(operator: str, device: str, precision: str = HALF) -> Choice:
+    """The decision for one operator at one precision: float32, float64 or half."""
+    timed = not torch.are_deterministic_algorithms_enabled()
+    return _decided(os.environ.get(VARIABLE, AUTO), operator, device, precision, timed)
+
+
+def formula_of(backend: str, formula: Formula) -> Formula:
+    """A formula as it stands, or compiled where that serves; inside another compilation or a trace it stands."""
+    if backend != COMPILED or torch.compiler.is_compiling() or _traces():
+        return formula
+    compiled: Formula = _compiled(formula)
+    return compiled
 
 
 def backends_of(operator: str) -> tuple[str, ...]:
     """The names that may be asked for."""
     if operator == "fp8_linear":
         return (REFERENCE, TORCH, TRANSFORMER_ENGINE)
-    return (REFERENCE, NATIVE, TRANSFORMER_ENGINE, APEX) if operator in _NORMS else (REFERENCE, NATIVE)
+    if operator in _NORMS:
+        return (REFERENCE, NATIVE, COMPILED, TRANSFORMER_ENGINE, APEX)
+    return (REFERENCE, NATIVE, COMPILED) if operator in _POINTWISE else (REFERENCE, NATIVE)
 
 
 def problems(backend: str, operator: str, device: str) -> Sequence[str]:
@@ -107,6 +130,8 @@ def problems(backend: str, operator: str, device: str) -> Sequence[str]:
         return transformer_engine_problems(device, fp8=operator == "fp8_linear")
     if backend == APEX:
         return apex_problems(device)
+    if backend == COMPILED:
+        return _not_compiled(device)
     if backend == TORCH:
         return fp8_problems() if device == CUDA else scaled_product_problems(device)
     return ()
@@ -122,6 +147,8 @@ def backend_rows(device: str = CPU) -> list[tuple[str, str]]:
         if exact != found:
             text += f"; in float32 {exact.backend}: {exact.reason}"
         rows.append((f"kernel {operator}", text))
+    if device == CUDA and library.cuda_problem() is None:
+        rows.append(("kernels were proven", str(verdicts.verdict_path(verdicts.machine_of(device)))))
     for engine, reasons in (
         (TRANSFORMER_ENGINE, transformer_engine_problems(device)),
         (APEX, apex_problems(device)),
@@ -131,7 +158,7 @@ def backend_rows(device: str = CPU) -> list[tuple[str, str]]:
 
 
 @cache
-def _decided(wish: str, operator: str, device: str, dtype: str) -> Choice:
+def _decided(wish: str, operator: str, device: str, precision: str, timed: bool) -> Choice:
     wanted = _parsed(wish).get(operator, AUTO)
     if wish == NATIVE and operator in library.CPU_ONLY and device == CUDA:
         wanted = AUTO  # the wish was for all operators, not for this one by name
@@ -149,9 +176,20 @@ def _decided(wish: str, operator: str, device: str, dtype: str) -> Choice:
     reasons = _not_native(operator, device)
     if reasons:
         return Choice(operator, device, REFERENCE, "no native kernel: " + "; ".join(reasons))
-    table = FASTEST_FLOAT32 if dtype == FLOAT32 and device in FASTEST_FLOAT32.get(operator, {}) else FASTEST
-    fastest = table[operator].get(device, REFERENCE)
-    return Choice(operator, device, fastest, _why(fastest, device))
+    if device != CPU:
+        return _proven(operator, device, precision, timed)
+    table = FASTEST_FLOAT32 if precision == FLOAT32 and operator in FASTEST_FLOAT32 else FASTEST
+    return Choice(operator, device, table[operator], "fastest in benchmarks/results/kernels.json")
+
+
+def _proven(operator: str, device: str, precision: str, timed: bool) -> Choice:
+    """What the verdict on this GPU says. A timing may not decide bits that must be the same again."""
+    if not timed:
+        return Choice(operator, device, REFERENCE, "deterministic algorithms are asked for; no timing decides")
+    if precision == FLOAT64:
+        return Choice(operator, device, REFERENCE, "nothing is proven in float64")
+    finding = verdicts.verdict_of(device).findings[operator][precision]
+    return Choice(operator, device, finding.serves, finding.reason)
 
 
 def _fp8(device: str) -> Choice:
@@ -162,10 +200,24 @@ def _fp8(device: str) -> Choice:
     return Choice("fp8_linear", device, NONE, "; ".join(reasons))
 
 
-def _why(fastest: str, device: str) -> str:
-    if device == CPU:
-        return "fastest in benchmarks/results/kernels.json"
-    return "the native kernel has not been measured on a device; ask for it by name" if fastest == REFERENCE else ""
+def _precision(dtype: torch.dtype | None) -> str:
+    return {torch.float32: FLOAT32, torch.float64: FLOAT64}.get(dtype or torch.bfloat16, HALF)
+
+
+def _traces() -> bool:
+    """Whether tensors made now have no memory."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+@cache
+def _compiled(formula: Callable[..., Any]) -> Any:
+    return torch.compile(formula)
+
+
+def _not_compiled(device: str) -> Sequence[str]:
+    if device == CUDA and importlib.util.find_spec("triton") is None:
+        return ("torch.compile needs triton on a GPU, which is not installed",)
+    return ()
 
 
 def _not_native(operator: str, device: str) -> Sequence[str]:

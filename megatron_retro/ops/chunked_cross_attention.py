@@ -36,7 +36,8 @@ def chunked_cross_attention(
     `bias_BNSE` is added to the scores of each query; it and dropout are the reference's alone. Tables rotate queries
     [1, S, pairs] and keys [1, E, pairs] inside.
     """
-    if bias_BNSE is None and not dropout and uses_native("chunked_cross_attention", query_BSND.device.type):
+    kind = query_BSND.device.type, query_BSND.dtype
+    if bias_BNSE is None and not dropout and uses_native("chunked_cross_attention", *kind):
         return _native(
             query_BSND,
             key_BCEGD,

@@ -15,7 +15,8 @@ from torch.nn import functional
 from torch.nn.functional import ScalingType
 
 from megatron_retro.errors import ConfigError
-from megatron_retro.ops.backends import REFERENCE, TRANSFORMER_ENGINE, backend_of
+from megatron_retro.ops.backend_names import REFERENCE, TRANSFORMER_ENGINE
+from megatron_retro.ops.backends import backend_of
 from megatron_retro.ops.engines import transformer_engine_linear
 
 MULTIPLE = 16  # of rows and columns, as the hardware's tiles demand

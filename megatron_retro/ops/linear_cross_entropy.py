@@ -30,7 +30,8 @@ _ROWS = 1024
 def linear_cross_entropy(hidden_BSH: Tensor, weight_VH: Tensor, labels_BS: Tensor) -> Tensor:
     """[B, S] float32: -log softmax(hidden @ weight.T)[label]."""
     hidden_TH, labels_T = hidden_BSH.flatten(0, -2), labels_BS.flatten()
-    if not uses_native("linear_cross_entropy", hidden_BSH.device.type) or hidden_BSH.dtype == torch.float64:
+    kind = hidden_BSH.device.type, hidden_BSH.dtype
+    if not uses_native("linear_cross_entropy", *kind) or hidden_BSH.dtype == torch.float64:
         return _reference(hidden_TH, weight_VH, labels_T).view(labels_BS.shape)
     way = _PositionBlocks if hidden_BSH.device.type == "cpu" else _VocabularyBlocks
     losses: Tensor = way.apply(hidden_TH, weight_VH, labels_T)  # type: ignore[no-untyped-call]

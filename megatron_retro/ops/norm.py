@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_retro.ops.backends import APEX, NATIVE, REFERENCE, TRANSFORMER_ENGINE, backend_of
+from megatron_retro.ops.backend_names import APEX, COMPILED, NATIVE, REFERENCE, TRANSFORMER_ENGINE
+from megatron_retro.ops.backends import backend_of, formula_of
 from megatron_retro.ops.engines import apex_norm, transformer_engine_norm
 
 _RESIDUAL = {True: "residual_layer_norm", False: "residual_rms_norm"}
@@ -73,6 +74,12 @@ def _reference(
     return functional.rms_norm(hidden, hidden.shape[-1:], scale, epsilon)
 
 
+def _compiled(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, centered: bool, weight_plus_one: bool
+) -> Tensor:
+    return formula_of(COMPILED, _reference)(hidden, weight, bias, epsilon, centered, weight_plus_one)
+
+
 def _native(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, centered: bool, weight_plus_one: bool
 ) -> Tensor:
@@ -103,6 +110,7 @@ def _native_operator(
 _FORMS: Mapping[str, _Form] = {
     REFERENCE: _reference,
     NATIVE: _native,
+    COMPILED: _compiled,
     TRANSFORMER_ENGINE: transformer_engine_norm,
     APEX: apex_norm,
 }

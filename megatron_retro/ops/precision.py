@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,28 +33,45 @@ def in_float64(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
     ]
 
 
-def excess_over_twice(ours: Formula, plain: Formula, inputs: Sequence[Tensor | None]) -> list[float]:
-    """Per output and gradient: our largest error less twice the plain formula's, in units of the result's rounding.
+@dataclass(frozen=True)
+class Comparison:
+    """The largest error of an output or gradient, what is allowed, and one rounding of the largest value."""
 
-    Positive means worse than allowed. Errors are against the plain formula in float64; one rounding of the largest
-    value is always allowed, as the plain formula may be exact by luck.
+    error: float
+    allowed: float
+    rounding: float
+
+    @property
+    def excess(self) -> float:
+        """Error beyond what is allowed, in roundings; positive means worse than allowed."""
+        return (self.error - self.allowed) / self.rounding
+
+
+def comparisons(ours: Formula, plain: Formula, inputs: Sequence[Tensor | None]) -> list[Comparison]:
+    """Per output and gradient that is not empty, our error beside twice the plain formula's at the same precision.
+
+    Errors are against the plain formula in float64; one rounding of the largest value is always allowed, as the plain
+    formula may be exact by luck.
     """
     exact = values_and_gradients(plain, in_float64(inputs))
     got, usual = values_and_gradients(ours, inputs), values_and_gradients(plain, inputs)
-    excesses = []
+    found = []
     for ours_each, usual_each, exact_each in zip(got, usual, exact, strict=True):
         if exact_each.numel() == 0:
             continue
-        if not bool(torch.isfinite(ours_each).all()):
-            excesses.append(float("inf"))
-            continue
+        finite = bool(torch.isfinite(ours_each).all())
         rounding = torch.finfo(ours_each.dtype).eps * float(exact_each.abs().max()) + 1e-30
-        error = float((ours_each.double() - exact_each).abs().max())
+        error = float((ours_each.double() - exact_each).abs().max()) if finite else math.inf
         allowed = 2 * float((usual_each.double() - exact_each).abs().max()) + rounding
-        excesses.append((error - allowed) / rounding)
-    return excesses
+        found.append(Comparison(error, allowed, rounding))
+    return found
+
+
+def excess_over_twice(ours: Formula, plain: Formula, inputs: Sequence[Tensor | None]) -> list[float]:
+    """Per output and gradient, our largest error less what is allowed, in units of the result's rounding."""
+    return [each.excess for each in comparisons(ours, plain, inputs)]
 
 
 def _direction(output: Tensor, generator: torch.Generator) -> Tensor:
     values = torch.randn(output.shape, generator=generator, dtype=torch.float32)
-    return values.to(torch.bfloat16).to(output.dtype)
+    return values.to(torch.bfloat16).to(output.device, output.dtype)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_retro.ops.backends import uses_native
+from megatron_retro.ops.backend_names import NATIVE
+from megatron_retro.ops.backends import backend_of, formula_of
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def apply_rotary(
 
     `may_overwrite` says that nobody else needs `heads`: where no gradient is recorded they are rotated in place.
     """
-    if uses_native("rotary", heads_BSND.device.type):
+    backend = backend_of("rotary", heads_BSND.device.type, heads_BSND.dtype)
+    if backend == NATIVE:
         heads_BSND = heads_BSND if heads_BSND.stride(-1) == 1 else heads_BSND.contiguous()
         tables = table.cosine.contiguous(), table.sine.contiguous()
         if may_overwrite and not (torch.is_grad_enabled() and heads_BSND.requires_grad):
@@ -70,10 +72,13 @@ def apply_rotary(
             return heads_BSND
         rotated_BSND: Tensor = torch.ops.megatron_retro.rotary(heads_BSND, *tables, interleaved, False)
         return rotated_BSND
-    rotated = 2 * table.cosine.shape[-1]
+    return formula_of(backend, _reference)(heads_BSND, table.cosine, table.sine, interleaved)
+
+
+def _reference(heads_BSND: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
+    rotated = 2 * cosine.shape[-1]
     rotating, passing = heads_BSND[..., :rotated], heads_BSND[..., rotated:]
-    cosine = table.cosine[..., None, :].to(heads_BSND.dtype)
-    sine = table.sine[..., None, :].to(heads_BSND.dtype)
+    cosine, sine = (table[..., None, :].to(heads_BSND.dtype) for table in (cosine, sine))
     if interleaved:
         first, second = rotating[..., 0::2], rotating[..., 1::2]
         pairs = torch.stack((first * cosine - second * sine, second * cosine + first * sine), -1)

@@ -104,7 +104,9 @@ def blocks(length: int, bytes_each: int) -> Iterator[slice]:
 
 
 def _native(logits_TV: Tensor) -> bool:
-    return logits_TV.dtype != torch.float64 and uses_native("linear_cross_entropy", logits_TV.device.type)
+    return logits_TV.dtype != torch.float64 and uses_native(
+        "linear_cross_entropy", logits_TV.device.type, logits_TV.dtype
+    )
 
 
 def _new_statistics(like_TX: Tensor) -> Statistics:

@@ -31,6 +31,7 @@ from megatron_retro.config.toml_files import render_toml
 from megatron_retro.config.training import CheckpointConfig, ObservabilityConfig, TrainingConfig
 from megatron_retro.errors import ConfigError, Requeue
 from megatron_retro.model.costs import model_costs
+from megatron_retro.ops.agreement import settle_kernels
 from megatron_retro.ops.backends import backend_rows
 from megatron_retro.optim.optimizer import optimizer_rows
 from megatron_retro.optim.schedule import run_length
@@ -121,6 +122,7 @@ def train(
     settings: Settings, launch: Launch, device: torch.device, stops: StopRequests, *, retrofit: bool = False
 ) -> Outcome:
     """Build and run inside an open process group."""
+    settle_kernels(device)
     parts = build_run_parts(settings, device, launch.world_size)
     fields = {name: value for section in settings.values().values() for name, value in section.items()}
     agree({**fields, **parts.inputs}, "settings or data")
