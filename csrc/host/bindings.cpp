@@ -1,9 +1,10 @@
-// The Python face of the data layer's C++; arguments are checked in Python, where errors have names.
+// The Python face of the data layer's C++. Shapes and types are checked here; errors get their names in Python.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -11,7 +12,7 @@
 #include "byte_level.h"
 #include "charsmap.h"
 #include "parallel.h"
-#include "token_source.h"
+#include "chunk_database.h"
 #include "unigram.h"
 #include "word_cache.h"
 
@@ -21,106 +22,127 @@ namespace host {
 
 namespace {
 
-const uint8_t* bytes_of(const py::array& array) { return static_cast<const uint8_t*>(array.data()); }
+constexpr int64_t cost_of_lookup = 800;
 
-// A chunk store that keeps the arrays it points into alive.
-struct OwnedStore {
-    ChunkStore store;
+using Ids = py::array_t<int64_t, py::array::c_style>;
+
+void require(bool condition, const char* message) {
+    if (!condition) throw std::invalid_argument(message);
+}
+
+const uint8_t* bytes_of(const py::array& array, int64_t item_bytes) {
+    require(array.ndim() == 1 && array.itemsize() == item_bytes, "an array of another shape or type");
+    require(array.size() < 2 || array.strides(0) == item_bytes, "an array that is not contiguous");
+    return static_cast<const uint8_t*>(array.data());
+}
+
+// A database that keeps the arrays alive which it points into.
+struct OwnedDatabase {
+    ChunkDatabase database;
     py::list owners;
 };
 
-TokenSource source_of(const py::array& stream, const py::array& pointers, const py::array& documents) {
-    return {bytes_of(stream),    int64_t(stream.size()),    int64_t(stream.itemsize()), bytes_of(pointers),
-            int64_t(pointers.size()), bytes_of(documents), int64_t(documents.size()) - 1};
+TokenFile make_file(std::string prefix, const py::array& stream, const py::array& pointers,
+                    const py::array& documents) {
+    require(stream.itemsize() == 2 || stream.itemsize() == 4, "tokens of 2 or 4 bytes");
+    require(documents.size() > 0, "document boundaries begin with a zero");
+    return {std::move(prefix),          bytes_of(stream, stream.itemsize()), int64_t(stream.size()),
+            int64_t(stream.itemsize()), bytes_of(pointers, 8),               int64_t(pointers.size()),
+            bytes_of(documents, 8),     int64_t(documents.size()) - 1};
 }
 
-OwnedStore make_store(const py::list& corpora, const py::array& chunks_before, int64_t chunk_length, int64_t eod) {
-    OwnedStore owned{{{}, bytes_of(chunks_before), int64_t(chunks_before.size()) - 1, chunk_length, eod}, py::list()};
+// A corpus is (prefix, stream, pointers, documents, first document, documents before it in the database).
+OwnedDatabase make_database(std::string path, const py::list& corpora, const py::array& chunks_before,
+                            int64_t chunk_length, int64_t eod) {
+    require(chunks_before.size() > 1 && py::len(corpora) > 0 && chunk_length > 0, "a database without chunks");
+    OwnedDatabase owned{{std::move(path), {}, bytes_of(chunks_before, 8), int64_t(chunks_before.size()) - 1,
+                         chunk_length, eod},
+                        py::list()};
     owned.owners.append(chunks_before);
+    int64_t before = 0;
     for (const py::handle& item : corpora) {
-        const auto parts = py::cast<py::tuple>(item);
-        for (int place = 0; place < 3; ++place) owned.owners.append(parts[place]);
-        owned.store.corpora.push_back({source_of(py::cast<py::array>(parts[0]), py::cast<py::array>(parts[1]),
-                                                 py::cast<py::array>(parts[2])),
-                                       py::cast<int64_t>(parts[3]), py::cast<int64_t>(parts[4])});
+        auto [prefix, stream, pointers, documents, first_document, documents_before] =
+            py::cast<std::tuple<std::string, py::array, py::array, py::array, int64_t, int64_t>>(item);
+        require(documents_before >= before && (before || !documents_before), "corpora are not in order");
+        for (const py::array& array : {stream, pointers, documents}) owned.owners.append(array);
+        owned.database.corpora.push_back(
+            {make_file(prefix, stream, pointers, documents), first_document, documents_before});
+        before = documents_before;
     }
     return owned;
 }
 
 template <typename Token>
-void gather_rows(const ChunkStore& store, const int64_t* ids, int64_t rows, int64_t length, int threads, Token* tokens,
-                 bool* mask) {
-    over_rows(rows, threads, [=, &store](int64_t first, int64_t last) {
-        for (int64_t row = first; row < last; ++row) {
-            const int64_t count = ids[row] < 0 ? 0 : store.copy(ids[row], length, tokens + row * length);
-            std::memset(tokens + row * length + count, 0, (length - count) * sizeof(Token));
-            std::memset(mask + row * length, 1, count);
-            std::memset(mask + row * length + count, 0, length - count);
-        }
-    });
-}
-
-template <typename Token>
-py::tuple gather_as(const ChunkStore& store, const py::array_t<int64_t>& ids, int64_t length, int threads) {
+py::tuple gather_as(const ChunkDatabase& database, const Ids& ids, int64_t length, int threads) {
     const int64_t rows = ids.size();
     py::array_t<Token> tokens({rows, length});
     py::array_t<bool> mask({rows, length});
+    const int64_t* id = ids.data();
+    Token* to = tokens.mutable_data();
+    bool* where = mask.mutable_data();
     {
-        const int64_t* from = ids.data();
-        Token* to = tokens.mutable_data();
-        bool* where = mask.mutable_data();
         py::gil_scoped_release released;
-        gather_rows(store, from, rows, length, threads, to, where);
+        over_rows(rows, threads, cost_of_lookup, [&](int64_t first, int64_t last) {
+            for (int64_t row = first; row < last; ++row) {
+                Token* target = to + row * length;
+                const int64_t count = id[row] < 0 ? 0 : database.copy(id[row], length, target);
+                std::memset(target + count, 0, (length - count) * sizeof(Token));
+                std::memset(where + row * length, 1, count);
+                std::memset(where + row * length + count, 0, length - count);
+            }
+        });
     }
     return py::make_tuple(tokens, mask);
 }
 
-py::tuple gather(const OwnedStore& owned, const py::array_t<int64_t, py::array::c_style>& ids, int64_t length,
-                 int64_t item_bytes, int threads) {
-    return item_bytes == 2 ? gather_as<uint16_t>(owned.store, ids, length, threads)
-                           : gather_as<int32_t>(owned.store, ids, length, threads);
+py::tuple gather(const OwnedDatabase& owned, const Ids& ids, int64_t length, int64_t item_bytes, int threads) {
+    require(length >= 0, "a negative length");
+    return item_bytes == 2 ? gather_as<uint16_t>(owned.database, ids, length, threads)
+                           : gather_as<int32_t>(owned.database, ids, length, threads);
 }
 
-// Rows are grouped by sample; `excluded` has one interval of documents per sample, `limits` one number per corpus or
+// Rows are grouped by sample; `excluded` has one range of documents per sample, `limits` one number per corpus or
 // nothing, when everything counts.
-py::array_t<int64_t> select(const OwnedStore& owned, const py::array_t<uint8_t, py::array::c_style>& packed,
-                            const py::array_t<int64_t, py::array::c_style>& excluded, int64_t wanted,
-                            const py::array_t<uint64_t, py::array::c_style>& limits, bool by_chunk, int threads) {
-    if (limits.size() != 0 && size_t(limits.size()) != owned.store.corpora.size())
-        throw std::invalid_argument("one limit per corpus, or none");
+Ids select(const OwnedDatabase& owned, const py::array_t<uint8_t, py::array::c_style>& packed, const Ids& excluded,
+           int64_t wanted, const py::array_t<uint64_t, py::array::c_style>& limits, bool by_chunk, int threads) {
+    require(packed.ndim() == 2 && packed.shape(1) % id_bytes == 0, "packed ids are [rows, ids of 5 bytes]");
+    require(excluded.ndim() == 2 && excluded.shape(1) == 2, "excluded documents are [samples, 2]");
+    require(limits.size() == 0 || size_t(limits.size()) == owned.database.corpora.size(), "one limit per corpus");
+    require(wanted >= 0, "a negative number of neighbours");
     const Thinning thinning{limits.size() ? limits.data() : nullptr, by_chunk};
-    const int64_t rows = packed.shape(0), row_bytes = packed.shape(1);
-    const int64_t per_sample = rows / std::max<int64_t>(1, excluded.shape(0));
-    py::array_t<int64_t> chosen({rows, wanted});
+    const int64_t rows = packed.shape(0), row_bytes = packed.shape(1), samples = excluded.shape(0);
+    const int64_t per_sample = samples ? rows / samples : 1;
+    require(rows == per_sample * samples, "every sample has the same number of rows");
+    Ids chosen({rows, wanted});
     const uint8_t* from = packed.data();
-    const int64_t* intervals = excluded.data();
+    const int64_t* ranges = excluded.data();
     int64_t* to = chosen.mutable_data();
-    py::gil_scoped_release released;
-    over_rows(rows, threads, [=, &owned](int64_t first, int64_t last) {
-        for (int64_t row = first; row < last; ++row) {
-            const int64_t* interval = intervals + 2 * (row / per_sample);
-            select_neighbors(owned.store, from + row * row_bytes, row_bytes / id_bytes, {interval[0], interval[1]},
-                             thinning, wanted, to + row * wanted);
-        }
-    });
+    {
+        py::gil_scoped_release released;
+        over_rows(rows, threads, cost_of_lookup, [&](int64_t first, int64_t last) {
+            for (int64_t row = first; row < last; ++row) {
+                const int64_t* range = ranges + 2 * (row / per_sample);
+                select_neighbors(owned.database, from + row * row_bytes, row_bytes / id_bytes, {range[0], range[1]},
+                                 thinning, wanted, to + row * wanted);
+            }
+        });
+    }
     return chosen;
 }
 
-py::array_t<int64_t> chunk_documents(const OwnedStore& owned, const py::array_t<int64_t, py::array::c_style>& ids) {
-    py::array_t<int64_t> found(ids.size());
-    for (int64_t place = 0; place < ids.size(); ++place) {
-        found.mutable_data()[place] = owned.store.document_of(ids.data()[place]);
-    }
+Ids chunk_documents(const OwnedDatabase& owned, const Ids& ids) {
+    Ids found(ids.size());
+    int64_t* to = found.mutable_data();
+    for (int64_t place = 0; place < ids.size(); ++place) to[place] = owned.database.document_of(ids.data()[place]);
     return found;
 }
 
-py::array_t<int64_t> token_documents(const py::array& stream, const py::array& pointers, const py::array& documents,
-                                     const py::array_t<int64_t, py::array::c_style>& offsets) {
-    const TokenSource source = source_of(stream, pointers, documents);
-    py::array_t<int64_t> found(offsets.size());
-    for (int64_t place = 0; place < offsets.size(); ++place) {
-        found.mutable_data()[place] = source.document_of(offsets.data()[place]);
-    }
+Ids token_documents(const std::string& prefix, const py::array& stream, const py::array& pointers,
+                    const py::array& documents, const Ids& offsets) {
+    const TokenFile file = make_file(prefix, stream, pointers, documents);
+    Ids found(offsets.size());
+    int64_t* to = found.mutable_data();
+    for (int64_t place = 0; place < offsets.size(); ++place) to[place] = file.document_of(offsets.data()[place]);
     return found;
 }
 
@@ -141,7 +163,14 @@ py::list scan_texts(WordCache& cache, const py::sequence& texts) {
 int32_t id_of(PyObject* number) {
     const long value = PyLong_AsLong(number);
     if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    if (value < 0 || value > std::numeric_limits<int32_t>::max()) throw py::value_error("a token id beyond 31 bits");
     return int32_t(value);
+}
+
+template <typename Token>
+Token fitting(int32_t id) {
+    if (id > int64_t(std::numeric_limits<Token>::max())) throw py::value_error("a token id does not fit the stored type");
+    return Token(id);
 }
 
 void fill_missing(WordCache& cache, const py::list& found) {
@@ -169,7 +198,9 @@ py::tuple join_lists(const py::list& lists) {
     Token* target = tokens.mutable_data();
     for (const py::handle& list : lists) {
         const Py_ssize_t count = PyList_GET_SIZE(list.ptr());
-        for (Py_ssize_t place = 0; place < count; ++place) *target++ = Token(id_of(PyList_GET_ITEM(list.ptr(), place)));
+        for (Py_ssize_t place = 0; place < count; ++place) {
+            *target++ = fitting<Token>(id_of(PyList_GET_ITEM(list.ptr(), place)));
+        }
     }
     return py::make_tuple(tokens, counts);
 }
@@ -214,6 +245,7 @@ py::tuple segment_texts(const UnigramWords& words, const py::array_t<int32_t>& n
 
 ByteLevelMerges make_merges(const std::vector<int32_t>& bytes, const py::list& merges) {
     std::array<int32_t, 256> by_byte;
+    require(bytes.size() == 256, "one id per byte");
     std::copy_n(bytes.begin(), 256, by_byte.begin());
     std::vector<Merge> ranked;
     for (const py::handle& item : merges) {
@@ -253,16 +285,17 @@ WordCache make_cache(const std::string& spaces, const std::vector<uint32_t>& clo
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "Gathers from mapped token files and the exact word cache of tokenizers.";
-    py::class_<OwnedStore>(module, "ChunkStore")
-        .def(py::init(&make_store), py::arg("corpora"), py::arg("chunks_before"), py::arg("chunk_length"),
-             py::arg("eod"))
+    module.doc() = "Reads of mapped token files and chunk databases, and the word cache of tokenizers.";
+    py::register_exception<DamagedFile>(module, "DamagedFile", PyExc_ValueError);
+    py::class_<OwnedDatabase>(module, "ChunkDatabase")
+        .def(py::init(&make_database), py::arg("path"), py::arg("corpora"), py::arg("chunks_before"),
+             py::arg("chunk_length"), py::arg("eod"))
         .def("gather", &gather, py::arg("ids"), py::arg("length"), py::arg("item_bytes"), py::arg("threads"))
         .def("select", &select, py::arg("packed"), py::arg("excluded"), py::arg("wanted"), py::arg("limits"),
              py::arg("by_chunk"), py::arg("threads"))
         .def("documents", &chunk_documents, py::arg("ids"));
-    module.def("token_documents", &token_documents, py::arg("stream"), py::arg("pointers"), py::arg("documents"),
-               py::arg("offsets"));
+    module.def("token_documents", &token_documents, py::arg("prefix"), py::arg("stream"), py::arg("pointers"),
+               py::arg("documents"), py::arg("offsets"));
     py::class_<WordCache>(module, "WordCache")
         .def(py::init(&make_cache), py::arg("spaces"), py::arg("closed"), py::arg("wide_closed"),
              py::arg("newline_starts"), py::arg("strip"), py::arg("gpt2_cuts"), py::arg("atoms"),

@@ -8,6 +8,9 @@ namespace host {
 
 namespace {
 
+// The longest of sentencepiece's own rules has some 100,000 paths.
+constexpr size_t most_visits = 1 << 22;
+
 // A unit of the double array, as Darts-clone packs it.
 struct Unit {
     uint32_t bits;
@@ -22,6 +25,8 @@ public:
 
     // Walks every rule below `node`; `depth` bytes were read, `spaced` says that one of them was a space.
     bool touches(size_t node, size_t depth, bool spaced, std::string_view spaces) const {
+        // A damaged array may lead in circles.
+        if (++visits_ > most_visits) throw std::invalid_argument("the normalization rules are damaged");
         if (depth > 64) return true;
         if (spaced && depth > 1) return true;
         const size_t base = node ^ unit(node).offset();
@@ -43,6 +48,7 @@ private:
     }
     const char* data_;
     size_t count_;
+    mutable size_t visits_ = 0;
 };
 
 }  // namespace

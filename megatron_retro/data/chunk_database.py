@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import new_directory
 from megatron_retro.artifacts.manifest import Manifest, read_manifest, require_same, write_manifest
-from megatron_retro.data.native import extension
+from megatron_retro.data.native import REMEDY, extension, named_damage
 from megatron_retro.data.token_file import TokenFile, last_at_or_before, map_file
-from megatron_retro.errors import ArtifactError, ConfigError, DataError
+from megatron_retro.errors import ArtifactError, ConfigError, DamagedArtifact, DataError
 from megatron_retro.runtime.console import warn
 from megatron_retro.runtime.strict_json import json_text
 
@@ -60,6 +60,10 @@ class ChunkDatabase:
         self.documents_before = np.cumsum([0, *(corpus.num_documents for corpus in self.corpora)], dtype=np.int64)
         if len(self.chunks_before) != self.documents_before[-1] + 1:
             raise ArtifactError(f"{path / COUNTS_FILE} is cut", fix="create the database again")
+        if (self.chunks_before[0], self.chunks_before[-1]) != (0, manifest.counts["chunks"]):
+            got = f"{self.chunks_before[0]} to {self.chunks_before[-1]}"
+            expected = f"0 to {manifest.counts['chunks']}"
+            raise DamagedArtifact(f"{path / COUNTS_FILE} is damaged", got=got, expected=expected, fix=REMEDY)
 
     @classmethod
     def open(cls, path: str | Path) -> ChunkDatabase:
@@ -155,7 +159,8 @@ class ChunkDatabase:
         if self.native is None:
             tokens, mask = self.gather_plainly(ids.reshape(-1), retrieved_length)
         else:
-            tokens, mask = self.native.gather(ids.reshape(-1), retrieved_length, self.token_dtype.itemsize, threads)
+            with named_damage():
+                tokens, mask = self.native.gather(ids.reshape(-1), retrieved_length, self.token_dtype.itemsize, threads)
         return tokens.reshape(shape), mask.reshape(shape)
 
     @cached_property
@@ -168,7 +173,8 @@ class ChunkDatabase:
             (*file.native_arrays, corpus.first_document, int(before))
             for file, corpus, before in zip(self.files, self.corpora, self.documents_before[:-1], strict=True)
         ]
-        return native.ChunkStore(corpora, self.chunks_before, self.chunk_length, -1 if self.eod is None else self.eod)
+        eod = -1 if self.eod is None else self.eod
+        return native.ChunkDatabase(str(self.path), corpora, self.chunks_before, self.chunk_length, eod)
 
     def gather_plainly(self, flat: NDArray[np.int64], retrieved_length: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """`gather` of a flat array in NumPy: what the C++ is compared with, and what works without it."""
@@ -197,9 +203,16 @@ class ChunkDatabase:
         for number, (file, owner) in enumerate(zip(self.files, self.corpora, strict=True)):
             chosen = corpus == number
             local = documents[chosen] - self.documents_before[number] + owner.first_document
-            bounds = _document_text(file, local, self.eod)
-            start[chosen] = bounds[0] + within[chosen] * self.chunk_length
-            stop[chosen] = bounds[1]
+            begin, stop[chosen] = _document_text(file, local, self.eod)
+            # Every chunk of a document has a token, so its number within the document is smaller than that is long.
+            wrong = (within[chosen] < 0) | (within[chosen] >= stop[chosen] - begin)
+            start[chosen] = begin + np.where(wrong, 0, within[chosen]) * self.chunk_length
+            wrong |= start[chosen] >= stop[chosen]
+            if wrong.any():
+                chunk = chunk_ids[chosen][wrong][0]
+                raise DamagedArtifact(
+                    f"{self.path}: chunk {chunk} does not lie in its document of {file.prefix}", fix=REMEDY
+                )
         return corpus, start, stop
 
     def _documents(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:

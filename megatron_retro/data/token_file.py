@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from megatron_retro.data.native import extension
-from megatron_retro.errors import ArtifactError, DataError
+from megatron_retro.data.native import REMEDY, extension, named_damage
+from megatron_retro.errors import ArtifactError, DamagedArtifact, DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _INDEX_VERSION = 1
@@ -101,12 +101,20 @@ class TokenFile:
 
     def document_starts(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """Offset of the first token of each document; `num_documents` gives the end of the stream."""
-        sequences = self.index.documents[documents]
-        at_end = sequences >= self.index.num_sequences
+        sequences, itemsize = self.index.documents[documents], self.dtype.itemsize
+        self._require_within(sequences, self.index.num_sequences, "a document begins at sequence")
         if self.index.num_sequences == 0:
             return np.zeros(np.shape(documents), np.int64)
-        starts = self.index.pointers[np.where(at_end, 0, sequences)] // self.dtype.itemsize
-        return np.where(at_end, self.num_tokens, starts)
+        at_end = sequences == self.index.num_sequences
+        pointers = self.index.pointers[np.where(at_end, 0, sequences)]
+        self._require_within(pointers, self.num_tokens * itemsize, "a sequence begins at byte")
+        return np.where(at_end, self.num_tokens, pointers // itemsize)
+
+    def _require_within(self, numbers: NDArray[np.int64], most: int, what: str) -> None:
+        """Refuse numbers of the index that lead outside the file."""
+        outside = (numbers < 0) | (numbers > most)
+        if outside.any():
+            raise DamagedArtifact(f"{self.prefix}.idx: {what} {numbers[outside][0]} of {most}", fix=REMEDY)
 
     def document_bounds(self, document: int) -> tuple[int, int]:
         """First token of a document and the one after its last."""
@@ -133,13 +141,14 @@ class TokenFile:
         native = extension()
         if native is None or self.dtype.itemsize not in (2, 4):
             return last_at_or_before(self.document_starts, self.num_documents, wanted)
-        found: NDArray[np.int64] = native.token_documents(*self.native_arrays, wanted.reshape(-1))
+        with named_damage():
+            found: NDArray[np.int64] = native.token_documents(*self.native_arrays, wanted.reshape(-1))
         return found.reshape(wanted.shape)
 
     @property
-    def native_arrays(self) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
-        """The stream, byte offsets of sequences and document boundaries, as `csrc/host` reads them."""
-        return self.stream, self.index.pointers, self.index.documents
+    def native_arrays(self) -> tuple[str, NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
+        """The prefix, the stream, byte offsets of sequences and document boundaries, as `csrc/host` reads them."""
+        return self.prefix, self.stream, self.index.pointers, self.index.documents
 
     def document_of(self, token_offset: int) -> int:
         """The document that a token of the stream lies in."""

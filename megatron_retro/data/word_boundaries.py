@@ -241,7 +241,10 @@ def _pieces_allow(model: SentencePieceModel) -> bool:
 
 def _rules_touch(model: SentencePieceModel, spaces: str) -> bool:
     native = extension()
-    return native is None or bool(native.rules_touch_spaces(model.charsmap, spaces.encode()))
+    try:
+        return native is None or bool(native.rules_touch_spaces(model.charsmap, spaces.encode()))
+    except ValueError:
+        return True  # rules that are not understood get no cache
 
 
 def _collapsed_spaces(processor: Any) -> str:
