@@ -17,6 +17,8 @@ from megatron_retro.convert.tensor_rules import (
     norm_weight,
     query_key_value,
     same,
+    stacked_gated,
+    stacked_query_key_value,
     transposed,
 )
 
@@ -82,6 +84,17 @@ def _llama_rules(model: ModelConfig) -> list[Rule]:
     if model.untie_embeddings_and_output_weights:
         rules.append(same("output.weight", "lm_head.weight"))
     return rules
+
+
+def _phi3_rules(model: ModelConfig) -> list[Rule]:
+    """Llama's function from two stacked matrices."""
+    attention, mlp = "model.layers.{i}.self_attn", "model.layers.{i}.mlp"
+    stacked = [
+        stacked_query_key_value("layers.{i}.attention.query_key_value.weight", f"{attention}.qkv_proj.weight"),
+        stacked_gated("layers.{i}.mlp.up.weight", f"{mlp}.gate_up_proj.weight"),
+    ]
+    ours = {rule.ours for rule in stacked}
+    return [rule for rule in _llama_rules(model) if rule.ours not in ours] + stacked
 
 
 def _gpt2_rules(model: ModelConfig) -> list[Rule]:
@@ -162,6 +175,16 @@ MISTRAL = Family(
     {},
     _llama_rules,
 )
+PHI3 = Family(
+    "phi3",
+    "Phi3ForCausalLM",
+    _RMS_NAMES,
+    {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+    SILU,
+    {**_RMS, **_ROPE},
+    {"attention_bias": False},
+    _phi3_rules,
+)
 NEMOTRON = Family(
     "nemotron",
     "NemotronForCausalLM",
@@ -205,4 +228,4 @@ GPT2 = Family(
     },
     _gpt2_rules,
 )
-FAMILIES = {family.model_type: family for family in (LLAMA, QWEN2, QWEN3, MISTRAL, NEMOTRON, STABLELM, GPT2)}
+FAMILIES = {family.model_type: family for family in (LLAMA, QWEN2, QWEN3, MISTRAL, PHI3, NEMOTRON, STABLELM, GPT2)}

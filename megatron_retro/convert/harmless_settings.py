@@ -16,7 +16,7 @@ _HARMLESS_NAMES = """
     bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
     decoder_start_token_id forced_bos_token_id forced_eos_token_id prefix suppress_tokens begin_suppress_tokens
     initializer_range init_std initializer_factor embedding_initializer_range use_cache max_sequence_length seq_length
-    max_seq_len max_seq_length model_max_length n_ctx n_inner_ctx
+    max_seq_len max_seq_length model_max_length original_max_position_embeddings n_ctx n_inner_ctx
     attention_dropout hidden_dropout attn_pdrop embd_pdrop resid_pdrop embedding_dropout residual_dropout
     attention_probs_dropout_prob hidden_dropout_prob attn_dropout resid_dropout dropout
     gradient_checkpointing use_reentrant use_bfloat16 bf16 fp16 fp32 torchscript tf_legacy_loss

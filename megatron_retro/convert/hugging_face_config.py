@@ -18,7 +18,8 @@ _ROPE_FIELDS = {
 }  # fmt: skip
 _LLAMA3_FIELDS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _WINDOW_FIELDS = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
-_WINDOW_FAMILIES = ("mistral", "qwen2", "qwen3")
+_WINDOW_FAMILIES = ("mistral", "phi3", "qwen2", "qwen3")
+_PARTLY_TURNED_FAMILIES = ("phi3", "nemotron", "stablelm", "gpt2")
 _BIAS_FIELDS = {"attention_bias", "mlp_bias", "use_qkv_bias"}
 
 
@@ -229,10 +230,10 @@ def _attention_reasons(family: Family, model: ModelConfig) -> list[str]:
     reasons = []
     if model.position_embedding_type == "rope" and model.rotary_interleaved:
         reasons.append("rotary_interleaved has no counterpart")
-    if model.rotary_percent != 1.0 and family.model_type not in ("nemotron", "stablelm", "gpt2"):
+    if model.rotary_percent != 1.0 and family.model_type not in _PARTLY_TURNED_FAMILIES:
         reasons.append(f"rotary_percent is {model.rotary_percent}, not 1.0")
     has_window = model.sliding_window is not None
-    if has_window and family.model_type not in ("mistral", "qwen2", "qwen3"):
+    if has_window and family.model_type not in _WINDOW_FAMILIES:
         reasons.append("it has no sliding window")
     has_biases = not model.disable_bias_linear
     if has_biases and family.model_type not in ("llama", "nemotron", "gpt2"):
@@ -250,7 +251,7 @@ def _written_config(family: Family, model: ModelConfig) -> dict[str, Any]:
     config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     config |= {theirs: getattr(plain, ours) for ours, theirs in family.names.items()}
     config |= {"tie_word_embeddings": not model.untie_embeddings_and_output_weights, "dtype": "float32"}
-    config |= {"attention_dropout": 0.0, "bos_token_id": None, "eos_token_id": None}
+    config |= {"attention_dropout": 0.0, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if family is GPT2:
         names = {False: "gelu", True: "gelu_new"}
         config |= {"activation_function": names[model.gelu_tanh], "attn_pdrop": 0.0, "embd_pdrop": 0.0}
@@ -266,7 +267,7 @@ def _written_config(family: Family, model: ModelConfig) -> dict[str, Any]:
         config |= {"attention_bias": not model.disable_bias_linear, "mlp_bias": not model.disable_bias_linear}
     if family.model_type == "stablelm":
         config["use_qkv_bias"] = model.add_qkv_bias
-    if family.model_type in ("mistral", "qwen2", "qwen3"):
+    if family.model_type in _WINDOW_FAMILIES:
         config["sliding_window"] = model.sliding_window
     if family.model_type in ("qwen2", "qwen3"):
         config |= {"use_sliding_window": model.sliding_window is not None, "max_window_layers": 0}
@@ -284,7 +285,8 @@ def _written_rope(family: Family, model: ModelConfig) -> dict[str, Any]:
             "high_freq_factor": model.rope_scaling_high_freq_factor,
             "original_max_position_embeddings": model.rope_scaling_original_max_positions,
         }
-    partial = {"partial_rotary_factor": model.rotary_percent} if family.model_type in ("nemotron", "stablelm") else {}
+    turned = {"partial_rotary_factor": model.rotary_percent}
+    partial = turned if family.model_type in _PARTLY_TURNED_FAMILIES else {}
     return {
         "rope_theta": model.rotary_base,
         **partial,

@@ -81,6 +81,25 @@ def fused_query_key_value(ours: str, theirs: str) -> Rule:
     return Rule(ours, (theirs,), join, split)
 
 
+def stacked_query_key_value(ours: str, theirs: str) -> Rule:
+    """Phi-3's one matrix: all queries, all keys, all values."""
+
+    def join(parts: Sequence[Tensor], config: ModelConfig) -> Tensor:
+        rows = [
+            heads * config.head_size() for heads in (config.num_attention_heads, *2 * (config.num_key_value_heads(),))
+        ]
+        return join_heads(torch.split(parts[0], rows), config)
+
+    return Rule(ours, (theirs,), join, lambda whole, config: [torch.cat(split_heads(whole, config))])
+
+
+def stacked_gated(ours: str, theirs: str) -> Rule:
+    """Phi-3's one matrix: gate over up."""
+    return Rule(
+        ours, (theirs,), lambda parts, _: torch.unflatten(parts[0], 0, (2, -1)), lambda whole, _: [whole.flatten(0, 1)]
+    )
+
+
 def gated(ours: str, theirs: tuple[str, str]) -> Rule:
     """Gate and up into [2, F, ...]."""
     return Rule(ours, theirs, lambda parts, _: torch.stack(list(parts)), lambda whole, _: list(whole))

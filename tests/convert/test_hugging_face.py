@@ -57,6 +57,16 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("Qwen3", {**SHAPE, "num_key_value_heads": 2, "head_dim": 6, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {**SHAPE, "num_key_value_heads": 2, "sliding_window": 5}),
+    "phi3": (
+        "Phi3",
+        {
+            **SHAPE,
+            "num_key_value_heads": 2,
+            "sliding_window": 5,
+            "pad_token_id": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+    ),
     "nemotron": ("Nemotron", {**SHAPE, "num_key_value_heads": 2}),
     "nemotron biased": ("Nemotron", {**SHAPE, "num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}),
     "stablelm": ("StableLm", {**SHAPE, "hidden_size": 32, "num_key_value_heads": 4}),
@@ -74,6 +84,10 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": (
         "mistral",
         {"normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True, "sliding_window": 4},
+    ),
+    "phi3": (
+        "phi3",
+        {"normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True, "rotary_percent": 0.5},
     ),
     "qwen3": (
         "qwen3",
