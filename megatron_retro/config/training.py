@@ -122,6 +122,9 @@ class ObservabilityConfig:
 
     log_interval: int = option(10, "steps between log lines", minimum=1)
     log_throughput: bool = option(True, "tokens per second and FLOP utilisation")
+    manual_gc_interval: int = option(
+        100, "steps between garbage collections, the same steps on every rank; 0 = when Python likes", minimum=0
+    )
     tensorboard_dir: str | None = option(None, "write TensorBoard events here")
     profile: bool = option(False, "record a torch.profiler window")
     profile_step_start: int = option(10, "first profiled step", minimum=0)

@@ -12,11 +12,12 @@ from megatron_retro.reporting.perplexity_page import leakage_sections
 from megatron_retro.reporting.plots import Series, bars, line_plot
 from megatron_retro.reporting.retrieval_sections import health_sections, use_sections
 from megatron_retro.runtime.environment import environment_rows
-from megatron_retro.runtime.run_log import RunLog, read_run_log
+from megatron_retro.runtime.run_log import RunLog, read_rank_steps, read_run_log
 
 REPORT = "report.html"
 CONFIG = "config.toml"
 _POINTS = 600
+_MOST_RANKS = 16
 
 
 def write_report(run: Path) -> Path:
@@ -29,6 +30,7 @@ def write_report(run: Path) -> Path:
         *use_sections(log),
         *leakage_sections(run),
         *neighbor_section(run / CONFIG),
+        *_ranks(run),
         _incidents(log),
         section("Configuration", preformatted(_text(run / CONFIG))),
         section("Environment", table(("part", "state"), environment_rows())),
@@ -101,6 +103,39 @@ def _time_per_phase(log: RunLog) -> str:
     names = sorted(totals, key=lambda name: -totals[name])
     milliseconds = [1000 * totals[name] / count for name in names]
     return bars(names, milliseconds, title="Time of a step", y_label="milliseconds")
+
+
+def _ranks(run: Path) -> list[str]:
+    """Who computes and who waits, slowest first; nothing for a run of one process."""
+    by_rank = read_rank_steps(run)
+    if not by_rank:
+        return []
+    figures = [
+        (
+            rank,
+            1000 * statistics.fmean(step.computing_seconds for step in steps),
+            1000 * statistics.fmean(step.waiting_seconds for step in steps),
+            1000 * statistics.fmean(step.seconds.get("data", 0.0) for step in steps),
+            round(steps[-1].memory_bytes / 1e6),
+        )
+        for rank, steps in by_rank.items()
+    ]
+    median = statistics.median(computing for _, computing, *_ in figures)
+    slowest = sorted(figures, key=lambda row: -row[1])[:_MOST_RANKS]
+    rows = [(rank, computing, f"{computing / max(median, 1e-9) - 1:+.0%}", *rest) for rank, computing, *rest in slowest]
+    caption = (
+        f"The newest steps of {len(figures)} ranks, slowest first, at most {_MOST_RANKS}. Times are milliseconds of a "
+        "step. Ranks wait for the slowest of those that do the same work; pipeline stages do different work."
+    )
+    header = (
+        "rank",
+        "computing (ms)",
+        "against the median",
+        "waiting for ranks (ms)",
+        "loading data (ms)",
+        "memory (MB)",
+    )
+    return [section("Ranks", table(header, rows, caption=caption))]
 
 
 def _incidents(log: RunLog) -> str:

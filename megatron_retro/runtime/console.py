@@ -17,10 +17,17 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def warn(message: str) -> None:
+def alarm(message: str) -> None:
     """Tell something that must not be overlooked."""
     rule = "!" * 78
     say(f"{rule}\nWARNING: {message}\n{rule}")
+
+
+def warn(message: str) -> None:
+    """An alarm that all ranks of a job would give alike: the first rank gives it for all."""
+    distributed = sys.modules.get("torch.distributed")  # who has not imported it is in no group
+    if distributed is None or not distributed.is_initialized() or distributed.get_rank() == 0:
+        alarm(message)
 
 
 def readable_count(value: float) -> str:

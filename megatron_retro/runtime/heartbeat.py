@@ -1,7 +1,8 @@
-"""Who is alive and where: each rank tells a shared store its step and phase every second, from a thread.
+"""Who is alive, where, and how fast: each rank tells a shared store its step, phase and pace every second.
 
-When a collective fails, nobody in it knows who is to blame. The heartbeats do: a rank whose beat stands still is dead
-or stopped, and one that beats but is behind the others is stuck in the phase that it names.
+A thread does it. When a collective fails, nobody in it knows who is to blame. The heartbeats do: a rank whose beat
+stands still is dead or stopped, and one that beats but is behind the others is stuck in the phase that it names. While
+all is well, the paces say which rank the others wait for.
 """
 
 from __future__ import annotations
@@ -14,15 +15,22 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from megatron_retro.runtime.strict_json import json_text
+from megatron_retro.runtime.strict_json import from_plain, json_text, to_plain
 
 _PREFIX = "heartbeat"
 _STORE_TIMEOUT = timedelta(seconds=3)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a recent step that a rank computed and waited for others; all zero before it is known."""
+
+    computing: float = 0.0
+    waiting: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -35,11 +43,17 @@ class Beat:
     phase: str
     host: str
     process: int
+    pace: Pace = Pace()
+
+    @property
+    def process_and_host(self) -> str:
+        """Where the rank runs."""
+        return f"process {self.process} on {self.host}"
 
     @property
     def place(self) -> str:
         """The rank and where it runs."""
-        return f"rank {self.rank} (process {self.process} on {self.host})"
+        return f"rank {self.rank} ({self.process_and_host})"
 
 
 class Heartbeat:
@@ -50,6 +64,7 @@ class Heartbeat:
         self._store.set_timeout(_STORE_TIMEOUT)
         self._rank, self._world_size, self._interval = rank, world_size, interval
         self._step, self._phase, self._count = 0, "start", 0
+        self._pace = Pace()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
 
@@ -61,6 +76,10 @@ class Heartbeat:
     def note(self, step: int, phase: str) -> None:
         """Where this rank is now; costs nothing."""
         self._step, self._phase = step, phase
+
+    def tell_pace(self, pace: Pace) -> None:
+        """How long a step takes this rank now; costs nothing."""
+        self._pace = pace
 
     def close(self) -> None:
         """Stop beating."""
@@ -81,22 +100,21 @@ class Heartbeat:
             "phase": self._phase,
             "host": socket.gethostname(),
             "process": os.getpid(),
+            "pace": to_plain(self._pace),
         }
         self._store.set(f"{_PREFIX}/{self._rank}", json_text(beat))
 
-    def _everyone(self) -> list[Beat]:
-        return [self._read(rank) for rank in range(self._world_size)]
-
-    def _read(self, rank: int) -> Beat:
-        told: dict[str, Any] = json.loads(self._store.get(f"{_PREFIX}/{rank}"))
-        return Beat(rank=rank, **told)
+    def everyone(self) -> list[Beat]:
+        """What each rank last told, in their order."""
+        told = self._store.multi_get([f"{_PREFIX}/{rank}" for rank in range(self._world_size)])
+        return [from_plain(Beat, {"rank": rank, **json.loads(text)}) for rank, text in enumerate(told)]
 
     def culprits(self) -> str:
         """Who is to blame for a collective that failed, in words; takes a few beats of time."""
         try:
-            before = self._everyone()
+            before = self.everyone()
             time.sleep(3 * self._interval)
-            now = self._everyone()
+            now = self.everyone()
         except RuntimeError as error:
             return f"rank 0, which keeps the store of all ranks, does not answer ({str(error).splitlines()[0]})"
         silent = [beat for beat, old in zip(now, before, strict=True) if beat.count == old.count]

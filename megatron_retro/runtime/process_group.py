@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
@@ -60,7 +61,10 @@ def process_group(
     device = choose_device(launch, use_gpu=use_gpu)
     _initialize(launch, device, timedelta(minutes=timeout_minutes))
     try:
-        yield device
+        with warnings.catch_warnings():
+            if launch.rank:  # libraries warn all ranks alike; the first one shows it
+                warnings.simplefilter("ignore")
+            yield device
     finally:
         end_process_group()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from megatron_retro.runtime.run_records import EvaluationRecord, RetrievalHealth
 from megatron_retro.runtime.strict_json import from_plain
 
 EVENTS = "events.jsonl"
+RANKS = "ranks"
+_RANK_BYTES = 1 << 15  # of the end of each rank's file
 Record = TypeVar("Record", StepRecord, EvaluationRecord)
 
 
@@ -56,6 +59,18 @@ def read_run_log(run: Path) -> RunLog:
     log.steps = _last_of_each_step(log.steps)
     log.evaluations = _last_of_each_step(log.evaluations)
     return log
+
+
+def read_rank_steps(run: Path) -> dict[int, list[StepRecord]]:
+    """The newest steps that each rank of a run wrote down for itself; empty for a run of one process."""
+    found: dict[int, list[StepRecord]] = {}
+    for path in sorted((run / RANKS).glob("rank-*.jsonl")):
+        with path.open("rb") as stream:
+            stream.seek(max(0, path.stat().st_size - _RANK_BYTES))
+            lines = stream.read().decode("utf-8", errors="replace").split("\n")
+        whole = [line for line in lines[:-1] if line.startswith("{") and line.endswith("}")]
+        found[int(path.stem.removeprefix("rank-"))] = [from_plain(StepRecord, json.loads(line)) for line in whole]
+    return {rank: records for rank, records in found.items() if records}
 
 
 def _add(log: RunLog, event: dict[str, Any]) -> None:

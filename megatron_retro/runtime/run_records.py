@@ -32,7 +32,10 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step, done or skipped. `tokens` counts those with loss so far, `positions` the step's with padding."""
+    """One step, done or skipped. `tokens` counts those with loss so far, `positions` the step's with padding.
+
+    `seconds` are of the reporting rank, by phase; `waiting_seconds` are those of them that it waited for other ranks.
+    """
 
     step: int
     samples: int = 0
@@ -48,11 +51,17 @@ class StepRecord:
     extra_losses: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     memory_bytes: int = 0
+    waiting_seconds: float = 0.0
 
     @property
     def step_seconds(self) -> float:
         """Wall time of the step, data and waiting included."""
         return sum(self.seconds.values())
+
+    @property
+    def computing_seconds(self) -> float:
+        """The step without what this rank waited for others, and without saving."""
+        return max(0.0, self.step_seconds - self.waiting_seconds - self.seconds.get("save", 0.0))
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,8 @@ class Trainer:
         When a collective fails because a rank died or hangs, the error names that rank.
         """
         try:
-            return self._run()
+            with self._clock.counting_waits():
+                return self._run()
         except RuntimeError as error:
             lost = explain_failure(error, self.state.step + 1)
             if lost is None:
@@ -165,6 +166,7 @@ class Trainer:
         if update.applied:
             state.bad_in_a_row = 0
             state.recent_losses.append(result.loss)
+        lap = self._clock.lap()
         return StepRecord(
             step=state.step,
             samples=state.samples,
@@ -178,8 +180,9 @@ class Trainer:
             clipped=update.clipped,
             loss_scale=update.loss_scale,
             extra_losses=result.extra_losses,
-            seconds=self._clock.lap(),
+            seconds=lap.seconds,
             memory_bytes=_memory_bytes(parts.trainable.device),
+            waiting_seconds=lap.waiting,
         )
 
     def _verdict(self, loss: float, squared_norm: float) -> _Verdict:

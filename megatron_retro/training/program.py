@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,17 +38,18 @@ from megatron_retro.optim.optimizer import optimizer_rows
 from megatron_retro.optim.schedule import run_length
 from megatron_retro.peft.attach import trainable_table
 from megatron_retro.runtime.console import render_table, say
-from megatron_retro.runtime.heartbeat import start_heartbeat
+from megatron_retro.runtime.heartbeat import Heartbeat, start_heartbeat
 from megatron_retro.runtime.launch import Launch, find_launch
 from megatron_retro.runtime.process_group import agree, process_group
-from megatron_retro.runtime.run_log import EVENTS
+from megatron_retro.runtime.run_log import EVENTS, RANKS
 from megatron_retro.runtime.run_records import RunFacts
 from megatron_retro.runtime.signals import StopRequests
 from megatron_retro.training.checkpoints import RunCheckpoints
+from megatron_retro.training.console_lines import ConsoleLines
 from megatron_retro.training.evaluator import Evaluator
 from megatron_retro.training.loop import Ending, Outcome, Trainer
 from megatron_retro.training.observers import (
-    ConsoleLines,
+    GarbageCollection,
     JsonLines,
     Observer,
     Observers,
@@ -56,6 +58,7 @@ from megatron_retro.training.observers import (
     TensorBoard,
 )
 from megatron_retro.training.state import TrainingState
+from megatron_retro.training.watches import FallingThroughput, PaceOfRank, SlowRanks
 
 CONFIG = "config.toml"
 
@@ -129,21 +132,20 @@ def train(
     timeout = timedelta(minutes=settings[ParallelConfig].distributed_timeout_minutes)
     control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     state = TrainingState()
-    observer = Observers(build_observers(parts, launch))
-    checkpoints = RunCheckpoints(parts, state, saving, launch.rank, observer.happened)
-    heartbeat = start_heartbeat()
-    try:
+    with ExitStack() as closing:
+        heartbeat = start_heartbeat()
+        if heartbeat is not None:
+            closing.callback(heartbeat.close)
+        observer = Observers(build_observers(parts, launch, heartbeat))
+        closing.callback(observer.ended)
+        closing.callback(parts.loader.close)
+        checkpoints = RunCheckpoints(parts, state, saving, launch.rank, observer.happened)
         checkpoints.resume(retrofit=retrofit)
         if checkpoints.run is not None and launch.rank == 0:
             write_file(checkpoints.run / CONFIG, render_toml(parts.settings))
         evaluator = Evaluator(parts, control) if parts.validation is not None else None
         facts = run_facts(parts, launch)
         return Trainer(parts, facts, state, checkpoints, evaluator, observer, stops, control, heartbeat).run()
-    finally:
-        if heartbeat is not None:
-            heartbeat.close()
-        parts.loader.close()
-        observer.ended()
 
 
 def finish(settings: Settings, outcome: Outcome) -> None:
@@ -177,20 +179,32 @@ def _owned_run(settings: Settings, launch: Launch) -> Iterator[None]:
         yield
 
 
-def build_observers(parts: RunParts, launch: Launch) -> list[Observer]:
+def build_observers(parts: RunParts, launch: Launch, heartbeat: Heartbeat | None) -> list[Observer]:
     """What watches this rank."""
     config = parts.settings[ObservabilityConfig]
     save = parts.settings[CheckpointConfig].save
     run = Path(save) if save is not None else None
     observers: list[Observer] = []
+
+    def tell(event: str, facts: dict[str, Any]) -> None:
+        Observers(observers).happened(event, facts)
+
+    if config.manual_gc_interval:
+        observers.append(GarbageCollection(config.manual_gc_interval))
+    if heartbeat is not None:
+        observers.append(PaceOfRank(heartbeat))
     if parts.trainable.is_reporter:
+        observers.append(FallingThroughput(tell))
+        if heartbeat is not None:
+            stages = parts.settings[ParallelConfig].pipeline_model_parallel_size
+            observers.append(SlowRanks(heartbeat, launch.world_size // stages, tell))
         observers.append(ConsoleLines(config.log_interval, config.log_throughput))
         if run is not None:
             observers.append(JsonLines(run / EVENTS))
         if config.tensorboard_dir is not None:
             observers.append(TensorBoard(Path(config.tensorboard_dir)))
     if run is not None and launch.world_size > 1:
-        observers.append(RankLines(run / "ranks" / f"rank-{launch.rank:05}.jsonl", config.log_interval))
+        observers.append(RankLines(run / RANKS / f"rank-{launch.rank:05}.jsonl", config.log_interval))
     if config.profile:
         where = (run or Path()) / "profile" / f"rank-{launch.rank:05}.json"
         observers.append(ProfilerWindow(where, config.profile_step_start, config.profile_step_end))

@@ -90,7 +90,7 @@ def test_observers_change_no_bit(
     short_run(corpus, tmp_path / "watched", **watched)
     assert list((tmp_path / "board").iterdir()) and (tmp_path / "watched/profile/rank-00000.json").stat().st_size
     assert capfd.readouterr().err.count("tokens/s") == 5
-    monkeypatch.setattr(program, "build_observers", lambda parts, launch: [])
+    monkeypatch.setattr(program, "build_observers", lambda parts, launch, heartbeat: [])
     blind = corpus.settings(save=str(tmp_path / "blind"), train_iters=5, eval_iters=0, hidden_dropout=0.1)
     pretrain(blind)
     assert not (tmp_path / "blind/events.jsonl").exists()
