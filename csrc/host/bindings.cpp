@@ -63,7 +63,8 @@ OwnedDatabase make_database(std::string path, const py::list& corpora, const py:
     for (const py::handle& item : corpora) {
         auto [prefix, stream, pointers, documents, first_document, documents_before] =
             py::cast<std::tuple<std::string, py::array, py::array, py::array, int64_t, int64_t>>(item);
-        require(documents_before >= before && (before || !documents_before), "corpora are not in order");
+        const bool is_first = owned.database.corpora.empty();
+        require(is_first ? documents_before == 0 : documents_before >= before, "corpora are not in order");
         for (const py::array& array : {stream, pointers, documents}) owned.owners.append(array);
         owned.database.corpora.push_back(
             {make_file(prefix, stream, pointers, documents), first_document, documents_before});
