@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Is this node fit for the job? Run on every node before the start; prints each fault and exits 1 if there is one.
 #
-#   health_check.sh DIRECTORY    DIRECTORY is on the file system that the job writes to
+#   health_check.sh DIRECTORY...    where the job writes; one that is not there yet is made, so its parent is looked at
 #
 # EXPECTED_GPUS       GPUs that the node must show (default: what SLURM gave, else none is required)
-# MINIMUM_FREE_GB     free space in DIRECTORY (default 10)
+# MINIMUM_FREE_GB     free space in each DIRECTORY (default 10)
 # MAXIMUM_CLOCK_SKEW  seconds between this clock and the file server's (default 5)
 set -euo pipefail
 
-directory="${1:?usage: health_check.sh DIRECTORY}"
+: "${1:?usage: health_check.sh DIRECTORY...}"
 node="${SLURMD_NODENAME:-$(hostname)}"
-faults=()
+faults=()        # of this node
+shared_faults=() # of a file system, which other nodes have too
 
 check_gpus() {
   local expected="${EXPECTED_GPUS:-${SLURM_GPUS_ON_NODE:-0}}" found=0
@@ -25,24 +26,26 @@ check_gpus() {
   fi
 }
 
-check_disk() {
-  local free
-  if ! touch "$directory/.write-test-$node" 2>/dev/null; then
-    faults+=("$directory cannot be written")
+# Space, a file that can be written, and the file server's clock, which that file carries.
+check_directory() {
+  local directory="$1" mark free skew
+  while [ ! -e "$directory" ]; do
+    directory="$(dirname "$directory")"
+  done
+  mark="$directory/.write-test-$node"
+  if ! touch "$mark" 2>/dev/null; then
+    shared_faults+=("$1 cannot be written")
     return
   fi
   free="$(df --output=avail --block-size=1G "$directory" | tail -n 1 | tr -d ' ')"
   if [ "$free" -lt "${MINIMUM_FREE_GB:-10}" ]; then
-    faults+=("$free GB free in $directory, ${MINIMUM_FREE_GB:-10} GB needed")
+    shared_faults+=("$free GB free in $directory, ${MINIMUM_FREE_GB:-10} GB needed")
   fi
-}
-
-check_clock() {
-  local skew
-  skew=$(($(date +%s) - $(stat -c %Y "$directory/.write-test-$node" 2>/dev/null || date +%s)))
+  skew=$(($(date +%s) - $(stat -c %Y "$mark" 2>/dev/null || date +%s)))
   if [ "${skew#-}" -gt "${MAXIMUM_CLOCK_SKEW:-5}" ]; then
-    faults+=("the clock is $skew s away from the file server's")
+    faults+=("the clock is $skew s away from that of the file server of $directory")
   fi
+  rm -f "$mark"
 }
 
 # The first node of the job listens, all others reach it: what NCCL's and gloo's rendezvous needs of the network.
@@ -59,13 +62,19 @@ check_network() {
 }
 
 check_gpus
-check_disk
-check_clock
+for directory in "$@"; do
+  check_directory "$directory"
+done
 check_network
-rm -f "$directory/.write-test-$node"
 if [ "${#faults[@]}" -gt 0 ]; then
   printf "$node: %s\n" "${faults[@]}" >&2
   echo "$node: not fit; leave it out with: scontrol update NodeName=$node State=DRAIN Reason=health" >&2
+fi
+if [ "${#shared_faults[@]}" -gt 0 ]; then
+  printf "$node: %s\n" "${shared_faults[@]}" >&2
+  echo "$node: other nodes have the same directory; make room or open it before the next start" >&2
+fi
+if [ $((${#faults[@]} + ${#shared_faults[@]})) -gt 0 ]; then
   exit 1
 fi
 echo "$node: fit"

@@ -27,12 +27,16 @@ program=(python -m megatron_retro.cli.main)
 containers=(${CONTAINER_IMAGE:+"--container-image=$CONTAINER_IMAGE"}
   ${CONTAINER_MOUNTS:+"--container-mounts=$CONTAINER_MOUNTS"})
 words=()
+written=() # the directory of --save
+cores=()
 dry_run=false
 
 main() {
-  local verb="${1:?usage: launch.sh VERB [flags]}" word
+  local verb="${1:?usage: launch.sh VERB [flags]}" word before=""
   shift
   for word in "$@"; do
+    [ "$before" != --save ] || written=("$word")
+    before="$word"
     case "$word" in
       --dry-run) dry_run=true ;;
       --print-config) LAUNCHER=none; words+=("$word") ;;
@@ -44,8 +48,8 @@ main() {
     exec "${program[@]}" plan --plan-for "$verb" "${words[@]}"
   fi
   load_modules
-  # Memory that is cut into pieces costs a run its last gigabytes; torch reads this where there are GPUs.
-  export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+  # Memory in pieces costs a run its last gigabytes. torch reads this where there are GPUs, PYTORCH_CUDA_ALLOC_CONF first.
+  export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
   case "$(launcher "$verb")" in
     srun) run_in_slurm "$verb" ;;
     torchrun) run_with_torchrun "$verb" ;;
@@ -98,24 +102,26 @@ run_in_slurm() {
   if [ "${HEALTH_CHECK:-on}" != off ]; then
     # One task per node; a node that fails ends the job before anything is built.
     srun "${options[@]}" --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" \
-      "$slurm/health_check.sh" "$logs" || status=$?
+      "$slurm/health_check.sh" "$logs" "${written[@]}" || status=$?
   fi
   if [ "$status" = 0 ]; then
-    # shellcheck disable=SC2046 # one word or none
-    srun "${options[@]}" $(cores_option) --open-mode=append --output="$logs/${SLURM_ARRAY_TASK_ID:+task-$SLURM_ARRAY_TASK_ID-}rank-%t.log" \
+    read_cores
+    srun "${options[@]}" "${cores[@]}" --open-mode=append \
+      --output="$logs/${SLURM_ARRAY_TASK_ID:+task-$SLURM_ARRAY_TASK_ID-}rank-%t.log" \
       "${program[@]}" "$verb" "${words[@]}" || status=$?
   fi
   finish "$verb" "$status" "$(($(date +%s) - begin))" "$logs"
 }
 
 # srun forgets --cpus-per-task of the job; where the job does not say, its tasks share the cores of a node evenly.
-cores_option() {
-  local cores="${SLURM_CPUS_PER_TASK:-}" on_node="${SLURM_JOB_CPUS_PER_NODE:-}"
-  if [ -z "$cores" ] && [ -n "${SLURM_NTASKS_PER_NODE:-}" ] && [[ "$on_node" =~ ^([0-9]+)(\(x[0-9]+\))?$ ]]; then
-    cores=$((BASH_REMATCH[1] / SLURM_NTASKS_PER_NODE))
+read_cores() {
+  local count="${SLURM_CPUS_PER_TASK:-}"
+  if [ -z "$count" ] && [ -n "${SLURM_NTASKS_PER_NODE:-}" ] &&
+    [[ "${SLURM_JOB_CPUS_PER_NODE:-}" =~ ^([0-9]+)(\(x[0-9]+\))?$ ]]; then
+    count=$((BASH_REMATCH[1] / SLURM_NTASKS_PER_NODE))
   fi
-  if [ "${cores:-0}" -gt 0 ]; then
-    echo "--cpus-per-task=$cores"
+  if [ "${count:-0}" -gt 0 ]; then
+    cores=("--cpus-per-task=$count")
   fi
 }
 

@@ -9,6 +9,7 @@
 #        retrofit  that GPT with retrieval, trained on
 #        instruct  instruction tuning
 #        evaluate  question sets (TASKS: which; default: those of the paper's table)
+#        report    one page about what was trained: RUNS/report-SIZE.html
 # SIZE   878m 2.5b 9.5b 24b 48b, or tiny: a model for trying a cluster without GPUs
 #        `pretrain adaptive-1b`: a Retro whose gate decides per chunk whether to read
 #        `retrofit hf`: any decoder of Hugging Face, MODEL is its folder (Llama, Qwen, Mistral, Nemotron, StableLM, GPT-2)
@@ -67,6 +68,7 @@ published() {
         words+=("$task=$data/evaluation/$task.json")
       done
       ;;
+    report) report ;;
   esac
 }
 
@@ -83,12 +85,18 @@ tiny() {
       ;;
     instruct)
       words=(finetune "${recipe[@]}" --retro-attention-gate 0 --seq-length 512 --train-iters 4)
-      words+=(--instruction-data "$data"/instructions/*.jsonl --load "$runs/retro-tiny" --save "$runs/instruct-tiny")
+      words+=(--context-place none --skip-long-examples --instruction-data "$data"/instructions/*.jsonl --load "$runs/retro-tiny" --save "$runs/instruct-tiny")
       ;;
     evaluate)
       words=(evaluate perplexity --load "$runs/retro-tiny" --eval-output "$runs/evaluate-tiny" --perplexity-windows 8)
       ;;
+    report) report ;;
   esac
+}
+
+report() {
+  words=(report "$runs/gpt-$gpt" "$runs/retro-$size" "$runs/instruct-$size" --report-output "$runs/report-$size.html"
+    --report-retrieval "$data/retro")
 }
 
 adaptive() {

@@ -46,7 +46,7 @@ case "$stage-$size" in
     options+=(--nodes=1 --ntasks-per-node=1 "--array=0-$((${WORKERS:-4} - 1))")
     [ "$gpus" = 1 ] || options+=("$with_gpus")
     ;;
-  evaluate-tiny) options+=(--nodes=1 --ntasks-per-node=1) ;;
+  report-* | evaluate-tiny) options+=(--nodes=1 --ntasks-per-node=1) ;;
   *-tiny) options+=("--nodes=$nodes" "--ntasks-per-node=$gpus") ;;
   *) options+=("--nodes=$nodes" "--ntasks-per-node=$gpus" "$with_gpus" --exclusive --mem=0) ;;
 esac

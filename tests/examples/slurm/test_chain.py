@@ -1,4 +1,5 @@
-"""The whole chain under a real SLURM with the tiny recipes: submitted once, preempted, robbed of a node, finished."""
+"""The whole chain under a real SLURM with the tiny recipes: submitted once, with no data of
+its own, preempted, robbed of a node, finished in a page."""
 
 from __future__ import annotations
 
@@ -11,27 +12,8 @@ import pytest
 from megatron_retro.testing.slurm import Cluster
 
 ROOT = Path(__file__).resolve().parents[3]
-STAGES = "corpus index pretrain retrofit instruct evaluate"
+STAGES = ["corpus", "index", "pretrain", "retrofit", "instruct", "evaluate", "report"]
 STEPS = 18
-
-
-def write_text(directory: Path) -> None:
-    """Some of this repository's own sources as documents."""
-    sources = sorted((ROOT / "megatron_retro/runtime").glob("*.py"))
-    documents = [{"text": source.read_text()[:6000]} for source in sources]
-    assert sum(len(document["text"]) for document in documents) > 30_000
-    directory.mkdir(parents=True)
-    lines = "".join(json.dumps(document) + "\n" for document in documents)
-    (directory / "sources.jsonl").write_text(lines)
-
-
-def write_conversations(directory: Path) -> None:
-    directory.mkdir(parents=True)
-    turns = [
-        [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"{i}."}] for i in range(40)
-    ]
-    lines = "".join(json.dumps({"messages": messages}) + "\n" for messages in turns)
-    (directory / "counting.jsonl").write_text(lines)
 
 
 def submit_chain(cluster: Cluster, room: Path) -> dict[str, int]:
@@ -42,7 +24,6 @@ def submit_chain(cluster: Cluster, room: Path) -> dict[str, int]:
         DATA=str(room / "data"),
         RUNS=str(room / "runs"),
         LOGS=str(room / "logs"),
-        STAGES=STAGES,
         WORKERS="2",
         HEALTH_CHECK="off",
         OMP_NUM_THREADS="1",
@@ -63,9 +44,8 @@ def starts(room: Path, pattern: str) -> str:
 
 @pytest.mark.timeout(600)
 def test_the_chain_survives_preemption_and_a_lost_node(cluster: Cluster, tmp_path: Path) -> None:
-    write_text(tmp_path / "data/text")
-    write_conversations(tmp_path / "data/instructions")
     jobs = submit_chain(cluster, tmp_path)
+    assert list(jobs) == STAGES
 
     cluster.wait_until(
         lambda: bool(saved_steps(tmp_path, "gpt-tiny")), 300, "the GPT's first checkpoint", jobs["pretrain"]
@@ -87,8 +67,9 @@ def test_the_chain_survives_preemption_and_a_lost_node(cluster: Cluster, tmp_pat
     assert cluster.wait(jobs["instruct"], 200)["JobState"] == "COMPLETED", starts(tmp_path, "instruct-tiny-*")
     assert max(saved_steps(tmp_path, "instruct-tiny")) == 4
     assert cluster.wait(jobs["evaluate"], 120)["JobState"] == "COMPLETED"
-    found = json.loads((tmp_path / "runs/evaluate-tiny/perplexity.json").read_text())
-    assert found
+    assert json.loads((tmp_path / "runs/evaluate-tiny/perplexity.json").read_text())
+    assert cluster.wait(jobs["report"], 120)["JobState"] == "COMPLETED", starts(tmp_path, "report-tiny-*")
+    assert "What was trained" in (tmp_path / "runs/report-tiny.html").read_text()
     assert all(cluster.facts(job)["JobState"] == "COMPLETED" for job in jobs.values())
 
 

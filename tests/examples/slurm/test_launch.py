@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from megatron_retro.testing.slurm import Cluster
 
@@ -70,34 +73,100 @@ def test_an_unfit_node_ends_the_job_before_its_work(cluster: Cluster, tmp_path: 
     facts = cluster.wait(job)
     log = (tmp_path / "job.log").read_text()
     assert facts["JobState"] == "FAILED"
-    assert "99999999 GB needed" in log and "scontrol update NodeName=n" in log and "Reason=health" in log
+    assert "99999999 GB needed" in log and "other nodes have the same directory" in log
     assert not list((tmp_path / "logs").glob("*/rank-*.log"))
 
 
 def test_missing_gpus_and_a_full_or_closed_disk_are_named(cluster: Cluster, tmp_path: Path) -> None:
     script = ROOT / "examples/slurm/health_check.sh"
-    closed = tmp_path / "nowhere"
+    closed = tmp_path / "file" / "below"
+    closed.parent.touch()
     text = cluster.run("bash", "-c", f"EXPECTED_GPUS=8 {script} {closed} 2>&1 || true")
     assert "0 of 8 GPUs answer" in text
     assert f"{closed} cannot be written" in text
 
 
-def test_container_flags_and_options_go_to_srun(tmp_path: Path) -> None:
-    """What srun is started with, seen by a program of that name; SLURM itself has no containers here."""
-    recorder = tmp_path / "srun"
-    recorder.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/seen\n')
+def srun_words(directory: Path, *words: str, **variables: str) -> tuple[str, str]:
+    """What srun is started with for the check and for the work, seen by a program of that name."""
+    recorder = directory / "srun"
+    recorder.write_text(f'#!/bin/sh\necho "$@ [$PYTORCH_ALLOC_CONF $GLOO_SOCKET_IFNAME]" >>{directory}/seen\n')
     recorder.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SRUN_OPTIONS": "--cpu-bind=none"}
-    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "LOGS": str(tmp_path / "logs")}
-    command = [str(LAUNCH), "pretrain", "--lr", "1", "--container-image=retro.sqsh", "--container-mounts=/data:/data"]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    check, start = (tmp_path / "seen").read_text().splitlines()
+    environment = {**os.environ, "PATH": f"{directory}:{os.environ['PATH']}"}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "LOGS": str(directory / "logs"), **variables}
+    subprocess.run([str(LAUNCH), *words], env=environment, check=True, capture_output=True)
+    check, start = (directory / "seen").read_text().splitlines()
+    return check, start
+
+
+def test_container_flags_and_options_go_to_srun(tmp_path: Path) -> None:
+    """SLURM itself has no containers here."""
+    flags = ["--container-image=retro.sqsh", "--container-mounts=/data:/data"]
+    check, start = srun_words(tmp_path, "pretrain", "--lr", "1", *flags, SRUN_OPTIONS="--cpu-bind=none")
     for line in (check, start):
-        assert (
-            "--cpu-bind=none --kill-on-bad-exit=1 --container-image=retro.sqsh --container-mounts=/data:/data" in line
-        )
+        assert f"--cpu-bind=none --kill-on-bad-exit=1 {' '.join(flags)}" in line
     assert "--ntasks=2" in check and "health_check.sh" in check
-    assert start.endswith("pretrain --lr 1")
+    assert "pretrain --lr 1 [expandable_segments:True" in start
+
+
+def test_the_profile_of_the_cluster_reaches_the_processes(tmp_path: Path) -> None:
+    profile = tmp_path / "cluster.env"
+    profile.write_text("CONTAINER_IMAGE=retro.sqsh\nGLOO_SOCKET_IFNAME=ib0\nPYTORCH_ALLOC_CONF=max_split_size_mb:64\n")
+    for line in srun_words(tmp_path, "pretrain", CLUSTER=str(profile)):
+        assert "--container-image=retro.sqsh" in line and "[max_split_size_mb:64 ib0]" in line
+
+
+@pytest.mark.parametrize(
+    ("variables", "cores"),
+    [
+        ({"SLURM_JOB_CPUS_PER_NODE": "96(x2)", "SLURM_NTASKS_PER_NODE": "8"}, "12"),
+        ({"SLURM_JOB_CPUS_PER_NODE": "96(x2)", "SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "4"}, "4"),
+        ({"SLURM_JOB_CPUS_PER_NODE": "96,64", "SLURM_NTASKS_PER_NODE": "8"}, None),
+        ({"SLURM_JOB_CPUS_PER_NODE": "96(x2)"}, None),
+    ],
+)
+def test_each_process_gets_its_share_of_the_cores(variables: dict[str, str], cores: str | None, tmp_path: Path) -> None:
+    check, start = srun_words(tmp_path, "pretrain", **variables)
+    assert "--cpus-per-task" not in check
+    assert re.findall(r"--cpus-per-task=(\d+)", start) == ([cores] if cores else [])
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"), [({"CLUSTER": "/nowhere"}, "is no file"), ({"MODULES": "cuda"}, "no command `module`")]
+)
+def test_a_profile_that_cannot_be_used_is_named(variables: dict[str, str], message: str, tmp_path: Path) -> None:
+    done = subprocess.run([str(LAUNCH), "reach"], env={**os.environ, **variables}, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_the_directory_of_a_run_is_checked_too(tmp_path: Path) -> None:
+    check, _ = srun_words(tmp_path, "pretrain", "--save", str(tmp_path / "runs/x"))
+    assert f"health_check.sh {tmp_path}/logs/job-7 {tmp_path}/runs/x" in check
+
+
+def health(directory: Path, **variables: str) -> str:
+    """What the check says of this machine and of a directory that is not there yet."""
+    script = ROOT / "examples/slurm/health_check.sh"
+    command = ["bash", str(script), str(directory / "later/run")]
+    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def test_a_full_file_system_is_no_fault_of_the_node(tmp_path: Path) -> None:
+    assert health(tmp_path, MINIMUM_FREE_GB="0").endswith(": fit\n")
+    text = health(tmp_path, MINIMUM_FREE_GB="99999999")
+    assert f"GB free in {tmp_path}, 99999999 GB needed" in text
+    assert "other nodes have the same directory" in text and "DRAIN" not in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loopback_name_is_a_hint_where_nodes_do_not_meet(tmp_path: Path) -> None:
+    for name, said in (("python", "exit 1"), ("getent", "echo 127.0.1.1 here")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{said}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NUM_NODES": "2", "MINIMUM_FREE_GB": "0"}
+    text = health(tmp_path, **variables)
+    assert "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME" in text and "Reason=health" in text
+    assert "GLOO" not in health(tmp_path, **variables, GLOO_SOCKET_IFNAME="ib0")
 
 
 def test_the_last_line_of_a_job_names_its_error(tmp_path: Path) -> None:
