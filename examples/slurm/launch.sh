@@ -29,6 +29,7 @@ containers=(${CONTAINER_IMAGE:+"--container-image=$CONTAINER_IMAGE"}
 words=()
 written=() # the directory of --save
 cores=()
+declare -A told_before=() # bytes of each rank's log that earlier starts wrote
 dry_run=false
 
 main() {
@@ -92,7 +93,7 @@ run_with_torchrun() {
 }
 
 run_in_slurm() {
-  local verb="$1" status=0 begin logs
+  local verb="$1" status=0 begin logs log
   local -a options=()
   logs="${LOGS:-logs}/${SLURM_JOB_NAME:-job}-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}"
   mkdir -p "$logs"
@@ -104,6 +105,9 @@ run_in_slurm() {
     srun "${options[@]}" --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" \
       "$slurm/health_check.sh" "$logs" "${written[@]}" || status=$?
   fi
+  for log in "$logs"/*rank-*.log; do
+    [ ! -f "$log" ] || told_before["$log"]="$(stat -c %s "$log")"
+  done
   if [ "$status" = 0 ]; then
     read_cores
     srun "${options[@]}" "${cores[@]}" --open-mode=append \
@@ -144,16 +148,33 @@ finish() {
   exit "$status"
 }
 
-# What the first rank said last; of a job that ended early, its error.
+# Of a start that failed, its first error, whole; else what the first rank said last.
 last_line() {
-  local log="$1/${SLURM_ARRAY_TASK_ID:+task-$SLURM_ARRAY_TASK_ID-}rank-0.log" status="$2"
-  if [ ! -s "$log" ]; then
-    echo "no output"
-  elif [ "$status" != 0 ] && grep -q '^error: ' "$log"; then
-    grep '^error: ' "$log" | tail -n 1
-  else
-    tail -n 1 "$log"
+  local ranks="$1/${SLURM_ARRAY_TASK_ID:+task-$SLURM_ARRAY_TASK_ID-}rank-" status="$2" log error
+  if [ "$status" != 0 ]; then
+    # A rank that failed has written its error last, so the log that was changed first has the first error.
+    while IFS= read -r log; do
+      error="$(tail -c "+$((${told_before[$log]:-0} + 1))" "$log" | first_error)"
+      if [ -n "$error" ]; then
+        echo "$error"
+        return
+      fi
+    done < <(grep -l '^error: ' "$ranks"*.log 2>/dev/null | xargs -r -d '\n' stat -c '%.9Y %n' | sort -n |
+      cut -d' ' -f2-)
   fi
+  if [ -s "${ranks}0.log" ]; then
+    tail -n 1 "${ranks}0.log"
+  else
+    echo "no output"
+  fi
+}
+
+# The first error of a log with what was got, what was expected and what mends it, on one line.
+first_error() {
+  awk '/^error: / { line = $0; next }
+    line != "" && /^  / { sub(/^ +/, ""); line = line "; " $0; next }
+    line != "" { exit }
+    END { print line }'
 }
 
 main "$@"

@@ -169,16 +169,27 @@ def test_a_loopback_name_is_a_hint_where_nodes_do_not_meet(tmp_path: Path) -> No
     assert "GLOO" not in health(tmp_path, **variables, GLOO_SOCKET_IFNAME="ib0")
 
 
-def test_the_last_line_of_a_job_names_its_error(tmp_path: Path) -> None:
-    """Not the advice below it; and of a job that finished, not the stop of an earlier start."""
+def test_the_last_line_of_a_job_is_this_starts_first_error(tmp_path: Path) -> None:
+    """Whole, whichever rank it was; neither that of an earlier start nor one that followed from it."""
     program = tmp_path / "srun"
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HEALTH_CHECK": "off"}
     environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "LOGS": str(tmp_path)}
-    log = tmp_path / "job-7/rank-0.log"
-    for code, said in ((2, "error: runs/x belongs to a run that is going on"), (0, "saved: step 4")):
-        program.write_text(
-            f"#!/bin/sh\nprintf '{said}\\n' >>{log}\n[ {code} = 0 ] || echo '  fix: wait' >>{log}\nexit {code}\n"
-        )
+    starts = (
+        (2, {0: "error: an old one\n  fix:      wait\n"}, "error: an old one; fix:      wait"),
+        (0, {0: "saved: step 4\n"}, "saved: step 4"),
+        (
+            2,
+            {
+                1: "error: the disk is full\n  got:      0 B\n  fix:      free space\nsaid after it\n",
+                0: "step 5\nerror: a collective of rank 0 failed\n",
+            },
+            "error: the disk is full; got:      0 B; fix:      free space",
+        ),
+        (1, {0: "a fault of ours\n"}, "a fault of ours"),
+    )
+    for code, said, last in starts:
+        lines = [f"printf '%s' '{text}' >>{tmp_path}/job-7/rank-{rank}.log; sleep 0.05" for rank, text in said.items()]
+        program.write_text("\n".join(["#!/bin/sh", *lines, f"exit {code}"]) + "\n")
         program.chmod(0o755)
         done = subprocess.run([str(LAUNCH), "pretrain"], env=environment, capture_output=True, text=True)
-        assert done.returncode == code and done.stdout.rstrip().endswith(said), done.stdout + done.stderr
+        assert done.returncode == code and done.stdout.rstrip().endswith(f"; {last}"), done.stdout + done.stderr
