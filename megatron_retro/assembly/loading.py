@@ -14,8 +14,14 @@ from torch import Tensor
 
 from megatron_retro.assembly.stage_building import is_tuned, stage_without_memory
 from megatron_retro.checkpoint.live_state import model_tensors, padded_rows, vocabulary_rows
-from megatron_retro.checkpoint.loading import Checkpoint, load_tensors, open_checkpoint
-from megatron_retro.checkpoint.stored_settings import open_base, seen_from, stored_settings
+from megatron_retro.checkpoint.loading import (
+    Checkpoint,
+    load_tensors,
+    open_base,
+    open_checkpoint,
+    seen_from,
+    stored_settings,
+)
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig

@@ -1,18 +1,30 @@
 """The checkpoints of one run: `step-00000040/` directories that appear whole, and a pointer to the newest.
 
-A directory gets its name by one rename after its manifest is on disk, so whatever has the name is complete.
+A directory gets its name by one rename after its manifest is on disk, so whatever has the name is complete. One run
+holds the directory: by a lock that the kernel drops when its holder dies, however it dies.
 `latest.json` is for other programs; ours look at the directories themselves.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
+import socket
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_retro.artifacts.files import RETIRED_MARK, TEMPORARY_MARK, flush_directory, write_file
+from megatron_retro.artifacts.files import (
+    RETIRED_MARK,
+    TEMPORARY_MARK,
+    flush_directory,
+    make_folder,
+    named_disk_errors,
+    write_file,
+)
 from megatron_retro.artifacts.manifest import MANIFEST_NAME
 from megatron_retro.errors import ArtifactError
 from megatron_retro.runtime.strict_json import json_text
@@ -87,3 +99,27 @@ def clear_unfinished(run: Path) -> int:
             shutil.rmtree(path, ignore_errors=True)
             count += 1
     return count
+
+
+LOCK_NAME = "run.lock"
+
+
+@contextmanager
+def run_lock(run: Path) -> Iterator[None]:
+    """Hold the directory of a run; a second run on it is refused at once."""
+    make_folder(run)
+    with named_disk_errors(run):
+        descriptor = os.open(run / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            raise ArtifactError(
+                f"{run} belongs to a run that is going on", got=holder, fix="wait for it, or give another --save"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)

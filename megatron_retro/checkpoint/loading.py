@@ -1,4 +1,4 @@
-"""Loading: check first that the checkpoint is whole and of this model, then read verified pieces into place."""
+"""Loading: the settings of a stored model; checks that a checkpoint is whole and of this model; verified tensors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
 from megatron_retro.artifacts.manifest import Manifest, file_record, read_manifest
+from megatron_retro.checkpoint.dcp import PaddingLoadPlanner, named_failure
 from megatron_retro.checkpoint.directory import KIND, STATE_NAME, VERSION, resolve_checkpoint
-from megatron_retro.checkpoint.failures import named_failure
-from megatron_retro.checkpoint.planners import PaddingLoadPlanner
 from megatron_retro.checkpoint.storage import INDEX_NAME, ShardReader, TensorIndex, read_index
+from megatron_retro.config.data import InstructionConfig, TokenizerConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.config.settings import Settings, build_settings, section_name, specs_by_name
+from megatron_retro.config.training import CheckpointConfig, PeftConfig
 from megatron_retro.errors import ArtifactError, DamagedArtifact
 from megatron_retro.runtime.strict_json import json_text
 
@@ -141,3 +144,49 @@ def load_tensors(
             process_group=None if alone else group,
             no_dist=alone,
         )
+
+
+_SECTIONS = (ModelConfig, RetroConfig, TokenizerConfig, PeftConfig)
+
+
+def stored_settings(checkpoint: Checkpoint) -> Settings:
+    """The sections that make the model, as they were when it was trained."""
+    return _stored(checkpoint, _SECTIONS)
+
+
+def stored_instructions(checkpoint: Checkpoint) -> InstructionConfig | None:
+    """How its conversations were written, if it was tuned on any."""
+    if section_name(InstructionConfig) not in checkpoint.manifest.config:
+        return None
+    return _stored(checkpoint, (InstructionConfig,))[InstructionConfig]
+
+
+def _stored(checkpoint: Checkpoint, sections: Sequence[type]) -> Settings:
+    values: dict[str, Any] = {}
+    known = specs_by_name(sections)
+    for section in sections:
+        stored: Mapping[str, Any] = checkpoint.manifest.config.get(section_name(section), {})
+        unknown = [name for name in stored if name not in known]
+        if unknown:
+            raise ArtifactError(
+                f"{checkpoint.path} has settings that this version does not know",
+                got=", ".join(unknown),
+                fix="use the version of megatron_retro that wrote it",
+            )
+        values.update({name: value for name, value in stored.items() if value is not None})
+    return build_settings(sections, values, {})
+
+
+def open_base(checkpoint: Checkpoint) -> Checkpoint:
+    """The frozen model that a run tuned beside."""
+    stored = str(checkpoint.manifest.config.get(section_name(CheckpointConfig), {}).get("load") or "")
+    return open_checkpoint(seen_from(stored, checkpoint.path))
+
+
+def seen_from(stored: str, checkpoint: Path) -> Path:
+    """A path as a run noted it; a relative one also counts from a folder above the run."""
+    path = Path(stored)
+    if path.is_absolute() or path.exists():
+        return path
+    places = (folder / path for folder in checkpoint.resolve().parents)
+    return next((place for place in places if place.exists()), path)

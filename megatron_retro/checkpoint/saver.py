@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron_retro.artifacts.files import TEMPORARY_MARK, flush_file, named_disk_errors, publish_directory
 from megatron_retro.artifacts.manifest import FileRecord, file_record, write_manifest
+from megatron_retro.checkpoint.dcp import TrimmingSavePlanner, named_failure
 from megatron_retro.checkpoint.directory import (
     KIND,
     STATE_NAME,
@@ -33,9 +34,7 @@ from megatron_retro.checkpoint.directory import (
     point_to,
     step_directory,
 )
-from megatron_retro.checkpoint.failures import named_failure
 from megatron_retro.checkpoint.live_state import as_staged, staging_copy
-from megatron_retro.checkpoint.planners import TrimmingSavePlanner
 from megatron_retro.checkpoint.storage import INDEX_NAME, ShardWriter
 from megatron_retro.errors import MegatronRetroError
 from megatron_retro.runtime.strict_json import json_text

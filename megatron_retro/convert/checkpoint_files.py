@@ -13,10 +13,9 @@ from megatron_retro.artifacts.files import new_directory, write_file
 from megatron_retro.artifacts.manifest import file_record, write_manifest
 from megatron_retro.checkpoint.directory import KIND, STATE_NAME, VERSION, point_to, step_directory
 from megatron_retro.checkpoint.live_state import MODEL
-from megatron_retro.checkpoint.loading import Checkpoint, load_tensors, open_checkpoint
+from megatron_retro.checkpoint.loading import Checkpoint, load_tensors, open_base, open_checkpoint, stored_settings
 from megatron_retro.checkpoint.shard_files import DTYPES, PieceSpec, StoredPiece, write_shard
 from megatron_retro.checkpoint.storage import INDEX_NAME, ShardFile, TensorIndex, shard_name
-from megatron_retro.checkpoint.stored_settings import open_base, stored_settings
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings

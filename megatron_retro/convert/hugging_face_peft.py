@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_retro.artifacts.files import new_directory, write_file
-from megatron_retro.checkpoint.loading import Checkpoint, open_checkpoint
-from megatron_retro.checkpoint.stored_settings import open_base, stored_settings
+from megatron_retro.checkpoint.loading import Checkpoint, open_base, open_checkpoint, stored_settings
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import PeftConfig

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_retro.checkpoint.loading import Checkpoint, open_checkpoint
-from megatron_retro.checkpoint.stored_settings import stored_settings
+from megatron_retro.checkpoint.loading import Checkpoint, open_checkpoint, stored_settings
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings

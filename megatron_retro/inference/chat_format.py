@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_retro.checkpoint.loading import open_checkpoint
-from megatron_retro.checkpoint.stored_settings import seen_from, stored_instructions
+from megatron_retro.checkpoint.loading import open_checkpoint, seen_from, stored_instructions
 from megatron_retro.config.data import InstructionConfig
 from megatron_retro.data.instructions.conversation_tokens import placed
 from megatron_retro.data.instructions.conversations import Passage, Turn

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from megatron_retro.config.training import OptimizerConfig
 from megatron_retro.errors import EnvironmentProblem
 from megatron_retro.ops.engines import APEX_ADAM, TE_ADAM, adam_problems, fused_adam, state_row
+from megatron_retro.ops.local_tensors import local
 from megatron_retro.optim.clipping import clip_factor, scale_gradients
-from megatron_retro.optim.engine_adam import EngineAdam
 from megatron_retro.optim.groups import parameter_groups
-from megatron_retro.optim.loss_scale import LossScale
 
 TORCH_ADAM = "adam"
+_SMALLEST_SCALE, _LARGEST_SCALE = 1.0, 2.0**24
 _INSTALL: Mapping[str, str] = {
     TE_ADAM: "pip install 'megatron-retro[gpu]' on a machine with a GPU",
     APEX_ADAM: "build Apex from NVIDIA/apex with its C++ and CUDA extensions (`apex` on PyPI is another project)",
@@ -112,3 +112,107 @@ class TrainingOptimizer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Take up a checkpoint's state."""
         self.loss_scale.load_state(state["loss_scale"])
+
+
+class EngineAdam(torch.optim.Optimizer):
+    """AdamW whose arithmetic is the `FusedAdam` of TransformerEngine or Apex, behind the face of torch's.
+
+    FusedAdam counts steps by group where torch counts them by parameter, knows plain tensors only, and does not survive
+    an empty one. So it is lent this rank's part of every tensor for the length of a step, while groups, moments and
+    counts stay laid out as torch lays them out: a checkpoint does not know which of the three wrote it.
+    """
+
+    def __init__(self, fused_adam: Any, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
+        settings: dict[str, Any] = {
+            "lr": config.lr,
+            "betas": (config.adam_beta1, config.adam_beta2),
+            "eps": config.adam_eps,
+        }
+        super().__init__(groups, {**settings, "weight_decay": 0.0})
+        self._lent: dict[Tensor, Tensor] = {}
+        lent_groups = [self._lent_group(group) for group in self.param_groups]
+        # the engines fault on tensors without elements, which a small parameter cut over many ranks has
+        self._pairs = [pair for pair in zip(self.param_groups, lent_groups, strict=True) if pair[1]["params"]]
+        lent_groups = [lent for _, lent in self._pairs]
+        self._engine = fused_adam(lent_groups, **settings, adam_w_mode=True) if lent_groups else None
+
+    def _lent_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        parts = {parameter: local(parameter).detach() for parameter in group["params"]}
+        self._lent |= parts
+        return {
+            "params": [part for part in parts.values() if part.numel()],
+            "weight_decay": group["weight_decay"],
+        }
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's may return a loss
+        """One update of every parameter that has a gradient."""
+        by_count: dict[int, list[Tensor]] = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_count.setdefault(int(self._state_of(parameter)["step"]), []).append(parameter)
+        # one round as a rule: parameters that missed a gradient now and then have counts of their own
+        for count, parameters in by_count.items():
+            for parameter in parameters:
+                self._lend(parameter)
+            self._step_from(count)
+            for parameter in parameters:
+                self._lent[parameter].grad = None
+                self.state[parameter]["step"] += 1
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        return state
+
+    def _lend(self, parameter: Tensor) -> None:
+        """The tensors of now: a sharded model or a loaded state may have put others in the place of the first."""
+        part, gradient = self._lent[parameter], parameter.grad
+        if self._engine is None or gradient is None or not part.numel():
+            return
+        part.data = local(parameter).detach()
+        part.grad = local(gradient).contiguous()
+        moments = {name: local(value) for name, value in self.state[parameter].items() if name != "step"}
+        self._engine.state[part] = moments
+
+    def _step_from(self, count: int) -> None:
+        if self._engine is None:
+            return
+        for (group, _), engine_group in zip(self._pairs, self._engine.param_groups, strict=True):
+            engine_group["lr"], engine_group["step"] = group["lr"], count
+        self._engine.step()
+
+
+@dataclass
+class LossScale:
+    """Of fp16 losses: halved after a step that overflowed, doubled after `window` that did not (0: kept as it is).
+
+    torch's GradScaler decides from the gradients that one rank holds; here the decision comes from the norm over all
+    axes, so every rank takes the same one, and the state is two numbers in a checkpoint's JSON.
+    """
+
+    scale: float
+    window: int
+    good_steps: int = 0
+
+    def update(self, finite: bool) -> None:
+        """Learn from one step."""
+        if self.window == 0:
+            return
+        if not finite:
+            self.scale, self.good_steps = max(self.scale / 2, _SMALLEST_SCALE), 0
+            return
+        self.good_steps += 1
+        if self.good_steps >= self.window:
+            self.scale, self.good_steps = min(self.scale * 2, _LARGEST_SCALE), 0
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"scale": self.scale, "good_steps": self.good_steps}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        """Take up a checkpoint's state."""
+        self.scale, self.good_steps = float(state["scale"]), int(state["good_steps"])

@@ -35,7 +35,7 @@ from torch.utils.checkpoint import (
 from megatron_retro.model.leaves import Linear
 from megatron_retro.model.retro import Retro
 from megatron_retro.ops.backends import backend_of
-from megatron_retro.ops.fp8_linear import fp8_linear
+from megatron_retro.ops.linear import fp8_linear
 
 _KEPT = (
     "aten::mm",

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from megatron_retro.ops.linear import linear
-from megatron_retro.ops.vocabulary_blocks import gradients, statistics
+from megatron_retro.ops.linear_cross_entropy import gradients, statistics
 from megatron_retro.parallel.collectives import all_gather
 
 

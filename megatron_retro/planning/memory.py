@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from megatron_retro.ops.vocabulary_blocks import BLOCK_BYTES
+from megatron_retro.ops.linear_cross_entropy import BLOCK_BYTES
 from megatron_retro.planning.ranks import RankPlan
 from megatron_retro.planning.workload import Layout, Workload
 

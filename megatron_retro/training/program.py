@@ -20,9 +20,8 @@ from megatron_retro.assembly.retrofitting import (
 )
 from megatron_retro.assembly.run_parts import RunParts, build_run_parts
 from megatron_retro.assembly.stage_building import model_without_memory, trained_parts
-from megatron_retro.checkpoint.directory import clear_unfinished
+from megatron_retro.checkpoint.directory import clear_unfinished, run_lock
 from megatron_retro.checkpoint.loading import open_checkpoint
-from megatron_retro.checkpoint.run_lock import run_lock
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig

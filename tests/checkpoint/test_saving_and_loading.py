@@ -19,9 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from megatron_retro.artifacts.manifest import damage
-from megatron_retro.checkpoint.directory import LATEST_NAME, complete_checkpoints
+from megatron_retro.checkpoint.directory import LATEST_NAME, complete_checkpoints, run_lock
 from megatron_retro.checkpoint.loading import load_tensors, open_checkpoint, require_same_model
-from megatron_retro.checkpoint.run_lock import run_lock
 from megatron_retro.checkpoint.saver import Saver, Snapshot
 from megatron_retro.errors import ArtifactError, DamagedArtifact, EnvironmentProblem
 from megatron_retro.testing.forked_runs import fork, wait

@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_retro.checkpoint.loading import open_checkpoint
-from megatron_retro.checkpoint.stored_settings import stored_settings
+from megatron_retro.checkpoint.loading import open_checkpoint, stored_settings
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.convert.checkpoint_files import read_parameter
 from megatron_retro.convert.megatron_checkpoint import import_megatron

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_retro.errors import EnvironmentProblem
 from megatron_retro.ops import backends, engines
 from megatron_retro.ops.backends import APEX, NONE, REFERENCE, TRANSFORMER_ENGINE, VARIABLE
-from megatron_retro.ops.fp8_linear import fp8_linear
+from megatron_retro.ops.linear import fp8_linear
 from megatron_retro.ops.norm import layer_norm, residual_norm, rms_norm
 from megatron_retro.ops.precision import values_and_gradients
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from megatron_retro.errors import ConfigError
 from megatron_retro.ops.backends import REFERENCE, TORCH, VARIABLE, problems
-from megatron_retro.ops.fp8_linear import fp8_linear
+from megatron_retro.ops.linear import fp8_linear
 from megatron_retro.ops.precision import values_and_gradients
 
 needs_torchs = pytest.mark.skipif(

@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_retro.ops import library, vocabulary_blocks
+from megatron_retro.ops import library
 from megatron_retro.ops.backends import VARIABLE
-from megatron_retro.ops.linear_cross_entropy import _VocabularyBlocks, linear_cross_entropy
+from megatron_retro.ops.linear_cross_entropy import _VocabularyBlocks, gradients, linear_cross_entropy, statistics
 from megatron_retro.ops.precision import excess_over_twice, values_and_gradients
-from megatron_retro.ops.vocabulary_blocks import gradients, statistics
 
 NATIVE = pytest.mark.skipif(library.problem() is not None, reason=str(library.problem()))
 WISHES = ["reference", pytest.param("native", marks=NATIVE)]
@@ -48,7 +47,7 @@ def wish(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def block_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """One block, and several with a short last one."""
     if request.param is not None:
-        monkeypatch.setattr(vocabulary_blocks, "BLOCK_BYTES", request.param)
+        monkeypatch.setattr("megatron_retro.ops.linear_cross_entropy.BLOCK_BYTES", request.param)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -159,7 +158,7 @@ def test_a_cut_vocabulary(wish: str, cut: int) -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_memory_does_not_grow_with_positions_times_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "native")
-    monkeypatch.setattr(vocabulary_blocks, "BLOCK_BYTES", 1 << 22)
+    monkeypatch.setattr("megatron_retro.ops.linear_cross_entropy.BLOCK_BYTES", 1 << 22)
     hidden = torch.randn(1, 2048, 4).requires_grad_()
     weight = torch.randn(30_000, 4).requires_grad_()
     labels = torch.randint(0, 30_000, (1, 2048))

@@ -24,8 +24,7 @@ from megatron_retro.cli import main as entry
 from megatron_retro.config.training import OptimizerConfig
 from megatron_retro.errors import EnvironmentProblem
 from megatron_retro.ops import engines
-from megatron_retro.optim.engine_adam import EngineAdam
-from megatron_retro.optim.optimizer import TrainingOptimizer, optimizer_rows, require_optimizer
+from megatron_retro.optim.optimizer import EngineAdam, TrainingOptimizer, optimizer_rows, require_optimizer
 from megatron_retro.testing.forked_runs import exit_code_of
 from megatron_retro.testing.processes import run_ranks
 from megatron_retro.testing.run_results import differences, losses, stored_tensors

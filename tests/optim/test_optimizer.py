@@ -14,8 +14,7 @@ from megatron_retro.config.training import OptimizerConfig, TrainingConfig, sche
 from megatron_retro.errors import ConfigError
 from megatron_retro.optim.clipping import squared_norm
 from megatron_retro.optim.groups import decays, part_of
-from megatron_retro.optim.loss_scale import LossScale
-from megatron_retro.optim.optimizer import TrainingOptimizer
+from megatron_retro.optim.optimizer import LossScale, TrainingOptimizer
 from megatron_retro.optim.schedule import batch_size_schedule, learning_rate, run_length
 from megatron_retro.testing.processes import run_ranks
 

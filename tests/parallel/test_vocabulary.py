@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from megatron_retro.ops import vocabulary_blocks
 from megatron_retro.parallel.vocabulary import gathered_logits, parallel_losses, partial_embedding, true_rows
 from megatron_retro.testing.processes import run_ranks
 
@@ -27,8 +26,8 @@ def _inputs(vocab_size: int, padded: int) -> tuple[torch.Tensor, torch.Tensor, t
 @pytest.mark.parametrize(("vocab_size", "padded", "ranks"), [(9, 12, 2), (12, 12, 4), (3, 12, 4), (7, 8, 2)])
 def test_losses_and_gradients(vocab_size: int, padded: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With (3, 12, 4) three ranks hold padding only; small blocks make several of them."""
-    monkeypatch.setattr(vocabulary_blocks, "BLOCK_BYTES", 40)
-    monkeypatch.setattr(vocabulary_blocks, "_MINIMUM", 1)
+    monkeypatch.setattr("megatron_retro.ops.linear_cross_entropy.BLOCK_BYTES", 40)
+    monkeypatch.setattr("megatron_retro.ops.linear_cross_entropy._FEWEST_LINES", 1)
     hidden, table, labels, weights = _inputs(vocab_size, padded)
     hidden.requires_grad_()
     rows = table[:vocab_size].clone().requires_grad_()

@@ -1,19 +1,26 @@
-"""What of each tensor goes to disk: everything, except the rows that pad the vocabulary for a cut.
+"""What we add to `torch.distributed.checkpoint`: planners that leave out padding, and failures by their own names.
 
-A checkpoint stores the true vocabulary, so it loads on a layout that pads differently.
+A checkpoint stores the true vocabulary, not the rows that pad it for a cut, so it loads on a layout that pads
+differently.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+
+from megatron_retro.artifacts.files import named_disk_errors
+from megatron_retro.errors import MegatronRetroError
 
 
 class TrimmingSavePlanner(DefaultSavePlanner):
@@ -71,3 +78,20 @@ class PaddingLoadPlanner(DefaultLoadPlanner):
                 state_dict[name].detach().zero_()
             metadata = dataclasses.replace(metadata, state_dict_metadata=entries)
         super().set_up_planner(state_dict, metadata, is_coordinator)
+
+
+@contextmanager
+def named_failure(path: Path) -> Iterator[None]:
+    """Raise the first named error of any rank instead of torch's collection; full disks are named too."""
+    try:
+        yield
+    except CheckpointException as error:
+        failures = [failure for _, (failure, _) in sorted(error.failures.items())]
+        ours = next((failure for failure in failures if isinstance(failure, MegatronRetroError)), None)
+        if ours is not None:
+            raise ours from None
+        refused = next((failure for failure in failures if isinstance(failure, OSError)), None)
+        if refused is not None:
+            with named_disk_errors(path):
+                raise refused from None
+        raise failures[0] from error  # torch's collection is no `Exception`
