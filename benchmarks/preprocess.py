@@ -1,8 +1,9 @@
-"""Tokens per CPU-second of the whole preprocessing command against Megatron-LM's algorithm, outputs equal.
+"""Tokens per CPU-second of the whole preprocessing command against Megatron-LM's algorithms, outputs equal.
 
 Text: the standard library of this machine's Python, or the JSON lines in $MEGATRON_RETRO_BENCHMARK_TEXT. The corpora
 whose peak memory is measured have the megabytes of $MEGATRON_RETRO_BENCHMARK_SIZES.
-The peer is `benchmarks/peers/megatron_preprocess.py`; both run with one worker, in turn.
+The peers are Megatron's old algorithm (`benchmarks/peers/megatron_preprocess.py`), its fast one on gigatoken
+(`benchmarks/peers/gigatoken_preprocess.py`), and gigatoken alone as the bound. All run with one worker, in turn.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main, i
 from megatron_retro.testing.processes import tree_memory_mb
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = {"sentencepiece BPE": 5.0, "byte-level BPE": 5.0, "sentencepiece unigram": 1.5}
+OLD_TARGETS = {"sentencepiece BPE": 5.0, "byte-level BPE": 5.0, "sentencepiece unigram": 1.0}
+ON_GIGATOKEN = ("sentencepiece BPE", "byte-level BPE")
 _SCALING_BYTES = 600_000_000
 TEXT = os.environ.get("MEGATRON_RETRO_BENCHMARK_TEXT")
 SIZES_MB = [int(size) for size in os.environ.get("MEGATRON_RETRO_BENCHMARK_SIZES", "100,1000,4000").split(",")]
@@ -98,6 +100,12 @@ def peer_command(source: Path, prefix: Path, flags: list[str], workers: int) -> 
     ]
 
 
+def fast_peer_command(source: Path, prefix: Path, flags: list[str], *more: str) -> list[str]:
+    """Megatron's fast algorithm; with `raw`, gigatoken alone."""
+    script = ROOT / "benchmarks" / "peers" / "gigatoken_preprocess.py"
+    return [sys.executable, str(script), flags[-1], str(source), str(prefix), *more]
+
+
 def call(words: list[str]) -> None:
     """Run a command quietly."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
@@ -113,28 +121,34 @@ def ours(source: Path, prefix: Path, flags: list[str], workers: int = 1) -> None
     call(command(source, prefix, flags, workers))
 
 
-def against_the_peer(folder: Path, source: Path, flags: dict[str, list[str]], rounds: int) -> list[Figure]:
-    """Tokens per CPU-second of both, per tokenizer."""
+def against_the_peers(folder: Path, source: Path, flags: dict[str, list[str]], rounds: int) -> list[Figure]:
+    """CPU-seconds of all, per tokenizer."""
     figures = []
     for name, words in flags.items():
-        mine, theirs = folder / "ours", folder / "peer"
-        times = interleave(
-            {
-                "ours": lambda mine=mine, words=words: ours(source, mine, words),
-                "peer": lambda theirs=theirs, words=words: call(peer_command(source, theirs, words, 1)),
-            },
-            rounds,
-        )
-        for ending in (".bin", ".idx"):
-            same = Path(f"{mine}_text_document{ending}").read_bytes() == Path(f"{theirs}{ending}").read_bytes()
-            assert same, f"{name}: the outputs differ"
-        tokens = TokenFile(theirs).num_tokens
-        ratio = median_ratio(times["peer"].cpu, times["ours"].cpu)
-        figures += [
-            Figure(f"{name}: against Megatron's algorithm", ratio, "x CPU-seconds", TARGETS[name]),
-            Figure(f"{name}: ours", tokens / times["ours"].median_cpu / 1e6, "M tokens/CPU-s"),
-            Figure(f"{name}: peer", tokens / times["peer"].median_cpu / 1e6, "M tokens/CPU-s"),
-        ]
+        mine, old, fast = folder / "ours", folder / "old", folder / "fast"
+        candidates = {
+            "ours": lambda mine=mine, words=words: ours(source, mine, words),
+            "old": lambda old=old, words=words: call(peer_command(source, old, words, 1)),
+        }
+        if name in ON_GIGATOKEN:
+            raw = fast_peer_command(source, folder / "raw", words, "raw")
+            candidates["fast"] = lambda fast=fast, words=words: call(fast_peer_command(source, fast, words))
+            candidates["raw"] = lambda raw=raw: call(raw)
+        times = interleave(candidates, rounds)
+        for prefix in (old, *((fast,) if name in ON_GIGATOKEN else ())):
+            for ending in (".bin", ".idx"):
+                same = Path(f"{mine}_text_document{ending}").read_bytes() == Path(f"{prefix}{ending}").read_bytes()
+                assert same, f"{name}: the outputs differ"
+        cpu = {who: time.cpu for who, time in times.items()}
+        ratio = median_ratio(cpu["old"], cpu["ours"])
+        figures.append(Figure(f"{name}: Megatron's old algorithm against ours", ratio, "x CPU", OLD_TARGETS[name]))
+        if name in ON_GIGATOKEN:
+            fast_ratio = median_ratio(cpu["fast"], cpu["ours"])
+            figures.append(Figure(f"{name}: Megatron's fast algorithm against ours", fast_ratio, "x CPU", 1.0))
+            raw_ratio = median_ratio(cpu["ours"], cpu["raw"])
+            figures.append(Figure(f"{name}: ours against gigatoken alone", raw_ratio, "x CPU", 1.3, LOWER))
+        tokens = TokenFile(old).num_tokens / 1e6
+        figures += [Figure(f"{name}: {who}", tokens / time.median_cpu, "M tokens/CPU-s") for who, time in times.items()]
         say(f"{name}: {ratio:.2f}x")
     return figures
 
@@ -206,7 +220,7 @@ def run(quick: bool) -> list[Figure]:
         source = write_text(folder / "text.jsonl", 4_000_000 if quick else 24_000_000)
         flags = train_models(folder, source, quick)
         bpe = flags["sentencepiece BPE"]
-        figures = against_the_peer(folder, source, flags, 1 if quick else 2)
+        figures = against_the_peers(folder, source, flags, 1 if quick else 2)
         if not quick:
             with (folder / "long.jsonl").open("wb") as stream:
                 for _ in range(_SCALING_BYTES // source.stat().st_size):

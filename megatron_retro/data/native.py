@@ -24,7 +24,7 @@ def extension() -> ModuleType | None:
         return importlib.import_module("megatron_retro.data._native")
     except ImportError as error:
         warn(
-            f"the compiled data functions are missing ({error}): NumPy and the plain tokenizers work instead, slower.\n"
+            f"the compiled data functions are missing ({error}): NumPy works instead, slower.\n"
             "Build them with: pip install -e . --no-build-isolation (needs a C++ compiler)"
         )
         return None

@@ -14,10 +14,16 @@ import numpy as np
 
 from megatron_retro.data.token_writer import TokenFileWriter
 from megatron_retro.data.tokenizers import GPT2BPETokenizer, HuggingFaceTokenizer, SentencePieceTokenizer
-from megatron_retro.data.word_boundaries import SPLIT_PATTERNS
 from megatron_retro.runtime.strict_json import json_text
 
 Sequences = list[list[int]]
+# The splitting patterns of Llama 3's and of Qwen's tokenizers.
+_WORDS_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST_PATTERN = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT_PATTERNS = (
+    rf"{_WORDS_PATTERN}|\p{{N}}{{1,3}}|{_REST_PATTERN}",
+    rf"{_WORDS_PATTERN}|\p{{N}}|{_REST_PATTERN}",
+)
 _PHRASE = (
     "the of and to in retrieval chunk neighbour token language model don't they'll I'm 1810 3.14159 Encyclopædia "
     "naïve Москва 東京 … — (see plate) a.b,c;d foo_bar x=y+1 HELLO e\u0301te\u0301 ½ ﬁne"

@@ -8,14 +8,12 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_retro.data.chunk_database import COUNTS_FILE, ChunkDatabase
-from megatron_retro.data.native import extension
 from megatron_retro.data.neighbor_table import pack_ids
 from megatron_retro.errors import ArtifactError, DataError
 from megatron_retro.testing.corpora import write_documents
@@ -101,20 +99,3 @@ def test_a_damaged_number_is_named(database: ChunkDatabase, native: bool, monkey
     wrong = {case: status for case, status in found.items() if status not in (READ, NAMED)}
     assert not wrong, f"{len(wrong)} of {len(found)}: {list(wrong.items())[:5]}"
     assert sum(status == NAMED for status in found.values()) > len(found) // 2
-
-
-def test_damaged_normalization_rules_end(tmp_path: Path) -> None:
-    """A table of rules is a graph of offsets: random ones lead anywhere, and in circles."""
-    native = extension()
-    if native is None:
-        pytest.skip("built without a compiler")
-
-    def walk(charsmap: bytes) -> None:
-        with suppress(ValueError):
-            native.rules_touch_spaces(charsmap, b" ")
-
-    for seed in range(40):
-        units = np.random.default_rng(seed).integers(0, 1 << 32, 1 << (seed % 10), np.uint32).tobytes()
-        circle = np.full(1 << (seed % 10), 0x400 | 97, np.uint32).tobytes()
-        for trie in (units, circle):
-            assert outcome(lambda trie=trie: walk(struct.pack("<I", len(trie)) + trie)) == READ

@@ -17,12 +17,8 @@ from typing import Any
 import pytest
 
 from megatron_retro.cli.main import main
-from megatron_retro.config.data import InputConfig, PreprocessConfig, TokenizerConfig
 from megatron_retro.data.preprocessing import job as job_module
 from megatron_retro.data.preprocessing.blocks import BlockTokenizer
-from megatron_retro.data.preprocessing.run import plan_run
-from megatron_retro.data.tokenizers import SentencePieceTokenizer
-from megatron_retro.runtime.workers import Worker
 from megatron_retro.testing.corpora import random_text, small_sentencepiece, write_json_lines
 from megatron_retro.testing.preprocessing_runs import SCRIPT, compressed, files, preprocess, records, start
 from megatron_retro.testing.processes import tree_memory_mb
@@ -196,19 +192,6 @@ def test_token_files_are_merged_by_a_flag(tmp_path: Path, capfd: pytest.CaptureF
     assert main([*words, str(tmp_path / "joined_text_document")]) == 2
     assert main(["preprocess", "--merge-token-files", *prefixes]) == 2
     assert "exists already" in capfd.readouterr().err
-
-
-def test_words_learned_before_the_fork_are_not_learned_again(tmp_path: Path, larger: Path, model: Path) -> None:
-    tokenizer = TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(model))
-    settings = PreprocessConfig(output_prefix=str(tmp_path / "o"))
-    maker = plan_run(InputConfig(input=(str(larger),)), settings, tokenizer, Worker(0, 1)).block_tokenizer()
-    maker.warm_up()
-    encoder: Any = maker.encoder
-    asked: list[list[str]] = []
-    encoder._resolve = asked.append
-    text = json.loads(larger.read_text().splitlines()[0])["text"]
-    tokens, _ = encoder.encode([text])
-    assert not asked and tokens.tolist() == SentencePieceTokenizer(model).encode(text)
 
 
 @pytest.mark.full

@@ -1,4 +1,4 @@
-"""Tokenizers round-trip, end documents by one convention, and the word cache gives exactly their ids."""
+"""Tokenizers round-trip, end documents by one convention, and fast encoders give exactly their ids."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_retro.config.data import TokenizerConfig
-from megatron_retro.data.preprocessing.tokenization import CachedEncoder, PlainEncoder, UnigramEncoder, build_encoder
+from megatron_retro.data.preprocessing.tokenization import GigatokenEncoder, PlainEncoder, build_encoder
 from megatron_retro.data.token_file import token_dtype
 from megatron_retro.data.tokenizers import ByteTokenizer, Tokenizer, build_tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError, DataError
@@ -43,19 +43,7 @@ SENTENCEPIECE: dict[str, dict[str, object]] = {
     "unigram-llama": {"model_type": "unigram", "byte_fallback": True, "allow_whitespace_only_pieces": True, **RAW},
     "unigram-symbols": {"model_type": "unigram", "user_defined_symbols": ["<sep>"]},
 }
-CACHED = {
-    "bpe",
-    "bpe-bytes",
-    "bpe-llama",
-    "bpe-no-prefix",
-    "bpe-nfkc-raw",
-    "gpt2",
-    "json",
-    "json-0",
-    "json-1",
-    "json-nfc",
-}
-UNIGRAM = {"unigram", "unigram-bytes", "unigram-llama"}
+FAST = {"bpe-llama", "gpt2", "json", "json-0", "json-1", "json-nfc", "json-prefix"}
 JSON: dict[str, dict[str, Any]] = {
     "json": {},
     "json-0": {"pattern": 0},
@@ -117,8 +105,7 @@ def test_the_fast_encoder_gives_the_tokenizers_ids(
 ) -> None:
     tokenizer = tokenizers(name)
     fast, _ = encoders(tokenizer)
-    assert isinstance(fast, CachedEncoder) == (name in CACHED)
-    assert isinstance(fast, UnigramEncoder) == (name in UNIGRAM)
+    assert isinstance(fast, GigatokenEncoder) == (name in FAST)
 
     @settings(max_examples=count(120, 5000), deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(st.lists(texts, max_size=4))
@@ -128,19 +115,39 @@ def test_the_fast_encoder_gives_the_tokenizers_ids(
     equal()
 
 
-@pytest.mark.parametrize("name", sorted(CACHED | UNIGRAM))
+@pytest.mark.parametrize("name", sorted(FAST))
 def test_long_texts_and_a_cache_that_forgets_change_nothing(
     name: str, tokenizers: Callable[[str], Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_retro.data.preprocessing.tokenization.CACHE_BYTES", 200_000)
+    monkeypatch.setattr("megatron_retro.data.preprocessing.tokenization.CACHE_BYTES", -1)
+    started = []
+    anew = GigatokenEncoder._start_anew
+    monkeypatch.setattr(GigatokenEncoder, "_start_anew", lambda encoder: (started.append(1), anew(encoder)))
     tokenizer = tokenizers(name)
     fast, _ = encoders(tokenizer)
     generator = random.Random(1)
     for _ in range(6):
         batch = [random_text(generator, 300) for _ in range(3)] + ["", " ", "\n", "word" * 500]
-        batch += [random_text(generator, 6000), "xxiii 1,638 ii i " * 4000] if name in UNIGRAM else []
         batch += ["".join(chr(generator.randrange(0x20, 0x2FFF)) for _ in range(500))]
         require_equal(tokenizer, fast, batch)
+    assert len(started) > 1
+
+
+def test_an_engine_that_differs_does_not_serve(
+    tokenizers: Callable[[str], Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One id of one trial text is enough."""
+    encode = GigatokenEncoder.encode
+
+    def planted(self: GigatokenEncoder, texts: list[str]) -> Any:
+        tokens, lengths = encode(self, texts)
+        return np.where(tokens == tokens.max(), 0, tokens) if any(
+            "def f(x)" in text for text in texts
+        ) else tokens, lengths
+
+    monkeypatch.setattr(GigatokenEncoder, "encode", planted)
+    fast, _ = encoders(tokenizers("gpt2"))
+    assert isinstance(fast, PlainEncoder)
 
 
 @pytest.mark.parametrize("name", ["bpe-bytes", "bpe-llama", "gpt2", "json"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +25,6 @@ from megatron_retro.runtime.strict_json import json_text
 TOKENS, LENGTHS, DOCUMENTS = "tokens", "lengths", "documents"
 PLAIN_FORMATS = (LINES, TEXT)
 _BATCH_CHARACTERS = 1 << 20
-_WARM_PLACES = 4
 _COPY_BYTES = 1 << 20
 Report = Callable[[int, int, int], None]
 
@@ -118,21 +116,6 @@ class BlockTokenizer:
                 write_file(counts_path(self.directory, block), json_text(asdict(counts)))
         finally:
             files.discard()
-
-    def warm_up(self) -> None:
-        """Fill the encoder's word cache from a few places of the input, before worker processes are forked."""
-        plain = [block for block in self.job.blocks if self.job.files[block[0].file].format in PLAIN_FORMATS]
-        for place in range(_WARM_PLACES if plain else 0):
-            texts: list[str] = []
-            characters = 0
-            for record in read_range(self.job, plain[len(plain) * place // _WARM_PLACES][0]):
-                if characters >= _BATCH_CHARACTERS:
-                    break
-                with suppress(RecordRefused):  # the worker that tokenizes the block reports it
-                    found = texts_of(record, self.job) or {}
-                    texts += [text for parts in found.values() for text in parts]
-                characters += record.length
-            self.encoder.encode(texts)
 
     def _fill(self, block: int, files: _PartFiles, report: Report) -> BlockCounts:
         counts = BlockCounts()

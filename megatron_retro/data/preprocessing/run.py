@@ -211,9 +211,7 @@ def _tokenize_blocks(run: Run, workers: int, log_interval: int | None) -> None:
         if workers == 1:
             _tokenize_here(run, log)
             return
-        # Before the fork, so that the processes share the word cache that is filled here.
-        blocks = run.block_tokenizer()
-        blocks.warm_up()
+        blocks = run.block_tokenizer()  # before the fork: the processes share its vocabulary
         pool = WorkerPool(workers, partial(_work, run, blocks, workers), log, run.job.describe)
         pool.run()
         _tokenize_here(run, log)

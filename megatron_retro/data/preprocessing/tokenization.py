@@ -1,24 +1,42 @@
-"""Batches of texts to one array of tokens.
+"""Batches of texts to one array of tokens: by gigatoken where it gives the tokenizer's own ids, else by its `encode`.
 
-`build_encoder` chooses the word cache of `csrc/host/word_cache.h` where a tokenizer allows it, else the tokenizer's own
-`encode`; both give the same tokens.
+Which of the two serves is decided when an encoder is built: gigatoken must read the tokenizer, and agree with it on a
+trial text that holds what tokenizers differ in. It remembers the words it has seen; when that memory grows past
+CACHE_BYTES it starts anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from itertools import chain
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_retro.data.native import extension
 from megatron_retro.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, Tokenizer, utf8
-from megatron_retro.data.word_boundaries import SPACE_MARK, UnigramModel, UnitRule, unit_rule
 
-CACHE_BYTES = 24 << 20
+CACHE_BYTES = 256 << 20
+
+# Spaces of every kind and number, contractions, digits, scripts, marks that combine, controls, special tokens.
+_TRIAL = (
+    "",
+    " ",
+    "\n",
+    "  two  spaces, then\n\n  lines\r\n\tand tabs \u00a0\u3000\u2003wide \u200b\u2028\u0085 ",
+    "don't they'll I'M WE'RE he'd 'tis 'S x'y",
+    "1 22 333 4444 55555 1,638.07 3.14159e-10 \u0661\u0662\u0663 \u00bd \u2167 x86_64 0xFF",
+    "def f(x):\n    return {'a': [x**2, -x]}  # ==>>!!??...\n\n\n",
+    "Encyclop\u00e6dia na\u00efve \u041c\u043e\u0441\u043a\u0432\u0430 \u6771\u4eac\u90fd \ud55c\uad6d\uc5b4 "
+    "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u0939\u093f\u0928\u094d\u0926\u0940 \u0e44\u0e17\u0e22",
+    "e\u0301te\u0301 \ufb01ne \uff21\uff22\uff23 \u2460 \u212b o\u0308 \u0345 \U0001f600\U0001f468\u200d\U0001f469 "
+    "\U00013000 \U0001d54f",
+    "\0a\x01b\x1cc\x7f\x0b\x0c\u00ad\ufeff\u2581\u2581x\u2581",
+    "<|endoftext|><s></s><unk><pad><|im_start|> <sep> [INST] <0x0A> <|turn|>word<|endoftext|> <|end_of_text|>",
+    "a" * 300 + " " * 40 + "\n" * 20 + "xyz" * 50 + "!" * 60,
+)
 
 
 class TextEncoder(Protocol):
@@ -41,12 +59,8 @@ class PlainEncoder:
             found = self.tokenizer.processor.encode(list(texts), num_threads=1)
         else:
             found = [self.tokenizer.encode(text) for text in texts]
-        native = extension()
-        if native is None:
-            return _joined([np.array(ids, self.dtype) for ids in found], self.dtype)
-        joined: tuple[NDArray[Any], NDArray[np.int64]]
-        joined = native.join16(found) if self.dtype.itemsize == 2 else native.join32(found)
-        return joined
+        lengths = np.array([len(ids) for ids in found], np.int64)
+        return np.fromiter(chain.from_iterable(found), self.dtype, int(lengths.sum())), lengths
 
 
 @dataclass(frozen=True)
@@ -57,91 +71,66 @@ class ByteEncoder:
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """See `TextEncoder`."""
-        return _joined([np.frombuffer(utf8(text), np.uint8) for text in texts], self.dtype)
+        parts = [utf8(text) for text in texts]
+        tokens = np.frombuffer(b"".join(parts), np.uint8)
+        return tokens.astype(self.dtype), np.array([len(part) for part in parts], np.int64)
 
 
-def _joined(parts: Sequence[NDArray[Any]], dtype: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    lengths = np.array([len(part) for part in parts], np.int64)
-    tokens = np.concatenate(parts) if parts else np.zeros(0, dtype)
-    return tokens.astype(dtype, copy=False), lengths
+class GigatokenEncoder:
+    """The same ids by gigatoken, in this thread."""
 
-
-def new_cache(rule: UnitRule, native: ModuleType) -> Any:
-    """An empty word cache of a rule."""
-    return native.WordCache(
-        spaces=rule.spaces,
-        closed=sorted(rule.closed),
-        wide_closed=rule.wide_closed,
-        newline_starts=rule.newline_starts,
-        strip=rule.strip,
-        gpt2_cuts=rule.gpt2 is not None,
-        atoms=rule.gpt2.atoms if rule.gpt2 else (),
-        memory_limit=CACHE_BYTES,
-    )
-
-
-class CachedEncoder:
-    """Units of text that the tokenizer has seen before are not tokenized again."""
-
-    def __init__(self, rule: UnitRule, native: ModuleType, dtype: np.dtype[Any]) -> None:
-        self._cache = new_cache(rule, native)
-        if rule.gpt2 is not None:
-            self._cache.use_merges(rule.gpt2.byte_ids, list(rule.gpt2.merges))
-        self._resolve = rule.resolve
-        self._emit = self._cache.emit16 if dtype.itemsize == 2 else self._cache.emit32
+    def __init__(self, plain: PlainEncoder) -> None:
+        self._plain = plain
+        self._controls = _control_pieces(plain.tokenizer)
+        self._start_anew()
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """See `TextEncoder`."""
-        missing = self._cache.scan(texts)
-        if missing:
-            self._cache.fill(self._resolve(missing))
-        tokens, lengths = self._emit()
-        return tokens, lengths
+        if any(name in text for name in self._controls for text in texts):
+            return self._plain.encode(texts)  # to sentencepiece they are text, to gigatoken a token
+        if _resident_bytes() > self._limit:
+            self._start_anew()
+        rows = self._engine.encode_batch([utf8(text) for text in texts], parallel=False).layout
+        offsets = np.asarray(rows.offsets).astype(np.int64)
+        tokens = np.asarray(rows.content.data)[offsets[0] : offsets[-1]]
+        return tokens.astype(self._plain.dtype), np.diff(offsets)
 
+    def is_exact(self) -> bool:
+        """Whether it gives the tokenizer's ids of each trial text."""
+        return all(np.array_equal(self.encode([text])[0], self._plain.encode([text])[0]) for text in _TRIAL)
 
-class UnigramEncoder:
-    """A sentencepiece unigram model: words kept with their margins, texts segmented from them."""
-
-    def __init__(self, rule: UnitRule, model: UnigramModel, native: ModuleType, dtype: np.dtype[Any]) -> None:
-        self._cache = new_cache(rule, native)
-        self._pieces = model.pieces
-        self._words = native.UnigramWords(
-            list(model.pieces), model.unknown_score, model.unknown_id, list(model.byte_ids)
-        )
-        self._normalize = model.normalize
-        self._segment = self._words.segment16 if dtype.itemsize == 2 else self._words.segment32
-
-    def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """See `TextEncoder`."""
-        missing = self._cache.scan(texts)
-        if missing:
-            self._cache.fill(self._words.add(self._normalize(missing)))
-        numbers, counts = self._cache.emit32()
-        tokens, lengths = self._segment(numbers, counts)
-        if self._words.memory > CACHE_BYTES or not len(self._cache):
-            self._cache.forget()
-            self._words.clear()
-        return tokens, lengths
-
-    def agrees_with(self, plain: PlainEncoder) -> bool:
-        """Whether the installed library adds as this does: asked over words of the model, past every threshold."""
-        pieces = [text.replace(SPACE_MARK, "") for text, *_ in self._pieces[:4000]]
-        words = [
-            "".join(pieces[(7 * number + step * step) % len(pieces)] for step in range(3)) for number in range(9000)
-        ]
-        trial = [" ".join(words), "xxiii 1,638 777 "]
-        return all(np.array_equal(a, b) for a, b in zip(self.encode(trial), plain.encode(trial), strict=True))
+    def _start_anew(self) -> None:
+        self._engine: Any = None  # its memory is free before the next one is built
+        self._engine = _engine(self._plain.tokenizer)
+        self._limit = _resident_bytes() + CACHE_BYTES
 
 
 def build_encoder(tokenizer: Tokenizer, dtype: np.dtype[Any]) -> TextEncoder:
     """The fastest encoder that gives exactly the tokenizer's ids."""
     if isinstance(tokenizer, ByteTokenizer):
         return ByteEncoder(dtype)
-    native, rule = extension(), unit_rule(tokenizer)
-    if native is None or rule is None:
-        return PlainEncoder(tokenizer, dtype)
-    if rule.unigram is not None:
-        plain = PlainEncoder(tokenizer, dtype)
-        fast = UnigramEncoder(rule, rule.unigram, native, dtype)
-        return fast if fast.agrees_with(plain) else plain
-    return CachedEncoder(rule, native, dtype)
+    plain = PlainEncoder(tokenizer, dtype)
+    try:
+        fast = GigatokenEncoder(plain)
+        return fast if fast.is_exact() else plain
+    except (ValueError, KeyError, TypeError, RuntimeError):  # what gigatoken raises for what it cannot read
+        return plain
+
+
+def _engine(tokenizer: Tokenizer) -> Any:
+    import gigatoken
+
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return gigatoken.Tokenizer.from_sentencepiece(tokenizer.model_bytes)
+    return gigatoken.Tokenizer.from_json(tokenizer.backend.to_str())  # type: ignore[attr-defined]
+
+
+def _control_pieces(tokenizer: Tokenizer) -> list[str]:
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return []
+    model = tokenizer.processor
+    return [model.id_to_piece(token) for token in range(tokenizer.vocab_size) if model.is_control(token)]
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096
