@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole story on text that every machine has: corpus -> tokens -> index -> neighbours -> GPT -> Retro -> leakage -> text ->
-# instruction tuning -> one page that says what was seen.
+# Every stage on text that every machine has: corpus -> tokens -> index -> neighbours -> GPT -> Retro -> leakage -> text
+# -> instruction tuning -> one page that says what was seen.
 #   --output DIR   where everything goes (default: runs/quickstart); a second start goes on where the first stopped
 #   --setup-only   stop after the set-up
 set -euo pipefail
@@ -67,7 +67,8 @@ fi
 
 if [ ! -f corpus/tokenizer.model ]; then
   step "tokenizer"
-  megatron-retro train-tokenizer --input corpus/train.jsonl --tokenizer-output corpus/tokenizer --tokenizer-vocab-size 2048
+  megatron-retro train-tokenizer --input corpus/train.jsonl --tokenizer-output corpus/tokenizer \
+    --tokenizer-vocab-size 2048
 fi
 
 for part in train held_out; do

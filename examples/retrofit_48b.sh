@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Retro-fits the 43B GPT to a 48B Retro on 100B tokens, as published. DATA: token files and neighbours; RUNS: where runs live.
+# Retro-fits the 43B GPT to a 48B Retro on 100B tokens, as published.
+#   DATA, RUNS       token files and neighbours; where runs live
 #   --dry-run        what it would cost, and what is wrong with it; --print-config: every setting
 # All stages and sizes: examples/slurm/stage.sh, examples/slurm/submit.sh.
 #SBATCH --job-name=retrofit-48b

@@ -45,7 +45,8 @@ _activate_environment() {
 _sources_digest() {
   (
     cd "$1" || exit
-    find pyproject.toml setup.py .ci/constraints.txt csrc -type f ! -path '*/__pycache__/*' ! -path '*/build/*' -print0 |
+    find pyproject.toml setup.py .ci/constraints.txt csrc -type f \
+      ! -path '*/__pycache__/*' ! -path '*/build/*' -print0 |
       sort -z | xargs -0 cat
   ) | sha256sum | cut -d' ' -f1
 }
@@ -64,8 +65,10 @@ _install() {
   fi
   echo "  packages"
   "${pip[@]}" "${pins[@]}" 'setuptools>=77,<82' wheel pybind11 || return  # torch 2.11 refuses later ones
-  # Without a GPU the kernels only wait for one here: two architectures, and PTX for later ones, take half as long as all.
-  command -v nvidia-smi >/dev/null || export MEGATRON_RETRO_CUDA_ARCHITECTURES="${MEGATRON_RETRO_CUDA_ARCHITECTURES:-80;90}"
+  # Without a GPU the kernels only wait for one: two architectures, and PTX for later ones, take half as long as all.
+  if ! command -v nvidia-smi >/dev/null; then
+    export MEGATRON_RETRO_CUDA_ARCHITECTURES="${MEGATRON_RETRO_CUDA_ARCHITECTURES:-80;90}"
+  fi
   (cd "$root" && "${pip[@]}" "${pins[@]}" --no-build-isolation --editable ".[$extras]") || return
 }
 
@@ -75,7 +78,7 @@ _install_torch() {
     "$@" --index-url "$MEGATRON_RETRO_TORCH_INDEX" "${MEGATRON_RETRO_TORCH:-torch}"
   else
     command -v nvidia-smi >/dev/null ||
-      echo "  (no NVIDIA driver: MEGATRON_RETRO_TORCH_INDEX may name an index of CPU-only torch, which spares gigabytes)"
+      echo "  (no NVIDIA driver: an index of CPU-only torch in MEGATRON_RETRO_TORCH_INDEX would spare gigabytes)"
     "$@" "${MEGATRON_RETRO_TORCH:-torch}"
   fi
 }

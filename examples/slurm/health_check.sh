@@ -20,7 +20,8 @@ check_gpus() {
     if [ "$found" -lt "$expected" ]; then
       faults+=("$found of $expected GPUs answer")
     fi
-    if nvidia-smi --query-gpu=ecc.errors.uncorrected.volatile.total --format=csv,noheader 2>/dev/null | grep -q '[1-9]'; then
+    if nvidia-smi --query-gpu=ecc.errors.uncorrected.volatile.total --format=csv,noheader 2>/dev/null |
+      grep -q '[1-9]'; then
       faults+=("a GPU has uncorrected memory errors")
     fi
   fi
@@ -55,7 +56,7 @@ check_network() {
     if ! answer="$(python -m megatron_retro.cli.main reach 2>&1)"; then
       faults+=("$(tail -n 1 <<<"$answer")")
       if [ -z "${GLOO_SOCKET_IFNAME:-}" ] && getent hosts "$(hostname)" | grep -q '^127\.'; then
-        faults+=("its name is a loopback address, which others cannot reach: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME")
+        faults+=("its name is a loopback address, out of reach: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME")
       fi
     fi
   fi

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Starts a verb of megatron-retro wherever this runs: `launch.sh VERB [flags]`. No other file names a launcher.
 #
-#   inside a SLURM job     srun, one task per process, from SLURM's own variables; health check first; requeues on exit code 75
+#   inside a SLURM job     srun, one task per process, from SLURM's variables; health check first; requeues on code 75
 #   elsewhere              torchrun over PROCESSES processes (default: one per GPU, else one), or plain for one
 #   LAUNCHER=mpirun        mpirun with PROCESSES ranks; LAUNCHER=torchrun, srun or none forces the others
 #   --dry-run              starts nothing: prints the plan (`megatron-retro plan`) of what would run
@@ -49,7 +49,7 @@ main() {
     exec "${program[@]}" plan --plan-for "$verb" "${words[@]}"
   fi
   load_modules
-  # Memory in pieces costs a run its last gigabytes. torch reads this where there are GPUs, PYTORCH_CUDA_ALLOC_CONF first.
+  # Memory in pieces costs a run its last gigabytes. torch reads this on GPUs, but PYTORCH_CUDA_ALLOC_CONF first.
   export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
   case "$(launcher "$verb")" in
     srun) run_in_slurm "$verb" ;;

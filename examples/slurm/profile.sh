@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by submit.sh and launch.sh, which set `slurm` to this folder: the profile of the cluster, a file of NAME=value
-# lines like cluster.env.example, from $CLUSTER or from cluster.env beside this file. Every name in it is exported, so that
-# variables of NCCL, gloo and torch reach the job. Without a profile nothing is asked for beyond nodes and GPUs.
+# lines like cluster.env.example, from $CLUSTER or from cluster.env beside this file. Every name in it is exported, so
+# that variables of NCCL, gloo and torch reach the job. Without a profile nothing is asked for beyond nodes and GPUs.
 
 read_profile() {
   local profile="${CLUSTER:-$slurm/cluster.env}"

@@ -12,9 +12,9 @@
 #        report    one page about what was trained: RUNS/report-SIZE.html
 # SIZE   878m 2.5b 9.5b 24b 48b, or tiny: a model for trying a cluster without GPUs
 #        `pretrain adaptive-1b`: a Retro whose gate decides per chunk whether to read
-#        `retrofit hf`: any decoder of Hugging Face, MODEL is its folder (Llama, Qwen, Mistral, Nemotron, StableLM, GPT-2)
+#        `retrofit hf`: any decoder of Hugging Face that `convert` reads, MODEL is its folder
 #
-# DATA (default data): text, token files, neighbours, instructions, evaluation sets; RUNS (default runs): where runs live.
+# DATA (default data): text, token files, neighbours, instructions, evaluation sets; RUNS (default runs): runs.
 # The settings are in examples/recipes/, what differs by size under its preset.
 set -euo pipefail
 
@@ -85,7 +85,8 @@ tiny() {
       ;;
     instruct)
       words=(finetune "${recipe[@]}" --retro-attention-gate 0 --seq-length 512 --train-iters 4)
-      words+=(--context-place none --skip-long-examples --instruction-data "$data"/instructions/*.jsonl --load "$runs/retro-tiny" --save "$runs/instruct-tiny")
+      words+=(--context-place none --skip-long-examples --instruction-data "$data"/instructions/*.jsonl)
+      words+=(--load "$runs/retro-tiny" --save "$runs/instruct-tiny")
       ;;
     evaluate)
       words=(evaluate perplexity --load "$runs/retro-tiny" --eval-output "$runs/evaluate-tiny" --perplexity-windows 8)

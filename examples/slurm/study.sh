@@ -5,10 +5,10 @@
 #
 # DATA (default runs/quickstart): the directory that examples/quickstart.sh made. What some need besides:
 #   encoder_ablation, peft_study   CONVERSATIONS, HELD_OUT: files of conversations to train and to measure on
-#   prose                          TEXT: JSON lines with "text", to train on and to search in; HELD_OUT_TEXT: to measure on
-#                                  (default: each 20th line of TEXT); DATA (default runs/prose) is a directory of its own
-#   peft_study_published           DATA (default: here) holds runs/, what the recipes of pretraining and retro-fitting saved,
-#                                  and data/peft/SET.{train,valid}.jsonl; each run takes the eight GPUs of a node
+#   prose                          TEXT: JSON lines with "text", to train on and to search in; HELD_OUT_TEXT: to measure
+#                                  on (default: each 20th line of TEXT); DATA (default runs/prose) is its own
+#   peft_study_published           DATA (default: here) holds runs/, what pretraining and retro-fitting saved, and
+#                                  data/peft/SET.{train,valid}.jsonl; each run takes the eight GPUs of a node
 set -euo pipefail
 
 slurm="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -33,8 +33,8 @@ build() { # directory of the project, the table that is made last, flags
   local project="$1" last="$2"
   shift 2
   if [ ! -e "$project/neighbors/$last" ]; then
-    "$slurm/launch.sh" build-retrieval --retro-project-dir "$project" --retro-chunk-length 32 --retro-index-str IVF256,Flat \
-      --retro-tasks train encode merge query "${tokenizer[@]}" "$@"
+    "$slurm/launch.sh" build-retrieval --retro-project-dir "$project" --retro-chunk-length 32 \
+      --retro-index-str IVF256,Flat --retro-tasks train encode merge query "${tokenizer[@]}" "$@"
   fi
 }
 
@@ -44,8 +44,8 @@ tokenize() { # name of a file in corpus/
   fi
 }
 
-# Retrievers to compare, small, for a text encoder takes minutes even so: a quarter of the database, a 26th of the training
-# text, a quarter of the held-out text. Tables in the embedder's order, and re-ranked by BM25, from one index.
+# Retrievers to compare, small, for a text encoder takes minutes even so: a quarter of the database, a 26th of the
+# training text, a quarter of the held-out text. Tables in the embedder's order, and re-ranked by BM25, from one index.
 build_small() { # directory of the project, flags
   local project="$1" order suffix
   shift

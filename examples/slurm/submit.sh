@@ -6,7 +6,7 @@
 #
 # STAGE, SIZE, DATA, RUNS   as in stage.sh; NAME as in study.sh
 # WORKERS                   jobs of the array that shares corpus, index (default 16) or study (default 4)
-# CLUSTER                   profile of the cluster (default: cluster.env beside this file): account, partition, time, ...
+# CLUSTER                   profile of the cluster (default: cluster.env beside this file): account, partition, ...
 #
 # A job that is preempted or whose node dies is queued again and goes on from its last checkpoint.
 set -euo pipefail
