@@ -1,18 +1,19 @@
-"""Our kernels against eager PyTorch and torch.compile, forward and backward, on one thread of the CPU.
+"""Our kernels against eager PyTorch and torch.compile, forward and backward, on one thread of the CPU or on a GPU.
 
 The small-batch GEMV has no backward; PyTorch's is the only other candidate, as in generation.
 
-    python benchmarks/kernels.py --json benchmarks/results/kernels.json [--quick]
+    [BENCHMARK_DEVICE=cuda] python benchmarks/kernels.py --json benchmarks/results/kernels.json [--quick]
 
 Outputs and gradients of every candidate are compared with float64 first. Figures are CPU seconds of one thread
-(medians, interleaved).
+(medians, interleaved), on a GPU seconds by the clock until it is idle again.
 Sizes are those of an 823M model cut to what a laptop trains: hidden size 1024, 2048 tokens; --quick is smaller and
-leaves torch.compile out, as its compilation takes a minute.
+leaves torch.compile out, as its compilation takes a minute. A GPU gets 8192 tokens and a hidden size of 2048.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MEGATRON_RETRO_KERNELS"] = "native"
@@ -35,6 +36,7 @@ from megatron_retro.ops.precision import in_float64
 from megatron_retro.ops.rotary import RotaryFrequencies, RotaryTable, apply_rotary, rotary_table
 from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main, interleave, median_ratio
 
+DEVICE = os.environ.get("BENCHMARK_DEVICE", "cpu")
 Formula = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
 
@@ -60,10 +62,14 @@ def with_gradients(formula: Formula, inputs: tuple[Tensor | None, ...]) -> Calla
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         if not directions:
             directions.extend(
-                torch.randn(each.shape, generator=generator).to(each.dtype) if each.dim() > 2 else torch.ones_like(each)
+                torch.randn(each.shape, generator=generator, device="cpu").to(each)
+                if each.dim() > 2
+                else torch.ones_like(each)
                 for each in outputs
             )
         gradients = torch.autograd.grad(outputs, leaves, directions) if leaves else ()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
         return [*(each.detach() for each in outputs), *gradients]
 
     return run
@@ -246,11 +252,12 @@ def measured(case: Case, dtype: torch.dtype, *, repeats: int, compiled: bool, ex
         check_equal(case, runs)
     times = interleave(runs, repeats, warm_up=1)
     label = f"{case.name}, {str(dtype).removeprefix('torch.')}"
-    best = min((name for name in times if name != "ours"), key=lambda name: times[name].median_cpu)
-    ratio = median_ratio(times[best].cpu, times["ours"].cpu)
+    taken = {name: each.cpu if DEVICE == "cpu" else each.wall for name, each in times.items()}
+    best = min((name for name in times if name != "ours"), key=lambda name: statistics.median(taken[name]))
+    ratio = median_ratio(taken[best], taken["ours"])
     yield Figure(f"{label}: speed over {best}, the best of the others", ratio, "x", case.target)
-    for name, each in times.items():
-        yield Figure(f"{label}: {name}", each.median_cpu * 1e3, "ms", better=LOWER)
+    for name, each in taken.items():
+        yield Figure(f"{label}: {name}", statistics.median(each) * 1e3, "ms", better=LOWER)
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
@@ -283,29 +290,31 @@ def memory_figures(tokens: int, width: int, vocabulary: int) -> Iterator[Figure]
     yield Figure(f"linear_cross_entropy at vocabulary {vocabulary}: peak over eager's", share, "", 0.1, LOWER)
 
 
-def run(quick: bool) -> list[Figure]:
+def run(quick: bool) -> Iterator[Figure]:
     """Every operator, float32 and bfloat16."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    tokens, width, repeats = (512, 512, 5) if quick else (2048, 1024, 5)
-    figures: list[Figure] = []
+    whole = (2048, 1024, 5) if DEVICE == "cpu" else (8192, 2048, 10)
+    tokens, width, repeats = (512, 512, 5) if quick else whole
     for dtype in (torch.float32, torch.bfloat16):
-        cases = [*norm_cases(dtype, tokens, width), *pointwise_cases(dtype, tokens, width)]
-        cases.append(attention_case(dtype, tokens // 2, width))
+        with torch.device(DEVICE):
+            cases = [*norm_cases(dtype, tokens, width), *pointwise_cases(dtype, tokens, width)]
+            cases.append(attention_case(dtype, tokens // 2, width))
+            # 256,000 logits of each token in float64 would not fit: equality is shown at 8,000
+            check = loss_case(dtype, 64, width // 2, 8000)
+            loss = loss_case(dtype, 256, width // 2, 8000 if quick else 256_000)
         for case in cases:
-            figures += measured(case, dtype, repeats=repeats, compiled=not quick)
-        for num_rows in (1, 2, 4, MAX_GEMV_ROWS[dtype]):
+            yield from measured(case, dtype, repeats=repeats, compiled=not quick)
+        for num_rows in (1, 2, 4, MAX_GEMV_ROWS[dtype]) if DEVICE == "cpu" else ():
             case = gemv_case(dtype, num_rows, width, 4 if quick else 12)
-            figures += measured(case, dtype, repeats=2 * repeats, compiled=False)
-        # 256,000 logits of each token in float64 would not fit: equality is shown at 8,000
-        check = loss_case(dtype, 64, width // 2, 8000)
+            yield from measured(case, dtype, repeats=2 * repeats, compiled=False)
         check_equal(
             check,
             {"ours": with_gradients(check.ours, check.inputs), "eager": with_gradients(check.plain, check.inputs)},
         )
-        loss = loss_case(dtype, 256, width // 2, 8000 if quick else 256_000)
-        figures += measured(loss, dtype, repeats=3, compiled=False, exact=False)
-    return [*figures, *memory_figures(tokens // 2, 64, 32_000 if quick else 256_000)]
+        yield from measured(loss, dtype, repeats=3, compiled=False, exact=False)
+    if DEVICE == "cpu":
+        yield from memory_figures(tokens // 2, 64, 32_000 if quick else 256_000)
 
 
 if __name__ == "__main__":
