@@ -30,7 +30,7 @@ from megatron_retro.model.retro import Retro
 from megatron_retro.parallel.collectives import TensorAxis
 from megatron_retro.parallel.mesh import TENSOR, build_mesh
 from megatron_retro.parallel.partition import stage_parts
-from megatron_retro.parallel.styles import cut_model
+from megatron_retro.parallel.tensor_parallel import cut_model
 from megatron_retro.parallel.traffic import boundary_bytes, microbatch_sizes, tensor_bytes
 from megatron_retro.planning.trace import trace_parts
 from megatron_retro.planning.workload import Layout, Workload

@@ -28,8 +28,8 @@ from megatron_retro.parallel.cuts import CUTS, Cut
 from megatron_retro.parallel.data_parallel import before_backward
 from megatron_retro.parallel.mesh import DATA, PIPELINE, TENSOR, ParallelMesh, build_mesh
 from megatron_retro.parallel.partition import StagePart, describe_stages, stage_parts
-from megatron_retro.parallel.replicas import require_equal, share_embedding
-from megatron_retro.parallel.styles import sum_partial_gradients
+from megatron_retro.parallel.shared_parameters import require_equal, share_embedding
+from megatron_retro.parallel.tensor_parallel import sum_partial_gradients
 from megatron_retro.runtime.console import say, warn
 from megatron_retro.runtime.process_group import explain_failure, on_axis
 

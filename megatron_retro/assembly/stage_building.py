@@ -31,7 +31,7 @@ from megatron_retro.parallel.mesh import DATA, TENSOR, ParallelMesh
 from megatron_retro.parallel.partition import StagePart
 from megatron_retro.parallel.randomness import Streams, has_dropout
 from megatron_retro.parallel.stages import Stage
-from megatron_retro.parallel.styles import cut_model, cut_prompt
+from megatron_retro.parallel.tensor_parallel import cut_model, cut_prompt
 from megatron_retro.peft.attach import attach, connect, initial_value, is_added
 
 Transformation = Callable[[Stage, Settings, ParallelMesh], None]

@@ -24,7 +24,8 @@ from megatron_retro.convert.families import GPT2, Family
 from megatron_retro.convert.hugging_face_config import hugging_face_from_model
 from megatron_retro.convert.tensor_rules import Rule
 from megatron_retro.errors import ConfigError
-from megatron_retro.peft import lora, prompts, scaling
+from megatron_retro.peft.methods import IA3, LORA
+from megatron_retro.peft.prompts import PROMPT, PromptEncoder
 from megatron_retro.runtime.strict_json import json_text
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -131,7 +132,7 @@ def _lora_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     names = parameter_names(checkpoint)
     for linear in linears:
-        path = f"{linear.ours}.{lora.NAME}"
+        path = f"{linear.ours}.{LORA}"
         if f"{path}.up.weight" in names:
             down = read_parameter(checkpoint, f"{path}.down.weight")
             parts = linear.split(read_parameter(checkpoint, f"{path}.up.weight"), settings[ModelConfig])
@@ -145,9 +146,9 @@ def _factor_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     names, model = parameter_names(checkpoint), settings[ModelConfig]
     for linear in linears:
-        if f"{linear.ours}.{scaling.NAME}.weight" not in names:
+        if f"{linear.ours}.{IA3}.weight" not in names:
             continue
-        factors = read_parameter(checkpoint, f"{linear.ours}.{scaling.NAME}.weight")
+        factors = read_parameter(checkpoint, f"{linear.ours}.{IA3}.weight")
         if factors.dim() == 1:
             yield f"{PREFIX}{linear.theirs[0]}.ia3_l", factors[None]
             continue
@@ -165,10 +166,10 @@ def _query_rows(model: ModelConfig) -> int:
 def _prompt_tensors(
     checkpoint: Checkpoint, settings: Settings, linears: list[LinearNames]
 ) -> Iterator[tuple[str, Tensor]]:
-    encoder = prompts.PromptEncoder(settings[ModelConfig].hidden_size, settings[PeftConfig])
+    encoder = PromptEncoder(settings[ModelConfig].hidden_size, settings[PeftConfig])
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
-            parameter.copy_(read_parameter(checkpoint, f"embedding.{prompts.NAME}.{name}"))
+            parameter.copy_(read_parameter(checkpoint, f"embedding.{PROMPT}.{name}"))
         yield PROMPT_VECTORS, encoder() - learned_positions(open_base(checkpoint), settings)
 
 

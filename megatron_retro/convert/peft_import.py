@@ -31,7 +31,8 @@ from megatron_retro.convert.hugging_face_peft import (
 )
 from megatron_retro.convert.safetensors_folder import opened, read_json
 from megatron_retro.errors import ArtifactError, ConfigError
-from megatron_retro.peft import lora, prompts, scaling
+from megatron_retro.peft.methods import IA3, LORA
+from megatron_retro.peft.prompts import PROMPT
 
 Imported = tuple[PeftConfig, dict[str, Tensor]]
 # fields that change the function and what they must be to leave it alone
@@ -103,8 +104,8 @@ def _lora(theirs: Mapping[str, Any], tensors: Mapping[str, Tensor], model: Model
         if linear.ours.endswith(targets):
             up, down = updates.get(linear.ours) or _no_update(linear, updates, model)
             missing = rank - len(down)
-            added[f"{linear.ours}.{lora.NAME}.up.weight"] = torch.nn.functional.pad(up, (0, missing))
-            added[f"{linear.ours}.{lora.NAME}.down.weight"] = torch.nn.functional.pad(down, (0, 0, 0, missing))
+            added[f"{linear.ours}.{LORA}.up.weight"] = torch.nn.functional.pad(up, (0, missing))
+            added[f"{linear.ours}.{LORA}.down.weight"] = torch.nn.functional.pad(down, (0, 0, 0, missing))
     return PeftConfig(
         peft_method="lora",
         lora_rank=rank,
@@ -170,7 +171,7 @@ def _factors(theirs: Mapping[str, Any], tensors: Mapping[str, Tensor], model: Mo
     added: dict[str, Tensor] = {}
     for linear in linear_names(model)[1]:
         names = [f"{PREFIX}{module}.ia3_l" for module in linear.theirs]
-        name = f"{linear.ours}.{scaling.NAME}.weight"
+        name = f"{linear.ours}.{IA3}.weight"
         if linear.ours.endswith("mlp.down"):
             factors = tensors.get(names[0], torch.ones(1, model.ffn_width()))
             if len(factors) == 1:
@@ -207,4 +208,4 @@ def _prompt(tensors: Mapping[str, Tensor], checkpoint: Checkpoint, settings: Set
         "down.weight": both.T,
         "down.bias": torch.zeros(width),
     }
-    return peft, {f"embedding.{prompts.NAME}.{name}": value for name, value in values.items()}
+    return peft, {f"embedding.{PROMPT}.{name}": value for name, value in values.items()}

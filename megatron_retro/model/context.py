@@ -1,4 +1,6 @@
-"""What every layer of one forward needs to know of the sequence: positions, masks, neighbours. Computed once."""
+"""What every layer of one forward needs to know of the sequence: where tokens stand, what they may see, how the chunk
+grid lies. Computed once, before the first layer.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.errors import DataError
 from megatron_retro.microbatch import Neighbors
-from megatron_retro.model.cache import CacheSlice
+from megatron_retro.model.cache import Cache, CacheSlice
 from megatron_retro.ops.attention import AttentionPattern
+from megatron_retro.ops.chunking import num_complete_chunks, query_positions
 from megatron_retro.ops.rotary import RotaryFrequencies, RotaryTable, rotary_table
 
 
@@ -103,3 +108,183 @@ class EncoderContext:
     chunk_mask_XM: Tensor | None
     query_rotary: RotaryTable | None
     chunk_rotary: RotaryTable | None
+
+
+class ContextBuilder:
+    """Builds the context of a forward; holds configuration only."""
+
+    def __init__(self, model: ModelConfig, retro: RetroConfig) -> None:
+        self.config, self.retro = model, retro
+        self.chunk_length = retro.retro_chunk_length
+        self.reads = retro.reads_neighbors()
+        self.frequencies = decoder_frequencies(model)
+        self.neighbor_frequencies = rotary_frequencies(model) if retro.turns_neighbors() else None
+
+    def whole_sequence(
+        self,
+        length: int,
+        device: torch.device,
+        position_ids_BS: Tensor | None,
+        padding_mask_BS: Tensor | None,
+        neighbors: Neighbors[Tensor] | None,
+        document_ids_BS: Tensor | None,
+    ) -> SequenceContext:
+        """The context of sequences that are given whole."""
+        if position_ids_BS is None:
+            position_ids_BS = torch.arange(length, device=device)[None]
+            if padding_mask_BS is not None:
+                position_ids_BS = (padding_mask_BS.long().cumsum(1) - 1).clamp(min=0)
+        self._require_learned(position_ids_BS, length)
+        return SequenceContext(
+            sequence_pattern(self.config, document_ids_BS, padding_mask_BS),
+            None if self.frequencies is None else rotary_table(position_ids_BS, self.frequencies),
+            position_ids_BS,
+            self._retrieval(length, device, neighbors, padding_mask_BS),
+            None,
+        )
+
+    def _require_learned(self, position_ids_BS: Tensor, longest: int) -> None:
+        """A table of learned positions ends; padding may let a longer row fit, so then the positions are looked at."""
+        room = self.config.learned_positions()
+        if room is None or longest <= room or not position_ids_BS.numel():
+            return
+        highest = int(position_ids_BS.max())
+        if highest >= room:
+            raise DataError(
+                "a text is longer than the model's learned positions",
+                got=f"a token at position {highest}, counted from 0",
+                expected=f"at most {room} tokens (max_position_embeddings)",
+                fix="shorten the text or what is to be generated, or use a model with rotary positions",
+            )
+
+    def chunks(self, states_BSX: Tensor, num_chunks: int) -> Tensor:
+        """[B, C, M, ...] the tokens of each chunk; a short first chunk is filled up with zeros at its end."""
+        short = self._first_position(states_BSX.shape[1])
+        if short:
+            first = functional.pad(states_BSX[:, : self.chunk_length - short], (0, 0, 0, short))
+            states_BSX = torch.cat((first, states_BSX[:, self.chunk_length - short :]), 1)
+        return torch.unflatten(states_BSX[:, : num_chunks * self.chunk_length], 1, (num_chunks, self.chunk_length))
+
+    def _first_position(self, length: int) -> int:
+        """Grid position of the first token: 0; in the published checkpoints the grid ends with the sequence."""
+        return -length % self.chunk_length if self.retro.retro_legacy_checkpoint else 0
+
+    def _retrieval(
+        self, length: int, device: torch.device, neighbors: Neighbors[Tensor] | None, padding_mask_BS: Tensor | None
+    ) -> NeighborContext | None:
+        first_position = self._first_position(length)
+        num_chunks = num_complete_chunks(length + first_position, self.chunk_length)
+        if not self.reads or neighbors is None or num_chunks == 0 or neighbors.is_empty:
+            return None
+        neighbors = neighbors.first_chunks(num_chunks)
+        chunk_mask_XM = None
+        if padding_mask_BS is not None and not self.retro.retro_legacy_checkpoint:
+            chunk_mask_XM = self.chunks(padding_mask_BS, num_chunks).flatten(0, 1)
+        positions_BS = query_positions(length, first_position, self.chunk_length, device)[None]
+        return self._neighbor_context(
+            neighbors,
+            neighbors.tokens_BCKR.shape[2:],
+            neighbors.mask_BCKR.flatten(2),
+            chunk_mask_XM,
+            positions_BS,
+            first_position,
+        )
+
+    def _neighbor_context(
+        self,
+        neighbors: Neighbors[Tensor] | None,
+        neighbor_shape: tuple[int, ...],
+        mask_BCE: Tensor | None,
+        chunk_mask_XM: Tensor | None,
+        positions_BS: Tensor,
+        first_position: int,
+    ) -> NeighborContext:
+        num_neighbors, retrieved_length = neighbor_shape
+        frequencies = self.neighbor_frequencies
+        keys_E = neighbor_token_positions(num_neighbors, retrieved_length, positions_BS.device)
+        return NeighborContext(
+            neighbors,
+            retrieved_length,
+            mask_BCE,
+            chunk_mask_XM,
+            positions_BS,
+            None if frequencies is None else rotary_table(positions_BS + self.retro.chunk_start(), frequencies),
+            table_or_none(keys_E, frequencies),
+            first_position,
+        )
+
+    def cached_sequence(
+        self,
+        batch_size: int,
+        length: int,
+        device: torch.device,
+        position_ids_BS: Tensor | None,
+        padding_mask_BS: Tensor | None,
+        neighbors: Neighbors[Tensor] | None,
+        document_ids_BS: Tensor | None,
+        cache: Cache,
+    ) -> SequenceContext:
+        """The context of the next tokens of sequences whose earlier ones are in a cache."""
+        if document_ids_BS is not None:
+            raise DataError(
+                "several documents in one row cannot be fed in pieces", fix="give each document its own row"
+            )
+        if batch_size != len(cache.lengths):
+            raise DataError(
+                "the cache is for another batch", got=f"{batch_size} rows", expected=f"{len(cache.lengths)}"
+            )
+        cache_slice = cache.begin(length, padding_mask_BS)
+        real_BT = cache.record_padding(padding_mask_BS, cache_slice, device)
+        slots_BS = cache_slice.slots_BS(device)
+        if position_ids_BS is None:
+            position_ids_BS = (
+                slots_BS if real_BT is None else (real_BT.long().cumsum(1) - 1).clamp(min=0).gather(1, slots_BS)
+            )
+        self._require_learned(position_ids_BS, cache_slice.longest)
+        return SequenceContext(
+            self._cached_pattern(cache_slice, real_BT, slots_BS),
+            None if self.frequencies is None else rotary_table(position_ids_BS, self.frequencies),
+            position_ids_BS,
+            self._cached_retrieval(cache_slice, real_BT, neighbors, cache, device) if self.reads else None,
+            cache_slice,
+        )
+
+    def _cached_pattern(self, cache_slice: CacheSlice, real_BT: Tensor | None, slots_BS: Tensor) -> AttentionPattern:
+        """The last token of a uniform slice stands at the last slot: plain causal. Others are spelled out."""
+        window = self.config.sliding_window
+        if cache_slice.uniform:
+            return AttentionPattern(True, window, None if real_BT is None else real_BT[:, None])
+        distance_BST = slots_BS[:, :, None] - torch.arange(cache_slice.longest, device=slots_BS.device)
+        allowed_BST = distance_BST >= 0
+        if window is not None:
+            allowed_BST = allowed_BST & (distance_BST < window)
+        return AttentionPattern(allowed_BST=allowed_BST if real_BT is None else allowed_BST & real_BT[:, None])
+
+    def _cached_retrieval(
+        self,
+        cache_slice: CacheSlice,
+        real_BT: Tensor | None,
+        neighbors: Neighbors[Tensor] | None,
+        cache: Cache,
+        device: torch.device,
+    ) -> NeighborContext:
+        """One row of neighbours for each chunk that this slice completes; where none are given, the mask says so."""
+        rows, indices = cache_slice.rows, cache_slice.chunk_indices
+        shape = cache.neighbor_shape
+        fresh, fresh_mask_PE = None, None
+        if neighbors is not None and not neighbors.is_empty and rows:
+            given = [index - 1 for index in indices]
+            shape = tuple(neighbors.first_chunks(max(cache_slice.completed)).tokens_BCKR.shape[2:])
+            cache.require_neighbor_shape(shape)
+            fresh = Neighbors(neighbors.tokens_BCKR[rows, given][:, None], neighbors.mask_BCKR[rows, given][:, None])
+            fresh_mask_PE = fresh.mask_BCKR[:, 0].flatten(1)
+        chunk_mask_XM = None
+        if real_BT is not None and fresh is not None:
+            rows_P1 = torch.tensor(rows, device=device)[:, None]
+            chunk_mask_XM = real_BT[rows_P1, cache_slice.chunk_slots_PM(device)]
+        mask_BCE = cache.neighbors.over_visible_chunks("mask", fresh_mask_PE, cache_slice)
+        starts = torch.tensor(cache_slice.first_positions, device=device)[:, None] + torch.arange(
+            cache_slice.width, device=device
+        )
+        positions_BS = (starts + 1) % self.chunk_length + self.chunk_length - 1
+        return self._neighbor_context(fresh, shape or (1, 1), mask_BCE, chunk_mask_XM, positions_BS, 0)

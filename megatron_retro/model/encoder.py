@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.model.context import EncoderContext, neighbor_token_positions, rotary_frequencies, table_or_none
-from megatron_retro.model.embeddings import TokenEmbedding
 from megatron_retro.model.layers import EncoderLayer
-from megatron_retro.model.leaves import Norm
+from megatron_retro.model.leaves import Norm, TokenEmbedding
 from megatron_retro.ops.attention import AttentionPattern
 
 

@@ -1,4 +1,4 @@
-"""One layer of the decoder and one of the neighbour encoder. A layer's call is a point of recomputation."""
+"""The MLP, and one layer of the decoder and of the neighbour encoder. A layer's call is a point of recomputation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.model.attention import ChunkedCrossAttention, EncoderCrossAttention, SelfAttention
 from megatron_retro.model.cache import Cache
 from megatron_retro.model.context import EncoderContext, SequenceContext
-from megatron_retro.model.cross_attention import ChunkCrossAttention, ChunkedCrossAttention
-from megatron_retro.model.leaves import Norm
-from megatron_retro.model.mlp import MLP
-from megatron_retro.model.self_attention import SelfAttention
+from megatron_retro.model.leaves import Linear, Norm
+from megatron_retro.ops.activation import GELU, GELU_TANH, SQUARED_RELU, SWIGLU, activate
+from megatron_retro.ops.recomputation import recomputed
 
 ReadNeighbors = Callable[[Tensor], Tensor | None]
 
@@ -75,7 +75,7 @@ class EncoderLayer(nn.Module):
         self.attention = SelfAttention(config)
         conditioned = decoder_size is not None
         self.cross_norm = Norm(config, config.hidden_size) if conditioned else None
-        self.cross_attention = ChunkCrossAttention(config, retro, decoder_size) if decoder_size is not None else None
+        self.cross_attention = EncoderCrossAttention(config, retro, decoder_size) if decoder_size is not None else None
         self.mlp_norm = Norm(config, config.hidden_size)
         self.mlp = MLP(config)
 
@@ -99,3 +99,31 @@ class EncoderLayer(nn.Module):
 
     def _dropped(self, hidden: Tensor) -> Tensor:
         return functional.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
+
+
+def activation_kind(config: ModelConfig) -> str:
+    """The configured nonlinearity."""
+    if config.swiglu:
+        return SWIGLU
+    if config.squared_relu:
+        return SQUARED_RELU
+    return GELU_TANH if config.gelu_tanh else GELU
+
+
+class MLP(nn.Module):
+    """up, nonlinearity, down; a gated one has two matrices up. The backward pass computes the nonlinearity again."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, bias = config.ffn_width(), not config.disable_bias_linear
+        self.kind = activation_kind(config)
+        self.up = Linear(config.hidden_size, (2, width) if config.swiglu else (width,), bias=bias)
+        self.down = Linear(width, (config.hidden_size,), bias=bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., H]."""
+        projected = self.up(hidden)
+        activated = activate(projected, self.kind)
+        with recomputed(activated, lambda: activate(projected.detach(), self.kind)):
+            output: Tensor = self.down(activated)
+        return output

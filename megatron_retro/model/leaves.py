@@ -165,3 +165,40 @@ class RelativePositions(nn.Module):
         exponent = torch.arange(0, self.width, 2, device=distance_L.device) / self.width
         angles = distance_L[:, None] / 10000.0**exponent
         return torch.cat((angles.sin(), angles.cos()), -1)[:, : self.width]
+
+
+class TokenEmbedding(nn.Module):
+    """Word vectors, and learned positions where they are configured."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        learned = config.position_embedding_type == "learned_absolute"
+        self.dropout = config.hidden_dropout
+        self.word = Embedding(config.padded_vocab_size(), config.hidden_size)
+        self.position = Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
+
+    def forward(self, tokens_BS: Tensor, position_ids_BS: Tensor) -> Tensor:
+        """[B, S, H]."""
+        hidden_BSH: Tensor = self.word(tokens_BS)
+        if self.position is not None:
+            hidden_BSH = hidden_BSH + self.position(position_ids_BS)
+        return functional.dropout(hidden_BSH, self.dropout, self.training) if self.dropout else hidden_BSH
+
+
+class Dropout(nn.Module):
+    """`kept` says where an element stays; an instance may be given another one."""
+
+    def __init__(self, chance: float) -> None:
+        super().__init__()
+        self.chance = chance
+        self.kept: Callable[[Tensor], Tensor] = self._drawn
+
+    def _drawn(self, hidden: Tensor) -> Tensor:
+        """True where an element stays."""
+        return torch.rand_like(hidden, dtype=torch.float32) >= self.chance
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Same shape; in evaluation the same tensor."""
+        if not self.training or self.chance == 0.0:
+            return hidden
+        return hidden * self.kept(hidden) / (1.0 - self.chance) if self.chance < 1.0 else torch.zeros_like(hidden)

@@ -19,12 +19,10 @@ from megatron_retro.config.model import ModelConfig, RetroConfig, model_violatio
 from megatron_retro.errors import ConfigError
 from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.cache import Cache
-from megatron_retro.model.context import SequenceContext
-from megatron_retro.model.embeddings import TokenEmbedding
+from megatron_retro.model.context import ContextBuilder, SequenceContext
 from megatron_retro.model.encoder import NeighborEncoder
 from megatron_retro.model.layers import DecoderLayer
-from megatron_retro.model.leaves import Norm, Output
-from megatron_retro.model.preparation import Preparation
+from megatron_retro.model.leaves import Norm, Output, TokenEmbedding
 
 
 class Retro(nn.Module):
@@ -40,7 +38,7 @@ class Retro(nn.Module):
         retrieval_layers = [number - 1 for number in retro.retrieval_layers(model.num_layers)]
         encoder_size = retro.encoder_model(model).hidden_size
         self.first_retrieval_layer = min(retrieval_layers, default=None)
-        self.preparation = Preparation(model, retro)
+        self.contexts = ContextBuilder(model, retro)
         self.embedding: TokenEmbedding | None = TokenEmbedding(model)
         self.layers = nn.ModuleDict(
             {
@@ -117,8 +115,8 @@ class Retro(nn.Module):
                 neighbors = _all_present(neighbors)
         sequence = (length, device, position_ids_BS, padding_mask_BS)
         if cache is not None:
-            return self.preparation.cached_sequence(batch_size, *sequence, neighbors, document_ids_BS, cache)
-        return self.preparation.whole_sequence(*sequence, neighbors, document_ids_BS)
+            return self.contexts.cached_sequence(batch_size, *sequence, neighbors, document_ids_BS, cache)
+        return self.contexts.whole_sequence(*sequence, neighbors, document_ids_BS)
 
     def embed(self, tokens_BS: Tensor, context: SequenceContext) -> Tensor:
         """[B, S, H]; for the stage that holds the embedding."""
@@ -160,7 +158,7 @@ class Retro(nn.Module):
             if cache is not None and context.cache_slice is not None:
                 chunks_BCMH = cache.neighbors.chunks("decoder_state", context.cache_slice)[:, None]
             else:
-                chunks_BCMH = self.preparation.chunks(normed_BSH, retrieval.neighbors.num_chunks)
+                chunks_BCMH = self.contexts.chunks(normed_BSH, retrieval.neighbors.num_chunks)
             return self.encode(retrieval.neighbors, chunks_BCMH, retrieval.chunk_mask_XM)
 
         return read

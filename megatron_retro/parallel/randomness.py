@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_retro.config.model import ModelConfig, RetroConfig
-from megatron_retro.model.dropout import Dropout
+from megatron_retro.model.leaves import Dropout
 from megatron_retro.model.retro import Retro
 from megatron_retro.parallel.collectives import TensorAxis
 from megatron_retro.parallel.cuts import Style, cut_of, regions_of

@@ -10,16 +10,25 @@ from torch import Tensor, nn
 
 from megatron_retro.config.training import PeftConfig
 from megatron_retro.errors import ConfigError
-from megatron_retro.model.cross_attention import CrossAttention
+from megatron_retro.model.attention import CrossAttention, SelfAttention
+from megatron_retro.model.layers import MLP
 from megatron_retro.model.leaves import Linear
-from megatron_retro.model.mlp import MLP
 from megatron_retro.model.retro import Retro
-from megatron_retro.model.self_attention import SelfAttention
-from megatron_retro.peft import adapters, lora, prompts, scaling
+from megatron_retro.peft.methods import (
+    ADAPTER,
+    IA3,
+    LORA,
+    attach_adapter,
+    attach_inner_factors,
+    attach_key_value_factors,
+    attach_lora,
+    connect_adapter,
+)
+from megatron_retro.peft.prompts import PROMPT, attach_prompt
 from megatron_retro.runtime.console import render_table
 from megatron_retro.runtime.seeds import derived_seed
 
-ADDED_NAMES = frozenset({lora.NAME, adapters.NAME, scaling.NAME, prompts.NAME})
+ADDED_NAMES = frozenset({LORA, ADAPTER, IA3, PROMPT})
 _SMALL_STD = 0.02
 
 
@@ -31,7 +40,7 @@ def attach(model: Retro, config: PeftConfig, *, is_stage: bool = False) -> None:
     model.requires_grad_(False)
     if config.peft_method == "p-tuning":
         if model.embedding is not None:
-            prompts.attach_prompt(model.embedding, config)
+            attach_prompt(model.embedding, config)
     else:
         for part in config.peft_parts:
             for name, module in part_modules(model, part):
@@ -47,8 +56,8 @@ def attach(model: Retro, config: PeftConfig, *, is_stage: bool = False) -> None:
 def connect(model: nn.Module) -> None:
     """Let adapters act; the rest acts since it was attached."""
     for module in model.modules():
-        if hasattr(module, adapters.NAME):
-            adapters.connect_adapter(module)
+        if hasattr(module, ADAPTER):
+            connect_adapter(module)
 
 
 def part_modules(model: Retro, part: str) -> Iterator[tuple[str, nn.Module]]:
@@ -68,15 +77,15 @@ def _attach_to(name: str, module: nn.Module, config: PeftConfig) -> None:
     with device:
         if config.peft_method == "lora" and isinstance(module, Linear):
             if any(f".{name}".endswith(f".{target}") for target in config.lora_targets):
-                lora.attach_lora(module, config)
+                attach_lora(module, config)
         elif config.peft_method == "adapter" and isinstance(module, (SelfAttention, MLP)):
-            adapters.attach_adapter(module, _width(module), config)
+            attach_adapter(module, _width(module), config)
         elif config.peft_method == "ia3" and isinstance(module, SelfAttention):
-            scaling.attach_key_value_factors(module.query_key_value, module.head_size)
+            attach_key_value_factors(module.query_key_value, module.head_size)
         elif config.peft_method == "ia3" and isinstance(module, CrossAttention):
-            scaling.attach_key_value_factors(module.key_value, module.head_size)
+            attach_key_value_factors(module.key_value, module.head_size)
         elif config.peft_method == "ia3" and isinstance(module, MLP):
-            scaling.attach_inner_factors(module.down)
+            attach_inner_factors(module.down)
 
 
 def _width(block: SelfAttention | MLP) -> int:
@@ -100,13 +109,13 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     It depends on the seed and the name alone, as the base's do.
     """
     words = name.split(".")
-    if scaling.NAME in words:
+    if IA3 in words:
         return torch.ones(shape)
-    starts_at_zero = words[-2] == "up" and prompts.NAME not in words
+    starts_at_zero = words[-2] == "up" and PROMPT not in words
     if words[-1] == "bias" or starts_at_zero:
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(derived_seed(seed, name))
-    if lora.NAME in words:
+    if LORA in words:
         bound = 1 / math.sqrt(shape[-1])
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     return torch.empty(shape).normal_(0.0, _SMALL_STD, generator=generator)

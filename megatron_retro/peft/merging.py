@@ -10,8 +10,8 @@ from megatron_retro.config.training import PeftConfig
 from megatron_retro.errors import ConfigError
 from megatron_retro.model.leaves import Linear
 from megatron_retro.model.retro import Retro
-from megatron_retro.peft import lora, scaling
 from megatron_retro.peft.attach import added_parameters
+from megatron_retro.peft.methods import IA3, LORA, ia3_merged, lora_merged
 
 MERGEABLE = ("lora", "ia3")
 
@@ -30,22 +30,22 @@ def merge(model: Retro, config: PeftConfig) -> None:
     require_mergeable(config.peft_method)
     added = added_parameters(model)
     for name, module in list(model.named_modules()):
-        if not isinstance(module, Linear) or not (hasattr(module, lora.NAME) or hasattr(module, scaling.NAME)):
+        if not isinstance(module, Linear) or not (hasattr(module, LORA) or hasattr(module, IA3)):
             continue
         for kind in ("weight", "bias"):
             parameter: Tensor | None = getattr(module, kind)
             if parameter is not None:
                 parameter.detach().copy_(merged(f"{name}.{kind}", parameter.detach(), added.get, config))
-        delattr(module, lora.NAME if hasattr(module, lora.NAME) else scaling.NAME)
+        delattr(module, LORA if hasattr(module, LORA) else IA3)
 
 
 def merged(name: str, parameter: Tensor, added: Callable[[str], Tensor | None], config: PeftConfig) -> Tensor:
     """A base parameter with what was tuned beside it; `added` gives a tensor by name, None when there is none."""
     path, _, kind = name.rpartition(".")
-    up, down = added(f"{path}.{lora.NAME}.up.weight"), added(f"{path}.{lora.NAME}.down.weight")
+    up, down = added(f"{path}.{LORA}.up.weight"), added(f"{path}.{LORA}.down.weight")
     if kind == "weight" and up is not None and down is not None:
-        return lora.merged_weight(parameter, up.detach(), down.detach(), config.lora_alpha / config.lora_rank)
-    factors = added(f"{path}.{scaling.NAME}.weight")
+        return lora_merged(parameter, up.detach(), down.detach(), config.lora_alpha / config.lora_rank)
+    factors = added(f"{path}.{IA3}.weight")
     if factors is not None:
-        return scaling.merged_weight(parameter, factors.detach(), is_bias=kind == "bias")
+        return ia3_merged(parameter, factors.detach(), is_bias=kind == "bias")
     return parameter

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_retro.config.training import PeftConfig
-from megatron_retro.model.embeddings import TokenEmbedding
-from megatron_retro.model.leaves import Embedding, Linear
+from megatron_retro.model.leaves import Embedding, Linear, TokenEmbedding
 from megatron_retro.ops.local_tensors import local
 
-NAME = "prompt"
+PROMPT = "prompt"
 
 
 class PromptEncoder(nn.Module):
@@ -60,21 +59,21 @@ def configured_virtual_tokens(config: PeftConfig) -> tuple[int, ...]:
 
 def fold_prompt(embedding: TokenEmbedding) -> None:
     """Fold the prompt encoder of an embedding, if it has one."""
-    prompt: PromptEncoder | None = getattr(embedding, NAME, None)
+    prompt: PromptEncoder | None = getattr(embedding, PROMPT, None)
     if prompt is not None:
         prompt.fold()
 
 
 def virtual_tokens_of(embedding: nn.Module | None) -> tuple[int, ...]:
     """The same, read off a model's embedding."""
-    prompt: PromptEncoder | None = getattr(embedding, NAME, None)
+    prompt: PromptEncoder | None = getattr(embedding, PROMPT, None)
     return () if prompt is None else virtual_token_ids(len(prompt.table.weight))
 
 
 def attach_prompt(embedding: TokenEmbedding, config: PeftConfig) -> None:
     """Let the embedding know virtual tokens."""
     with embedding.word.weight.device:
-        embedding.add_module(NAME, PromptEncoder(embedding.word.weight.shape[-1], config))
+        embedding.add_module(PROMPT, PromptEncoder(embedding.word.weight.shape[-1], config))
     embedding.word.register_forward_pre_hook(_hide_virtual_ids)
     embedding.register_forward_hook(_insert_vectors)
 
@@ -84,7 +83,7 @@ def _hide_virtual_ids(word: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[T
 
 
 def _insert_vectors(embedding: nn.Module, arguments: tuple[Any, ...], hidden_BSH: Tensor) -> Tensor:
-    prompt: PromptEncoder = getattr(embedding, NAME)
+    prompt: PromptEncoder = getattr(embedding, PROMPT)
     tokens_BS = prompt.own_part(arguments[0])
     vectors = functional.embedding((-1 - tokens_BS).clamp(min=0), prompt())
     return torch.where((tokens_BS < 0)[..., None], vectors.to(hidden_BSH.dtype), hidden_BSH)

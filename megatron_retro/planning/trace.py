@@ -25,7 +25,7 @@ from megatron_retro.ops.local_tensors import local
 from megatron_retro.parallel.collectives import TensorAxis
 from megatron_retro.parallel.layer_transforms import keeps
 from megatron_retro.parallel.mesh import TENSOR
-from megatron_retro.parallel.styles import cut_model, cut_prompt
+from megatron_retro.parallel.tensor_parallel import cut_model, cut_prompt
 from megatron_retro.peft.attach import attach, connect
 from megatron_retro.planning.fake_ranks import fake_rank, without_memory
 from megatron_retro.planning.workload import Layout, Workload

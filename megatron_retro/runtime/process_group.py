@@ -157,10 +157,10 @@ def _axis_of(error: BaseException) -> str | None:
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if "/fsdp/" in frame.filename:
             return "data"
-        if frame.filename.endswith(("parallel/collectives.py", "parallel/vocabulary.py")):
+        if frame.filename.endswith(("parallel/collectives.py", "parallel/tensor_parallel.py")):
             return "tensor"
         if "/pipelining/" in frame.filename:
             return "pipeline"
-        if frame.filename.endswith("parallel/replicas.py"):
+        if frame.filename.endswith("parallel/shared_parameters.py"):
             return "pipeline"
     return None

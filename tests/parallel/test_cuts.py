@@ -14,7 +14,7 @@ from megatron_retro.model.retro import Retro
 from megatron_retro.parallel.collectives import TensorAxis
 from megatron_retro.parallel.cuts import CUTS, Style, cut_of, matches, regions_of
 from megatron_retro.parallel.mesh import TENSOR, build_mesh
-from megatron_retro.parallel.styles import cut_model, partial_parameters
+from megatron_retro.parallel.tensor_parallel import cut_model, partial_parameters
 from megatron_retro.peft.attach import attach
 from megatron_retro.testing.layouts import tiny_settings
 from megatron_retro.testing.processes import run_ranks

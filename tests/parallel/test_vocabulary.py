@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from megatron_retro.parallel.vocabulary import gathered_logits, parallel_losses, partial_embedding, true_rows
+from megatron_retro.parallel.tensor_parallel import gathered_logits, parallel_losses, partial_embedding, true_rows
 from megatron_retro.testing.processes import run_ranks
 
 HIDDEN = 6

@@ -1,7 +1,11 @@
-"""Cuts a plain model over the tensor ranks, by the table of cuts. The model's code does not change.
+"""Tensor parallelism: cuts a plain model over the tensor ranks, by the table of cuts. The model's code does not change.
 
-Parameters become DTensors (leaves compute on their local part); regions get hooks that gather and reduce; embedding and
-output compute on their rows of the vocabulary. Parameters may be on the meta device.
+Parameters become DTensors (leaves compute on their local part); regions get hooks that gather and reduce. Parameters
+may be on the meta device.
+
+Embedding and output compute on their rows of the vocabulary: rank i holds rows [i*L, (i+1)*L) of the padded table. Rows
+at or beyond the true vocabulary take no part anywhere, and a rank may hold such rows only. Logits are never gathered
+for the loss.
 """
 
 from __future__ import annotations
@@ -13,16 +17,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.nn import functional
 
 from megatron_retro.model.leaves import Embedding, HeadsToHidden, Linear, Output
 from megatron_retro.model.retro import Retro
+from megatron_retro.ops.linear import linear
+from megatron_retro.ops.linear_cross_entropy import gradients, statistics
 from megatron_retro.ops.local_tensors import local
-from megatron_retro.parallel.collectives import TensorAxis
+from megatron_retro.parallel.collectives import TensorAxis, all_gather
 from megatron_retro.parallel.cuts import CUTS, Cut, Region, cut_of, regions_of
 from megatron_retro.parallel.layer_transforms import replace_forward
-from megatron_retro.parallel.vocabulary import gathered_logits, parallel_losses, partial_embedding, true_rows
 
 
 def cut_model(model: Retro, mesh: DeviceMesh, axis: TensorAxis, cuts: Sequence[Cut] = CUTS) -> None:
@@ -67,11 +74,11 @@ def sum_partial_gradients(model: nn.Module, axis: TensorAxis, cuts: Sequence[Cut
         if parameter.grad is not None:
             gradient = local(parameter.grad)
             by_type.setdefault(gradient.dtype, []).append(gradient)
-    for gradients in by_type.values():
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
+    for partial_sums in by_type.values():
+        flat = torch.cat([gradient.flatten() for gradient in partial_sums])
         dist.all_reduce(flat, group=axis.group)
-        sizes = [gradient.numel() for gradient in gradients]
-        for gradient, total in zip(gradients, torch.split(flat, sizes), strict=True):
+        sizes = [gradient.numel() for gradient in partial_sums]
+        for gradient, total in zip(partial_sums, torch.split(flat, sizes), strict=True):
             gradient.copy_(total.view_as(gradient))
 
 
@@ -166,3 +173,62 @@ def _parallel_output(
     if labels is None:
         return gathered_logits(gathered, rows, output.vocab_size, axis.group)
     return parallel_losses(gathered, true_rows(rows, first_row, output.vocab_size), labels, first_row, axis.group)
+
+
+def partial_embedding(ids: Tensor, rows_LH: Tensor, first_row: int) -> Tensor:
+    """[..., H]: this rank's rows for the ids that it holds, zero for others; the sum over ranks is the embedding."""
+    local_ids = ids - first_row
+    held = (local_ids >= 0) & (local_ids < rows_LH.shape[0])
+    vectors = functional.embedding(local_ids.where(held, 0), rows_LH)
+    return vectors * held[..., None].to(vectors.dtype)
+
+
+def true_rows(rows_LH: Tensor, first_row: int, vocab_size: int) -> Tensor:
+    """This rank's rows less the padding."""
+    return rows_LH[: max(0, min(rows_LH.shape[0], vocab_size - first_row))]
+
+
+def gathered_logits(hidden_BSH: Tensor, rows_LH: Tensor, vocab_size: int, group: dist.ProcessGroup) -> Tensor:
+    """[B, S, V] of the true vocabulary on every rank; for evaluation, without gradients."""
+    return all_gather(linear(hidden_BSH, rows_LH), -1, group)[..., :vocab_size]
+
+
+def parallel_losses(
+    hidden_BSH: Tensor, rows_LH: Tensor, labels_BS: Tensor, first_row: int, group: dist.ProcessGroup
+) -> Tensor:
+    """[B, S] float32: -log softmax over all ranks' rows; two small collectives for all tokens together.
+
+    A label below zero marks a position that does not count. `hidden` is gathered (its gradient is this rank's part);
+    every rank of the group must call.
+    """
+    arguments = (hidden_BSH.flatten(0, -2), rows_LH, labels_BS.flatten(), first_row, group)
+    losses: Tensor = _ParallelLosses.apply(*arguments)  # type: ignore[no-untyped-call]
+    return losses.view(labels_BS.shape)
+
+
+class _ParallelLosses(torch.autograd.Function):
+    """Logits exist for a block of the vocabulary at a time, in the forward and again in the backward."""
+
+    @staticmethod
+    def forward(
+        context: Any, hidden_TH: Tensor, rows_LH: Tensor, labels_T: Tensor, first_row: int, group: dist.ProcessGroup
+    ) -> Tensor:
+        own = statistics(hidden_TH, rows_LH, labels_T, first_row)
+        largest_T = own.largest_T.clone()
+        dist.all_reduce(largest_T, dist.ReduceOp.MAX, group=group)
+        sums_2T = torch.stack((own.sum_T * (own.largest_T - largest_T).exp(), own.label_logit_T))
+        dist.all_reduce(sums_2T, group=group)
+        context.first_row = first_row
+        context.save_for_backward(hidden_TH, rows_LH, labels_T, largest_T + sums_2T[0].log())
+        # in this order large logits cancel before the small logarithm is added
+        losses_T = sums_2T[0].log() + (largest_T - sums_2T[1])
+        return losses_T.where(labels_T >= 0, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient_T: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TH, rows_LH, labels_T, log_normalizer_T = context.saved_tensors
+        scale_T = gradient_T.float().where(labels_T >= 0, 0.0).contiguous()
+        wanted = context.needs_input_grad[:2]
+        found = gradients(hidden_TH, rows_LH, labels_T, log_normalizer_T, scale_T, context.first_row, wanted=wanted)
+        return *found, None, None, None
