@@ -21,7 +21,6 @@ from megatron_retro.config.data import (
 )
 from megatron_retro.config.evaluation import PERPLEXITY, QUESTION_SETS, ReportConfig
 from megatron_retro.config.inference import (
-    READ_BY_A_GENERATOR,
     ChatConfig,
     EngineConfig,
     GenerateConfig,
@@ -68,6 +67,14 @@ class Verb:
         return int(program(*given) or 0)
 
 
+# What a verb that only uses a model reads of the sections that training fills.
+_OF_A_FINISHED_MODEL: Reads = {
+    CheckpointConfig: ("load",),
+    ParallelConfig: (
+        *("tensor_model_parallel_size", "pipeline_model_parallel_size", "pipeline_layout"),
+        "distributed_timeout_minutes",
+    ),
+}
 VERBS: tuple[Verb, ...] = (
     Verb(
         "collect-text",
@@ -190,7 +197,7 @@ no model is ever whole in memory.""",
         ),
         "inference.program:generate",
         "Generate text from a checkpoint (--load), with live retrieval from an index (--retro-index).",
-        reads=READ_BY_A_GENERATOR,
+        reads=_OF_A_FINISHED_MODEL,
     ),
     Verb(
         "evaluate",
@@ -205,7 +212,7 @@ paired intervals; the leakage curve. Data settings that are not given are those 
 nq ... summscreen: question and summary sets from their published files (--eval-data TASK=FILE), asked and scored as
 published; killed and started again, or shared by --shard i/N, they go on where they were.""",
         Positional("tasks", "+", "what to measure: " + ", ".join((PERPLEXITY, *QUESTION_SETS))),
-        READ_BY_A_GENERATOR,
+        _OF_A_FINISHED_MODEL,
     ),
     Verb(
         "ablate",
@@ -238,7 +245,7 @@ that should be seen on it: what was measured, and whether it was seen.""",
         ),
         "inference.program:serve",
         "Serve a checkpoint (--load): /v1/completions, /v1/chat/completions, metrics, and a page at /.",
-        reads=READ_BY_A_GENERATOR,
+        reads=_OF_A_FINISHED_MODEL,
     ),
     Verb(
         "inspect",

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_retro.config.fields import option
-from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.training import CheckpointConfig
 
 RETRIEVAL_MODES = ("live", "none", "random")
 
@@ -90,15 +88,3 @@ class ServeConfig:
     max_body_bytes: int = option(1 << 20, "largest request", minimum=1024, ours=True)
     send_seconds: float = option(30.0, "a client that takes nothing for this long is dropped", minimum=0.1, ours=True)
     served_model_name: str | None = option(None, "name in /v1/models; the checkpoint's folder when not set", ours=True)
-
-
-# What a verb that only uses a model reads of the sections that training fills.
-READ_BY_A_GENERATOR: dict[type, tuple[str, ...]] = {
-    CheckpointConfig: ("load",),
-    ParallelConfig: (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "pipeline_layout",
-        "distributed_timeout_minutes",
-    ),
-}

@@ -30,7 +30,7 @@ def inference_report(settings: Settings) -> str:
     replicas, left = divmod(planning.world_size(), tensor * stages)
     if left or not replicas:
         raise ConfigError(
-            "the accelerators are no whole replicas",
+            "the number of accelerators does not fit the model",
             got=f"{planning.world_size()} of them",
             expected=f"a multiple of tensor {tensor} x pipeline {stages}",
             fix="change --plan-nodes, or the parallel sizes",

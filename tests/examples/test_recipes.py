@@ -154,7 +154,7 @@ def test_the_evaluation_of_the_largest_is_cut_until_it_fits() -> None:
     assert "4 replicas of 2 each" in inference_report(settings("evaluate", "48b"))
     with pytest.raises(ConfigError, match="does not fit"):
         inference_report(settings("evaluate", "48b").replace(tensor_model_parallel_size=1))
-    with pytest.raises(ConfigError, match="no whole replicas"):
+    with pytest.raises(ConfigError, match="does not fit the model"):
         inference_report(settings("evaluate", "48b").replace(tensor_model_parallel_size=16))
 
 
