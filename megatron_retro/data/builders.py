@@ -10,16 +10,15 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
 from megatron_retro.data.blends import Blend, WeightedPath, parse_data_path
 from megatron_retro.data.chunk_database import ChunkDatabase
-from megatron_retro.data.dataset import Boundaries, Dataset, RetrievalNoise, Source
+from megatron_retro.data.dataset import Boundaries, Dataset, Source
 from megatron_retro.data.loader import Loader, Samples
 from megatron_retro.data.mock_samples import MockSamples
-from megatron_retro.data.neighbor_degradation import Degradation
 from megatron_retro.data.neighbor_table import NeighborTable, covered
+from megatron_retro.data.neighbor_transforms import ThinnedDatabase, TransformSettings
 from megatron_retro.data.neighbors import NeighborReader
 from megatron_retro.data.order import key_of
 from megatron_retro.data.query_chunks import QueryChunks
 from megatron_retro.data.samples import SPLITS, CorpusSamples, check_lengths, parse_split, split_documents
-from megatron_retro.data.thinning import Thinning
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.errors import ConfigError, DataError
 
@@ -74,8 +73,9 @@ def build_dataset(settings: Settings, split: str, *, eod: int | None) -> Dataset
     tables = _tables(paths, data.valid_neighbor_path if own_validation else data.neighbor_path, retro)
     database = _database(data, retro)
     shares = (0.0, 1.0, 0.0) if own_validation else parse_split(data.split)
+    transforms = _transforms(data, retro, split)
     sources = tuple(
-        _source(path, table, database, data, retro, seed, shares, split)
+        _source(path, table, database, data, retro, seed, shares, split, transforms)
         for path, table in zip(paths, tables, strict=True)
     )
     dataset = Dataset(
@@ -83,7 +83,7 @@ def build_dataset(settings: Settings, split: str, *, eod: int | None) -> Dataset
         Blend(tuple(path.weight for path in paths)),
         seed,
         Boundaries(eod, data.reset_position_ids, data.reset_attention_mask, data.eod_mask_loss),
-        _noise(retro) if split == "train" else RetrievalNoise(),
+        transforms,
     )
     if split == "train" and data.max_data_epochs is not None:
         _require_enough(dataset, settings[TrainingConfig], data.max_data_epochs)
@@ -103,8 +103,18 @@ def _require_enough(dataset: Dataset, training: TrainingConfig, most: float) -> 
             )
 
 
-def _noise(retro: RetroConfig) -> RetrievalNoise:
-    return RetrievalNoise(retro.retro_no_retrieval_probability, retro.retro_random_retrieval_probability)
+def _transforms(data: DataConfig, retro: RetroConfig, split: str) -> TransformSettings:
+    """What worsens the neighbours of a split; whole samples lose or swap theirs in training only."""
+    is_training = split == "train"
+    return TransformSettings(
+        absent_samples=retro.retro_no_retrieval_probability if is_training else 0.0,
+        random_samples=retro.retro_random_retrieval_probability if is_training else 0.0,
+        absent_chunks=data.neighbor_absent_share,
+        random_chunks=data.neighbor_random_share,
+        database=ThinnedDatabase(
+            data.database_keep_fraction, data.database_keep_by == "chunk", data.database_corpus_fractions or ()
+        ),
+    )
 
 
 def _tables(
@@ -142,6 +152,7 @@ def _source(
     seed: int,
     shares: Sequence[float],
     split: str,
+    transforms: TransformSettings,
 ) -> Source:
     file = TokenFile(path.path)
     chunk_length = chunk_length_of(data, retro)
@@ -169,7 +180,6 @@ def _source(
         chunk_length,
         retro.retro_num_neighbors,
         retro.retrieved_length(),
-        Thinning(data.database_keep_fraction, data.database_keep_by == "chunk", data.database_corpus_fractions or ()),
-        Degradation(data.neighbor_random_share, data.neighbor_absent_share),
+        transforms.transforms(samples, table.row_ranges, seed),
     )
     return Source(samples, reader)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -15,15 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_retro.data.blends import Blend
-from megatron_retro.data.neighbor_degradation import Degradation
+from megatron_retro.data.neighbor_transforms import TransformSettings
 from megatron_retro.data.neighbors import NeighborReader
-from megatron_retro.data.order import key_of, mix_array
 from megatron_retro.data.samples import CorpusSamples
-from megatron_retro.data.thinning import Thinning
 from megatron_retro.errors import DataError
 from megatron_retro.microbatch import Array, Microbatch, Neighbors
-
-_ABSENT_KEY, _RANDOM_KEY, _OTHER_KEY = 11, 12, 13
 
 
 @dataclass(frozen=True)
@@ -34,14 +30,6 @@ class Boundaries:
     reset_position_ids: bool = False
     reset_attention_mask: bool = False
     eod_mask_loss: bool = False
-
-
-@dataclass(frozen=True)
-class RetrievalNoise:
-    """Shares of samples that train without neighbours, or with those of another sample."""
-
-    none: float = 0.0
-    random: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +48,7 @@ class Dataset:
     blend: Blend
     seed: int
     boundaries: Boundaries = Boundaries()
-    noise: RetrievalNoise = RetrievalNoise()
+    transforms: TransformSettings = field(default_factory=TransformSettings)
 
     @property
     def seq_length(self) -> int:
@@ -82,13 +70,8 @@ class Dataset:
             facts += [samples.shift_epochs]
             if neighbors is not None:
                 facts += [neighbors.table.fingerprint, neighbors.num_neighbors, neighbors.retrieved_length]
-                facts += [neighbors.thinning.fraction]
-                # Only what is not the default counts, so that older fingerprints stay what they were.
-                if neighbors.thinning != Thinning(neighbors.thinning.fraction):
-                    facts += [neighbors.thinning]
-                if neighbors.degradation != Degradation():
-                    facts += [neighbors.degradation]
-        facts += [self.boundaries, self.noise]
+                facts += self.transforms.source_facts()
+        facts += [self.boundaries, self.transforms.sample_fact()]
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     @property
@@ -169,20 +152,11 @@ class Dataset:
     ) -> Neighbors[Array] | None:
         if source.neighbors is None:
             return None
-        per_sample = source.samples.chunks_per_sample
-        absent = _drawn(ids, self.seed, _ABSENT_KEY, self.noise.none)
-        other = _drawn(ids, self.seed, _RANDOM_KEY, self.noise.random) & ~absent
-        if other.any():
-            draws = _uniform(ids, self.seed, _OTHER_KEY) * source.samples.num_samples
-            chunks = np.where(other, source.samples.first_chunks(draws.astype(np.int64)), chunks)
-        tokens, mask = source.neighbors.read(chunks, per_sample)
-        if absent.any():
-            tokens[absent], mask[absent] = 0, False
-        return Neighbors(tokens, mask)
+        return Neighbors(*source.neighbors.read(chunks, source.samples.chunks_per_sample, ids))
 
 
 def short_rows(source: Source, most_samples: int) -> tuple[int, int]:
-    """Rows with fewer than k legal neighbours left, and rows looked at, of at most so many samples."""
+    """Counts of rows with fewer than k legal neighbours, and of all rows, in at most `most_samples` samples."""
     if source.neighbors is None:
         return 0, 0
     samples = source.samples
@@ -190,16 +164,6 @@ def short_rows(source: Source, most_samples: int) -> tuple[int, int]:
     chosen = source.neighbors.select(samples.first_chunks(drawn), samples.chunks_per_sample)
     short = (chosen < 0).any(-1)
     return int(short.sum()), int(short.size)
-
-
-def _uniform(ids: NDArray[np.int64], seed: int, key: int) -> NDArray[np.float64]:
-    """A number in [0, 1) per sample."""
-    mixed = mix_array(ids.astype(np.uint64) ^ np.uint64(key_of(seed, key)))
-    return np.asarray((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
-
-
-def _drawn(ids: NDArray[np.int64], seed: int, key: int, share: float) -> NDArray[np.bool_]:
-    return _uniform(ids, seed, key) < share
 
 
 def _document_ids(samples: CorpusSamples, starts: NDArray[np.int64]) -> NDArray[np.int32]:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.assembly.replica_losses import Losses
 from megatron_retro.data.dataset import Dataset, Source
-from megatron_retro.data.neighbor_variants import with_variant
+from megatron_retro.data.neighbor_transforms import with_variant
 from megatron_retro.errors import ConfigError, DamagedArtifact, Requeue
 from megatron_retro.microbatch import Array, Microbatch, Neighbors
 from megatron_retro.runtime.console import Progress

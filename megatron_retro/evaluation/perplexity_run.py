@@ -24,7 +24,7 @@ from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings, section_nam
 from megatron_retro.config.training import CheckpointConfig, PeftConfig, TrainingConfig
 from megatron_retro.data.builders import build_dataset
 from megatron_retro.data.dataset import Dataset, short_rows
-from megatron_retro.data.neighbor_variants import VARIANTS
+from megatron_retro.data.neighbor_transforms import VARIANTS
 from megatron_retro.errors import ConfigError, Requeue
 from megatron_retro.evaluation.leakage import leakage_curve, text_bytes
 from megatron_retro.evaluation.perplexity import (

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from megatron_retro.assembly.parallel_model import ParallelModel
 from megatron_retro.data.loader import Loader
-from megatron_retro.data.neighbor_variants import with_variant
+from megatron_retro.data.neighbor_transforms import with_variant
 from megatron_retro.microbatch import Array, Microbatch, label_checksum
 from megatron_retro.runtime.run_records import HeldOutSamples
 

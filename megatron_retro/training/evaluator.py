@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron_retro.assembly.run_parts import RunParts
 from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.training import TrainingConfig
-from megatron_retro.data.neighbor_variants import VARIANTS
+from megatron_retro.data.neighbor_transforms import VARIANTS
 from megatron_retro.runtime.run_records import EvaluationRecord
 from megatron_retro.training.evaluation import evaluation_batches, sample_sums, token_losses, variant_batches
 from megatron_retro.training.retrieval_health import alarms, retrieval_health, watched_layers

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from megatron_retro.data.neighbor_variants import VARIANTS
+from megatron_retro.data.neighbor_transforms import VARIANTS
 from megatron_retro.runtime.run_records import LayerUse, RetrievalHealth
 from megatron_retro.runtime.statistics import Interval, bootstrap_ratio
 from megatron_retro.training.evaluation import TokenLosses

@@ -23,6 +23,7 @@ from megatron_retro.config.settings import Settings, build_settings
 from megatron_retro.config.toml_files import render_toml
 from megatron_retro.data.builders import build_dataset
 from megatron_retro.data.neighbor_table import unpack_ids
+from megatron_retro.data.neighbor_transforms import ThinnedDatabase
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.testing.tiny_corpus import TinyCorpus, write_tiny_corpus
 
@@ -231,6 +232,7 @@ def test_shortage_is_that_of_the_rows(corpus: TinyCorpus) -> None:
         settings = corpus.settings(retro_num_neighbors=2, database_keep_fraction=fraction, database_keep_by=unit)
         source = build_dataset(settings, "train", eod=None).sources[0]
         reader, length = source.neighbors, source.samples.chunks_per_sample
+        thinned = ThinnedDatabase(fraction, unit == "chunk")
         assert reader is not None
         firsts = source.samples.first_chunks(np.arange(source.samples.num_samples))
         short = []
@@ -240,7 +242,7 @@ def test_shortage_is_that_of_the_rows(corpus: TinyCorpus) -> None:
                 ids = row[row >= 0]
                 documents = reader.database.document_of(ids)
                 own = range(int(first) // 8, (int(first) + length) // 8 + 1)
-                legal = reader.thinning.keeps(reader.database, ids, documents) & ~np.isin(documents, own)
+                legal = thinned.keeps(reader.database, ids, documents) & ~np.isin(documents, own)
                 short.append(legal.sum() < 2)
         assert neighbor_shortage(settings) == pytest.approx(np.mean(short))
 

@@ -27,9 +27,9 @@ from megatron_retro.data.neighbor_table import (
     unpack_ids,
     write_block,
 )
+from megatron_retro.data.neighbor_transforms import ThinnedDatabase
 from megatron_retro.data.neighbors import NeighborReader
 from megatron_retro.data.order import mix
-from megatron_retro.data.thinning import Thinning
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.errors import ArtifactError, ConfigError, DataError
 from megatron_retro.microbatch import Array, Microbatch
@@ -190,14 +190,14 @@ def test_kept_shares_are_nested_and_as_large_as_asked(tmp_path: Path, by_chunk: 
     chunks = np.arange(database.num_chunks)
     documents = database.document_of(chunks)
     shares = (0.0, 0.125, 0.25, 0.5, 1.0)
-    kept = [Thinning(share, by_chunk).keeps(database, chunks, documents) for share in shares]
+    kept = [ThinnedDatabase(share, by_chunk).keeps(database, chunks, documents) for share in shares]
     assert all((smaller <= larger).all() for smaller, larger in itertools.pairwise(kept))
     assert not kept[0].any() and kept[-1].all()
     assert [mask.mean() for mask in kept] == pytest.approx(shares, abs=0.05)
     whole = [len(np.unique(kept[2][documents == document])) == 1 for document in np.unique(documents)]
     assert all(whole) != by_chunk
     for share, mask in zip(shares, kept, strict=True):
-        reader = NeighborReader(file, made, database, LENGTH, 2, 2 * LENGTH, Thinning(share, by_chunk))
+        reader = NeighborReader(file, made, database, LENGTH, 2, 2 * LENGTH, (ThinnedDatabase(share, by_chunk),))
         ids = reader.select(np.arange(0, 80, 4), 4)
         assert mask[ids[ids != NONE]].all() and (ids != NONE).any() == (share > 0)
 
@@ -212,15 +212,15 @@ def test_corpora_of_a_database_are_thinned_each_by_its_own_share(tmp_path: Path)
         numbers = chunks if by_chunk else database.document_of(chunks)
         shares = np.array([1.0, 0.0, 0.25])[owner] * 0.5
         wanted = np.array([mix(int(number)) / 2**64 for number in numbers]) < shares
-        thinning = Thinning(0.5, by_chunk, (1.0, 0.0, 0.25))
-        assert (thinning.keeps(database, chunks, database.document_of(chunks)) == wanted).all()
-        reader = NeighborReader(files[0], made, database, LENGTH, 2, 2 * LENGTH, thinning)
+        thinned = ThinnedDatabase(0.5, by_chunk, (1.0, 0.0, 0.25))
+        assert (thinned.keeps(database, chunks, database.document_of(chunks)) == wanted).all()
+        reader = NeighborReader(files[0], made, database, LENGTH, 2, 2 * LENGTH, (thinned,))
         firsts = np.arange(0, 200, 4)
         chosen = reader.select(firsts, 4)
         assert wanted[chosen[chosen != NONE]].all() and (chosen != NONE).any()
         packed = np.stack([made.packed_rows(int(first), int(first) + 4) for first in firsts])
         own = np.array([[files[0].document_of(int(f) * 8), files[0].document_of(int(f) * 8 + 32) + 1] for f in firsts])
-        assert (reader.select_plainly(unpack_ids(packed), own[:, 0], own[:, 1]) == chosen).all()
+        assert (reader.select_plainly(unpack_ids(packed), own[:, 0], own[:, 1], thinned) == chosen).all()
     settings = retro_config(
         tmp_path, files[0], database_corpus_fractions=(0.5, 1.0), database_path=str(tmp_path / "db")
     )
@@ -388,7 +388,7 @@ def test_retrieval_noise_hits_its_share_of_samples(tmp_path: Path) -> None:
     assert 0.2 < absent.mean() < 0.4 and 0.12 < (~equal & ~absent).mean() < 0.32
     assert same(b, noisy.read(range(300))) and noisy.fingerprint != plain.fingerprint
     valid = build_dataset(retro_config(tmp_path, file, retro=noise, split="1,1"), "valid", eod=EOD)
-    assert valid.noise.none == 0.0
+    assert valid.transforms.absent_samples == 0.0
 
 
 def test_a_validation_corpus_of_its_own_is_used_whole(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from megatron_retro.config.training import PeftConfig
 from megatron_retro.convert.checkpoint_files import write_checkpoint
 from megatron_retro.data.builders import build_dataset
 from megatron_retro.data.dataset import Dataset
-from megatron_retro.data.neighbor_variants import VARIANTS
+from megatron_retro.data.neighbor_transforms import VARIANTS
 from megatron_retro.errors import ConfigError, DamagedArtifact
 from megatron_retro.evaluation.leakage import ALPHAS, shared_shares, text_bytes
 from megatron_retro.evaluation.perplexity import (

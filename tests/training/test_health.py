@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_retro.data.neighbor_variants import with_variant
+from megatron_retro.data.neighbor_transforms import with_variant
 from megatron_retro.microbatch import Array, Microbatch, Neighbors
 from megatron_retro.runtime.run_records import LayerUse, RetrievalHealth
 from megatron_retro.runtime.statistics import bootstrap_ratio

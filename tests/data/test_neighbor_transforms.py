@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -9,7 +12,7 @@ from megatron_retro.config.data import DataConfig
 from megatron_retro.config.sections import violations
 from megatron_retro.config.settings import Settings
 from megatron_retro.data.builders import build_dataset
-from megatron_retro.data.neighbor_degradation import Degradation
+from megatron_retro.data.neighbor_transforms import AbsentChunks, NeighborLookup, RandomChunks
 from megatron_retro.data.neighbors import NeighborReader
 from megatron_retro.testing.tiny_corpus import TinyCorpus, write_tiny_corpus
 
@@ -26,10 +29,16 @@ def reader(corpus: TinyCorpus, random: float = 0.0, absent: float = 0.0) -> Neig
     return found
 
 
+def lookup(chunks: np.ndarray) -> NeighborLookup:
+    """Samples of one chunk each."""
+    return NeighborLookup.of_samples(chunks, 1)
+
+
 def test_shares_are_as_asked_and_nested() -> None:
     chunks = np.arange(20_000)
-    moved = [Degradation(random=share).rows(chunks, ((0, 5000), (7000, 22_000))) != chunks for share in (0.25, 0.5)]
-    lost = Degradation(random=0.5, absent=0.3).loses(chunks)
+    ranges = ((0, 5000), (7000, 22_000))
+    moved = [RandomChunks(share, ranges).apply(lookup(chunks)).rows_BC[:, 0] != chunks for share in (0.25, 0.5)]
+    lost = AbsentChunks(0.3).apply(lookup(chunks)).absent_BC[:, 0]
     assert [float(one.mean()) for one in moved] == pytest.approx([0.25, 0.5], abs=0.02)
     assert (moved[0] <= moved[1]).all()
     assert lost.mean() == pytest.approx(0.3, abs=0.02) and not (lost & moved[1]).any()
@@ -37,9 +46,9 @@ def test_shares_are_as_asked_and_nested() -> None:
 
 def test_rows_are_those_of_the_table() -> None:
     ranges = ((3, 50), (60, 61), (100, 190))
-    rows = Degradation(random=1.0).rows(np.arange(3, 5000), ranges)
+    rows = RandomChunks(1.0, ranges).apply(lookup(np.arange(3, 5000))).rows_BC
     legal = {row for first, last in ranges for row in range(first, last)}
-    assert set(rows.tolist()) == legal
+    assert set(rows.reshape(-1).tolist()) == legal
 
 
 def test_a_moved_chunk_reads_what_is_legal_in_the_other_row(corpus: TinyCorpus) -> None:
@@ -49,14 +58,43 @@ def test_a_moved_chunk_reads_what_is_legal_in_the_other_row(corpus: TinyCorpus) 
     firsts = samples.first_chunks(np.arange(samples.num_samples))
     length = samples.chunks_per_sample
     found = degraded.select(firsts, length)
-    chunks = firsts[:, None] + np.arange(length)
-    rows = degraded.degradation.rows(chunks, degraded.table.row_ranges)
+    own = NeighborLookup.of_samples(firsts, length)
+    rows = RandomChunks(0.5, degraded.table.row_ranges).apply(own).rows_BC
     saved = np.concatenate([degraded.table.rows(row, row + 1) for row in rows.reshape(-1)]).reshape(*rows.shape, -1)
     expected = degraded.select_plainly(saved, *degraded._own_documents(firsts, length))
-    expected[degraded.degradation.loses(chunks)] = -1
+    expected[AbsentChunks(0.2).apply(own).absent_BC] = -1
     assert (found == expected).all()
     assert (found == degraded.select(firsts, length)).all()
     assert (found != reader(corpus).select(firsts, length)).any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "fingerprint", "content"),
+    [
+        ({}, "3dd88fa261d7bc7b", "cfa5e888b362884e"),
+        ({"database_keep_fraction": 0.5, "database_keep_by": "chunk"}, "8fa4e31fb823b6c9", "f4e7c9f005a1a874"),
+        (
+            {
+                "retro_no_retrieval_probability": 0.3,
+                "retro_random_retrieval_probability": 0.4,
+                "neighbor_random_share": 0.3,
+                "neighbor_absent_share": 0.2,
+                "database_keep_fraction": 0.7,
+            },
+            "ac6460e6de6c495e",
+            "c630ef77abf00a7c",
+        ),
+    ],
+)
+def test_draws_and_fingerprints_are_those_of_saved_runs(
+    corpus: TinyCorpus, changes: dict[str, Any], fingerprint: str, content: str
+) -> None:
+    """Numbers that were written down: a run goes on only where its order of samples is still the same."""
+    dataset = build_dataset(corpus.settings(**changes), "train", eod=None)
+    batch = dataset.read(range(40))
+    assert batch.neighbors is not None
+    digest = hashlib.sha256(batch.neighbors.tokens_BCKR.tobytes() + batch.neighbors.mask_BCKR.tobytes())
+    assert (dataset.fingerprint[:16], digest.hexdigest()[:16]) == (fingerprint, content)
 
 
 def test_fingerprints_tell_a_degraded_dataset_apart(corpus: TinyCorpus) -> None:
