@@ -21,11 +21,9 @@ from megatron_retro.config.sections import require_legal
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import OptimizerConfig, PeftConfig, TrainingConfig
 from megatron_retro.data.builders import build_loader
-from megatron_retro.data.instructions.buckets import Buckets
-from megatron_retro.data.instructions.conversation_tokens import ConversationEncoder
 from megatron_retro.data.instructions.dataset import InstructionDataset, open_instructions
-from megatron_retro.data.instructions.rows import RowShape
-from megatron_retro.data.instructions.templates import build_template
+from megatron_retro.data.instructions.rows import Buckets, RowShape
+from megatron_retro.data.instructions.templates import ConversationTokenizer, build_template
 from megatron_retro.data.loader import Loader
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_retro.errors import ConfigError
@@ -166,10 +164,10 @@ def row_buckets(settings: Settings) -> Buckets:
     return Buckets(settings[TrainingConfig].global_batch_size, math.lcm(8, ranks, chunk))
 
 
-def conversation_encoder(settings: Settings, tokenizer: Tokenizer) -> ConversationEncoder:
+def conversation_encoder(settings: Settings, tokenizer: Tokenizer) -> ConversationTokenizer:
     """How conversations become tokens, in training and afterwards."""
     config = settings[InstructionConfig]
-    return ConversationEncoder(
+    return ConversationTokenizer(
         tokenizer,
         build_template(config.instruction_template),
         config.context_place,

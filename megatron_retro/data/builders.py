@@ -10,9 +10,8 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
 from megatron_retro.data.blends import Blend, WeightedPath, parse_data_path
 from megatron_retro.data.chunk_database import ChunkDatabase
-from megatron_retro.data.dataset import Boundaries, Dataset, Source
+from megatron_retro.data.dataset import Boundaries, Dataset, MockSamples, Source
 from megatron_retro.data.loader import Loader, Samples
-from megatron_retro.data.mock_samples import MockSamples
 from megatron_retro.data.neighbor_table import NeighborTable, covered
 from megatron_retro.data.neighbor_transforms import ThinnedDatabase, TransformSettings
 from megatron_retro.data.neighbors import NeighborReader

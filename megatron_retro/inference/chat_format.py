@@ -8,9 +8,14 @@ from pathlib import Path
 
 from megatron_retro.checkpoint.loading import open_checkpoint, seen_from, stored_instructions
 from megatron_retro.config.data import InstructionConfig
-from megatron_retro.data.instructions.conversation_tokens import placed
 from megatron_retro.data.instructions.conversations import Passage, Turn
-from megatron_retro.data.instructions.templates import InstructRetroTemplate, Template, build_template, prompt_of
+from megatron_retro.data.instructions.templates import (
+    InstructRetroTemplate,
+    Template,
+    build_template,
+    prompt_of,
+    split_passages,
+)
 
 _STOP_STRINGS = ("\n\nUser:", "\n\nSystem:")
 
@@ -29,7 +34,7 @@ class ChatFormat:
 
     def write(self, turns: Sequence[Turn], passages: Sequence[str] = ()) -> tuple[str, tuple[str, ...]]:
         """The prompt, and the passages that the neighbour encoder reads."""
-        in_prompt, to_encoder = placed([Passage("", text) for text in passages], self.place)
+        in_prompt, to_encoder = split_passages([Passage("", text) for text in passages], self.place)
         return prompt_of(turns, self.template, in_prompt), tuple(passage.text for passage in to_encoder)
 
 

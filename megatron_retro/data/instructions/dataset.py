@@ -1,4 +1,4 @@
-"""The rows of an instruction tuning run: files blended, conversations encoded once, rows planned per epoch.
+"""The rows of an instruction tuning run: files blended, conversations tokenized once, rows laid out per epoch.
 
 The k-th row is a pure function of the settings, the files and k, like the k-th sample of pretraining.
 """
@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_retro.data.blends import Blend, parse_data_path
-from megatron_retro.data.instructions.buckets import Buckets
-from megatron_retro.data.instructions.conversation_tokens import ConversationEncoder, EncodedExample
 from megatron_retro.data.instructions.conversations import Conversation, read_conversations
-from megatron_retro.data.instructions.rows import RowShape, build_batch, pack
+from megatron_retro.data.instructions.rows import Buckets, RowShape, build_batch, pack
+from megatron_retro.data.instructions.templates import ConversationTokenizer, TokenizedConversation
 from megatron_retro.data.order import key_of, permuted
 from megatron_retro.errors import DataError
 from megatron_retro.microbatch import Array, Microbatch
@@ -30,7 +29,7 @@ _LONG_SHOWN = 10
 class InstructionDataset:
     """Rows of conversations. An epoch takes as many conversations of each file as its weight says."""
 
-    files: tuple[tuple[EncodedExample, ...], ...]
+    files: tuple[tuple[TokenizedConversation, ...], ...]
     blend: Blend
     shape: RowShape
     seed: int
@@ -94,14 +93,14 @@ class InstructionDataset:
     def _block_lengths(self) -> dict[int, int]:
         return {}
 
-    def _row(self, number: int) -> list[EncodedExample]:
+    def _row(self, number: int) -> list[TokenizedConversation]:
         epoch = 0
         while number >= len(rows := self._epoch_rows(epoch)):
             number -= len(rows)
             epoch += 1
         return [self._conversation(place) for place in rows[number]]
 
-    def _conversation(self, place: int) -> EncodedExample:
+    def _conversation(self, place: int) -> TokenizedConversation:
         """The conversation at a place of the blended order, each file shuffled anew in each of its own epochs."""
         source, draw = self.blend.locate(place)
         file = self.files[source]
@@ -110,15 +109,15 @@ class InstructionDataset:
         return file[int(permuted(np.array([position]), len(file), key)[0])]
 
     @cached_property
-    def _plans(self) -> dict[int, list[tuple[int, ...]]]:
+    def _epochs(self) -> dict[int, list[tuple[int, ...]]]:
         return {}
 
     def _epoch_rows(self, epoch: int) -> list[tuple[int, ...]]:
-        if epoch not in self._plans:
-            self._plans[epoch] = self.plan_epoch(epoch)
-        return self._plans[epoch]
+        if epoch not in self._epochs:
+            self._epochs[epoch] = self.lay_out_epoch(epoch)
+        return self._epochs[epoch]
 
-    def plan_epoch(self, epoch: int) -> list[tuple[int, ...]]:
+    def lay_out_epoch(self, epoch: int) -> list[tuple[int, ...]]:
         """Rows of an epoch as places of the blended order; packed rows and buckets come in a shuffled order."""
         places = range(epoch * self.num_conversations, (epoch + 1) * self.num_conversations)
         if not self.packed and self.buckets is None:
@@ -137,7 +136,7 @@ class InstructionDataset:
 
 def open_instructions(
     words: Sequence[str],
-    encoder: ConversationEncoder,
+    encoder: ConversationTokenizer,
     shape: RowShape,
     *,
     seed: int,
@@ -150,13 +149,13 @@ def open_instructions(
     files = []
     for weighted in paths:
         path = Path(weighted.path)
-        examples = [_encoded(encoder, conversation) for conversation in read_conversations(path)]
+        examples = [_tokenized(encoder, conversation) for conversation in read_conversations(path)]
         files.append(_fitting(path, examples, shape, skip_long))
     return InstructionDataset(tuple(files), Blend(tuple(path.weight for path in paths)), shape, seed, packed, buckets)
 
 
-def _encoded(encoder: ConversationEncoder, conversation: Conversation) -> EncodedExample:
-    """An example; a template that cannot write it is named with the line."""
+def _tokenized(encoder: ConversationTokenizer, conversation: Conversation) -> TokenizedConversation:
+    """The tokens of a conversation; a template that cannot write it is named with the line."""
     try:
         return encoder.encode(conversation)
     except DataError as error:
@@ -165,8 +164,8 @@ def _encoded(encoder: ConversationEncoder, conversation: Conversation) -> Encode
 
 
 def _fitting(
-    path: Path, examples: Sequence[EncodedExample], shape: RowShape, skip_long: bool
-) -> tuple[EncodedExample, ...]:
+    path: Path, examples: Sequence[TokenizedConversation], shape: RowShape, skip_long: bool
+) -> tuple[TokenizedConversation, ...]:
     fitting = tuple(example for example in examples if shape.span(example) <= shape.length)
     long = [example for example in examples if shape.span(example) > shape.length]
     if not long:

@@ -1,4 +1,4 @@
-"""How a conversation is written: InstructRetro's System/User/Assistant form, or a Jinja template.
+"""How a conversation is written, by InstructRetro's form or a Jinja template, and tokenized.
 
 A template gives segments, so that a reply's tokens are known exactly: text is tokenized segment by segment, and the
 prompt of a generation is the same segments without the last.
@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from megatron_retro.data.instructions.conversations import Passage, Turn
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_retro.data.instructions.conversations import Conversation, Passage, Turn
+from megatron_retro.data.tokenizers import Tokenizer
 from megatron_retro.errors import DataError
 from megatron_retro.runtime.environment import require
 
@@ -24,14 +28,14 @@ INSTRUCT_RETRO_SYSTEM = (
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of the written conversation; `is_reply` marks what the assistant says."""
+    """A part of the written conversation; `is_reply` marks the assistant's."""
 
     text: str
     is_reply: bool
 
 
 class Template(Protocol):
-    """Writes conversations."""
+    """Writes a conversation as text."""
 
     def segments(self, turns: Sequence[Turn], passages: Sequence[Passage]) -> list[Segment]:
         """The written form; `passages` are those that stand in the prompt."""
@@ -123,5 +127,65 @@ def build_template(name: str) -> Template:
 
 
 def prompt_of(turns: Sequence[Turn], template: Template, passages: Sequence[Passage] = ()) -> str:
-    """The written form of what was said so far: the prompt of a generation."""
+    """The written form of the turns so far: the prompt of a generation."""
     return "".join(segment.text for segment in template.segments(turns, passages))
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedConversation:
+    """Tokens of a whole conversation with its end-of-document token.
+
+    `learned` marks tokens of replies that carry loss; `prompt_length` counts the tokens before the last reply.
+    """
+
+    tokens: NDArray[np.int32]
+    learned: NDArray[np.bool_]
+    prompt_length: int
+    passages: tuple[NDArray[np.int32], ...]
+    origin: str
+
+
+@dataclass(frozen=True)
+class ConversationTokenizer:
+    """Tokenizes conversations. Virtual tokens (of P-tuning) precede each of them."""
+
+    tokenizer: Tokenizer
+    template: Template
+    context_place: str = "prompt"
+    num_contexts: int = 5
+    loss_on_all_replies: bool = False
+    virtual_tokens: tuple[int, ...] = ()
+
+    def encode(self, conversation: Conversation) -> TokenizedConversation:
+        """The tokens of a conversation, and which of them are learned."""
+        in_prompt, to_encoder = self.place(conversation.passages)
+        segments = self.template.segments(conversation.turns, in_prompt)
+        parts = [self.tokenizer.encode(segment.text) for segment in segments]
+        parts[0] = [*self.virtual_tokens, *parts[0]]
+        parts[-1] = [*parts[-1], self.tokenizer.eod]
+        last = len(parts) - 1
+        learned = [
+            np.full(len(part), segment.is_reply and (self.loss_on_all_replies or number == last))
+            for number, (part, segment) in enumerate(zip(parts, segments, strict=True))
+        ]
+        return TokenizedConversation(
+            tokens=np.concatenate([np.asarray(part, dtype=np.int32) for part in parts]),
+            learned=np.concatenate(learned),
+            prompt_length=sum(len(part) for part in parts[:-1]),
+            passages=self.encode_passages(to_encoder),
+            origin=conversation.origin,
+        )
+
+    def place(self, passages: Sequence[Passage]) -> tuple[Sequence[Passage], Sequence[Passage]]:
+        """Passages of the prompt, and those of the encoder."""
+        return split_passages(passages[: self.num_contexts], self.context_place)
+
+    def encode_passages(self, passages: Sequence[Passage]) -> tuple[NDArray[np.int32], ...]:
+        """The tokens of each passage."""
+        return tuple(np.asarray(self.tokenizer.encode(passage.rendered()), dtype=np.int32) for passage in passages)
+
+
+def split_passages(passages: Sequence[Passage], place: str) -> tuple[Sequence[Passage], Sequence[Passage]]:
+    """Passages of the prompt, and those of the encoder, by --context-place."""
+    cut = {"prompt": len(passages), "encoder": 0, "split": 1, "none": 0}[place]
+    return passages[:cut], passages[cut:] if place in ("encoder", "split") else ()

@@ -15,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_retro.config.model import RetroConfig
-from megatron_retro.data.instructions.buckets import Buckets
-from megatron_retro.data.instructions.conversation_tokens import ConversationEncoder, EncodedExample
 from megatron_retro.data.instructions.conversations import Conversation, Passage, Turn, read_conversations
 from megatron_retro.data.instructions.dataset import InstructionDataset, open_instructions
-from megatron_retro.data.instructions.rows import RowShape, build_batch, pack
+from megatron_retro.data.instructions.rows import Buckets, RowShape, build_batch, pack
 from megatron_retro.data.instructions.templates import (
     INSTRUCT_RETRO_SYSTEM,
+    ConversationTokenizer,
     InstructRetroTemplate,
     JinjaTemplate,
+    TokenizedConversation,
     build_template,
     prompt_of,
 )
@@ -71,7 +71,7 @@ def test_loss_mask_equals_the_hand_written_form(every_reply: bool) -> None:
     chance = random.Random(11)
     for _ in range(200):
         conversation = random_conversation(chance)
-        encoder = ConversationEncoder(TOKENIZER, InstructRetroTemplate(), "prompt", 5, every_reply)
+        encoder = ConversationTokenizer(TOKENIZER, InstructRetroTemplate(), "prompt", 5, every_reply)
         example = encoder.encode(conversation)
         expected = written_by_hand(conversation, conversation.passages, every_reply)
         assert example.tokens.tolist() == [token for token, _ in expected]
@@ -87,7 +87,7 @@ def test_loss_mask_equals_the_hand_written_form(every_reply: bool) -> None:
 def test_passages_go_where_they_are_asked(place: str, in_prompt: int, to_encoder: int) -> None:
     passages = tuple(Passage(f"t{number}", f"text {number}") for number in range(4))
     conversation = Conversation((Turn("user", "q"), Turn("assistant", "a")), passages)
-    encoder = ConversationEncoder(TOKENIZER, InstructRetroTemplate(), place, 3)
+    encoder = ConversationTokenizer(TOKENIZER, InstructRetroTemplate(), place, 3)
     example = encoder.encode(conversation)
     text = TOKENIZER.decode(example.tokens.tolist())
     assert [f"text {number}" in text for number in range(4)] == [number < in_prompt for number in range(4)]
@@ -96,10 +96,10 @@ def test_passages_go_where_they_are_asked(place: str, in_prompt: int, to_encoder
     ]
 
 
-def example_of(prompt: int, reply: int, passages: tuple[int, ...] = (), start: int = 0) -> EncodedExample:
+def example_of(prompt: int, reply: int, passages: tuple[int, ...] = (), start: int = 0) -> TokenizedConversation:
     tokens = np.arange(start, start + prompt + reply, dtype=np.int32)
     learned = np.arange(prompt + reply) >= prompt
-    return EncodedExample(
+    return TokenizedConversation(
         tokens, learned, prompt, tuple(np.full(length, 7, dtype=np.int32) for length in passages), "here"
     )
 
@@ -232,7 +232,7 @@ def test_a_template_that_cannot_write_a_conversation_is_named_with_its_line(tmp_
     template, data = tmp_path / "picky.jinja", tmp_path / "data.jsonl"
     template.write_text("{% if messages[0].content == 'bad' %}{{ absent.thing }}{% endif %}" + JINJA)
     data.write_text("".join(json.dumps({"prompt": word, "completion": "a"}) + "\n" for word in ("good", "bad")))
-    encoder = ConversationEncoder(TOKENIZER, JinjaTemplate(template))
+    encoder = ConversationTokenizer(TOKENIZER, JinjaTemplate(template))
     with pytest.raises(DataError, match=r"data\.jsonl:2: the template .* fails on a conversation"):
         open_instructions([str(data)], encoder, RowShape(64, 0), seed=1, packed=False, skip_long=False)
 
@@ -253,7 +253,7 @@ def dataset_of(tmp_path: Path, *, packed: bool, seq_length: int = 512, skip_long
                 messages = [{"role": turn.role, "content": turn.text} for turn in conversation.turns]
                 stream.write(json.dumps({"messages": messages}) + "\n")
         words += ["3" if name == "a" else "1", str(path)]
-    encoder = ConversationEncoder(TOKENIZER, InstructRetroTemplate())
+    encoder = ConversationTokenizer(TOKENIZER, InstructRetroTemplate())
     shape = RowShape(seq_length, TOKENIZER.eod)
     return open_instructions(words, encoder, shape, seed=4, packed=packed, skip_long=skip_long)
 
@@ -261,13 +261,13 @@ def dataset_of(tmp_path: Path, *, packed: bool, seq_length: int = 512, skip_long
 @pytest.mark.parametrize("packed", [False, True])
 def test_an_epoch_reads_every_conversation_as_its_weight_says(tmp_path: Path, packed: bool) -> None:
     dataset = dataset_of(tmp_path, packed=packed, seq_length=1024)
-    rows = dataset.plan_epoch(0)
+    rows = dataset.lay_out_epoch(0)
     assert sorted(place for row in rows for place in row) == list(range(40))
     assert len(rows) < 40 if packed else len(rows) == 40
     batch = dataset.read(range(len(rows)))
     whole = sum(int(example.learned[1:].sum()) for file in dataset.files for example in file)
     assert batch.loss_mask_BS.sum() == whole
-    assert dataset.plan_epoch(1) != rows
+    assert dataset.lay_out_epoch(1) != rows
 
 
 def test_rows_are_a_function_of_their_number(tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_rows_of_like_length_come_together(tmp_path: Path, packed: bool) -> None
             assert np.array_equal(alone.tokens_BS[0], batch.tokens_BS[number - 4 * block])
         assert length % 8 == 0 and length - 1024 // 8 < max(np.flatnonzero(row).max() for row in batch.document_ids_BS)
     for epoch in range(3):
-        places = [place for row in bucketed.plan_epoch(epoch) for place in row]
+        places = [place for row in bucketed.lay_out_epoch(epoch) for place in row]
         assert sorted(places) == list(range(40 * epoch, 40 * epoch + 40))
     assert positions < 0.8 * count // 4 * 4 * 1024 or packed
 
@@ -342,7 +342,7 @@ def test_no_example_sees_another_in_a_packed_row(kind: str) -> None:
         examples[1], tokens=examples[1].tokens[::-1].copy(), passages=(np.full(3, 9, dtype=np.int32),)
     )
 
-    def logits(row: list[EncodedExample]) -> tuple[torch.Tensor, np.ndarray]:
+    def logits(row: list[TokenizedConversation]) -> tuple[torch.Tensor, np.ndarray]:
         batch = build_batch([row], [0], shape).to(torch.device("cpu"))
         with torch.no_grad():
             found = module(
