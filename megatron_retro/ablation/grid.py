@@ -59,7 +59,6 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The name of the run's directory."""
         words = ",".join(f"{axis}={choice.label}" for axis, choice in self.choices.items()) or "only"
         plain = re.sub(r"[^A-Za-z0-9._=,-]+", "-", words)
         if plain == words and len(words) <= _LONGEST_NAME:

@@ -50,7 +50,6 @@ class Result:
 
     @property
     def state(self) -> str:
-        """In words, for tables."""
         if self.outcome is None:
             return f"unfinished at step {self.step}" if self.step else "not started"
         if self.outcome.exit_code:
@@ -99,7 +98,6 @@ class Result:
         return replace(found, documents=found.documents or found.texts)
 
     def raw(self) -> dict[str, Any]:
-        """Plain JSON."""
         evaluation = self.evaluations[-1].to_json() if self.evaluations else None
         if evaluation is not None and self.perplexity is not None:
             extra = {"shortage": self.perplexity.shortage, "leakage": to_plain(self.perplexity.leakage)}
@@ -158,7 +156,6 @@ class Configuration:
         return [result for result in self.results if not result.finished]
 
     def loss(self) -> float | None:
-        """Mean over the finished seeds."""
         losses = [result.loss for result in self.finished]
         return float(np.mean(losses)) if losses else None
 
@@ -178,7 +175,6 @@ class Configuration:
         return self._mean([result.gate_rate for result in self.finished])
 
     def operations(self) -> float | None:
-        """Floating point operations of a run."""
         return self._mean([result.operations for result in self.finished])
 
     @staticmethod

@@ -72,7 +72,6 @@ class CellDirectory:
 
     @property
     def settings(self) -> Path:
-        """The recipe of the run."""
         return self.path / "settings.toml"
 
     @property
@@ -148,11 +147,9 @@ class Study:
     cells: Sequence[Cell]
 
     def directory(self, cell: Cell) -> CellDirectory:
-        """Where a run lives."""
         return cell_directory(self.output, cell)
 
     def command(self, cell: Cell) -> list[str]:
-        """The command of a run."""
         place = self.directory(cell)
         verb, output = (
             (["evaluate", PERPLEXITY], "--eval-output") if self.verb == PERPLEXITY else ([self.verb], "--save")

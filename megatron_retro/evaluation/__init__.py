@@ -1,1 +1,1 @@
-"""Numbers about a model."""
+"""Measures trained models: perplexity and leakage, question and summary sets."""

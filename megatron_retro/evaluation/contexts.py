@@ -80,7 +80,6 @@ class DenseRanker(PassageRanker):
         self._embed = embed_questions
 
     def best(self, questions: Sequence[str], count: int) -> list[list[int]]:
-        """The nearest passages."""
         found = self._index.search(self._embed(questions), min(count, self._index.ntotal))[1]
         ranked: list[list[int]] = found.tolist()
         return ranked
@@ -119,7 +118,6 @@ class GivenContexts:
     """The set's own."""
 
     def __call__(self, examples: Sequence[Example]) -> list[tuple[Passage, ...]]:
-        """As they stand in the file."""
         return [example.contexts for example in examples]
 
 
@@ -132,7 +130,6 @@ class CollectionContexts:
     count: int
 
     def __call__(self, examples: Sequence[Example]) -> list[tuple[Passage, ...]]:
-        """Ranked passages."""
         ranked = self.ranker.best([example.question for example in examples], self.count)
         return [tuple(self.passages[number] for number in numbers) for numbers in ranked]
 
@@ -145,7 +142,6 @@ class OwnTextContexts:
     count: int
 
     def __call__(self, examples: Sequence[Example]) -> list[tuple[Passage, ...]]:
-        """Ranked passages."""
         return [self._ranked(example) for example in examples]
 
     def _ranked(self, example: Example) -> tuple[Passage, ...]:

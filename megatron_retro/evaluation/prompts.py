@@ -30,7 +30,6 @@ class Form(Enum):
 
     @property
     def request(self) -> str:
-        """What stands before the question."""
         return self.value[0]
 
     @property

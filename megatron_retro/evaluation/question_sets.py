@@ -179,7 +179,6 @@ class _Answers:
         self._generator, self._config = generator, config
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[str]:
-        """The answers, in order."""
         generator = self._generator
         reads = generator.forward.reads_neighbors
         generations = generator.generate(

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_retro.artifacts.files import make_folder, write_file
 from megatron_retro.data.instructions.conversations import Passage
@@ -24,26 +24,9 @@ from megatron_retro.runtime.console import Progress, render_table
 from megatron_retro.runtime.strict_json import json_text
 from megatron_retro.runtime.workers import Worker
 
-
-class Answerer(Protocol):
-    """A model that answers a batch of prompts."""
-
-    def __call__(self, prompts: Sequence[Prompt]) -> list[str]:
-        """The answers, in order."""
-
-
-class PromptBuilder(Protocol):
-    """Writes the prompt of an example."""
-
-    def __call__(self, example: Example, contexts: Sequence[Passage]) -> Prompt:
-        """Prompt and passages."""
-
-
-class ContextSource(Protocol):
-    """Finds the contexts of examples."""
-
-    def __call__(self, examples: Sequence[Example]) -> list[tuple[Passage, ...]]:
-        """Contexts, best first."""
+Answerer = Callable[[Sequence[Prompt]], list[str]]
+PromptBuilder = Callable[[Example, Sequence[Passage]], Prompt]
+ContextSource = Callable[[Sequence[Example]], list[tuple[Passage, ...]]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +45,6 @@ class Evaluation:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the predictions."""
         content = {"task": self.task.name, "ids": [example.id for example in self.examples], **self.identity}
         return hashlib.sha256(json_text(content, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -47,7 +47,6 @@ class Axis:
     log: bool = False
 
     def at(self, value: float) -> float:
-        """The pixel of a value."""
         low, high, value = (
             (math.log10(number) for number in (self.low, self.high, value))
             if self.log
@@ -60,7 +59,6 @@ class Axis:
         return self.start + (value - low) / ((high - low) or 1.0) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Round values between low and high."""
         if self.log:
             exponents = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
             if len(exponents) < 3:  # under two decades

@@ -49,7 +49,6 @@ class Difference:
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
         return statistics.fmean(self.by_seed)
 
     @property
@@ -94,7 +93,6 @@ class ConfigurationFigures:
 
     @property
     def name(self) -> str:
-        """For legends and headings."""
         return ", ".join(self.labels) or "all"
 
 

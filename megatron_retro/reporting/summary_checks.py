@@ -20,7 +20,6 @@ class Check:
 
     @property
     def line(self) -> str:
-        """For a console."""
         return f"{'seen    ' if self.met else 'NOT SEEN'}  {self.claim}: {self.seen}"
 
 

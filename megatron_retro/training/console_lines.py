@@ -27,11 +27,9 @@ class Throughput:
         self._steps: deque[StepRecord] = deque(maxlen=_USUAL + _NEWEST)
 
     def add(self, record: StepRecord) -> None:
-        """Count a step."""
         self._steps.append(record)
 
     def step_seconds(self) -> float:
-        """A step now."""
         return statistics.median(map(_without_saving, self._newest))
 
     def tokens_per_second(self) -> float:

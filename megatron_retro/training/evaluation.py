@@ -27,7 +27,6 @@ class TokenLosses:
 
     @property
     def mean(self) -> float:
-        """Loss of a token."""
         return float(self.losses.sum(where=self.mask, dtype=np.float64) / max(self.mask.sum(), 1))
 
 
