@@ -25,9 +25,8 @@ from megatron_retro.ops.local_tensors import local
 from megatron_retro.runtime.console import say
 from megatron_retro.runtime.run_log import EVENTS
 from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main
-from megatron_retro.testing.forked_runs import exit_code_of, fork, wait
-from megatron_retro.testing.run_results import differences
-from megatron_retro.testing.tiny_corpus import TinyCorpus, write_tiny_corpus
+from megatron_retro.testing.processes import exit_code_of, fork, wait
+from megatron_retro.testing.tiny_corpus import TinyCorpus, differences, write_tiny_corpus
 from megatron_retro.training.program import pretrain
 
 STEPS_PER_FAULT = 50

@@ -26,9 +26,9 @@ from megatron_retro.reporting.study_page import (
     summary_rows,
 )
 from megatron_retro.runtime.console import render_table, say
+from megatron_retro.runtime.launch import this_worker
 from megatron_retro.runtime.signals import StopRequests
 from megatron_retro.runtime.strict_json import json_text
-from megatron_retro.runtime.workers import this_worker
 
 RESULTS, PAGE = "study.json", "report.html"
 _CURVE_POINTS = 120

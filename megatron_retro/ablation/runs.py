@@ -36,10 +36,10 @@ from megatron_retro.data.builders import build_dataset
 from megatron_retro.data.dataset import short_rows
 from megatron_retro.errors import ArtifactError, Requeue
 from megatron_retro.runtime.console import readable_seconds, say
+from megatron_retro.runtime.launch import Worker
 from megatron_retro.runtime.run_log import EVENTS
 from megatron_retro.runtime.signals import StopRequests
 from megatron_retro.runtime.strict_json import json_text
-from megatron_retro.runtime.workers import Worker
 
 _POLL_SECONDS = 0.05
 _MESSAGE_BYTES = 2000

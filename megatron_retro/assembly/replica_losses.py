@@ -22,9 +22,8 @@ from megatron_retro.microbatch import Microbatch
 from megatron_retro.ops.agreement import settle_kernels
 from megatron_retro.parallel.mesh import PIPELINE, TENSOR, ParallelMesh, build_mesh
 from megatron_retro.parallel.replica_channel import ReplicaChannel
-from megatron_retro.runtime.launch import find_launch
+from megatron_retro.runtime.launch import Worker, find_launch, this_replica
 from megatron_retro.runtime.process_group import choose_device, process_group
-from megatron_retro.runtime.workers import Worker, this_replica
 
 Losses = Callable[[Microbatch[Tensor]], NDArray[np.float32] | None]
 _USE_GPU = {"cpu": False, "cuda": True}

@@ -69,23 +69,18 @@ _ALIKE = {
     ),
     _RECOMPUTE: ("--recompute-method", "--recompute-num-layers", "--distribute-saved-activations"),
 }  # fmt: skip
-_BY_FLAG = _INSTEAD | {flag: reason for reason, flags in _ALIKE.items() for flag in flags}
+BY_FLAG = _INSTEAD | {flag: reason for reason, flags in _ALIKE.items() for flag in flags}
 _RETRO_GPT = "--retro-gpt-"
 _OF_THE_RUN = ": neighbour tables belong to the corpus, whatever is trained on it; leave it out"
 
 
 def instead_of(flag: str, here: Sequence[str], elsewhere: Sequence[str]) -> str:
     """What to give in place of a flag that is not among those known `here`, as the end of a sentence."""
-    if flag in _BY_FLAG:
-        return f": {_BY_FLAG[flag]}"
+    if flag in BY_FLAG:
+        return f": {BY_FLAG[flag]}"
     if flag in elsewhere:
         return "; other verbs read it"
     if not flag.startswith(_RETRO_GPT):
         return nearest(flag, here)
     general = flag.replace(_RETRO_GPT, "--")
     return f" (did you mean {general}?)" if general in here else _OF_THE_RUN
-
-
-def explained() -> frozenset[str]:
-    """Every flag that is explained; a flag of ours is never among them."""
-    return frozenset(_BY_FLAG)

@@ -28,8 +28,8 @@ from megatron_retro.data.neighbor_transforms import with_variant
 from megatron_retro.errors import ConfigError, DamagedArtifact, Requeue
 from megatron_retro.microbatch import Array, Microbatch, Neighbors
 from megatron_retro.runtime.console import Progress
+from megatron_retro.runtime.launch import Worker
 from megatron_retro.runtime.strict_json import json_text
-from megatron_retro.runtime.workers import Worker
 
 BLOCK = 8  # groups; what a kill loses at most
 

@@ -21,8 +21,8 @@ from megatron_retro.evaluation.examples import Example
 from megatron_retro.evaluation.prompts import Prompt
 from megatron_retro.evaluation.tasks import Scoring, Task, average
 from megatron_retro.runtime.console import Progress, render_table
+from megatron_retro.runtime.launch import Worker
 from megatron_retro.runtime.strict_json import json_text
-from megatron_retro.runtime.workers import Worker
 
 Answerer = Callable[[Sequence[Prompt]], list[str]]
 PromptBuilder = Callable[[Example, Sequence[Passage]], Prompt]

@@ -22,10 +22,9 @@ from megatron_retro.inference.text_generator import TextGenerator, build_text_ge
 from megatron_retro.ops.agreement import settle_kernels
 from megatron_retro.parallel.mesh import ParallelMesh, build_mesh
 from megatron_retro.parallel.replica_channel import ReplicaChannel
-from megatron_retro.runtime.launch import Launch, find_launch
+from megatron_retro.runtime.launch import Launch, Worker, find_launch, this_replica
 from megatron_retro.runtime.process_group import choose_device, process_group
 from megatron_retro.runtime.signals import STOP_SIGNALS, StopRequests
-from megatron_retro.runtime.workers import Worker, this_replica
 
 _USE_GPU = {"cpu": False, "cuda": True}
 

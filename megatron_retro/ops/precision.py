@@ -67,11 +67,6 @@ def comparisons(ours: Formula, plain: Formula, inputs: Sequence[Tensor | None]) 
     return found
 
 
-def excess_over_twice(ours: Formula, plain: Formula, inputs: Sequence[Tensor | None]) -> list[float]:
-    """Per output and gradient, our largest error less what is allowed, in units of the result's rounding."""
-    return [each.excess for each in comparisons(ours, plain, inputs)]
-
-
 def _direction(output: Tensor, generator: torch.Generator) -> Tensor:
     values = torch.randn(output.shape, generator=generator, dtype=torch.float32)
     return values.to(torch.bfloat16).to(output.device, output.dtype)

@@ -10,7 +10,6 @@ parameters that are whole within a step are gathered once (torch keeps three sta
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -166,14 +165,6 @@ def gathered_once(actions: Sequence[_Action], *, reshard: bool = True) -> list[_
             whole[action.stage_index] = None
         kept.append(action)
     return kept + [_Action(stage, _ComputationType.RESHARD, None) for stage in whole if reshard]
-
-
-def num_gathers(schedule: Any, rank: int) -> dict[int, int]:
-    """How often one step of a schedule gathers the parameters of each of this rank's stages."""
-    if not isinstance(schedule, _PipelineScheduleRuntime):
-        return {schedule._stage.stage_index: 1}  # FSDP's own hooks do, at the first use
-    order = schedule.pipeline_order_with_comms[rank]
-    return dict(Counter(one.stage_index for one in order if one.computation_type == _ComputationType.UNSHARD))
 
 
 def build_schedule(

@@ -24,8 +24,8 @@ from megatron_retro.retrieval.faiss_index import inverted_parts, new_index
 from megatron_retro.retrieval.index_choice import IndexChoice, choose_index
 from megatron_retro.retrieval.layout import ProjectLayout
 from megatron_retro.retrieval.work_blocks import WorkBlock, claim_blocks, cut_blocks, ignore_failure_if_done
+from megatron_retro.runtime.launch import Worker, this_worker
 from megatron_retro.runtime.strict_json import json_text
-from megatron_retro.runtime.workers import Worker, this_worker
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from megatron_retro.artifacts.claims import BlockClaims
 from megatron_retro.errors import ArtifactError
 from megatron_retro.retrieval.layout import ProjectLayout
 from megatron_retro.runtime.console import Progress
-from megatron_retro.runtime.workers import Worker
+from megatron_retro.runtime.launch import Worker
 
 _SEED = 1234
 

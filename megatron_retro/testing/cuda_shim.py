@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,18 @@ import torch
 from torch import Tensor
 
 from megatron_retro.ops import registrations
-from megatron_retro.ops.precision import excess_over_twice
+from megatron_retro.ops.precision import Formula, comparisons
 
 CSRC_VARIABLE = "MEGATRON_RETRO_SHIM_CSRC"  # a copy of csrc, with a planted fault
 COUNTING_VARIABLE = "MEGATRON_RETRO_SHIM_COUNTING"  # a folder: the shim is built there, and counts its lines' runs
 CSRC = Path(os.environ.get(CSRC_VARIABLE, Path(__file__).parents[2] / "csrc"))
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def excess_over_twice(ours: Formula, plain: Formula, inputs: Sequence[Tensor | None]) -> list[float]:
+    """Per output and gradient, our largest error less what is allowed, in units of the result's rounding."""
+    return [each.excess for each in comparisons(ours, plain, inputs)]
 
 
 @dataclass(frozen=True)

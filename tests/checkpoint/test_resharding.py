@@ -17,10 +17,8 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 
 from megatron_retro.checkpoint.loading import load_tensors, open_checkpoint
 from megatron_retro.checkpoint.saver import Saver, Snapshot
-from megatron_retro.testing.forked_runs import exit_code_of
-from megatron_retro.testing.processes import run_ranks
-from megatron_retro.testing.run_results import differences
-from megatron_retro.testing.tiny_corpus import write_tiny_corpus
+from megatron_retro.testing.processes import exit_code_of, run_ranks
+from megatron_retro.testing.tiny_corpus import differences, write_tiny_corpus
 from megatron_retro.training.program import pretrain
 
 SIZES = (1, 2, 4)

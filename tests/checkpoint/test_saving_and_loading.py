@@ -23,7 +23,7 @@ from megatron_retro.checkpoint.directory import LATEST_NAME, complete_checkpoint
 from megatron_retro.checkpoint.loading import load_tensors, open_checkpoint, require_same_model
 from megatron_retro.checkpoint.saver import Saver, Snapshot
 from megatron_retro.errors import ArtifactError, DamagedArtifact, EnvironmentProblem
-from megatron_retro.testing.forked_runs import fork, wait
+from megatron_retro.testing.processes import fork, wait
 
 
 def tensors(seed: int = 0, rows: int = 300) -> dict[str, Tensor]:

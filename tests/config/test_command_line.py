@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_retro.config.command_line import parse_settings
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.fields import field_specs
-from megatron_retro.config.megatron_flags import explained
+from megatron_retro.config.megatron_flags import BY_FLAG
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.sections import ALL_SECTIONS
@@ -118,7 +118,7 @@ def test_flags_of_megatrons_other_scripts_are_explained() -> None:
 
 def test_no_flag_of_ours_is_explained_away() -> None:
     ours = {spelling for section in ALL_SECTIONS for spec in field_specs(section) for spelling in spec.spellings}
-    assert explained() & ours == set()
+    assert BY_FLAG.keys() & ours == set()
 
 
 def test_a_verb_takes_no_flag_that_it_does_not_read(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from megatron_retro.evaluation.examples import Example
 from megatron_retro.evaluation.prompts import Form, Prompt, build_prompt
 from megatron_retro.evaluation.suite import Evaluation
 from megatron_retro.evaluation.tasks import Scoring, find_task
-from megatron_retro.runtime.workers import Worker
+from megatron_retro.runtime.launch import Worker
 
 TOKENIZER = ByteTokenizer()
 

@@ -14,8 +14,9 @@ from megatron_retro.ops.activation import GATED, GEGLU, GELU, GELU_TANH, SQUARED
 from megatron_retro.ops.backends import VARIABLE
 from megatron_retro.ops.chunked_cross_attention import chunked_cross_attention
 from megatron_retro.ops.norm import layer_norm, residual_norm, rms_norm
-from megatron_retro.ops.precision import excess_over_twice, values_and_gradients
+from megatron_retro.ops.precision import values_and_gradients
 from megatron_retro.ops.rotary import RotaryFrequencies, RotaryTable, apply_rotary, rotary_table
+from megatron_retro.testing.cuda_shim import excess_over_twice
 
 pytestmark = pytest.mark.skipif(library.problem() is not None, reason=str(library.problem()))
 

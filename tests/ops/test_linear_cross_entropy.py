@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_retro.ops import library
 from megatron_retro.ops.backends import VARIABLE
 from megatron_retro.ops.linear_cross_entropy import _VocabularyBlocks, gradients, linear_cross_entropy, statistics
-from megatron_retro.ops.precision import excess_over_twice, values_and_gradients
+from megatron_retro.ops.precision import values_and_gradients
+from megatron_retro.testing.cuda_shim import excess_over_twice
 
 NATIVE = pytest.mark.skipif(library.problem() is not None, reason=str(library.problem()))
 WISHES = ["reference", pytest.param("native", marks=NATIVE)]

@@ -14,7 +14,7 @@ from megatron_retro.model.leaves import HeadsToHidden, Linear, Output
 from megatron_retro.ops import library
 from megatron_retro.ops.backends import VARIABLE, backend_rows, choice
 from megatron_retro.ops.linear import MAX_GEMV_ROWS, linear
-from megatron_retro.ops.precision import excess_over_twice
+from megatron_retro.testing.cuda_shim import excess_over_twice
 
 COMPILED = pytest.mark.skipif(library.problem() is not None, reason=str(library.problem()))
 # outputs, inputs: one lane, no whole vector, a block and a bit, several groups and a rest

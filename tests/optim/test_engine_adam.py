@@ -25,10 +25,8 @@ from megatron_retro.config.training import OptimizerConfig
 from megatron_retro.errors import EnvironmentProblem
 from megatron_retro.ops import engines
 from megatron_retro.optim.optimizer import EngineAdam, TrainingOptimizer, optimizer_rows, require_optimizer
-from megatron_retro.testing.forked_runs import exit_code_of
-from megatron_retro.testing.processes import run_ranks
-from megatron_retro.testing.run_results import differences, losses, stored_tensors
-from megatron_retro.testing.tiny_corpus import write_tiny_corpus
+from megatron_retro.testing.processes import exit_code_of, run_ranks
+from megatron_retro.testing.tiny_corpus import differences, losses, stored_tensors, write_tiny_corpus
 from megatron_retro.training.program import pretrain
 
 ENGINES = (engines.TE_ADAM, engines.APEX_ADAM)

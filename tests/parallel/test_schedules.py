@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.pipelining.schedules import _ComputationType, _PipelineScheduleRuntime
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_retro.assembly.parallel_model import ParallelModel
@@ -18,7 +19,7 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.parallel.data_parallel import units
 from megatron_retro.parallel.mesh import PIPELINE, ParallelMesh, build_mesh
 from megatron_retro.parallel.partition import stage_parts
-from megatron_retro.parallel.schedules import BoundedStage, num_gathers
+from megatron_retro.parallel.schedules import BoundedStage
 from megatron_retro.planning.fake_ranks import fake_rank
 from megatron_retro.testing.layout_grid import meshes
 from megatron_retro.testing.layouts import random_batches, tiny_settings
@@ -42,6 +43,14 @@ FOUR_STAGES_A_RANK = {
 
 def model_on(settings: Settings, mesh: ParallelMesh) -> ParallelModel:
     return ParallelModel(settings, mesh, stage_parts(settings, settings[DataConfig].seq_length))
+
+
+def num_gathers(schedule: Any, rank: int) -> dict[int, int]:
+    """How often one step of a schedule gathers the parameters of each of this rank's stages."""
+    if not isinstance(schedule, _PipelineScheduleRuntime):
+        return {schedule._stage.stage_index: 1}  # FSDP's own hooks do, at the first use
+    order = schedule.pipeline_order_with_comms[rank]
+    return dict(Counter(one.stage_index for one in order if one.computation_type == _ComputationType.UNSHARD))
 
 
 def gathers(settings: Settings, rank: int, *, training: bool) -> dict[int, int]:

@@ -11,8 +11,7 @@ import pytest
 from megatron_retro.errors import ArtifactError
 from megatron_retro.reporting.run_page import write_report
 from megatron_retro.testing.browser import Browser, missing_browser
-from megatron_retro.testing.run_results import losses
-from megatron_retro.testing.tiny_corpus import TinyCorpus, write_tiny_corpus
+from megatron_retro.testing.tiny_corpus import TinyCorpus, losses, write_tiny_corpus
 from megatron_retro.training.program import pretrain
 
 

@@ -15,10 +15,9 @@ from megatron_retro.errors import ConfigError, EnvironmentProblem
 from megatron_retro.runtime import environment
 from megatron_retro.runtime.console import Progress, readable_bytes, readable_seconds, render_table
 from megatron_retro.runtime.events import EventLog, read_events
-from megatron_retro.runtime.launch import Launch
+from megatron_retro.runtime.launch import Launch, Worker, this_replica, this_worker
 from megatron_retro.runtime.statistics import Interval
 from megatron_retro.runtime.strict_json import json_text, number_of
-from megatron_retro.runtime.workers import Worker, this_replica, this_worker
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,7 @@ import pytest
 
 from megatron_retro.runtime.run_log import read_run_log
 from megatron_retro.testing.processes import run_ranks
-from megatron_retro.testing.run_results import differences
-from megatron_retro.testing.tiny_corpus import TinyCorpus
+from megatron_retro.testing.tiny_corpus import TinyCorpus, differences
 from megatron_retro.training.program import pretrain
 
 MORE = {"train_iters": 12, "save_interval": 2, "global_batch_size": 8, "eval_iters": 0, "hidden_dropout": 0.1}

@@ -24,10 +24,8 @@ from megatron_retro.ops.local_tensors import local
 from megatron_retro.runtime.launch import find_launch
 from megatron_retro.runtime.process_group import process_group
 from megatron_retro.runtime.run_log import read_run_log
-from megatron_retro.testing.forked_runs import exit_code_of
-from megatron_retro.testing.processes import RankFailure, run_ranks
-from megatron_retro.testing.run_results import differences, losses
-from megatron_retro.testing.tiny_corpus import TinyCorpus
+from megatron_retro.testing.processes import RankFailure, exit_code_of, run_ranks
+from megatron_retro.testing.tiny_corpus import TinyCorpus, differences, losses
 from megatron_retro.training.bad_steps import spike_reason
 from megatron_retro.training.program import pretrain
 

@@ -14,8 +14,7 @@ from megatron_retro.config.settings import Settings, build_settings
 from megatron_retro.config.training import LORA_TARGETS, PARTS
 from megatron_retro.errors import ArtifactError, ConfigError, Requeue
 from megatron_retro.peft.attach import is_added
-from megatron_retro.testing.run_results import differences, losses, stored_tensors
-from megatron_retro.testing.tiny_corpus import TinyCorpus
+from megatron_retro.testing.tiny_corpus import TinyCorpus, differences, losses, stored_tensors
 from megatron_retro.training.program import finetune, pretrain
 
 WORDS = ("ab", "cd", "ef", "gh", "ij", "kl", "mn", "op")

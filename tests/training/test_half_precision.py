@@ -16,10 +16,8 @@ from megatron_retro.errors import ConfigError, EnvironmentProblem
 from megatron_retro.ops.backends import NONE, VARIABLE, choice
 from megatron_retro.ops.local_tensors import local
 from megatron_retro.runtime.run_log import read_run_log
-from megatron_retro.testing.forked_runs import exit_code_of
-from megatron_retro.testing.processes import run_ranks
-from megatron_retro.testing.run_results import differences, losses
-from megatron_retro.testing.tiny_corpus import TinyCorpus
+from megatron_retro.testing.processes import exit_code_of, run_ranks
+from megatron_retro.testing.tiny_corpus import TinyCorpus, differences, losses
 from megatron_retro.training.program import pretrain
 
 WINDOW = 5

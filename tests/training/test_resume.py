@@ -14,10 +14,8 @@ import pytest
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import ArtifactError, EnvironmentProblem, Requeue
 from megatron_retro.runtime.run_log import read_run_log
-from megatron_retro.testing.forked_runs import exit_code_of, fork, kill_until_done, wait
-from megatron_retro.testing.processes import RankFailure, run_ranks
-from megatron_retro.testing.run_results import differences, losses
-from megatron_retro.testing.tiny_corpus import TinyCorpus
+from megatron_retro.testing.processes import RankFailure, exit_code_of, fork, kill_until_done, run_ranks, wait
+from megatron_retro.testing.tiny_corpus import TinyCorpus, differences, losses
 from megatron_retro.training.program import pretrain
 
 Count = Callable[[int, int], int]

@@ -21,9 +21,8 @@ from megatron_retro.runtime.run_log import read_run_log
 from megatron_retro.runtime.signals import StopRequests
 from megatron_retro.testing.layouts import LIKE_LLAMA, random_batches, tiny_settings
 from megatron_retro.testing.processes import run_ranks
-from megatron_retro.testing.run_results import differences, losses, stored_tensors
 from megatron_retro.testing.single_process import one_process
-from megatron_retro.testing.tiny_corpus import TinyCorpus
+from megatron_retro.testing.tiny_corpus import TinyCorpus, differences, losses, stored_tensors
 from megatron_retro.training import program
 from megatron_retro.training.program import pretrain, retrofit
 

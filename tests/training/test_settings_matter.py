@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_retro.testing.forked_runs import exit_code_of
-from megatron_retro.testing.run_results import stored_tensors
-from megatron_retro.testing.tiny_corpus import CHUNK, TinyCorpus
+from megatron_retro.testing.processes import exit_code_of
+from megatron_retro.testing.tiny_corpus import CHUNK, TinyCorpus, stored_tensors
 from megatron_retro.training.program import pretrain
 
 BASE: dict[str, Any] = {"seq_length": 3 * CHUNK, "train_iters": 2, "eval_iters": 0}  # documents are 8 chunks long

@@ -32,8 +32,8 @@ from megatron_retro.data.token_writer import merge_token_files, verify_token_fil
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.runtime.console import Progress, readable_bytes, say, warn
+from megatron_retro.runtime.launch import Worker, this_worker
 from megatron_retro.runtime.strict_json import json_text
-from megatron_retro.runtime.workers import Worker, this_worker
 
 CLAIM_SECONDS = 4.0
 _FINISH = "finish"
