@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 from megatron_retro.config.evaluation import EvaluationConfig, PlanningConfig
+from megatron_retro.config.hardware import machine_of
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import ConfigError
-from megatron_retro.planning.hardware import machine_of
 from megatron_retro.planning.workload import Workload, workload_of
 from megatron_retro.runtime.console import readable_bytes, readable_count
 

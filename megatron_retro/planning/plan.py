@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_retro.assembly.stage_building import padded_for_cut
+from megatron_retro.config.hardware import Accelerator
 from megatron_retro.parallel.partition import layer_costs
 from megatron_retro.planning.cut import Cut, best_cut, cut_from_bounds
-from megatron_retro.planning.hardware import Accelerator
 from megatron_retro.planning.memory import Memory, rank_memory
 from megatron_retro.planning.ranks import RankPlan, layer_counts, rank_plans
 from megatron_retro.planning.step_time import StepTime, Traffic, bubble_share, step_time, step_traffic

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from megatron_retro.config.evaluation import PlanningConfig
+from megatron_retro.config.hardware import Accelerator, machine_of
 from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.parallel import ParallelConfig, parse_layout
 from megatron_retro.config.settings import Settings
@@ -15,7 +16,6 @@ from megatron_retro.errors import ConfigError, Violation
 from megatron_retro.planning.data_side import data_lines
 from megatron_retro.planning.faults import data_faults, memory_faults, structural_faults
 from megatron_retro.planning.figures import write_figures
-from megatron_retro.planning.hardware import Accelerator, machine_of
 from megatron_retro.planning.inference import inference_report
 from megatron_retro.planning.memory import Memory
 from megatron_retro.planning.model_shape import with_model_shape

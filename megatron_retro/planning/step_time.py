@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_retro.config.hardware import Accelerator
 from megatron_retro.model.costs import decoder_block, encoder_block
-from megatron_retro.planning.hardware import Accelerator
 from megatron_retro.planning.ranks import RankPlan
 from megatron_retro.planning.workload import Layout, Workload
 

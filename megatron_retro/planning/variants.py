@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations, product
 
-from megatron_retro.planning.hardware import Accelerator
+from megatron_retro.config.hardware import Accelerator
 from megatron_retro.planning.plan import Plan, estimate_build
 from megatron_retro.planning.trace import PartTrace, Trace, trace_parts
 from megatron_retro.planning.workload import Layout, Workload

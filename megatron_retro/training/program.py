@@ -23,6 +23,7 @@ from megatron_retro.assembly.stage_building import model_without_memory, trained
 from megatron_retro.checkpoint.directory import clear_unfinished, run_lock
 from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.config.data import DataConfig
+from megatron_retro.config.hardware import known_accelerator
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.sections import require_legal
@@ -217,6 +218,9 @@ def run_facts(parts: RunParts, launch: Launch) -> RunFacts:
     costs = model_costs(settings[ModelConfig], settings[RetroConfig], length)
     device = parts.trainable.device.type
     peak = settings[ObservabilityConfig].peak_tflops
+    if peak is None and device == "cuda":
+        known = known_accelerator(torch.cuda.get_device_name(parts.trainable.device))
+        peak = None if known is None else known.peak_tflops
     return RunFacts(
         rank=launch.rank,
         world_size=launch.world_size,

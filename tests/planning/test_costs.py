@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_retro.config.hardware import accelerator
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.sections import ALL_SECTIONS
@@ -22,7 +23,6 @@ from megatron_retro.model.retro import Retro
 from megatron_retro.ops.backends import VARIABLE
 from megatron_retro.peft.attach import attach, connect, initialize
 from megatron_retro.peft.prompts import virtual_token_ids
-from megatron_retro.planning.hardware import accelerator
 from megatron_retro.planning.plan import estimate_build
 from megatron_retro.planning.shards import build_shards
 from megatron_retro.planning.workload import Layout, Workload, layout_of, workload_of

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_retro.config.command_line import parse_settings
+from megatron_retro.config.hardware import accelerator
 from megatron_retro.config.sections import ALL_SECTIONS
-from megatron_retro.planning.hardware import accelerator
 from megatron_retro.planning.plan import estimate_build
 from megatron_retro.planning.workload import Layout, workload_of
 

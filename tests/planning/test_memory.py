@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from megatron_retro.config.hardware import accelerator
 from megatron_retro.config.sections import ALL_SECTIONS
 from megatron_retro.config.settings import build_settings
-from megatron_retro.planning.hardware import accelerator
 from megatron_retro.planning.plan import estimate_build
 from megatron_retro.planning.workload import layout_of, workload_of
 from megatron_retro.testing.memory_runs import measure_steps

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_retro.config.hardware import accelerator
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.parallel.traffic import microbatch_sizes, tensor_bytes
-from megatron_retro.planning.hardware import accelerator
 from megatron_retro.planning.memory import microbatches_in_flight
 from megatron_retro.planning.plan import Plan, estimate_build
 from megatron_retro.planning.trace import ENCODER, trace_parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from megatron_retro.config.toml_files import nearest, parse_toml
 from megatron_retro.errors import ConfigError
 
 BUILT_IN = Path(__file__).with_name("hardware.toml")
+_OTHER_CLOCKS = {"PCIe", "PCIE", "NVL"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,20 @@ def accelerator(name: str, path: Path | None = None) -> Accelerator:
             fix=f"add a table [{name}] to a copy of {BUILT_IN.name} and give it with --plan-hardware-table",
         )
     return table[name]
+
+
+def known_accelerator(device: str) -> Accelerator | None:
+    """The row for a device's own name (`NVIDIA A100-SXM4-40GB`): the one all of whose words are in it, the longest.
+
+    Cards of the same chip with other clocks say so; they have no row unless it says so too.
+    """
+    words = set(re.split(r"[^A-Za-z0-9]+", device))
+    rows = [
+        row
+        for row in read_hardware().values()
+        if (named := set(row.name.split("-"))) <= words and words & _OTHER_CLOCKS <= named
+    ]
+    return max(rows, key=lambda row: len(row.name), default=None)
 
 
 def _row(name: str, row: object, source: Path) -> Accelerator:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_retro.planning.hardware import read_hardware
+from megatron_retro.config.hardware import known_accelerator, read_hardware
 
 # memory (GB), dense bf16 (TFLOP/s), memory bandwidth (TB/s), one direction of the links inside a node (GB/s)
 DATA_SHEETS = {
@@ -29,3 +29,22 @@ def test_rates_are_below_the_data_sheet(name: str) -> None:
     assert 0.4 * peak < row.matmul_tflops < peak
     assert 0.7 * bandwidth < row.memory_tb_per_s < bandwidth
     assert 0.6 * link < row.node_gb_per_s < link
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("AMD Instinct MI300X", "MI300X"),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_a_device_is_known_by_its_own_name(device: str, name: str | None) -> None:
+    """Utilization is counted against the peak of this row: none is better than that of another card."""
+    found = known_accelerator(device)
+    assert (None if found is None else found.name) == name
