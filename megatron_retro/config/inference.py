@@ -82,7 +82,23 @@ class ServeConfig:
 
     host: str = option("127.0.0.1", "address to listen on", ours=True)
     port: int = option(8000, "port to listen on; 0 = any free one", minimum=0, maximum=65535, ours=True)
-    api_key_file: str | None = option(None, "file with the key that clients must send; none = no key", ours=True)
+    allowed_hosts: tuple[str, ...] | None = option(
+        None,
+        "names of this service, beside localhost, this machine's name, --host and addresses; * = any",
+        ours=True,
+    )
+    api_key_file: str | None = option(
+        None, "file with the keys that clients may send, one on each line; none = no key", ours=True
+    )
+    requests_per_key: int | None = option(
+        None, "requests that one key may have open; more are refused with 429", minimum=1, ours=True
+    )
+    max_connections: int = option(
+        256, "clients at a time; a new one takes the place of the one that is slowest to send", minimum=2, ours=True
+    )
+    receive_seconds: float = option(
+        20.0, "a client whose request is not here in whole after this long is dropped", minimum=0.1, ours=True
+    )
     queue_size: int = option(64, "requests that may wait; more are refused with 429", minimum=1, ours=True)
     queue_seconds: float = option(60.0, "longest wait for a place; then 503", minimum=0.0, ours=True)
     max_body_bytes: int = option(1 << 20, "largest request", minimum=1024, ours=True)

@@ -23,7 +23,7 @@ from megatron_retro.inference.serving.metrics import Metrics
 from megatron_retro.runtime.strict_json import json_text
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": schema.ErrorAnswer} for status in (400, 401, 404, 413, 422, 429, 500, 503)
+    status: {"model": schema.ErrorAnswer} for status in (400, 401, 404, 413, 421, 422, 429, 500, 503)
 }
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 _PAGE = {
@@ -34,7 +34,9 @@ _PAGE = {
 _KINDS = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
-def build_application(service: answering.Service, metrics: Metrics, config: ServeConfig, api_key: str | None) -> Guards:
+def build_application(
+    service: answering.Service, metrics: Metrics, config: ServeConfig, api_keys: Sequence[str] = ()
+) -> Guards:
     """The whole service as one ASGI application."""
 
     @asynccontextmanager
@@ -56,7 +58,7 @@ def build_application(service: answering.Service, metrics: Metrics, config: Serv
     _add_status(application, service, metrics)
     _add_completions(application, service, metrics)
     _add_chat(application, service, metrics)
-    return Guards(application, max_body_bytes=config.max_body_bytes, send_seconds=config.send_seconds, api_key=api_key)
+    return Guards(application, config, api_keys)
 
 
 def error_answer(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:

@@ -97,12 +97,12 @@ class Running:
 
 
 def start(
-    generator: TextGenerator, config: ServeConfig, api_key: str | None = None
+    generator: TextGenerator, config: ServeConfig, api_keys: Sequence[str] = ()
 ) -> tuple[Running, threading.Thread]:
     """Serve on a free port in a thread."""
     fresh = TextGenerator(generator.forward, generator.tokenizer, generator.limits, generator.index)
     listener = listening_socket(config)
-    server = build_service(fresh, config, "small", FORM, api_key, finishing_seconds=0.05)
+    server = build_service(fresh, config, "small", FORM, api_keys, finishing_seconds=0.05)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     deadline = time.monotonic() + 20
@@ -117,8 +117,8 @@ def service_with(generator: TextGenerator) -> Iterator[Callable[..., Running]]:
     """Services with settings of their own; stopped afterwards."""
     running: list[tuple[Running, threading.Thread]] = []
 
-    def build(api_key: str | None = None, **settings: Any) -> Running:
-        running.append(start(generator, ServeConfig(port=0, **settings), api_key))
+    def build(api_keys: Sequence[str] = (), **settings: Any) -> Running:
+        running.append(start(generator, ServeConfig(port=0, **settings), api_keys))
         return running[-1][0]
 
     yield build

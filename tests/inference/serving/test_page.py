@@ -89,7 +89,7 @@ def test_error_is_shown(service: Any, browser: Browser) -> None:
 
 
 def test_key_is_asked_for(service_with: Callable[..., Any], browser: Browser) -> None:
-    service = service_with(api_key="secret")
+    service = service_with(api_keys=["secret"])
     browser.open(service.url)
     browser.wait_for("!document.getElementById('key-label').hidden")
     browser.type("#key", "secret\t")

@@ -27,6 +27,11 @@ def post(service: Any, path: str = "/v1/completions", **body: Any) -> httpx.Resp
     return httpx.post(service.url + path, json=body, timeout=60)
 
 
+def head_of(length: int) -> bytes:
+    lines = ("POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json")
+    return "\r\n".join((*lines, f"Content-Length: {length}", "", "")).encode()
+
+
 def test_openai_client_completions(service: Any, generator: Any) -> None:
     client = client_of(service)
     assert [model.id for model in client.models.list()] == ["small"]
@@ -215,7 +220,7 @@ def test_open_requests_hear_that_the_service_ends(
     service = service_with()
     address = service.url.removeprefix("http://").split(":")
     with ThreadPoolExecutor(1) as pool, socket.create_connection((address[0], int(address[1]))) as slow:
-        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         whole = pool.submit(post, service, prompt="x", max_tokens=500)
         body = {"prompt": "x", "max_tokens": 500, "stream": True}
         with httpx.stream("POST", service.url + "/v1/completions", json=body, timeout=60) as response:
@@ -231,7 +236,7 @@ def test_open_requests_hear_that_the_service_ends(
 
 
 def test_key(service_with: Callable[..., Any]) -> None:
-    service = service_with(api_key="secret")
+    service = service_with(api_keys=["secret"])
     assert post(service, prompt="x").status_code == 401
     assert httpx.get(service.url + "/metrics").status_code == 401
     assert httpx.get(service.url + "/health").status_code == 200
@@ -264,10 +269,7 @@ def test_leaving_clients_free_their_place(service_with: Callable[..., Any]) -> N
     address = service.url.removeprefix("http://").split(":")
     with socket.create_connection((address[0], int(address[1]))) as raw:
         body = json.dumps({"prompt": "x", "max_tokens": 500}).encode()
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        )
-        raw.sendall(head.encode() + b"\r\n\r\n" + body)
+        raw.sendall(head_of(len(body)) + body)
         time.sleep(0.2)
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
@@ -285,14 +287,14 @@ def test_slow_reader_does_not_hold_up_others(service_with: Callable[..., Any]) -
     slow = socket.create_connection((address[0], int(address[1])))
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
     body = json.dumps({"prompt": "x" * 60, "max_tokens": 400, "stream": True, "retrieval": True}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    slow.sendall(head.encode() + b"\r\n\r\n" + body)
+    slow.sendall(head_of(len(body)) + body)
     assert post(service, prompt="quick", max_tokens=5).status_code == 200  # while the slow one is still there
     slow.close()
 
 
 def test_reader_that_takes_nothing_is_dropped() -> None:
     """The sender's side alone: a connection that never accepts a byte ends the request, and what feeds it."""
+    from megatron_retro.config.inference import ServeConfig
     from megatron_retro.inference.serving.guards import Guards
 
     ended: list[str] = []
@@ -309,7 +311,7 @@ def test_reader_that_takes_nothing_is_dropped() -> None:
     async def receive() -> Any:
         return {"type": "http.request", "body": b"", "more_body": False}
 
-    guarded = Guards(application, max_body_bytes=1000, send_seconds=0.1, api_key=None)
+    guarded = Guards(application, ServeConfig(max_body_bytes=1024, send_seconds=0.1))
     scope = {"type": "http", "path": "/", "headers": []}
     started = time.monotonic()
     asyncio.run(guarded(scope, receive, stuck))
