@@ -97,9 +97,7 @@ def _validation(settings: Settings, tokenizer: Tokenizer, trainable: ParallelMod
         return None
     if is_instruction_run(settings) and settings[InstructionConfig].instruction_valid_data is None:
         return None
-    return open_loader(
-        settings.replace(num_workers=0), "valid", tokenizer, trainable, settings[TrainingConfig].global_batch_size
-    )
+    return open_loader(settings, "valid", tokenizer, trainable, settings[TrainingConfig].global_batch_size)
 
 
 def data_inputs(loader: Loader, tokenizer: Tokenizer, retro: RetroConfig) -> dict[str, str]:

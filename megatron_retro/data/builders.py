@@ -131,7 +131,10 @@ def _tables(
 def _database(data: DataConfig, retro: RetroConfig) -> ChunkDatabase | None:
     if not retro.retro_add_retriever or retro.retro_num_neighbors == 0 or data.database_path is None:
         return None
-    return ChunkDatabase.open(data.database_path)
+    database = ChunkDatabase.open(data.database_path)
+    for file in database.files:
+        file.expect_random_reads()
+    return database
 
 
 def chunk_length_of(data: DataConfig, retro: RetroConfig) -> int:
@@ -172,6 +175,7 @@ def _source(
         return Source(samples)
     if database is None:
         raise ConfigError("--neighbor-path needs --database-path", fix="add the chunk database of the tables")
+    table.expect_random_reads()
     reader = NeighborReader(
         file,
         table,

@@ -107,6 +107,15 @@ class Loader:
             for start in range(first, first + share, self.micro_batch_size)
         ]
 
+    def first(self, steps: int) -> list[Microbatch[Array]]:
+        """This rank's micro-batches of the first steps of the order, whatever was read; its place there stays."""
+        starts = [0]
+        while len(starts) < steps:
+            starts.append(starts[-1] + self.global_batch_size(starts[-1]))
+        starts = starts[:steps]
+        read = self._pool.map if self._pool else map
+        return [batch for step in read(self._read_step, starts, map(self.global_batch_size, starts)) for batch in step]
+
     def state(self) -> dict[str, Any]:
         """Where the order stands; what was read ahead but not handed out does not count."""
         return {"consumed_samples": self.consumed_samples, "order": self.dataset.fingerprint}

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import flush_directory, publish_directory, write_file
 from megatron_retro.artifacts.manifest import Manifest, read_manifest, write_manifest
-from megatron_retro.data.token_file import map_file
+from megatron_retro.data.token_file import expect_random_reads, map_file
 from megatron_retro.errors import ArtifactError, DataError
 
 KIND = "neighbor-table"
@@ -144,6 +144,7 @@ class NeighborTable:
         self.path, self.manifest, self.layout = path, manifest, layout
         self._firsts = np.array([block.first for block in layout.blocks], np.int64)
         self._maps: dict[int, NDArray[np.uint8]] = {}
+        self._random = False
 
     @classmethod
     def open(cls, path: str | Path) -> NeighborTable:
@@ -158,6 +159,10 @@ class NeighborTable:
             if not block_is_done(where, layout, block):
                 raise ArtifactError(f"{where / block.name} is missing or cut", fix="run the query stage again")
         return cls(where, manifest, layout)
+
+    def expect_random_reads(self) -> None:
+        """Say before the first read that rows will be read here and there, as shuffled samples read them."""
+        self._random = True
 
     @property
     def num_saved(self) -> int:
@@ -211,6 +216,8 @@ class NeighborTable:
     def _map(self, number: int) -> NDArray[np.uint8]:
         if number not in self._maps:
             content = map_file(self.path / self.layout.blocks[number].name)
+            if self._random:
+                expect_random_reads(content)
             self._maps[number] = content.reshape(-1, self.num_saved * ID_BYTES)
         return self._maps[number]
 

@@ -84,6 +84,10 @@ class TokenFile:
                 fix="write the file again",
             )
 
+    def expect_random_reads(self) -> None:
+        """Say that few tokens at a time will be read, here and there, as neighbours are."""
+        expect_random_reads(self._bytes)
+
     @property
     def dtype(self) -> np.dtype[Any]:
         """The stored type, uint16 or int32 in files of ours."""
@@ -211,6 +215,15 @@ def map_file(path: Path) -> NDArray[np.uint8]:
             f"there is no file {path}",
             fix="give the prefix without .bin and .idx, or make the file with `megatron-retro preprocess`",
         ) from None
+
+
+def expect_random_reads(content: NDArray[Any]) -> None:
+    """Tell the system that a mapped file is read at random: a fault then reads its pages, not those behind them."""
+    base: object = content
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = base.obj if isinstance(base, memoryview) else getattr(base, "base", None)
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
+        base.madvise(mmap.MADV_RANDOM)
 
 
 def _read_index(path: Path) -> TokenIndex:

@@ -55,4 +55,15 @@ def build_mesh(config: ParallelConfig, device: torch.device) -> ParallelMesh:
     for axis in AXES:  # a group of its own gets torch's default of half an hour otherwise
         if dist.get_backend(mesh.group(axis)) != "fake":  # a planner's fake ranks never wait
             _set_pg_timeout(timeout, mesh.group(axis))
+            _connect(mesh, axis)
     return mesh
+
+
+def _connect(mesh: ParallelMesh, axis: str) -> None:
+    """Let the ranks of an axis meet now, all in the order of AXES.
+
+    NCCL connects a group at its first collective. Left to the first step, stages would come to their groups in
+    different orders, and sends between two stages need all stages of their group to have connected.
+    """
+    if mesh.size(axis) > 1:
+        dist.all_reduce(torch.zeros(1, device=mesh.device), group=mesh.group(axis))

@@ -32,8 +32,7 @@ class TokenLosses:
 
 def evaluation_batches(loader: Loader, steps: int) -> list[Microbatch[Array]]:
     """This rank's share of the first `steps` batches of the validation order, always the same."""
-    loader.seek(0)
-    return [batch for _ in range(steps) for batch in next(loader)]
+    return loader.first(steps)
 
 
 def variant_batches(

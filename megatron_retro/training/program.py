@@ -139,6 +139,8 @@ def train(
         observer = Observers(build_observers(parts, launch, heartbeat))
         closing.callback(observer.ended)
         closing.callback(parts.loader.close)
+        if parts.validation is not None:
+            closing.callback(parts.validation.close)
         checkpoints = RunCheckpoints(parts, state, saving, launch.rank, observer.happened)
         checkpoints.resume(retrofit=retrofit)
         if checkpoints.run is not None and launch.rank == 0:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_retro.assembly.parallel_model import ParallelModel
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import DistributedError
-from megatron_retro.parallel.mesh import build_mesh
+from megatron_retro.parallel.mesh import AXES, build_mesh
 from megatron_retro.parallel.partition import stage_parts
+from megatron_retro.parallel.shared_parameters import require_equal
 from megatron_retro.planning.fake_ranks import fake_rank
 from megatron_retro.runtime.launch import find_launch
 from megatron_retro.runtime.process_group import process_group
@@ -96,6 +99,51 @@ def test_replicas_that_drift_apart_are_found(axis: str) -> None:
         assert "1 replicated parameters differ" in message
         assert "layers.2.input_norm.weight" in message
         assert axis in message
+
+
+def test_comparing_replicas_takes_little_memory() -> None:
+    """Whatever a parameter's size: no tensor of it is made that is larger than a block's."""
+    made: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = operator(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and not operator.is_view:
+                made.append(result.numel() * result.element_size())
+            return result
+
+    def compare() -> list[int]:
+        large = torch.arange(5_000_001, dtype=torch.float32)
+        with Watch():
+            require_equal([("large", large)], dist.group.WORLD, "data")
+        if dist.get_rank() == 1:
+            large.view(torch.int32)[-1] ^= 1
+        with pytest.raises(DistributedError, match="large"):
+            require_equal([("large", large)], dist.group.WORLD, "data")
+        return made
+
+    for sizes in run_ranks(compare, 2):
+        assert 0 < max(sizes) <= 8 << 22
+
+
+@pytest.mark.parametrize("axes", [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}])
+def test_every_axis_meets_before_the_first_step_in_one_order(
+    monkeypatch: pytest.MonkeyPatch, axes: dict[str, int]
+) -> None:
+    """A group that connects only when a stage comes to it waits for stages that wait for others."""
+    reduce, met = dist.all_reduce, list[int]()
+
+    def count(tensor: torch.Tensor, *args: Any, group: dist.ProcessGroup, **kwargs: Any) -> Any:
+        met.append(dist.get_world_size(group))
+        return reduce(tensor, *args, group=group, **kwargs)
+
+    def meet() -> list[list[int]]:
+        mesh = build_mesh(tiny_settings(**axes, global_batch_size=4)[ParallelConfig], torch.device("cpu"))
+        return [met, [mesh.size(axis) for axis in AXES if mesh.size(axis) > 1]]
+
+    monkeypatch.setattr(dist, "all_reduce", count)
+    for groups, expected in run_ranks(meet, 4):
+        assert groups == expected and len(groups) == 2
 
 
 def test_ranks_that_come_after_a_plan_of_their_layout_have_groups_of_their_own() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -293,6 +294,66 @@ def test_a_resume_goes_on_exactly_with_any_ranks(tmp_path: Path, threads: int) -
     other = build_loader(config([file.prefix], seq_length=2 * LENGTH), eod=EOD)
     with pytest.raises(ArtifactError, match="another order"):
         other.load_state(state)
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_the_first_steps_are_read_alone_and_leave_the_place(tmp_path: Path, threads: int) -> None:
+    """What an evaluation reads: by threads as without, nothing behind it, at any place of the order."""
+    setting = retro_config(tmp_path, corpus(tmp_path / "a"), num_workers=threads)
+    expected = everything(build_loader(setting, eod=EOD, data_size=2, data_rank=1), 3)
+    loader = build_loader(setting, eod=EOD, data_size=2, data_rank=1)
+    dataset, numbers = loader.dataset, list[int]()
+
+    class Watched:
+        def read(self, wanted: Sequence[int]) -> Microbatch[Array]:
+            numbers.extend(wanted)
+            return dataset.read(wanted)
+
+    loader.dataset = Watched()  # type: ignore[assignment]
+    loader.seek(16)
+    assert all(same(a, b) for a, b in zip(loader.first(3), expected, strict=True))
+    assert loader.consumed_samples == 16 and loader.first(0) == []
+    assert sorted(numbers) == sorted(int(number) for batch in expected for number in batch.sample_ids_B)
+    loader.close()
+
+
+def random_read_files(folder: Path) -> set[str]:
+    """Names of the mapped files below a folder that the system was told to read at random."""
+    found, name = set(), ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            path = Path(line.split(maxsplit=5)[-1])
+            name = path.name if path.is_relative_to(folder) else ""
+        elif name and line.startswith("VmFlags:") and " rr" in line:
+            found.add(name)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+def test_tables_and_databases_are_read_at_random_and_samples_are_not(tmp_path: Path) -> None:
+    """A neighbour is a few hundred bytes anywhere: reading on behind it would fetch hundreds of times as much."""
+    file = corpus(tmp_path / "a")
+    setting = retro_config(tmp_path, file)
+    assert random_read_files(tmp_path) == set()
+    dataset = build_dataset(setting, "train", eod=EOD)
+    dataset.read(range(8))
+    found = random_read_files(tmp_path)
+    assert any(name.startswith("rows-") for name in found) and "a.bin" in found
+    stream = dataset.sources[0].samples.file.stream
+    own = [line for line in smaps_of(stream) if line.startswith("VmFlags:")]
+    assert own and " rr" not in own[0]
+
+
+def smaps_of(content: np.ndarray[Any, Any]) -> list[str]:
+    """What the system says of the mapping that holds an array."""
+    place, lines, inside = content.__array_interface__["data"][0], list[str](), False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if bounds:
+            inside = int(bounds[1], 16) <= place < int(bounds[2], 16)
+        elif inside:
+            lines.append(line)
+    return lines
 
 
 def test_batch_sizes_may_grow(tmp_path: Path) -> None:
