@@ -38,16 +38,16 @@ GATE_BUDGET = "gate budget"
 
 @dataclass(frozen=True)
 class StepResult:
-    """Sums over the whole global batch, the same on every rank."""
+    """Sums over the whole global batch, the same on every rank, and still on the device: to read one is to wait."""
 
-    loss_sum: float
-    num_tokens: float
+    loss_sum: Tensor | float
+    num_tokens: Tensor | float
     extra_losses: dict[str, float]
 
     @property
     def loss(self) -> float:
         """Mean loss of a token."""
-        return self.loss_sum / max(self.num_tokens, 1.0)
+        return float(self.loss_sum) / max(float(self.num_tokens), 1.0)
 
 
 def build_parallel_model(settings: Settings, device: torch.device) -> ParallelModel:
@@ -118,11 +118,12 @@ class ParallelModel:
             raise named from error
 
     def _train_step(self, microbatches: Sequence[Microbatch[Tensor]], loss_scale: float, step: int) -> StepResult:
-        num_tokens = self._sum_over(DATA, float(sum(batch.loss_mask_BS.sum() for batch in microbatches)))
+        masks = torch.stack([batch.loss_mask_BS.sum(dtype=torch.float64) for batch in microbatches])
+        num_tokens = self._sum_over(DATA, masks.sum())
         self._begin(training=True)
         budget_share = loss_scale / (len(microbatches) * self.data_size * self.mesh.size(TENSOR))
         for stage in self.stages:
-            stage.loss_factor = loss_scale / max(num_tokens, 1.0)
+            stage.loss_factor = loss_scale / num_tokens.clamp(min=1.0)
             set_gate_budgets(stage.model, self.settings[RetroConfig], step, budget_share)
             if stage.streams is not None:
                 stage.streams.step = step
@@ -132,7 +133,7 @@ class ParallelModel:
         else:
             self._accumulate(microbatches, numbers)
         self._finish_gradients()
-        loss_sum = sum(float(stage.loss_sum) for stage in self.stages)
+        loss_sum = torch.stack([stage.loss_sum for stage in self.stages]).sum()
         extra = {GATE_BUDGET: self._gate_budget() / loss_scale} if self._has_adaptive_gates else {}
         return StepResult(self._sum_over(DATA, self._sum_over(PIPELINE, loss_sum)), num_tokens, extra)
 
@@ -143,10 +144,11 @@ class ParallelModel:
 
     def _gate_budget(self) -> float:
         """Of all gates: each tensor rank charges its part, each stage its gates, each data rank its microbatches."""
-        charged = sum(charged_budgets(stage.model) or 0.0 for stage in self.stages)
+        charged = torch.tensor(sum(charged_budgets(stage.model) or 0.0 for stage in self.stages), dtype=torch.float64)
+        charged = charged.to(self.device)
         for axis in (TENSOR, PIPELINE, DATA):
             charged = self._sum_over(axis, charged)
-        return charged
+        return float(charged)
 
     def evaluate(self, microbatches: Sequence[Microbatch[Tensor]]) -> list[Tensor] | None:
         """Loss of every token, [B, S] float32 on the CPU, one per microbatch; None on ranks without the model's end."""
@@ -202,13 +204,11 @@ class ParallelModel:
         if self._shared is not None:
             self._shared.sum_gradients()
 
-    def _sum_over(self, axis: str, value: float) -> float:
-        if self.mesh.size(axis) == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        with on_axis(axis):
-            dist.all_reduce(total, group=self.mesh.group(axis))
-        return float(total)
+    def _sum_over(self, axis: str, value: Tensor) -> Tensor:
+        if self.mesh.size(axis) > 1:
+            with on_axis(axis):
+                dist.all_reduce(value, group=self.mesh.group(axis))
+        return value
 
 
 def _is_cut_along(tensor: Tensor, axis: str) -> bool:

@@ -81,7 +81,7 @@ class TrainingOptimizer:
         self.loss_scale = LossScale(scale, config.loss_scale_window if config.fp16 else 0)
 
     def update(
-        self, squared_norm: Tensor, learning_rate: float, *, finite: bool = True, acceptable: bool = True
+        self, squared_norm: Tensor | float, learning_rate: float, *, finite: bool = True, acceptable: bool = True
     ) -> Update:
         """Apply the gradients, unless they are not finite or the caller finds the step not acceptable.
 
@@ -89,7 +89,8 @@ class TrainingOptimizer:
         of one gradient can be broken on one rank alone.
         """
         scale = self.loss_scale.scale
-        norm = math.sqrt(squared_norm.item()) / scale if math.isfinite(squared_norm.item()) else math.inf
+        square = float(squared_norm)
+        norm = math.sqrt(square) / scale if math.isfinite(square) else math.inf
         finite = finite and math.isfinite(norm)
         factor = clip_factor(norm, self.config.clip_grad) if finite else 1.0
         applied = finite and acceptable

@@ -34,7 +34,7 @@ class Stage(nn.Module):
         self.axis = axis
         self.deferred_gradients: DeferredWeightGradients | None = None
         self.streams: Streams | None = None
-        self.loss_factor = 1.0
+        self.loss_factor: Tensor | float = 1.0
         self.loss_sum = torch.zeros((), dtype=torch.float64)
 
     def context(self, batch: Microbatch[Tensor]) -> SequenceContext:
@@ -82,7 +82,7 @@ class Stage(nn.Module):
         losses_BS = self.model.head(hidden, batch.counted_labels())
         loss_sum = (losses_BS * batch.loss_mask_BS).sum()
         self.loss_sum += loss_sum.detach()
-        return loss_sum * self.loss_factor
+        return loss_sum * torch.as_tensor(self.loss_factor, dtype=loss_sum.dtype)
 
 
 class _Border(torch.autograd.Function):

@@ -22,15 +22,18 @@ BAD_BATCHES = "bad_batches"
 _FEWEST_LOSSES = 16
 
 
-def spike_reason(loss: float, recent: Iterable[float], factor: float) -> str | None:
-    """Why this loss is a spike, or None; needs a few losses to compare with."""
+def spike_limit(recent: Iterable[float], factor: float) -> float:
+    """The loss above which a step is a spike; infinite where there are too few losses to tell."""
     known = list(recent)
-    if factor <= 0 or len(known) < _FEWEST_LOSSES:
+    return factor * statistics.median(known) if factor > 0 and len(known) >= _FEWEST_LOSSES else math.inf
+
+
+def spike_reason(loss: float, recent: Iterable[float], factor: float) -> str | None:
+    """Why this loss is a spike, or None."""
+    limit = spike_limit(recent, factor)
+    if not loss > limit:
         return None
-    median = statistics.median(known)
-    return (
-        f"loss {loss:.4g} is over {factor:g} times the recent median {median:.4g}" if loss > factor * median else None
-    )
+    return f"loss {loss:.4g} is over {factor:g} times the recent median {limit / factor:.4g}"
 
 
 def non_finite_reason(loss: float, gradient_norm: float) -> str | None:

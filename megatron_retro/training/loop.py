@@ -13,7 +13,9 @@ from enum import Enum
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from megatron_retro.assembly.parallel_model import StepResult
 from megatron_retro.assembly.run_parts import RunParts
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import CheckpointConfig, TrainingConfig
@@ -24,7 +26,7 @@ from megatron_retro.runtime.heartbeat import Heartbeat
 from megatron_retro.runtime.process_group import explain_failure
 from megatron_retro.runtime.run_records import RunFacts, StepRecord
 from megatron_retro.runtime.signals import StopRequests
-from megatron_retro.training.bad_steps import non_finite_reason, sample_ids, spike_reason, write_bad_batch
+from megatron_retro.training.bad_steps import non_finite_reason, sample_ids, spike_limit, spike_reason, write_bad_batch
 from megatron_retro.training.checkpoints import RunCheckpoints
 from megatron_retro.training.clock import Clock
 from megatron_retro.training.evaluator import Evaluator
@@ -49,8 +51,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """What all ranks think of a step: whether its numbers are finite, and why it must not count."""
+    """A step's numbers, and what all ranks think of it: whether they are finite, and why it must not count."""
 
+    loss: float
+    num_tokens: float
+    squared_norm: float
     finite: bool
     reason: str | None
 
@@ -67,12 +72,11 @@ class Trainer:
         evaluator: Evaluator | None,
         observer: Observer,
         stops: StopRequests,
-        group: dist.ProcessGroup,
         heartbeat: Heartbeat | None = None,
     ) -> None:
         self.parts, self.facts, self.state = parts, facts, state
         self._checkpoints, self._evaluator = checkpoints, evaluator
-        self._observer, self._stops, self._group = observer, stops, group
+        self._observer, self._stops = observer, stops
         self._settings: Settings = parts.settings
         self._training = self._settings[TrainingConfig]
         self._heartbeat = heartbeat
@@ -153,19 +157,21 @@ class Trainer:
         with self._clock.phase("save"):
             self._checkpoints.before_update()
         with self._clock.phase("optimizer"):
-            squared_norm = parts.trainable.squared_gradient_norm()
-            verdict = self._verdict(result.loss, squared_norm.item())
+            verdict = self._verdict(result, parts.trainable.squared_gradient_norm())
             update = parts.optimizer.update(
-                squared_norm, parts.schedule.at(state.samples), finite=verdict.finite, acceptable=verdict.reason is None
+                verdict.squared_norm,
+                parts.schedule.at(state.samples),
+                finite=verdict.finite,
+                acceptable=verdict.reason is None,
             )
-        if verdict.reason is not None and not self._is_overflow(result.loss, update):
+        if verdict.reason is not None and not self._is_overflow(verdict.loss, update):
             self._bad_step(batches, first_sample, verdict.reason)
             return None
         state.step += 1
-        state.tokens += int(result.num_tokens)
+        state.tokens += int(verdict.num_tokens)
         if update.applied:
             state.bad_in_a_row = 0
-            state.recent_losses.append(result.loss)
+            state.recent_losses.append(verdict.loss)
         lap = self._clock.lap()
         return StepRecord(
             step=state.step,
@@ -173,7 +179,7 @@ class Trainer:
             tokens=state.tokens,
             batch_size=batch_size,
             positions=sum(batch.tokens_BS.size for batch in batches) * parts.trainable.data_size,
-            loss=result.loss,
+            loss=verdict.loss,
             gradient_norm=update.gradient_norm,
             learning_rate=update.learning_rate,
             applied=update.applied,
@@ -185,24 +191,31 @@ class Trainer:
             waiting_seconds=lap.waiting,
         )
 
-    def _verdict(self, loss: float, squared_norm: float) -> _Verdict:
-        """Whether the step may count, the same on every rank: a number that is broken on one rank alone counts too."""
-        broken = non_finite_reason(loss, math.sqrt(squared_norm) if math.isfinite(squared_norm) else math.inf)
-        spike = spike_reason(loss, self.state.recent_losses, self._training.loss_spike_factor)
-        mine = self._stops.reason()
-        any_broken, any_spike, any_stop = self._any_rank(broken is not None, spike is not None, mine is not None)
-        self._stop_wish = (mine or "another rank was asked to stop") if any_stop else None
-        if any_broken:
-            return _Verdict(False, broken or "another rank's gradient is not finite")
-        return _Verdict(True, (spike or "another rank's loss is a spike") if any_spike else None)
+    def _verdict(self, result: StepResult, squared_norm: Tensor) -> _Verdict:
+        """The step's numbers and whether it may count, the same on every rank: what one rank finds, all are told.
 
-    def _any_rank(self, *flags: bool) -> list[bool]:
-        """Each flag, raised if any rank raised it."""
-        if self.facts.world_size == 1:
-            return list(flags)
-        raised = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self._group)
-        return [bool(flag) for flag in raised]
+        The numbers stay on the device until all ranks have agreed there; the host waits for them once.
+        """
+        device, mine = squared_norm.device, self._stops.reason()
+        sums = (torch.as_tensor(value, dtype=torch.float64) for value in (result.loss_sum, result.num_tokens))
+        loss_sum, num_tokens = (value.to(device) for value in sums)
+        loss = loss_sum / num_tokens.clamp(min=1.0)
+        recent, factor = self.state.recent_losses, self._training.loss_spike_factor
+        broken = ~(loss.isfinite() & squared_norm.isfinite())
+        stop = torch.full_like(broken, mine is not None)
+        flags = torch.stack([broken, loss > spike_limit(recent, factor), stop]).double()
+        if self.facts.world_size > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        numbers = torch.cat([torch.stack([loss, num_tokens, squared_norm.double()]), flags]).tolist()
+        any_broken, any_spike, any_stop = map(bool, numbers[3:])
+        self._stop_wish = (mine or "another rank was asked to stop") if any_stop else None
+        reason = None
+        if any_broken:
+            norm = math.sqrt(numbers[2]) if math.isfinite(numbers[2]) else math.inf
+            reason = non_finite_reason(numbers[0], norm) or "another rank's gradient is not finite"
+        elif any_spike:
+            reason = spike_reason(numbers[0], recent, factor) or "another rank's loss is a spike"
+        return _Verdict(numbers[0], numbers[1], numbers[2], not any_broken, reason)
 
     def _is_overflow(self, loss: float, update: Update) -> bool:
         """fp16 gradients that overflow at the present scale are the scale's fault, not the batch's."""

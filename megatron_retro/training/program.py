@@ -147,7 +147,7 @@ def train(
             write_file(checkpoints.run / CONFIG, render_toml(parts.settings))
         evaluator = Evaluator(parts, control) if parts.validation is not None else None
         facts = run_facts(parts, launch)
-        return Trainer(parts, facts, state, checkpoints, evaluator, observer, stops, control, heartbeat).run()
+        return Trainer(parts, facts, state, checkpoints, evaluator, observer, stops, heartbeat).run()
 
 
 def finish(settings: Settings, outcome: Outcome) -> None:

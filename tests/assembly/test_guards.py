@@ -155,3 +155,39 @@ def test_ranks_that_come_after_a_plan_of_their_layout_have_groups_of_their_own()
             ParallelModel(settings, mesh, parts)
 
     assert run_ranks(lambda: _build(settings).mesh.devices.size(), 4) == [4] * 4
+
+
+class NoReading(TorchDispatchMode):
+    """For any value that the host reads, it would wait for a GPU; whole numbers here are of meshes, on the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reads = func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point()
+        assert not reads, "the host reads a number within a step"
+        return func(*args, **(kwargs or {}))
+
+
+def unread_step(settings: Settings) -> float:
+    mesh = build_mesh(settings[ParallelConfig], torch.device("cpu"))
+    model = ParallelModel(settings, mesh, stage_parts(settings, settings[DataConfig].seq_length))
+    batches = random_batches(settings)
+    own = batches[: len(batches) // model.data_size]
+    with NoReading():
+        result = model.train_step(own)
+        norm = model.squared_gradient_norm()
+    with pytest.raises(AssertionError, match="the host reads"), NoReading():
+        float(norm)
+    return result.loss
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"pipeline_model_parallel_size": 2, "pipeline_schedule": "1f1b"},
+        {"data_parallel_sharding": "optimizer"},
+    ],
+    ids=str,
+)
+def test_a_step_leaves_its_numbers_on_the_device(layout: dict[str, Any]) -> None:
+    assert all(loss > 0 for loss in run_ranks(unread_step, 2, tiny_settings(**layout), timeout=100.0))
