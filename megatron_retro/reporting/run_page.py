@@ -12,10 +12,9 @@ from megatron_retro.reporting.perplexity_page import leakage_sections
 from megatron_retro.reporting.plots import Series, bars, line_plot
 from megatron_retro.reporting.retrieval_sections import health_sections, use_sections
 from megatron_retro.runtime.environment import environment_rows
-from megatron_retro.runtime.run_log import RunLog, read_rank_steps, read_run_log
+from megatron_retro.runtime.run_log import CONFIG, RunLog, read_rank_steps, read_run_log
 
 REPORT = "report.html"
-CONFIG = "config.toml"
 _POINTS = 600
 _MOST_RANKS = 16
 

@@ -16,10 +16,11 @@ from megatron_retro.reporting.neighbors import neighbor_section
 from megatron_retro.reporting.perplexity_page import leakage_sections
 from megatron_retro.reporting.plots import Series, line_plot
 from megatron_retro.reporting.retrieval_sections import health_sections
-from megatron_retro.reporting.run_page import CONFIG, thinned, write_report
+from megatron_retro.reporting.run_page import thinned, write_report
 from megatron_retro.reporting.summary_checks import Check, summary_checks
 from megatron_retro.reporting.summary_inputs import GeneratedText, SummaryInputs, read_summary_inputs
 from megatron_retro.runtime.console import readable_seconds, say
+from megatron_retro.runtime.run_log import CONFIG
 from megatron_retro.runtime.statistics import Interval
 
 _CURVE_POINTS = 60  # means of stretches: single steps are noise

@@ -13,7 +13,9 @@ from megatron_retro.runtime.events import read_events
 from megatron_retro.runtime.run_records import EvaluationRecord, RetrievalHealth, RunFacts, StepRecord
 from megatron_retro.runtime.strict_json import from_plain
 
+# What the directory of a run holds beside its checkpoints.
 EVENTS = "events.jsonl"
+CONFIG = "config.toml"
 RANKS = "ranks"
 _RANK_BYTES = 1 << 15  # of the end of each rank's file
 Record = TypeVar("Record", StepRecord, EvaluationRecord)

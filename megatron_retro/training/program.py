@@ -41,7 +41,7 @@ from megatron_retro.runtime.console import render_table, say
 from megatron_retro.runtime.heartbeat import Heartbeat, start_heartbeat
 from megatron_retro.runtime.launch import Launch, find_launch
 from megatron_retro.runtime.process_group import agree, process_group
-from megatron_retro.runtime.run_log import EVENTS, RANKS
+from megatron_retro.runtime.run_log import CONFIG, EVENTS, RANKS
 from megatron_retro.runtime.run_records import RunFacts
 from megatron_retro.runtime.signals import StopRequests
 from megatron_retro.training.checkpoints import RunCheckpoints
@@ -59,8 +59,6 @@ from megatron_retro.training.observers import (
 )
 from megatron_retro.training.state import TrainingState
 from megatron_retro.training.watches import FallingThroughput, PaceOfRank, SlowRanks
-
-CONFIG = "config.toml"
 
 
 def pretrain(settings: Settings) -> None:
