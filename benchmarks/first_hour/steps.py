@@ -20,7 +20,7 @@ from megatron_retro.runtime.run_records import StepRecord
 
 PROGRAM = ("-m", "megatron_retro.cli.main")
 # One model of 0.9 billion parameters with its published shape, and one that a CPU steps through in a moment.
-STEP_OF_A_GPU = ("--preset", "retro-878m", "--vocab-size", "50257", "--bf16", "--micro-batch-size", "2")
+STEP_OF_A_GPU = ("--preset", "retro-878m", "--bf16", "--micro-batch-size", "2")
 TINY = (
     *("--preset", "retro-tiny", "--vocab-size", "512", "--num-layers", "2", "--hidden-size", "32"),
     *("--num-attention-heads", "2", "--seq-length", "64", "--retro-chunk-length", "16", "--retro-layers", "2"),
