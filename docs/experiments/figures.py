@@ -97,7 +97,7 @@ def main(words: Sequence[str]) -> None:
 def figures() -> dict[str, str]:
     """Every figure by its name, without its ending."""
     drawn = {name: _bars(name, title, pairs) for name, (title, pairs) in BARS.items()}
-    return drawn | {"leakage_gain": _leakage()}
+    return drawn | {"leakage_gain": _leakage(), "real_decoder": _real_decoder()}
 
 
 def _bars(name: str, title: str, pairs: Sequence[Bar]) -> str:
@@ -124,6 +124,27 @@ def _leakage() -> str:
     title = "What other neighbours cost the quickstart's Retro, 95 % over documents"
     across = "chunks that share at most this part with their neighbours"
     return _standing_alone(line_plot(series, title=title, x_label=across, y_label="bits per byte"), title)
+
+
+def _real_decoder() -> str:
+    """Gains of SmolLM2 on the chunks that were prompted too; under each what it adds to a token's operations."""
+    found = json.loads((HERE / "real_decoder.json").read_text(encoding="utf-8"))
+    costs, measured = found["costs"], found["chunks that were prompted"]["all"]
+    names = [name for name in measured if isinstance(measured[name], dict) and name != "decoder"]
+    labels = []
+    for name in names:
+        adds = costs["prompt adds" if name.startswith("prompt") else "retro adds"] / costs["decoder"]
+        labels.append(f"{name.replace('warm', 'Retro')} +{adds:.0%}")
+    gains = [measured[name]["gain"] for name in names]
+    title = "What passages take off SmolLM2's loss, and add to its operations, 95 % over documents"
+    plot = bars(
+        labels,
+        [gain[0] for gain in gains],
+        title=title,
+        y_label="nats per token",
+        bounds=[(gain[1], gain[2]) for gain in gains],
+    )
+    return _standing_alone(plot, title)
 
 
 def _runs(name: str) -> list[dict[str, Any]]:

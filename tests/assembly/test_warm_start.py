@@ -18,6 +18,7 @@ from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.convert.checkpoint_files import parameter_shapes, read_parameter, write_checkpoint
 from megatron_retro.microbatch import Neighbors
+from megatron_retro.model.context import rotary_frequencies
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.retro import Retro
 from megatron_retro.ops.attention import AttentionPattern
@@ -105,7 +106,7 @@ def test_a_neighbor_is_read_as_the_decoder_reads_what_stands_before(tmp_path: Pa
     queries = found["state"][:, chunk - 1 : 2 * chunk - 1]
     positions = torch.cat((torch.arange(length), length + chunk - 1 + torch.arange(chunk)))
     sees_passage = (torch.arange(length + chunk) < length)[None, None].expand(1, length + chunk, -1)
-    frequencies = built.preparation.frequencies
+    frequencies = rotary_frequencies(model)
     assert frequencies is not None
     expected = gpt.layers["2"].attention(
         torch.cat((passage, queries), 1),

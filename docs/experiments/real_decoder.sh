@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# What neighbours are worth to a real decoder: in its prompt, through cross-attention that starts from its own layers, and
+# through one that starts from noise. Each step is passed over when it is done; a stopped one goes on.
+#   MODEL           a Hugging Face folder (the figures: SmolLM2-135M-Instruct)
+#   TEXT, HELD_OUT_TEXT, DATABASE_TEXT
+#                   JSON lines with "text", to train on, to measure on and to search in
+#   DATA            where everything goes (default: runs/real_decoder)
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+model="$(realpath "${MODEL:?set it to a Hugging Face folder}")"
+texts=("train=${TEXT:?}" "held_out=${HELD_OUT_TEXT:?}" "database=${DATABASE_TEXT:?}")
+for number in "${!texts[@]}"; do
+  texts[number]="${texts[number]%%=*}=$(realpath "${texts[number]#*=}")"
+done
+DATA="${DATA:-$here/../../runs/real_decoder}"
+mkdir -p "$DATA/corpus"
+cd "$DATA"
+tokenizer=(--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$model")
+if [ ! -e gpt ]; then
+  megatron-retro convert "$model" gpt
+fi
+for text in "${texts[@]}"; do
+  prefix="corpus/${text%%=*}"
+  if [ ! -e "${prefix}_text_document.manifest.json" ]; then
+    megatron-retro preprocess --input "${text#*=}" --output-prefix "$prefix" --append-eod "${tokenizer[@]}"
+  fi
+done
+if [ ! -e retrieval/neighbors/held_out ]; then
+  megatron-retro build-retrieval --retro-project-dir retrieval --retro-chunk-length 64 --retro-index-str Flat \
+    --retro-tasks train encode merge query "${tokenizer[@]}" --retro-database-corpus corpus/database_text_document \
+    --retro-query-corpus train=corpus/train_text_document held_out=corpus/held_out_text_document
+fi
+noise=(--retro-init noise --retro-zero-init-output --retro-gate-type fixed --retro-neighbor-positions rotary
+  --retro-encoder-layers 2 --no-retro-encoder-causal --no-retro-encoder-final-norm --no-freeze-encoder)
+megatron-retro retrofit --config "$here/real_decoder.toml" --save warm
+megatron-retro retrofit --config "$here/real_decoder.toml" "${noise[@]}" --train-iters 20 --save noise
+python "$here/real_decoder.py" gpt --retro warm=warm noise=noise --text corpus/held_out_text_document \
+  --database retrieval/database --neighbors retrieval/neighbors/held_out --work losses --json "$here/real_decoder.json"
