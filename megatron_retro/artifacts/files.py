@@ -15,12 +15,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_retro.errors import ArtifactError, EnvironmentProblem
+from megatron_retro.errors import ArtifactError, EnvironmentProblem, MegatronRetroError
 
 TEMPORARY_MARK = ".partial-"
 RETIRED_MARK = ".retired-"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_AGAIN = "and run the same command again"
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+# What the system refuses: why, unless the system's own words say all, and what to do.
+_REFUSALS: dict[int, tuple[str, str]] = {
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT), ("the disk is full", f"free space or choose another directory, {_AGAIN}")
+    ),
+    **dict.fromkeys(_CLOSED, ("", f"ask for the permission, or give another path, {_AGAIN}")),
+    errno.EFBIG: ("a file is too large", f"raise the limit (`ulimit -f`) or choose another file system, {_AGAIN}"),
+    errno.EIO: ("the disk fails", f"look at what `dmesg` says of it, choose another disk, {_AGAIN}"),
+    errno.ESTALE: ("the file server lost a file", f"look at the mount, {_AGAIN}"),
+    errno.EMFILE: ("this process has too many open files", f"raise the limit (`ulimit -n`), {_AGAIN}"),
+    errno.ENFILE: ("this machine has too many open files", f"end other programs, {_AGAIN}"),
+    errno.ENOMEM: ("memory ran out", f"take fewer workers or smaller batches, or end other programs, {_AGAIN}"),
+}
 
 
 def temporary_name(path: Path) -> Path:
@@ -143,32 +158,58 @@ def _exchange(first: Path, second: Path) -> bool:
 
 @contextmanager
 def named_disk_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into errors that say what to do."""
+    """Turn the operating system's refusals into errors that say what to do. `path`: what is written."""
     try:
         yield
-    except OSError as error:
+    except MegatronRetroError:
+        raise
+    except Exception as error:
         problem = disk_problem(error, path)
         if problem is None:
             raise
         raise problem from error
 
 
-def disk_problem(error: OSError, path: Path | None = None) -> EnvironmentProblem | None:
-    """What a user is told of a full disk or a closed door; None for other errors. `path`: what was written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        what = f"{path} was not written, what was there before is untouched" if path else "what was written is cut"
-        return EnvironmentProblem(
-            f"the disk is full: {what}",
-            fix="free space or choose another directory, and run the same command again",
-        )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        if path:
-            return EnvironmentProblem(
-                f"{path} cannot be written", got=error.strerror, fix="give a directory that you may write"
-            )
-        if error.filename:
-            return EnvironmentProblem(f"{error.filename} cannot be opened", got=error.strerror)
+def disk_problem(error: BaseException, path: Path | None = None) -> EnvironmentProblem | None:
+    """What a user is told of a refusal of the system, also inside a library's error; None for other errors.
+
+    `path`: what was to be written. A refusal that names another file, or one below it, is of that file.
+    """
+    refusal = _refusal(error)
+    if refusal is None:
+        return None
+    code, named = refusal
+    reason, fix = _REFUSALS[code]
+    if path is not None and (named is None or _belongs_to(named, path)):
+        what = "cannot be written" if code in _CLOSED else "was not written, what was there before is untouched"
+        fix = "give a directory that you may write" if code in _CLOSED else fix
+        what = f"{path} {what}"
+    elif named is not None:
+        what = f"{named} cannot be {'opened' if code in _CLOSED else 'read or written'}"
+    else:
+        what = "a file could not be read or written"
+    return EnvironmentProblem(f"{reason}: {what}" if reason else what, got=os.strerror(code), fix=fix)
+
+
+def _refusal(error: BaseException) -> tuple[int, str | None] | None:
+    """The number and the file of what the system refused: of an error, of its cause, or in the words of a library."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError):
+            if found.errno in _REFUSALS:
+                return found.errno, None if found.filename is None else os.fsdecode(found.filename)
+        elif isinstance(found, MemoryError):
+            return errno.ENOMEM, None
+        elif not isinstance(found, MegatronRetroError):
+            said = next((code for code in _REFUSALS if os.strerror(code) in str(found)), None)
+            if said is not None:
+                return said, None
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
     return None
+
+
+def _belongs_to(named: str, path: Path) -> bool:
+    return named.startswith(str(path)) or str(path).startswith(named)
 
 
 def remove_leftovers(directory: Path) -> int:

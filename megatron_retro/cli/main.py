@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_INTERNAL
     except Exception as error:
-        problem = disk_problem(error) if isinstance(error, OSError) else None
+        problem = disk_problem(error)
         if problem:
             print(f"error: {problem}", file=sys.stderr)
             return problem.exit_code

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_retro.artifacts.files import write_file
+from megatron_retro.artifacts.files import disk_problem, write_file
 from megatron_retro.errors import ArtifactError
 from megatron_retro.runtime.strict_json import json_text
 
@@ -28,7 +28,14 @@ class SafetensorsFolder:
         """Name -> file."""
         index = self.path / INDEX
         if index.is_file():
-            names: dict[str, str] = read_json(index)["weight_map"]
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict) or not all(_is_file_name(file) for file in names.values()):
+                raise ArtifactError(
+                    f"{index} does not name files beside it",
+                    got=f"weight_map = {str(names)[:200]}",
+                    expected="tensor names, each with the name of a file of this folder",
+                    fix="fetch the folder again, from where you trust",
+                )
             missing = sorted({file for file in names.values() if not (self.path / file).is_file()})
             if missing:
                 raise ArtifactError(f"{self.path} lacks shards that its index names", got=", ".join(missing[:5]))
@@ -55,6 +62,11 @@ class SafetensorsFolder:
             return tensor
 
 
+def _is_file_name(name: object) -> bool:
+    """A plain name: no path leads out of the folder by it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not any(mark in name for mark in "/\\\0")
+
+
 def opened(path: Path) -> Any:
     """A safetensors file to read from."""
     from safetensors import SafetensorError, safe_open
@@ -62,7 +74,8 @@ def opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} is no intact safetensors file", got=error, fix="fetch it again") from None
+        damaged = ArtifactError(f"{path} is no intact safetensors file", got=error, fix="fetch it again")
+        raise disk_problem(error) or damaged from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -70,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read", got=error) from None
+        raise disk_problem(error) or ArtifactError(f"{path} cannot be read", got=error) from None
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} cannot be read", got=f"a JSON {type(content).__name__}", expected="an object")
     return content

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -53,7 +54,8 @@ class _HashedFile:
         os.replace(self.partial, self.path)
 
     def discard(self) -> None:
-        self.stream.close()
+        with suppress(OSError):  # what is buffered has no room on a full disk
+            self.stream.close()
         self.partial.unlink(missing_ok=True)
 
 
@@ -75,7 +77,8 @@ class _Spool:
             yield np.frombuffer(content, self.dtype)
 
     def discard(self) -> None:
-        self._stream.close()
+        with suppress(OSError):
+            self._stream.close()
         self.partial.unlink(missing_ok=True)
 
 

@@ -312,3 +312,15 @@ def test_a_decoder_of_no_family_is_refused_with_every_reason(tmp_path: Path) -> 
     message = str(raised.value)
     assert all(f"\n  {family}: " in message for family in ("llama", "qwen2", "qwen3", "mistral", "nemotron", "gpt2"))
     assert "normalization is 'RMSNorm', not 'LayerNorm'" in message
+
+
+@pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "..", "sub/one.safetensors", "", 3, None])
+def test_a_weight_index_that_leads_out_of_its_folder_is_refused(tmp_path: Path, file: Any) -> None:
+    from megatron_retro.convert.safetensors_folder import INDEX, SafetensorsFolder
+
+    (tmp_path / "secret.safetensors").write_bytes(b"")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(ArtifactError, match="does not name files beside it"):
+        SafetensorsFolder(folder)
