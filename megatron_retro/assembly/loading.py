@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,8 +28,8 @@ from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import PeftConfig, TrainingConfig
-from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_retro.errors import ArtifactError, ConfigError, EnvironmentProblem
+from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer, refuse_mismatch, tokenizer_name
+from megatron_retro.errors import ConfigError, EnvironmentProblem
 from megatron_retro.model.retro import Retro
 from megatron_retro.parallel.mesh import PIPELINE, ParallelMesh
 from megatron_retro.parallel.partition import stage_parts
@@ -75,9 +76,10 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     tokenizer: TokenizerConfig | None = None,
+    allow_mismatch: bool = False,
 ) -> LoadedModel:
     """Load a checkpoint for use. `tokenizer` replaces the one that it was trained with, if its files moved."""
-    checkpoint, settings, built = open_for_use(path, tokenizer)
+    checkpoint, settings, built = open_for_use(path, tokenizer, allow_mismatch)
     place = chosen_device(device)
     kind = chosen_dtype(dtype, place)
     if settings[PeftConfig].peft_method == "none":
@@ -100,6 +102,7 @@ def load_stage(
     *,
     dtype: str = "auto",
     tokenizer: TokenizerConfig | None = None,
+    allow_mismatch: bool = False,
 ) -> LoadedStage:
     """The stage of this rank in evaluation mode. Every rank calls it; each data rank holds a replica of its own."""
     if parallel.sequence_parallel or parallel.num_layers_per_virtual_pipeline_stage:
@@ -108,7 +111,7 @@ def load_stage(
             got="--sequence-parallel or --num-layers-per-virtual-pipeline-stage",
             expected="no sequence parallelism, no virtual stages",
         )
-    checkpoint, stored, built = open_for_use(path, tokenizer)
+    checkpoint, stored, built = open_for_use(path, tokenizer, allow_mismatch)
     kinds = (ModelConfig, RetroConfig, TokenizerConfig, PeftConfig)
     settings = Settings([*(stored[kind] for kind in kinds), parallel, TrainingConfig()])
     part = stage_parts(settings, seq_length=1)[mesh.rank(PIPELINE)]
@@ -155,19 +158,26 @@ def _fill_stage(stage: Stage, checkpoint: Checkpoint, stored: Settings) -> None:
             load_tensors(source, wanted, rows, dist.group.WORLD)
 
 
-def open_for_use(path: Path, tokenizer: TokenizerConfig | None = None) -> tuple[Checkpoint, Settings, Tokenizer]:
-    """A checkpoint, what its model is, and the tokenizer that it was trained with."""
+def open_for_use(
+    path: Path, tokenizer: TokenizerConfig | None = None, allow_mismatch: bool = False
+) -> tuple[Checkpoint, Settings, Tokenizer]:
+    """A checkpoint, its model's settings, and the tokenizer that it was trained with."""
     checkpoint = open_checkpoint(path)
     settings = stored_settings(checkpoint)
     built = build_tokenizer(tokenizer or _found_files(settings[TokenizerConfig], checkpoint.path))
-    _require_tokenizer(checkpoint, built)
+    stored = checkpoint.manifest.inputs.get("tokenizer")
+    if stored is not None and stored != built.fingerprint:
+        trained_with = tokenizer_name(settings[TokenizerConfig].tokenizer_type, None, stored)
+        refuse_mismatch(f"{checkpoint.path} was trained with another tokenizer", trained_with, built, allow_mismatch)
     return checkpoint, settings, built
 
 
 def _found_files(config: TokenizerConfig, checkpoint: Path) -> TokenizerConfig:
     """The tokenizer's files as they are seen from here: a relative path also counts from a folder above the run."""
     stored = {name: getattr(config, name) for name in _TOKENIZER_FILES}
-    found = {name: str(seen_from(value, checkpoint)) for name, value in stored.items() if value is not None}
+    found: dict[str, Any] = {
+        name: str(seen_from(value, checkpoint)) for name, value in stored.items() if value is not None
+    }
     return dataclasses.replace(config, **found)
 
 
@@ -186,14 +196,3 @@ def chosen_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-
-
-def _require_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
-    stored = checkpoint.manifest.inputs.get("tokenizer")
-    if stored is not None and stored != tokenizer.fingerprint:
-        raise ArtifactError(
-            f"{checkpoint.path} was trained with another tokenizer",
-            got=tokenizer.fingerprint,
-            expected=stored,
-            fix="give --tokenizer-type and --tokenizer-model of the training run",
-        )

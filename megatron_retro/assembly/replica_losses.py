@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_retro.assembly.loading import Loaded, LoadedModel, LoadedStage, load_model, load_stage
 from megatron_retro.assembly.pipeline_runs import PipelineRuns
+from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.inference import EngineConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
@@ -56,17 +57,18 @@ def replica_losses(settings: Settings, path: Path, shard: str | None) -> Iterato
             expected=f"a multiple of tensor x pipeline = {tensor * pipeline}",
             fix="start that many (torchrun --nproc-per-node), or change the parallel sizes",
         )
+    allow = settings[TokenizerConfig].allow_tokenizer_mismatch
     worker, use_gpu = this_replica(shard, launch, tensor, pipeline), _USE_GPU.get(engine.device)
     if tensor * pipeline == 1:
         choose_device(launch, use_gpu=use_gpu)  # "cuda" is this process's own GPU from here on
-        loaded = load_model(path, device=engine.device, dtype=engine.dtype)
+        loaded = load_model(path, device=engine.device, dtype=engine.dtype, allow_mismatch=allow)
         device = next(loaded.module.parameters()).device
         yield ReplicaLosses(loaded, device, worker, True, losses_of_model(loaded), list)
         return
     with process_group(launch, timeout_minutes=parallel.distributed_timeout_minutes, use_gpu=use_gpu) as device:
         settle_kernels(device)
         mesh = build_mesh(parallel, device)
-        stage = load_stage(path, parallel, mesh, dtype=engine.dtype)
+        stage = load_stage(path, parallel, mesh, dtype=engine.dtype, allow_mismatch=allow)
         channel = ReplicaChannel(mesh)
         writes = stage.stage.part.last and mesh.rank(TENSOR) == 0
 

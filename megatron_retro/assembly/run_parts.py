@@ -21,11 +21,12 @@ from megatron_retro.config.sections import require_legal
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import OptimizerConfig, PeftConfig, TrainingConfig
 from megatron_retro.data.builders import build_loader
+from megatron_retro.data.dataset import Dataset
 from megatron_retro.data.instructions.dataset import InstructionDataset, open_instructions
 from megatron_retro.data.instructions.rows import Buckets, RowShape
 from megatron_retro.data.instructions.templates import ConversationTokenizer, build_template
 from megatron_retro.data.loader import Loader
-from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer, require_tokenizer
 from megatron_retro.errors import ConfigError
 from megatron_retro.optim.optimizer import TrainingOptimizer, require_optimizer
 from megatron_retro.optim.schedule import (
@@ -126,7 +127,7 @@ def open_loader(
     global_batch_size: int | Callable[[int], int],
 ) -> Loader:
     """This data rank's loader of a split: of token files with neighbour tables, or of conversations."""
-    return build_loader(
+    loader = build_loader(
         settings,
         split,
         eod=tokenizer.eod,
@@ -135,6 +136,10 @@ def open_loader(
         data_size=model.data_size,
         global_batch_size=global_batch_size,
     )
+    if isinstance(loader.dataset, Dataset):
+        allowed = settings[TokenizerConfig].allow_tokenizer_mismatch
+        require_tokenizer(loader.dataset.token_files, tokenizer, allow_mismatch=allowed)
+    return loader
 
 
 def instruction_dataset(settings: Settings, split: str, tokenizer: Tokenizer) -> InstructionDataset:
@@ -151,6 +156,7 @@ def instruction_dataset(settings: Settings, split: str, tokenizer: Tokenizer) ->
         packed=config.pack_examples,
         skip_long=config.skip_long_examples,
         buckets=row_buckets(settings) if config.bucket_by_length and split == "train" else None,
+        vocab_size=settings[ModelConfig].vocab_size,
     )
 
 

@@ -22,6 +22,9 @@ class TokenizerConfig:
     tokenizer_model: str | None = option(None, "sentencepiece model or tokenizer.json")
     vocab_file: str | None = option(None, "GPT-2 vocabulary (json)")
     merge_file: str | None = option(None, "GPT-2 merges")
+    allow_tokenizer_mismatch: bool = option(
+        False, "go on where a corpus, an index or a model was made with another tokenizer", ours=True
+    )
 
 
 def require_tokenizer_type(settings: Settings) -> None:

@@ -83,6 +83,7 @@ def build_dataset(settings: Settings, split: str, *, eod: int | None) -> Dataset
         seed,
         Boundaries(eod, data.reset_position_ids, data.reset_attention_mask, data.eod_mask_loss),
         transforms,
+        settings[ModelConfig].vocab_size if ModelConfig in settings else None,
     )
     if split == "train" and data.max_data_epochs is not None:
         _require_enough(dataset, settings[TrainingConfig], data.max_data_epochs)

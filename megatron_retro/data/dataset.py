@@ -18,6 +18,7 @@ from megatron_retro.data.blends import Blend
 from megatron_retro.data.neighbor_transforms import TransformSettings
 from megatron_retro.data.neighbors import NeighborReader
 from megatron_retro.data.samples import CorpusSamples
+from megatron_retro.data.token_file import TokenFile
 from megatron_retro.errors import DataError
 from megatron_retro.microbatch import Array, Microbatch, Neighbors
 
@@ -49,6 +50,7 @@ class Dataset:
     seed: int
     boundaries: Boundaries = Boundaries()
     transforms: TransformSettings = field(default_factory=TransformSettings)
+    vocab_size: int | None = None
 
     @property
     def seq_length(self) -> int:
@@ -84,6 +86,12 @@ class Dataset:
                 found[f"neighbours {number}"] = source.neighbors.table.fingerprint
                 found["database"] = source.neighbors.database.fingerprint
         return found
+
+    @property
+    def token_files(self) -> list[TokenFile]:
+        """The files that tokens of samples and of neighbours are read from."""
+        files = [source.samples.file for source in self.sources]
+        return files + [file for source in self.sources if source.neighbors for file in source.neighbors.database.files]
 
     def epochs(self, num_samples: int) -> list[float]:
         """How often each source is read by a run of so many samples."""
@@ -128,6 +136,7 @@ class Dataset:
         starts = chunks * samples.chunk_length
         stream = samples.file.stream
         tokens = np.stack([stream[start : start + self.seq_length + 1] for start in map(int, starts)])
+        require_known_tokens(samples.file, starts, tokens, self.vocab_size)
         documents = None
         if self.boundaries.reset_position_ids or self.boundaries.reset_attention_mask:
             documents = _document_ids(samples, starts)
@@ -152,7 +161,46 @@ class Dataset:
     ) -> Neighbors[Array] | None:
         if source.neighbors is None:
             return None
-        return Neighbors(*source.neighbors.read(chunks, source.samples.chunks_per_sample, ids))
+        return read_neighbors(source.neighbors, chunks, source.samples.chunks_per_sample, ids, self.vocab_size)
+
+
+def read_neighbors(
+    reader: NeighborReader,
+    first_chunks: NDArray[np.int64],
+    chunks_per_sample: int,
+    sample_ids: NDArray[np.int64] | None,
+    vocab_size: int | None,
+) -> Neighbors[Array]:
+    """The neighbours of samples; a token that the model does not know is an error that names where it stands."""
+    tokens, mask = reader.read(first_chunks, chunks_per_sample, sample_ids)
+    if vocab_size is not None and _holds_unknown(tokens, vocab_size):
+        wrong = ((tokens < 0) | (tokens >= vocab_size)).any(-1)
+        chunk = reader.select(first_chunks, chunks_per_sample, sample_ids)[wrong][:1]
+        corpus, start, _ = reader.database.token_ranges(chunk)
+        require_known_tokens(reader.database.files[int(corpus[0])], start, tokens[wrong][:1], vocab_size)
+    return Neighbors(tokens, mask)
+
+
+def require_known_tokens(
+    file: TokenFile, starts: NDArray[np.int64], tokens: NDArray[Any], vocab_size: int | None
+) -> None:
+    """Refuse rows of tokens, read from the offsets `starts` on, that hold an id beyond the vocabulary."""
+    if vocab_size is None or not _holds_unknown(tokens, vocab_size):
+        return
+    row, column = (int(one[0]) for one in np.nonzero((tokens < 0) | (tokens >= vocab_size)))
+    offset = int(starts[row]) + column
+    document = file.document_of(offset)
+    raise DataError(
+        f"{file.prefix}: document {document} holds a token beyond the vocabulary, at its position "
+        f"{offset - file.document_bounds(document)[0]}",
+        got=int(tokens[row, column]),
+        expected=f"0 to {vocab_size - 1}",
+        fix="give the tokenizer and --vocab-size of the corpus; `megatron-retro inspect` finds damage",
+    )
+
+
+def _holds_unknown(tokens: NDArray[Any], vocab_size: int) -> bool:
+    return bool(tokens.size) and (int(tokens.max()) >= vocab_size or int(tokens.min()) < 0)
 
 
 def short_rows(source: Source, most_samples: int) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from megatron_retro.artifacts.manifest import manifest_path, read_manifest
 from megatron_retro.data.native import REMEDY, extension, named_damage
 from megatron_retro.errors import ArtifactError, DamagedArtifact, DataError
 
@@ -42,6 +43,15 @@ KIND = "tokens"
 MANIFEST_VERSION = 1
 _SAMPLED_WINDOWS = 256
 _WINDOW_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class StoredTokenizer:
+    """What the manifest of a token file says of the tokenizer that it was made with."""
+
+    fingerprint: str
+    kind: str
+    vocab_size: int | None
 
 
 def bin_path(prefix: str | Path) -> Path:
@@ -153,6 +163,17 @@ class TokenFile:
     def native_arrays(self) -> tuple[str, NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
         """The prefix, the stream, byte offsets of sequences and document boundaries, as `csrc/host` reads them."""
         return self.prefix, self.stream, self.index.pointers, self.index.documents
+
+    @cached_property
+    def tokenizer(self) -> StoredTokenizer | None:
+        """The tokenizer of the file; None where no manifest says it, as beside files of other programs."""
+        if not manifest_path(Path(self.prefix)).exists():
+            return None
+        manifest = read_manifest(Path(self.prefix), kind=KIND, version=MANIFEST_VERSION)
+        fingerprint, config = manifest.inputs.get("tokenizer"), manifest.config
+        if fingerprint is None:
+            return None
+        return StoredTokenizer(fingerprint, config.get("tokenizer_type", "tokenizer"), config.get("vocab_size"))
 
     def document_of(self, token_offset: int) -> int:
         """The document that a token of the stream lies in."""

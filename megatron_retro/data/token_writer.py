@@ -25,7 +25,16 @@ from megatron_retro.artifacts.files import (
     temporary_name,
 )
 from megatron_retro.artifacts.manifest import FileRecord, Manifest, damage, load_manifest, manifest_path, write_manifest
-from megatron_retro.data.token_file import KIND, MANIFEST_VERSION, TokenFile, bin_path, header, idx_path, write_pointers
+from megatron_retro.data.token_file import (
+    KIND,
+    MANIFEST_VERSION,
+    StoredTokenizer,
+    TokenFile,
+    bin_path,
+    header,
+    idx_path,
+    write_pointers,
+)
 from megatron_retro.errors import ArtifactError, DataError
 
 _SPAN = 1 << 20
@@ -189,17 +198,34 @@ def _checked_tokens(tokens: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     return tokens.astype(dtype)
 
 
-def merge_token_files(prefixes: Sequence[str | Path], output: str | Path) -> Manifest:
+def merge_token_files(prefixes: Sequence[str | Path], output: str | Path, *, allow_mismatch: bool = False) -> Manifest:
     """Join token files in the given order."""
     if not prefixes:
         raise DataError("there are no token files to merge")
-    first = TokenFile(prefixes[0])
-    with TokenFileWriter(output, first.dtype) as writer:
+    files = [TokenFile(prefix) for prefix in prefixes]
+    inputs = {str(number): file.fingerprint for number, file in enumerate(files)}
+    config: dict[str, Any] = {}
+    shared = _shared_tokenizer(files, allow_mismatch)
+    if shared is not None:
+        inputs["tokenizer"] = shared.fingerprint
+        config = {"tokenizer_type": shared.kind, "vocab_size": shared.vocab_size}
+    with TokenFileWriter(output, files[0].dtype) as writer:
         for prefix in prefixes:
             writer.add_file(prefix)
-        return writer.finalize(
-            inputs={str(number): TokenFile(prefix).fingerprint for number, prefix in enumerate(prefixes)}
+        return writer.finalize(inputs=inputs, config=config)
+
+
+def _shared_tokenizer(files: Sequence[TokenFile], allow_mismatch: bool) -> StoredTokenizer | None:
+    """The tokenizer of all files; None where one does not say, or where they differ and that is allowed."""
+    named = {file.tokenizer: file.prefix for file in files if file.tokenizer is not None}
+    if len({tokenizer.fingerprint for tokenizer in named}) > 1 and not allow_mismatch:
+        made = [f"{prefix}: {tokenizer.kind}, {tokenizer.fingerprint[:12]}" for tokenizer, prefix in named.items()]
+        raise ArtifactError(
+            "token files of different tokenizers cannot be one corpus",
+            got="; ".join(made),
+            fix="preprocess the texts with one tokenizer; --allow-tokenizer-mismatch goes on where ids mean the same",
         )
+    return next(iter(named)) if len(named) == 1 and all(file.tokenizer is not None for file in files) else None
 
 
 def verify_token_file(prefix: str | Path, vocab_size: int | None = None) -> list[str]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.data.token_file import TokenFile
 from megatron_retro.errors import ArtifactError, ConfigError, DataError
+from megatron_retro.runtime.console import warn
 
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<EOD>", "[EOS]")
 
@@ -155,6 +157,40 @@ class GPT2BPETokenizer:
         """The text of the ids."""
         text: str = self.backend.decode([int(token) for token in ids if token != self.eod])
         return text
+
+
+def tokenizer_name(kind: str, vocab_size: int | None, fingerprint: str) -> str:
+    """A tokenizer in an error: its kind, its size, the beginning of its fingerprint."""
+    size = "" if vocab_size is None else f" of {vocab_size} ids"
+    return f"{kind}{size}, fingerprint {fingerprint[:12]}"
+
+
+def name_of(tokenizer: Tokenizer) -> str:
+    """The same of a tokenizer that is open."""
+    return tokenizer_name(type(tokenizer).__name__, tokenizer.vocab_size, tokenizer.fingerprint)
+
+
+def require_tokenizer(files: Iterable[TokenFile], tokenizer: Tokenizer, *, allow_mismatch: bool = False) -> None:
+    """Refuse token files that say that another tokenizer made them; a warning where that is allowed."""
+    for file in {file.prefix: file for file in files}.values():
+        stored = file.tokenizer
+        if stored is not None and stored.fingerprint != tokenizer.fingerprint:
+            made_with = tokenizer_name(stored.kind, stored.vocab_size, stored.fingerprint)
+            refuse_mismatch(f"{file.prefix} was made with another tokenizer", made_with, tokenizer, allow_mismatch)
+
+
+def refuse_mismatch(what: str, made_with: str, tokenizer: Tokenizer, allowed: bool) -> None:
+    """Raise for a tokenizer that is not the one that something was made with, or warn where that is allowed."""
+    if allowed:
+        warn(f"{what}: {made_with}; used with {name_of(tokenizer)} (--allow-tokenizer-mismatch)")
+        return
+    raise ArtifactError(
+        what,
+        got=made_with,
+        expected=name_of(tokenizer),
+        fix="give the tokenizer that it was made with (--tokenizer-type, --tokenizer-model) or make it again; "
+        "--allow-tokenizer-mismatch goes on where ids mean the same",
+    )
 
 
 def utf8(text: str) -> bytes:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.assembly.replica_losses import Losses
-from megatron_retro.data.dataset import Dataset, Source
+from megatron_retro.data.dataset import Dataset, Source, read_neighbors, require_known_tokens
 from megatron_retro.data.neighbor_transforms import with_variant
 from megatron_retro.errors import ConfigError, DamagedArtifact, Requeue
 from megatron_retro.microbatch import Array, Microbatch, Neighbors
@@ -104,16 +104,17 @@ def read_windows(dataset: Dataset, windows: Sequence[Window]) -> Microbatch[Arra
     starts = np.array([window.start for window in windows], np.int64)
     positions = starts[:, None] + np.arange(windows[0].length + 1)
     tokens = source.samples.file.stream[positions]
+    require_known_tokens(source.samples.file, starts, tokens, dataset.vocab_size)
     scored = positions[:, 1:] >= np.array([window.first_scored for window in windows])[:, None]
-    neighbors = _neighbors(source, starts)
+    neighbors = _neighbors(source, starts, dataset.vocab_size)
     return Microbatch(tokens[:, :-1], tokens[:, 1:], scored, neighbors=neighbors, sample_ids_B=starts)
 
 
-def _neighbors(source: Source, starts: NDArray[np.int64]) -> Neighbors[Array] | None:
+def _neighbors(source: Source, starts: NDArray[np.int64], vocab_size: int | None) -> Neighbors[Array] | None:
     if source.neighbors is None:
         return None
     chunks = starts // source.samples.chunk_length
-    return Neighbors(*source.neighbors.read(chunks, source.samples.chunks_per_sample))
+    return read_neighbors(source.neighbors, chunks, source.samples.chunks_per_sample, None, vocab_size)
 
 
 @dataclass(frozen=True)

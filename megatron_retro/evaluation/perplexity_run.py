@@ -15,7 +15,7 @@ from megatron_retro.artifacts.files import write_file
 from megatron_retro.assembly.loading import Loaded
 from megatron_retro.assembly.replica_losses import ReplicaLosses, replica_losses
 from megatron_retro.checkpoint.loading import open_checkpoint
-from megatron_retro.config.data import DataConfig, WorkersConfig
+from megatron_retro.config.data import DataConfig, TokenizerConfig, WorkersConfig
 from megatron_retro.config.evaluation import EvaluationConfig, PerplexityConfig
 from megatron_retro.config.fields import field_specs
 from megatron_retro.config.inference import EngineConfig
@@ -25,6 +25,7 @@ from megatron_retro.config.training import CheckpointConfig, PeftConfig, Trainin
 from megatron_retro.data.builders import build_dataset
 from megatron_retro.data.dataset import Dataset, short_rows
 from megatron_retro.data.neighbor_transforms import VARIANTS
+from megatron_retro.data.tokenizers import require_tokenizer
 from megatron_retro.errors import ConfigError, Requeue
 from megatron_retro.evaluation.leakage import leakage_curve, text_bytes
 from megatron_retro.evaluation.perplexity import (
@@ -182,9 +183,13 @@ def held_out(settings: Settings, model: Loaded) -> Dataset:
         for spec in field_specs(kind):
             if spec.name in known and settings.origin(spec.name) == DEFAULT_ORIGIN:
                 changes[spec.name] = spec.converted(known[spec.name])
-    combined = Settings([model.settings[RetroConfig], settings[DataConfig], settings[TrainingConfig]], {})
+    kinds = (ModelConfig, RetroConfig)
+    combined = Settings([*(model.settings[kind] for kind in kinds), settings[DataConfig], settings[TrainingConfig]], {})
     split = settings[PerplexityConfig].perplexity_split
-    return build_dataset(combined.replace(**changes), split, eod=model.tokenizer.eod)
+    dataset = build_dataset(combined.replace(**changes), split, eod=model.tokenizer.eod)
+    allowed = settings[TokenizerConfig].allow_tokenizer_mismatch
+    require_tokenizer(dataset.token_files, model.tokenizer, allow_mismatch=allowed)
+    return dataset
 
 
 def _half(dataset: Dataset) -> int:

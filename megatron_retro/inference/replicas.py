@@ -93,8 +93,9 @@ def _load_whole(settings: Settings, live: LiveRetrievalConfig, launch: Launch, w
     engine = settings[EngineConfig]
     choose_device(launch, use_gpu=_USE_GPU.get(engine.device))  # "cuda" is this process's own GPU from here on
     path, tokenizer = checkpoint_path(settings), given_tokenizer(settings)
-    loaded = load_model(path, device=engine.device, dtype=engine.dtype, tokenizer=tokenizer)
-    generator = build_text_generator(loaded, engine, live)
+    allow = settings[TokenizerConfig].allow_tokenizer_mismatch
+    loaded = load_model(path, device=engine.device, dtype=engine.dtype, tokenizer=tokenizer, allow_mismatch=allow)
+    generator = build_text_generator(loaded, engine, live, allow_tokenizer_mismatch=allow)
     return Replica(generator, worker, loaded.path, loaded.fingerprint)
 
 
@@ -107,12 +108,13 @@ def _run_on_ranks(
 ) -> None:
     path, limits = checkpoint_path(settings), limits_of(settings[EngineConfig])
     dtype, tokenizer = settings[EngineConfig].dtype, given_tokenizer(settings)
-    loaded = load_stage(path, settings[ParallelConfig], mesh, dtype=dtype, tokenizer=tokenizer)
+    allow, parallel = settings[TokenizerConfig].allow_tokenizer_mismatch, settings[ParallelConfig]
+    loaded = load_stage(path, parallel, mesh, dtype=dtype, tokenizer=tokenizer, allow_mismatch=allow)
     forward, channel = StagedForward(loaded.stage, loaded.settings, mesh), ReplicaChannel(mesh)
     stopped: Requeue | None = None
     if channel.leads:
         with contextlib.closing(DriverEngine(forward, loaded.tokenizer, limits, channel)) as engine:
-            index = index_for(loaded, live)
+            index = index_for(loaded, live, allow_tokenizer_mismatch=allow)
             generator = TextGenerator(forward, loaded.tokenizer, limits, index, engine)
             try:
                 work(Replica(generator, worker, loaded.path, loaded.fingerprint))

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_retro.artifacts.manifest import require_same
 from megatron_retro.assembly.loading import Loaded, LoadedModel
 from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig
-from megatron_retro.data.tokenizers import Tokenizer
+from megatron_retro.data.tokenizers import Tokenizer, name_of, refuse_mismatch
 from megatron_retro.errors import ConfigError
 from megatron_retro.inference.engine import Engine, EngineLimits, raise_failures
 from megatron_retro.inference.forward import Forward, LocalForward
@@ -135,9 +135,11 @@ class TextGenerator:
         return generations
 
 
-def build_text_generator(loaded: LoadedModel, engine: EngineConfig, live: LiveRetrievalConfig) -> TextGenerator:
+def build_text_generator(
+    loaded: LoadedModel, engine: EngineConfig, live: LiveRetrievalConfig, *, allow_tokenizer_mismatch: bool = False
+) -> TextGenerator:
     """The generator of a loaded model, with an index that fits it."""
-    index = index_for(loaded, live)
+    index = index_for(loaded, live, allow_tokenizer_mismatch=allow_tokenizer_mismatch)
     return TextGenerator(LocalForward(store_for_decoding(loaded.module)), loaded.tokenizer, limits_of(engine), index)
 
 
@@ -146,7 +148,9 @@ def limits_of(engine: EngineConfig) -> EngineLimits:
     return EngineLimits(engine.max_batch_size, engine.max_sequence_length, engine.prefill_tokens)
 
 
-def index_for(loaded: Loaded, live: LiveRetrievalConfig) -> ChunkSearch | None:
+def index_for(
+    loaded: Loaded, live: LiveRetrievalConfig, *, allow_tokenizer_mismatch: bool = False
+) -> ChunkSearch | None:
     """The index of --retro-index, if one is given; refused for a model that reads no neighbours."""
     if live.retro_index is None:
         return None
@@ -157,15 +161,22 @@ def index_for(loaded: Loaded, live: LiveRetrievalConfig) -> ChunkSearch | None:
             expected="a model with a retriever whose gate is open",
             fix="leave --retro-index out, or load a Retro",
         )
-    return open_index(Path(live.retro_index), loaded.retro.retro_chunk_length, loaded.tokenizer.fingerprint)
+    path, length = Path(live.retro_index), loaded.retro.retro_chunk_length
+    return open_index(path, length, loaded.tokenizer, allow_tokenizer_mismatch)
 
 
-def open_index(path: Path, chunk_length: int, tokenizer_fingerprint: str) -> ChunkSearch:
+def open_index(path: Path, chunk_length: int, tokenizer: Tokenizer, allow_tokenizer_mismatch: bool) -> ChunkSearch:
     """A live index; one whose chunk length or tokenizer is not the model's is refused."""
     from megatron_retro.retrieval.live_index import LiveIndex
 
-    index = LiveIndex(path)
+    index = LiveIndex(path, allow_tokenizer_mismatch=allow_tokenizer_mismatch)
     rebuild = "build the retrieval project again with the model's settings, or give another --retro-index"
     require_same(path, "the chunk length", index.database.chunk_length, chunk_length, rebuild)
-    require_same(path, "the tokenizer", index.tokenizer_fingerprint, tokenizer_fingerprint, rebuild)
+    if index.tokenizer.fingerprint != tokenizer.fingerprint:
+        refuse_mismatch(
+            f"{path} was built with another tokenizer than the model's",
+            name_of(index.tokenizer),
+            tokenizer,
+            allow_tokenizer_mismatch,
+        )
     return index

@@ -21,7 +21,7 @@ from megatron_retro.artifacts.manifest import read_manifest, require_same
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.retrieval import EmbedderConfig
 from megatron_retro.data.chunk_database import ChunkDatabase
-from megatron_retro.data.tokenizers import build_tokenizer
+from megatron_retro.data.tokenizers import build_tokenizer, require_tokenizer
 from megatron_retro.errors import ArtifactError
 from megatron_retro.retrieval.embedders import build_embedder
 from megatron_retro.retrieval.faiss_index import search_one_by_one, set_search_effort
@@ -37,6 +37,7 @@ _CACHED_CHUNKS = 4096
 def write_live_settings(project: Project, nprobe: int, ef_search: int) -> None:
     """Write the settings for live search beside the index; paths of tokenizer files become absolute."""
     tokenizer = asdict(project.settings[TokenizerConfig])
+    del tokenizer["allow_tokenizer_mismatch"]  # whoever opens the index decides anew
     for name in _FILES:
         tokenizer[name] = str(Path(tokenizer[name]).resolve()) if tokenizer[name] else None
     settings = {
@@ -52,13 +53,20 @@ def write_live_settings(project: Project, nprobe: int, ef_search: int) -> None:
 class LiveIndex:
     """An open index. `search` may be called from several threads; results of recent chunks are cached."""
 
-    def __init__(self, path: str | Path, *, nprobe: int | None = None, cached_chunks: int = _CACHED_CHUNKS) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        nprobe: int | None = None,
+        cached_chunks: int = _CACHED_CHUNKS,
+        allow_tokenizer_mismatch: bool = False,
+    ) -> None:
         layout = ProjectLayout(Path(path))
         settings = live_settings(layout)
         manifest = read_manifest(layout.merged, kind=KIND, version=VERSION)
         self.tokenizer = build_tokenizer(TokenizerConfig(**settings["tokenizer"]))
-        self.tokenizer_fingerprint: str = self.tokenizer.fingerprint
         self.database = ChunkDatabase.open(layout.database)
+        require_tokenizer(self.database.files, self.tokenizer, allow_mismatch=allow_tokenizer_mismatch)
         self.embedder = build_embedder(EmbedderConfig(**settings["embedder"]), self.tokenizer)
         again = f"run build-retrieval again with --retro-project-dir {path}"
         require_same(layout.merged, "database", manifest.inputs["database"], self.database.fingerprint, again)

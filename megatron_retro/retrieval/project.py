@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from megatron_retro.config.retrieval import EmbedderConfig, RetrievalConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.token_file import TokenFile
-from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer, require_tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.retrieval.chunk_encoding import KeptVectors
 from megatron_retro.retrieval.embedders import Embedder, build_embedder
@@ -97,7 +98,11 @@ class Project:
         if ranges is not None:
             held = [(corpus.first_document, corpus.last_document) for corpus in database.corpora]
             require_same(layout.database, "--retro-database-documents", held, ranges, again)
+        self._require_tokenizer(database.files)
         return database
+
+    def _require_tokenizer(self, files: Sequence[TokenFile]) -> None:
+        require_tokenizer(files, self.tokenizer, allow_mismatch=self.settings[TokenizerConfig].allow_tokenizer_mismatch)
 
     @property
     def eod(self) -> int | None:
@@ -130,6 +135,7 @@ class Project:
                 got=", ".join(names),
                 fix="name them: --retro-query-corpus NAME=PREFIX",
             )
+        self._require_tokenizer([TokenFile(corpus.prefix) for corpus in corpora])
         return corpora
 
     @cached_property

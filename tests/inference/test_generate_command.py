@@ -96,8 +96,11 @@ def test_index_of_another_tokenizer(room: Path, capsys: pytest.CaptureFixture[st
     files = {"vocab_file": str(tmp_path / "vocab.json"), "merge_file": str(tmp_path / "merges.txt")}
     stored["tokenizer"] |= {"tokenizer_type": "GPT2BPETokenizer", **files}
     settings.write_text(json.dumps(stored))
-    assert main(["generate", "--load", str(room / "retro"), "--prompt", "x", "--retro-index", str(project)]) == 2
-    assert "the tokenizer does not match" in capsys.readouterr().err
+    words = ["generate", "--load", str(room / "retro"), "--prompt", "x", "--retro-index", str(project)]
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert "another tokenizer" in told and "GPT2BPETokenizer" in told and "ByteTokenizer" in told
+    assert main([*words, "--allow-tokenizer-mismatch", "--max-new-tokens", "20"]) == 0
 
 
 @pytest.mark.parametrize(

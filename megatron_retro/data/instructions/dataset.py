@@ -143,13 +143,15 @@ def open_instructions(
     packed: bool,
     skip_long: bool,
     buckets: Buckets | None = None,
+    vocab_size: int | None = None,
 ) -> InstructionDataset:
-    """Read and encode the files of a blend; conversations longer than a row stop, or are passed over when asked."""
+    """Read and tokenize the files of a blend; conversations longer than a row are refused, or left out when asked."""
     paths = parse_data_path(words, "--instruction-data")
     files = []
     for weighted in paths:
         path = Path(weighted.path)
         examples = [_tokenized(encoder, conversation) for conversation in read_conversations(path)]
+        _require_known_tokens(examples, vocab_size)
         files.append(_fitting(path, examples, shape, skip_long))
     return InstructionDataset(tuple(files), Blend(tuple(path.weight for path in paths)), shape, seed, packed, buckets)
 
@@ -161,6 +163,19 @@ def _tokenized(encoder: ConversationTokenizer, conversation: Conversation) -> To
     except DataError as error:
         what = f"{conversation.origin}: {error.what}"
         raise DataError(what, got=error.got, expected=error.expected, fix=error.fix) from None
+
+
+def _require_known_tokens(conversations: Sequence[TokenizedConversation], vocab_size: int | None) -> None:
+    """Refuse a tokenizer that gives ids which the model does not have."""
+    for conversation in conversations if vocab_size is not None else ():
+        highest = max(int(ids.max()) for ids in (conversation.tokens, *conversation.passages) if len(ids))
+        if vocab_size is not None and highest >= vocab_size:
+            raise DataError(
+                f"{conversation.origin} holds a token beyond the model's vocabulary",
+                got=highest,
+                expected=f"0 to {vocab_size - 1}",
+                fix="give the tokenizer that the model was trained with (--tokenizer-type, --tokenizer-model)",
+            )
 
 
 def _fitting(

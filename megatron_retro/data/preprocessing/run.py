@@ -101,7 +101,7 @@ def preprocess(settings: Settings) -> None:
     """Make the token files that the settings name, from text or by joining others."""
     inputs, config = settings[InputConfig], settings[PreprocessConfig]
     if config.merge_token_files is not None:
-        join_token_files(inputs, config)
+        join_token_files(inputs, config, settings[TokenizerConfig].allow_tokenizer_mismatch)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     worker = this_worker(settings[WorkersConfig].shard)
@@ -124,7 +124,7 @@ def preprocess(settings: Settings) -> None:
     _print_summary(run, summary)
 
 
-def join_token_files(inputs: InputConfig, config: PreprocessConfig) -> None:
+def join_token_files(inputs: InputConfig, config: PreprocessConfig, allow_mismatch: bool) -> None:
     """`--merge-token-files`: token files one after another in a new one."""
     if inputs.input is not None or config.output_prefix is None:
         raise ConfigError(
@@ -135,7 +135,7 @@ def join_token_files(inputs: InputConfig, config: PreprocessConfig) -> None:
     existing = [path for path in (bin_path(target), idx_path(target)) if path.exists()]
     if existing:
         raise ArtifactError(f"{existing[0]} exists already", fix="remove it, or give another --output-prefix")
-    counts = merge_token_files(config.merge_token_files or (), target).counts
+    counts = merge_token_files(config.merge_token_files or (), target, allow_mismatch=allow_mismatch).counts
     if config.verify:
         _verify_file(target)
     say(f"wrote {target}.bin and .idx: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
