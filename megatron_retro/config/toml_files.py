@@ -29,7 +29,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def parse_toml(text: str, source: str) -> dict[str, Any]:
     """The document, or an error with line and column."""
     import tomlkit
-    from tomlkit.exceptions import ParseError
+    from tomlkit.exceptions import ParseError, TOMLKitError
 
     try:
         return tomlkit.parse(text).unwrap()
@@ -39,6 +39,8 @@ def parse_toml(text: str, source: str) -> dict[str, Any]:
             got=str(error).split(" at line")[0],
             fix="correct that line; text is quoted, true and false are lower case",
         ) from None
+    except TOMLKitError as error:  # such as a key that is there twice, of which it knows no line
+        raise ConfigError(f"{source}: not valid TOML", got=error, fix="give each key and table once") from None
 
 
 def read_recipe(

@@ -53,11 +53,11 @@ def read_run_log(run: Path) -> RunLog:
     if not path.is_file():
         raise ArtifactError(f"{run} is no run", expected=str(path), fix="give what --save named")
     log = RunLog()
-    for event in read_events(path):
-        try:
+    try:
+        for event in read_events(path):
             _add(log, event)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(f"{path} has an event that is none of a run's", got=repr(error)) from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise ArtifactError(f"{path} has an event that is none of a run's", got=repr(error)[:200]) from None
     log.steps = _last_of_each_step(log.steps)
     log.evaluations = _last_of_each_step(log.evaluations)
     return log
@@ -71,7 +71,10 @@ def read_rank_steps(run: Path) -> dict[int, list[StepRecord]]:
             stream.seek(max(0, path.stat().st_size - _RANK_BYTES))
             lines = stream.read().decode("utf-8", errors="replace").split("\n")
         whole = [line for line in lines[:-1] if line.startswith("{") and line.endswith("}")]
-        found[int(path.stem.removeprefix("rank-"))] = [from_plain(StepRecord, json.loads(line)) for line in whole]
+        try:
+            found[int(path.stem.removeprefix("rank-"))] = [from_plain(StepRecord, json.loads(line)) for line in whole]
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise ArtifactError(f"{path} has a line that is no step of a rank", got=repr(error)[:200]) from None
     return {rank: records for rank, records in found.items() if records}
 
 

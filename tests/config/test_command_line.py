@@ -230,3 +230,11 @@ def test_configuration_needs_no_torch() -> None:
 
     code = "import sys, megatron_retro.config.sections, megatron_retro.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("text", ["a = 1\na = 2\n", "[training]\nlr = 1\n[training]\nlr = 2\n", "a.b = 1\na.b = 2\n"])
+def test_what_stands_twice_in_a_recipe_is_named(text: str) -> None:
+    from megatron_retro.config.toml_files import parse_toml
+
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        parse_toml(text, "recipe.toml")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_retro.errors import ArtifactError
-from megatron_retro.runtime.run_log import read_run_log
+from megatron_retro.runtime.run_log import EVENTS, RANKS, read_rank_steps, read_run_log
 from megatron_retro.runtime.run_records import EvaluationRecord, HeldOutSamples, LayerUse, RetrievalHealth, StepRecord
 from megatron_retro.runtime.statistics import Interval
 from megatron_retro.runtime.strict_json import from_plain, json_text, to_plain
@@ -54,3 +54,22 @@ def test_records_come_back_as_they_were_written() -> None:
         StepRecord(3, 12, 96, 4, 128, 2.0, 0.5, 1e-3, False, True, 512.0, {"gate": 0.5}, {"data": 0.25}, 10),
     ):
         assert from_plain(type(record), json.loads(json_text(to_plain(record)))) == record
+
+
+NO_EVENTS = (b"{cut", b"\xff\xfe", b"[]", b'"text"', b"{}", b'{"event": "saved", "step": 1e999}', b"[" * 9999)
+
+
+@pytest.mark.parametrize("line", NO_EVENTS, ids=range(len(NO_EVENTS)))
+def test_a_damaged_log_is_named(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / EVENTS).write_bytes(line + b"\n")
+    with pytest.raises(ArtifactError, match="event that is none of a run's"):
+        read_run_log(tmp_path)
+
+
+@pytest.mark.parametrize("line", [b"{cut}\n", b"{}\n"])
+def test_a_damaged_log_of_a_rank_is_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / RANKS / "rank-00001.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(line)
+    with pytest.raises(ArtifactError, match="no step of a rank"):
+        read_rank_steps(tmp_path)
