@@ -33,24 +33,26 @@ def main() -> int:
     names = [step.name for step in STEPS]
     parser.add_argument("--cpu", action="store_true", help="small forms, as where there is no GPU")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STEP", help=", ".join(names))
-    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "first_hour.json")
+    parser.add_argument("--json", type=Path, help="default: benchmarks/results/first_hour.json, first_hour_cpu.json")
     parser.add_argument("--keep", type=Path, help="a folder that does not exist yet, for runs and profiles")
     arguments = parser.parse_args()
     gpu = torch.cuda.is_available() and not arguments.cpu
+    name = "first_hour.json" if gpu else "first_hour_cpu.json"
+    result = arguments.json or ROOT / "benchmarks" / "results" / name
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if gpu else ""
-    with tempfile.TemporaryDirectory(prefix="first-hour-") as name:
-        room = arguments.keep or Path(name) / "room"
+    with tempfile.TemporaryDirectory(prefix="first-hour-") as folder:
+        room = arguments.keep or Path(folder) / "room"
         outcomes = run_steps(
             [step for step in STEPS if step.name in arguments.only],
             room,
             about(gpu),
-            arguments.json,
+            result,
             gpu=gpu,
             seconds=SECONDS,
         )
     rows = [(each.name, each.outcome, f"{each.seconds:.0f} s", first_line(each)) for each in outcomes]
     print(render_table(("step", "outcome", "time", ""), rows))
-    say(f"wrote {arguments.json}")
+    say(f"wrote {result}")
     return int(any(each.outcome in (FAILED, TIMED_OUT) for each in outcomes))
 
 
