@@ -73,7 +73,6 @@ class Microbatch(Generic[ArrayT]):
 
     @property
     def num_samples(self) -> int:
-        """B."""
         return int(self.tokens_BS.shape[0])
 
     def arrays(self) -> dict[str, ArrayT]:

@@ -52,7 +52,6 @@ class Loaded:
 
     @property
     def retro(self) -> RetroConfig:
-        """Retrieval in the model."""
         return self.settings[RetroConfig]
 
 

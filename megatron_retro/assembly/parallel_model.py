@@ -46,7 +46,6 @@ class StepResult:
 
     @property
     def loss(self) -> float:
-        """Mean loss of a token."""
         return float(self.loss_sum) / max(float(self.num_tokens), 1.0)
 
 
@@ -84,7 +83,6 @@ class ParallelModel:
 
     @property
     def device(self) -> torch.device:
-        """Where batches go."""
         return self.mesh.device
 
     @property

@@ -47,7 +47,6 @@ class PieceSpec:
 
     @property
     def num_bytes(self) -> int:
-        """Size on disk."""
         count = 1
         for size in self.sizes:
             count *= size

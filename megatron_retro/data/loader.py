@@ -143,7 +143,6 @@ class Loader:
         self._ahead.clear()
 
     def close(self) -> None:
-        """End the threads."""
         self._drop_ahead()
         if self._pool:
             self._pool.shutdown(cancel_futures=True)

@@ -85,13 +85,11 @@ class SentencePieceTokenizer:
         raise ArtifactError(f"{model} has no end-of-sentence piece", fix="train it with an eos id")
 
     def encode(self, text: str) -> list[int]:
-        """The ids of the text."""
         utf8(text)
         ids: list[int] = self.processor.encode(text)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids."""
         text: str = self.processor.decode([int(token) for token in ids if 0 <= token < self.vocab_size])
         return text
 
@@ -120,7 +118,6 @@ class HuggingFaceTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids."""
         text: str = self.backend.decode([int(token) for token in ids if token != self.eod], skip_special_tokens=False)
         return text
 
@@ -148,13 +145,11 @@ class GPT2BPETokenizer:
         self.fingerprint = hashlib.sha256(b"GPT2BPE" + vocabulary + merges).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of the text."""
         utf8(text)
         ids: list[int] = self.backend.encode(text).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids."""
         text: str = self.backend.decode([int(token) for token in ids if token != self.eod])
         return text
 

@@ -26,7 +26,6 @@ class ScalarGate(nn.Module):
         self.value = nn.Parameter(torch.empty(1))
 
     def forward(self) -> Tensor:
-        """The factor."""
         return torch.tanh(local(self.value))
 
 
@@ -107,14 +106,12 @@ class _AttachLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, tensor: Tensor, loss: Tensor, tell: Callable[[Tensor], None]) -> Tensor:
-        """The tensor."""
         context.save_for_backward(loss)
         context.tell = tell
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Its gradient, and 1 for the loss."""
         (loss,) = context.saved_tensors
         context.tell(loss.detach())
         return gradient, torch.ones_like(loss), None

@@ -26,7 +26,6 @@ class GroupKey:
 
     @property
     def name(self) -> str:
-        """The name in logs."""
         return self.part if self.decays else f"{self.part} (no decay)"
 
 

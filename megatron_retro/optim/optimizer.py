@@ -111,7 +111,6 @@ class TrainingOptimizer:
         return {"loss_scale": self.loss_scale.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up a checkpoint's state."""
         self.loss_scale.load_state(state["loss_scale"])
 
 
@@ -215,5 +214,4 @@ class LossScale:
         return {"scale": self.scale, "good_steps": self.good_steps}
 
     def load_state(self, state: dict[str, float]) -> None:
-        """Take up a checkpoint's state."""
         self.scale, self.good_steps = float(state["scale"]), int(state["good_steps"])

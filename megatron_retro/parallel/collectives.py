@@ -116,12 +116,10 @@ class TensorAxis:
 
     @property
     def rank(self) -> int:
-        """This rank's place."""
         return dist.get_rank(self.group)
 
     @property
     def size(self) -> int:
-        """Ranks on the axis."""
         return dist.get_world_size(self.group)
 
     def gather(self, residual: Tensor) -> Tensor:

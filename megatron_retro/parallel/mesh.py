@@ -34,7 +34,6 @@ class ParallelMesh:
         return self.devices.get_local_rank(axis)
 
     def size(self, axis: str) -> int:
-        """Ranks along the axis."""
         return int(self.devices[axis].size())
 
 

@@ -70,7 +70,6 @@ class Bottleneck(nn.Module):
         self.source: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """What is added."""
         added: Tensor = self.up(functional.gelu(self.down(hidden)))
         return added
 

@@ -75,7 +75,6 @@ class Progress:
             self._show(note, end="")
 
     def close(self, note: str = "") -> None:
-        """Show the end."""
         self._show(note, end="\n")
 
     def __enter__(self) -> Progress:

@@ -23,13 +23,11 @@ class EventLog:
             self._stream = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, event: str, **facts: Any) -> None:
-        """Add one event."""
         if self._stream is not None:
             record = {"event": event, "time": round(time.time(), 3), **facts}
             self._stream.write(json_text(record) + "\n")
 
     def close(self) -> None:
-        """Close the file."""
         if self._stream is not None:
             self._stream.close()
 

@@ -47,7 +47,6 @@ class Beat:
 
     @property
     def process_and_host(self) -> str:
-        """Where the rank runs."""
         return f"process {self.process} on {self.host}"
 
     @property
@@ -69,7 +68,6 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Begin to beat."""
         self._beat()
         self._thread.start()
 
@@ -82,7 +80,6 @@ class Heartbeat:
         self._pace = pace
 
     def close(self) -> None:
-        """Stop beating."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)

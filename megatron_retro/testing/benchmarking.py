@@ -63,7 +63,6 @@ class Times:
 
     @property
     def median_wall(self) -> float:
-        """Seconds by the clock."""
         return statistics.median(self.wall)
 
 

@@ -63,7 +63,6 @@ class Browser:
             self._end_driver()
 
     def open(self, url: str) -> None:
-        """Load a page."""
         self._call("POST", "/url", {"url": url})
 
     def run(self, script: str, *arguments: Any) -> Any:
@@ -75,7 +74,6 @@ class Browser:
         self._call("POST", f"/element/{self._find(selector)}/value", {"text": text})
 
     def clear(self, selector: str) -> None:
-        """Empty a field."""
         self._call("POST", f"/element/{self._find(selector)}/clear", {})
 
     def click(self, selector: str) -> None:
@@ -95,7 +93,6 @@ class Browser:
             time.sleep(0.05)
 
     def screenshot(self, path: Path) -> None:
-        """A PNG of the window."""
         path.write_bytes(base64.b64decode(self._call("GET", "/screenshot")))
 
     def log(self) -> list[dict[str, Any]]:

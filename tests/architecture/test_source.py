@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "megatron_retro").rglob("*.py"))
-FILE_LINES, FUNCTION_LINES = 500, 80
+FILE_LINES, FUNCTION_LINES = 350, 60
 # Reviewed exceptions: path -> why it may be longer.
 LONGER_FILES: dict[str, str] = {}
 

@@ -54,7 +54,6 @@ class PlainEncoder:
     dtype: np.dtype[Any]
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """See `TextEncoder`."""
         if isinstance(self.tokenizer, SentencePieceTokenizer):
             found = self.tokenizer.processor.encode(list(texts), num_threads=1)
         else:
@@ -70,7 +69,6 @@ class ByteEncoder:
     dtype: np.dtype[Any]
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """See `TextEncoder`."""
         parts = [utf8(text) for text in texts]
         tokens = np.frombuffer(b"".join(parts), np.uint8)
         return tokens.astype(self.dtype), np.array([len(part) for part in parts], np.int64)
@@ -85,7 +83,6 @@ class GigatokenEncoder:
         self._start_anew()
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """See `TextEncoder`."""
         if any(name in text for name in self._controls for text in texts):
             return self._plain.encode(texts)  # to sentencepiece they are text, to gigatoken a token
         if _resident_bytes() > self._limit:

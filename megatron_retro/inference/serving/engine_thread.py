@@ -81,7 +81,6 @@ class EngineThread:
         self.failures = 0
 
     def start(self) -> None:
-        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:

@@ -19,12 +19,10 @@ class Metrics:
         self._histograms: dict[str, tuple[list[int], list[float]]] = {}
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
-        """Add to a counter."""
         with self._lock:
             self._counters[_labelled(name, labels)] += amount  # type: ignore[assignment]
 
     def set(self, name: str, value: float) -> None:
-        """Set a gauge."""
         with self._lock:
             self._gauges[name] = value
 
