@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_retro.assembly.stage_building import is_tuned, stage_without_memory
+from megatron_retro.assembly.stage_building import stage_on_meta, uses_peft
 from megatron_retro.checkpoint.live_state import model_tensors, padded_rows, vocabulary_rows
 from megatron_retro.checkpoint.loading import (
     Checkpoint,
     load_tensors,
     open_base,
     open_checkpoint,
-    seen_from,
+    resolved_from,
     stored_settings,
 )
 from megatron_retro.config.data import TokenizerConfig
@@ -114,7 +114,7 @@ def load_stage(
     kinds = (ModelConfig, RetroConfig, TokenizerConfig, PeftConfig)
     settings = Settings([*(stored[kind] for kind in kinds), parallel, TrainingConfig()])
     part = stage_parts(settings, seq_length=1)[mesh.rank(PIPELINE)]
-    stage = stage_without_memory(settings, part, mesh)
+    stage = stage_on_meta(settings, part, mesh)
     stage.to_empty(device=mesh.device)
     _fill_stage(stage, checkpoint, stored)
     stage.to(chosen_dtype(dtype, mesh.device))
@@ -147,7 +147,7 @@ def _fill_stage(stage: Stage, checkpoint: Checkpoint, stored: Settings) -> None:
     tensors = model_tensors(stage.model)
     added = {name: tensor for name, tensor in tensors.items() if is_added(name)}
     sources = [(checkpoint, tensors)]
-    if is_tuned(stored):
+    if uses_peft(stored):
         frozen = {name: tensor for name, tensor in tensors.items() if name not in added}
         sources = [(open_base(checkpoint), frozen), (checkpoint, added)]
     for source, wanted in sources:
@@ -175,7 +175,7 @@ def _found_files(config: TokenizerConfig, checkpoint: Path) -> TokenizerConfig:
     """The tokenizer's files as they are seen from here: a relative path also counts from a folder above the run."""
     stored = {name: getattr(config, name) for name in _TOKENIZER_FILES}
     found: dict[str, Any] = {
-        name: str(seen_from(value, checkpoint)) for name, value in stored.items() if value is not None
+        name: str(resolved_from(value, checkpoint)) for name, value in stored.items() if value is not None
     }
     return dataclasses.replace(config, **found)
 

@@ -22,10 +22,10 @@ from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import OptimizerConfig
 from megatron_retro.microbatch import Microbatch
-from megatron_retro.model.gates import charged_budgets, set_gate_budgets
+from megatron_retro.model.gates import budget_losses, set_gate_budgets
 from megatron_retro.optim.clipping import squared_norm
 from megatron_retro.parallel.cuts import CUTS, Cut
-from megatron_retro.parallel.data_parallel import before_backward
+from megatron_retro.parallel.data_parallel import set_gradient_sync
 from megatron_retro.parallel.mesh import DATA, PIPELINE, TENSOR, ParallelMesh, build_mesh
 from megatron_retro.parallel.partition import StagePart, describe_stages, stage_parts
 from megatron_retro.parallel.shared_parameters import require_equal, share_embedding
@@ -142,7 +142,7 @@ class ParallelModel:
 
     def _gate_budget(self) -> float:
         """Of all gates: each tensor rank charges its part, each stage its gates, each data rank its microbatches."""
-        charged = torch.tensor(sum(charged_budgets(stage.model) or 0.0 for stage in self.stages), dtype=torch.float64)
+        charged = torch.tensor(sum(budget_losses(stage.model) or 0.0 for stage in self.stages), dtype=torch.float64)
         charged = charged.to(self.device)
         for axis in (TENSOR, PIPELINE, DATA):
             charged = self._sum_over(axis, charged)
@@ -183,7 +183,7 @@ class ParallelModel:
 
     def _begin(self, *, training: bool) -> None:
         if self._shared is not None:
-            self._shared.follow()
+            self._shared.sync_copies()
         for stage in self.stages:
             stage.train(training)
             stage.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -191,7 +191,7 @@ class ParallelModel:
     def _accumulate(self, microbatches: Sequence[Microbatch[Tensor]], numbers: Tensor) -> None:
         stage = self.stages[0]
         for number, batch in enumerate(microbatches):
-            before_backward(stage, self._sharding, last=number == len(microbatches) - 1)
+            set_gradient_sync(stage, self._sharding, last=number == len(microbatches) - 1)
             loss: Tensor = stage(batch=batch, number=numbers[number : number + 1])
             loss.backward()  # type: ignore[no-untyped-call]
 

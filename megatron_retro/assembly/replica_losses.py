@@ -73,11 +73,11 @@ def replica_losses(settings: Settings, path: Path, shard: str | None) -> Iterato
         writes = stage.stage.part.last and mesh.rank(TENSOR) == 0
 
         def agree(numbers: list[int]) -> list[int]:
-            said = np.frombuffer(channel.share(np.array(numbers, np.int64).tobytes()), np.int64)
+            said = np.frombuffer(channel.broadcast(np.array(numbers, np.int64).tobytes()), np.int64)
             return [int(number) for number in said]
 
         yield ReplicaLosses(stage, device, worker, writes, _losses_of_stage(stage, mesh), agree)
-        channel.wait_for_everyone()
+        channel.barrier()
 
 
 def losses_of_model(loaded: LoadedModel) -> Losses:

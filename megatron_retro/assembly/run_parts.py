@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_retro.assembly.parallel_model import ParallelModel, build_parallel_model
-from megatron_retro.assembly.stage_building import is_tuned
+from megatron_retro.assembly.stage_building import uses_peft
 from megatron_retro.checkpoint.live_state import vocabulary_rows
 from megatron_retro.config.data import DataConfig, InstructionConfig, TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
@@ -47,7 +47,7 @@ class RunParts:
     """What a training loop drives."""
 
     settings: Settings
-    trainable: ParallelModel
+    model: ParallelModel
     optimizer: TrainingOptimizer
     schedule: LearningRate
     batch_sizes: BatchSizeSchedule
@@ -75,30 +75,30 @@ def build_run_parts(settings: Settings, device: torch.device, world_size: int) -
         use_deterministic_kernels()
     tokenizer = build_tokenizer(settings[TokenizerConfig])
     batch_sizes = batch_size_schedule(training)
-    trainable = build_parallel_model(settings, device)
-    seed_everything(derived_seed(training.seed, "training", trainable.data_rank))
-    loader = open_loader(settings, "train", tokenizer, trainable, batch_sizes.at)
+    model = build_parallel_model(settings, device)
+    seed_everything(derived_seed(training.seed, "training", model.data_rank))
+    loader = open_loader(settings, "train", tokenizer, model, batch_sizes.at)
     return RunParts(
         settings=settings,
-        trainable=trainable,
-        optimizer=TrainingOptimizer(trainable.module, settings[OptimizerConfig]),
+        model=model,
+        optimizer=TrainingOptimizer(model.module, settings[OptimizerConfig]),
         schedule=learning_rate(settings[OptimizerConfig], training),
         batch_sizes=batch_sizes,
         total_samples=run_length(training),
         loader=loader,
-        validation=_validation(settings, tokenizer, trainable),
+        validation=_validation(settings, tokenizer, model),
         inputs=data_inputs(loader, tokenizer, retro),
         true_rows=vocabulary_rows(settings[ModelConfig].vocab_size or 0),
     )
 
 
-def _validation(settings: Settings, tokenizer: Tokenizer, trainable: ParallelModel) -> Loader | None:
+def _validation(settings: Settings, tokenizer: Tokenizer, model: ParallelModel) -> Loader | None:
     """The loader of the validation split, or None when there is nothing to evaluate on or no wish to."""
     if settings[TrainingConfig].eval_iters == 0:
         return None
     if is_instruction_run(settings) and settings[InstructionConfig].instruction_valid_data is None:
         return None
-    return open_loader(settings, "valid", tokenizer, trainable, settings[TrainingConfig].global_batch_size)
+    return open_loader(settings, "valid", tokenizer, model, settings[TrainingConfig].global_batch_size)
 
 
 def data_inputs(loader: Loader, tokenizer: Tokenizer, retro: RetroConfig) -> dict[str, str]:
@@ -177,7 +177,7 @@ def conversation_encoder(settings: Settings, tokenizer: Tokenizer) -> Conversati
         config.context_place,
         config.num_contexts,
         config.loss_on_all_replies,
-        configured_virtual_tokens(settings[PeftConfig]) if is_tuned(settings) else (),
+        configured_virtual_tokens(settings[PeftConfig]) if uses_peft(settings) else (),
     )
 
 

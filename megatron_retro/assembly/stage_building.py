@@ -25,11 +25,11 @@ from megatron_retro.model.retro import Retro
 from megatron_retro.optim.groups import part_of
 from megatron_retro.parallel.collectives import TensorAxis
 from megatron_retro.parallel.cuts import CUTS, Cut
-from megatron_retro.parallel.data_parallel import precision, sum_in_reduce_type, units, wrap_unit
+from megatron_retro.parallel.data_parallel import accumulate_in_reduce_dtype, fsdp_units, mixed_precision, shard_unit
 from megatron_retro.parallel.layer_transforms import DeferredWeightGradients, multiply_in_fp8, recompute_layers
 from megatron_retro.parallel.mesh import DATA, TENSOR, ParallelMesh
 from megatron_retro.parallel.partition import StagePart
-from megatron_retro.parallel.randomness import Streams, has_dropout
+from megatron_retro.parallel.randomness import RandomStreams, has_dropout
 from megatron_retro.parallel.stages import Stage
 from megatron_retro.parallel.tensor_parallel import cut_model, cut_prompt
 from megatron_retro.peft.attach import attach, connect, initial_value, is_added
@@ -37,16 +37,16 @@ from megatron_retro.peft.attach import attach, connect, initial_value, is_added
 Transformation = Callable[[Stage, Settings, ParallelMesh], None]
 
 
-def stage_without_memory(settings: Settings, part: StagePart, mesh: ParallelMesh, cuts: Sequence[Cut] = CUTS) -> Stage:
+def stage_on_meta(settings: Settings, part: StagePart, mesh: ParallelMesh, cuts: Sequence[Cut] = CUTS) -> Stage:
     """One stage, cut, on the meta device: what a model in use is filled into, and what a plan counts."""
     with torch.device("meta"):
         model = Retro(padded_for_cut(settings[ModelConfig], mesh.size(TENSOR)), settings[RetroConfig])
     stage = Stage(model, part, tensor_axis(settings, mesh))
     transformations: tuple[Transformation, ...] = (
         _drop_other_stages,  # first: nothing below is done to what another stage holds
-        _attach_tuned,  # before the cut, which cuts what is added too; LoRA then acts before a region reduces
+        _attach_peft,  # before the cut, which cuts what is added too; LoRA then acts before a region reduces
         partial(_cut, cuts=cuts),
-        _connect_tuned,  # after the cut: adapters act on what a region has reduced
+        _connect_peft,  # after the cut: adapters act on what a region has reduced
         _freeze,  # after the cut, which makes new parameters
         _recompute,  # around the regions' hooks, so collectives are repeated; the layers' own hooks stay outside
     )
@@ -57,7 +57,7 @@ def stage_without_memory(settings: Settings, part: StagePart, mesh: ParallelMesh
 
 def build_stage(settings: Settings, part: StagePart, mesh: ParallelMesh, cuts: Sequence[Cut] = CUTS) -> Stage:
     """One stage with its first values, ready to train."""
-    stage = stage_without_memory(settings, part, mesh, cuts)
+    stage = stage_on_meta(settings, part, mesh, cuts)
     transformations: tuple[Transformation, ...] = (
         _multiply_in_fp8,  # this and the next change how matrices are multiplied: the settings allow one of them
         _defer_weight_gradients,
@@ -76,8 +76,8 @@ def _drop_other_stages(stage: Stage, settings: Settings, mesh: ParallelMesh) -> 
         model.embedding.position = None
 
 
-def _attach_tuned(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
-    if is_tuned(settings):
+def _attach_peft(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
+    if uses_peft(settings):
         attach(stage.model, settings[PeftConfig], is_stage=stage.part.num_stages > 1)
 
 
@@ -86,8 +86,8 @@ def _cut(stage: Stage, settings: Settings, mesh: ParallelMesh, cuts: Sequence[Cu
         cut_model(stage.model, mesh.devices[TENSOR], stage.axis, cuts)
 
 
-def _connect_tuned(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
-    if is_tuned(settings):
+def _connect_peft(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
+    if uses_peft(settings):
         connect(stage.model)
         if stage.axis is not None:
             cut_prompt(stage.model, stage.axis)
@@ -108,13 +108,13 @@ def _multiply_in_fp8(stage: Stage, settings: Settings, mesh: ParallelMesh) -> No
 
 def _defer_weight_gradients(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
     if settings[ParallelConfig].pipeline_schedule == "zero-bubble" and stage.part.num_stages > 1:
-        stage.deferred_gradients = DeferredWeightGradients(after=partial(sum_in_reduce_type, stage))
+        stage.deferred_gradients = DeferredWeightGradients(after=partial(accumulate_in_reduce_dtype, stage))
         stage.deferred_gradients.attach(stage.model)
 
 
 def _draw_from_streams(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
     if has_dropout(stage.model, settings[ModelConfig], settings[RetroConfig]):
-        stage.streams = Streams(settings[TrainingConfig].seed, stage.axis)
+        stage.streams = RandomStreams(settings[TrainingConfig].seed, stage.axis)
         stage.streams.attach(stage.model)
 
 
@@ -122,16 +122,16 @@ def _fill_and_shard(stage: Stage, settings: Settings, mesh: ParallelMesh) -> Non
     """Unit by unit, so that no more than one is whole on this rank at any time."""
     model = padded_for_cut(settings[ModelConfig], mesh.size(TENSOR))
     seed, retro = settings[TrainingConfig].seed, settings[RetroConfig]
-    policy = precision(compute_dtype(settings[OptimizerConfig]), torch.float32)
-    shards, sharding = needs_units(settings, mesh), settings[ParallelConfig].sharding()
+    policy = mixed_precision(compute_dtype(settings[OptimizerConfig]), torch.float32)
+    shards, sharding = needs_fsdp(settings, mesh), settings[ParallelConfig].sharding()
     paths = {id(module): path for path, module in stage.model.named_modules()}
-    for unit in units(stage.model):
+    for unit in fsdp_units(stage.model):
         materialize(stage.model, paths[id(unit)], model, retro, seed, mesh.device)
         if shards:
-            wrap_unit(unit, mesh.devices[DATA], sharding, policy)
+            shard_unit(unit, mesh.devices[DATA], sharding, policy)
     materialize(stage.model, "", model, retro, seed, mesh.device)
     if shards:
-        wrap_unit(stage, mesh.devices[DATA], sharding, policy)
+        shard_unit(stage, mesh.devices[DATA], sharding, policy)
 
 
 def compute_dtype(config: OptimizerConfig) -> torch.dtype:
@@ -155,16 +155,16 @@ def tensor_axis(settings: Settings, mesh: ParallelMesh) -> TensorAxis | None:
     return TensorAxis(mesh.group(TENSOR), settings[ParallelConfig].sequence_parallel)
 
 
-def is_tuned(settings: Settings) -> bool:
+def uses_peft(settings: Settings) -> bool:
     """Whether the run trains something beside a frozen model."""
     return PeftConfig in settings and settings[PeftConfig].peft_method != "none"
 
 
-def model_without_memory(settings: Settings) -> Retro:
+def model_on_meta(settings: Settings) -> Retro:
     """The whole model with what is tuned beside it, on the meta device: names, shapes and what trains."""
     with torch.device("meta"):
         module = Retro(settings[ModelConfig], settings[RetroConfig])
-    if is_tuned(settings):
+    if uses_peft(settings):
         attach(module, settings[PeftConfig])
         connect(module)
     freeze(module, trained_parts(settings))
@@ -173,7 +173,7 @@ def model_without_memory(settings: Settings) -> Retro:
 
 def trained_parts(settings: Settings) -> Trained:
     """Where a run changes something: what is tuned beside a model, what retro-fitting added, or everything."""
-    if not is_tuned(settings):
+    if not uses_peft(settings):
         training = settings[TrainingConfig]
         return Trained(decoder=not training.freeze_decoder, encoder=not training.freeze_encoder)
     peft = settings[PeftConfig]
@@ -194,7 +194,7 @@ def freeze(module: nn.Module, trained: Trained) -> None:
         parameter.requires_grad_(trains(name, trained))
 
 
-def needs_units(settings: Settings, mesh: ParallelMesh) -> bool:
+def needs_fsdp(settings: Settings, mesh: ParallelMesh) -> bool:
     """Whether FSDP2 has anything to do: several data ranks, or a compute type other than the parameters'."""
     return mesh.size(DATA) > 1 or compute_dtype(settings[OptimizerConfig]) != torch.float32
 

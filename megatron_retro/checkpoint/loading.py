@@ -81,7 +81,7 @@ def require_same_model(checkpoint: Checkpoint, expected: Mapping[str, Any], igno
     if differences:
         raise ArtifactError(
             f"{checkpoint.path} is the state of another model",
-            got=told_changes(differences),
+            got=described_changes(differences),
             fix="give the settings of that model, or another --load; to add a retriever to a GPT use `retrofit`",
         )
 
@@ -99,7 +99,7 @@ def changed_settings(
     return changed
 
 
-def told_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
+def described_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
     """In one line; empty when nothing changed."""
     return "; ".join(f"{flag}: {there!r} there, {here!r} here" for flag, (there, here) in changed.items())
 
@@ -180,10 +180,10 @@ def _stored(checkpoint: Checkpoint, sections: Sequence[type]) -> Settings:
 def open_base(checkpoint: Checkpoint) -> Checkpoint:
     """The frozen model that a run tuned beside."""
     stored = str(checkpoint.manifest.config.get(section_name(CheckpointConfig), {}).get("load") or "")
-    return open_checkpoint(seen_from(stored, checkpoint.path))
+    return open_checkpoint(resolved_from(stored, checkpoint.path))
 
 
-def seen_from(stored: str, checkpoint: Path) -> Path:
+def resolved_from(stored: str, checkpoint: Path) -> Path:
     """A path as a run noted it; a relative one also counts from a folder above the run."""
     path = Path(stored)
     if path.is_absolute() or path.exists():

@@ -156,7 +156,7 @@ class RetroConfig:
         """Positions of neighbour tokens; the published checkpoints were trained without."""
         return "none" if self.retro_legacy_checkpoint else self.retro_neighbor_positions
 
-    def turns_neighbors(self) -> bool:
+    def rotates_neighbors(self) -> bool:
         """Whether the heads that read neighbours, and the encoder's, are turned by position."""
         return self.neighbor_positions() in ("rotary", "continued")
 

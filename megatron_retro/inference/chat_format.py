@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_retro.checkpoint.loading import open_checkpoint, seen_from, stored_instructions
+from megatron_retro.checkpoint.loading import open_checkpoint, resolved_from, stored_instructions
 from megatron_retro.config.data import InstructionConfig
 from megatron_retro.data.instructions.conversations import Passage, Turn
 from megatron_retro.data.instructions.templates import (
@@ -43,6 +43,6 @@ def load_chat_format(checkpoint: Path, template: str | None = None) -> ChatForma
     opened = open_checkpoint(checkpoint)
     tuned = stored_instructions(opened)
     if template is None and tuned is not None and tuned.instruction_template != InstructionConfig.instruction_template:
-        template = str(seen_from(tuned.instruction_template, opened.path))
+        template = str(resolved_from(tuned.instruction_template, opened.path))
     place = "encoder" if tuned is None or tuned.context_place == "none" else tuned.context_place
     return ChatFormat(build_template(template or InstructionConfig.instruction_template), place)

@@ -45,7 +45,7 @@ class BroadcastSource:
                 content = _packed(self._source.find(chunks))
             except Exception as error:
                 self.failure = error
-        content = self._channel.share(content)
+        content = self._channel.broadcast(content)
         if self.failure is not None:
             raise self.failure
         if not content:
@@ -145,7 +145,7 @@ class DriverEngine(Engine):
     def step(self) -> bool:
         """Broadcast the commands, then do the same as the workers."""
         commands, self._commands = self._commands, Commands()
-        self._channel.share(commands.to_bytes())
+        self._channel.broadcast(commands.to_bytes())
         try:
             return super().step()
         except Exception as error:
@@ -162,14 +162,14 @@ class DriverEngine(Engine):
         """Tell the workers to stop."""
         if not self._closed:
             self._closed = True
-            self._channel.share(Commands(stop=True).to_bytes())
+            self._channel.broadcast(Commands(stop=True).to_bytes())
 
 
 def run_worker(engine: Engine, channel: ReplicaChannel) -> None:
     """Repeat on this rank what the driver does, until the driver is closed."""
     texts: dict[int, Generation] = {}
     shared: WeakValueDictionary[int, BroadcastSource] = WeakValueDictionary()
-    while not (commands := Commands.from_bytes(channel.share())).stop:
+    while not (commands := Commands.from_bytes(channel.broadcast())).stop:
         if commands.reset:
             engine.reset()
         for number, place, values in commands.requests:

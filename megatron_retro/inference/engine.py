@@ -149,7 +149,7 @@ class Engine:
             self._resize(min(size, self.limits.max_batch_size), max(need, self._cache.capacity))
         row = self._rows.index(None)
         self._rows[row] = generation
-        self._cache.adopt(row, cache)
+        self._cache.insert(row, cache)
 
     def _resize(self, size: int, capacity: int) -> None:
         if self._cache is None:

@@ -112,7 +112,7 @@ def _run_on_ranks(
     loaded = load_stage(path, parallel, mesh, dtype=dtype, tokenizer=tokenizer, allow_mismatch=allow)
     forward, channel = StagedForward(loaded.stage, loaded.settings, mesh), ReplicaChannel(mesh)
     stopped: Requeue | None = None
-    if channel.leads:
+    if channel.is_first:
         with contextlib.closing(DriverEngine(forward, loaded.tokenizer, limits, channel)) as engine:
             index = index_for(loaded, live, allow_tokenizer_mismatch=allow)
             generator = TextGenerator(forward, loaded.tokenizer, limits, index, engine)
@@ -123,6 +123,6 @@ def _run_on_ranks(
     else:
         with StopRequests().listening((*STOP_SIGNALS, signal.SIGINT)):  # the driver has them too, and stops us
             run_worker(Engine(forward, loaded.tokenizer, limits), channel)
-    channel.wait_for_everyone()
+    channel.barrier()
     if stopped is not None:
         raise stopped

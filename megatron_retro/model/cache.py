@@ -158,7 +158,7 @@ class LayerCache:
             current[name][kept] = old[sources]
         self._capacity, self._buffers, self._current = capacity, buffers, current
 
-    def adopt(self, row: int, other: LayerCache, used: int, num_rows: int) -> None:
+    def insert(self, row: int, other: LayerCache, used: int, num_rows: int) -> None:
         """Row `row` becomes the only row of another cache."""
         for name, theirs in other._buffers.items():
             if name not in self._buffers:
@@ -189,7 +189,7 @@ class Cache:
         """The buffers of a layer."""
         return self._layers.setdefault(index, LayerCache(self.capacity))
 
-    def begin(self, width: int, padding_mask_BS: Tensor | None) -> CacheSlice:
+    def next_slice(self, width: int, padding_mask_BS: Tensor | None) -> CacheSlice:
         """Where the next tokens go."""
         counts = [width] * len(self.lengths)
         if padding_mask_BS is not None:
@@ -248,15 +248,15 @@ class Cache:
         self.lengths = [0 if source is None else self.lengths[source] for source in rows]
         self.offsets = [0 if source is None else self.offsets[source] for source in rows]
 
-    def adopt(self, row: int, other: Cache) -> None:
+    def insert(self, row: int, other: Cache) -> None:
         """Row `row` becomes the only row of another cache that has passed the same layers."""
         if len(other.lengths) != 1 or other.lengths[0] > self.capacity or other._real_BT is not None:
-            raise ValueError("only a single row without padding that fits can be adopted")
+            raise ValueError("only a single row without padding that fits can be inserted")
         if other.neighbor_shape is not None:
             self.require_neighbor_shape(other.neighbor_shape)
-        self.neighbors.adopt(row, other.neighbors, other.lengths[0], len(self.lengths))
+        self.neighbors.insert(row, other.neighbors, other.lengths[0], len(self.lengths))
         for index, theirs in other._layers.items():
-            self.layer(index).adopt(row, theirs, other.lengths[0], len(self.lengths))
+            self.layer(index).insert(row, theirs, other.lengths[0], len(self.lengths))
         self.lengths[row], self.offsets[row] = other.lengths[0], other.offsets[0]
 
     def select_rows(self, rows: Tensor) -> None:

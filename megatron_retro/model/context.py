@@ -118,7 +118,7 @@ class ContextBuilder:
         self.chunk_length = retro.retro_chunk_length
         self.reads = retro.reads_neighbors()
         self.frequencies = decoder_frequencies(model)
-        self.neighbor_frequencies = rotary_frequencies(model) if retro.turns_neighbors() else None
+        self.neighbor_frequencies = rotary_frequencies(model) if retro.rotates_neighbors() else None
 
     def whole_sequence(
         self,
@@ -233,7 +233,7 @@ class ContextBuilder:
             raise DataError(
                 "the cache is for another batch", got=f"{batch_size} rows", expected=f"{len(cache.lengths)}"
             )
-        cache_slice = cache.begin(length, padding_mask_BS)
+        cache_slice = cache.next_slice(length, padding_mask_BS)
         real_BT = cache.record_padding(padding_mask_BS, cache_slice, device)
         slots_BS = cache_slice.slots_BS(device)
         if position_ids_BS is None:

@@ -18,7 +18,7 @@ class NeighborEncoder(nn.Module):
     def __init__(self, model: ModelConfig, retro: RetroConfig) -> None:
         super().__init__()
         config = retro.encoder_model(model)
-        self.frequencies = rotary_frequencies(config) if retro.turns_neighbors() else None
+        self.frequencies = rotary_frequencies(config) if retro.rotates_neighbors() else None
         self.causal, self.chunk_start = retro.retro_encoder_causal, retro.chunk_start()
         self.embedding = TokenEmbedding(config) if retro.retro_encoder_own_embedding else None
         self.layers = nn.ModuleDict(

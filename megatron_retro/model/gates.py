@@ -51,7 +51,7 @@ class AdaptiveGate(nn.Module):
         self.target_rate = config.retro_gate_target_rate
         self.budget_scale = config.retro_gate_budget_weight
         self.last_rates: Tensor | None = None
-        self.charged: Tensor | float = 0.0  # for the budget, since it was last set to zero
+        self.budget_loss: Tensor | float = 0.0  # summed since it was last set to zero
 
     def forward(self, states_BCH: Tensor) -> Tensor:
         """[..., C] in (0, 1), one rate per state; in training the budget's gradient is attached."""
@@ -59,12 +59,12 @@ class AdaptiveGate(nn.Module):
         rates = torch.sigmoid(scores)
         if self.training and scores.numel():
             budget = self.budget_scale * rate_divergence(scores, self.target_rate)
-            rates = attach_loss(rates, budget, self._charge)
+            rates = attach_auxiliary_loss(rates, budget, self._record)
         self.last_rates = rates.detach()
         return rates
 
-    def _charge(self, loss: Tensor) -> None:
-        self.charged = self.charged + loss
+    def _record(self, loss: Tensor) -> None:
+        self.budget_loss = self.budget_loss + loss
 
 
 def set_gate_budgets(module: nn.Module, retro: RetroConfig, step: int, factor: float) -> None:
@@ -74,13 +74,13 @@ def set_gate_budgets(module: nn.Module, retro: RetroConfig, step: int, factor: f
     for part in module.modules():
         if isinstance(part, AdaptiveGate):
             part.budget_scale = retro.retro_gate_budget_weight * grown * factor
-            part.charged = 0.0
+            part.budget_loss = 0.0
 
 
-def charged_budgets(module: nn.Module) -> float | None:
-    """What the gates here charged since their budgets were set; None where no gate decides for itself."""
-    charged = [float(part.charged) for part in module.modules() if isinstance(part, AdaptiveGate)]
-    return sum(charged) if charged else None
+def budget_losses(module: nn.Module) -> float | None:
+    """The budget losses of the gates here since they were set; None where no gate is adaptive."""
+    losses = [float(part.budget_loss) for part in module.modules() if isinstance(part, AdaptiveGate)]
+    return sum(losses) if losses else None
 
 
 def rate_divergence(scores: Tensor, target: float) -> Tensor:
@@ -95,23 +95,23 @@ def rate_divergence(scores: Tensor, target: float) -> Tensor:
     return target * (math.log(target) - log_open) + (1 - target) * (math.log1p(-target) - log_shut)
 
 
-def attach_loss(tensor: Tensor, loss: Tensor, tell: Callable[[Tensor], None]) -> Tensor:
-    """The tensor; its backward pass charges the loss too, and tells what it charged (once, also with recomputation)."""
-    attached: Tensor = _AttachLoss.apply(tensor, loss, tell)  # type: ignore[no-untyped-call]
+def attach_auxiliary_loss(tensor: Tensor, loss: Tensor, record: Callable[[Tensor], None]) -> Tensor:
+    """The tensor, whose backward pass adds the loss and records it (once, also with recomputation)."""
+    attached: Tensor = _AttachAuxiliaryLoss.apply(tensor, loss, record)  # type: ignore[no-untyped-call]
     return attached
 
 
-class _AttachLoss(torch.autograd.Function):
-    """Passes a tensor through; in the backward pass a second loss is charged too, on whatever stage it arose."""
+class _AttachAuxiliaryLoss(torch.autograd.Function):
+    """Passes a tensor through; the backward pass adds a second loss, on whatever stage it arose."""
 
     @staticmethod
-    def forward(context: Any, tensor: Tensor, loss: Tensor, tell: Callable[[Tensor], None]) -> Tensor:
+    def forward(context: Any, tensor: Tensor, loss: Tensor, record: Callable[[Tensor], None]) -> Tensor:
         context.save_for_backward(loss)
-        context.tell = tell
+        context.record = record
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         (loss,) = context.saved_tensors
-        context.tell(loss.detach())
+        context.record(loss.detach())
         return gradient, torch.ones_like(loss), None

@@ -16,7 +16,7 @@ from megatron_retro.model.leaves import Linear, Norm
 from megatron_retro.ops.activation import GELU, GELU_TANH, SQUARED_RELU, SWIGLU, activate
 from megatron_retro.ops.recomputation import recomputed
 
-ReadNeighbors = Callable[[Tensor], Tensor | None]
+EncodeNeighbors = Callable[[Tensor], Tensor | None]
 
 
 class DecoderLayer(nn.Module):
@@ -39,10 +39,10 @@ class DecoderLayer(nn.Module):
         hidden_BSH: Tensor,
         encoded_neighbors: Tensor | None,
         context: SequenceContext,
-        read: ReadNeighbors | None = None,
+        encode: EncodeNeighbors | None = None,
         cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The new hidden state and the encoded neighbours; `read` encodes them, in the first retrieval layer."""
+        """The new hidden state and the encoded neighbours; `encode` makes these, in the first retrieval layer."""
         layer_cache = None if cache is None else cache.layer(self.index)
         normed_BSH = self.input_norm(hidden_BSH)
         with self.input_norm.recomputed(normed_BSH, hidden_BSH):
@@ -51,8 +51,8 @@ class DecoderLayer(nn.Module):
         retrieval = context.retrieval
         if self.cross_attention is not None and self.cross_norm is not None and retrieval is not None:
             normed_BSH, summed_BSH = self.cross_norm(hidden_BSH, added)
-            if read is not None:
-                encoded_neighbors = read(normed_BSH)
+            if encode is not None:
+                encoded_neighbors = encode(normed_BSH)
             if encoded_neighbors is not None or retrieval.mask_BCE is not None:
                 found = self.cross_attention(normed_BSH, encoded_neighbors, retrieval, context.cache_slice, layer_cache)
                 hidden_BSH, added = summed_BSH, self._dropped(found)

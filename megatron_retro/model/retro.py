@@ -133,9 +133,9 @@ class Retro(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """This stage's layers: the hidden state and, from the first retrieval layer on, [B, C, K, R, H]."""
         for name, layer in self.layers.items():
-            reads = context.retrieval is not None and int(name) == self.first_retrieval_layer
-            read = self._reader(context, cache) if reads else None
-            hidden_BSH, encoded_neighbors = layer(hidden_BSH, encoded_neighbors, context, read, cache)
+            encodes = context.retrieval is not None and int(name) == self.first_retrieval_layer
+            encode = self._encode_in(context, cache) if encodes else None
+            hidden_BSH, encoded_neighbors = layer(hidden_BSH, encoded_neighbors, context, encode, cache)
         return hidden_BSH, encoded_neighbors
 
     def head(self, hidden_BSH: Tensor, labels_BS: Tensor | None = None) -> Tensor:
@@ -145,10 +145,10 @@ class Retro(nn.Module):
         result: Tensor = self.output(self.final_norm(hidden_BSH), labels_BS, tied)
         return result
 
-    def _reader(self, context: SequenceContext, cache: Cache | None) -> Callable[[Tensor], Tensor | None]:
+    def _encode_in(self, context: SequenceContext, cache: Cache | None) -> Callable[[Tensor], Tensor | None]:
         """Encodes the context's neighbours, given the first retrieval layer's normed state of all tokens."""
 
-        def read(normed_BSH: Tensor) -> Tensor | None:
+        def encode(normed_BSH: Tensor) -> Tensor | None:
             retrieval = context.retrieval
             assert retrieval is not None
             if cache is not None and context.cache_slice is not None:
@@ -161,7 +161,7 @@ class Retro(nn.Module):
                 chunks_BCMH = self.contexts.chunks(normed_BSH, retrieval.neighbors.num_chunks)
             return self.encode(retrieval.neighbors, chunks_BCMH, retrieval.chunk_mask_XM)
 
-        return read
+        return encode
 
     def encode(self, neighbors: Neighbors[Tensor], chunks_BCMH: Tensor, chunk_mask_XM: Tensor | None) -> Tensor:
         """[B, C, K, R, H]; for the stage that holds the encoder."""

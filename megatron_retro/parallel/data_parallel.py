@@ -23,14 +23,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from megatron_retro.model.retro import Retro
 
 
-def units(model: Retro) -> Iterator[nn.Module]:
+def fsdp_units(model: Retro) -> Iterator[nn.Module]:
     """The modules that are gathered and reduced together, each by itself, before the rest of the stage."""
     if model.encoder is not None:
         yield from model.encoder.layers.values()
     yield from model.layers.values()
 
 
-def precision(compute: torch.dtype, reduce: torch.dtype) -> MixedPrecisionPolicy:
+def mixed_precision(compute: torch.dtype, reduce: torch.dtype) -> MixedPrecisionPolicy:
     """Float32 parameters used in `compute`, gradients summed in `reduce`.
 
     Inputs are left as they are: the stream has the type of the embedding's rows, and rotations stay float32.
@@ -40,7 +40,7 @@ def precision(compute: torch.dtype, reduce: torch.dtype) -> MixedPrecisionPolicy
     return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
 
 
-def wrap_unit(module: nn.Module, mesh: DeviceMesh, sharding: str, policy: MixedPrecisionPolicy) -> None:
+def shard_unit(module: nn.Module, mesh: DeviceMesh, sharding: str, policy: MixedPrecisionPolicy) -> None:
     """Hand one module (and what of it is not in a unit yet) to FSDP2; its parameters may be real or on meta."""
     if sharding == "none":
         replicate(module, mesh=mesh, mp_policy=policy)
@@ -51,7 +51,7 @@ def wrap_unit(module: nn.Module, mesh: DeviceMesh, sharding: str, policy: MixedP
     module.set_force_sum_reduction_for_comms(True)
 
 
-def before_backward(root: nn.Module, sharding: str, *, last: bool) -> None:
+def set_gradient_sync(root: nn.Module, sharding: str, *, last: bool) -> None:
     """What the backward of a microbatch communicates; without a pipeline (a schedule decides that itself)."""
     if not isinstance(root, FSDPModule):
         return
@@ -61,7 +61,7 @@ def before_backward(root: nn.Module, sharding: str, *, last: bool) -> None:
     root.set_reshard_after_backward(sharding == "full" or last)
 
 
-def sum_in_reduce_type(root: nn.Module) -> None:
+def accumulate_in_reduce_dtype(root: nn.Module) -> None:
     """Move gradients that arose outside of a unit's own backward to its sums, which are in the type of reductions.
 
     FSDP2 does so at the end of each unit's backward; a deferred weight gradient comes after that.

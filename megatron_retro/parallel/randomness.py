@@ -28,7 +28,7 @@ from megatron_retro.runtime.seeds import derived_seed
 _REGION_BITS, _RANK_BITS = 12, 8
 
 
-class Streams:
+class RandomStreams:
     """Where a rank stands: the step and the number of the microbatch in the global batch."""
 
     def __init__(self, seed: int, axis: TensorAxis | None) -> None:
@@ -59,7 +59,7 @@ class Streams:
 
 
 class _Start:
-    def __init__(self, streams: Streams, place: str) -> None:
+    def __init__(self, streams: RandomStreams, place: str) -> None:
         self._streams, self._place = streams, place
 
     def __call__(self, module: nn.Module, arguments: Any) -> None:

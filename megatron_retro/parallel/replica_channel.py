@@ -17,35 +17,35 @@ from megatron_retro.errors import DistributedError
 from megatron_retro.parallel.mesh import DATA, TENSOR, ParallelMesh
 
 # Waiting for work is no failure: a rank that dies closes its connections, and the others hear of it at once.
-_PATIENCE = timedelta(days=30)
+_TIMEOUT = timedelta(days=30)
 
 
 class ReplicaChannel:
     """The ranks that hold one replica of the model together; made by all ranks of the mesh at once."""
 
     def __init__(self, mesh: ParallelMesh) -> None:
-        self._everyone = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._everyone = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         tensor, data = mesh.size(TENSOR), mesh.size(DATA)
         ranks = range(dist.get_world_size())
         for replica in range(data):
             members = [rank for rank in ranks if rank // tensor % data == replica]
-            group = dist.new_group(members, backend="gloo", timeout=_PATIENCE)
+            group = dist.new_group(members, backend="gloo", timeout=_TIMEOUT)
             if mesh.rank(DATA) == replica:
                 self._group, self._first = group, members[0]
-        self.leads = dist.get_rank() == self._first
+        self.is_first = dist.get_rank() == self._first
 
-    def share(self, data: bytes = b"") -> bytes:
+    def broadcast(self, data: bytes = b"") -> bytes:
         """What the first rank gives; all ranks of the replica call it. Nothing at all is the cheapest to say."""
         with _named():
             length = torch.tensor([len(data)])
             dist.broadcast(length, self._first, group=self._group)
             if not int(length):
                 return b""
-            content = torch.frombuffer(bytearray(data if self.leads else bytes(int(length))), dtype=torch.uint8)
+            content = torch.frombuffer(bytearray(data if self.is_first else bytes(int(length))), dtype=torch.uint8)
             dist.broadcast(content, self._first, group=self._group)
             return content.numpy().tobytes()
 
-    def wait_for_everyone(self) -> None:
+    def barrier(self) -> None:
         """Until all ranks of all replicas are done: the process group lives in the first one's process."""
         with _named():
             dist.barrier(self._everyone)

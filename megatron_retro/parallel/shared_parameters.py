@@ -1,8 +1,8 @@
 """Parameters that several pipeline stages hold: the token embedding, for a tied output and for the encoder.
 
 All copies start equal and get the sum of all copies' gradients, so they stay equal, bit for bit. Copies on one rank
-(several stages there) are one for the optimizer; the others follow it. The copy of the first stage counts in norms,
-totals and checkpoints.
+(several stages there) are one for the optimizer; the others are synchronized with it. The copy of the first stage
+counts in norms, totals and checkpoints.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class SharedEmbedding:
             copy.grad = None
 
     @torch.no_grad()
-    def follow(self) -> None:
+    def sync_copies(self) -> None:
         """Bring further copies of this rank to the optimizer's one, before a step or an evaluation."""
         for copy in self.copies[1:]:
             local(copy).copy_(local(self.copies[0]))

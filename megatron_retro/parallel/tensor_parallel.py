@@ -49,7 +49,7 @@ def cut_model(model: Retro, mesh: DeviceMesh, axis: TensorAxis, cuts: Sequence[C
     if model.encoder is not None:
         model.encoder.register_forward_hook(lambda module, arguments, encoded: axis.gather(encoded))
     for layer in model.layers.values():
-        layer.register_forward_pre_hook(partial(_gather_for_reader, axis), with_kwargs=True)
+        layer.register_forward_pre_hook(partial(_gather_for_encoder, axis), with_kwargs=True)
 
 
 def placement_of(cut: Cut, num_dims: int) -> Placement:
@@ -146,19 +146,19 @@ def cut_prompt(model: Retro, axis: TensorAxis) -> None:
         prompt.own_part = own_part
 
 
-def _gather_for_reader(axis: TensorAxis, module: nn.Module, arguments: Any, keywords: Any) -> Any:
+def _gather_for_encoder(axis: TensorAxis, module: nn.Module, arguments: Any, keywords: Any) -> Any:
     """The first retrieval layer hands its state to the encoder, which reads whole chunks."""
-    read = arguments[3] if len(arguments) > 3 else keywords.get("read")
-    if read is None:
+    encode = arguments[3] if len(arguments) > 3 else keywords.get("encode")
+    if encode is None:
         return None
 
     def gathering(normed: Tensor) -> Tensor | None:
-        encoded: Tensor | None = read(axis.gather(normed))
+        encoded: Tensor | None = encode(axis.gather(normed))
         return encoded
 
     if len(arguments) > 3:
         return (*arguments[:3], gathering, *arguments[4:]), keywords
-    return arguments, {**keywords, "read": gathering}
+    return arguments, {**keywords, "encode": gathering}
 
 
 def _parallel_output(

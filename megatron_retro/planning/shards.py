@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from megatron_retro.assembly.stage_building import stage_without_memory
+from megatron_retro.assembly.stage_building import stage_on_meta
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
@@ -57,7 +57,7 @@ def _build(settings: Settings, mesh: ParallelMesh, rank: int) -> Shard:
     own = [part for part in parts if part.index % mesh.size(PIPELINE) == mesh.rank(PIPELINE)]
     parameters: dict[int, nn.Parameter] = {}
     for part in own:
-        model = stage_without_memory(settings, part, mesh).model
+        model = stage_on_meta(settings, part, mesh).model
         parameters.update({id(parameter): parameter for parameter in model.parameters()})
     trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
     return Shard(rank, _count(parameters.values()), _count(trained))

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 
-from megatron_retro.assembly.stage_building import is_tuned, trained_parts
+from megatron_retro.assembly.stage_building import trained_parts, uses_peft
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.evaluation import PlanningConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
@@ -143,7 +143,7 @@ def workload_of(settings: Settings) -> Workload:
         num_samples=samples,
         value_bytes=2 if optimizer.bf16 or optimizer.fp16 else 4,
         trained=trained_parts(settings),
-        peft=settings[PeftConfig] if is_tuned(settings) else None,
+        peft=settings[PeftConfig] if uses_peft(settings) else None,
     )
 
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from megatron_retro.assembly.parallel_model import GATE_BUDGET, StepResult
-from megatron_retro.assembly.stage_building import compute_dtype, freeze, is_tuned, trained_parts
+from megatron_retro.assembly.stage_building import compute_dtype, freeze, trained_parts, uses_peft
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import OptimizerConfig, PeftConfig, TrainingConfig
 from megatron_retro.microbatch import Microbatch
-from megatron_retro.model.gates import charged_budgets, set_gate_budgets
+from megatron_retro.model.gates import budget_losses, set_gate_budgets
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.retro import Retro
 from megatron_retro.optim.clipping import squared_norm
@@ -30,7 +30,7 @@ def one_process(settings: Settings, device: torch.device) -> SingleProcess:
     model, retro, training = settings[ModelConfig], settings[RetroConfig], settings[TrainingConfig]
     module = Retro(model, retro).to(device)
     initialize(module, model, retro, training.seed)
-    if is_tuned(settings):
+    if uses_peft(settings):
         attach(module, settings[PeftConfig])
         connect(module)
         initialize_added(module, training.seed)
@@ -65,7 +65,7 @@ class SingleProcess:
             part = (self._losses(replace(batch, labels_BS=batch.counted_labels())) * batch.loss_mask_BS).sum()
             (part * (loss_scale / max(num_tokens, 1))).backward()  # type: ignore[no-untyped-call]
             loss_sum += part.detach().double()
-        budgets = charged_budgets(self.module)
+        budgets = budget_losses(self.module)
         extra = {} if budgets is None else {GATE_BUDGET: budgets / loss_scale}
         return StepResult(loss_sum.item(), float(num_tokens), extra)
 

@@ -105,7 +105,7 @@ class SlowRetro:
         causal = exists is None
         heads, groups, size = config.num_attention_heads, config.num_key_value_heads(), config.head_size()
         shared = heads // groups
-        rotary = self.model.position_embedding_type == "rope" if causal else self.retro.turns_neighbors()
+        rotary = self.model.position_embedding_type == "rope" if causal else self.retro.rotates_neighbors()
         relative = config.position_embedding_type == "relative"
         queries, keys, values = [], [], []
         for position, vector in enumerate(normed):
@@ -172,12 +172,12 @@ class SlowRetro:
             query_head = self.weights[f"{name}.query.weight"][head] @ query
             both = self.weights[f"{name}.key_value.weight"][group]
             plain_query = query_head
-            if self.retro.turns_neighbors():
+            if self.retro.rotates_neighbors():
                 query_head = self._rotated(query_head, query_position)
             scores, values = [], []
             for vector, position in zip(source, positions, strict=True):
                 key = both[:size] @ vector
-                if self.retro.turns_neighbors():
+                if self.retro.rotates_neighbors():
                     key = self._rotated(key, position)
                 score = float(query_head @ key) / math.sqrt(size)
                 if style == "relative":

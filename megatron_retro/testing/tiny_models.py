@@ -33,7 +33,7 @@ def tiny_retro(**changes: Any) -> RetroConfig:
     return replace(config, **changes)
 
 
-def lively(model: ModelConfig, retro: RetroConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Retro:
+def random_model(model: ModelConfig, retro: RetroConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Retro:
     """An evaluating model whose every parameter, norms, biases and gates too, differs from its first value."""
     built = Retro(model, retro).to(dtype).eval()
     generator = torch.Generator().manual_seed(seed)

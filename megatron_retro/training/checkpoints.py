@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_retro.assembly.run_parts import MODEL_SECTIONS, RunParts
-from megatron_retro.assembly.stage_building import is_tuned, trained_parts, trains
+from megatron_retro.assembly.stage_building import trained_parts, trains, uses_peft
 from megatron_retro.assembly.warm_start import start_from_decoder
 from megatron_retro.checkpoint.directory import complete_checkpoints, set_aside
 from megatron_retro.checkpoint.live_state import (
@@ -25,11 +25,11 @@ from megatron_retro.checkpoint.live_state import (
 from megatron_retro.checkpoint.loading import (
     Checkpoint,
     changed_settings,
+    described_changes,
     load_tensors,
     open_checkpoint,
     require_same_model,
     require_tensors,
-    told_changes,
 )
 from megatron_retro.checkpoint.saver import Saver, Snapshot
 from megatron_retro.config.data import DataConfig, InstructionConfig, TokenizerConfig
@@ -102,16 +102,16 @@ class RunCheckpoints:
         self._parts, self._state, self._group, self._rank = parts, state, group, rank
         self._config = config
         self.run = Path(config.save) if config.save is not None else None
-        create_moments(parts.trainable.module, parts.optimizer.inner)
-        model = model_tensors(parts.trainable.module)
+        create_moments(parts.model.module, parts.optimizer.inner)
+        model = model_tensors(parts.model.module)
         self._base = {
             name: tensor
             for name, tensor in model.items()
-            if is_tuned(parts.settings) and not trains(name.removeprefix(MODEL), trained_parts(parts.settings))
+            if uses_peft(parts.settings) and not trains(name.removeprefix(MODEL), trained_parts(parts.settings))
         }
         self._tensors = {
             **{name: tensor for name, tensor in model.items() if name not in self._base},
-            **optimizer_tensors(parts.trainable.module, parts.optimizer.inner),
+            **optimizer_tensors(parts.model.module, parts.optimizer.inner),
         }
         self._true_rows = padded_rows(self._tensors, parts.true_rows)
         self._saver = None
@@ -132,7 +132,7 @@ class RunCheckpoints:
             return
         self._kept = self._state.to_json()
         if self._parts.settings[ParallelConfig].check_replicas:
-            self._parts.trainable.check_replicas()
+            self._parts.model.check_replicas()
         snapshot = self._snapshot()
         if in_background:
             self._saver.save_in_background(snapshot)
@@ -226,7 +226,7 @@ class RunCheckpoints:
         load_tensors(source, decoder, self._true_rows, self._group)
         model, retro = self._parts.settings[ModelConfig], self._parts.settings[RetroConfig]
         if retro.retro_init == "decoder":
-            start_from_decoder(self._parts.trainable.module, source, model, retro)
+            start_from_decoder(self._parts.model.module, source, model, retro)
 
     def _newest(self, run: Path) -> Path | None:
         found = [complete_checkpoints(run)[-1:]] if self._rank == 0 else [None]
@@ -278,7 +278,7 @@ class RunCheckpoints:
                 changed |= changed_settings(checkpoint, {section_name(section): values})
             raise ArtifactError(
                 f"{checkpoint.path} has read other data, or the same in another order",
-                got=told_changes(changed) or "the same settings: the files that they name changed",
+                got=described_changes(changed) or "the same settings: the files that they name changed",
                 fix="restore them; --allow-data-change goes on with the new ones; --finetune, with --load and a new "
                 "--save, takes the weights alone",
             )

@@ -30,8 +30,8 @@ class Evaluator:
         start = time.perf_counter()
         seed = self._training.seed
         batches = evaluation_batches(self._parts.validation, self._training.eval_iters)
-        with watched_layers(self._parts.trainable.module) as watch:
-            real = token_losses(self._parts.trainable, batches, self._group)
+        with watched_layers(self._parts.model.module) as watch:
+            real = token_losses(self._parts.model, batches, self._group)
         documents = self._parts.validation.dataset.documents(range(len(real.losses)))
         health = None
         if self._retro.reads_neighbors() and self._training.retrieval_health:
@@ -39,7 +39,7 @@ class Evaluator:
             by_variant = {"real": real}
             for variant in (variant for variant in VARIANTS if variant != "real"):
                 changed = variant_batches(self._parts.validation, batches, variant, seed)
-                by_variant[variant] = token_losses(self._parts.trainable, changed, self._group)
+                by_variant[variant] = token_losses(self._parts.model, changed, self._group)
             health = retrieval_health(by_variant, self._retro.retro_chunk_length, layers, seed, documents)
         return EvaluationRecord(
             step=step,

@@ -151,13 +151,13 @@ class Trainer:
         if first_sample in state.bad_samples:
             return None
         with self._clock.phase("forward_backward"):
-            tensors = [batch.to(parts.trainable.device) for batch in batches]
+            tensors = [batch.to(parts.model.device) for batch in batches]
             scale = parts.optimizer.loss_scale.scale
-            result = parts.trainable.train_step(tensors, loss_scale=scale, step=state.step)
+            result = parts.model.train_step(tensors, loss_scale=scale, step=state.step)
         with self._clock.phase("save"):
             self._checkpoints.before_update()
         with self._clock.phase("optimizer"):
-            verdict = self._verdict(result, parts.trainable.squared_gradient_norm())
+            verdict = self._verdict(result, parts.model.squared_gradient_norm())
             update = parts.optimizer.update(
                 verdict.squared_norm,
                 parts.schedule.at(state.samples),
@@ -178,7 +178,7 @@ class Trainer:
             samples=state.samples,
             tokens=state.tokens,
             batch_size=batch_size,
-            positions=sum(batch.tokens_BS.size for batch in batches) * parts.trainable.data_size,
+            positions=sum(batch.tokens_BS.size for batch in batches) * parts.model.data_size,
             loss=verdict.loss,
             gradient_norm=update.gradient_norm,
             learning_rate=update.learning_rate,
@@ -187,7 +187,7 @@ class Trainer:
             loss_scale=update.loss_scale,
             extra_losses=result.extra_losses,
             seconds=lap.seconds,
-            memory_bytes=_memory_bytes(parts.trainable.device),
+            memory_bytes=_memory_bytes(parts.model.device),
             waiting_seconds=lap.waiting,
         )
 

@@ -19,7 +19,7 @@ from megatron_retro.assembly.retrofitting import (
     retrofit_plan,
 )
 from megatron_retro.assembly.run_parts import RunParts, build_run_parts
-from megatron_retro.assembly.stage_building import model_without_memory, trained_parts
+from megatron_retro.assembly.stage_building import model_on_meta, trained_parts
 from megatron_retro.checkpoint.directory import clear_unfinished, run_lock
 from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.config.data import DataConfig
@@ -76,7 +76,7 @@ def finetune(settings: Settings) -> None:
     """Train a finished model on conversations: all of it, or what `--peft-method` puts beside it."""
     launch = find_launch()
     settings = _finetune_settings(settings)
-    table = trainable_table(model_without_memory(settings))  # every rank hears what this refuses
+    table = trainable_table(model_on_meta(settings))  # every rank hears what this refuses
     if launch.rank == 0:
         say(table)
     _run(settings, launch)
@@ -193,7 +193,7 @@ def build_observers(parts: RunParts, launch: Launch, heartbeat: Heartbeat | None
         observers.append(GarbageCollection(config.manual_gc_interval))
     if heartbeat is not None:
         observers.append(PaceOfRank(heartbeat))
-    if parts.trainable.is_reporter:
+    if parts.model.is_reporter:
         observers.append(FallingThroughput(tell))
         if heartbeat is not None:
             stages = parts.settings[ParallelConfig].pipeline_model_parallel_size
@@ -216,15 +216,15 @@ def run_facts(parts: RunParts, launch: Launch) -> RunFacts:
     settings = parts.settings
     length = settings[DataConfig].seq_length
     costs = model_costs(settings[ModelConfig], settings[RetroConfig], length)
-    device = parts.trainable.device.type
+    device = parts.model.device.type
     peak = settings[ObservabilityConfig].peak_tflops
     if peak is None and device == "cuda":
-        known = known_accelerator(torch.cuda.get_device_name(parts.trainable.device))
+        known = known_accelerator(torch.cuda.get_device_name(parts.model.device))
         peak = None if known is None else known.peak_tflops
     return RunFacts(
         rank=launch.rank,
         world_size=launch.world_size,
-        is_reporter=parts.trainable.is_reporter,
+        is_reporter=parts.model.is_reporter,
         parameters=costs.parameters,
         flops_per_token=costs.training_flops(trained_parts(settings)),
         peak_flops=None if peak is None else peak * 1e12,

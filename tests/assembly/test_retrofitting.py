@@ -17,7 +17,7 @@ from megatron_retro.convert.checkpoint_files import parameter_shapes, read_param
 from megatron_retro.convert.hugging_face import export_hugging_face, import_hugging_face
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.retro import Retro
-from megatron_retro.testing.tiny_models import lively, random_neighbors, random_tokens, tiny_model, tiny_retro
+from megatron_retro.testing.tiny_models import random_model, random_neighbors, random_tokens, tiny_model, tiny_retro
 
 LLAMA = tiny_model(normalization="RMSNorm", swiglu=True, disable_bias_linear=True)
 
@@ -25,7 +25,7 @@ LLAMA = tiny_model(normalization="RMSNorm", swiglu=True, disable_bias_linear=Tru
 @pytest.fixture
 def run(tmp_path: Path) -> tuple[Retro, Path]:
     """A GPT that went out to Hugging Face's format and came in again."""
-    gpt = lively(LLAMA, RetroConfig())
+    gpt = random_model(LLAMA, RetroConfig())
     state, shapes = gpt.state_dict(), parameter_shapes(LLAMA, RetroConfig())
     settings = Settings([LLAMA, RetroConfig(), TokenizerConfig()])
     write_checkpoint(tmp_path / "run", settings, shapes, lambda name: state[name][: shapes[name][0]], {})

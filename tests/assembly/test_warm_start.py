@@ -28,7 +28,7 @@ from megatron_retro.parallel.partition import stage_parts
 from megatron_retro.testing.layouts import LIKE_LLAMA, tiny_settings, whole
 from megatron_retro.testing.processes import run_ranks
 from megatron_retro.testing.single_process import one_process
-from megatron_retro.testing.tiny_models import lively, random_neighbors, random_tokens, tiny_model, tiny_retro
+from megatron_retro.testing.tiny_models import random_model, random_neighbors, random_tokens, tiny_model, tiny_retro
 
 LLAMA = {
     "normalization": "RMSNorm",
@@ -46,8 +46,8 @@ WARM: dict[str, Any] = {
 
 
 def saved_gpt(model: ModelConfig, path: Path) -> Retro:
-    """A GPT with lively weights, as a checkpoint."""
-    gpt = lively(model, RetroConfig())
+    """A GPT with random_model weights, as a checkpoint."""
+    gpt = random_model(model, RetroConfig())
     state, shapes = gpt.state_dict(), parameter_shapes(model, RetroConfig())
     settings = Settings([model, RetroConfig(), TokenizerConfig()])
     write_checkpoint(path, settings, shapes, lambda name: state[name][: shapes[name][0]], {})

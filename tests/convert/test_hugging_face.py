@@ -18,7 +18,7 @@ from megatron_retro.convert.checkpoint_files import parameter_shapes, read_param
 from megatron_retro.convert.hugging_face import export_hugging_face, import_hugging_face, imported_tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.model.retro import Retro
-from megatron_retro.testing.tiny_models import lively, random_tokens, tiny_model, tiny_retro
+from megatron_retro.testing.tiny_models import random_model, random_tokens, tiny_model, tiny_retro
 
 SHAPE = {
     "vocab_size": 61,
@@ -176,7 +176,7 @@ def test_theirs_comes_in_and_goes_back(transformers: Any, kind: str, tmp_path: P
 @pytest.mark.parametrize("kind", OURS)
 def test_ours_goes_out_and_comes_back(transformers: Any, kind: str, tmp_path: Path) -> None:
     family, changes = OURS[kind]
-    ours = lively(tiny_model(untie_embeddings_and_output_weights=kind != "gpt2", **changes), RetroConfig())
+    ours = random_model(tiny_model(untie_embeddings_and_output_weights=kind != "gpt2", **changes), RetroConfig())
     saved(ours, tmp_path / "run")
     export_hugging_face(tmp_path / "run", tmp_path / "theirs")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()
@@ -193,7 +193,7 @@ def test_ours_goes_out_and_comes_back(transformers: Any, kind: str, tmp_path: Pa
 
 def test_the_decoder_of_a_retro_goes_out_when_its_gate_is_shut(transformers: Any, tmp_path: Path) -> None:
     llama = {"normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True}
-    shut = lively(tiny_model(**llama), tiny_retro(retro_attention_gate=0.0))
+    shut = random_model(tiny_model(**llama), tiny_retro(retro_attention_gate=0.0))
     saved(shut, tmp_path / "run")
     export_hugging_face(tmp_path / "run", tmp_path / "theirs", dtype=torch.bfloat16)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype="auto").eval()
@@ -201,7 +201,7 @@ def test_the_decoder_of_a_retro_goes_out_when_its_gate_is_shut(transformers: Any
     tokens = random_tokens(1, 9)
     with torch.no_grad():
         assert torch.allclose(theirs.float()(tokens).logits, shut(tokens), atol=0.2, rtol=0.2)
-    opened = lively(tiny_model(**llama), tiny_retro())
+    opened = random_model(tiny_model(**llama), tiny_retro())
     saved(opened, tmp_path / "open")
     with pytest.raises(ConfigError, match="reads neighbours"):
         export_hugging_face(tmp_path / "open", tmp_path / "no")
@@ -306,7 +306,7 @@ def test_damaged_and_foreign_folders_are_refused(transformers: Any, tmp_path: Pa
 
 
 def test_a_decoder_of_no_family_is_refused_with_every_reason(tmp_path: Path) -> None:
-    saved(lively(tiny_model(normalization="RMSNorm", squared_relu=True), RetroConfig()), tmp_path / "run")
+    saved(random_model(tiny_model(normalization="RMSNorm", squared_relu=True), RetroConfig()), tmp_path / "run")
     with pytest.raises(ConfigError) as raised:
         export_hugging_face(tmp_path / "run", tmp_path / "out")
     message = str(raised.value)

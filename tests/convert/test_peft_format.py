@@ -22,7 +22,7 @@ from megatron_retro.model.retro import Retro
 from megatron_retro.peft.attach import added_parameters, attach, connect, part_modules
 from megatron_retro.peft.merging import merge
 from megatron_retro.peft.prompts import virtual_tokens_of
-from megatron_retro.testing.tiny_models import lively, random_neighbors, random_tokens, tiny_model, tiny_retro
+from megatron_retro.testing.tiny_models import random_model, random_neighbors, random_tokens, tiny_model, tiny_retro
 
 LLAMA = {"normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -107,7 +107,7 @@ def logits_over(base: Path, adapter: Path, peft: Any, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["lora", "ia3", "p-tuning"])
 def test_peft_computes_what_ours_does_and_it_comes_back(peft: Any, tmp_path: Path, family: str, method: str) -> None:
-    module = lively(config_of(family), RetroConfig())
+    module = random_model(config_of(family), RetroConfig())
     tokens = random_tokens(2, 17)
     plain = logits_of(module, tokens)
     tuned_run(tmp_path, module, METHODS[method])
@@ -144,7 +144,7 @@ def test_what_peft_made_comes_in(peft: Any, tmp_path: Path, family: str, kind: s
     name, arguments = THEIRS[kind]
     if family == "gpt2" and kind in ("lora of some layers", "ia3"):
         pytest.skip("names of Llama's layers, or factors of queries")
-    saved(lively(config_of(family), RetroConfig()), tmp_path / "base")
+    saved(random_model(config_of(family), RetroConfig()), tmp_path / "base")
     converted(tmp_path / "base", tmp_path / "theirs", "--convert-to", "huggingface")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
     tuned = peft.get_peft_model(model, getattr(peft, name)(task_type="CAUSAL_LM", **arguments)).eval()
@@ -174,7 +174,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_has_no_counterpart_is_named(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     changes, named = REFUSED[kind]
-    tuned_run(tmp_path, lively(config_of("llama"), RetroConfig()), METHODS["lora"])
+    tuned_run(tmp_path, random_model(config_of("llama"), RetroConfig()), METHODS["lora"])
     converted(tmp_path / "tuned", tmp_path / "adapter", "--convert-to", "peft")
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -185,7 +185,7 @@ def test_what_has_no_counterpart_is_named(tmp_path: Path, kind: str, capsys: pyt
 def test_tensors_of_other_layers_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from safetensors.torch import load_file, save_file
 
-    tuned_run(tmp_path, lively(config_of("llama"), RetroConfig()), METHODS["lora"])
+    tuned_run(tmp_path, random_model(config_of("llama"), RetroConfig()), METHODS["lora"])
     converted(tmp_path / "tuned", tmp_path / "adapter", "--convert-to", "peft")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file({**load_file(path), "base_model.model.lm_head.lora_A.weight": torch.ones(2, 2)}, path)
@@ -203,7 +203,7 @@ def test_merged_by_the_verb_is_the_tuned_model(tmp_path: Path, method: str, kind
     config = PeftConfig(
         **{**vars(METHODS[method]), "peft_parts": parts, "lora_targets": (*EVERY, "query", "key_value")}
     )
-    module = lively(config_of("llama"), RetroConfig() if kind == "gpt" else tiny_retro())
+    module = random_model(config_of("llama"), RetroConfig() if kind == "gpt" else tiny_retro())
     tuned_run(tmp_path, module, config)
     assert all(any(True for _ in part_modules(module, part)) for part in parts)
     converted(tmp_path / "tuned", tmp_path / "whole", "--convert-merge")
@@ -240,7 +240,7 @@ def test_merged_by_the_verb_is_the_tuned_model(tmp_path: Path, method: str, kind
 def test_impossible_conversions_are_named(
     tmp_path: Path, method: str | None, flags: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tuned_run(tmp_path, lively(config_of("llama"), RetroConfig()), METHODS[method or "lora"])
+    tuned_run(tmp_path, random_model(config_of("llama"), RetroConfig()), METHODS[method or "lora"])
     source = tmp_path / ("tuned" if method else "base")
     assert main(["convert", str(source), str(tmp_path / "out"), *flags]) == 2
     assert named in capsys.readouterr().err
@@ -249,7 +249,7 @@ def test_impossible_conversions_are_named(
 
 def test_parts_that_no_decoder_of_theirs_has_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = PeftConfig(peft_method="lora", lora_rank=2, peft_parts=("decoder", "encoder"))
-    tuned_run(tmp_path, lively(config_of("llama"), tiny_retro()), config)
+    tuned_run(tmp_path, random_model(config_of("llama"), tiny_retro()), config)
     words = ["convert", str(tmp_path / "tuned"), str(tmp_path / "adapter"), "--convert-to", "peft"]
     assert main(words) == 2
     assert "tunes parts that no Hugging Face decoder has" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from megatron_retro.cli.main import main
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.convert.checkpoint_files import parameter_shapes, write_checkpoint
-from megatron_retro.testing.tiny_models import lively, random_neighbors, random_tokens, tiny_model, tiny_retro
+from megatron_retro.testing.tiny_models import random_model, random_neighbors, random_tokens, tiny_model, tiny_retro
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_transformers_computes_what_ours_does(
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     import transformers
 
-    ours = lively(tiny_model(**model), tiny_retro(**retro))
+    ours = random_model(tiny_model(**model), tiny_retro(**retro))
     shapes = parameter_shapes(ours.model, ours.retro)
     values = ours.state_dict()
     settings = Settings([ours.model, ours.retro, TokenizerConfig()])

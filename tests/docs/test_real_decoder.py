@@ -11,14 +11,14 @@ import torch
 
 from megatron_retro.config.model import RetroConfig
 from megatron_retro.microbatch import Neighbors
-from megatron_retro.testing.tiny_models import lively, random_neighbors, random_tokens, tiny_model, tiny_retro
+from megatron_retro.testing.tiny_models import random_model, random_neighbors, random_tokens, tiny_model, tiny_retro
 
 PROGRAM = runpy.run_path(str(Path(__file__).parents[2] / "docs/experiments/real_decoder.py"))
 CHUNK = 4
 
 
 def test_an_empty_prompt_scores_what_the_window_scores() -> None:
-    decoder = SimpleNamespace(module=lively(tiny_model(), RetroConfig()))
+    decoder = SimpleNamespace(module=random_model(tiny_model(), RetroConfig()))
     passages = random_neighbors(3, 5)
     none = Neighbors(passages.tokens_BCKR, torch.zeros_like(passages.mask_BCKR))
     text = PROGRAM["Text"](random_tokens(3, 5 * CHUNK + 1), passages, np.zeros((3, 5), np.int64), CHUNK)
@@ -30,7 +30,7 @@ def test_an_empty_prompt_scores_what_the_window_scores() -> None:
 
 
 def test_a_chunk_is_what_its_neighbors_are_read_for() -> None:
-    retro = SimpleNamespace(module=lively(tiny_model(), tiny_retro(retro_chunk_length=CHUNK)))
+    retro = SimpleNamespace(module=random_model(tiny_model(), tiny_retro(retro_chunk_length=CHUNK)))
     passages = random_neighbors(1, 5)
     text = PROGRAM["Text"](random_tokens(1, 5 * CHUNK + 1), passages, np.zeros((1, 5), np.int64), CHUNK)
     mask = passages.mask_BCKR.clone()

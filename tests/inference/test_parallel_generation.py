@@ -78,7 +78,7 @@ def test_layouts_write_the_same(checkpoint: Path, hashed: Any, tensor: int, pipe
 
     def rank() -> Any:
         forward, channel = parts(checkpoint, tensor, pipeline)
-        if not channel.leads:
+        if not channel.is_first:
             return run_worker(Engine(forward, NeverEnds(), LIMITS), channel)
         with closing(DriverEngine(forward, NeverEnds(), LIMITS, channel)) as engine:
             return texts(engine, hashed)
@@ -132,7 +132,7 @@ def test_followers_keep_up_with_texts_that_come_and_go(checkpoint: Path, hashed:
 
     def rank() -> Any:
         forward, channel = parts(checkpoint, 1, 2)
-        if not channel.leads:
+        if not channel.is_first:
             return run_worker(Engine(forward, NeverEnds(), LIMITS), channel)
         with closing(DriverEngine(forward, NeverEnds(), LIMITS, channel)) as engine:
             return story(engine)
@@ -143,7 +143,7 @@ def test_followers_keep_up_with_texts_that_come_and_go(checkpoint: Path, hashed:
 def test_a_driver_that_fails_alone_says_so(checkpoint: Path) -> None:
     def rank() -> Any:
         forward, channel = parts(checkpoint, 1, 2)
-        if not channel.leads:
+        if not channel.is_first:
             with pytest.raises((DistributedError, RuntimeError)):
                 run_worker(Engine(forward, NeverEnds(), LIMITS), channel)
             return None

@@ -149,7 +149,7 @@ def test_tuned_runs_write_the_same_on_several_ranks(
         mesh = build_mesh(parallel, torch.device("cpu"))
         loaded = load_stage(tmp_path / "tuned", parallel, mesh)
         forward, channel = StagedForward(loaded.stage, loaded.settings, mesh), ReplicaChannel(mesh)
-        if not channel.leads:
+        if not channel.is_first:
             return run_worker(engine_of(forward), channel)
         with closing(DriverEngine(forward, NeverEnds(), LIMITS, channel)) as engine:
             return texts(engine, hashed)

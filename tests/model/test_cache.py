@@ -12,7 +12,7 @@ from megatron_retro.errors import DataError
 from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.cache import Cache
 from megatron_retro.model.retro import Retro
-from megatron_retro.testing.tiny_models import lively, random_neighbors, random_tokens, tiny_model, tiny_retro
+from megatron_retro.testing.tiny_models import random_model, random_neighbors, random_tokens, tiny_model, tiny_retro
 
 LENGTH = 18
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -36,7 +36,7 @@ SPLITS = [[LENGTH], [1] * LENGTH, [5, 1, 1, 6, 5], [4, 4, 4, 6], [3, 2, 13]]
 
 def build(kind: str) -> Retro:
     model, retro = MODELS[kind]
-    return lively(tiny_model(**model), tiny_retro(**retro))
+    return random_model(tiny_model(**model), tiny_retro(**retro))
 
 
 def close(got: Tensor, expected: Tensor) -> bool:

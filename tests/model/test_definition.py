@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_retro.testing.slow_retro import SlowRetro
-from megatron_retro.testing.tiny_models import lively, random_neighbors, random_tokens, tiny_model, tiny_retro
+from megatron_retro.testing.tiny_models import random_model, random_neighbors, random_tokens, tiny_model, tiny_retro
 
 TOLERANCE = 1e-6  # angles are float32 in a float64 model too
 GROUPED = {"group_query_attention": True, "num_query_groups": 2}
@@ -53,7 +53,7 @@ PAIRS = [
 @pytest.mark.parametrize(("decoder", "retriever"), PAIRS)
 def test_equals_the_definition(decoder: str, retriever: str) -> None:
     model, retro = tiny_model(**DECODERS[decoder]), tiny_retro(**RETRIEVERS[retriever])
-    built = lively(model, retro, dtype=torch.float64)
+    built = random_model(model, retro, dtype=torch.float64)
     tokens, neighbors = random_tokens(2, 14), random_neighbors(2, 3, length=5)
     neighbors.mask_BCKR[1, 1] = False
     logits = built(tokens, neighbors).detach().numpy()
@@ -66,7 +66,7 @@ def test_equals_the_definition(decoder: str, retriever: str) -> None:
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_the_decoder_alone_equals_the_definition(decoder: str) -> None:
     model = tiny_model(**DECODERS[decoder])
-    built = lively(model, tiny_retro(), dtype=torch.float64)
+    built = random_model(model, tiny_retro(), dtype=torch.float64)
     tokens = random_tokens(1, 11)
     expected = SlowRetro(built.state_dict(), model, tiny_retro()).logits(tokens[0].tolist())
     assert abs(expected - built(tokens)[0].detach().numpy()).max() < TOLERANCE * abs(expected).max()
@@ -75,7 +75,7 @@ def test_the_decoder_alone_equals_the_definition(decoder: str) -> None:
 @pytest.mark.parametrize(("number", "length", "chunk"), [(1, 3, 2), (3, 7, 3), (2, 8, 1), (4, 1, 5)])
 def test_any_number_and_length_of_neighbors(number: int, length: int, chunk: int) -> None:
     model, retro = tiny_model(num_layers=3), tiny_retro(retro_chunk_length=chunk, retro_layers=(1, 2))
-    built = lively(model, retro, dtype=torch.float64)
+    built = random_model(model, retro, dtype=torch.float64)
     tokens, neighbors = random_tokens(1, 11), random_neighbors(1, 11 // chunk, number, length)
     expected = SlowRetro(built.state_dict(), model, retro).logits(
         tokens[0].tolist(), neighbors.tokens_BCKR[0].tolist(), neighbors.mask_BCKR[0]

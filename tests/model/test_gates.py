@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from megatron_retro.model.gates import AdaptiveGate, attach_loss, rate_divergence
+from megatron_retro.model.gates import AdaptiveGate, attach_auxiliary_loss, rate_divergence
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.retro import Retro
-from megatron_retro.testing.tiny_models import lively, random_neighbors, random_tokens, tiny_model, tiny_retro
+from megatron_retro.testing.tiny_models import random_model, random_neighbors, random_tokens, tiny_model, tiny_retro
 
 TOKENS, NEIGHBORS = random_tokens(2, 14), random_neighbors(2, 3)
 
@@ -45,7 +45,7 @@ def test_a_fixed_gate_scales_what_is_added(gate: float) -> None:
     """In the last layer alone, so that what is added reaches the hidden state unchanged."""
     added = {}
     for value in (gate, 1.0):
-        model = lively(tiny_model(), tiny_retro(retro_layers=(6,), retro_attention_gate=value))
+        model = random_model(tiny_model(), tiny_retro(retro_layers=(6,), retro_attention_gate=value))
         layer = model.layers["5"].cross_attention
         layer.register_forward_hook(lambda module, arguments, output, value=value: added.update({value: output}))
         model(TOKENS, NEIGHBORS)
@@ -54,8 +54,8 @@ def test_a_fixed_gate_scales_what_is_added(gate: float) -> None:
 
 
 def test_a_shut_or_open_adaptive_gate() -> None:
-    model = lively(tiny_model(), tiny_retro(retro_gate_type="adaptive"))
-    fixed = lively(tiny_model(), tiny_retro())
+    model = random_model(tiny_model(), tiny_retro(retro_gate_type="adaptive"))
+    fixed = random_model(tiny_model(), tiny_retro())
     fixed.load_state_dict(model.state_dict(), strict=False)
     with torch.no_grad():
         for gate in gates_of(model):
@@ -68,7 +68,7 @@ def test_a_shut_or_open_adaptive_gate() -> None:
 
 
 def test_rates_are_reported_per_chunk() -> None:
-    model = lively(tiny_model(), tiny_retro(retro_gate_type="adaptive"))
+    model = random_model(tiny_model(), tiny_retro(retro_gate_type="adaptive"))
     model(TOKENS, NEIGHBORS)
     for gate in gates_of(model):
         assert gate.last_rates is not None and gate.last_rates.shape == (2, 3)
@@ -97,7 +97,7 @@ def test_a_collapsed_gate_still_feels_its_budget(score: float) -> None:
 def test_the_attached_loss_adds_its_gradient_and_nothing_else() -> None:
     value = torch.tensor([1.0, 2.0], requires_grad=True)
     charged: list[torch.Tensor] = []
-    passed = attach_loss(value * 3, value.square().sum(), charged.append)
+    passed = attach_auxiliary_loss(value * 3, value.square().sum(), charged.append)
     assert torch.equal(passed, value * 3) and not charged
     passed.sum().backward()
     assert torch.equal(value.grad, torch.tensor([3.0 + 2.0, 3.0 + 4.0]))
@@ -105,7 +105,7 @@ def test_the_attached_loss_adds_its_gradient_and_nothing_else() -> None:
 
 
 def test_only_training_charges_the_budget() -> None:
-    model = lively(tiny_model(), tiny_retro(retro_gate_type="adaptive", retro_gate_budget_weight=10.0))
+    model = random_model(tiny_model(), tiny_retro(retro_gate_type="adaptive", retro_gate_budget_weight=10.0))
     gradients = {}
     for training in (False, True):
         model.train(training)

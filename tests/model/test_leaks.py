@@ -10,7 +10,7 @@ import torch
 
 from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.retro import Retro
-from megatron_retro.testing.tiny_models import lively, random_neighbors, random_tokens, tiny_model, tiny_retro
+from megatron_retro.testing.tiny_models import random_model, random_neighbors, random_tokens, tiny_model, tiny_retro
 
 LENGTH = 22
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -23,7 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def built(variant: str) -> Retro:
-    return lively(tiny_model(), tiny_retro(**VARIANTS[variant]))
+    return random_model(tiny_model(), tiny_retro(**VARIANTS[variant]))
 
 
 def changed(neighbors: Neighbors, chunk: int) -> Neighbors:
@@ -53,7 +53,7 @@ def test_neighbors_of_a_chunk_change_no_earlier_bit(variant: str, length: int) -
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_gradient_flows_back_from_before_the_boundary(variant: str) -> None:
     retro = tiny_retro(retro_encoder_own_embedding=True, **VARIANTS[variant])
-    model, tokens = lively(tiny_model(), retro), random_tokens(1, LENGTH)
+    model, tokens = random_model(tiny_model(), retro), random_tokens(1, LENGTH)
     chunks = LENGTH // 4
     own_tokens = torch.arange(chunks).view(1, chunks, 1, 1).expand(1, chunks, 2, 8) + 1
     neighbors = Neighbors(own_tokens, torch.ones_like(own_tokens, dtype=torch.bool))
@@ -120,7 +120,7 @@ def test_all_neighbors_absent_is_the_gpt(variant: str) -> None:
 
 def test_one_chunk_without_neighbors_reads_nothing_at_its_positions() -> None:
     model, tokens, neighbors = (
-        lively(tiny_model(), tiny_retro(retro_layers=(6,))),
+        random_model(tiny_model(), tiny_retro(retro_layers=(6,))),
         random_tokens(1, LENGTH),
         random_neighbors(1, 5),
     )
@@ -141,7 +141,7 @@ def test_no_neighbors_is_the_gpt(neighbors: Neighbors | None) -> None:
 
 
 def test_a_shut_gate_is_the_gpt_and_does_no_work() -> None:
-    model = lively(tiny_model(), tiny_retro(retro_attention_gate=0.0))
+    model = random_model(tiny_model(), tiny_retro(retro_attention_gate=0.0))
     tokens = random_tokens(2, LENGTH)
     assert model.encoder is not None
     model.encoder.register_forward_pre_hook(lambda *_: pytest.fail("the encoder ran"))

@@ -14,14 +14,14 @@ from megatron_retro.errors import ConfigError, DataError
 from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.retro import Retro
-from megatron_retro.testing.tiny_models import lively, random_neighbors, random_tokens, tiny_model, tiny_retro
+from megatron_retro.testing.tiny_models import random_model, random_neighbors, random_tokens, tiny_model, tiny_retro
 
 TOKENS, NEIGHBORS = random_tokens(2, 14), random_neighbors(2, 3)
 
 
 def test_stages_in_a_row_are_the_model() -> None:
     """Cut after every layer: each stage keeps its own part only and passes on what the next one needs."""
-    whole = lively(tiny_model(), tiny_retro())
+    whole = random_model(tiny_model(), tiny_retro())
     hidden, encoded = None, None
     for index in range(6):
         stage = Retro(tiny_model(), tiny_retro()).eval()
@@ -39,7 +39,7 @@ def test_stages_in_a_row_are_the_model() -> None:
 
 @pytest.mark.parametrize("untied", [False, True])
 def test_losses_are_those_of_the_logits(untied: bool) -> None:
-    model = lively(tiny_model(untie_embeddings_and_output_weights=untied), tiny_retro())
+    model = random_model(tiny_model(untie_embeddings_and_output_weights=untied), tiny_retro())
     labels = random_tokens(2, 14, seed=9)
     logits = model(TOKENS, NEIGHBORS)
     expected = -torch.log_softmax(logits, -1).gather(-1, labels[..., None])[..., 0]
@@ -50,7 +50,7 @@ def test_losses_are_those_of_the_logits(untied: bool) -> None:
 
 def test_padding_of_the_vocabulary_takes_no_part() -> None:
     """61 words padded to 64: three rows that never win, never count and get no gradient."""
-    model = lively(tiny_model(), tiny_retro())
+    model = random_model(tiny_model(), tiny_retro())
     assert model.embedding is not None
     table = model.embedding.word.weight
     assert table.shape[0] == 64
@@ -64,7 +64,7 @@ def test_padding_of_the_vocabulary_takes_no_part() -> None:
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
-    model = lively(tiny_model(num_layers=2, swiglu=True), tiny_retro(retro_layers=(1, 2)), dtype=torch.float64)
+    model = random_model(tiny_model(num_layers=2, swiglu=True), tiny_retro(retro_layers=(1, 2)), dtype=torch.float64)
     tokens, neighbors = random_tokens(1, 9), random_neighbors(1, 2)
 
     def value() -> Tensor:
@@ -106,7 +106,7 @@ def test_first_values_depend_on_seed_and_name_alone() -> None:
 def test_dropout_acts_in_training_only() -> None:
     dropping = {"hidden_dropout": 0.5, "attention_dropout": 0.5}
     retro = tiny_retro(retro_encoder_hidden_dropout=0.5, retro_encoder_attention_dropout=0.5)
-    model = lively(tiny_model(**dropping), retro)
+    model = random_model(tiny_model(**dropping), retro)
     assert torch.equal(model(TOKENS, NEIGHBORS), model(TOKENS, NEIGHBORS))
     model.train()
     assert not torch.equal(model(TOKENS, NEIGHBORS), model(TOKENS, NEIGHBORS))
@@ -114,9 +114,9 @@ def test_dropout_acts_in_training_only() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_numbers_of_low_precision_stay_near(dtype: torch.dtype) -> None:
-    exact = lively(tiny_model(), tiny_retro(), dtype=torch.float64)
+    exact = random_model(tiny_model(), tiny_retro(), dtype=torch.float64)
     logits = exact(TOKENS, NEIGHBORS)
-    error = (lively(tiny_model(), tiny_retro(), dtype=dtype)(TOKENS, NEIGHBORS).double() - logits).abs().mean()
+    error = (random_model(tiny_model(), tiny_retro(), dtype=dtype)(TOKENS, NEIGHBORS).double() - logits).abs().mean()
     assert error < logits.abs().mean() * (0.05 if dtype == torch.bfloat16 else 1e-5)
 
 
@@ -143,14 +143,16 @@ def test_what_cannot_be_built_is_named(model: dict[str, Any], retro: dict[str, A
 
 def test_neighbors_need_a_mask_of_their_shape() -> None:
     with pytest.raises(ValueError, match="bool mask"):
-        lively(tiny_model(), tiny_retro())(
+        random_model(tiny_model(), tiny_retro())(
             random_tokens(1, 8), Neighbors(torch.zeros(1, 2, 2, 8), torch.ones(1, 2, 2, 8))
         )
 
 
 def test_a_text_beyond_the_learned_positions_is_named() -> None:
     """Whole or in pieces; padding takes no position, so a longer row whose text fits is served."""
-    model = lively(tiny_model(position_embedding_type="learned_absolute", max_position_embeddings=8), RetroConfig())
+    model = random_model(
+        tiny_model(position_embedding_type="learned_absolute", max_position_embeddings=8), RetroConfig()
+    )
     tokens = torch.arange(1, 10)[None]
     with pytest.raises(DataError, match="learned positions"):
         model(tokens)

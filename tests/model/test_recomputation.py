@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 import megatron_retro.model.layers
 import megatron_retro.model.leaves
 from megatron_retro.ops.recomputation import recomputed
-from megatron_retro.testing.tiny_models import lively, random_neighbors, random_tokens, tiny_model, tiny_retro
+from megatron_retro.testing.tiny_models import random_model, random_neighbors, random_tokens, tiny_model, tiny_retro
 
 
 def gradients(**changes: Any) -> dict[str, Tensor]:
-    model = lively(tiny_model(**changes), tiny_retro(retro_gate_type="adaptive")).train()
+    model = random_model(tiny_model(**changes), tiny_retro(retro_gate_type="adaptive")).train()
     model(random_tokens(2, 14), random_neighbors(2, 3)).square().mean().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 

@@ -17,7 +17,7 @@ from megatron_retro.model.costs import ADDED, EVERYTHING, Trained, model_costs
 from megatron_retro.model.retro import Retro
 from megatron_retro.ops.backends import VARIABLE
 from megatron_retro.optim.groups import part_of
-from megatron_retro.testing.tiny_models import lively, random_neighbors, random_tokens, tiny_model, tiny_retro
+from megatron_retro.testing.tiny_models import random_model, random_neighbors, random_tokens, tiny_model, tiny_retro
 
 # in millions: REFERENCE's rebuilt totals to their digits
 FAMILY = {
@@ -90,7 +90,7 @@ def test_counted_flops_are_those_that_torch_counts(kind: str, monkeypatch: pytes
     retro = variants.get(kind, tiny_retro(retro_chunk_length=chunk))
     if kind == "one neighbor":
         retro = tiny_retro(retro_chunk_length=chunk, retro_num_neighbors=1)
-    built = lively(model, retro)
+    built = random_model(model, retro)
     neighbors = None
     if retro.retro_add_retriever:
         neighbors = random_neighbors(1, length // chunk, retro.retro_num_neighbors, 2 * chunk)
@@ -109,7 +109,7 @@ def test_training_flops_count_what_freezing_leaves(trained: str, monkeypatch: py
     length, chunk = 128, 16
     model = tiny_model(num_layers=8, hidden_size=32, ffn_hidden_size=128, max_position_embeddings=length)
     retro = tiny_retro(retro_chunk_length=chunk, retro_layers=(3, 6))
-    built = lively(model, retro).train()
+    built = random_model(model, retro).train()
     for name, parameter in built.named_parameters():
         trains = {"all": True, "added": part_of(name) != "decoder", "beside": name.endswith("norm.weight")}
         parameter.requires_grad_(trains[trained])

@@ -16,7 +16,7 @@ from megatron_retro.assembly.parallel_model import ParallelModel
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.parallel.data_parallel import units
+from megatron_retro.parallel.data_parallel import fsdp_units
 from megatron_retro.parallel.mesh import PIPELINE, ParallelMesh, build_mesh
 from megatron_retro.parallel.partition import stage_parts
 from megatron_retro.parallel.schedules import BoundedStage
@@ -100,7 +100,7 @@ def all_gathers(settings: Settings) -> tuple[int, int]:
     batches = random_batches(settings)
     with CountedGathers() as counted:
         model.train_step(batches[: len(batches) // model.data_size])
-    return counted.found, sum(1 + len(list(units(stage.model))) for stage in model.stages)
+    return counted.found, sum(1 + len(list(fsdp_units(stage.model))) for stage in model.stages)
 
 
 def test_what_is_counted_is_what_is_sent() -> None:

@@ -26,7 +26,7 @@ from megatron_retro.peft.prompts import virtual_token_ids
 from megatron_retro.planning.plan import estimate_build
 from megatron_retro.planning.shards import build_shards
 from megatron_retro.planning.workload import Layout, Workload, layout_of, workload_of
-from megatron_retro.testing.tiny_models import lively, random_neighbors, random_tokens, tiny_model, tiny_retro
+from megatron_retro.testing.tiny_models import random_model, random_neighbors, random_tokens, tiny_model, tiny_retro
 
 FAMILY = {"swiglu": True, "disable_bias_linear": True, "untie_embeddings_and_output_weights": True}
 PUBLISHED = [  # layers, width, heads, feed-forward, GPT and Retro parameters in billions
@@ -136,7 +136,7 @@ def test_a_plan_of_tuning_counts_what_torch_counts(
     }
     values = {**vars(model), **vars(retro), **small, "peft_method": method, "peft_parts": parts, "seq_length": length}
     settings = build_settings(ALL_SECTIONS, {name: value for name, value in values.items() if value is not None}, {})
-    built, tokens = lively(model, retro).train(), random_tokens(1, length)
+    built, tokens = random_model(model, retro).train(), random_tokens(1, length)
     attach(built, settings[PeftConfig])
     connect(built)
     initialize(built, 0)

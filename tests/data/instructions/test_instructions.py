@@ -29,7 +29,7 @@ from megatron_retro.data.instructions.templates import (
 )
 from megatron_retro.data.tokenizers import ByteTokenizer
 from megatron_retro.errors import ConfigError, DataError
-from megatron_retro.testing.tiny_models import lively, tiny_model, tiny_retro
+from megatron_retro.testing.tiny_models import random_model, tiny_model, tiny_retro
 
 TOKENIZER = ByteTokenizer()
 JINJA = (
@@ -334,7 +334,7 @@ def test_lengths_are_eighths_that_divide() -> None:
 @pytest.mark.parametrize("kind", ["gpt", "retro"])
 def test_no_example_sees_another_in_a_packed_row(kind: str) -> None:
     """Other tokens and other passages of one example change no bit of what the model says to the others."""
-    module = lively(tiny_model(vocab_size=64), tiny_retro() if kind == "retro" else RetroConfig())
+    module = random_model(tiny_model(vocab_size=64), tiny_retro() if kind == "retro" else RetroConfig())
     chunks = {"chunk_length": 4, "num_neighbors": 2, "retrieved_length": 8} if kind == "retro" else {}
     shape = RowShape(64, 0, **chunks)
     examples = [example_of(9, 6, (8, 5), 1), example_of(5, 9, (7,), 20), example_of(11, 3, (8, 8), 40)]
