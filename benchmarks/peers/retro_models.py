@@ -117,18 +117,18 @@ def megatron_core(sizes: dict[str, int], tokens: Tensor, neighbors: Tensor) -> t
         share_embeddings_and_output_weights=False,
         position_embedding_type="learned_absolute",
     )
-    length = sizes["length"]
-    positions = torch.arange(length)[None]
-    hidden = torch.ones(1, 1, length, length).triu(1).bool()
-    # [k * chunks, r], neighbours of a chunk together
-    flat = neighbors.flatten(0, 2)
-    arguments = {
+    arguments = _megatron_arguments(sizes["length"], tokens, neighbors)
+    return model, training_step(model, lambda: model(**arguments).mean())
+
+
+def _megatron_arguments(length: int, tokens: Tensor, neighbors: Tensor) -> dict[str, Tensor]:
+    flat = neighbors.flatten(0, 2)  # [k * chunks, r], neighbours of a chunk together
+    return {
         "input_ids": tokens[:, :-1],
-        "position_ids": positions,
-        "attention_mask": hidden,
+        "position_ids": torch.arange(length)[None],
+        "attention_mask": torch.ones(1, 1, length, length).triu(1).bool(),
         "labels": tokens[:, 1:],
         "context_input_ids": flat,
         "context_position_ids": torch.arange(flat.shape[1])[None].expand(len(flat), -1),
         "context_mask": torch.zeros(len(flat), 1, 1, 1).bool(),
     }
-    return model, training_step(model, lambda: model(**arguments).mean())

@@ -6,8 +6,7 @@
 #include "cuda/cross_attention.cuh"
 #include "cuda/matrix.cuh"
 
-namespace megatron_retro {
-namespace device {
+namespace megatron_retro::device {
 namespace {
 
 constexpr int threads = attention_threads, tile = 64, warp_rows = tile / attention_warps;
@@ -30,10 +29,7 @@ struct StoredRows {
 };
 
 // 16 rows of the warp by 8 * count columns, as `sum_row` and `sum_column` have them.
-template <int count>
-struct Sums {
-  float each[count][4] = {};
-};
+template <int count> struct Sums { float each[count][4] = {}; };
 
 // += left [16, width] right [8 * count, width]^T
 template <int width, typename Element, int count>
@@ -331,7 +327,6 @@ void for_kernel(const Tensor& query, const CrossAttention& call, Visitor&& visit
   };
   query.scalar_type() == ScalarType::Half ? for_width(Half{}) : for_width(BFloat16{});
 }
-
 }  // namespace
 
 void forward_on_matrices(const Tensor& query, const CrossAttention& call) {
@@ -352,5 +347,4 @@ void backward_on_matrices(const Tensor& query, const CrossAttention& call) {
   });
 }
 
-}  // namespace device
-}  // namespace megatron_retro
+}  // namespace megatron_retro::device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import resource
 import socket
@@ -17,6 +18,7 @@ import pytest
 from megatron_retro.config.inference import ServeConfig
 from megatron_retro.errors import ConfigError
 from megatron_retro.inference.serving.connections import FewLines, bounded_connection
+from megatron_retro.inference.serving.guards import Guards
 from megatron_retro.inference.serving.server import read_api_keys
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -185,3 +187,26 @@ def test_more_connections_than_files_are_refused_at_the_start(monkeypatch: pytes
     with pytest.raises(ConfigError, match="ulimit"):
         bounded_connection(ServeConfig(max_connections=200))
     assert bounded_connection(ServeConfig(max_connections=100)).max_connections == 100
+
+
+def test_reader_that_takes_nothing_is_dropped() -> None:
+    """The sender's side alone: a connection that never accepts a byte ends the request, and what feeds it."""
+    ended: list[str] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        finally:
+            ended.append("application")
+
+    async def stuck(_: Any) -> None:
+        await asyncio.sleep(60)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    guarded = Guards(application, ServeConfig(max_body_bytes=1024, send_seconds=0.1))
+    scope = {"type": "http", "path": "/", "headers": []}
+    started = time.monotonic()
+    asyncio.run(guarded(scope, receive, stuck))
+    assert ended == ["application"] and time.monotonic() - started < 5
