@@ -22,8 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_retro.assembly.parallel_model import ParallelModel
 from megatron_retro.config.data import DataConfig
+from megatron_retro.config.hardware import accelerator
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.sections import ALL_SECTIONS
+from megatron_retro.config.settings import build_settings
+from megatron_retro.config.toml_files import preset_path, read_recipe
 from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.retro import Retro
@@ -31,9 +35,7 @@ from megatron_retro.parallel.collectives import TensorAxis
 from megatron_retro.parallel.mesh import TENSOR, build_mesh
 from megatron_retro.parallel.partition import stage_parts
 from megatron_retro.parallel.tensor_parallel import cut_model
-from megatron_retro.parallel.traffic import boundary_bytes, microbatch_sizes, tensor_bytes
-from megatron_retro.planning.trace import trace_parts
-from megatron_retro.planning.workload import Layout, Workload
+from megatron_retro.planning.plan import make_plan
 from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main
 from megatron_retro.testing.layouts import random_batches, tiny_settings
 from megatron_retro.testing.processes import run_ranks
@@ -50,19 +52,6 @@ MEDIUM = {
     "seq_length": 512,
     "global_batch_size": 1,
 }
-PUBLISHED = ModelConfig(
-    num_layers=48,
-    hidden_size=8192,
-    ffn_hidden_size=21824,
-    num_attention_heads=64,
-    swiglu=True,
-    disable_bias_linear=True,
-    apply_layernorm_1p=True,
-    rotary_percent=0.5,
-    vocab_size=256000,
-    untie_embeddings_and_output_weights=True,
-)
-PUBLISHED_RETRO = RetroConfig(retro_add_retriever=True, retro_layers=tuple(range(9, 49, 3)))
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -203,21 +192,27 @@ def _room(path: str, name: str) -> str:
     return "tensor operations" if path == "~" else "the rest of torch and of the model"
 
 
-def published_bytes(tensor: int) -> tuple[float, float, float, float]:
-    """Traced and by formula for three layers of the 48B model; its whole depth; a border of its pipeline."""
-    parallel = ParallelConfig(tensor_model_parallel_size=tensor, sequence_parallel=True)
-    sizes = microbatch_sizes(PUBLISHED, PUBLISHED_RETRO, 1, 4096, 2)
-    work = Workload(PUBLISHED, PUBLISHED_RETRO, 4096, 768, 768, 2)
-    layout = Layout(tensor, tensor, sequence_parallel=True)
-    traced = sum(part.sent_bytes for part in trace_parts(work, layout).parts.values())
-    three = ModelConfig(**{**vars(PUBLISHED), "num_layers": 3})
-    three_retro = RetroConfig(retro_add_retriever=True, retro_layers=(2, 3))
-    return (
-        traced,
-        tensor_bytes(three, three_retro, parallel, sizes),
-        tensor_bytes(PUBLISHED, PUBLISHED_RETRO, parallel, sizes),
-        boundary_bytes(parallel, sizes, with_neighbors=True),
+def published_bytes() -> tuple[float, float]:
+    """What a rank of the published 48B Retro sends for a microbatch if it holds the whole depth; over a border."""
+    whole, cut = (
+        build_settings(
+            ALL_SECTIONS,
+            {
+                **read_recipe(preset_path("retro-48b"), ALL_SECTIONS, ALL_SECTIONS),
+                "bf16": True,
+                "tensor_model_parallel_size": 8,
+                "sequence_parallel": True,
+                "pipeline_model_parallel_size": stages,
+                "plan_gpus_per_node": 8 * stages,
+                "global_batch_size": stages,
+            },
+            {},
+        )
+        for stages in (1, 2)
     )
+    (rank,) = make_plan(whole, accelerator("H100")).ranks
+    first, _ = make_plan(cut, accelerator("H100")).ranks
+    return rank.total.sent_bytes, 2 * first.border_bytes
 
 
 def run(quick: bool) -> list[Figure]:
@@ -240,10 +235,8 @@ def run(quick: bool) -> list[Figure]:
         Figure("host time of a parallel layer", after, "us"),
         *(Figure(f"of the difference: {name}", value, "us, profiled") for name, value in parts),
     ]
-    traced, formula, depth, border = published_bytes(8)
-    assert traced == formula, f"traced {traced} bytes, formula {formula}"
+    depth, border = published_bytes()
     figures += [
-        Figure("48B, tensor 8 + sequence: traced bytes over formula, three layers", traced / formula, "x", 1.0),
         Figure("48B, tensor 8 + sequence: sent per rank and microbatch", depth / 1e9, "GB"),
         Figure("48B, tensor 8 + sequence: over a border of the pipeline, both ways", border / 1e6, "MB"),
     ]

@@ -259,7 +259,7 @@ that should be seen on it: what was measured, and whether it was seen.""",
         "plan",
         "what a run costs before it starts: memory, time, balance, money, what is wrong with it",
         ALL_SECTIONS,
-        "planning.report:print_plan",
+        "planning.plan_text:print_plan",
         "Size, time, price and faults of a recipe on a cluster (--plan-nodes, --plan-hardware), without starting it. "
         "Exit 2 if it cannot run as it stands. --suggest lists the best layouts.",
         Positional("words", "*", "words of the verb that would run; not read"),

@@ -18,6 +18,9 @@ from megatron_retro.errors import ConfigError
 Reads = Mapping[type, Sequence[str]]
 
 
+UNSET = "none"
+
+
 @dataclass(frozen=True)
 class Positional:
     """Words of a verb that stand without a flag; `count` is argparse's nargs."""
@@ -93,9 +96,14 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, spec: FieldSpec) -> Non
 
 
 def _converter(spec: FieldSpec) -> Callable[[str], Any]:
-    """Text -> the field's type; a text that does not convert stays text, for the check that names it."""
+    """Text -> the field's type; a text that does not convert stays text, for the check that names it.
+
+    `none` unsets what a recipe sets, where a field may be unset.
+    """
 
     def convert(text: str) -> Any:
+        if text == UNSET and spec.optional:
+            return None
         try:
             return spec.kind(text)
         except ValueError:
@@ -140,7 +148,8 @@ def parse_settings(
         found = read_recipe(path, sections, all_sections, namespace.preset)
         values.update(found)
         origins.update(dict.fromkeys(found, origin))
-    flags = {name: value for name, value in vars(namespace).items() if name in specs_by_name(sections)}
+    given = {name: value for name, value in vars(namespace).items() if name in specs_by_name(sections)}
+    flags = {name: None if value == [None] else value for name, value in given.items()}
     _refuse_illegal(flags, sections)
     values.update(flags)
     origins.update(dict.fromkeys(flags, "flag"))

@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 SectionType = TypeVar("SectionType")
@@ -114,6 +115,7 @@ class FieldSpec:
         return self.kind(value)
 
 
+@cache
 def field_specs(section: type) -> tuple[FieldSpec, ...]:
     """The fields of a section, in order."""
     hints = typing.get_type_hints(section)

@@ -47,7 +47,8 @@ class Settings:
         left = dict(changes)
         for section in self:
             names = {field.name for field in dataclasses.fields(section)} & set(left)
-            sections.append(dataclasses.replace(section, **{name: left.pop(name) for name in names}))
+            own = {name: left.pop(name) for name in names}
+            sections.append(dataclasses.replace(section, **own) if own else section)
         if left:
             raise KeyError(f"no section here has {sorted(left)}")
         return Settings(sections, {**self._origins, **dict.fromkeys(changes, "code")})

@@ -10,6 +10,7 @@ retrieval layer encodes them, in the light of its own (normed) state. What a pip
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -195,3 +196,10 @@ def _require_mask(neighbors: Neighbors[Tensor]) -> None:
 def _all_present(neighbors: Neighbors[Tensor]) -> Neighbors[Tensor]:
     """As the published checkpoints were trained: in place of the absent, what stands there."""
     return Neighbors(neighbors.tokens_BCKR.clamp(min=0), torch.ones_like(neighbors.mask_BCKR))
+
+
+def count_parameters(model: ModelConfig, retro: RetroConfig) -> int:
+    """Parameters of the model itself, built without memory; rows that only pad the vocabulary do not count."""
+    with torch.device("meta"):
+        built = Retro(replace(model, make_vocab_size_divisible_by=1), retro)
+    return sum(parameter.numel() for parameter in built.parameters())

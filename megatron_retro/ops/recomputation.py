@@ -31,12 +31,17 @@ class _Pack:
     """Gives the recipe for one tensor and every other tensor as it is. Blocks nest: the inner one's tensor counts."""
 
     def __init__(self, tensor: Tensor, compute: Callable[[], Tensor]) -> None:
-        self.place, self.count, self.compute = tensor.data_ptr(), tensor.numel(), compute
+        self.place, self.count, self.compute = _place(tensor), tensor.numel(), compute
 
     def __call__(self, saved: Tensor) -> _Packed:
-        if saved.data_ptr() != self.place or saved.numel() != self.count:
+        if _place(saved) != self.place or saved.numel() != self.count:
             return saved
         return partial(_again, self.compute, saved.shape)
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Which memory a tensor begins in; one without memory has an address of zero, like all others."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def _unpack(packed: _Packed) -> Tensor:

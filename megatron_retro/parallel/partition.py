@@ -1,19 +1,21 @@
 """Which decoder layers each pipeline stage holds: as even as can be by multiply-adds, or as the user says.
 
-The neighbour encoder runs inside the first retrieval layer, so both are one piece. The embedding goes with the first
+The neighbour encoder runs inside the first retrieval layer, so both stay together. The embedding goes with the first
 layer, the head with the last. A stage that needs the token embedding without being the first (the encoder's, and the
 last one when the output is tied) holds a replica, whose gradient is summed over the stages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, cycle, islice
 
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig, parse_layout, virtual_stages
 from megatron_retro.config.settings import Settings
-from megatron_retro.model.costs import ModelCosts, model_costs
+from megatron_retro.model.costs import ENCODER, HEAD, model_costs
 from megatron_retro.runtime.console import readable_count, render_table
 
 
@@ -48,7 +50,7 @@ def stage_parts(settings: Settings, seq_length: int) -> tuple[StagePart, ...]:
     if parallel.pipeline_layout is not None:
         counts = parse_layout(parallel.pipeline_layout)
     else:
-        counts = even_cut(layer_costs(model, retro, seq_length), num_stages)
+        counts = best_partition(layer_costs(model, retro, seq_length), num_stages)
     return parts_of_counts(model, retro, counts)
 
 
@@ -79,42 +81,59 @@ def parts_of_counts(model: ModelConfig, retro: RetroConfig, counts: Sequence[int
     return tuple(parts)
 
 
-def layer_costs(model: ModelConfig, retro: RetroConfig, seq_length: int) -> list[float]:
+def layer_costs(model: ModelConfig, retro: RetroConfig, seq_length: int) -> tuple[float, ...]:
     """Multiply-adds of each decoder layer with what goes with it: encoder, head."""
     costs = model_costs(model, retro, seq_length)
-    per_layer = [_named(costs, f"layers.{layer}") for layer in range(model.num_layers)]
+    per_layer = [costs.named(f"layers.{layer}").multiply_adds for layer in range(model.num_layers)]
     retrieval = retro.retrieval_layers(model.num_layers)
     if retrieval:
-        per_layer[min(retrieval) - 1] += _named(costs, "encoder")
-    per_layer[0] += _named(costs, "embedding")
-    per_layer[-1] += _named(costs, "head")
-    return per_layer
+        per_layer[min(retrieval) - 1] += costs.named(ENCODER).multiply_adds
+    per_layer[-1] += costs.named(HEAD).multiply_adds
+    return tuple(per_layer)
 
 
-def _named(costs: ModelCosts, name: str) -> float:
-    return costs.named(name).multiply_adds
-
-
-def even_cut(costs: Sequence[float], num_stages: int) -> tuple[int, ...]:
-    """Contiguous groups, none empty, whose largest sum is as small as it can be (and then the sum of squares)."""
-    count = len(costs)
-    sums = [0.0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
-    best: dict[tuple[int, int], tuple[float, float, tuple[int, ...]]] = {(0, 0): (0.0, 0.0, ())}
+@cache
+def best_partition(costs: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
+    """Sizes of contiguous groups, none empty, whose largest sum is as small as it can be (then the sum of squares)."""
+    sums = [0.0, *accumulate(costs)]
+    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}  # by the layers that are shared out
     for stage in range(1, num_stages + 1):
-        for end in range(stage, count - (num_stages - stage) + 1):
-            options = []
-            for start in (start for start in range(stage - 1, end) if (stage - 1, start) in best):
-                largest, squares, sizes = best[stage - 1, start]
-                group = sums[end] - sums[start]
-                options.append((max(largest, group), squares + group * group, (*sizes, end - start)))
-            best[stage, end] = min(options)
-    return best[num_stages, count][2]
+        ends = range(stage, len(costs) - (num_stages - stage) + 1)
+        best = {end: min(_with_group(best, sums, end)) for end in ends}
+    return best[len(costs)][2]
+
+
+def _with_group(
+    best: Mapping[int, tuple[float, float, tuple[int, ...]]], sums: Sequence[float], end: int
+) -> Iterator[tuple[float, float, tuple[int, ...]]]:
+    """Largest sum, sum of squares and sizes with one more group that ends here, for every place where it may start."""
+    for start, (largest, squares, sizes) in best.items():
+        if start < end:
+            group = sums[end] - sums[start]
+            yield max(largest, group), squares + group * group, (*sizes, end - start)
+
+
+def improved_partition(
+    sizes: Sequence[int], seconds: Callable[[tuple[int, ...]], float], tries: int
+) -> tuple[int, ...]:
+    """Move a layer from one stage to another for as long as that takes less time, and tries are left."""
+    best, least = tuple(sizes), seconds(tuple(sizes))
+    moves = [(giver, taker) for giver in range(len(best)) for taker in range(len(best)) if giver != taker]
+    since_improved = 0
+    for giver, taker in islice(cycle(moves), tries):
+        if best[giver] > 1:
+            moved = tuple(size - (at == giver) + (at == taker) for at, size in enumerate(best))
+            taken = seconds(moved)
+            if taken < least * (1 - 1e-6):
+                best, least, since_improved = moved, taken, 0
+        since_improved += 1
+        if since_improved > len(moves):
+            break
+    return best
 
 
 def describe_stages(settings: Settings, seq_length: int) -> str:
-    """The cut as a table."""
+    """The partition as a table."""
     model, retro = settings[ModelConfig], settings[RetroConfig]
     costs = layer_costs(model, retro, seq_length)
     rows = []

@@ -1,4 +1,4 @@
-"""Files and hours of the data side: token files, index, neighbour table.
+"""The data side: bytes and hours of token files, index and neighbour table; what is wrong with those that are there.
 
 The rates are those of the published build; `build-retrieval --retro-tasks plan` measures a machine's own.
 """
@@ -9,11 +9,14 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+from megatron_retro.config.data import DataConfig
 from megatron_retro.config.evaluation import PlanningConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.retrieval import RetrievalConfig
 from megatron_retro.config.settings import Settings
+from megatron_retro.errors import MegatronRetroError
 from megatron_retro.planning.workload import workload_of
 from megatron_retro.runtime.console import readable_bytes, readable_count, readable_seconds
 
@@ -103,3 +106,31 @@ def data_lines(settings: Settings) -> Iterator[str]:
         yield f"              {wall} of CPU work on {planning.plan_data_workers} workers of one core"
     if planning.plan_price_per_cpu_hour is not None:
         yield f"price         {hours * planning.plan_price_per_cpu_hour:,.0f} of CPU hours"
+
+
+def data_faults(settings: Settings) -> tuple[list[str], list[str]]:
+    """What is wrong with the files that a run would read, and which are not there yet."""
+    data = settings[DataConfig]
+    if data.mock_data or data.data_path is None:
+        return [], []
+    absent = [path for path in _files(data, settings[RetroConfig]) if not path.exists()]
+    if absent:
+        return [], [f"{path} is not there yet" for path in absent]
+    from megatron_retro.data.builders import build_dataset
+
+    try:
+        build_dataset(settings, "train", eod=None)
+    except MegatronRetroError as error:
+        return [str(error)], []
+    return [], []
+
+
+def _files(data: DataConfig, retro: RetroConfig) -> Iterator[Path]:
+    from megatron_retro.data.blends import parse_data_path
+
+    for entry in parse_data_path(data.data_path or ()):
+        yield Path(f"{entry.path}.idx")
+    if retro.retro_add_retriever and retro.retro_num_neighbors:
+        yield from (Path(path) for path in data.neighbor_path or ())
+        if data.database_path is not None:
+            yield Path(data.database_path)

@@ -37,13 +37,13 @@ def inference_report(settings: Settings) -> str:
         )
     # stages are whole layers: the largest has this share of them
     share = math.ceil(work.model.num_layers / stages) / work.model.num_layers / tensor
-    weights = work.costs.parameters * work.value_bytes * share
+    weights = work.parameters * work.value_bytes * share
     cache = cache_bytes(work) * evaluation.eval_batch_size * share
     usable = machine.memory_bytes * (1 - planning.plan_memory_margin)
     cut = "" if tensor * stages == 1 else f" of {tensor * stages} each (tensor {tensor} x pipeline {stages})"
     lines = [
         f"evaluate on {planning.world_size()} {machine.name}: {replicas} replicas{cut}, which share the questions",
-        f"  weights      {readable_bytes(weights)} each, {readable_count(work.costs.parameters)} parameters in all",
+        f"  weights      {readable_bytes(weights)} each, {readable_count(work.parameters)} parameters in all",
         f"  caches       {readable_bytes(cache)} for {evaluation.eval_batch_size} prompts of {work.seq_length} tokens",
     ]
     if weights + cache > usable:

@@ -1,19 +1,21 @@
 """Bytes on one rank at the worst moment of a step, by kind.
 
 Parameters are float32 and their own master weights. Under bf16 the trainer computes on copies, made once per step and
-kept to its end (under `full` sharding only for the unit that runs). The head's logits exist for a block of tokens.
+kept to its end (under `full` sharding only for the unit that runs). What a microbatch keeps, and what a backward needs
+beside, come from the trace.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from megatron_retro.ops.linear_cross_entropy import BLOCK_BYTES
-from megatron_retro.planning.ranks import RankPlan
+from megatron_retro.planning.ranks import RankPlan, StagePlan
+from megatron_retro.planning.schedule import Action, most_held, orders_of
 from megatron_retro.planning.workload import Layout, Workload
 
 MASTER_BYTES, MOMENT_BYTES = 4, 8
-_LOSS_COPIES = 3.0  # logits, their float32 form and its slope
+_START, _END = 0, 1  # of a backward, as `most_held` gives them
 
 
 @dataclass(frozen=True)
@@ -38,40 +40,27 @@ class Memory:
         return [(field.name, getattr(self, field.name)) for field in fields(self)]
 
 
-def microbatches_in_flight(layout: Layout, rank: int, microbatches: int) -> float:
-    """How many microbatches' activations a rank holds at most, in units of all of its pieces."""
-    if layout.pipeline == 1:
-        return 1.0
-    if layout.schedule == "gpipe":
-        return float(microbatches)
-    if layout.pieces_per_rank == 1:
-        return float(min(layout.pipeline - rank, microbatches))
-    pieces = 2 * (layout.pipeline - rank - 1) + (layout.pieces_per_rank - 1) * layout.pipeline + 1
-    return min(pieces, microbatches * layout.pieces_per_rank) / layout.pieces_per_rank
-
-
 def rank_memory(plan: RankPlan, work: Workload, layout: Layout) -> Memory:
-    """The worse of two moments of the oldest microbatch's backward: its start, with every activation and the loss, or
-    its end, with every gradient. Gradients of earlier microbatches are there at both."""
-    start, end = (_at(moment, plan, work, layout) for moment in ("start", "end"))
+    """The worse of two moments of a backward: its start, with every activation and the loss, or its end, with every
+    gradient. Gradients of earlier microbatches are there at both."""
+    start, end = (_at(moment, plan, work, layout) for moment in (_START, _END))
     return max(start, end, key=lambda memory: memory.total)
 
 
-def _at(moment: str, plan: RankPlan, work: Workload, layout: Layout) -> Memory:
-    microbatches = layout.microbatches(work.global_batch)
-    in_flight = microbatches_in_flight(layout, plan.rank, microbatches)
-    starts = moment == "start"
-    waiting = in_flight if starts else in_flight - 1.0
-    loss = 0.0
-    if plan.holds_head:
-        loss = _loss_bytes(work, layout) if starts else _kept_loss_bytes(work, layout)
+def _at(moment: int, plan: RankPlan, work: Workload, layout: Layout) -> Memory:
+    microbatches, starts = layout.microbatches(work.global_batch), moment == _START
+    order = orders_of(layout, microbatches)[plan.rank]
+    held = most_held(order, {stage.part.index: stage.saved_bytes for stage in plan.stages})[moment]
+    neighbors = most_held(order, {stage.part.index: stage.neighbor_bytes for stage in plan.stages})[moment]
+    loss = plan.head.saved_bytes + plan.head.working_bytes if starts else 0.0
+    working = max(plan.working_bytes - loss, 0.0) if starts else 0.0
     return Memory(
         weights=_weights(plan, work, layout),
         gradients=_earlier_gradients(plan, layout, microbatches) if starts else _gradients(plan, layout),
-        optimizer=plan.trained_parameters * MOMENT_BYTES / _shards(layout),
-        activations=waiting * plan.saved_bytes + max(plan.transient_bytes - (loss if starts else 0.0), 0.0),
-        neighbors=waiting * plan.neighbor_bytes,
-        communication=_buffers(plan, layout, starts),
+        optimizer=plan.total.trained_parameters * MOMENT_BYTES / _shards(layout),
+        activations=held - neighbors + working,
+        neighbors=neighbors,
+        communication=_buffers(plan, layout, order, moment),
         loss=loss,
     )
 
@@ -81,17 +70,17 @@ def _shards(layout: Layout) -> int:
 
 
 def _weights(plan: RankPlan, work: Workload, layout: Layout) -> float:
-    masters = plan.parameters * MASTER_BYTES / _shards(layout)
+    masters = plan.total.parameters * MASTER_BYTES / _shards(layout)
     if layout.sharding == "full" and layout.data > 1:
         return masters + 2 * plan.largest_unit * work.value_bytes
     if work.value_bytes != MASTER_BYTES or _shards(layout) > 1:
-        return masters + plan.parameters * work.value_bytes
+        return masters + plan.total.parameters * work.value_bytes
     return masters
 
 
 def _earlier_gradients(plan: RankPlan, layout: Layout, microbatches: int) -> float:
     """Those of the microbatches before: whole unless each was reduced at once."""
-    whole = float(plan.trained_parameters * MASTER_BYTES)
+    whole = float(plan.total.trained_parameters * MASTER_BYTES)
     if microbatches == 1:
         return 0.0
     return whole / layout.data if _reduces_each(layout) else whole
@@ -99,37 +88,30 @@ def _earlier_gradients(plan: RankPlan, layout: Layout, microbatches: int) -> flo
 
 def _gradients(plan: RankPlan, layout: Layout) -> float:
     """At the end of a backward; without a pipeline each sharded unit is reduced as soon as it is complete."""
-    whole = float(plan.trained_parameters * MASTER_BYTES)
+    whole = float(plan.total.trained_parameters * MASTER_BYTES)
     if _shards(layout) == 1 or layout.pipeline > 1:
         return whole
-    return whole / layout.data + min(plan.largest_unit, plan.trained_parameters) * MASTER_BYTES
+    return whole / layout.data + min(plan.largest_unit, plan.total.trained_parameters) * MASTER_BYTES
 
 
 def _reduces_each(layout: Layout) -> bool:
     return layout.sharding in ("gradients", "full") and layout.data > 1 and layout.pipeline == 1
 
 
-def _buffers(plan: RankPlan, layout: Layout, starts: bool) -> float:
-    """Boundary tensors being received and sent; a unit being reduced over the data ranks."""
-    boundary = 2 * plan.boundary_bytes if layout.pipeline > 1 else 0.0
-    reduced = min(plan.largest_unit, plan.trained_parameters) * MASTER_BYTES if layout.data > 1 and not starts else 0.0
-    return boundary + reduced
+def _buffers(plan: RankPlan, layout: Layout, order: Sequence[Action], moment: int) -> float:
+    """What crosses borders, and a unit that is reduced over the data ranks."""
+    reduced = 0.0
+    if layout.data > 1 and moment == _END:
+        reduced = min(plan.largest_unit, plan.total.trained_parameters) * MASTER_BYTES
+    return border_buffers(plan.stages, order)[moment] + reduced
 
 
-def _loss_bytes(work: Workload, layout: Layout) -> float:
-    """Logits of a block and the vocabulary matrix's gradient in float32; later that gradient twice, to scale it."""
-    rows, positions = work.model.padded_vocab_size() / layout.tensor, layout.micro_batch * work.seq_length
-    gradient, block = _vocabulary_gradient(work, layout), min(BLOCK_BYTES, positions * rows * MASTER_BYTES)
-    return gradient + (max(block, gradient) if layout.tensor == 1 else block * _LOSS_COPIES)
+def border_buffers(stages: Sequence[StagePlan], order: Sequence[Action]) -> tuple[float, float]:
+    """Of a rank's stages under a schedule, as a backward starts and as it ends.
 
-
-def _kept_loss_bytes(work: Workload, layout: Layout) -> float:
-    """An uncut model's loss makes the vocabulary's gradient in its forward; it is there until the backward ends."""
-    return _vocabulary_gradient(work, layout) if layout.tensor == 1 else 0.0
-
-
-def _vocabulary_gradient(work: Workload, layout: Layout) -> float:
-    """None of a frozen decoder's."""
-    trained = work.trained.decoder and work.trained.weights
-    rows = work.model.padded_vocab_size() / layout.tensor if trained else 0
-    return float(rows * work.model.hidden_size * MASTER_BYTES)
+    `parallel.schedules.BoundedStage` keeps what came in from its receive to the end of its microbatch's backward. One
+    more microbatch is being received, and one gradient each way. Evaluations keep less: nothing waits for a backward.
+    """
+    start, end = most_held(order, {stage.part.index: stage.received_bytes for stage in stages})
+    passing = max(2 * stage.received_bytes + 2 * stage.sent_bytes for stage in stages)
+    return start + passing, end + passing

@@ -1,201 +1,231 @@
-"""What the model's own code keeps and sends: a few layers, cut as they would be, run without memory or peers.
+"""What the model's own code holds, computes and sends: a few layers, cut as they would be, run without memory or peers.
 
-Two plain and two retrieval layers with encoder, embedding and head stand for all: before the first retrieval layer a
-frozen decoder keeps nothing. The numbers follow the code: an operator that keeps less for the backward, a cut that
-sends less, or a weight that is frozen, changes them without a word here.
+The model that stands in for the whole has two plain and two retrieval layers, an encoder, an embedding and a head. The
+trainer's own code builds, cuts, freezes and tunes it, and makes it recompute. So the numbers follow the code: an
+operator that keeps less for the backward, a cut that sends less, or a weight that is frozen, changes them without a
+word here. Layers of a kind are alike, which `tests/planning/test_ranks.py` holds to traces of whole stages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_retro.assembly.stage_building import freeze
+from megatron_retro.assembly.stage_building import compute_dtype, stage_on_meta, trained_parts
+from megatron_retro.config.data import DataConfig
+from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import OptimizerConfig, TrainingConfig
 from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.retro import Retro
 from megatron_retro.ops.local_tensors import local
-from megatron_retro.parallel.collectives import TensorAxis
-from megatron_retro.parallel.layer_transforms import keeps
-from megatron_retro.parallel.mesh import TENSOR
-from megatron_retro.parallel.tensor_parallel import cut_model, cut_prompt
-from megatron_retro.peft.attach import attach, connect
-from megatron_retro.planning.fake_ranks import fake_rank, without_memory
-from megatron_retro.planning.workload import Layout, Workload
+from megatron_retro.parallel.data_parallel import fsdp_units
+from megatron_retro.parallel.partition import StagePart, stage_parts
+from megatron_retro.planning.fake_device import GPU, fake_rank, without_memory
+from megatron_retro.planning.recorder import PartTrace, Recorder, size
 
-EMBEDDING, LAYER, FIRST, AFTER, RETRIEVAL, ENCODER, HEAD = (
+EMBEDDING, POSITIONS, LAYER, FIRST, AFTER, RETRIEVAL, ENCODER, NEIGHBORS, HEAD = (
     "embedding",
+    "learned positions",
     "layer",
     "first retrieval layer",
     "layer after the first retrieval layer",
     "retrieval layer",
     "encoder",
+    "encoded neighbours",
     "head",
 )
-
-
-@dataclass
-class PartTrace:
-    """One part of the model, for one microbatch on one tensor rank: what it saves for the backward when nothing is
-    recomputed, what selective recomputation keeps, and what it sends to tensor ranks forward and backward."""
-
-    saved_bytes: int = 0
-    kept_bytes: int = 0
-    sent_bytes: float = 0.0
+LAYERS = (LAYER, FIRST, AFTER, RETRIEVAL)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """All parts; a rank's hidden state, and the encoded neighbours as retrieval layers read them (whole)."""
+    """Every part by name; the bytes of a rank's hidden state and of the encoded neighbours that layers read (whole)."""
 
     parts: dict[str, PartTrace]
-    hidden_bytes: int
-    encoded_bytes: int
+    hidden_bytes: float
+    encoded_bytes: float
 
     def part(self, name: str) -> PartTrace:
-        """What is traced of a part; nothing of one that does not run (the encoder behind a shut gate)."""
+        """Nothing for a part that does not run (the encoder behind a shut gate)."""
         return self.parts.get(name, PartTrace())
 
-
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Attributes saved tensors and collectives to the innermost part that runs; a storage counts once."""
-
-    def __init__(self, parameters: set[int], group_size: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.parts: dict[str, PartTrace] = {}
-        self.stack: list[str] = []
-        self.last = HEAD
-        self.seen = dict.fromkeys(parameters)
-        self.kept: list[Tensor] = []
-        self.ring = (group_size - 1) / group_size
-        self.forward = True
-
-    @property
-    def part(self) -> PartTrace:
-        """The innermost part that runs. Torch says at once that a part has ended whose input needs no gradient."""
-        outside = HEAD if self.forward else self.last
-        return self.parts.setdefault(self.stack[-1] if self.stack else outside, PartTrace())
-
-    def save(self, tensor: Tensor) -> Tensor:
-        """A saved-tensor hook."""
-        plain = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        storage = plain.untyped_storage()
-        if storage._cdata not in self.seen:
-            self.seen[storage._cdata] = None
-            self.kept.append(plain)  # a freed storage's address would be taken by another one
-            self.part.saved_bytes += storage.nbytes()
-        return tensor
-
-    def leave_out(self, tensor: Tensor) -> None:
-        """A storage that is counted elsewhere."""
-        self.kept.append(tensor)
-        self.seen[tensor.untyped_storage()._cdata] = None
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default:
-            return arguments[0].dtype == torch.bool or 1  # code that looks at values sees full masks
-        if function.namespace == "c10d":
-            self.part.sent_bytes += self._sent(function.__name__, arguments)
-        result = function(*arguments, **(keywords or {}))
-        if self.forward and keeps(function.name()):
-            self.part.kept_bytes += _size(result)
-        return result
-
-    def _sent(self, name: str, arguments: Any) -> float:
-        """Bytes that a rank sends in a ring: the whole once around, twice for a sum that all get."""
-        sizes = [_size(argument) for argument in arguments[:2]]
-        return max(sizes) * self.ring * (2 if name.startswith("allreduce") else 1)
+    def times(self, number: float) -> Trace:
+        """With so many times the samples in a microbatch."""
+        parts = {name: part.times(number) for name, part in self.parts.items()}
+        return Trace(parts, self.hidden_bytes * number, self.encoded_bytes * number)
 
 
-def _size(argument: Any) -> int:
-    if isinstance(argument, (list, tuple)):
-        return sum(map(_size, argument))
-    return argument.numel() * argument.element_size() if isinstance(argument, Tensor) else 0
+@dataclass(frozen=True)
+class StageTraces:
+    """What the first stage's parts are made of, and those of later ones."""
+
+    first: Trace
+    later: Trace
+
+    def of(self, part: StagePart) -> Trace:
+        """The one that tells of a stage."""
+        return self.first if part.first else self.later
+
+    def times(self, number: float) -> StageTraces:
+        """With so many times the samples in a microbatch."""
+        return StageTraces(self.first.times(number), self.later.times(number))
 
 
-def trace_parts(work: Workload, layout: Layout) -> Trace:
-    """Run forward and backward of the standing-in model on tensor rank 0."""
-    retro = replace(work.retro, retro_layers=(2, 4) if work.retro.retro_add_retriever else None)
-    parallel = ParallelConfig(tensor_model_parallel_size=layout.tensor, sequence_parallel=layout.sequence_parallel)
-    value_type = torch.bfloat16 if work.value_bytes == 2 else torch.float32
-    with fake_rank(0, layout.tensor, parallel) as mesh, without_memory(value_type):
-        model = Retro(replace(work.model, num_layers=4), retro)
-        if work.peft is not None:
-            attach(model, work.peft)
-        axis = TensorAxis(mesh.group(TENSOR), layout.sequence_parallel) if layout.tensor > 1 else None
-        if axis is not None:
-            cut_model(model, mesh.devices[TENSOR], axis)
-            cut_prompt(model, axis)
-        connect(model)
-        freeze(model, work.trained)
-        return _run(model, work, layout)
+def trace_stages(settings: Settings, device: torch.device = GPU) -> StageTraces:
+    """Both kinds of stage. They differ where decoder layers are frozen: a later stage's input always gets a gradient.
+
+    Where something is tuned inside every decoder layer, all but the first have such an input.
+    """
+    trained = trained_parts(settings)
+    if trained.decoder:
+        only = trace_parts(settings, device, behind_border=not trained.weights)
+        return StageTraces(only, only)
+    first = trace_parts(settings, device)
+    pipelined = settings[ParallelConfig].pipeline_model_parallel_size > 1
+    return StageTraces(first, trace_parts(settings, device, behind_border=True) if pipelined else first)
 
 
-def _run(model: Retro, work: Workload, layout: Layout) -> Trace:
-    tokens_BS = torch.zeros(layout.micro_batch, work.seq_length, dtype=torch.long)
-    parameters = {local(parameter).untyped_storage()._cdata for parameter in model.parameters()}
-    recorder = _Recorder(parameters, layout.tensor)
+def trace_parts(settings: Settings, device: torch.device = GPU, *, behind_border: bool = False) -> Trace:
+    """Forward and backward of the model that stands in for the whole, on tensor rank 0.
+
+    With `behind_border` the input of its layers gets a gradient, whatever trains.
+    """
+    retrieves = settings[RetroConfig].retro_add_retriever
+    settings = settings.replace(
+        num_layers=4 if retrieves else 1,
+        retro_layers=(2, 4) if retrieves else None,
+        pipeline_model_parallel_size=1,
+        num_layers_per_virtual_pipeline_stage=None,
+        pipeline_layout=None,
+    )
+    parallel = settings[ParallelConfig]
+    with fake_rank(0, parallel.tensor_model_parallel_size, parallel) as mesh:
+        (part,) = stage_parts(settings, settings[DataConfig].seq_length)
+        model = stage_on_meta(settings, part, mesh).model
+        shapes = local_shapes(model)
+        with without_memory(device):
+            hold_plainly(model, shapes, device, compute_dtype(settings[OptimizerConfig]))
+            if behind_border and model.embedding is not None:
+                model.embedding.register_forward_hook(lambda module, arguments, hidden: hidden.requires_grad_())
+            return _run(model, settings, device)
+
+
+def local_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Of this rank's part of every parameter."""
+    return {name: local(parameter).shape for name, parameter in model.named_parameters()}
+
+
+def hold_plainly(model: nn.Module, shapes: Mapping[str, torch.Size], device: torch.device, dtype: torch.dtype) -> None:
+    """Let a model hold its parts of parameters as plain tensors, in the type that it computes in."""
+    for name, parameter in list(model.named_parameters()):
+        path, _, leaf = name.rpartition(".")
+        part = torch.empty(shapes[name], dtype=dtype, device=device)
+        setattr(model.get_submodule(path), leaf, nn.Parameter(part, parameter.requires_grad))
+
+
+def _run(model: Retro, settings: Settings, device: torch.device) -> Trace:
+    parallel, training = settings[ParallelConfig], settings[TrainingConfig]
+    shape = (training.micro_batch_size, settings[DataConfig].seq_length)
+    tokens_BS = torch.zeros(shape, dtype=torch.long, device=device)
+    neighbors = full_neighbors(settings, device)
+    recorder = Recorder(parallel.tensor_model_parallel_size, model.parameters())
     passed: dict[str, int] = {}
-    _watch(model, recorder, passed)
+    watch(model, recorder, passed)
     with recorder:
-        with torch.autograd.graph.saved_tensors_hooks(recorder.save, lambda tensor: tensor):
-            # without tensor ranks the loss looks at its labels' values, which are not there; its logits do instead
-            labels_BS = tokens_BS if layout.tensor > 1 else None
-            losses_BS = model(tokens_BS, _neighbors(work, layout), labels_BS=labels_BS)
-        recorder.forward = False
+        losses_BS = model(tokens_BS, neighbors, labels_BS=tokens_BS)
+        recorder.end_forward()
         losses_BS.sum().backward()
+    _count_parameters(model, recorder)
     return Trace(recorder.parts, passed[LAYER], passed.get(ENCODER, 0))
 
 
-def _neighbors(work: Workload, layout: Layout) -> Neighbors[Tensor] | None:
-    retro = work.retro
+def full_neighbors(settings: Settings, device: torch.device) -> Neighbors[Tensor] | None:
+    """All neighbours of a microbatch, none absent."""
+    retro = settings[RetroConfig]
     if not retro.retro_add_retriever:
         return None
-    chunks = work.seq_length // retro.retro_chunk_length
-    shape = (layout.micro_batch, chunks, retro.retro_num_neighbors, retro.retrieved_length())
-    return Neighbors(torch.zeros(shape, dtype=torch.int32), torch.ones(shape, dtype=torch.bool))
+    chunks = settings[DataConfig].seq_length // retro.retro_chunk_length
+    shape = (settings[TrainingConfig].micro_batch_size, chunks, retro.retro_num_neighbors, retro.retrieved_length())
+    mask = torch.ones(shape, dtype=torch.bool, device=device)
+    return Neighbors(torch.zeros(shape, dtype=torch.int32, device=device), mask)
 
 
-def _watch(model: Retro, recorder: _Recorder, passed: dict[str, int]) -> None:
-    """Tell the recorder which part runs, forward and backward."""
+def watch(model: Retro, recorder: Recorder, passed: dict[str, int]) -> None:
+    """Tell the recorder which part runs, forward and backward, and remember the size of what each gives."""
     for name, module in _parts(model):
         module.register_forward_pre_hook(partial(_enter, recorder, name))
         module.register_forward_hook(partial(_leave, recorder, passed, name))
-        module.register_full_backward_pre_hook(partial(_enter, recorder, name))
-        module.register_full_backward_hook(partial(_leave_backward, recorder))
+    trained: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:  # gradients are counted by themselves
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
 
 
-def _parts(model: Retro) -> Iterator[tuple[str, nn.Module]]:
-    assert model.embedding is not None and model.output is not None
-    yield EMBEDDING, model.embedding
-    yield from zip((LAYER, FIRST, AFTER, RETRIEVAL), model.layers.values(), strict=True)
-    if model.encoder is not None:
-        yield ENCODER, model.encoder
-    yield HEAD, model.output
-
-
-def _enter(recorder: _Recorder, name: str, module: nn.Module, arguments: Any) -> None:
+def _enter(recorder: Recorder, name: str, module: nn.Module, arguments: Any) -> None:
+    if name == ENCODER:  # it runs inside of a layer, whose turn comes again
+        for tensor in arguments:
+            _when_its_gradient_comes(tensor, partial(recorder.turn_to, FIRST))
     recorder.stack.append(name)
-    recorder.last = name
 
 
 def _leave(
-    recorder: _Recorder, passed: dict[str, int], name: str, module: nn.Module, arguments: Any, output: Any
+    recorder: Recorder, passed: dict[str, int], name: str, module: nn.Module, arguments: Any, output: Any
 ) -> None:
     recorder.stack.pop()
-    first = output[0] if isinstance(output, tuple) else output
-    passed[name] = _size(first)
-    if name == ENCODER:  # counted once for a whole stage, not for the layer that happens to save it first
-        recorder.leave_out(first)
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    passed[name] = size(first)
+    _when_its_gradient_comes(first, partial(recorder.turn_to, name))
+    if name == ENCODER:
+        recorder.credit(first, NEIGHBORS)
 
 
-def _leave_backward(recorder: _Recorder, module: nn.Module, inner: Any, outer: Any) -> None:
-    if recorder.stack:
-        recorder.stack.pop()
+def _when_its_gradient_comes(tensor: Any, act: Callable[[], None]) -> None:
+    if isinstance(tensor, Tensor) and tensor.requires_grad:
+        tensor.register_hook(lambda gradient: act())  # type: ignore[no-untyped-call]
+
+
+def layer_kinds(retro: RetroConfig, num_layers: int) -> list[str]:
+    """The kind of every decoder layer, in order."""
+    retrieval = [number - 1 for number in retro.retrieval_layers(num_layers)]
+    first = min(retrieval, default=num_layers)
+    return [
+        FIRST if layer == first else RETRIEVAL if layer in retrieval else AFTER if layer > first else LAYER
+        for layer in range(num_layers)
+    ]
+
+
+def _parts(model: Retro) -> Iterator[tuple[str, nn.Module]]:
+    kinds = layer_kinds(model.retro, model.model.num_layers)
+    for name, module in (
+        (EMBEDDING, model.embedding),
+        *((kinds[int(index)], layer) for index, layer in model.layers.items()),
+        (ENCODER, model.encoder),
+        (HEAD, model.final_norm),
+        (HEAD, model.output),
+    ):
+        if module is not None:
+            yield name, module
+
+
+def _count_parameters(model: Retro, recorder: Recorder) -> None:
+    unit_ids = {id(unit) for unit in fsdp_units(model)}
+    positions = None if model.embedding is None else model.embedding.position
+    modules = [*_parts(model), *([] if positions is None else [(POSITIONS, positions)])]
+    for name, module in modules:
+        part = recorder.part(name)
+        own = [each for each in module.parameters() if name == POSITIONS or not _belongs_to(each, positions)]
+        sizes = [sum(map(Tensor.numel, each.parameters())) for each in module.modules() if id(each) in unit_ids]
+        part.parameters += sum(map(Tensor.numel, own))
+        part.trained_parameters += sum(each.numel() for each in own if each.requires_grad)
+        part.largest_unit = max([part.largest_unit, *sizes])
+        part.loose_parameters += sum(map(Tensor.numel, own)) - sum(sizes)
+
+
+def _belongs_to(parameter: nn.Parameter, module: nn.Module | None) -> bool:
+    return module is not None and any(parameter is each for each in module.parameters())

@@ -1,38 +1,23 @@
-"""What is computed (`Workload`) and how it is laid over ranks (`Layout`): a plan is a function of these two."""
+"""What a recipe computes (`Workload`), and how it is laid over the ranks of a cluster (`Layout`)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
-import torch
-
-from megatron_retro.assembly.stage_building import trained_parts, uses_peft
+from megatron_retro.assembly.stage_building import compute_dtype, trained_parts
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.evaluation import PlanningConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
-from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.parallel import ParallelConfig, virtual_stages
 from megatron_retro.config.settings import Settings
-from megatron_retro.config.training import OptimizerConfig, PeftConfig, TrainingConfig
-from megatron_retro.model.costs import EVERYTHING, ModelCosts, Trained, model_costs, neighbor_tokens_per_token
-from megatron_retro.model.retro import Retro
-from megatron_retro.parallel.cuts import cut_of
-from megatron_retro.peft.attach import added_parameters, attach
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """Parameters beside a part of the model: those that every tensor rank holds whole, and those that are cut."""
-
-    whole: int = 0
-    cut: int = 0
-
-    def __add__(self, other: Tuned) -> Tuned:
-        return Tuned(self.whole + other.whole, self.cut + other.cut)
-
-    def local(self, tensor: int) -> int:
-        """One tensor rank's."""
-        return self.whole + self.cut // tensor
+from megatron_retro.config.training import CheckpointConfig, OptimizerConfig, TrainingConfig
+from megatron_retro.errors import ConfigError
+from megatron_retro.model.costs import ModelCosts, Trained, model_costs
+from megatron_retro.model.retro import count_parameters
 
 
 @dataclass(frozen=True)
@@ -45,45 +30,22 @@ class Workload:
     global_batch: int
     num_samples: int
     value_bytes: int
-    trained: Trained = EVERYTHING
-    peft: PeftConfig | None = None
+    trained: Trained
 
     @cached_property
     def costs(self) -> ModelCosts:
-        """Parts of the model with the padded vocabulary."""
-        return model_costs(self.model, self.retro, self.seq_length, vocabulary=self.model.padded_vocab_size())
+        """Operations of every part, as the trainer's utilization counts them."""
+        return model_costs(self.model, self.retro, self.seq_length)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Of the whole model, as the trainer counts them."""
+        return count_parameters(self.model, self.retro)
 
     @property
     def training_flops(self) -> float:
         """Forward and backward of one token, without the gradients of what is frozen."""
         return self.costs.training_flops(self.trained)
-
-    @cached_property
-    def tuned(self) -> dict[str, Tuned]:
-        """What is tuned beside each part of the model that has something beside it."""
-        found: dict[str, Tuned] = {}
-        if self.peft is not None:
-            with torch.device("meta"):
-                model = Retro(self.model, self.retro)
-            attach(model, self.peft)
-            for name, parameter in added_parameters(model).items():
-                words, size = name.split("."), parameter.numel()
-                unit = ".".join(words[:2]) if words[0] == "layers" else words[0]
-                more = Tuned(size, 0) if cut_of(name).whole else Tuned(0, size)
-                found[unit] = found.get(unit, Tuned()) + more
-        return found
-
-    @property
-    def neighbor_tokens(self) -> float:
-        """Neighbour tokens of a sample."""
-        if not self.retro.retro_add_retriever:
-            return 0.0
-        return neighbor_tokens_per_token(self.retro) * self.seq_length
-
-    @property
-    def encoder_width(self) -> int:
-        """Width of an encoded neighbour token."""
-        return self.retro.retro_encoder_hidden_size or self.model.hidden_size
 
     @property
     def num_tokens(self) -> float:
@@ -91,60 +53,66 @@ class Workload:
         return float(self.num_samples) * self.seq_length
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a workload is cut over `world_size` ranks."""
-
-    world_size: int
-    tensor: int = 1
-    pipeline: int = 1
-    pieces_per_rank: int = 1
-    context: int = 1
-    sequence_parallel: bool = False
-    schedule: str = "1f1b"
-    sharding: str = "none"
-    recompute: str = "none"
-    micro_batch: int = 1
-    gpus_per_node: int = 8
-
-    @property
-    def model_ranks(self) -> int:
-        """Ranks that hold one replica."""
-        return self.tensor * self.pipeline * self.context
-
-    @property
-    def data(self) -> int:
-        """Replicas."""
-        return max(1, self.world_size // self.model_ranks)
-
-    def microbatches(self, global_batch: int) -> int:
-        """Microbatches of one step on one replica."""
-        return max(1, global_batch // (self.data * self.micro_batch))
-
-    def describe(self) -> str:
-        """Short text for a table."""
-        parts = [f"tensor {self.tensor}{'+sequence' if self.sequence_parallel else ''}", f"pipeline {self.pipeline}"]
-        if self.pieces_per_rank > 1:
-            parts[-1] += f" x {self.pieces_per_rank}"
-        if self.context > 1:
-            parts.append(f"context {self.context}")
-        return ", ".join([*parts, f"data {self.data} ({self.sharding})"])
-
-
 def workload_of(settings: Settings) -> Workload:
     """The workload that a recipe describes."""
-    training, optimizer = settings[TrainingConfig], settings[OptimizerConfig]
-    samples = training.train_samples or (training.train_iters or 1) * training.global_batch_size
+    training = settings[TrainingConfig]
     return Workload(
         model=settings[ModelConfig],
         retro=settings[RetroConfig],
         seq_length=settings[DataConfig].seq_length,
         global_batch=training.global_batch_size,
-        num_samples=samples,
-        value_bytes=2 if optimizer.bf16 or optimizer.fp16 else 4,
+        num_samples=training.train_samples or (training.train_iters or 1) * training.global_batch_size,
+        value_bytes=compute_dtype(settings[OptimizerConfig]).itemsize,
         trained=trained_parts(settings),
-        peft=settings[PeftConfig] if uses_peft(settings) else None,
     )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a workload is cut over `world_size` ranks."""
+
+    world_size: int
+    gpus_per_node: int = 8
+    tensor: int = 1
+    sequence_parallel: bool = False
+    pipeline: int = 1
+    stages_per_rank: int = 1
+    schedule: str = "1f1b"
+    pipeline_layout: str | None = None
+    sharding: str = "none"
+    recompute: str = "none"
+    micro_batch: int = 1
+
+    @property
+    def data(self) -> int:
+        """Replicas."""
+        return max(1, self.world_size // (self.tensor * self.pipeline))
+
+    def microbatches(self, global_batch: int) -> int:
+        """Microbatches of one step on one replica."""
+        return max(1, global_batch // (self.data * self.micro_batch))
+
+    def applied_to(self, settings: Settings) -> Settings:
+        """The same recipe in this layout (or in a similar one, where stages cannot have equally many layers)."""
+        stages, layers = self.pipeline * self.stages_per_rank, settings[ModelConfig].num_layers
+        return settings.replace(
+            tensor_model_parallel_size=self.tensor,
+            sequence_parallel=self.sequence_parallel,
+            pipeline_model_parallel_size=self.pipeline,
+            num_layers_per_virtual_pipeline_stage=None if self.stages_per_rank == 1 else -(-layers // stages),
+            pipeline_schedule=self.schedule,
+            pipeline_layout=self.pipeline_layout,
+            data_parallel_sharding=self.sharding,
+            use_distributed_optimizer=settings[ParallelConfig].use_distributed_optimizer and self.sharding != "none",
+            recompute_granularity=self.recompute,
+            micro_batch_size=self.micro_batch,
+        )
+
+    def describe(self) -> str:
+        """Short text for a table."""
+        stages = f" x {self.stages_per_rank}" if self.stages_per_rank > 1 else ""
+        tensor = f"tensor {self.tensor}{'+sequence' if self.sequence_parallel else ''}"
+        return f"{tensor}, pipeline {self.pipeline}{stages}, data {self.data} ({self.sharding})"
 
 
 def layout_of(settings: Settings) -> Layout:
@@ -152,21 +120,40 @@ def layout_of(settings: Settings) -> Layout:
     parallel, planning = settings[ParallelConfig], settings[PlanningConfig]
     return Layout(
         world_size=planning.world_size(),
+        gpus_per_node=planning.plan_gpus_per_node,
         tensor=parallel.tensor_model_parallel_size,
-        pipeline=parallel.pipeline_model_parallel_size,
-        pieces_per_rank=_pieces_per_rank(settings[ModelConfig], parallel),
-        context=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+        pipeline=parallel.pipeline_model_parallel_size,
+        stages_per_rank=virtual_stages(settings) if parallel.pipeline_model_parallel_size > 1 else 1,
         schedule=parallel.pipeline_schedule,
+        pipeline_layout=parallel.pipeline_layout,
         sharding=parallel.sharding(),
         recompute=parallel.recompute_granularity,
         micro_batch=settings[TrainingConfig].micro_batch_size,
-        gpus_per_node=planning.plan_gpus_per_node,
     )
 
 
-def _pieces_per_rank(model: ModelConfig, parallel: ParallelConfig) -> int:
-    layers = parallel.num_layers_per_virtual_pipeline_stage
-    if layers is None or parallel.pipeline_model_parallel_size == 1:
-        return 1
-    return max(1, round(model.num_layers / (parallel.pipeline_model_parallel_size * layers)))
+def with_model_shape(settings: Settings) -> Settings:
+    """The same settings with the decoder's shape, where the recipe leaves it to what it starts from."""
+    folder = settings[PlanningConfig].plan_model
+    if folder is not None:
+        return settings.replace(**_hugging_face_shape(Path(folder)))
+    source = settings[CheckpointConfig].load
+    if settings[ModelConfig].vocab_size is None and source is not None and Path(source).is_dir():
+        from megatron_retro.assembly.retrofitting import inherited_settings
+        from megatron_retro.checkpoint.loading import open_checkpoint
+
+        return inherited_settings(settings, open_checkpoint(Path(source)))
+    return settings
+
+
+def _hugging_face_shape(folder: Path) -> dict[str, Any]:
+    from megatron_retro.convert.hugging_face_config import model_from_hugging_face
+
+    try:
+        text = (folder / "config.json").read_text(encoding="utf-8")
+        return asdict(model_from_hugging_face(json.loads(text)))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{folder} is no Hugging Face model", got=error, expected="a folder with a config.json"
+        ) from None

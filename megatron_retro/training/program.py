@@ -32,6 +32,7 @@ from megatron_retro.config.toml_files import render_toml
 from megatron_retro.config.training import CheckpointConfig, ObservabilityConfig, TrainingConfig
 from megatron_retro.errors import ConfigError, Requeue
 from megatron_retro.model.costs import model_costs
+from megatron_retro.model.retro import count_parameters
 from megatron_retro.ops.agreement import settle_kernels
 from megatron_retro.ops.backends import backend_rows
 from megatron_retro.optim.optimizer import optimizer_rows
@@ -225,7 +226,7 @@ def run_facts(parts: RunParts, launch: Launch) -> RunFacts:
         rank=launch.rank,
         world_size=launch.world_size,
         is_reporter=parts.model.is_reporter,
-        parameters=costs.parameters,
+        parameters=count_parameters(settings[ModelConfig], settings[RetroConfig]),
         flops_per_token=costs.training_flops(trained_parts(settings)),
         peak_flops=None if peak is None else peak * 1e12,
         total_samples=parts.total_samples,

@@ -19,7 +19,6 @@ KEPT: dict[str, tuple[set[str], str]] = {
     "convert.modeling_megatron_retro": ({"MegatronRetroForCausalLM"}, "transformers finds it in an exported folder"),
     "inference.lm_eval_adapter": ({"MegatronRetroLM"}, "lm-eval finds it by its name"),
     "model.initialization": ({"initialize"}, "a whole model in a notebook gets its first values"),
-    "parallel.traffic": ({"data_bytes"}, "the formulas of a table in docs/parallelism.md"),
     "peft.attach": ({"initialize"}, "so does what is tuned beside it"),
 }
 # Classes whose methods a library calls.

@@ -19,7 +19,7 @@ from megatron_retro.errors import DistributedError
 from megatron_retro.parallel.mesh import AXES, build_mesh
 from megatron_retro.parallel.partition import stage_parts
 from megatron_retro.parallel.shared_parameters import require_equal
-from megatron_retro.planning.fake_ranks import fake_rank
+from megatron_retro.planning.fake_device import fake_rank
 from megatron_retro.runtime.launch import find_launch
 from megatron_retro.runtime.process_group import process_group
 from megatron_retro.testing.layouts import random_batches, tiny_settings

@@ -46,6 +46,19 @@ def test_flags_win_over_toml_and_say_so(tmp_path: Path) -> None:
     assert settings.origin("kv_channels") == "default"
 
 
+def test_none_unsets_what_a_recipe_sets(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[model]\nkv_channels = 8\n[retro]\nretro_layers = [2]\n[parallel]\npipeline_layout = "1,1"\n')
+    words = ("--kv-channels", "none", "--retro-layers", "none", "--pipeline-layout", "none")
+    settings = parse("--config", str(recipe), *words)
+    found = (settings[ModelConfig].kv_channels, settings[RetroConfig].retro_layers)
+    assert (*found, settings[ParallelConfig].pipeline_layout) == (None, None, None)
+    assert settings.origin("pipeline_layout") == "flag"
+    assert parse("--position-embedding-type", "none")[ModelConfig].position_embedding_type == "none"
+    with pytest.raises(ConfigError, match="--num-layers none: expected a whole number"):
+        parse("--num-layers", "none")
+
+
 def test_megatron_spelling() -> None:
     settings = parse(
         "--tensor-model-parallel-size", "2", "--sequence-parallel", "--retro-num-neighbors", "3",

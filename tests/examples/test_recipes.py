@@ -21,8 +21,8 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.config.toml_files import preset_path, read_recipe
 from megatron_retro.config.training import TrainingConfig
 from megatron_retro.errors import ConfigError
-from megatron_retro.planning.faults import structural_faults
 from megatron_retro.planning.inference import inference_report
+from megatron_retro.planning.suggestions import structural_faults
 from megatron_retro.planning.workload import workload_of
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

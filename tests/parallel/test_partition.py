@@ -1,4 +1,4 @@
-"""The pipeline's cut: as even as any cut can be, complete, and replicas where they are needed."""
+"""The pipeline's partition: as even as any can be, complete, and replicas where they are needed."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ from hypothesis import given, strategies
 from hypothesis import settings as hypothesis_settings
 
 from megatron_retro.config.model import ModelConfig, RetroConfig
-from megatron_retro.parallel.partition import describe_stages, even_cut, layer_costs, parts_of_counts, stage_parts
+from megatron_retro.parallel.partition import (
+    best_partition,
+    describe_stages,
+    layer_costs,
+    parts_of_counts,
+    stage_parts,
+)
 from megatron_retro.testing.layouts import tiny_settings
 
 
 @hypothesis_settings(deadline=None, max_examples=60)
 @given(costs=strategies.lists(strategies.integers(1, 30), min_size=1, max_size=9), data=strategies.data())
-def test_no_cut_has_a_smaller_largest_stage(costs: list[int], data: strategies.DataObject) -> None:
+def test_no_partition_has_a_smaller_largest_stage(costs: list[int], data: strategies.DataObject) -> None:
     stages = data.draw(strategies.integers(1, len(costs)))
-    counts = even_cut([float(cost) for cost in costs], stages)
+    counts = best_partition(tuple(float(cost) for cost in costs), stages)
 
     def largest(sizes: tuple[int, ...]) -> int:
         ends = list(itertools.accumulate(sizes))
@@ -74,6 +80,6 @@ def test_replicas_of_the_embedding(tied: bool, own: bool) -> None:
     assert [part.embedding for part in parts] == [True, not own, False, tied]
 
 
-def test_the_cut_is_told() -> None:
+def test_the_partition_is_told() -> None:
     table = describe_stages(tiny_settings(pipeline_model_parallel_size=2), 32)
     assert "embedding replica, head" in table and "hidden + neighbours" in table

@@ -20,7 +20,7 @@ from megatron_retro.parallel.data_parallel import fsdp_units
 from megatron_retro.parallel.mesh import PIPELINE, ParallelMesh, build_mesh
 from megatron_retro.parallel.partition import stage_parts
 from megatron_retro.parallel.schedules import BoundedStage
-from megatron_retro.planning.fake_ranks import fake_rank
+from megatron_retro.planning.fake_device import fake_rank
 from megatron_retro.testing.layout_grid import meshes
 from megatron_retro.testing.layouts import random_batches, tiny_settings
 from megatron_retro.testing.processes import run_ranks

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -19,14 +17,14 @@ from megatron_retro.config.sections import ALL_SECTIONS
 from megatron_retro.config.settings import build_settings
 from megatron_retro.config.training import PeftConfig
 from megatron_retro.model.costs import ADDED, EVERYTHING, model_costs
-from megatron_retro.model.retro import Retro
+from megatron_retro.model.retro import count_parameters
 from megatron_retro.ops.backends import VARIABLE
 from megatron_retro.peft.attach import attach, connect, initialize
 from megatron_retro.peft.prompts import virtual_token_ids
-from megatron_retro.planning.plan import estimate_build
-from megatron_retro.planning.shards import build_shards
-from megatron_retro.planning.workload import Layout, Workload, layout_of, workload_of
+from megatron_retro.planning.plan import PlanIsWrong, build_shards, make_plan
+from megatron_retro.planning.workload import workload_of
 from megatron_retro.testing.tiny_models import random_model, random_neighbors, random_tokens, tiny_model, tiny_retro
+from tests.planning.recipes import recipe
 
 FAMILY = {"swiglu": True, "disable_bias_linear": True, "untie_embeddings_and_output_weights": True}
 PUBLISHED = [  # layers, width, heads, feed-forward, GPT and Retro parameters in billions
@@ -37,43 +35,6 @@ PUBLISHED = [  # layers, width, heads, feed-forward, GPT and Retro parameters in
     (48, 8192, 64, 21824, 42.83, 48.46),
 ]
 SMALL = ModelConfig(num_layers=8, hidden_size=128, num_attention_heads=8, vocab_size=1000)
-MODELS: list[dict[str, Any]] = [
-    {},
-    FAMILY,
-    {"normalization": "RMSNorm", "group_query_attention": True, "num_query_groups": 2},
-    {"qk_layernorm": True, "add_qkv_bias": True, "disable_bias_linear": True},
-    {"position_embedding_type": "learned_absolute"},
-    {"position_embedding_type": "relative"},
-    {"kv_channels": 32, "ffn_hidden_size": 300},
-]
-RETRIEVERS: list[dict[str, Any]] = [
-    {},
-    {"retro_add_retriever": True},
-    {"retro_add_retriever": True, "retro_encoder_hidden_size": 64, "retro_encoder_own_embedding": True},
-    {"retro_add_retriever": True, "retro_gate_type": "scalar"},
-    {"retro_add_retriever": True, "retro_gate_type": "adaptive", "retro_encoder_layers": 3},
-    {"retro_add_retriever": True, "retro_neighbor_positions": "relative"},
-    {"retro_add_retriever": True, "retro_gate_type": "heads", "retro_encoder_final_norm": True},
-]
-
-
-def unit_of(name: str) -> str:
-    parts = name.split(".")
-    if parts[0] == "layers":
-        return ".".join(parts[:2])
-    return "head" if parts[0] in ("final_norm", "output") else parts[0]
-
-
-@pytest.mark.parametrize(("model", "retro"), list(itertools.product(MODELS, RETRIEVERS)))
-def test_every_part_holds_what_the_built_model_holds(model: dict[str, Any], retro: dict[str, Any]) -> None:
-    config, retriever = replace(SMALL, **model), RetroConfig(**retro)
-    with torch.device("meta"):
-        built = Retro(config, retriever)
-    held: Counter[str] = Counter()
-    for name, parameter in built.named_parameters():
-        held[unit_of(name)] += parameter.numel()
-    costs = model_costs(config, retriever, 64, vocabulary=config.padded_vocab_size())
-    assert held == Counter({unit.name: unit.parameters for unit in costs.units if unit.parameters})
 
 
 def family(row: tuple[Any, ...]) -> ModelConfig:
@@ -93,9 +54,8 @@ def family(row: tuple[Any, ...]) -> ModelConfig:
 def test_the_ten_published_totals(row: tuple[Any, ...]) -> None:
     model, (feed_forward, gpt, retro) = family(row), row[3:]
     assert model.ffn_width() == feed_forward
-    assert model_costs(model, RetroConfig(), 4096).parameters / 1e9 == pytest.approx(gpt, rel=3e-4)
-    with_retriever = model_costs(model, RetroConfig(retro_add_retriever=True), 4096)
-    assert with_retriever.parameters / 1e9 == pytest.approx(retro, rel=3e-4)
+    assert count_parameters(model, RetroConfig()) / 1e9 == pytest.approx(gpt, rel=3e-4)
+    assert count_parameters(model, RetroConfig(retro_add_retriever=True)) / 1e9 == pytest.approx(retro, rel=3e-4)
 
 
 def test_the_published_arithmetic_of_the_48b() -> None:
@@ -172,30 +132,66 @@ def test_planned_ranks_hold_and_train_what_built_ones_do(changes: dict[str, Any]
     values = {**vars(tiny_model(num_layers=8)), **vars(tiny_retro(retro_layers=(3, 6))), **changes, **cut}
     values |= {"seq_length": 32, "global_batch_size": 4, "plan_gpus_per_node": 4}
     settings = build_settings(ALL_SECTIONS, {name: value for name, value in values.items() if value is not None}, {})
-    plan = estimate_build(workload_of(settings), layout_of(settings), accelerator("A100"), prove=False)
-    shards = build_shards(settings, plan)
-    assert len(shards) == settings[ParallelConfig].pipeline_model_parallel_size
-    assert 0 < sum(shard.trained_parameters for shard in shards) < sum(shard.parameters for shard in shards)
+    plan = make_plan(settings, accelerator("A100"))
+    assert build_shards(plan) == settings[ParallelConfig].pipeline_model_parallel_size
+    totals = [rank.total for rank in plan.ranks]
+    assert 0 < sum(each.trained_parameters for each in totals) < sum(each.parameters for each in totals)
 
 
-@pytest.mark.parametrize("pipeline", [1, 2])
-def test_a_plan_counts_no_gradient_of_what_is_frozen(pipeline: int) -> None:
+def test_a_plan_that_is_not_what_the_trainer_builds_is_a_fault() -> None:
+    plan = make_plan(recipe(plan_gpus_per_node=1), accelerator("A100"))
+    (rank,) = plan.ranks
+    wrong = replace(plan, ranks=(replace(rank, total=replace(rank.total, parameters=rank.total.parameters + 1)),))
+    with pytest.raises(PlanIsWrong, match="pipeline rank 0 holds"):
+        build_shards(wrong)
+
+
+def test_counted_operations_have_no_gradient_of_what_is_frozen() -> None:
     """By hand: nothing comes back below the first retrieval layer; above it frozen weights get no gradient."""
-    retro = RetroConfig(retro_add_retriever=True, retro_layers=(4, 7))
-    work = Workload(SMALL, retro, 128, 8, 64, 4)
-    plans = [
-        estimate_build(replace(work, trained=trained), Layout(pipeline, pipeline=pipeline), accelerator("A100"))
-        for trained in (EVERYTHING, ADDED)
-    ]
-    whole, frozen = (plan.work.training_flops for plan in plans)
+    costs = model_costs(SMALL, RetroConfig(retro_add_retriever=True, retro_layers=(4, 7)), 128)
     width, layers = SMALL.hidden_size, SMALL.num_layers
     attention, scores, mlp = 4 * width**2, width * 128, 8 * width**2
-    vocabulary = width * plans[0].work.model.padded_vocab_size()
     # Of the layers 1 to 3 all three passes become one; the fourth has its attention before what is trained.
     saved = 3 * 2 * (attention + scores + mlp) + 2 * (attention + scores) + mlp
-    saved += (layers - 4) * (attention + mlp) + vocabulary
-    assert whole - frozen == pytest.approx(2 * saved)
-    for plan in plans:
-        counted = sum(rank.multiply_adds + rank.backward_multiply_adds for rank in plan.ranks)
-        assert 2 * counted == pytest.approx(plan.work.training_flops)
-    assert plans[1].time.compute < plans[0].time.compute
+    saved += (layers - 4) * (attention + mlp) + width * 1000
+    assert costs.training_flops(EVERYTHING) - costs.training_flops(ADDED) == pytest.approx(2 * saved)
+
+
+def test_a_window_is_counted_as_far_as_it_reaches() -> None:
+    """Half of the square less half of what lies before the windows; a window that sees everything changes nothing."""
+    window, length = 32, 128
+    plain, wide, narrow = (
+        model_costs(replace(SMALL, sliding_window=size), RetroConfig(), length).forward_flops / 2
+        for size in (None, length, window)
+    )
+    unseen = (length - window) ** 2 / 2 / length
+    assert plain == wide
+    assert plain - narrow == pytest.approx(SMALL.num_layers * 2 * SMALL.hidden_size * unseen)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"retro_add_retriever": False, "retro_layers": None}, {"retro_attention_gate": 0.0}, {"freeze_decoder": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_what_a_plan_executes_is_what_is_counted(changes: dict[str, Any], pipeline: int) -> None:
+    """Two independent counts: operations of the traced model, the arithmetic of the paper. A little is executed beside:
+    the loss's logits and a kernel's scores once more; behind a border a frozen decoder passes gradients on."""
+    settings = recipe(
+        **{"seq_length": 256, "pipeline_model_parallel_size": pipeline, "global_batch_size": 8, **changes}
+    )
+    plan = make_plan(settings.replace(plan_gpus_per_node=pipeline), accelerator("A100"))
+    executed = sum(rank.total.forward_flops + rank.total.backward_flops for rank in plan.ranks) / 256
+    assert plan.work.training_flops * 0.999 < executed < plan.work.training_flops * 1.3
+    forward = sum(rank.total.forward_flops for rank in plan.ranks) / 256
+    assert forward == pytest.approx(plan.work.costs.forward_flops, rel=0.01)
+
+
+def test_a_frozen_decoder_is_planned_to_take_less() -> None:
+    whole, frozen = (
+        make_plan(recipe(plan_gpus_per_node=1, freeze_decoder=freeze), accelerator("A100")) for freeze in (False, True)
+    )
+    assert frozen.time.compute < whole.time.compute
+    assert frozen.ranks[0].stages[0].saved_bytes < whole.ranks[0].stages[0].saved_bytes
+    assert frozen.memory[0].gradients < whole.memory[0].gradients

@@ -35,7 +35,7 @@ def test_the_48b_recipe_prints_its_plan_for_1024_gpus() -> None:
         "retrofit on 128 x 8 H100",
         "parameters   48.5B; 2 distinct shards built on the meta device at world size 1024, as counted",
         "+39% over the GPT",
-        "no cut of these layers is better",
+        "the slowest pipeline rank is busy",
         "bubble",
         "price",
         "table         1.6B queries x 20 neighbours",

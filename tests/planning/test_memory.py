@@ -9,8 +9,8 @@ import pytest
 from megatron_retro.config.hardware import accelerator
 from megatron_retro.config.sections import ALL_SECTIONS
 from megatron_retro.config.settings import build_settings
-from megatron_retro.planning.plan import estimate_build
-from megatron_retro.planning.workload import layout_of, workload_of
+from megatron_retro.planning.fake_device import CPU
+from megatron_retro.planning.plan import make_plan
 from megatron_retro.testing.memory_runs import measure_steps
 
 SHAPE: dict[str, Any] = {
@@ -57,7 +57,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 def planned_and_measured(changes: dict[str, Any], world_size: int) -> list[tuple[float, float]]:
     """One pair for each rank; tensor and data ranks are planned alike."""
     settings = build_settings(ALL_SECTIONS, {**SHAPE, **changes, "plan_gpus_per_node": world_size}, {})
-    plan = estimate_build(workload_of(settings), layout_of(settings), accelerator("H100"), prove=False)
+    plan = make_plan(settings, accelerator("H100"), device=CPU)
     measured = measure_steps(settings, world_size)
     per_stage = world_size // plan.layout.pipeline
     return [(plan.memory[rank // per_stage].total, each.peak) for rank, each in enumerate(measured)]

@@ -1,72 +1,84 @@
-"""What the trace finds: the formulas of tensor traffic, work without a retriever, and effects of each choice."""
+"""What the trace finds: work without a retriever, effects of each choice, a GPU beside a CPU."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields
+from typing import Any
 
 import pytest
+import torch
 
 from megatron_retro.config.hardware import accelerator
-from megatron_retro.config.model import ModelConfig, RetroConfig
-from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.parallel.traffic import microbatch_sizes, tensor_bytes
-from megatron_retro.planning.memory import microbatches_in_flight
-from megatron_retro.planning.plan import Plan, estimate_build
-from megatron_retro.planning.trace import ENCODER, trace_parts
-from megatron_retro.planning.variants import is_legal, suggestions
-from megatron_retro.planning.workload import Layout, Workload
-
-MODEL = ModelConfig(
-    num_layers=8, hidden_size=256, num_attention_heads=8, swiglu=True, disable_bias_linear=True, vocab_size=4096,
-    untie_embeddings_and_output_weights=True,
-)  # fmt: skip
-RETRO = RetroConfig(retro_add_retriever=True, retro_layers=(3, 5, 7))
-WORK = Workload(MODEL, RETRO, seq_length=512, global_batch=16, num_samples=1600, value_bytes=2)
+from megatron_retro.planning.fake_device import CPU
+from megatron_retro.planning.plan import Plan, make_plan
+from megatron_retro.planning.recorder import PartTrace
+from megatron_retro.planning.trace import ENCODER, HEAD, LAYER, NEIGHBORS, trace_parts
+from tests.planning.recipes import recipe
 
 
-def plan(**changes: object) -> Plan:
-    layout = replace(Layout(8, gpus_per_node=8), **changes)  # type: ignore[arg-type]
-    return estimate_build(WORK, layout, accelerator("H100"), prove=False)
+def plan(**changes: Any) -> Plan:
+    return make_plan(recipe(**changes), accelerator("H100"))
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_tensor_traffic_is_that_of_the_documented_formula(sequence_parallel: bool) -> None:
-    """Two independent counts: recorded collectives here, the table of docs/parallelism.md there."""
-    found = plan(tensor=4, sequence_parallel=sequence_parallel)
-    parallel = ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=sequence_parallel)
-    sizes = microbatch_sizes(MODEL, RETRO, 1, 512, 2)
-    assert found.ranks[0].tensor_bytes == pytest.approx(tensor_bytes(MODEL, RETRO, parallel, sizes), rel=0.01)
-
-
-def test_a_gpt_and_a_shut_gate_trace_no_encoder() -> None:
-    shut = replace(RETRO, retro_attention_gate=0.0)
-    for retro in (RetroConfig(), shut):
-        traced = trace_parts(replace(WORK, retro=retro), Layout(1))
-        assert ENCODER not in traced.parts
-        assert traced.encoded_bytes == 0
+@pytest.mark.parametrize(
+    "changes", [{"retro_add_retriever": False, "retro_layers": None}, {"retro_attention_gate": 0.0}]
+)
+def test_a_gpt_and_a_shut_gate_trace_no_encoder(changes: dict[str, Any]) -> None:
+    traced = trace_parts(recipe(**changes))
+    assert traced.part(ENCODER).forward_flops == traced.part(NEIGHBORS).saved_bytes == 0
+    assert traced.encoded_bytes == 0
 
 
 def test_each_remedy_lowers_memory() -> None:
-    plain = plan(tensor=2).peak_memory
-    assert plan(tensor=2, sequence_parallel=True).peak_memory < plain
-    assert plan(tensor=2, sharding="optimizer").peak_memory < plain
-    assert plan(tensor=4).peak_memory < plain
-    kept = [plan(tensor=2, recompute=granularity).ranks[0].saved_bytes for granularity in ("none", "selective", "full")]
+    """Of a batch that outweighs the weights."""
+    batch: dict[str, Any] = {"micro_batch_size": 4, "tensor_model_parallel_size": 2}
+    plain = plan(**batch).peak_memory
+    assert plan(**batch, sequence_parallel=True).peak_memory < plain
+    assert plan(**batch, data_parallel_sharding="optimizer").peak_memory < plain
+    assert plan(**batch | {"tensor_model_parallel_size": 4}).peak_memory < plain
+    kept = [
+        plan(**batch, recompute_granularity=granularity).ranks[0].stages[0].saved_bytes
+        for granularity in ("none", "selective", "full")
+    ]
     assert kept[0] > kept[1] > kept[2] > 0
 
 
-def test_microbatches_in_flight_are_those_of_the_schedules() -> None:
-    layout = Layout(4, pipeline=4)
-    assert [microbatches_in_flight(layout, rank, 8) for rank in range(4)] == [4, 3, 2, 1]
-    assert microbatches_in_flight(replace(layout, schedule="gpipe"), 3, 8) == 8
-    interleaved = replace(layout, schedule="interleaved", pieces_per_rank=2)
-    assert [microbatches_in_flight(interleaved, rank, 8) for rank in range(4)] == [5.5, 4.5, 3.5, 2.5]
+def test_recomputing_takes_operations_and_communication() -> None:
+    cut: dict[str, Any] = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    none, full = (plan(**cut, recompute_granularity=granularity).ranks[0].total for granularity in ("none", "full"))
+    layers = none.forward_flops - 2 * 512 * 256 * 4096 / 2  # the head is not computed again
+    again = full.backward_flops - none.backward_flops
+    assert 0.9 * layers < again < layers, "torch stops behind the last tensor that a layer's backward needs"
+    assert full.sent_bytes > 1.2 * none.sent_bytes
 
 
-def test_suggestions_fit_and_the_first_is_the_fastest() -> None:
-    machine = accelerator("A100")
-    found = suggestions(WORK, 8, 8, machine, 0.1)
-    assert 1 <= len(found) <= 5
-    assert all(is_legal(WORK, each.layout) and each.peak_memory <= machine.memory_bytes * 0.9 for each in found)
-    times = [each.time.total for each in found]
-    assert times == sorted(times)
+def test_what_grows_with_the_microbatch_grows_nearly_in_proportion() -> None:
+    """So that a search may scale the trace of one sample; gradients of weights do not grow, some copies come late."""
+    one, four = (trace_parts(recipe(micro_batch_size=size)) for size in (1, 4))
+    scaled = one.times(4)
+    assert (scaled.hidden_bytes, scaled.encoded_bytes) == (four.hidden_bytes, four.encoded_bytes)
+    for name in four.parts:
+        for field in fields(PartTrace):
+            if field.name not in ("working_bytes", "moved_bytes"):
+                found, wanted = getattr(scaled.part(name), field.name), getattr(four.part(name), field.name)
+                assert found == pytest.approx(wanted, rel=0.25, abs=40_000), (name, field.name)
+
+
+def test_a_device_keeps_what_its_own_operators_keep() -> None:
+    """The same operations and bytes sent; a CPU has kernels of ours that keep less, and another loss."""
+    gpu, cpu = (trace_parts(recipe(bf16=False), device) for device in (torch.device("meta"), CPU))
+    assert gpu.part(LAYER).forward_flops == pytest.approx(cpu.part(LAYER).forward_flops, rel=1e-9)
+    assert gpu.part(LAYER).saved_bytes >= cpu.part(LAYER).saved_bytes > 0
+    assert gpu.part(HEAD).working_bytes != cpu.part(HEAD).working_bytes
+    assert gpu.part(LAYER).parameters == cpu.part(LAYER).parameters
+
+
+def test_nothing_is_left_behind() -> None:
+    """After a plan attention computes as ever, and no process group is open."""
+    trace_parts(recipe())
+    assert not torch.distributed.is_initialized()
+    heads = torch.randn(1, 2, 8, 4)
+    found = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+    assert torch.equal(found, torch.nn.functional.scaled_dot_product_attention(heads, heads, heads))
+    on_meta = heads.to("meta")
+    assert torch.nn.functional.scaled_dot_product_attention(on_meta, on_meta, on_meta).shape == heads.shape

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 from megatron_retro.config.evaluation import PlanningConfig
 from megatron_retro.config.hardware import Accelerator, machine_of
 from megatron_retro.config.model import RetroConfig
-from megatron_retro.config.parallel import ParallelConfig, parse_layout
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import ConfigError, Violation
-from megatron_retro.planning.data_side import data_lines
-from megatron_retro.planning.faults import data_faults, memory_faults, structural_faults
-from megatron_retro.planning.figures import write_figures
+from megatron_retro.model.costs import ENCODER
+from megatron_retro.planning.data_side import data_faults, data_lines
 from megatron_retro.planning.inference import inference_report
-from megatron_retro.planning.memory import Memory
-from megatron_retro.planning.model_shape import with_model_shape
-from megatron_retro.planning.plan import Plan, estimate_build
-from megatron_retro.planning.shards import Shard, build_shards
-from megatron_retro.planning.variants import suggestions
-from megatron_retro.planning.workload import Workload, layout_of, workload_of
+from megatron_retro.planning.plan import Plan, build_shards, make_plan, write_figures
+from megatron_retro.planning.suggestions import (
+    better_partition,
+    flags_between,
+    memory_faults,
+    structural_faults,
+    suggestions,
+)
+from megatron_retro.planning.workload import Workload, with_model_shape
 from megatron_retro.runtime.console import readable_bytes, readable_count, readable_seconds, render_table
 
 TRAINING_VERBS = ("pretrain", "retrofit", "finetune")
@@ -41,16 +41,11 @@ def print_plan(settings: Settings, words: Sequence[str] = ()) -> int:
     broken = structural_faults(settings)
     machine = machine_of(planning)
     if planning.suggest and not _beyond_layouts(broken):
-        print(_suggestions(workload_of(settings), planning, machine))
+        print(_suggestions(settings, machine))
         return 0
     if broken:
         raise ConfigError.from_violations(broken)
     return _print_training(settings, planning, machine)
-
-
-def _counts_by_hand(settings: Settings) -> tuple[int, ...] | None:
-    layout = settings[ParallelConfig].pipeline_layout
-    return None if layout is None else parse_layout(layout)
 
 
 def _beyond_layouts(broken: list[Violation]) -> bool:
@@ -59,8 +54,8 @@ def _beyond_layouts(broken: list[Violation]) -> bool:
 
 
 def _print_training(settings: Settings, planning: PlanningConfig, machine: Accelerator) -> int:
-    plan = estimate_build(workload_of(settings), layout_of(settings), machine, counts=_counts_by_hand(settings))
-    shards = build_shards(settings, plan) if planning.plan_shards else []
+    plan = make_plan(settings, machine)
+    shards = build_shards(plan) if planning.plan_shards else 0
     wrong, absent = data_faults(settings)
     print("\n".join(plan_lines(plan, planning, shards)))
     data = data_lines(settings) if planning.plan_for != "finetune" else []
@@ -77,7 +72,7 @@ def _print_training(settings: Settings, planning: PlanningConfig, machine: Accel
     return 0
 
 
-def plan_lines(plan: Plan, planning: PlanningConfig, shards: list[Shard]) -> Iterator[str]:
+def plan_lines(plan: Plan, planning: PlanningConfig, num_shards: int) -> Iterator[str]:
     """The training side."""
     work, layout = plan.work, plan.layout
     yield f"{planning.plan_for} on {planning.plan_nodes} x {planning.plan_gpus_per_node} {plan.machine.name}"
@@ -86,7 +81,7 @@ def plan_lines(plan: Plan, planning: PlanningConfig, shards: list[Shard]) -> Ite
         f"  batch        {work.global_batch} = {layout.data} replicas x {plan.microbatches} microbatches "
         f"of {layout.micro_batch}, sequence {work.seq_length}"
     )
-    yield f"  parameters   {readable_count(work.costs.parameters)}{_trained(plan)}{_built(shards, layout.world_size)}"
+    yield f"  parameters   {readable_count(work.parameters)}{_trained(plan)}{_built(num_shards, layout.world_size)}"
     yield f"  FLOPs        {readable_count(work.training_flops)} per token, forward and backward"
     yield from _retrieval_share(work)
     yield ""
@@ -96,21 +91,21 @@ def plan_lines(plan: Plan, planning: PlanningConfig, shards: list[Shard]) -> Ite
     yield ""
     yield _time_table(plan)
     yield ""
-    yield from _traffic_lines(plan)
+    yield from _volume_lines(plan)
     yield ""
     yield from _run_lines(plan, planning)
 
 
 def _trained(plan: Plan) -> str:
     """How many are trained, where not all are; of the fullest rank where there are several."""
-    shares = [rank.trained_parameters / rank.parameters for rank in plan.ranks]
+    shares = [rank.total.trained_parameters / rank.total.parameters for rank in plan.ranks]
     return "" if min(shares) == 1 else f", {max(shares):.2%} of them trained"
 
 
-def _built(shards: list[Shard], world_size: int) -> str:
-    if not shards:
+def _built(num_shards: int, world_size: int) -> str:
+    if not num_shards:
         return ""
-    return f"; {len(shards)} distinct shards built on the meta device at world size {world_size}, as counted"
+    return f"; {num_shards} distinct shards built on the meta device at world size {world_size}, as counted"
 
 
 def _retrieval_share(work: Workload) -> Iterator[str]:
@@ -118,7 +113,7 @@ def _retrieval_share(work: Workload) -> Iterator[str]:
         return
     costs = work.costs
     plain = sum(unit.multiply_adds for unit in replace(work, retro=RetroConfig()).costs.units)
-    encoder = costs.named("encoder").multiply_adds
+    encoder = costs.named(ENCODER).multiply_adds
     cross = costs.forward_flops / 2 - plain - encoder
     layer = costs.named("layers.0").multiply_adds
     yield (
@@ -130,28 +125,24 @@ def _retrieval_share(work: Workload) -> Iterator[str]:
 def _memory_table(plan: Plan) -> str:
     kinds = [kind for kind, _ in plan.memory[0].rows()]
     header = ("rank", "layers", "parameters", *kinds, "total (GB)")
-    rows = [
-        (rank.rank, rank.layers, readable_count(rank.parameters), *_gigabytes(memory), round(memory.total / 1e9, 2))
-        for rank, memory in zip(plan.ranks, plan.memory, strict=True)
-    ]
+    rows = []
+    for rank, memory in zip(plan.ranks, plan.memory, strict=True):
+        sizes = [*(size for _, size in memory.rows()), memory.total]
+        held = readable_count(rank.total.parameters)
+        rows.append((rank.rank, rank.layers, held, *(round(size / 1e9, 2) for size in sizes)))
     return render_table(header, rows)
 
 
-def _gigabytes(memory: Memory) -> list[float]:
-    return [round(size / 1e9, 2) for _, size in memory.rows()]
-
-
 def _balance_lines(plan: Plan) -> Iterator[str]:
-    """How even the work is, and what the best possible cut would be."""
+    """How even the work is, and how long the pipeline waits."""
     if plan.layout.pipeline == 1:
         return
-    yield f"balance       the slowest pipeline rank is {plan.cut.over_mean:.1%} over the mean"
-    best = plan.optimum
-    if best.slowest < plan.cut.slowest * (1 - 1e-6):
-        counts = ",".join(str(stop - start) for start, stop in pairwise(best.bounds))
-        yield f"              --pipeline-layout {counts} would be {best.over_mean:.1%} over it"
-    reason = "no cut of these layers is better" if best.proven else "a better cut was not found, nor excluded"
-    yield f"              {reason} (the encoder is one piece with the first retrieval layer, the head with the last)"
+    yield f"balance       the slowest pipeline rank is busy {plan.over_mean:.1%} longer than the mean"
+    better = better_partition(plan)
+    if better is None:
+        yield "              no partition of the layers was found that takes less time in this schedule"
+    else:
+        yield f"              --pipeline-layout {better[0]} would take {better[1]:.1%} less time in this schedule"
     yield f"bubble        {plan.bubble / (1 + plan.bubble):.1%} of the step ({plan.microbatches} microbatches)"
 
 
@@ -161,8 +152,8 @@ def _time_table(plan: Plan) -> str:
     return render_table(("step", "seconds", "share"), [*rows, ("all", f"{plan.time.total:.3f}", "")])
 
 
-def _traffic_lines(plan: Plan) -> Iterator[str]:
-    most = {axis: max(getattr(traffic, axis) for traffic in plan.traffic) for axis in ("tensor", "pipeline", "data")}
+def _volume_lines(plan: Plan) -> Iterator[str]:
+    most = {axis: max(getattr(volume, axis) for volume in plan.volume) for axis in ("tensor", "pipeline", "data")}
     sent = ", ".join(f"{axis} {readable_bytes(size)}" for axis, size in most.items())
     yield f"sent          {sent} per rank and step"
 
@@ -178,11 +169,11 @@ def _run_lines(plan: Plan, planning: PlanningConfig) -> Iterator[str]:
         yield f"price         {plan.gpu_hours * planning.plan_price_per_gpu_hour:,.0f}"
 
 
-def _suggestions(work: Workload, planning: PlanningConfig, machine: Accelerator) -> str:
+def _suggestions(settings: Settings, machine: Accelerator) -> str:
     """The best layouts, with the flags that ask for them."""
-    plans = suggestions(work, planning.world_size(), planning.plan_gpus_per_node, machine, planning.plan_memory_margin)
+    plans = suggestions(settings, machine)
     if not plans:
-        machines = f"{planning.world_size()} x {machine.name}"
+        machines = f"{settings[PlanningConfig].world_size()} x {machine.name}"
         raise ConfigError(f"no layout of this model fits {machines}", fix="take more nodes")
     rows = [
         (
@@ -198,16 +189,7 @@ def _suggestions(work: Workload, planning: PlanningConfig, machine: Accelerator)
         for number, plan in enumerate(plans, 1)
     ]
     header = ("", "layout", "micro batch", "recompute", "GB", "s/step", "of peak", "GPU hours")
-    return "\n".join([render_table(header, rows), "", "the first one:", "  " + " ".join(layout_flags(plans[0]))])
-
-
-def layout_flags(plan: Plan) -> list[str]:
-    """The flags that ask for a layout."""
-    layout = plan.layout
-    flags = [f"--tensor-model-parallel-size {layout.tensor}"]
-    flags += ["--sequence-parallel"] if layout.sequence_parallel else []
-    flags += [f"--pipeline-model-parallel-size {layout.pipeline}", f"--data-parallel-sharding {layout.sharding}"]
-    if layout.pieces_per_rank > 1:
-        size = plan.work.model.num_layers // (layout.pipeline * layout.pieces_per_rank)
-        flags += [f"--num-layers-per-virtual-pipeline-stage {size}", "--pipeline-schedule interleaved"]
-    return [*flags, f"--micro-batch-size {layout.micro_batch}", f"--recompute-granularity {layout.recompute}"]
+    flags = flags_between(settings, plans[0].settings)
+    return "\n".join(
+        [render_table(header, rows), "", "the first one, beside what the recipe says:", "  " + " ".join(flags)]
+    )

@@ -1,0 +1,225 @@
+"""Counts what tensors without memory go through: operations, bytes moved and sent, and what stays alive."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from megatron_retro.planning.fake_device import GPU
+
+STAGE = "the rest of a stage"
+_PARAMETERS = ("parameters", "trained_parameters", "largest_unit", "loose_parameters")
+_ATTENTION_OF_A_CPU = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+)
+_CROSS_ATTENTION = "megatron_retro::chunked_cross_attention"
+
+
+@dataclass
+class PartTrace:
+    """One part of the model, for one microbatch on one tensor rank."""
+
+    parameters: int = 0
+    trained_parameters: int = 0
+    largest_unit: int = 0  # parameters of the largest unit of FSDP2 within the part
+    loose_parameters: int = 0  # those in the unit of the stage itself
+    forward_flops: float = 0.0
+    backward_flops: float = 0.0  # with what is computed again
+    moved_bytes: float = 0.0  # read and written by all that is no matrix product, forward and backward
+    saved_bytes: float = 0.0  # held from the forward to the backward
+    working_bytes: float = 0.0  # the most that the backward holds beside
+    sent_bytes: float = 0.0  # to tensor ranks, forward and backward
+
+    def __add__(self, other: PartTrace) -> PartTrace:
+        """Both, one after the other."""
+        most = ("largest_unit", "working_bytes")
+        pairs = {each.name: (getattr(self, each.name), getattr(other, each.name)) for each in fields(self)}
+        return PartTrace(**{name: max(pair) if name in most else sum(pair) for name, pair in pairs.items()})
+
+    def only_parameters(self) -> PartTrace:
+        """Of a part that is held and does not run."""
+        return PartTrace(**{name: getattr(self, name) for name in _PARAMETERS})
+
+    def times(self, number: float) -> PartTrace:
+        """With so many times the samples in a microbatch; parameters stay."""
+        factors = {each.name: 1 if each.name in _PARAMETERS else number for each in fields(self)}
+        return PartTrace(**{name: getattr(self, name) * factor for name, factor in factors.items()})
+
+
+@dataclass
+class _Held:
+    """A storage that is alive: the part that made it, its size, and whether the backward made it."""
+
+    part: str
+    size: int
+    fresh: bool
+    reference: weakref.ref[torch.UntypedStorage]
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what runs, what is sent and what stays alive, for the part that runs; a storage counts once."""
+
+    def __init__(self, tensor_ranks: int, given: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.parts: dict[str, PartTrace] = {}
+        self.forward = True
+        self.stack: list[str] = []
+        self.turned_to = STAGE
+        self._fresh = 0
+        self._ring = (tensor_ranks - 1) / tensor_ranks
+        self._given = {tensor.untyped_storage()._cdata for tensor in given}
+        self._held: dict[int, _Held] = {}
+        self._known: dict[Any, _Form | None] = {}
+
+    @property
+    def running(self) -> str:
+        """The innermost part whose forward runs, or else the one whose gradients are being computed."""
+        return self.stack[-1] if self.stack else self.turned_to
+
+    def part(self, name: str) -> PartTrace:
+        """The counts of a part."""
+        return self.parts.setdefault(name, PartTrace())
+
+    def turn_to(self, name: str) -> None:
+        """From here on gradients are those of this part."""
+        self.turned_to = name
+
+    def credit(self, tensor: Tensor, name: str) -> None:
+        """Count a storage for another part than the one that made it."""
+        held = self._held.get(tensor.untyped_storage()._cdata)
+        if held is not None:
+            held.part = name
+
+    def end_forward(self) -> None:
+        """What is alive now is what the backward needs."""
+        for held in self._held.values():
+            self.part(held.part).saved_bytes += held.size
+        self.forward = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        keywords = keywords or {}
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return arguments[0].dtype == torch.bool or 1  # code that looks at values sees full masks
+        if function is torch.ops.aten.nonzero.default:
+            return arguments[0].new_empty((arguments[0].numel(), arguments[0].dim()), dtype=torch.long)
+        result = self._result(function, arguments, keywords)
+        part = self.part(self.running)
+        if function.namespace == "c10d":
+            part.sent_bytes += self._sent(function.__name__, arguments)
+            return result
+        flops = _flops(function, arguments, keywords, result)
+        if self.forward:
+            part.forward_flops += flops
+        else:
+            part.backward_flops += flops
+        if not flops and not function.is_view:
+            part.moved_bytes += _moved(function, (*arguments, *keywords.values()), result)
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self._hold(tensor, part)
+        return result
+
+    def _result(self, function: Any, arguments: Any, keywords: Any) -> Any:
+        """New tensors are like the last ones that came of such arguments; layers repeat, and torch takes its time."""
+        if function.is_view or function._schema.is_mutable or function.namespace == "c10d":
+            return function(*arguments, **keywords)
+        key = (function, _description(arguments), _description(list(keywords.items())))
+        if key not in self._known:
+            result = function(*arguments, **keywords)
+            self._known[key] = _form(result)
+            return result
+        form = self._known[key]
+        return function(*arguments, **keywords) if form is None else form.empty()
+
+    def _hold(self, tensor: Tensor, part: PartTrace) -> None:
+        storage = tensor.untyped_storage()
+        address, size = storage._cdata, storage.nbytes()
+        if address in self._held or address in self._given:
+            return
+        reference = weakref.ref(storage, lambda _: self._free(address))
+        self._held[address] = _Held(self.running, size, not self.forward, reference)
+        if not self.forward:
+            self._fresh += size
+            part.working_bytes = max(part.working_bytes, self._fresh)
+
+    def _free(self, address: int) -> None:
+        held = self._held.pop(address)
+        self._fresh -= held.size if held.fresh else 0
+
+    def _sent(self, name: str, arguments: Any) -> float:
+        """Bytes that a rank sends in a ring: the whole once around, twice for a sum that all get."""
+        return max(map(size, arguments[:2])) * self._ring * (2 if name.startswith("allreduce") else 1)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What new tensors look like."""
+
+    single: bool
+    tensors: tuple[tuple[Any, Any, Any] | None, ...]
+
+    def empty(self) -> Any:
+        """Others that look so."""
+        made = [
+            None if tensor is None else torch.empty_strided(tensor[0], tensor[1], dtype=tensor[2], device=GPU)
+            for tensor in self.tensors
+        ]
+        return made[0] if self.single else tuple(made)
+
+
+def _form(result: Any) -> _Form | None:
+    """None where there is more to a result than plain tensors without memory."""
+    single = not isinstance(result, (tuple, list))
+    results = (result,) if single else tuple(result)
+    if not all(each is None or (type(each) is Tensor and each.device == GPU) for each in results):
+        return None
+    return _Form(single, tuple(None if each is None else (each.shape, each.stride(), each.dtype) for each in results))
+
+
+def _description(argument: Any) -> Any:
+    """What of an argument tells what comes out."""
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.stride(), argument.dtype
+    return tuple(map(_description, argument)) if isinstance(argument, (list, tuple)) else argument
+
+
+def size(argument: Any) -> int:
+    """Bytes of a tensor, or of all tensors of a list."""
+    if isinstance(argument, (list, tuple)):
+        return sum(map(size, argument))
+    return argument.numel() * argument.element_size() if isinstance(argument, Tensor) else 0
+
+
+def _flops(function: Any, arguments: Any, keywords: Any, result: Any) -> float:
+    """Of a product or an attention; a causal one does half of the square."""
+    if function.name().startswith(_CROSS_ATTENTION):
+        query, key = arguments[:2] if function.name() == _CROSS_ATTENTION else arguments[1:3]
+        products = 4.0 * float(query.numel() * key.shape[2])
+        return products * (1.0 if function.name() == _CROSS_ATTENTION else 2.5)
+    packet = function._overloadpacket
+    if packet.__name__ in _ATTENTION_OF_A_CPU:  # which torch's counter does not know
+        packet = getattr(torch.ops.aten, packet.__name__.replace("_for_cpu", ""))
+    formula = flop_registry.get(packet)
+    if formula is None:
+        return 0.0
+    whole = float(formula(*arguments, **keywords, out_val=result))
+    names = [argument.name for argument in function._schema.arguments]
+    causal = "is_causal" in names and dict(zip(names, arguments, strict=False)).get("is_causal", False)
+    return whole / 2 if causal else whole
+
+
+def _moved(function: Any, arguments: Any, result: Any) -> float:
+    """Bytes read and written."""
+    if "empty" in function.__name__:
+        return 0.0
+    if function is torch.ops.aten.embedding.default:  # reads the rows that it gives
+        return 2.0 * size(result)
+    return float(size(arguments) + size(result))
