@@ -157,7 +157,7 @@ class RetroConfig:
         return "none" if self.retro_legacy_checkpoint else self.retro_neighbor_positions
 
     def rotates_neighbors(self) -> bool:
-        """Whether the heads that read neighbours, and the encoder's, are turned by position."""
+        """Whether the heads that read neighbours, and the encoder's, are rotated by position."""
         return self.neighbor_positions() in ("rotary", "continued")
 
     def chunk_start(self) -> int:

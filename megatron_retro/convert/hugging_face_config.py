@@ -19,7 +19,7 @@ _ROPE_FIELDS = {
 _LLAMA3_FIELDS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _WINDOW_FIELDS = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
 _WINDOW_FAMILIES = ("mistral", "phi3", "qwen2", "qwen3")
-_PARTLY_TURNED_FAMILIES = ("phi3", "nemotron", "stablelm", "gpt2")
+_PARTLY_ROTATED_FAMILIES = ("phi3", "nemotron", "stablelm", "gpt2")
 _BIAS_FIELDS = {"attention_bias", "mlp_bias", "use_qkv_bias"}
 
 
@@ -230,7 +230,7 @@ def _attention_reasons(family: Family, model: ModelConfig) -> list[str]:
     reasons = []
     if model.position_embedding_type == "rope" and model.rotary_interleaved:
         reasons.append("rotary_interleaved has no counterpart")
-    if model.rotary_percent != 1.0 and family.model_type not in _PARTLY_TURNED_FAMILIES:
+    if model.rotary_percent != 1.0 and family.model_type not in _PARTLY_ROTATED_FAMILIES:
         reasons.append(f"rotary_percent is {model.rotary_percent}, not 1.0")
     has_window = model.sliding_window is not None
     if has_window and family.model_type not in _WINDOW_FAMILIES:
@@ -285,8 +285,8 @@ def _written_rope(family: Family, model: ModelConfig) -> dict[str, Any]:
             "high_freq_factor": model.rope_scaling_high_freq_factor,
             "original_max_position_embeddings": model.rope_scaling_original_max_positions,
         }
-    turned = {"partial_rotary_factor": model.rotary_percent}
-    partial = turned if family.model_type in _PARTLY_TURNED_FAMILIES else {}
+    rotated = {"partial_rotary_factor": model.rotary_percent}
+    partial = rotated if family.model_type in _PARTLY_ROTATED_FAMILIES else {}
     return {
         "rope_theta": model.rotary_base,
         **partial,

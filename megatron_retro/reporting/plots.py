@@ -233,9 +233,9 @@ def _figure(title: str, x_label: str, y_label: str, marks: Sequence[str], number
     inside = list(marks) or [_text(_WIDTH / 2, _HEIGHT / 2, "no data", "middle")]
     inside.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 8, x_label, "middle"))
     middle = (_TOP + _HEIGHT - _BOTTOM) / 2
-    turned = f'<text transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+    rotated = f'<text transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
     label = escape(f"{title}: {y_label} by {x_label}" if x_label else f"{title}: {y_label}")
-    picture = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(inside)}{turned}</svg>'
+    picture = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(inside)}{rotated}</svg>'
     details = f"<details><summary>numbers</summary>{numbers}</details>" if numbers else ""
     return f"<figure><figcaption>{escape(title)}</figcaption>{picture}{details}</figure>"
 
