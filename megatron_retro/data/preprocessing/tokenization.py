@@ -119,7 +119,7 @@ def _engine(tokenizer: Tokenizer) -> Any:
 
     if isinstance(tokenizer, SentencePieceTokenizer):
         return gigatoken.Tokenizer.from_sentencepiece(tokenizer.model_bytes)
-    return gigatoken.Tokenizer.from_json(tokenizer.backend.to_str())  # type: ignore[attr-defined]
+    return gigatoken.Tokenizer.from_json(tokenizer.backend.to_str())  # type: ignore[attr-defined]  # all others have one
 
 
 def _control_pieces(tokenizer: Tokenizer) -> list[str]:
