@@ -65,8 +65,15 @@ class DataConfig:
     reset_position_ids: bool = option(False, "positions start again after each document")
     reset_attention_mask: bool = option(False, "no attention over document borders")
     eod_mask_loss: bool = option(False, "no loss on end-of-document tokens")
-    # What makes retrieval worse, in training and evaluation alike, for studies: less to find, another's, nothing. The
-    # noise that regularizes training is the model's own (`retro_no_retrieval_probability` and its neighbour).
+    # What makes retrieval worse: whole samples in training, as a regularizer; chunks and the database in training and
+    # evaluation alike, for studies.
+    retro_no_retrieval_probability: float = option(
+        0.0, "training: share of samples without neighbours", minimum=0.0, maximum=1.0, ours=True, former_table="retro"
+    )
+    retro_random_retrieval_probability: float = option(
+        0.0, "training: share of samples with another sample's neighbours",
+        minimum=0.0, maximum=1.0, ours=True, former_table="retro",
+    )  # fmt: skip
     database_keep_fraction: float = option(
         1.0, "keep this share of the database (chosen by a hash of the id)", minimum=0.0, maximum=1.0, ours=True
     )

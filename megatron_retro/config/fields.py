@@ -27,10 +27,11 @@ def option(
     minimum: float | None = None,
     maximum: float | None = None,
     megatron_name: str | None = None,
+    former_table: str | None = None,
 ) -> Any:
     """A field. `ours` marks a flag that Megatron does not have; one that it spells differently is known by both names.
 
-    Bounds are inclusive.
+    Bounds are inclusive. Recipes may still set it in `former_table`, where it was before.
     """
     metadata = {
         "help": help,
@@ -39,6 +40,7 @@ def option(
         "minimum": minimum,
         "maximum": maximum,
         "megatron_name": megatron_name,
+        "former_table": former_table,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -58,6 +60,7 @@ class FieldSpec:
     minimum: float | None
     maximum: float | None
     megatron_name: str | None
+    former_table: str | None
 
     @property
     def flag(self) -> str:

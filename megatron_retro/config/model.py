@@ -117,12 +117,6 @@ class RetroConfig:
     retro_gate_target_rate: float = option(0.5, "adaptive gate: share of chunks that should read", ours=True)
     retro_gate_budget_weight: float = option(0.001, "adaptive gate: weight of the target-rate loss", ours=True)
     retro_gate_budget_warmup: int = option(1000, "adaptive gate: steps until that weight is reached", ours=True)
-    retro_no_retrieval_probability: float = option(
-        0.0, "training: share of samples without neighbours", minimum=0.0, maximum=1.0, ours=True
-    )
-    retro_random_retrieval_probability: float = option(
-        0.0, "training: share of samples with another sample's neighbours", minimum=0.0, maximum=1.0, ours=True
-    )
     retro_init: str = option(
         "noise", "retrofit: where the weights of what it adds come from", choices=RETRO_INITS, ours=True
     )

@@ -133,7 +133,7 @@ def _flat_table(
         section, spec = known.get(key, (None, None))
         if section is None or spec is None:
             problems.append(f"[{under}{table}] {key} is no setting{nearest(key, known)}")
-        elif section_name(section) != table:
+        elif table not in (section_name(section), spec.former_table):
             problems.append(f"[{under}{table}] {key} belongs in [{section_name(section)}]")
         elif (expected := spec.problem(value)) is not None:
             problems.append(f"[{under}{table}] {key} = {value!r}: expected {expected}")

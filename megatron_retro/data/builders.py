@@ -72,7 +72,7 @@ def build_dataset(settings: Settings, split: str, *, eod: int | None) -> Dataset
     tables = _tables(paths, data.valid_neighbor_path if own_validation else data.neighbor_path, retro)
     database = _database(data, retro)
     shares = (0.0, 1.0, 0.0) if own_validation else parse_split(data.split)
-    transforms = _transforms(data, retro, split)
+    transforms = _transforms(data, split)
     sources = tuple(
         _source(path, table, database, data, retro, seed, shares, split, transforms)
         for path, table in zip(paths, tables, strict=True)
@@ -103,12 +103,12 @@ def _require_enough(dataset: Dataset, training: TrainingConfig, most: float) -> 
             )
 
 
-def _transforms(data: DataConfig, retro: RetroConfig, split: str) -> TransformSettings:
+def _transforms(data: DataConfig, split: str) -> TransformSettings:
     """What worsens the neighbours of a split; whole samples lose or swap theirs in training only."""
     is_training = split == "train"
     return TransformSettings(
-        absent_samples=retro.retro_no_retrieval_probability if is_training else 0.0,
-        random_samples=retro.retro_random_retrieval_probability if is_training else 0.0,
+        absent_samples=data.retro_no_retrieval_probability if is_training else 0.0,
+        random_samples=data.retro_random_retrieval_probability if is_training else 0.0,
         absent_chunks=data.neighbor_absent_share,
         random_chunks=data.neighbor_random_share,
         database=ThinnedDatabase(

@@ -50,8 +50,6 @@ FREE_MODEL_SETTINGS = (
     "retro_encoder_hidden_dropout",
     "retro_encoder_attention_dropout",
     "retro_num_neighbors",
-    "retro_no_retrieval_probability",
-    "retro_random_retrieval_probability",
     "retro_attention_gate",
     "retro_gate_target_rate",
     "retro_gate_budget_weight",
@@ -83,7 +81,7 @@ TOLD_SECTIONS = (*MODEL_SECTIONS, DataConfig, TokenizerConfig, TrainingConfig, O
 _ORDER_SECTIONS = (DataConfig, TokenizerConfig, InstructionConfig)
 _ORDER_SETTINGS = {
     TrainingConfig: ("seed",),
-    RetroConfig: ("retro_num_neighbors", "retro_no_retrieval_probability", "retro_random_retrieval_probability"),
+    RetroConfig: ("retro_num_neighbors",),
 }
 _NOT_OF_THE_ORDER = ("num_workers", "data_cache_path", "valid_data_path", "valid_neighbor_path", "max_data_epochs")
 

@@ -10,7 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from megatron_retro.config.command_line import parse_settings
-from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.config.data import DataConfig, TokenizerConfig
 from megatron_retro.config.fields import field_specs
 from megatron_retro.config.megatron_flags import BY_FLAG
 from megatron_retro.config.model import ModelConfig, RetroConfig
@@ -164,6 +164,14 @@ def test_toml_faults_are_all_reported() -> None:
         flat_values(document, "recipe.toml", SECTIONS, ALL_SECTIONS)
     for part in ("did you mean num_layers", "seed belongs in [training]", "hidden_size = 'wide'", "did you mean model"):
         assert part in str(caught.value)
+
+
+def test_a_setting_that_moved_may_stand_in_its_former_table() -> None:
+    for table in ("data", "retro"):
+        found = flat_values(
+            {table: {"retro_no_retrieval_probability": 0.1}}, "recipe.toml", (DataConfig,), ALL_SECTIONS
+        )
+        assert found == {"retro_no_retrieval_probability": 0.1}
 
 
 @hypothesis_settings(deadline=None)

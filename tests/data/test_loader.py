@@ -203,14 +203,14 @@ def test_retrieval_noise_hits_its_share_of_samples(tmp_path: Path) -> None:
     file = corpus(tmp_path / "a", count=400)
     plain = build_dataset(retro_config(tmp_path, file), "train", eod=EOD)
     noise = {"retro_no_retrieval_probability": 0.3, "retro_random_retrieval_probability": 0.3}
-    noisy = build_dataset(retro_config(tmp_path, file, retro=noise), "train", eod=EOD)
+    noisy = build_dataset(retro_config(tmp_path, file, **noise), "train", eod=EOD)
     a, b = plain.read(range(300)), noisy.read(range(300))
     assert (a.tokens_BS == b.tokens_BS).all() and a.neighbors is not None and b.neighbors is not None
     absent = ~b.neighbors.mask_BCKR.any(axis=(1, 2, 3))
     equal = (a.neighbors.tokens_BCKR == b.neighbors.tokens_BCKR).all(axis=(1, 2, 3))
     assert 0.2 < absent.mean() < 0.4 and 0.12 < (~equal & ~absent).mean() < 0.32
     assert same(b, noisy.read(range(300))) and noisy.fingerprint != plain.fingerprint
-    valid = build_dataset(retro_config(tmp_path, file, retro=noise, split="1,1"), "valid", eod=EOD)
+    valid = build_dataset(retro_config(tmp_path, file, **noise, split="1,1"), "valid", eod=EOD)
     assert valid.transforms.absent_samples == 0.0
 
 
