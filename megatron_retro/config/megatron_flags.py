@@ -15,7 +15,7 @@ _OWN_FORMAT = "checkpoints have one format, which loads on any layout; leave it 
 _ONE_CODE = "there is one model code, leave it out"
 _ORDER = "the order of samples is drawn from --seed, leave it out"
 _LOGGED = "every number is in events.jsonl of the run and in --tensorboard-dir, leave it out"
-_RECOMPUTE = "--recompute-granularity selective or full says all"
+_RECOMPUTE = "--recompute-granularity full says all"
 
 _INSTEAD = {
     "--retro-cyclic-train-iters": "corpora are read again by themselves; --train-iters is the length of the run, "
@@ -30,7 +30,7 @@ _INSTEAD = {
     "--keep-sequential-samples": "documents keep their order, leave it out",
     "--distributed-backend": "NCCL on GPUs, gloo on CPUs, leave it out",
     "--DDP-impl": "--data-parallel-sharding says what data ranks share",
-    "--recompute-activations": "--recompute-granularity selective",
+    "--recompute-activations": "no layer keeps scores, norms or nonlinearities, leave it out",
     "--checkpoint-activations": "--recompute-granularity full",
     "--tensor-model-parallel": "--tensor-model-parallel-size",
     "--model-parallel-size": "--tensor-model-parallel-size",

@@ -32,7 +32,7 @@ class ParallelConfig:
     data_parallel_sharding: str = option("none", "what data ranks shard", choices=SHARDINGS, ours=True)
     use_distributed_optimizer: bool = option(False, "Megatron's name of --data-parallel-sharding optimizer")
     recompute_granularity: str = option(
-        "none", "activations computed again in the backward", choices=("none", "selective", "full")
+        "none", "what the backward computes again beside norms and nonlinearities", choices=("none", "full")
     )
     distributed_timeout_minutes: float = option(10.0, "a collective that takes longer ends the job", minimum=0.01)
     check_replicas: bool = option(False, "compare replicated parameters between ranks at every save", ours=True)

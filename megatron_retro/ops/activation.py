@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from megatron_retro.ops.backend_names import NATIVE
 from megatron_retro.ops.backends import backend_of, formula_of
+from megatron_retro.ops.recomputation import recomputed
 
 GELU, GELU_TANH, SQUARED_RELU, SWIGLU, GEGLU = "gelu", "gelu_tanh", "squared_relu", "swiglu", "geglu"
 GATED = (SWIGLU, GEGLU)
@@ -31,7 +32,10 @@ def _reference(projected: Tensor, kind: str, bias: Tensor | None) -> Tensor:
     projected = projected if bias is None else projected + bias
     if kind in GATED:
         gate, up = projected.unbind(-2)
-        return (functional.silu(gate) if kind == SWIGLU else functional.gelu(gate)) * up
+        open_gate = functional.silu if kind == SWIGLU else functional.gelu
+        opened = open_gate(gate)
+        with recomputed(opened, lambda: open_gate(gate.detach())):
+            return opened * up
     if kind == SQUARED_RELU:
         return functional.relu(projected).square()
     return functional.gelu(projected, approximate="tanh" if kind == GELU_TANH else "none")

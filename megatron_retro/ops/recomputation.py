@@ -18,8 +18,11 @@ def recomputed(tensor: Tensor, compute: Callable[[], Tensor]) -> AbstractContext
     """In this block, whoever saves `tensor` for the backward pass saves the recipe `compute` instead.
 
     `compute` must give the same values from tensors that are kept anyway. Where saved tensors are already taken care
-    of (a checkpointed region computes all of them again), nothing is added.
+    of (a checkpointed region computes all of them again), nothing is added; nor while a formula is compiled: a compiler
+    chooses what it keeps.
     """
+    if torch.compiler.is_compiling():
+        return nullcontext()
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     foreign_hooks = hooks is not None and not isinstance(hooks[0], _Pack)
     if foreign_hooks or not tensor.requires_grad or not torch.is_grad_enabled():

@@ -29,12 +29,12 @@ def all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def all_gather(tensor: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-    """The group's parts joined along `dim`, in rank order."""
+    """The group's parts joined along `dim`, in rank order; contiguous, or each reader would make and keep its copy."""
     size = dist.get_world_size(group)
     part = tensor.movedim(dim, 0).contiguous()
     joined = part.new_empty((part.shape[0] * size, *part.shape[1:]))
     _all_gather(joined, part, group=group)
-    return joined.movedim(0, dim)
+    return joined.movedim(0, dim).contiguous()
 
 
 def reduce_scatter(tensor: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:

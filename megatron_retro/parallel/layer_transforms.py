@@ -1,11 +1,9 @@
 """What training does to the layers of a plain model, apart from cutting and sharding them; none changes their names.
 
-**Recomputation**: what a layer's backward computes again instead of keeping. `full` keeps a layer's inputs only, and
-covers the neighbour encoder as part of the first retrieval layer, whose call encodes. `selective` keeps what matrix
-products and attention gave and computes the rest again (norms, activations, rotations, residual sums), in every layer
-of decoder and encoder. The layer that encodes neighbours does so part by part (attention, cross-attention, MLP),
-because its call runs units of FSDP2 inside, which torch cannot replay selectively. Both cover cross-attention, and both
-repeat a layer's collectives of the tensor axis.
+**Recomputation**: what a layer's backward computes again instead of keeping. As it is, a layer keeps what collectives,
+matrix products and attention gave, and norms and nonlinearities compute theirs again (`ops.recomputation`). `full`
+keeps a layer's inputs only: cross-attention is covered, and the neighbour encoder as part of the first retrieval layer,
+whose call encodes; a layer's collectives of the tensor axis are repeated.
 
 **FP8**: the matrices of all layers are multiplied in eight bits.
 
@@ -19,32 +17,18 @@ along several paths, as those of the encoder do, and fails there.)
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    SelectiveCheckpointContext,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint
 
 from megatron_retro.model.leaves import Linear
 from megatron_retro.model.retro import Retro
 from megatron_retro.ops.backends import backend_of
 from megatron_retro.ops.linear import fp8_linear
-
-_KEPT = (
-    "aten::mm",
-    "aten::addmm",
-    "aten::bmm",
-    "aten::_scaled_dot_product",
-    "aten::_scaled_mm",
-    "megatron_retro::chunked_cross_attention",
-)
+from megatron_retro.parallel.randomness import has_dropout
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -53,44 +37,20 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
 
 
 def recompute_layers(model: Retro, granularity: str) -> None:
-    """Let every layer recompute, as `granularity` says."""
+    """Let every layer recompute, as `granularity` says; states of random numbers stay where something is dropped."""
     if granularity == "full":
+        draws = has_dropout(model, model.model, model.retro)
         for layer in model.layers.values():
-            replace_forward(layer, _recomputing(layer.forward, None))
-    if granularity == "selective":
-        contexts = partial(create_selective_checkpoint_contexts, _policy)
-        for name, layer in model.layers.items():
-            for part in _parts(layer) if int(name) == model.first_retrieval_layer else [layer]:
-                replace_forward(part, _recomputing(part.forward, contexts))
-        for layer in [] if model.encoder is None else model.encoder.layers.values():
-            replace_forward(layer, _recomputing(layer.forward, contexts))
+            replace_forward(layer, _recomputing(layer.forward, draws))
 
 
-def _parts(layer: nn.Module) -> list[nn.Module]:
-    """What a decoder layer calls beside its norms, whose outputs these calls keep."""
-    return [layer.get_submodule(name) for name in ("attention", "cross_attention", "mlp")]
-
-
-def _recomputing(plain: Callable[..., Any], contexts: Callable[[], Any] | None) -> Callable[..., Any]:
+def _recomputing(plain: Callable[..., Any], draws: bool) -> Callable[..., Any]:
     def forward(*arguments: Any, **keywords: Any) -> Any:
         if not torch.is_grad_enabled():
             return plain(*arguments, **keywords)
-        options: dict[str, Any] = {"use_reentrant": False}
-        if contexts is not None:
-            options["context_fn"] = contexts
-        return checkpoint(plain, *arguments, **options, **keywords)
+        return checkpoint(plain, *arguments, use_reentrant=False, preserve_rng_state=draws, **keywords)
 
     return forward
-
-
-def _policy(context: SelectiveCheckpointContext, operator: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
-    name = str(getattr(operator, "name", lambda: operator)())
-    return CheckpointPolicy.MUST_SAVE if keeps(name) else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def keeps(operator_name: str) -> bool:
-    """Whether selective recomputation keeps what this operator gives."""
-    return operator_name.startswith(_KEPT)
 
 
 def multiply_in_fp8(model: Retro, device: torch.device, exempt: Callable[[str], bool]) -> None:

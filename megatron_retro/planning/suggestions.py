@@ -35,7 +35,7 @@ _TENSOR_SIZES = (1, 2, 4, 8)
 _PIPELINE_SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 _STAGES_PER_RANK = (1, 2, 3, 4, 6)
 _MICRO_BATCHES = (1, 2, 4, 8)
-_RECOMPUTE = ("none", "selective", "full")
+_RECOMPUTE = ("none", "full")
 _SIMULATED_ACTIONS = 200_000  # in the search for a better partition: about a second
 _WORTH_SAYING = 0.002
 

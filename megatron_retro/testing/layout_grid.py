@@ -37,7 +37,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "freeze_decoder": (False, False, True),
     "freeze_encoder": (False, False, True),
     "untie_embeddings_and_output_weights": (False, True),
-    "recompute_granularity": ("none", "full", "selective"),
+    "recompute_granularity": ("none", "full"),
     "make_vocab_size_divisible_by": (1, 8),
     "swiglu": (False, True),
     "normalization": ("LayerNorm", "RMSNorm"),

@@ -71,7 +71,7 @@ def test_a_stage_may_hold_nothing_of_what_is_tuned(part: str, schedule: str) -> 
 
 @pytest.mark.parametrize(
     ("layout", "recompute"),
-    [("tensor", "full"), ("sequence", "selective"), ("pipeline", "none"), ("pipeline", "full"), ("data", "none")],
+    [("tensor", "full"), ("sequence", "full"), ("pipeline", "none"), ("pipeline", "full"), ("data", "none")],
 )
 def test_dropout_of_lora_drops_the_same_on_every_layout(layout: str, recompute: str) -> None:
     dropping = {**METHODS["lora"], "lora_dropout": 0.3}

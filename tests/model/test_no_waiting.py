@@ -33,7 +33,6 @@ from megatron_retro.testing.single_process import one_process
         {"rope_scaling_type": "llama3"},
         {"hidden_dropout": 0.1, "attention_dropout": 0.1, "retro_encoder_hidden_dropout": 0.1},
         {"recompute_granularity": "full"},
-        {"recompute_granularity": "selective"},
         {"freeze_decoder": True},
         {"peft_method": "lora", "lora_dropout": 0.1},
         {"peft_method": "adapter"},

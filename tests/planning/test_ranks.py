@@ -38,7 +38,6 @@ CASES: dict[str, dict[str, Any]] = {
     "frozen decoder": {**PIPELINED, "freeze_decoder": True},
     "frozen decoder, uncut": {"freeze_decoder": True, "plan_gpus_per_node": 1},
     "lora": {**PIPELINED, "peft_method": "lora"},
-    "selective": {**PIPELINED, "recompute_granularity": "selective"},
     "full": {**PIPELINED, "recompute_granularity": "full"},
     "interleaved": {
         "pipeline_model_parallel_size": 2,

@@ -89,7 +89,7 @@ def random_layout(draw: random.Random, settings: Settings) -> Layout:
         schedule="interleaved" if stages > 1 else "1f1b",
         pipeline_layout=None,
         sharding=draw.choice(("none", "optimizer", "full")),
-        recompute=draw.choice(("none", "selective", "full")),
+        recompute=draw.choice(("none", "full")),
         micro_batch=draw.choice((1, 2, 4)),
     )
 

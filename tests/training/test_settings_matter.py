@@ -109,7 +109,6 @@ CHANGES_NOTHING: tuple[dict[str, Any], ...] = (
     {"num_workers": 2},
     {"deterministic_mode": True},
     {"recompute_granularity": "full"},
-    {"recompute_granularity": "selective"},
     {"data_parallel_sharding": "full"},
     {"make_vocab_size_divisible_by": 512},
     {"async_save": True, "save_interval": 1},
