@@ -39,7 +39,7 @@ from megatron_retro.retrieval.faiss_index import (
 )
 from megatron_retro.retrieval.index_building import ListMerge, open_merged
 from megatron_retro.retrieval.index_search import SearchResult, search_by_lists
-from megatron_retro.retrieval.native import keep_foreign
+from megatron_retro.retrieval.native import keep_other_documents
 from megatron_retro.retrieval.reranking import refine_by_embedding, refine_with_kept
 from megatron_retro.retrieval.work_blocks import cut_blocks
 from megatron_retro.runtime.console import say
@@ -237,8 +237,8 @@ def filter_figures(rows: int) -> list[Figure]:
     random = np.random.default_rng(0)
     candidates = random.integers(0, 10**9, (rows, 200))
     first = candidates[:, 3]
-    times = interleave({"filter": lambda: keep_foreign(candidates, first, first + 50, KEEP)}, 5)
-    kept = keep_foreign(candidates, first, first + 50, KEEP)
+    times = interleave({"filter": lambda: keep_other_documents(candidates, first, first + 50, KEEP)}, 5)
+    kept = keep_other_documents(candidates, first, first + 50, KEEP)
     if ((kept >= first[:, None]) & (kept < first[:, None] + 50)).any():
         raise RuntimeError("a chunk of an own document was kept")
     rate = rows / times["filter"].median_cpu

@@ -30,7 +30,7 @@ WHOLE_MODEL_SECTIONS: tuple[type, ...] = (*DECODER_SECTIONS, RetroConfig)
 
 
 @dataclass(frozen=True)
-class PlanRow:
+class ParameterSource:
     """One parameter (or the same one of several layers) of the retro-fitted model."""
 
     parameter: str
@@ -65,7 +65,7 @@ def inherited_settings(
     return settings.replace(**changes)
 
 
-def retrofit_plan(settings: Settings, checkpoint: Checkpoint) -> list[PlanRow]:
+def parameter_sources(settings: Settings, checkpoint: Checkpoint) -> list[ParameterSource]:
     """Where each parameter of the new model comes from, and whether it will change."""
     with torch.device("meta"):
         model = Retro(settings[ModelConfig], settings[RetroConfig])
@@ -74,7 +74,7 @@ def retrofit_plan(settings: Settings, checkpoint: Checkpoint) -> list[PlanRow]:
         from_gpt = MODEL + name in checkpoint.index.sizes
         warm = settings[RetroConfig].retro_init == "decoder" and starts_from_decoder(name)
         source = "checkpoint" if from_gpt else "decoder" if warm else "fresh"
-        rows.append(PlanRow(name, tuple(parameter.shape), source, trains(name, trained_parts(settings))))
+        rows.append(ParameterSource(name, tuple(parameter.shape), source, trains(name, trained_parts(settings))))
     lost = [row.parameter for row in rows if row.source == "fresh" and part_of(row.parameter) == "decoder"]
     if lost:
         raise ArtifactError(
@@ -83,10 +83,10 @@ def retrofit_plan(settings: Settings, checkpoint: Checkpoint) -> list[PlanRow]:
     return rows
 
 
-def collapsed(rows: list[PlanRow]) -> list[PlanRow]:
-    """The plan with the layers of one kind in one row: `layers.{0-5}.mlp.up.weight`."""
+def collapsed(rows: list[ParameterSource]) -> list[ParameterSource]:
+    """The sources with the layers of one kind in one row: `layers.{0-5}.mlp.up.weight`."""
 
-    def kind(row: PlanRow) -> tuple[str, tuple[int, ...], str, bool]:
+    def kind(row: ParameterSource) -> tuple[str, tuple[int, ...], str, bool]:
         return re.sub(r"\.\d+\.", ".*.", row.parameter), row.shape, row.source, row.trains
 
     order = {kind(row): number for number, row in reversed(list(enumerate(rows)))}

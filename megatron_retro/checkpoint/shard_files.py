@@ -1,7 +1,7 @@
 """One shard on disk: a safetensors file written in one pass and read in verified blocks.
 
 torch's own safetensors writer builds the whole file in memory and knows no checksum; here tensors stream from where
-they lie, and every block is checksummed on the way. The files are plain safetensors, with the offsets of each piece in
+they lie, and every block is checksummed on the way. The files are plain safetensors, with the offsets of each slice in
 the place where torch's `HuggingFaceStorageReader` looks for them.
 """
 
@@ -37,8 +37,8 @@ _HEADER_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class PieceSpec:
-    """A piece of a tensor: its type, its shape, and where it begins in the whole tensor."""
+class TensorSlice:
+    """A slice of a tensor: its type, its shape, and where it begins in the whole tensor."""
 
     name: str
     dtype: str
@@ -54,10 +54,10 @@ class PieceSpec:
 
 
 @dataclass(frozen=True)
-class StoredPiece:
-    """A piece and where it lies in its file."""
+class StoredSlice:
+    """A slice and where it lies in its file."""
 
-    spec: PieceSpec
+    spec: TensorSlice
     file: str
     begin: int
 
@@ -69,26 +69,25 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(octets)
 
 
-def _entry_names(pieces: Sequence[PieceSpec]) -> list[str]:
-    """The tensor's name, made unique where one shard holds several pieces of one tensor."""
+def _entry_names(slices: Sequence[TensorSlice]) -> list[str]:
+    """The tensor's name, made unique where one shard holds several slices of one tensor."""
     count: dict[str, int] = {}
-    for piece in pieces:
-        count[piece.name] = count.get(piece.name, 0) + 1
+    for part in slices:
+        count[part.name] = count.get(part.name, 0) + 1
     return [
-        piece.name if count[piece.name] == 1 else f"{piece.name}@{','.join(map(str, piece.offsets))}"
-        for piece in pieces
+        part.name if count[part.name] == 1 else f"{part.name}@{','.join(map(str, part.offsets))}" for part in slices
     ]
 
 
-def shard_header(pieces: Sequence[PieceSpec]) -> tuple[bytes, list[int]]:
-    """The head of the file, and where each piece begins behind it."""
+def shard_header(slices: Sequence[TensorSlice]) -> tuple[bytes, list[int]]:
+    """The head of the file, and where each slice begins behind it."""
     entries: dict[str, object] = {}
     offsets: dict[str, object] = {}
     begins, position = [], 0
-    for name, piece in zip(_entry_names(pieces), pieces, strict=True):
-        end = position + piece.num_bytes
-        entries[name] = {"dtype": piece.dtype, "shape": list(piece.sizes), "data_offsets": [position, end]}
-        offsets[name] = {"saved_offsets": list(piece.offsets)}
+    for name, part in zip(_entry_names(slices), slices, strict=True):
+        end = position + part.num_bytes
+        entries[name] = {"dtype": part.dtype, "shape": list(part.sizes), "data_offsets": [position, end]}
+        offsets[name] = {"saved_offsets": list(part.offsets)}
         begins.append(position)
         position = end
     entries["__metadata__"] = {"DCP_SHARDING_INFO": json_text(offsets), "DCP_VERSION": "1.0", "format": "pt"}
@@ -100,28 +99,28 @@ def shard_header(pieces: Sequence[PieceSpec]) -> tuple[bytes, list[int]]:
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """What was written: pieces with their places, size and block checksums of the file."""
+    """What was written: slices with their places, size and block checksums of the file."""
 
-    pieces: tuple[StoredPiece, ...]
+    slices: tuple[StoredSlice, ...]
     num_bytes: int
     checksums: tuple[int, ...]
 
 
-def write_shard(path: Path, pieces: Sequence[PieceSpec], load: Callable[[int], Tensor]) -> WrittenShard:
-    """Write a shard and force it to disk; `load(i)` gives piece i, contiguous or not, on any device."""
-    head, begins = shard_header(pieces)
+def write_shard(path: Path, slices: Sequence[TensorSlice], load: Callable[[int], Tensor]) -> WrittenShard:
+    """Write a shard and force it to disk; `load(i)` gives slice i, contiguous or not, on any device."""
+    head, begins = shard_header(slices)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         stream = _ChecksummedStream(descriptor)
         stream.write(memoryview(head))
-        for number in range(len(pieces)):
+        for number in range(len(slices)):
             tensor = load(number).detach().to("cpu").contiguous()
             stream.write(tensor_bytes(tensor))
             del tensor
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    stored = tuple(StoredPiece(piece, path.name, begin) for piece, begin in zip(pieces, begins, strict=True))
+    stored = tuple(StoredSlice(part, path.name, begin) for part, begin in zip(slices, begins, strict=True))
     return WrittenShard(stored, stream.blocks.size, tuple(stream.blocks.checksums()))
 
 

@@ -2,7 +2,7 @@
 
 torch's file system storage keeps its metadata in a pickle, which runs code when it is loaded, and its safetensors
 storage verifies nothing and derives a tensor's size from the shards that happen to be there. The index of this storage
-names every piece of every tensor, its file and its place, and the block checksums of every file.
+names every slice of every tensor, its file and its place, and the block checksums of every file.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from megatron_retro.artifacts.manifest import FileRecord
 from megatron_retro.checkpoint.shard_files import (
     DTYPE_NAMES,
     DTYPES,
-    PieceSpec,
     Range,
-    StoredPiece,
+    StoredSlice,
+    TensorSlice,
     WrittenShard,
     read_ranges,
     tensor_bytes,
@@ -73,11 +73,11 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class TensorIndex:
-    """Every tensor's type and size, where its pieces are, and the checksums of all shards."""
+    """Every tensor's type and size, where its slices are, and the checksums of all shards."""
 
     sizes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
-    pieces: dict[str, tuple[StoredPiece, ...]]
+    slices: dict[str, tuple[StoredSlice, ...]]
     files: dict[str, ShardFile]
 
     def to_json(self) -> str:
@@ -88,12 +88,12 @@ class TensorIndex:
                 "size": list(self.sizes[name]),
                 "pieces": [
                     {
-                        "offsets": list(piece.spec.offsets),
-                        "sizes": list(piece.spec.sizes),
-                        "file": piece.file,
-                        "begin": piece.begin,
+                        "offsets": list(stored.spec.offsets),
+                        "sizes": list(stored.spec.sizes),
+                        "file": stored.file,
+                        "begin": stored.begin,
                     }
-                    for piece in self.pieces[name]
+                    for stored in self.slices[name]
                 ],
             }
             for name in sorted(self.sizes)
@@ -124,19 +124,19 @@ class TensorIndex:
             for name, file in content["files"].items()
         }
         tensors = content["tensors"]
-        pieces = {
+        slices = {
             name: tuple(
-                StoredPiece(
-                    PieceSpec(name, entry["dtype"], tuple(piece["sizes"]), tuple(piece["offsets"])),
-                    _known(piece["file"], files),
-                    int(piece["begin"]),
+                StoredSlice(
+                    TensorSlice(name, entry["dtype"], tuple(stored["sizes"]), tuple(stored["offsets"])),
+                    _known(stored["file"], files),
+                    int(stored["begin"]),
                 )
-                for piece in entry["pieces"]
+                for stored in entry["pieces"]
             )
             for name, entry in tensors.items()
         }
         dtypes = {name: _known(entry["dtype"], DTYPES) for name, entry in tensors.items()}
-        return cls({name: tuple(entry["size"]) for name, entry in tensors.items()}, dtypes, pieces, files)
+        return cls({name: tuple(entry["size"]) for name, entry in tensors.items()}, dtypes, slices, files)
 
 
 def _known(name: str, table: Mapping[str, object]) -> str:
@@ -185,8 +185,8 @@ class ShardWriter(StorageWriter):
         if plan.items:
             written = self._write(plan.items, planner)
             results = [
-                WriteResult(item.index, piece.spec.num_bytes, (piece, written.num_bytes, written.checksums))
-                for item, piece in zip(plan.items, written.pieces, strict=True)
+                WriteResult(item.index, stored.spec.num_bytes, (stored, written.num_bytes, written.checksums))
+                for item, stored in zip(plan.items, written.slices, strict=True)
             ]
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
@@ -199,18 +199,18 @@ class ShardWriter(StorageWriter):
                 raise TypeError(f"{items[number].index.fqn} is not a tensor")
             return tensor
 
-        return write_shard(self.directory / shard_name(self.rank), [_piece_spec(item) for item in items], load)
+        return write_shard(self.directory / shard_name(self.rank), [_slice_of(item) for item in items], load)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the index from what all ranks wrote (coordinator only)."""
-        pieces: dict[str, list[StoredPiece]] = {}
+        slices: dict[str, list[StoredSlice]] = {}
         for result in (result for of_rank in results for result in of_rank):
-            piece, num_bytes, checksums = result.storage_data
-            pieces.setdefault(result.index.fqn, []).append(piece)
-            self.files[piece.file] = ShardFile(num_bytes, checksums)
+            stored, num_bytes, checksums = result.storage_data
+            slices.setdefault(result.index.fqn, []).append(stored)
+            self.files[stored.file] = ShardFile(num_bytes, checksums)
         sizes = {name: tuple(entry.size) for name, entry in _tensors(metadata).items()}
         dtypes = {name: DTYPE_NAMES[entry.properties.dtype] for name, entry in _tensors(metadata).items()}
-        index = TensorIndex(sizes, dtypes, {name: tuple(found) for name, found in pieces.items()}, self.files)
+        index = TensorIndex(sizes, dtypes, {name: tuple(found) for name, found in slices.items()}, self.files)
         (self.directory / INDEX_NAME).write_text(index.to_json(), encoding="utf-8")
 
     @classmethod
@@ -225,21 +225,21 @@ def _tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
     }
 
 
-def _piece_spec(item: WriteItem) -> PieceSpec:
+def _slice_of(item: WriteItem) -> TensorSlice:
     data = item.tensor_data
     if data is None:
         raise TypeError(f"{item.index.fqn} is not a tensor")
     dtype = DTYPE_NAMES[data.properties.dtype]
-    return PieceSpec(item.index.fqn, dtype, tuple(data.chunk.sizes), tuple(data.chunk.offsets))
+    return TensorSlice(item.index.fqn, dtype, tuple(data.chunk.sizes), tuple(data.chunk.offsets))
 
 
 class ShardReader(StorageReader):
-    """Reads verified pieces of shards; knows only what the index names."""
+    """Reads verified slices of shards; knows only what the index names."""
 
     def __init__(self, directory: Path, index: TensorIndex) -> None:
         self.directory = directory
         self.index = index
-        self._places = {(name, piece.spec.offsets): piece for name, found in index.pieces.items() for piece in found}
+        self._places = {(name, stored.spec.offsets): stored for name, found in index.slices.items() for stored in found}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Nothing is kept between loads."""
@@ -251,8 +251,8 @@ class ShardReader(StorageReader):
                 TensorProperties(dtype=DTYPES[self.index.dtypes[name]]),
                 torch.Size(self.index.sizes[name]),
                 [
-                    ChunkStorageMetadata(torch.Size(piece.spec.offsets), torch.Size(piece.spec.sizes))
-                    for piece in self.index.pieces[name]
+                    ChunkStorageMetadata(torch.Size(stored.spec.offsets), torch.Size(stored.spec.sizes))
+                    for stored in self.index.slices[name]
                 ],
             )
             for name in self.index.sizes
@@ -274,8 +274,8 @@ class ShardReader(StorageReader):
         """One pass over each file that holds something for this rank."""
         by_file: dict[str, list[Range]] = {}
         for item in plan.items:
-            piece = self._place(item.storage_index)
-            by_file.setdefault(piece.file, []).append(_range_of(item, piece, planner))
+            stored = self._place(item.storage_index)
+            by_file.setdefault(stored.file, []).append(_range_of(item, stored, planner))
         for name, ranges in sorted(by_file.items()):
             file = self.index.files[name]
             read_ranges(self.directory / name, file.num_bytes, file.checksums, ranges)
@@ -283,7 +283,7 @@ class ShardReader(StorageReader):
         future.set_result(None)
         return future
 
-    def _place(self, index: MetadataIndex) -> StoredPiece:
+    def _place(self, index: MetadataIndex) -> StoredSlice:
         return self._places[index.fqn, tuple(index.offset or ())]
 
     @classmethod
@@ -292,9 +292,9 @@ class ShardReader(StorageReader):
         return True
 
 
-def _range_of(item: ReadItem, piece: StoredPiece, planner: LoadPlanner) -> Range:
-    """The bytes that hold an item's slice: whole rows of the piece, straight into place where they fit."""
-    sizes, dtype = piece.spec.sizes, DTYPES[piece.spec.dtype]
+def _range_of(item: ReadItem, stored: StoredSlice, planner: LoadPlanner) -> Range:
+    """The bytes that hold an item's slice: whole rows of the stored slice, straight into place where they fit."""
+    sizes, dtype = stored.spec.sizes, DTYPES[stored.spec.dtype]
     first, rows = (item.storage_offsets[0], item.lengths[0]) if sizes else (0, 1)
     row_sizes = tuple(sizes[1:])
     row_bytes = dtype.itemsize
@@ -318,4 +318,4 @@ def _range_of(item: ReadItem, piece: StoredPiece, planner: LoadPlanner) -> Range
             target.copy_(staging.pop()[where])
         planner.commit_tensor(item, target)
 
-    return Range(piece.begin + first * row_bytes, rows * row_bytes, open_target, finish)
+    return Range(stored.begin + first * row_bytes, rows * row_bytes, open_target, finish)

@@ -14,7 +14,7 @@ from megatron_retro.artifacts.manifest import file_record, write_manifest
 from megatron_retro.checkpoint.directory import KIND, STATE_NAME, VERSION, point_to, step_directory
 from megatron_retro.checkpoint.live_state import MODEL
 from megatron_retro.checkpoint.loading import Checkpoint, load_tensors, open_base, open_checkpoint, stored_settings
-from megatron_retro.checkpoint.shard_files import DTYPES, PieceSpec, StoredPiece, write_shard
+from megatron_retro.checkpoint.shard_files import DTYPES, StoredSlice, TensorSlice, write_shard
 from megatron_retro.checkpoint.storage import INDEX_NAME, ShardFile, TensorIndex, shard_name
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
@@ -39,15 +39,15 @@ def write_checkpoint(
     target = step_directory(run, 0)
     with new_directory(target) as partial:
         files: dict[str, ShardFile] = {}
-        pieces: dict[str, tuple[StoredPiece, ...]] = {}
+        slices: dict[str, tuple[StoredSlice, ...]] = {}
         for number, names in enumerate(_names_by_shard(shapes)):
-            specs = [PieceSpec(MODEL + name, "F32", shapes[name], (0,) * len(shapes[name])) for name in names]
+            specs = [TensorSlice(MODEL + name, "F32", shapes[name], (0,) * len(shapes[name])) for name in names]
             path = partial / shard_name(number)
             written = write_shard(path, specs, lambda index, names=names: load(names[index]).float())  # type: ignore[misc]
             files[path.name] = ShardFile(written.num_bytes, written.checksums)
-            pieces |= {piece.spec.name: (piece,) for piece in written.pieces}
+            slices |= {stored.spec.name: (stored,) for stored in written.slices}
         sizes = {MODEL + name: shape for name, shape in shapes.items()}
-        index = TensorIndex(sizes, dict.fromkeys(sizes, "F32"), pieces, files)
+        index = TensorIndex(sizes, dict.fromkeys(sizes, "F32"), slices, files)
         write_file(partial / INDEX_NAME, index.to_json())
         write_file(partial / STATE_NAME, json_text({}) + "\n")
         records = {name: file.record() for name, file in files.items()}

@@ -15,6 +15,7 @@ from megatron_retro.errors import ConfigError
 from megatron_retro.inference.engine import Engine, EngineLimits, raise_failures
 from megatron_retro.inference.forward import Forward, LocalForward
 from megatron_retro.inference.generation import Generation, GenerationRequest
+from megatron_retro.inference.large_pages import store_for_decoding
 from megatron_retro.inference.neighbor_sources import (
     ChunkSearch,
     GivenPassages,
@@ -23,7 +24,6 @@ from megatron_retro.inference.neighbor_sources import (
     RandomNeighbors,
 )
 from megatron_retro.inference.sampling import Sampling
-from megatron_retro.inference.weight_layout import store_for_decoding
 
 
 @dataclass(frozen=True)

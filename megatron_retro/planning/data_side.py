@@ -28,7 +28,7 @@ CODE_BYTES, ID_BYTES, TABLE_ID_BYTES = 64, 8, 5
 
 
 @dataclass(frozen=True)
-class DataPlan:
+class DataEstimate:
     """Bytes and hours."""
 
     corpus_tokens: float
@@ -44,7 +44,7 @@ class DataPlan:
     query_cpu_hours: float
 
 
-def data_plan(settings: Settings) -> DataPlan:
+def data_estimate(settings: Settings) -> DataEstimate:
     """The data that a run needs: its whole corpus as database, its own tokens as queries."""
     planning, retro, retrieval = settings[PlanningConfig], settings[RetroConfig], settings[RetrievalConfig]
     work = workload_of(settings)
@@ -53,7 +53,7 @@ def data_plan(settings: Settings) -> DataPlan:
     chunks = _chunks(database, retro.retro_chunk_length, planning.plan_document_tokens)
     queries = min(work.num_tokens, corpus) / retro.retro_chunk_length
     token_bytes = 2 if (settings[ModelConfig].vocab_size or 0) < 65_500 else 4
-    return DataPlan(
+    return DataEstimate(
         corpus_tokens=corpus,
         database_chunks=chunks,
         queries=queries,
@@ -82,25 +82,25 @@ def _chunks(tokens: float, length: int, document_tokens: int) -> float:
 def data_lines(settings: Settings) -> Iterator[str]:
     """The data side as text."""
     planning, retro = settings[PlanningConfig], settings[RetroConfig]
-    plan = data_plan(settings)
-    yield f"data          {readable_count(plan.corpus_tokens)} tokens: files {readable_bytes(plan.token_file_bytes)}"
-    yield f"              {readable_count(plan.tokenize_cpu_hours)} CPU hours to tokenize"
+    data = data_estimate(settings)
+    yield f"data          {readable_count(data.corpus_tokens)} tokens: files {readable_bytes(data.token_file_bytes)}"
+    yield f"              {readable_count(data.tokenize_cpu_hours)} CPU hours to tokenize"
     if retro.retro_add_retriever:
         yield (
-            f"database      {readable_count(plan.database_chunks)} chunks of {retro.retro_chunk_length}: "
-            f"{readable_bytes(plan.database_bytes)}"
+            f"database      {readable_count(data.database_chunks)} chunks of {retro.retro_chunk_length}: "
+            f"{readable_bytes(data.database_bytes)}"
         )
         yield (
-            f"index         {readable_bytes(plan.index_bytes)} of codes and ids, embedding "
-            f"{readable_count(plan.embed_gpu_hours)} GPU hours, adding {readable_count(plan.add_cpu_hours)} CPU hours"
+            f"index         {readable_bytes(data.index_bytes)} of codes and ids, embedding "
+            f"{readable_count(data.embed_gpu_hours)} GPU hours, adding {readable_count(data.add_cpu_hours)} CPU hours"
         )
         saved = settings[RetrievalConfig].retro_query_num_neighbors_save
         yield (
-            f"table         {readable_count(plan.queries)} queries x {saved} "
-            f"neighbours: {readable_bytes(plan.table_bytes)}, {readable_count(plan.query_cpu_hours)} CPU hours"
+            f"table         {readable_count(data.queries)} queries x {saved} "
+            f"neighbours: {readable_bytes(data.table_bytes)}, {readable_count(data.query_cpu_hours)} CPU hours"
         )
-    hours = plan.tokenize_cpu_hours
-    hours += plan.add_cpu_hours + plan.query_cpu_hours if retro.retro_add_retriever else 0.0
+    hours = data.tokenize_cpu_hours
+    hours += data.add_cpu_hours + data.query_cpu_hours if retro.retro_add_retriever else 0.0
     if planning.plan_data_workers > 1:
         wall = readable_seconds(hours / planning.plan_data_workers * 3600)
         yield f"              {wall} of CPU work on {planning.plan_data_workers} workers of one core"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from megatron_retro.planning.ranks import RankPlan, StagePlan
+from megatron_retro.planning.ranks import RankCosts, StageCosts
 from megatron_retro.planning.schedule import Action, most_held, orders_of
 from megatron_retro.planning.workload import Layout, Workload
 
@@ -40,27 +40,27 @@ class Memory:
         return [(field.name, getattr(self, field.name)) for field in fields(self)]
 
 
-def rank_memory(plan: RankPlan, work: Workload, layout: Layout) -> Memory:
+def rank_memory(rank: RankCosts, work: Workload, layout: Layout) -> Memory:
     """The worse of two moments of a backward: its start, with every activation and the loss, or its end, with every
     gradient. Gradients of earlier microbatches are there at both."""
-    start, end = (_at(moment, plan, work, layout) for moment in (_START, _END))
+    start, end = (_at(moment, rank, work, layout) for moment in (_START, _END))
     return max(start, end, key=lambda memory: memory.total)
 
 
-def _at(moment: int, plan: RankPlan, work: Workload, layout: Layout) -> Memory:
+def _at(moment: int, rank: RankCosts, work: Workload, layout: Layout) -> Memory:
     microbatches, starts = layout.microbatches(work.global_batch), moment == _START
-    order = orders_of(layout, microbatches)[plan.rank]
-    held = most_held(order, {stage.part.index: stage.saved_bytes for stage in plan.stages})[moment]
-    neighbors = most_held(order, {stage.part.index: stage.neighbor_bytes for stage in plan.stages})[moment]
-    loss = plan.head.saved_bytes + plan.head.working_bytes if starts else 0.0
-    working = max(plan.working_bytes - loss, 0.0) if starts else 0.0
+    order = orders_of(layout, microbatches)[rank.rank]
+    held = most_held(order, {stage.part.index: stage.saved_bytes for stage in rank.stages})[moment]
+    neighbors = most_held(order, {stage.part.index: stage.neighbor_bytes for stage in rank.stages})[moment]
+    loss = rank.head.saved_bytes + rank.head.working_bytes if starts else 0.0
+    working = max(rank.working_bytes - loss, 0.0) if starts else 0.0
     return Memory(
-        weights=_weights(plan, work, layout),
-        gradients=_earlier_gradients(plan, layout, microbatches) if starts else _gradients(plan, layout),
-        optimizer=plan.total.trained_parameters * MOMENT_BYTES / _shards(layout),
+        weights=_weights(rank, work, layout),
+        gradients=_earlier_gradients(rank, layout, microbatches) if starts else _gradients(rank, layout),
+        optimizer=rank.total.trained_parameters * MOMENT_BYTES / _shards(layout),
         activations=held - neighbors + working,
         neighbors=neighbors,
-        communication=_buffers(plan, layout, order, moment),
+        communication=_buffers(rank, layout, order, moment),
         loss=loss,
     )
 
@@ -69,44 +69,44 @@ def _shards(layout: Layout) -> int:
     return 1 if layout.sharding == "none" else layout.data
 
 
-def _weights(plan: RankPlan, work: Workload, layout: Layout) -> float:
-    masters = plan.total.parameters * MASTER_BYTES / _shards(layout)
+def _weights(rank: RankCosts, work: Workload, layout: Layout) -> float:
+    masters = rank.total.parameters * MASTER_BYTES / _shards(layout)
     if layout.sharding == "full" and layout.data > 1:
-        return masters + 2 * plan.largest_unit * work.value_bytes
+        return masters + 2 * rank.largest_unit * work.value_bytes
     if work.value_bytes != MASTER_BYTES or _shards(layout) > 1:
-        return masters + plan.total.parameters * work.value_bytes
+        return masters + rank.total.parameters * work.value_bytes
     return masters
 
 
-def _earlier_gradients(plan: RankPlan, layout: Layout, microbatches: int) -> float:
+def _earlier_gradients(rank: RankCosts, layout: Layout, microbatches: int) -> float:
     """Those of the microbatches before: whole unless each was reduced at once."""
-    whole = float(plan.total.trained_parameters * MASTER_BYTES)
+    whole = float(rank.total.trained_parameters * MASTER_BYTES)
     if microbatches == 1:
         return 0.0
     return whole / layout.data if _reduces_each(layout) else whole
 
 
-def _gradients(plan: RankPlan, layout: Layout) -> float:
+def _gradients(rank: RankCosts, layout: Layout) -> float:
     """At the end of a backward; without a pipeline each sharded unit is reduced as soon as it is complete."""
-    whole = float(plan.total.trained_parameters * MASTER_BYTES)
+    whole = float(rank.total.trained_parameters * MASTER_BYTES)
     if _shards(layout) == 1 or layout.pipeline > 1:
         return whole
-    return whole / layout.data + min(plan.largest_unit, plan.total.trained_parameters) * MASTER_BYTES
+    return whole / layout.data + min(rank.largest_unit, rank.total.trained_parameters) * MASTER_BYTES
 
 
 def _reduces_each(layout: Layout) -> bool:
     return layout.sharding in ("gradients", "full") and layout.data > 1 and layout.pipeline == 1
 
 
-def _buffers(plan: RankPlan, layout: Layout, order: Sequence[Action], moment: int) -> float:
+def _buffers(rank: RankCosts, layout: Layout, order: Sequence[Action], moment: int) -> float:
     """What crosses borders, and a unit that is reduced over the data ranks."""
     reduced = 0.0
     if layout.data > 1 and moment == _END:
-        reduced = min(plan.largest_unit, plan.total.trained_parameters) * MASTER_BYTES
-    return border_buffers(plan.stages, order)[moment] + reduced
+        reduced = min(rank.largest_unit, rank.total.trained_parameters) * MASTER_BYTES
+    return border_buffers(rank.stages, order)[moment] + reduced
 
 
-def border_buffers(stages: Sequence[StagePlan], order: Sequence[Action]) -> tuple[float, float]:
+def border_buffers(stages: Sequence[StageCosts], order: Sequence[Action]) -> tuple[float, float]:
     """Of a rank's stages under a schedule, as a backward starts and as it ends.
 
     `parallel.schedules.BoundedStage` keeps what came in from its receive to the end of its microbatch's backward. One

@@ -18,7 +18,7 @@ from megatron_retro.ops.local_tensors import local
 from megatron_retro.parallel.partition import StagePart, stage_parts
 from megatron_retro.planning.fake_device import GPU, fake_rank
 from megatron_retro.planning.memory import Memory, rank_memory
-from megatron_retro.planning.ranks import RankPlan, rank_plans
+from megatron_retro.planning.ranks import RankCosts, rank_costs
 from megatron_retro.planning.step_time import (
     CommunicationVolume,
     StepTime,
@@ -40,7 +40,7 @@ class Plan:
     layout: Layout
     machine: Accelerator
     stages: tuple[StagePart, ...]
-    ranks: tuple[RankPlan, ...]
+    ranks: tuple[RankCosts, ...]
     memory: tuple[Memory, ...]
     time: StepTime
     volume: tuple[CommunicationVolume, ...]
@@ -96,7 +96,7 @@ def make_plan(
     """Work everything out; `traces` saves the tracing where it is known."""
     work, layout = workload_of(settings), layout_of(settings)
     stages = stage_parts(settings, work.seq_length)
-    ranks = rank_plans(settings, traces or trace_stages(settings, device), stages)
+    ranks = rank_costs(settings, traces or trace_stages(settings, device), stages)
     return Plan(
         settings=settings,
         work=work,

@@ -27,7 +27,7 @@ BORDER = "what comes over the border"
 
 
 @dataclass(frozen=True)
-class StagePlan:
+class StageCosts:
     """One pipeline stage, for one microbatch: its parts in the order of the forward, and what crosses its borders."""
 
     part: StagePart
@@ -52,11 +52,11 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
-class RankPlan:
+class RankCosts:
     """One pipeline rank. Bytes and operations are those of one microbatch through all of its stages."""
 
     rank: int
-    stages: tuple[StagePlan, ...]
+    stages: tuple[StageCosts, ...]
     total: PartTrace
 
     @property
@@ -90,20 +90,20 @@ class RankPlan:
         return sum(stage.received_bytes + stage.sent_bytes for stage in self.stages)
 
 
-def rank_plans(settings: Settings, traces: StageTraces, parts: Sequence[StagePart]) -> tuple[RankPlan, ...]:
+def rank_costs(settings: Settings, traces: StageTraces, parts: Sequence[StagePart]) -> tuple[RankCosts, ...]:
     """Every pipeline rank in order."""
     ranks = settings[ParallelConfig].pipeline_model_parallel_size
-    stages = [_stage_plan(part, settings, traces.of(part)) for part in parts]
+    stages = [_stage_costs(part, settings, traces.of(part)) for part in parts]
     own = [tuple(stages[rank::ranks]) for rank in range(ranks)]
-    return tuple(RankPlan(rank, held, _sum(stage.total for stage in held)) for rank, held in enumerate(own))
+    return tuple(RankCosts(rank, held, _sum(stage.total for stage in held)) for rank, held in enumerate(own))
 
 
-def in_order(ranks: Iterable[RankPlan]) -> list[StagePlan]:
+def in_order(ranks: Iterable[RankCosts]) -> list[StageCosts]:
     """The stages of all ranks, from the model's first to its last."""
     return sorted((stage for rank in ranks for stage in rank.stages), key=lambda stage: stage.part.index)
 
 
-def _stage_plan(part: StagePart, settings: Settings, trace: Trace) -> StagePlan:
+def _stage_costs(part: StagePart, settings: Settings, trace: Trace) -> StageCosts:
     kinds = layer_kinds(settings[RetroConfig], settings[ModelConfig].num_layers)
     names = [STAGE]
     names += [EMBEDDING, POSITIONS] if part.first else []
@@ -118,7 +118,7 @@ def _stage_plan(part: StagePart, settings: Settings, trace: Trace) -> StagePlan:
         parts.append((EMBEDDING, trace.part(EMBEDDING).only_parameters()))
     received = 0.0 if part.first else trace.hidden_bytes + _neighbors(part.receives_neighbors, settings, trace)
     sent = 0.0 if part.last else trace.hidden_bytes + _neighbors(part.sends_neighbors, settings, trace)
-    return StagePlan(part, tuple(parts), received, sent)
+    return StageCosts(part, tuple(parts), received, sent)
 
 
 def _over_borders(part: StagePart, settings: Settings, trace: Trace) -> PartTrace:

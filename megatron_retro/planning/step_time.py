@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_retro.config.hardware import Accelerator
-from megatron_retro.planning.ranks import RankPlan, in_order
+from megatron_retro.planning.ranks import RankCosts, in_order
 from megatron_retro.planning.recorder import PartTrace
 from megatron_retro.planning.schedule import StageSeconds, pipeline_seconds
 from megatron_retro.planning.workload import Layout, Workload
@@ -42,12 +42,12 @@ class CommunicationVolume:
     data: float
 
 
-def communication_volume(plan: RankPlan, work: Workload, layout: Layout) -> CommunicationVolume:
+def communication_volume(rank: RankCosts, work: Workload, layout: Layout) -> CommunicationVolume:
     """What one rank sends; a sum over D replicas of B bytes sends 2B(D-1)/D, a scatter or gather half of that."""
     microbatches = layout.microbatches(work.global_batch)
     ring = (layout.data - 1) / layout.data
-    gradients = plan.total.trained_parameters * 4 * ring
-    copies = plan.total.parameters * work.value_bytes * ring
+    gradients = rank.total.trained_parameters * 4 * ring
+    copies = rank.total.parameters * work.value_bytes * ring
     reductions = microbatches if layout.pipeline == 1 else 1  # a pipeline's schedule waits for the last backward
     data = {
         "none": 2 * gradients,
@@ -55,13 +55,13 @@ def communication_volume(plan: RankPlan, work: Workload, layout: Layout) -> Comm
         "gradients": gradients * reductions + copies,
         "full": gradients * reductions + 2 * copies * microbatches,
     }[layout.sharding]
-    return CommunicationVolume(plan.total.sent_bytes * microbatches, plan.border_bytes * microbatches, data)
+    return CommunicationVolume(rank.total.sent_bytes * microbatches, rank.border_bytes * microbatches, data)
 
 
-def step_time(plans: Sequence[RankPlan], work: Workload, layout: Layout, machine: Accelerator) -> StepTime:
+def step_time(ranks: Sequence[RankCosts], work: Workload, layout: Layout, machine: Accelerator) -> StepTime:
     """The slowest rank sets the pace; what does not hide behind computing is added."""
     microbatches = layout.microbatches(work.global_batch)
-    slowest = max(plans, key=lambda plan: _busy(plan.total, layout, machine).total)
+    slowest = max(ranks, key=lambda rank: _busy(rank.total, layout, machine).total)
     busy, volume = _busy(slowest.total, layout, machine), communication_volume(slowest, work, layout)
     data = volume.data / _data_rate(layout, machine)
     often = layout.sharding == "full" or (layout.sharding == "gradients" and layout.pipeline == 1)
@@ -71,7 +71,7 @@ def step_time(plans: Sequence[RankPlan], work: Workload, layout: Layout, machine
         "memory": microbatches * busy.memory,
         "tensor": microbatches * busy.tensor,
         "pipeline": 0.5 * volume.pipeline / (machine.network_gb_per_s * 1e9),  # receives do not overlap, sends do
-        "bubble": pipeline_seconds(layout, microbatches, stage_seconds(plans, layout, machine))
+        "bubble": pipeline_seconds(layout, microbatches, stage_seconds(ranks, layout, machine))
         - microbatches * busy.total,
         "data": max(data * 0.1, data - microbatches * busy.total * hides * 2 / 3),
         "optimizer": _optimizer_seconds(slowest, layout, machine),
@@ -79,9 +79,9 @@ def step_time(plans: Sequence[RankPlan], work: Workload, layout: Layout, machine
     return StepTime(**planned, unplanned=sum(planned.values()) * (1 / machine.sustained - 1))
 
 
-def stage_seconds(plans: Sequence[RankPlan], layout: Layout, machine: Accelerator) -> list[StageSeconds]:
+def stage_seconds(ranks: Sequence[RankCosts], layout: Layout, machine: Accelerator) -> list[StageSeconds]:
     """Of one microbatch through every stage, in the order of the stages."""
-    return [part_seconds(stage.total, layout, machine) for stage in in_order(plans)]
+    return [part_seconds(stage.total, layout, machine) for stage in in_order(ranks)]
 
 
 def part_seconds(total: PartTrace, layout: Layout, machine: Accelerator) -> StageSeconds:
@@ -115,9 +115,9 @@ def _busy(total: PartTrace, layout: Layout, machine: Accelerator) -> _Busy:
     )
 
 
-def _optimizer_seconds(plan: RankPlan, layout: Layout, machine: Accelerator) -> float:
+def _optimizer_seconds(rank: RankCosts, layout: Layout, machine: Accelerator) -> float:
     shards = 1 if layout.sharding == "none" else layout.data
-    return plan.total.trained_parameters / shards * _OPTIMIZER_BYTES / (machine.memory_tb_per_s * 1e12)
+    return rank.total.trained_parameters / shards * _OPTIMIZER_BYTES / (machine.memory_tb_per_s * 1e12)
 
 
 def _data_rate(layout: Layout, machine: Accelerator) -> float:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from megatron_retro.retrieval.faiss_index import InvertedParts, inverted_parts, list_content, set_search_effort
 from megatron_retro.retrieval.gpu_index import MOST_SELECTED, GpuIndex
-from megatron_retro.retrieval.native import Candidates, keep_foreign, native_module, top_candidates
+from megatron_retro.retrieval.native import Candidates, keep_other_documents, native_module, top_candidates
 from megatron_retro.runtime.environment import processor_flags
 
 _TILE_VECTORS = 1024
@@ -242,7 +242,7 @@ def _drop_excluded(
     distances: NDArray[np.float32], ids: NDArray[np.int64], excluded: ExcludedIds, keep: int
 ) -> SearchResult:
     """The first `keep` candidates that are not excluded, with their distances."""
-    kept = keep_foreign(ids, excluded.first, excluded.last, keep)
+    kept = keep_other_documents(ids, excluded.first, excluded.last, keep)
     own = (ids >= excluded.first[:, None]) & (ids < excluded.last[:, None]) | (ids < 0)
     order = np.argsort(own, axis=1, kind="stable")[:, :keep]
     ordered = np.take_along_axis(distances, order, axis=1)

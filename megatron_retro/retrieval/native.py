@@ -120,14 +120,14 @@ def bm25_scores(
     return scores
 
 
-def keep_foreign(
+def keep_other_documents(
     candidates: NDArray[np.int64], first: NDArray[np.int64], last: NDArray[np.int64], keep: int
 ) -> NDArray[np.int64]:
     """The first `keep` candidates of each row that exist, lie outside its interval and are not repeated."""
     module = native_module()
     if module is None:
-        return reference.keep_foreign(candidates, first, last, keep)
-    kept: NDArray[np.int64] = module.keep_foreign(candidates, first, last, keep)
+        return reference.keep_other_documents(candidates, first, last, keep)
+    kept: NDArray[np.int64] = module.keep_other_documents(candidates, first, last, keep)
     return kept
 
 

@@ -116,7 +116,7 @@ def _counted(tokens: NDArray[np.int32], present: NDArray[np.bool_]) -> list[tupl
     return [(row, Counter(tokens[row][present[row]].tolist())) for row in range(len(tokens))]
 
 
-def keep_foreign(
+def keep_other_documents(
     candidates: NDArray[np.int64], first: NDArray[np.int64], last: NDArray[np.int64], keep: int
 ) -> NDArray[np.int64]:
     """The first `keep` candidates of each row that exist, lie outside [first, last) and are not repeated."""

@@ -16,7 +16,7 @@ from megatron_retro.assembly.retrofitting import (
     WHOLE_MODEL_SECTIONS,
     collapsed,
     inherited_settings,
-    retrofit_plan,
+    parameter_sources,
 )
 from megatron_retro.assembly.run_parts import RunParts, build_run_parts
 from megatron_retro.assembly.stage_building import model_on_meta, trained_parts
@@ -113,7 +113,7 @@ def _retrofit_settings(settings: Settings, tell: Callable[[str], None] | None) -
     settings = inherited_settings(settings, checkpoint).replace(retro_add_retriever=True)
     rows = [
         (row.parameter, "x".join(map(str, row.shape)) or "1", row.source, "yes" if row.trains else "no")
-        for row in collapsed(retrofit_plan(settings, checkpoint))
+        for row in collapsed(parameter_sources(settings, checkpoint))
     ]
     if tell is not None:
         tell(render_table(("parameter", "shape", "source", "trains?"), rows))

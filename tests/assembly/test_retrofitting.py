@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_retro.assembly.retrofitting import inherited_settings, retrofit_plan
+from megatron_retro.assembly.retrofitting import inherited_settings, parameter_sources
 from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
@@ -48,7 +48,7 @@ def test_the_plan_and_step_zero(run: tuple[Retro, Path], frozen: bool) -> None:
         {"retro_layers": "flag"},
     )
     settings = inherited_settings(wanted, checkpoint)
-    plan = {row.parameter: row for row in retrofit_plan(settings, checkpoint)}
+    plan = {row.parameter: row for row in parameter_sources(settings, checkpoint)}
     decoder = set(gpt.state_dict())
     assert {name for name, row in plan.items() if row.source == "checkpoint"} == decoder
     assert all(row.trains != (frozen and name in decoder) for name, row in plan.items())

@@ -14,8 +14,8 @@ from torch import Tensor
 from megatron_retro.artifacts.block_checksums import BLOCK_BYTES, read_block_checksums
 from megatron_retro.checkpoint.shard_files import (
     DTYPE_NAMES,
-    PieceSpec,
     Range,
+    TensorSlice,
     WrittenShard,
     read_ranges,
     write_shard,
@@ -26,18 +26,18 @@ DTYPES = sorted(DTYPE_NAMES, key=str)
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> WrittenShard:
-    pieces = [
-        PieceSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), (0,) * tensor.dim())
+    slices = [
+        TensorSlice(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), (0,) * tensor.dim())
         for name, tensor in tensors.items()
     ]
-    return write_shard(path, pieces, lambda number: list(tensors.values())[number])
+    return write_shard(path, slices, lambda number: list(tensors.values())[number])
 
 
 def read_back(path: Path, written: WrittenShard, name: str, first: int = 0, count: int | None = None) -> bytes:
-    piece = next(piece for piece in written.pieces if piece.spec.name == name)
-    target = bytearray(piece.spec.num_bytes - first if count is None else count)
+    slice_ = next(slice_ for slice_ in written.slices if slice_.spec.name == name)
+    target = bytearray(slice_.spec.num_bytes - first if count is None else count)
     done: list[bool] = []
-    wanted = Range(piece.begin + first, len(target), lambda: memoryview(target), lambda: done.append(True))
+    wanted = Range(slice_.begin + first, len(target), lambda: memoryview(target), lambda: done.append(True))
     read_ranges(path, written.num_bytes, written.checksums, [wanted])
     assert done == [True]
     return bytes(target)
@@ -93,7 +93,7 @@ def test_parts_of_tensors_over_block_borders_come_back(tmp_path: Path) -> None:
 def test_ranges_that_overlap_each_get_their_bytes(tmp_path: Path) -> None:
     values = torch.arange(3_000_000, dtype=torch.int32)
     written = write(tmp_path / "a", {"x": values})
-    raw, begin = values.numpy().tobytes(), written.pieces[0].begin
+    raw, begin = values.numpy().tobytes(), written.slices[0].begin
     spans = [(5, 9_000_000), (0, 100), (4_000_000, 1_000_000), (5, 9_000_000)]
     targets = [bytearray(count) for _, count in spans]
     ranges = [

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from megatron_retro.data.tokenizers import ByteTokenizer
 from megatron_retro.errors import ConfigError, DataError
-from megatron_retro.inference import weight_layout
+from megatron_retro.inference import large_pages
 from megatron_retro.inference.engine import Engine, EngineLimits
 from megatron_retro.inference.forward import LocalForward, stack_neighbors
 from megatron_retro.inference.generation import Generation, GenerationRequest
+from megatron_retro.inference.large_pages import store_for_decoding
 from megatron_retro.inference.neighbor_sources import GivenPassages
 from megatron_retro.inference.sampling import Sampling
-from megatron_retro.inference.weight_layout import store_for_decoding
 from megatron_retro.model.retro import Retro
 from megatron_retro.ops.backends import NATIVE, VARIABLE, choice
 
@@ -164,7 +164,7 @@ def test_the_layout_for_decoding(
 ) -> None:
     """It changes no name, no shape and no result beyond rounding, and PyTorch's product gets matrices by inputs."""
     monkeypatch.setenv(VARIABLE, f"small_batch_gemv={kernels}")
-    monkeypatch.setattr(weight_layout, "LARGE_PAGE", large_page)
+    monkeypatch.setattr(large_pages, "LARGE_PAGE", large_page)
     by_outputs = choice("small_batch_gemv", "cpu").backend == NATIVE
     model = small_model(untie_embeddings_and_output_weights=True)
     tokens = prompts(8)[7]

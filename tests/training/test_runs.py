@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_retro.assembly.retrofitting import collapsed, inherited_settings, retrofit_plan
+from megatron_retro.assembly.retrofitting import collapsed, inherited_settings, parameter_sources
 from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.model.gates import AdaptiveGate
@@ -160,7 +160,7 @@ def test_the_plan_names_source_and_fate_of_every_parameter(corpus: TinyCorpus, t
     short_run(corpus, tmp_path / "gpt", retro=False, train_iters=1, hidden_size=64)
     checkpoint = open_checkpoint(tmp_path / "gpt")
     settings = inherited_settings(corpus.settings(load=str(tmp_path / "gpt")), checkpoint)
-    rows = retrofit_plan(settings, checkpoint)
+    rows = parameter_sources(settings, checkpoint)
     by_name = {row.parameter: row for row in rows}
     assert by_name["embedding.word.weight"].source == "checkpoint"
     assert by_name["embedding.word.weight"].shape[1] == 64, "the shape comes from the checkpoint"

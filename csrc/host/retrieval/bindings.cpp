@@ -11,7 +11,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("longest_common_runs", &longest_common_runs);
   module.def("bm25_scores", &bm25_scores);
   module.def("token_overlaps", &token_overlaps);
-  module.def("keep_foreign", &keep_foreign);
+  module.def("keep_other_documents", &keep_other_documents);
   module.def("candidate_distances", &candidate_distances);
   py::class_<TopCandidates>(module, "TopCandidates")
       .def(py::init<int64_t, int64_t, int64_t>())

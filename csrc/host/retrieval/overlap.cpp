@@ -170,7 +170,7 @@ py::array_t<float> token_overlaps(const Array<int32_t>& texts, const Array<uint8
   });
 }
 
-py::array_t<int64_t> keep_foreign(const Array<int64_t>& candidates, const Array<int64_t>& first,
+py::array_t<int64_t> keep_other_documents(const Array<int64_t>& candidates, const Array<int64_t>& first,
                                   const Array<int64_t>& last, int64_t keep) {
   require(candidates.ndim() == 2, "candidates are [rows, number]");
   const int64_t rows = candidates.shape(0), number = candidates.shape(1);

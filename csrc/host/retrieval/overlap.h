@@ -20,7 +20,7 @@ py::array_t<float> token_overlaps(const Array<int32_t>& texts, const Array<uint8
                                   int64_t threads);
 
 // The first `keep` candidates of each row that are no absence (-1), lie outside [first, last) and are not repeated.
-py::array_t<int64_t> keep_foreign(const Array<int64_t>& candidates, const Array<int64_t>& first,
+py::array_t<int64_t> keep_other_documents(const Array<int64_t>& candidates, const Array<int64_t>& first,
                                   const Array<int64_t>& last, int64_t keep);
 
 // Squared distances of each query to its candidates' vectors, kept as bfloat16; infinite for an absent candidate.
