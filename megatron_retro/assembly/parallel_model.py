@@ -149,7 +149,7 @@ class ParallelModel:
         return float(charged)
 
     def evaluate(self, microbatches: Sequence[Microbatch[Tensor]]) -> list[Tensor] | None:
-        """Loss of every token, [B, S] float32 on the CPU, one per microbatch; None on ranks without the model's end."""
+        """Loss of every token, [B, S] float32 on the device, one per microbatch; None without the model's end."""
         was_training = self._module.training
         self._begin(training=False)
         with torch.no_grad():
@@ -162,7 +162,7 @@ class ParallelModel:
                 if isinstance(module, FSDPModule):
                     module.reshard()
         self._begin(training=was_training)
-        return None if losses is None else [loss.float().cpu() for loss in losses]
+        return None if losses is None else [loss.float() for loss in losses]
 
     def squared_gradient_norm(self) -> Tensor:
         """Sum of squares of all gradients of the uncut model, each parameter counted once."""

@@ -266,8 +266,10 @@ class Trainer:
     def _evaluate(self) -> None:
         if self._evaluator is not None:
             record = self._evaluator.evaluate(self.state.step)
-            self.state.last_evaluation = {"step": record.step, "loss": record.loss}
-            self._observer.evaluated(record)
+            self.state.last_evaluation = {"step": self.state.step}
+            if record is not None:  # the first rank: it also writes the state
+                self.state.last_evaluation["loss"] = record.loss
+                self._observer.evaluated(record)
             self._clock.lap()
 
     def _save_if_due(self) -> None:

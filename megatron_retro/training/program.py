@@ -129,7 +129,7 @@ def train(
     fields = {name: value for section in settings.values().values() for name, value in section.items()}
     agree({**fields, **parts.inputs}, "settings or data")
     timeout = timedelta(minutes=settings[ParallelConfig].distributed_timeout_minutes)
-    control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    saving = dist.new_group(backend="gloo", timeout=timeout)
     state = TrainingState()
     with ExitStack() as closing:
         heartbeat = start_heartbeat()
@@ -144,7 +144,7 @@ def train(
         checkpoints.resume(retrofit=retrofit)
         if checkpoints.run is not None and launch.rank == 0:
             write_file(checkpoints.run / CONFIG, render_toml(parts.settings))
-        evaluator = Evaluator(parts, control) if parts.validation is not None else None
+        evaluator = Evaluator(parts) if parts.validation is not None else None
         facts = run_facts(parts, launch)
         return Trainer(parts, facts, state, checkpoints, evaluator, observer, stops, heartbeat).run()
 

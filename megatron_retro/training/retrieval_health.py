@@ -10,21 +10,22 @@ its gate is. The hooks only read; they are there for the length of the block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from megatron_retro.data.neighbor_transforms import VARIANTS
+from megatron_retro.parallel.gathering import sum_on_first
 from megatron_retro.runtime.run_records import LayerUse, RetrievalHealth
 from megatron_retro.runtime.statistics import Interval, bootstrap_ratio
-from megatron_retro.training.evaluation import TokenLosses
+from megatron_retro.training.evaluation import SampleSums
 
 DEAD_GATE_RATE = 0.01
 DEAD_NORM_SHARE = 1e-4
@@ -48,84 +49,68 @@ def alarms(health: RetrievalHealth) -> tuple[str, ...]:
 
 
 def retrieval_health(
-    by_variant: Mapping[str, TokenLosses],
-    chunk_length: int,
+    sums: SampleSums,
     layers: tuple[LayerUse, ...],
     seed: int,
     documents: NDArray[np.int64] | None = None,
 ) -> RetrievalHealth:
     """Compare the variants on the tokens that may see neighbours; samples without documents are drawn one by one."""
-    real = by_variant["real"]
-    reach = real.mask.copy()
-    reach[:, : chunk_length - 1] = False
-    others = [variant for variant in VARIANTS if variant != "real" and variant in by_variant]
-    tokens = reach.sum(1)
+    tokens: NDArray[Any] = sums.reached_N.numpy()
 
-    def interval(values: NDArray[Any]) -> Interval:
-        return bootstrap_ratio(values.sum(1, where=reach, dtype=np.float64), tokens, seed=seed, units=documents)
+    def interval(values: Tensor) -> Interval:
+        return bootstrap_ratio(values.numpy(), tokens, seed=seed, units=documents)
 
-    losses = {variant: interval(measured.losses) for variant, measured in by_variant.items()}
-    excess, by_position = {}, {}
-    for variant in others:
-        difference = by_variant[variant].losses.astype(np.float64) - real.losses
-        excess[variant] = interval(difference)
-        by_position[variant] = _by_position(difference, reach, chunk_length)
-    return RetrievalHealth(losses, excess, by_position, layers)
-
-
-def _by_position(difference: NDArray[Any], reach: NDArray[np.bool_], chunk_length: int) -> list[float]:
-    """Mean difference at each place of the attending chunk (its first place is the last token of a chunk)."""
-    positions = np.broadcast_to(np.arange(difference.shape[1]), difference.shape)
-    place = (positions + 1) % chunk_length
-    sums = np.bincount(place[reach], weights=difference[reach], minlength=chunk_length)
-    counts = np.bincount(place[reach], minlength=chunk_length)
-    return [float(total / count) if count else 0.0 for total, count in zip(sums, counts, strict=True)]
-
-
-@dataclass
-class _Sums:
-    """Running sums of one layer."""
-
-    output: float = 0.0
-    residual: float = 0.0
-    rates: float = 0.0
-    rate_count: int = 0
+    places = sums.places_M.clamp(min=1.0)
+    return RetrievalHealth(
+        {variant: interval(values) for variant, values in sums.reached_losses.items()},
+        {variant: interval(values) for variant, values in sums.excess.items()},
+        {variant: (values / places).tolist() for variant, values in sums.excess_by_place.items()},
+        layers,
+    )
 
 
 @dataclass
 class LayerWatch:
-    """What the hooks of this rank saw."""
+    """What the hooks of this rank saw: of each layer of the whole model the squares of what its cross-attention adds
+    and of what that is added to, the gate's rates and how many there were. Sums stay where they were made."""
 
-    sums: dict[int, _Sums] = field(default_factory=dict)
+    num_layers: int
+    sums: dict[int, Tensor | None] = field(default_factory=dict)
 
-    def measured(self, group: dist.ProcessGroup | None) -> tuple[LayerUse, ...]:
-        """Use of every layer of the whole model. Every rank of `group` calls it."""
-        mine = {layer: (sums.output, sums.residual, sums.rates, sums.rate_count) for layer, sums in self.sums.items()}
-        everyone: list[Any] = [mine]
-        if group is not None and dist.get_world_size(group) > 1:
-            everyone = [None] * dist.get_world_size(group)
-            dist.all_gather_object(everyone, mine, group=group)
-        totals: dict[int, list[float]] = {}
-        for of_rank in everyone:
-            for layer, values in of_rank.items():
-                held = totals.setdefault(layer, [0.0] * 4)
-                totals[layer] = [one + other for one, other in zip(held, values, strict=True)]
+    def add(self, layer: int, column: int, value: Tensor) -> None:
+        held = self.sums[layer]
+        if held is None:
+            held = self.sums[layer] = torch.zeros(4, dtype=torch.float64, device=value.device)
+        held[column] += value
+
+    def measured(self, device: torch.device) -> tuple[LayerUse, ...] | None:
+        """Use of every layer of the whole model, on the first rank; None on others. Every rank calls it."""
+        table = torch.zeros(self.num_layers, 5, dtype=torch.float64, device=device)
+        for layer, held in self.sums.items():
+            if held is not None:
+                table[layer - 1, :4] = held
+            table[layer - 1, 4] = 1.0
+        total = sum_on_first(table)
+        if total is None:
+            return None
         return tuple(
             LayerUse(layer, output**0.5 / max(residual**0.5, 1e-12), rates / count if count else None)
-            for layer, (output, residual, rates, count) in sorted(totals.items())
+            for layer, (output, residual, rates, count, held) in enumerate(total.tolist(), 1)
+            if held
         )
 
 
 @contextmanager
-def watched_layers(module: nn.Module) -> Iterator[LayerWatch]:
+def watched_layers(module: nn.Module, num_layers: int) -> Iterator[LayerWatch]:
     """Watch every decoder layer with cross-attention while the block runs."""
-    watch = LayerWatch()
+    watch = LayerWatch(num_layers)
     handles: list[RemovableHandle] = []
     for name, part in module.named_modules():
         words = name.split(".")
         if words[-1] == "cross_attention" and words[0] == "layers":
-            parent = module.get_submodule(".".join(words[:-1]))
-            handles += _hooks(watch.sums.setdefault(int(words[-2]) + 1, _Sums()), parent, part)
+            layer = int(words[-2]) + 1
+            watch.sums[layer] = None
+            handles += _hooks(partial(watch.add, layer), module.get_submodule(".".join(words[:-1])), part)
     try:
         yield watch
     finally:
@@ -133,20 +118,20 @@ def watched_layers(module: nn.Module) -> Iterator[LayerWatch]:
             handle.remove()
 
 
-def _hooks(sums: _Sums, layer: nn.Module, cross_attention: nn.Module) -> list[RemovableHandle]:
+def _hooks(add: Callable[[int, Tensor], None], layer: nn.Module, cross_attention: nn.Module) -> list[RemovableHandle]:
     def after_norm(module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        sums.residual += _square(output[1])
+        _add_square(1, output[1])
 
     def after_attention(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        sums.output += _square(output)
+        _add_square(0, output)
         rates = getattr(getattr(module, "gate", None), "last_rates", None)
         if isinstance(rates, Tensor):
-            sums.rates += float(rates.double().sum())
-            sums.rate_count += rates.numel()
+            add(2, rates.detach().double().sum())
+            add(3, torch.tensor(rates.numel(), dtype=torch.float64))
+
+    def _add_square(column: int, tensor: Any) -> None:
+        if isinstance(tensor, Tensor):
+            add(column, tensor.detach().double().square().sum())
 
     norm = layer.get_submodule("cross_norm")
     return [norm.register_forward_hook(after_norm), cross_attention.register_forward_hook(after_attention)]
-
-
-def _square(tensor: Any) -> float:
-    return float(tensor.detach().double().square().sum()) if isinstance(tensor, Tensor) else 0.0

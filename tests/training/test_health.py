@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_retro.data.neighbor_transforms import with_variant
 from megatron_retro.microbatch import Array, Microbatch, Neighbors
 from megatron_retro.runtime.run_records import LayerUse, RetrievalHealth
 from megatron_retro.runtime.statistics import bootstrap_ratio
-from megatron_retro.training.evaluation import TokenLosses
+from megatron_retro.training.evaluation import SampleSums, joined, packed, packed_length, token_sums
 from megatron_retro.training.retrieval_health import alarms, retrieval_health
 
 CHUNK = 8
@@ -119,21 +120,49 @@ def test_one_document_says_nothing_of_others() -> None:
     assert found.mean == 0.5 and np.isnan([found.low, found.high]).all() and not found.above_zero
 
 
-def losses(excess: float, noise: float, seed: int, samples: int = 40) -> dict[str, TokenLosses]:
+def losses(excess: float, noise: float, seed: int, samples: int = 40) -> SampleSums:
     random = np.random.default_rng(seed)
     real = random.normal(3.0, 1.0, (samples, 4 * CHUNK)).astype(np.float32)
     mask = random.random(real.shape) < 0.9
 
-    def worse(by: float) -> TokenLosses:
+    def worse(by: float) -> np.ndarray:
         found = real + by + random.normal(0, noise, (samples, 1))
         found[:, : CHUNK - 1] = real[:, : CHUNK - 1]
-        return TokenLosses(found.astype(np.float32), mask)
+        return found.astype(np.float32)
 
-    return {"real": TokenLosses(real, mask), "none": worse(excess), "random": worse(excess), "shuffled": worse(excess)}
+    found = {"real": real, "none": worse(excess), "random": worse(excess), "shuffled": worse(excess)}
+    ids = torch.arange(samples)
+    tensors = {variant: torch.from_numpy(tokens) for variant, tokens in found.items()}
+    return token_sums(tensors, torch.from_numpy(mask), CHUNK, ids_N=ids, texts_N=ids)
 
 
-def health(by_variant: dict[str, TokenLosses], share: float = 0.1, rate: float | None = None) -> RetrievalHealth:
-    return retrieval_health(by_variant, CHUNK, (LayerUse(3, share, rate),), seed=0)
+def health(by_variant: SampleSums, share: float = 0.1, rate: float | None = None) -> RetrievalHealth:
+    return retrieval_health(by_variant, (LayerUse(3, share, rate),), seed=0)
+
+
+def test_sums_that_ranks_pack_are_those_of_all_samples_together() -> None:
+    """Two ranks with every second sample each; the formula in numpy is the reference."""
+    random = np.random.default_rng(5)
+    variants, samples, length = ("real", "none"), 6, 3 * CHUNK - 2
+    tokens = {variant: random.normal(3.0, 1.0, (samples, length)).astype(np.float32) for variant in variants}
+    mask = random.random((samples, length)) < 0.9
+
+    def of(rows: np.ndarray) -> SampleSums:
+        losses = {variant: torch.from_numpy(found[rows]) for variant, found in tokens.items()}
+        ids = torch.from_numpy(rows)
+        return token_sums(losses, torch.from_numpy(mask[rows]), CHUNK, ids_N=ids, texts_N=ids * -7)
+
+    parts = [packed(of(np.arange(start, samples, 2))) for start in (0, 1)]
+    assert all(len(part) == packed_length(samples // 2, variants, CHUNK) for part in parts)
+    found, whole = joined(torch.stack(parts), samples // 2, variants, CHUNK), of(np.arange(samples))
+    reached = mask & (np.arange(length) >= CHUNK - 1)
+    difference = (tokens["none"].astype(np.float64) - tokens["real"]) * reached
+    assert torch.equal(found.ids_N, whole.ids_N) and torch.equal(found.texts_N, whole.texts_N)
+    assert found.mean == pytest.approx(tokens["real"][mask].mean(dtype=np.float64), rel=1e-12)
+    assert np.allclose(found.excess["none"], difference.sum(1), rtol=1e-12, atol=1e-12)
+    places = [(difference * ((np.arange(length) + 1) % CHUNK == place)).sum() for place in range(CHUNK)]
+    assert np.allclose(found.excess_by_place["none"], places, rtol=1e-12, atol=1e-12)
+    assert found.places_M.sum() == reached.sum()
 
 
 def test_a_healthy_model_raises_no_alarm_and_has_its_excess() -> None:
@@ -152,7 +181,7 @@ def test_alarms_name_what_is_wrong() -> None:
         and "random neighbours are not clearly worse" in useless[0]
         and "off is not clearly worse" in useless[1]
     )
-    alone = alarms(retrieval_health(losses(0.05, 0.01, 1), CHUNK, (), seed=0, documents=np.zeros(40, np.int64)))
+    alone = alarms(retrieval_health(losses(0.05, 0.01, 1), (), seed=0, documents=np.zeros(40, np.int64)))
     assert len(alone) == 2 and "no interval: one document" in alone[0], "however many samples it has"
     harmful = alarms(health(losses(-0.05, noise=0.01, seed=3)))
     assert "-0.05" in harmful[0]

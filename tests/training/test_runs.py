@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_retro.assembly.retrofitting import collapsed, inherited_settings, parameter_sources
 from megatron_retro.checkpoint.loading import open_checkpoint
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.model.gates import AdaptiveGate
 from megatron_retro.runtime.launch import find_launch
@@ -102,9 +104,10 @@ def test_an_evaluation_is_repeatable_and_moves_no_random_state(corpus: TinyCorpu
 
     with process_group(find_launch({})) as device:
         parts = build_run_parts(corpus.settings(hidden_dropout=0.2), device, 1)
-        evaluator = Evaluator(parts, dist.new_group(backend="gloo"))
+        evaluator = Evaluator(parts)
         before = torch.get_rng_state()
         first, second = evaluator.evaluate(0), evaluator.evaluate(0)
+        assert first is not None and second is not None
         assert torch.equal(before, torch.get_rng_state())
         assert first.loss == second.loss and first.samples == second.samples
         assert first.retrieval is not None and first.retrieval == second.retrieval
@@ -112,29 +115,61 @@ def test_an_evaluation_is_repeatable_and_moves_no_random_state(corpus: TinyCorpu
         assert all(use.share > 0 for use in first.retrieval.layers)
 
 
+def bytes_sent(call: Callable[[], Any]) -> tuple[Any, int]:
+    """What a call returns, and how many bytes this rank handed to collectives in it, those of the model left out."""
+    sent = []
+
+    def counted(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(tensor: torch.Tensor, *arguments: Any, **more: Any) -> Any:
+            sent.append(tensor.nbytes)
+            return collective(tensor, *arguments, **more)
+
+        return counting
+
+    def refused(*arguments: Any, **more: Any) -> None:
+        raise AssertionError("an evaluation sends no objects")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("gather", "broadcast", "reduce"):
+            patch.setattr(dist, name, counted(getattr(dist, name)))
+        patch.setattr(dist, "all_gather_object", refused)
+        result = call()
+    return result, sum(sent)
+
+
 @pytest.mark.parametrize(
     "layout", [{}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}], ids=str
 )
 def test_every_layout_measures_the_same_health(corpus: TinyCorpus, layout: dict[str, Any]) -> None:
-    """Two data ranks read half of the samples each, random neighbours included."""
+    """Two data ranks read half of the samples each, random neighbours included; sums of samples travel, no tokens."""
+    global_batch, eval_iters, variants = 8, 2, 4
 
-    def health(**more: Any) -> dict[str, Any]:
+    def health(**more: Any) -> tuple[Any, int]:
         from megatron_retro.assembly.run_parts import build_run_parts
         from megatron_retro.training.evaluator import Evaluator
 
         launch = find_launch()
+        more |= {"global_batch_size": global_batch, "eval_iters": eval_iters}
         with process_group(launch) as device:
-            parts = build_run_parts(corpus.settings(global_batch_size=8, **more), device, launch.world_size)
-            return Evaluator(parts, dist.new_group(backend="gloo")).evaluate(0).to_json()["facts"]
+            parts = build_run_parts(corpus.settings(**more), device, launch.world_size)
+            record, sent = bytes_sent(lambda: Evaluator(parts).evaluate(0))
+            return (None if record is None else record.to_json()), sent
 
-    (one,) = run_ranks(health, 1, initialize=False)
-    for cut in run_ranks(lambda: health(**layout), 2, initialize=False):
-        for variant, interval in one["excess"].items():
-            assert cut["excess"][variant] == pytest.approx(interval, abs=1e-5), variant
-            assert cut["excess_by_position"][variant] == pytest.approx(one["excess_by_position"][variant], abs=1e-5)
-        assert [use["share"] for use in cut["layers"]] == pytest.approx(
-            [use["share"] for use in one["layers"]], rel=1e-4
-        )
+    ((one, _),) = run_ranks(health, 1, initialize=False)
+    (cut, _), (other, _) = found = run_ranks(lambda: health(**layout), 2, initialize=False)
+    assert other is None, "intervals are drawn on the first rank alone"
+    numbers = (
+        global_batch * eval_iters * (4 + 2 * variants) + variants * corpus.settings()[RetroConfig].retro_chunk_length
+    )
+    layers = corpus.settings()[ModelConfig].num_layers
+    assert max(sent for _, sent in found) <= 8 * (numbers + 5 * layers)
+    assert cut["loss"] == pytest.approx(one["loss"], abs=1e-6)
+    cut, one = cut["facts"], one["facts"]
+    assert cut["tokens"] == one["tokens"] and cut["samples"]["texts"] == one["samples"]["texts"]
+    for variant, interval in one["excess"].items():
+        assert cut["excess"][variant] == pytest.approx(interval, abs=1e-5), variant
+        assert cut["excess_by_position"][variant] == pytest.approx(one["excess_by_position"][variant], abs=1e-5)
+    assert [use["share"] for use in cut["layers"]] == pytest.approx([use["share"] for use in one["layers"]], rel=1e-4)
 
 
 def test_retrofit_starts_as_the_gpt_and_freezes_what_it_says(
