@@ -9,11 +9,7 @@ namespace {
 void vocabulary_statistics(
     const Tensor& logits, const Tensor& labels, int64_t first_label, const Tensor& largest, const Tensor& sum,
     const Tensor& label_logit) {
-  VocabularyBlock call = block_of(logits, labels, first_label);
-  require(call.width > 0, "logits must have at least one column");
-  call.largest = row_values(largest, "largest", logits);
-  call.sum = row_values(sum, "sum", logits);
-  call.label_logit = row_values(label_logit, "label_logit", logits);
+  const VocabularyBlock call = statistics_of(logits, labels, first_label, largest, sum, label_logit);
   const Stored stored = stored_type(logits, "logits");
   torch::stable::parallel_for(0, logits.size(0), grain_of(call.width), [&](int64_t first, int64_t last) {
     cpu::vocabulary_statistics(stored, call, first, last);
@@ -23,9 +19,7 @@ void vocabulary_statistics(
 void vocabulary_gradient_(
     const Tensor& logits, const Tensor& labels, int64_t first_label, const Tensor& log_normalizer,
     const Tensor& scale) {
-  VocabularyBlock call = block_of(logits, labels, first_label);
-  call.log_normalizer = row_values(log_normalizer, "log_normalizer", logits);
-  call.scale = row_values(scale, "scale", logits);
+  const VocabularyBlock call = gradient_of(logits, labels, first_label, log_normalizer, scale);
   const Stored stored = stored_type(logits, "logits");
   torch::stable::parallel_for(0, logits.size(0), grain_of(call.width), [&](int64_t first, int64_t last) {
     cpu::vocabulary_gradient(stored, call, first, last);

@@ -26,4 +26,24 @@ inline VocabularyBlock block_of(const Tensor& logits, const Tensor& labels, int6
   return call;
 }
 
+inline VocabularyBlock statistics_of(
+    const Tensor& logits, const Tensor& labels, int64_t first_label, const Tensor& largest, const Tensor& sum,
+    const Tensor& label_logit) {
+  VocabularyBlock call = block_of(logits, labels, first_label);
+  require(call.width > 0, "logits must have at least one column");
+  call.largest = row_values(largest, "largest", logits);
+  call.sum = row_values(sum, "sum", logits);
+  call.label_logit = row_values(label_logit, "label_logit", logits);
+  return call;
+}
+
+inline VocabularyBlock gradient_of(
+    const Tensor& logits, const Tensor& labels, int64_t first_label, const Tensor& log_normalizer,
+    const Tensor& scale) {
+  VocabularyBlock call = block_of(logits, labels, first_label);
+  call.log_normalizer = row_values(log_normalizer, "log_normalizer", logits);
+  call.scale = row_values(scale, "scale", logits);
+  return call;
+}
+
 }  // namespace megatron_retro

@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def run_ranks(
         room = Path(name)
         port = _free_port() if not initialize else 0
         processes = {
-            _fork(room, rank, world_size, port, timeout, lambda: function(*arguments)): rank
+            fork(partial(_rank_main, room, rank, world_size, port, timeout, lambda: function(*arguments))): rank
             for rank in range(world_size)
         }
         try:
@@ -74,21 +75,7 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _fork(room: Path, rank: int, world_size: int, port: int, timeout: float, call: Callable[[], Any]) -> int:
-    gc.collect()
-    process = os.fork()
-    if process:
-        return process
-    gc.freeze()  # collecting what the parent left (process groups, say) would wait for threads that are not here
-    code = 1
-    try:
-        code = _rank_main(room, rank, world_size, port, timeout, call)
-    finally:
-        os._exit(code)  # neither pytest's nor any other cleanup of the parent may run here
-
-
-def _rank_main(room: Path, rank: int, world_size: int, port: int, timeout: float, call: Callable[[], Any]) -> int:
-    torch.set_num_threads(1)
+def _rank_main(room: Path, rank: int, world_size: int, port: int, timeout: float, call: Callable[[], Any]) -> None:
     with open(room / f"{rank}.stack", "w", encoding="utf-8") as stacks:
         faulthandler.register(signal.SIGUSR2, file=stacks)
         try:
@@ -105,12 +92,11 @@ def _rank_main(room: Path, rank: int, world_size: int, port: int, timeout: float
             torch.save(result, room / f"{rank}.result")
             if dist.is_initialized():
                 dist.barrier()  # nobody leaves while a peer still reads from it, or from the store in the first rank
-            return 0
         except BaseException:
             failure = {"at": time.time(), "traceback": traceback.format_exc()}
             (room / f"{rank}.part").write_text(json_text(failure), encoding="utf-8")
             (room / f"{rank}.part").rename(room / f"{rank}.failure")
-            return 1
+            os._exit(1)
 
 
 def _wait(processes: dict[int, int], room: Path, timeout: float) -> None:

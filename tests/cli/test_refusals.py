@@ -64,6 +64,14 @@ def refuse(shim: Path, folder: Path, words: list[str], cases: list[tuple[str, st
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def one_message(call: str, part: str, code: int, returned: int, said: str) -> str:
+    """One error with the system's own words and code 2; the case in words."""
+    case = f"{call} of {part}: {os.strerror(code)}\n{said}"
+    assert returned == 2 and "Traceback" not in said and os.strerror(code) in said, case
+    assert [line[:6] for line in said.splitlines()].count("error:") == 1, case
+    return case
+
+
 def test_preprocess(shim: Path, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": f"document {n}"}) + "\n" for n in range(50)))
     words = ["preprocess", "--input", str(tmp_path / "in.jsonl"), "--output-prefix", str(tmp_path / "out" / "corpus")]
@@ -74,11 +82,8 @@ def test_preprocess(shim: Path, tmp_path: Path) -> None:
     found = refuse(shim, tmp_path, words, cases)
     assert len(found) == len(cases)
     for call, part, code, returned, said, left, again in found:
-        case = f"{call} of {part}: {os.strerror(code)}\n{said}"
-        assert (
-            returned == 2 and "Traceback" not in said and [line[:6] for line in said.splitlines()].count("error:") == 1
-        ), case
-        assert os.strerror(code) in said and "fix:" in said, case
+        case = one_message(call, part, code, returned, said)
+        assert "fix:" in said, case
         assert str(tmp_path) in said or call == "read", case
         assert not [name for name in left if name.endswith((".bin", ".idx")) and "parts" not in name], (case, left)
         assert again == 0, case
@@ -107,11 +112,8 @@ def test_convert(shim: Path, tmp_path: Path) -> None:
     found = refuse(shim, tmp_path, words, cases)
     assert len(found) == len(cases)
     for call, part, code, returned, said, left, again in found:
-        case = f"{call} of {part}: {os.strerror(code)}\n{said}"
-        assert (
-            returned == 2 and "Traceback" not in said and [line[:6] for line in said.splitlines()].count("error:") == 1
-        ), case
-        assert os.strerror(code) in said and (str(tmp_path) in said or call == "read"), case
+        case = one_message(call, part, code, returned, said)
+        assert str(tmp_path) in said or call == "read", case
         assert not left and again == 0, (case, left, again)
 
 
