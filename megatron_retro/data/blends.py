@@ -1,4 +1,4 @@
-"""Blends: which source the k-th sample of a run comes from, and the how-manieth of that source it is.
+"""Blends: which source the k-th sample of a run comes from, and its number within that source.
 
 A balanced binary tree over the sources; each node sends its k-th sample left or right by rounding the exact
 fraction, so there is no table, any k is answered alone, and a prefix strays from the weights by at most
