@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -22,6 +22,7 @@ from megatron_retro.errors import ArtifactError, DamagedArtifact
 
 MANIFEST_NAME = "manifest.json"
 _READ_BYTES = 1 << 22
+_SEAL = "seal"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Manifest:
         """The text on disk; it carries its own checksum, so that an edit is noticed."""
         content = asdict(self)
         content["fingerprint"] = self.fingerprint
-        content["seal"] = _seal(content)
+        content[_SEAL] = _seal(content)
         return json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
@@ -66,6 +67,28 @@ def _canonical(content: Mapping[str, Any]) -> bytes:
 
 def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(_canonical(content)).hexdigest()
+
+
+def write_sealed_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A small file that is no artifact of its own, with its checksum inside."""
+    plain = json.loads(json.dumps(content, allow_nan=False))
+    text = json.dumps({**plain, _SEAL: _seal(plain)}, indent=1, sort_keys=True, allow_nan=False)
+    write_file(path, text + "\n")
+
+
+def read_sealed_json(path: Path, fields: Collection[str], *, fix: str) -> dict[str, Any]:
+    """What `write_sealed_json` wrote; files of earlier versions, which have no seal, must have exactly `fields`."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        seal = content.pop(_SEAL, None)
+        missing, unknown = set(fields) - set(content), set(content) - set(fields)
+        if missing or unknown:
+            raise ValueError(f"lacks {sorted(missing)}, has {sorted(unknown)} besides")
+        if seal is not None and seal != _seal(content):
+            raise ValueError("its checksum does not match")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedArtifact(f"{path} is damaged", got=error, fix=fix) from None
+    return content
 
 
 def file_record(path: Path) -> FileRecord:
@@ -151,7 +174,7 @@ def load_manifest(artifact: Path) -> Manifest:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
         files = {name: FileRecord(**record) for name, record in content["files"].items()}
-        known = {name: value for name, value in content.items() if name not in ("seal", "fingerprint")}
+        known = {name: value for name, value in content.items() if name not in (_SEAL, "fingerprint")}
         manifest = Manifest(**{**known, "files": files})
     except FileNotFoundError:
         raise ArtifactError(
@@ -159,7 +182,7 @@ def load_manifest(artifact: Path) -> Manifest:
             expected=str(path),
             fix="run the command that builds it again",
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedArtifact(f"{path} is damaged", got=error, fix="rebuild the artifact") from None
     if text != manifest.to_json():
         raise DamagedArtifact(f"{path} was edited or damaged: its checksum does not match", fix="rebuild the artifact")

@@ -11,6 +11,7 @@ from megatron_retro.errors import ConfigError, Violation
 
 KEPT_AS_ONE = ("document", "chunk")
 TOKENIZERS = ("ByteTokenizer", "SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer")
+VERIFICATIONS = ("off", "background", "before")
 CONTEXT_PLACES = ("prompt", "encoder", "split", "none")
 
 
@@ -59,6 +60,10 @@ class DataConfig:
     max_data_epochs: float | None = option(
         None, "refuse a run that would read some source more often than this", minimum=0.0, ours=True
     )
+    verify_tokens: str = option(
+        "background", "when token files of 64 MB and more are compared with their checksums", choices=VERIFICATIONS,
+        ours=True,
+    )  # fmt: skip
     num_workers: int = option(2, "threads that prepare batches", minimum=0)
     data_cache_path: str | None = option(None, "accepted and not needed: no index files are derived from a corpus")
     mock_data: bool = option(False, "random tokens, for timing")
@@ -169,6 +174,9 @@ class PreprocessConfig:
     resume: bool = option(False, "go on where a stopped run of the same command left off", ours=True)
     merge_token_files: tuple[str, ...] | None = option(
         None, "join these token files (prefixes) into --output-prefix; no text is read", ours=True
+    )
+    checksum_token_files: tuple[str, ...] | None = option(
+        None, "write manifests and block checksums beside these token files (prefixes) of other programs", ours=True
     )
     verify: bool = option(False, "read the finished files again and check every number", ours=True)
 

@@ -19,6 +19,7 @@ from megatron_retro.data.order import key_of
 from megatron_retro.data.query_chunks import QueryChunks
 from megatron_retro.data.samples import SPLITS, CorpusSamples, check_lengths, parse_split, split_documents
 from megatron_retro.data.token_file import TokenFile
+from megatron_retro.data.token_verification import Unverified, start_verification
 from megatron_retro.errors import ConfigError, DataError
 
 
@@ -37,6 +38,10 @@ def build_loader(
     if samples is None:
         mock = settings[DataConfig].mock_data
         samples = build_mock_samples(settings, split) if mock else build_dataset(settings, split, eod=eod)
+    verification = None
+    if split == "train" and isinstance(samples, Dataset):
+        large = Unverified(samples.token_files, samples.databases)
+        verification = start_verification(settings[DataConfig].verify_tokens, large, data_rank, data_size)
     return Loader(
         samples,
         micro_batch_size=training.micro_batch_size,
@@ -44,6 +49,7 @@ def build_loader(
         data_rank=data_rank,
         data_size=data_size,
         num_threads=settings[DataConfig].num_workers,
+        verification=verification,
     )
 
 

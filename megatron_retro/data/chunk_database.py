@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import new_directory
-from megatron_retro.artifacts.manifest import Manifest, read_manifest, require_same, write_manifest
+from megatron_retro.artifacts.manifest import Manifest, require_same, write_manifest
+from megatron_retro.artifacts.verified import open_artifact
 from megatron_retro.data.native import REMEDY, extension, named_damage
 from megatron_retro.data.token_file import TokenFile, last_at_or_before, map_file
 from megatron_retro.errors import ArtifactError, ConfigError, DamagedArtifact, DataError
@@ -69,7 +70,7 @@ class ChunkDatabase:
     def open(cls, path: str | Path) -> ChunkDatabase:
         """Open a finished database; its token files must be the ones it was made from."""
         where = Path(path)
-        return cls(where, read_manifest(where, kind=KIND, version=VERSION))
+        return cls(where, open_artifact(where, kind=KIND, version=VERSION, fix=REMEDY))
 
     @classmethod
     def create(

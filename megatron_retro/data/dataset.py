@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_retro.data.blends import Blend
+from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.neighbor_transforms import TransformSettings
 from megatron_retro.data.neighbors import NeighborReader
 from megatron_retro.data.samples import CorpusSamples
@@ -92,6 +93,11 @@ class Dataset:
         """The files that tokens of samples and of neighbours are read from."""
         files = [source.samples.file for source in self.sources]
         return files + [file for source in self.sources if source.neighbors for file in source.neighbors.database.files]
+
+    @property
+    def databases(self) -> list[ChunkDatabase]:
+        """The chunk databases of the neighbours."""
+        return [source.neighbors.database for source in self.sources if source.neighbors]
 
     def epochs(self, num_samples: int) -> list[float]:
         """How often each source is read by a run of so many samples."""

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_retro.artifacts.verified import Verification
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.microbatch import Array, Microbatch
 
@@ -55,11 +56,12 @@ class Loader:
         data_rank: int = 0,
         data_size: int = 1,
         num_threads: int = 0,
+        verification: Verification | None = None,
     ) -> None:
         self.dataset, self.micro_batch_size = dataset, micro_batch_size
         self.data_rank, self.data_size = data_rank, data_size
         self._batch_size = global_batch_size
-        self._num_threads = num_threads
+        self._num_threads, self._verification = num_threads, verification
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="loader") if num_threads else None
         self._ahead: deque[tuple[int, Future[list[Microbatch[Array]]]]] = deque()
         self.consumed_samples = 0
@@ -80,6 +82,8 @@ class Loader:
         return self
 
     def __next__(self) -> list[Microbatch[Array]]:
+        if self._verification is not None:
+            self._verification.require_sound()
         size = self.global_batch_size(self.consumed_samples)
         step = self._next_prepared() if self._pool else self._read_step(self.consumed_samples, size)
         self.consumed_samples += size
@@ -144,5 +148,7 @@ class Loader:
 
     def close(self) -> None:
         self._drop_ahead()
+        if self._verification is not None:
+            self._verification.close()
         if self._pool:
             self._pool.shutdown(cancel_futures=True)

@@ -1,14 +1,15 @@
 """Neighbour tables: for each query chunk of a corpus, the ids of its nearest chunks in a database.
 
 Row u is query chunk u: `saved` ids of 5 bytes, little-endian, nearest first; all bits set is "none". A table covers
-any set of row ranges, cut into block files of at most `block_rows` rows whose checksums are in the manifest.
-Blocks can be written by any number of workers in any order; `finish_table` gives the directory its name.
+any set of row ranges, cut into block files of at most `block_rows` rows whose checksums are in the manifest; those of
+their pages of 16 KB are in a file beside them, so that what is read is verified without the rest. Blocks can be
+written by any number of workers in any order; `finish_table` gives the directory its name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_retro.artifacts.block_checksums import CheckedContent, ChecksumList, RunningBlocks
 from megatron_retro.artifacts.files import flush_directory, publish_directory, write_file
 from megatron_retro.artifacts.manifest import Manifest, read_manifest, write_manifest
+from megatron_retro.artifacts.verified import require_recorded, require_whole
 from megatron_retro.data.token_file import expect_random_reads, map_file
-from megatron_retro.errors import ArtifactError, DataError
+from megatron_retro.errors import ArtifactError, DamagedArtifact, DataError
 
 KIND = "neighbor-table"
 VERSION = 1
@@ -27,6 +30,9 @@ ID_BYTES = 5
 NONE = -1
 NONE_BITS = (1 << 8 * ID_BYTES) - 1
 MAX_ID = NONE_BITS - 1
+CHECKSUMS_FILE = "checksums.blocks"
+PAGE_BYTES = 1 << 14
+_REMEDY = "run the query stage again"
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,16 @@ def write_block(directory: Path, layout: TableLayout, block: TableBlock, ids: ND
     expected = (block.last - block.first, layout.saved)
     if ids.shape != expected:
         raise DataError(f"{block.name}: wrong shape of neighbour ids", got=ids.shape, expected=expected)
-    write_file(directory / block.name, pack_ids(ids).tobytes())
+    content = pack_ids(ids).tobytes()
+    running = RunningBlocks(PAGE_BYTES)
+    running.feed(memoryview(content))
+    write_file(_list_path(directory, block), ChecksumList.of(running, PAGE_BYTES).to_bytes())
+    write_file(directory / block.name, content)
+
+
+def _list_path(directory: Path, block: TableBlock) -> Path:
+    """The checksums of the pages of one block, until the table is finished."""
+    return directory / f"{block.name}.blocks"
 
 
 def block_is_done(directory: Path, layout: TableLayout, block: TableBlock) -> bool:
@@ -114,10 +129,18 @@ def finish_table(
     inputs: Mapping[str, str],
     config: Mapping[str, Any],
 ) -> Manifest:
-    """Describe a directory of finished blocks and give it its name. `inputs` names `corpus` and `database`."""
+    """Describe a directory of finished blocks and give it its name; whatever else lies in it is removed.
+
+    `inputs` names `corpus` and `database`.
+    """
     missing = [block.name for block in layout.blocks if not block_is_done(directory, layout, block)]
     if missing:
         raise ArtifactError(f"{directory} lacks {len(missing)} blocks", got=", ".join(missing[:3]), fix="query again")
+    checksums, names = _page_checksums(directory, layout), {block.name for block in layout.blocks}
+    for file in directory.iterdir():
+        if file.name not in names:
+            file.unlink()
+    write_file(directory / CHECKSUMS_FILE, checksums.to_bytes())
     described = {
         **config,
         "saved": layout.saved,
@@ -137,14 +160,34 @@ def finish_table(
     return manifest
 
 
+def _page_checksums(directory: Path, layout: TableLayout) -> ChecksumList:
+    """The checksums of all pages as they were written, block after block; the last page of a block may be short."""
+    parts, size = [np.zeros(0, np.uint32)], 0
+    for block in layout.blocks:
+        path = _list_path(directory, block)
+        if path.exists():
+            found = ChecksumList.parse(map_file(path), path)
+        else:  # a worker was killed after the lists were joined
+            running = RunningBlocks(PAGE_BYTES)
+            running.feed(map_file(directory / block.name).data)
+            found = ChecksumList.of(running, PAGE_BYTES)
+        if found.block_bytes != PAGE_BYTES or found.num_bytes != _block_bytes(layout, block):
+            raise DamagedArtifact(f"{path} is of another block", fix=f"remove {path.with_suffix('')} and query again")
+        parts.append(found.checksums)
+        size += _pages(layout, block) * PAGE_BYTES
+    return ChecksumList(PAGE_BYTES, size, np.concatenate(parts))
+
+
 class NeighborTable:
-    """A mapped table; blocks are opened when their rows are first read."""
+    """A mapped table; blocks are opened when their rows are first read, and their pages verified."""
 
     def __init__(self, path: Path, manifest: Manifest, layout: TableLayout) -> None:
         self.path, self.manifest, self.layout = path, manifest, layout
         self._firsts = np.array([block.first for block in layout.blocks], np.int64)
-        self._maps: dict[int, NDArray[np.uint8]] = {}
+        self._maps: dict[int, CheckedContent] = {}
         self._random = False
+        self._pages_before = np.cumsum([0, *(_pages(layout, block) for block in layout.blocks)], dtype=np.int64)
+        self._checksums = self._opened_checksums()
 
     @classmethod
     def open(cls, path: str | Path) -> NeighborTable:
@@ -155,10 +198,21 @@ class NeighborTable:
         layout = TableLayout(
             config["saved"], tuple((first, last) for first, last in config["row_ranges"]), config["block_rows"]
         )
-        for block in layout.blocks:
-            if not block_is_done(where, layout, block):
-                raise ArtifactError(f"{where / block.name} is missing or cut", fix="run the query stage again")
+        names = {block.name for block in layout.blocks}
+        if not names <= set(manifest.files):
+            raise ArtifactError(f"{where} lacks blocks", got=sorted(names - set(manifest.files))[0], fix=_REMEDY)
+        require_recorded(where, manifest, fix=_REMEDY, read_in_parts=names)
         return cls(where, manifest, layout)
+
+    def _opened_checksums(self) -> NDArray[np.uint32] | None:
+        """The checksums of all pages; None of a table that was written without."""
+        if CHECKSUMS_FILE not in self.manifest.files:
+            return None
+        path = self.path / CHECKSUMS_FILE
+        found = ChecksumList.parse(map_file(path), path)
+        if found.block_bytes != PAGE_BYTES or len(found.checksums) != self._pages_before[-1]:
+            raise DamagedArtifact(f"{path} is of another table", fix=_REMEDY)
+        return found.checksums
 
     def expect_random_reads(self) -> None:
         """Say before the first read that rows will be read here and there, as shuffled samples read them."""
@@ -176,8 +230,9 @@ class NeighborTable:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the table and of all that it was made from."""
-        return self.manifest.fingerprint
+        """Identity of the table and of all that it was made from; whether its pages have checksums is none of it."""
+        files = {name: record for name, record in self.manifest.files.items() if name != CHECKSUMS_FILE}
+        return replace(self.manifest, files=files).fingerprint
 
     @property
     def corpus_fingerprint(self) -> str:
@@ -209,21 +264,34 @@ class NeighborTable:
                 raise DataError(
                     f"{self.path} has no neighbours of query chunk {row}", expected=f"rows within {self.row_ranges}"
                 )
-            stop = min(last, block.last)
-            yield self._map(number), row - block.first, stop - block.first
-            row = stop
+            width = self.num_saved * ID_BYTES
+            start, stop = row - block.first, min(last, block.last) - block.first
+            opened = self._opened(number)
+            opened.require(start * width, stop * width)
+            yield opened.content.reshape(-1, width), start, stop
+            row = block.first + stop
 
-    def _map(self, number: int) -> NDArray[np.uint8]:
+    def _opened(self, number: int) -> CheckedContent:
         if number not in self._maps:
-            content = map_file(self.path / self.layout.blocks[number].name)
+            name = self.layout.blocks[number].name
+            content = map_file(self.path / name)
             if self._random:
                 expect_random_reads(content)
-            self._maps[number] = content.reshape(-1, self.num_saved * ID_BYTES)
+            checksums = np.zeros(0, np.uint32)
+            if self._checksums is None:
+                require_whole(self.path, self.manifest, name, fix=_REMEDY)
+            else:
+                checksums = self._checksums[self._pages_before[number] : self._pages_before[number + 1]]
+            self._maps[number] = CheckedContent(self.path / name, content, checksums, PAGE_BYTES)
         return self._maps[number]
 
 
 def _block_bytes(layout: TableLayout, block: TableBlock) -> int:
     return (block.last - block.first) * layout.saved * ID_BYTES
+
+
+def _pages(layout: TableLayout, block: TableBlock) -> int:
+    return -(-_block_bytes(layout, block) // PAGE_BYTES)
 
 
 def covered(row_ranges: Sequence[tuple[int, int]], first: int, last: int) -> tuple[tuple[int, int], ...]:

@@ -1,8 +1,8 @@
 """Token files: a corpus as one stream of tokens (`PREFIX.bin`) and where its documents lie (`PREFIX.idx`).
 
-Byte for byte Megatron's format (`MMIDIDX`, version 1), so files go both ways. Ours have a manifest beside them; files
-made by others are read without one. Opening maps the files and checks sizes and ends only; `verify_token_file` checks
-everything.
+Byte for byte Megatron's format (`MMIDIDX`, version 1), so files go both ways. Ours have a manifest beside them, and the
+checksums of the `.bin`'s blocks; files made by others are read without. Opening maps the files, verifies what is small
+and, of what is large, sizes, ends and a few blocks; `token_verification.py` verifies the rest while a run reads.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from megatron_retro.artifacts.manifest import manifest_path, read_manifest
+from megatron_retro.artifacts.block_checksums import CheckedContent, ChecksumList
+from megatron_retro.artifacts.manifest import Manifest, manifest_path
+from megatron_retro.artifacts.verified import open_artifact, unread
 from megatron_retro.data.native import REMEDY, extension, named_damage
 from megatron_retro.errors import ArtifactError, DamagedArtifact, DataError
 
@@ -43,6 +45,10 @@ KIND = "tokens"
 MANIFEST_VERSION = 1
 _SAMPLED_WINDOWS = 256
 _WINDOW_BYTES = 4096
+_REPLACED = (
+    "put back what was written or write it again; if you replaced it, describe what is there now: "
+    "`megatron-retro preprocess --checksum-token-files PREFIX`"
+)
 
 
 @dataclass(frozen=True)
@@ -64,15 +70,38 @@ def idx_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.idx")
 
 
+def checksums_path(prefix: str | Path) -> Path:
+    """The checksums of the blocks of the `.bin`."""
+    return Path(f"{prefix}.bin.blocks")
+
+
 class TokenFile:
     """A mapped token file. Offsets count tokens from the start of the stream; nothing is inserted into it."""
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
+        self.manifest = _opened_manifest(Path(prefix))
         self.index: TokenIndex = _read_index(idx_path(prefix))
         self._bytes = map_file(bin_path(prefix))
         self._check_ends()
         self.stream: NDArray[Any] = self._bytes.view(self.index.dtype)
+        if self.manifest is not None and bin_path(prefix).name in unread(self.manifest):
+            self._check_some_blocks()
+
+    @cached_property
+    def checked(self) -> CheckedContent | None:
+        """The tokens with the checksums of their blocks; None where nobody wrote these."""
+        path = checksums_path(self.prefix)
+        if self.manifest is None or path.name not in self.manifest.files or not path.exists():
+            return None
+        sums = ChecksumList.parse(map_file(path), path)
+        return CheckedContent(bin_path(self.prefix), self._bytes, sums.checksums, sums.block_bytes)
+
+    def _check_some_blocks(self) -> None:
+        """Notice another `.bin` of the same size in the place of a large one: it differs in nearly every block."""
+        if self.checked is not None:
+            for number in {0, self.checked.num_blocks // 2, self.checked.num_blocks - 1}:
+                self.checked.require_block(number)
 
     def _check_ends(self) -> None:
         """What can be checked without touching every document."""
@@ -167,10 +196,9 @@ class TokenFile:
     @cached_property
     def tokenizer(self) -> StoredTokenizer | None:
         """The tokenizer of the file; None where no manifest says it, as beside files of other programs."""
-        if not manifest_path(Path(self.prefix)).exists():
+        if self.manifest is None:
             return None
-        manifest = read_manifest(Path(self.prefix), kind=KIND, version=MANIFEST_VERSION)
-        fingerprint, config = manifest.inputs.get("tokenizer"), manifest.config
+        fingerprint, config = self.manifest.inputs.get("tokenizer"), self.manifest.config
         if fingerprint is None:
             return None
         return StoredTokenizer(fingerprint, config.get("tokenizer_type", "tokenizer"), config.get("vocab_size"))
@@ -193,6 +221,14 @@ class TokenFile:
             for window in _windows(len(content)):
                 digest.update(content[window].tobytes())
         return digest.hexdigest()
+
+
+def _opened_manifest(prefix: Path) -> Manifest | None:
+    if not manifest_path(prefix).exists():
+        return None
+    # Whoever copies .bin, .idx and manifest alone loses nothing but the place of a damage.
+    optional = (checksums_path(prefix).name,)
+    return open_artifact(prefix, kind=KIND, version=MANIFEST_VERSION, fix=_REPLACED, optional=optional)
 
 
 def _windows(size: int) -> Sequence[slice]:
@@ -294,25 +330,6 @@ def header(dtype: DTypeLike, sequences: int, boundaries: int) -> bytes:
     if kind not in _CODE_OF_DTYPE:
         raise DataError(f"tokens of type {kind} cannot be stored", expected="uint16 or int32")
     return _MAGIC + _HEADER.pack(_INDEX_VERSION, _CODE_OF_DTYPE[kind], sequences, boundaries)
-
-
-class Sink(Protocol):
-    """A stream that is written to."""
-
-    def write(self, content: bytes) -> object:
-        """Append bytes."""
-
-
-def write_pointers(stream: Sink, lengths: NDArray[np.int32], itemsize: int, start: int) -> int:
-    """Write the byte offsets of a run of sequences that begins at byte `start`; returns where it ends."""
-    ends = np.cumsum(lengths, dtype=np.int64) * itemsize + start
-    if not len(ends):
-        return start
-    pointers = np.empty(len(ends), "<i8")
-    pointers[0] = start
-    pointers[1:] = ends[:-1]
-    stream.write(pointers.tobytes())
-    return int(ends[-1])
 
 
 def last_at_or_before(

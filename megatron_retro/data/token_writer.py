@@ -17,23 +17,33 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from megatron_retro.artifacts.block_checksums import ChecksumList, RunningBlocks, checksums_of
 from megatron_retro.artifacts.files import (
     flush_directory,
     flush_file,
     make_folder,
     named_disk_errors,
     temporary_name,
+    write_file,
 )
-from megatron_retro.artifacts.manifest import FileRecord, Manifest, damage, load_manifest, manifest_path, write_manifest
+from megatron_retro.artifacts.manifest import (
+    FileRecord,
+    Manifest,
+    damage,
+    file_records,
+    load_manifest,
+    manifest_path,
+    write_manifest,
+)
 from megatron_retro.data.token_file import (
     KIND,
     MANIFEST_VERSION,
     StoredTokenizer,
     TokenFile,
     bin_path,
+    checksums_path,
     header,
     idx_path,
-    write_pointers,
 )
 from megatron_retro.errors import ArtifactError, DataError
 
@@ -41,17 +51,18 @@ _SPAN = 1 << 20
 
 
 class _HashedFile:
-    """A file under a temporary name that knows the checksum of what went through it."""
+    """A file under a temporary name that knows the checksums of what went through it."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.partial = path, temporary_name(path)
         make_folder(self.partial.parent)
         self.stream: BinaryIO = self.partial.open("wb")
-        self._digest, self.size = hashlib.sha256(), 0
+        self._digest, self.blocks, self.size = hashlib.sha256(), RunningBlocks(), 0
 
     def write(self, content: bytes | memoryview) -> None:
         self.stream.write(content)
         self._digest.update(content)
+        self.blocks.feed(memoryview(content).cast("B"))
         self.size += memoryview(content).nbytes
 
     def record(self) -> FileRecord:
@@ -140,6 +151,7 @@ class TokenFileWriter:
             self._bin.publish()
             self._idx.publish()
             flush_directory(self._bin.path.parent)
+            checksums = _write_checksums(self.prefix, ChecksumList.of(self._bin.blocks))
         counts = {
             "documents": self._bounds.count - 1,
             "sequences": self._lengths.count,
@@ -155,7 +167,7 @@ class TokenFileWriter:
             inputs=inputs,
             config=config,
             counts=counts,
-            files={file.path.name: file.record() for file in (self._bin, self._idx)},
+            files={**{file.path.name: file.record() for file in (self._bin, self._idx)}, **checksums},
         )
 
     def _write_index(self) -> None:
@@ -164,7 +176,7 @@ class TokenFileWriter:
             self._idx.write(lengths.data)
         end = 0
         for lengths in self._lengths.spans():
-            end = write_pointers(self._idx, lengths, self.dtype.itemsize, end)
+            end = _write_pointers(self._idx, lengths, self.dtype.itemsize, end)
         for bounds in self._bounds.spans():
             self._idx.write(bounds.data)
 
@@ -180,6 +192,43 @@ class TokenFileWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.discard()
+
+
+def _write_pointers(stream: _HashedFile, lengths: NDArray[np.int32], itemsize: int, start: int) -> int:
+    """Write the byte offsets of a run of sequences that begins at byte `start`; returns where it ends."""
+    ends = np.cumsum(lengths, dtype=np.int64) * itemsize + start
+    if not len(ends):
+        return start
+    pointers = np.empty(len(ends), "<i8")
+    pointers[0] = start
+    pointers[1:] = ends[:-1]
+    stream.write(pointers.tobytes())
+    return int(ends[-1])
+
+
+def _write_checksums(prefix: Path, checksums: ChecksumList) -> dict[str, FileRecord]:
+    path = checksums_path(prefix)
+    write_file(path, checksums.to_bytes())
+    return file_records(path.parent, [path.name])
+
+
+def describe_token_file(prefix: str | Path) -> Manifest:
+    """Write a manifest and block checksums beside a token file of another program, or one that was replaced.
+
+    What an earlier manifest says of its tokenizer is said of other tokens, so it is not kept.
+    """
+    manifest_path(Path(prefix)).unlink(missing_ok=True)
+    file = TokenFile(prefix)
+    checksums = _write_checksums(Path(prefix), checksums_of(bin_path(prefix)))
+    recorded = file_records(Path(prefix).parent, [path(prefix).name for path in (bin_path, idx_path)])
+    counts = {"documents": file.num_documents, "sequences": file.index.num_sequences, "tokens": file.num_tokens}
+    return write_manifest(
+        Path(prefix),
+        kind=KIND,
+        version=MANIFEST_VERSION,
+        counts={**counts, "dtype": str(file.dtype)},
+        files={**recorded, **checksums},
+    )
 
 
 def _checked_tokens(tokens: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:

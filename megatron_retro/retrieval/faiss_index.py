@@ -7,6 +7,7 @@ encoded in blocks and merged on disk. Any other index of the factory is filled i
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import new_file
-from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.artifacts.manifest import Manifest
+from megatron_retro.artifacts.verified import identity_of, require_whole
+from megatron_retro.errors import ArtifactError, ConfigError, DamagedArtifact
 from megatron_retro.runtime.environment import require
 
 _BLOCKABLE = ("IndexIVFFlat", "IndexIVFPQ", "IndexIVFScalarQuantizer", "IndexIVFRaBitQ")
@@ -144,15 +147,34 @@ def write_index(index: Any, path: Path) -> None:
         faiss_module().write_index(index, str(partial))
 
 
-def read_index(path: Path, flags: int = 0) -> Any:
-    """Read an index file."""
+def read_index(artifact: Path, manifest: Manifest, name: str, *, fix: str, flags: int = 0) -> Any:
+    """Read the index of an artifact, of which every byte was compared with its checksum before faiss sees it.
+
+    faiss believes what it reads: damage there ends in a crash. One that another user made is read by a child first.
+    """
+    path = artifact / name
+    identity = require_whole(artifact, manifest, name, fix=fix)
+    if path.stat().st_uid != os.getuid():
+        _read_by_a_child(path, flags)
     try:
         with _without_output():
-            return faiss_module().read_index(str(path), flags)
+            index = faiss_module().read_index(str(path), flags)
     except RuntimeError as error:
+        raise ArtifactError(f"{path} cannot be read", got=str(error).split("\n")[0], fix=fix) from None
+    if identity_of(path) != identity:
+        raise DamagedArtifact(f"{path} changed while it was read", fix=f"wait for whoever writes it, or {fix}")
+    return index
+
+
+def _read_by_a_child(path: Path, flags: int) -> None:
+    program = "import faiss, sys; faiss.read_index(sys.argv[1], int(sys.argv[2]))"
+    done = subprocess.run([sys.executable, "-c", program, str(path), str(flags)], capture_output=True, text=True)
+    if done.returncode:
         raise ArtifactError(
-            f"{path} cannot be read", got=str(error).split("\n")[0], fix="build the index again"
-        ) from None
+            f"{path} was made by another user and is no index that faiss can read",
+            got=f"exit status {done.returncode} of a child that tried; {done.stderr.strip().splitlines()[-1:]}",
+            fix="ask its owner for a sound one, or build it",
+        )
 
 
 @contextmanager

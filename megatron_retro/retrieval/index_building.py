@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_retro.artifacts.block_checksums import CheckedContent, ChecksumList, checksums_of
 from megatron_retro.artifacts.files import (
     flush_directory,
     make_folder,
@@ -29,6 +31,8 @@ from megatron_retro.artifacts.files import (
     write_file,
 )
 from megatron_retro.artifacts.manifest import file_records, read_manifest, require_same, write_manifest
+from megatron_retro.artifacts.verified import open_artifact, unread, whole_file_check
+from megatron_retro.data.token_file import map_file
 from megatron_retro.errors import ArtifactError
 from megatron_retro.retrieval.chunk_encoding import ChunkEncoder, facts_of, map_arrays, verify_arrays
 from megatron_retro.retrieval.faiss_index import InvertedParts, faiss_module, inverted_parts, read_index, write_index
@@ -42,6 +46,7 @@ KIND = "retrieval-index"
 VERSION = 1
 INDEX_FILE = "index.faiss"
 LISTS_FILE = "lists.ivfdata"
+LISTS_CHECKSUMS = "lists.blocks"
 SEGMENT_BYTES = 1 << 28
 _ID_BYTES = 8
 _SAME_DIRECTORY = "IO_FLAG_ONDISK_SAME_DIR"
@@ -159,7 +164,8 @@ class ListMerge:
         trained.inverted.ntotal = trained.index.ntotal = int(self.sizes.sum())
         write_index(trained.index, self.directory / INDEX_FILE)
         counts = {"chunks": int(self.sizes.sum()), "lists": self.num_lists, "largest_list": int(self.sizes.max())}
-        _publish(self.directory, path, (INDEX_FILE, LISTS_FILE), inputs, config, counts)
+        write_file(self.directory / LISTS_CHECKSUMS, checksums_of(self.directory / LISTS_FILE).to_bytes())
+        _publish(self.directory, path, (INDEX_FILE, LISTS_FILE, LISTS_CHECKSUMS), inputs, config, counts)
 
 
 def merge_whole(
@@ -181,16 +187,26 @@ def merge_whole(
 
 
 def open_merged(path: Path) -> Any:
-    """The searchable index; inverted lists stay on disk. Sizes are checked here, checksums by the verify stage."""
+    """The searchable index, verified; lists of 64 MB and more stay on disk, for `list_checks` to verify."""
+    fix = _merge_again(path)
+    manifest = open_artifact(path, kind=KIND, version=VERSION, fix=fix)
+    return read_index(path, manifest, INDEX_FILE, fix=fix, flags=getattr(faiss_module(), _SAME_DIRECTORY))
+
+
+def list_checks(path: Path, worker: int = 0, workers: int = 1) -> Iterator[Callable[[], object]]:
+    """Checks of one worker's share of the inverted lists that are too large to be verified when they are opened."""
     manifest = read_manifest(path, kind=KIND, version=VERSION)
-    for name, record in manifest.files.items():
-        size = (path / name).stat().st_size if (path / name).is_file() else None
-        if size != record.bytes:
-            raise ArtifactError(
-                f"{path / name} is cut or missing", got=size, expected=record.bytes, fix="run the merge stage again"
-            )
-    faiss = faiss_module()
-    return read_index(path / INDEX_FILE, getattr(faiss, _SAME_DIRECTORY))
+    for name in unread(manifest):
+        if name == LISTS_FILE and LISTS_CHECKSUMS in manifest.files:
+            sums = ChecksumList.parse(map_file(path / LISTS_CHECKSUMS), path / LISTS_CHECKSUMS)
+            checked = CheckedContent(path / name, map_file(path / name), sums.checksums, sums.block_bytes)
+            yield from (partial(checked.require_block, number) for number in range(worker, checked.num_blocks, workers))
+        elif worker == 0 and name != INDEX_FILE:
+            yield whole_file_check(path, manifest, name, _merge_again(path))
+
+
+def _merge_again(path: Path) -> str:
+    return f"remove {path} and run the merge stage again"
 
 
 def _publish(

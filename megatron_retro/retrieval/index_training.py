@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import new_directory
-from megatron_retro.artifacts.manifest import damage, read_manifest, require_same, write_manifest
+from megatron_retro.artifacts.manifest import read_manifest, require_same, write_manifest
 from megatron_retro.data.chunk_database import ChunkDatabase
-from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.errors import ConfigError
 from megatron_retro.retrieval.chunk_encoding import BATCH_CHUNKS
 from megatron_retro.retrieval.embedders import Embedder
 from megatron_retro.retrieval.faiss_index import (
@@ -62,12 +62,7 @@ def open_trained(project: Project) -> Any:
     manifest = read_manifest(where, kind=KIND, version=VERSION)
     for name, value in _inputs(project).items():
         require_same(where, name, manifest.inputs.get(name), value, f"remove {where.parent} and build again")
-    problems = damage(where, manifest)
-    if problems:
-        raise ArtifactError(
-            f"{where} is damaged", got="; ".join(problems), fix=f"remove {where.parent} and build again"
-        )
-    return read_index(where / TRAINED_FILE)
+    return read_index(where, manifest, TRAINED_FILE, fix=f"remove {where.parent} and build again")
 
 
 def trained_fingerprint(project: Project) -> str:

@@ -5,7 +5,6 @@ Everything it needs is in the project directory: the index, the database, and th
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_retro.artifacts.files import write_file
-from megatron_retro.artifacts.manifest import read_manifest, require_same
+from megatron_retro.artifacts.manifest import read_manifest, read_sealed_json, require_same, write_sealed_json
+from megatron_retro.artifacts.verified import Verification
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.retrieval import EmbedderConfig
 from megatron_retro.data.chunk_database import ChunkDatabase
@@ -25,12 +24,12 @@ from megatron_retro.data.tokenizers import build_tokenizer, require_tokenizer
 from megatron_retro.errors import ArtifactError
 from megatron_retro.retrieval.embedders import build_embedder
 from megatron_retro.retrieval.faiss_index import search_one_by_one, set_search_effort
-from megatron_retro.retrieval.index_building import KIND, VERSION, open_merged
+from megatron_retro.retrieval.index_building import KIND, VERSION, list_checks, open_merged
 from megatron_retro.retrieval.layout import ProjectLayout
 from megatron_retro.retrieval.project import Project
-from megatron_retro.runtime.strict_json import json_text
 
 _FILES = ("tokenizer_model", "vocab_file", "merge_file")
+_SETTINGS = ("tokenizer", "embedder", "eod", "nprobe", "ef_search")
 _CACHED_CHUNKS = 4096
 
 
@@ -47,7 +46,7 @@ def write_live_settings(project: Project, nprobe: int, ef_search: int) -> None:
         "nprobe": nprobe,
         "ef_search": ef_search,
     }
-    write_file(project.layout.live_settings, json_text(settings, indent=1, sort_keys=True) + "\n")
+    write_sealed_json(project.layout.live_settings, settings)
 
 
 class LiveIndex:
@@ -73,6 +72,8 @@ class LiveIndex:
         require_same(layout.merged, "embedder", manifest.inputs["embedder"], self.embedder.fingerprint, again)
         self._eod: int | None = settings["eod"]
         self._index: Any = open_merged(layout.merged)
+        self._verification = Verification(list_checks(layout.merged))
+        self._verification.start()
         search_one_by_one(self._index)
         set_search_effort(self._index, nprobe or settings["nprobe"], settings["ef_search"])
         self._limit, self._lock = cached_chunks, threading.Lock()
@@ -82,6 +83,7 @@ class LiveIndex:
         self, chunks: Sequence[Sequence[int]], num_neighbors: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Ids [n, k], -1 for none, and squared distances of the nearest chunks."""
+        self._verification.require_sound()
         keys = [(tuple(int(token) for token in chunk), num_neighbors) for chunk in chunks]
         known = {key: answer for key in keys if (answer := self._cached(key)) is not None}
         asked = [key for key in dict.fromkeys(keys) if key not in known]
@@ -124,10 +126,8 @@ def live_settings(layout: ProjectLayout) -> dict[str, Any]:
     """The settings for live search: tokenizer, embedder, effort."""
     path = layout.live_settings
     try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"tokenizer", "embedder", "eod", "nprobe", "ef_search"} - set(settings)
-        if missing:
-            raise ValueError(f"lacks {', '.join(sorted(missing))}")
+        settings = read_sealed_json(path, _SETTINGS, fix="remove it and run build-retrieval again")
+        TokenizerConfig(**settings["tokenizer"]), EmbedderConfig(**settings["embedder"])
         return settings
     except FileNotFoundError:
         raise ArtifactError(
@@ -135,5 +135,7 @@ def live_settings(layout: ProjectLayout) -> dict[str, Any]:
             expected=str(path),
             fix="give the --retro-project-dir of a finished build-retrieval",
         ) from None
-    except ValueError as error:
-        raise ArtifactError(f"{path} is damaged", got=error, fix="remove it and run build-retrieval again") from None
+    except TypeError as error:
+        raise ArtifactError(
+            f"{path} has settings that this version does not know", got=error, fix="run build-retrieval again"
+        ) from None

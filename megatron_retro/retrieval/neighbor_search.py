@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import make_folder, remove_leftovers
 from megatron_retro.artifacts.manifest import read_manifest, require_same
+from megatron_retro.artifacts.verified import Verification
 from megatron_retro.data.neighbor_table import (
     NeighborTable,
     TableLayout,
@@ -25,10 +26,10 @@ from megatron_retro.data.neighbor_table import (
 )
 from megatron_retro.data.query_chunks import QueryChunks
 from megatron_retro.data.token_file import TokenFile
-from megatron_retro.errors import ConfigError
+from megatron_retro.errors import ConfigError, DamagedArtifact
 from megatron_retro.retrieval.faiss_index import set_search_effort
 from megatron_retro.retrieval.gpu_index import copy_to_gpus, num_gpus
-from megatron_retro.retrieval.index_building import KIND, VERSION, open_merged
+from megatron_retro.retrieval.index_building import KIND, VERSION, list_checks, open_merged
 from megatron_retro.retrieval.index_search import Searcher, SearchResult
 from megatron_retro.retrieval.live_index import write_live_settings
 from megatron_retro.retrieval.project import Project, QueryCorpus, parsed_range
@@ -114,8 +115,13 @@ def query(project: Project) -> None:
     effort = choose_search_effort(project)
     write_live_settings(project, effort.nprobe, effort.ef_search)
     unfinished = [corpus for corpus in project.query_corpora if not _is_finished(project, corpus, effort)]
-    for search in open_searches(project, unfinished) if unfinished else ():
-        _fill_table(project, search)
+    if not unfinished:
+        return
+    searches = open_searches(project, unfinished)
+    verification = Verification(list_checks(project.layout.merged, project.worker.index, project.worker.count))
+    verification.start()
+    for search in searches:
+        _fill_table(project, search, verification)
 
 
 def _is_finished(project: Project, corpus: QueryCorpus, effort: SearchEffort) -> bool:
@@ -127,7 +133,7 @@ def _is_finished(project: Project, corpus: QueryCorpus, effort: SearchEffort) ->
     return path.exists()
 
 
-def _fill_table(project: Project, search: NeighborSearch) -> None:
+def _fill_table(project: Project, search: NeighborSearch, verification: Verification) -> None:
     corpus, searcher = search.corpus, search.searcher
     path, layout = project.layout.neighbors(corpus.name), table_layout(project, search.chunks)
     inputs = table_inputs(project, search.chunks.file)
@@ -150,6 +156,11 @@ def _fill_table(project: Project, search: NeighborSearch) -> None:
             with ignore_failure_if_done(path.exists):
                 write_block(directory, layout, blocks[block], search.rows(blocks[block].first, blocks[block].last))
             progress.advance(blocks[block].last - blocks[block].first)
+    try:
+        verification.finish()
+    except DamagedArtifact:
+        shutil.rmtree(directory, ignore_errors=True)  # some of its rows were found in damaged lists
+        raise
     again = [block for block in layout.blocks if (directory / block.name).exists()]
     recompute(
         f"query {corpus.name}",
@@ -162,7 +173,6 @@ def _fill_table(project: Project, search: NeighborSearch) -> None:
     for _ in claim_blocks(project.layout, name, ["finish"], lambda _: path.exists(), project.worker):
         make_folder(path.parent)
         with ignore_failure_if_done(path.exists):
-            _remove_other_files(directory, set(blocks))
             finish_table(directory, path, layout, inputs=inputs, config=config)
     shutil.rmtree(project.layout.claims(name), ignore_errors=True)
 
@@ -240,9 +250,3 @@ def table_settings(project: Project, nprobe: int, ef_search: int) -> dict[str, A
         "rerank": config.retro_rerank,
         "drop_overlap": config.retro_drop_overlap,
     }
-
-
-def _remove_other_files(directory: Path, names: set[str]) -> None:
-    for file in directory.iterdir():
-        if file.name not in names:
-            file.unlink()

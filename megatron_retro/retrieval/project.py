@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_retro.artifacts.files import write_file
-from megatron_retro.artifacts.manifest import require_same
+from megatron_retro.artifacts.manifest import read_sealed_json, require_same, write_sealed_json
 from megatron_retro.config.data import TokenizerConfig, WorkersConfig
 from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.retrieval import EmbedderConfig, RetrievalConfig
@@ -18,7 +16,7 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer, require_tokenizer
-from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.errors import ConfigError
 from megatron_retro.retrieval.chunk_encoding import KeptVectors
 from megatron_retro.retrieval.embedders import Embedder, build_embedder
 from megatron_retro.retrieval.faiss_index import inverted_parts, new_index
@@ -26,7 +24,6 @@ from megatron_retro.retrieval.index_choice import IndexChoice, choose_index
 from megatron_retro.retrieval.layout import ProjectLayout
 from megatron_retro.retrieval.work_blocks import WorkBlock, claim_blocks, cut_blocks, ignore_failure_if_done
 from megatron_retro.runtime.launch import Worker, this_worker
-from megatron_retro.runtime.strict_json import json_text
 
 
 @dataclass(frozen=True)
@@ -179,12 +176,9 @@ class Project:
         """Write the index's specification, or check that it is that of the first run."""
         path = self.layout.index_spec
         if not path.exists():
-            write_file(path, json_text(self.index_spec, indent=1, sort_keys=True) + "\n")
+            write_sealed_json(path, self.index_spec)
             return
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ArtifactError(f"{path} is damaged", got=error, fix=f"remove {path.parent} and build again") from None
+        found = read_sealed_json(path, self.index_spec, fix=f"remove {path.parent} and build again")
         for name, value in self.index_spec.items():
             again = f"remove {path.parent} to build another index, or give another --retro-project-dir"
             require_same(path, name, found.get(name), value, again)

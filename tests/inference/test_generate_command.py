@@ -82,6 +82,7 @@ def test_index_of_another_tokenizer(room: Path, capsys: pytest.CaptureFixture[st
     """The same index, said to be of GPT-2's tokenizer."""
     import shutil
 
+    from megatron_retro.artifacts.manifest import write_sealed_json
     from megatron_retro.retrieval.layout import ProjectLayout
 
     project = tmp_path / "project"
@@ -95,7 +96,9 @@ def test_index_of_another_tokenizer(room: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     files = {"vocab_file": str(tmp_path / "vocab.json"), "merge_file": str(tmp_path / "merges.txt")}
     stored["tokenizer"] |= {"tokenizer_type": "GPT2BPETokenizer", **files}
-    settings.write_text(json.dumps(stored))
+    del stored["seal"]
+    settings.unlink()
+    write_sealed_json(settings, stored)
     words = ["generate", "--load", str(room / "retro"), "--prompt", "x", "--retro-index", str(project)]
     assert main(words) == 2
     told = capsys.readouterr().err

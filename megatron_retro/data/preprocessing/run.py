@@ -5,7 +5,6 @@ The work directory `PREFIX.unfinished` holds the job, claims and finished part f
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_retro.artifacts.claims import BlockClaims
-from megatron_retro.artifacts.files import write_file
-from megatron_retro.artifacts.manifest import load_manifest, manifest_path
+from megatron_retro.artifacts.manifest import load_manifest, manifest_path, read_sealed_json, write_sealed_json
 from megatron_retro.config.data import InputConfig, PreprocessConfig, TokenizerConfig, WorkersConfig
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings
 from megatron_retro.config.training import ObservabilityConfig
@@ -28,12 +26,11 @@ from megatron_retro.data.preprocessing.joining import Output, is_finished, join_
 from megatron_retro.data.preprocessing.pool import Send, WorkerPool
 from megatron_retro.data.preprocessing.tokenization import build_encoder
 from megatron_retro.data.token_file import bin_path, idx_path, token_dtype
-from megatron_retro.data.token_writer import merge_token_files, verify_token_file
+from megatron_retro.data.token_writer import describe_token_file, merge_token_files, verify_token_file
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.runtime.console import Progress, readable_bytes, say, warn
 from megatron_retro.runtime.launch import Worker, this_worker
-from megatron_retro.runtime.strict_json import json_text
 
 CLAIM_SECONDS = 4.0
 _FINISH = "finish"
@@ -103,6 +100,11 @@ def preprocess(settings: Settings) -> None:
     if config.merge_token_files is not None:
         join_token_files(inputs, config, settings[TokenizerConfig].allow_tokenizer_mismatch)
         return
+    if config.checksum_token_files is not None:
+        for prefix in config.checksum_token_files:
+            counts = describe_token_file(prefix).counts
+            say(f"described {prefix}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+        return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     worker = this_worker(settings[WorkersConfig].shard)
     run = plan_run(inputs, config, settings[TokenizerConfig], worker)
@@ -166,7 +168,8 @@ def _open_work_directory(run: Run, *, resume: bool) -> None:
         _require_free(run, target, run.output.config_of(run.job, key, shard), resume=resume)
     plan_file = run.directory / "plan.json"
     if plan_file.exists():
-        stored = json.loads(plan_file.read_text())
+        fields = {"fingerprint", *asdict(run.job)}
+        stored = read_sealed_json(plan_file, fields, fix=f"remove {run.directory} and run the same command again")
         back_to_stop = stored["reading"]["on_error"] == "skip" and run.job.reading.on_error == "stop"
         if stored["fingerprint"] != run.job.fingerprint or back_to_stop:
             raise ArtifactError(
@@ -178,7 +181,7 @@ def _open_work_directory(run: Run, *, resume: bool) -> None:
             raise ArtifactError(
                 f"{run.directory} holds unfinished work of this same run", fix="--resume goes on; or remove it"
             )
-    write_file(plan_file, json_text({"fingerprint": run.job.fingerprint, **asdict(run.job)}, indent=1))
+    write_sealed_json(plan_file, {"fingerprint": run.job.fingerprint, **asdict(run.job)})
 
 
 def _remove_empty_work_directory(run: Run) -> None:
