@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,7 +14,6 @@ from megatron_retro.errors import Violation
 
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero-bubble")
 SHARDINGS = ("none", "optimizer", "gradients", "full")
-_TILE = 16
 
 
 @dataclass(frozen=True)
@@ -265,27 +263,6 @@ def no_context_parallelism(settings: Settings, world_size: int) -> Iterator[Viol
         )
 
 
-def fp8_fits(settings: Settings, world_size: int) -> Iterator[Violation]:
-    """Both sides of every matrix of a layer are whole tiles on every tensor rank."""
-    if not _in_fp8(settings) or ModelConfig not in settings:
-        return
-    size = settings[ParallelConfig].tensor_model_parallel_size
-    models = [settings[ModelConfig]]
-    if RetroConfig in settings and settings[RetroConfig].retro_add_retriever:
-        models.append(settings[RetroConfig].encoder_model(settings[ModelConfig]))
-    for model, prefix in zip(models, ("", "retro_encoder_"), strict=False):
-        heads = model.head_size() * model.num_attention_heads
-        groups = model.head_size() * model.num_key_value_heads()
-        for field, number, parts in (
-            ("hidden_size", model.hidden_size, 1),
-            ("ffn_hidden_size", model.ffn_width(), size),
-            ("num_attention_heads", math.gcd(heads, 2 * groups), size),
-        ):
-            if number % (_TILE * parts):
-                what = f"a multiple of {_TILE}" + (f" on each of {parts} tensor ranks" if parts > 1 else "")
-                yield Violation(prefix + field, number, f"{what} with --fp8-format", "change sizes, or leave FP8 off")
-
-
 def fp8_gradients_are_not_deferred(settings: Settings, world_size: int) -> Iterator[Violation]:
     """Zero-bubble schedules compute weight gradients later, by products of their own."""
     if not _in_fp8(settings) or settings[ParallelConfig].pipeline_model_parallel_size == 1:
@@ -312,6 +289,5 @@ PARALLEL_RULES = (
     batch_divides,
     microbatches_fill_the_pipeline,
     no_context_parallelism,
-    fp8_fits,
     fp8_gradients_are_not_deferred,
 )

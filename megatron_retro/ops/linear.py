@@ -19,7 +19,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.functional import ScalingType
 
-from megatron_retro.errors import ConfigError
 from megatron_retro.ops.backend_names import REFERENCE, TRANSFORMER_ENGINE
 from megatron_retro.ops.backends import backend_of, uses_native
 from megatron_retro.ops.engines import transformer_engine_linear
@@ -54,33 +53,36 @@ def _is_small_batch(hidden: Tensor, weight_YX: Tensor) -> bool:
     )
 
 
-_FP8_MULTIPLE = 16  # of rows and columns, as the hardware's tiles demand
+_FP8_TILE = 16  # of rows and columns, as the hardware has it
 _VALUES, _GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 def fp8_linear(hidden: Tensor, weight_YX: Tensor, bias_Y: Tensor | None = None) -> Tensor:
-    """[..., X] -> [..., Y] in the dtype of `hidden`; any number of rows, weights whose sides are multiples of 16."""
-    if any(size % _FP8_MULTIPLE for size in weight_YX.shape):
-        raise ConfigError(
-            "a matrix cannot be multiplied in FP8",
-            got=f"{weight_YX.shape[0]} x {weight_YX.shape[1]}",
-            expected=f"both sides multiples of {_FP8_MULTIPLE}",
-            fix="leave FP8 off, or choose sizes (and a tensor-parallel size) that divide so",
-        )
+    """[..., X] -> [..., Y] in the dtype of `hidden`; all sizes are filled up to the hardware's tiles with zeros."""
     rows_TX = hidden.flatten(0, -2)
-    missing = -len(rows_TX) % _FP8_MULTIPLE if len(rows_TX) else _FP8_MULTIPLE
-    padded_TX = functional.pad(rows_TX, (0, 0, 0, missing)) if missing else rows_TX
+    height, width = weight_YX.shape
+    columns = _missing(width)
+    padded_TX = _padded(rows_TX, _missing(len(rows_TX)), columns)
+    padded_YX = _padded(weight_YX, _missing(height), columns)
     backend = backend_of("fp8_linear", hidden.device.type)
     if backend == TRANSFORMER_ENGINE:
-        product_TY = transformer_engine_linear(padded_TX, weight_YX)
+        product_TY = transformer_engine_linear(padded_TX, padded_YX)
     else:
         plain = backend == REFERENCE
-        product_TY = _ScaledProduct.apply(padded_TX, weight_YX, plain)  # type: ignore[no-untyped-call]
-    if missing:
-        product_TY = product_TY[: len(rows_TX)]
+        product_TY = _ScaledProduct.apply(padded_TX, padded_YX, plain)  # type: ignore[no-untyped-call]
+    product_TY = product_TY[: len(rows_TX), :height]
     if bias_Y is not None:
         product_TY = product_TY + bias_Y
     return torch.unflatten(product_TY, 0, hidden.shape[:-1])
+
+
+def _missing(size: int) -> int:
+    """What fills a size up to whole tiles; an empty one to one tile."""
+    return -size % _FP8_TILE if size else _FP8_TILE
+
+
+def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    return functional.pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
 
 
 class _ScaledProduct(torch.autograd.Function):
@@ -110,8 +112,9 @@ class _ScaledProduct(torch.autograd.Function):
 def _rounded(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The tensor over its scale, in eight bits, and the scale (float32): its largest value becomes the type's."""
     limit = torch.finfo(dtype).max
-    scale = (tensor.abs().amax().float() / limit).clamp_min(torch.finfo(torch.float32).tiny)
-    return (tensor.float() / scale).clamp_(-limit, limit).to(dtype), scale
+    largest = torch.linalg.vector_norm(tensor, torch.inf, dtype=torch.float32)
+    scale = (largest / limit).clamp_min(torch.finfo(torch.float32).tiny)
+    return (tensor / scale[None]).to(dtype), scale  # divided in float32, since the scale has a dimension
 
 
 def _product(

@@ -10,9 +10,9 @@ Two ways, both in blocks:
 - On a GPU a block of the vocabulary at a time, its logits computed again in the backward pass (four products):
   products stay large, nothing waits for the device, and every row of the vocabulary's gradient is rounded once.
 
-Products are torch's; what is ours is the pass over the logits between them. Where the vocabulary is cut, a rank gets
-the statistics of its own rows; who cuts it reduces them (`parallel.tensor_parallel`), so nothing here speaks to other
-ranks.
+Products are torch's; between them is a pass over the logits, by our kernel or by torch's operators. Where the
+vocabulary is cut, a rank gets the statistics of its own rows; who cuts it reduces them (`parallel.tensor_parallel`), so
+nothing here speaks to other ranks.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ _FEWEST_LINES = 16
 def linear_cross_entropy(hidden_BSH: Tensor, weight_VH: Tensor, labels_BS: Tensor) -> Tensor:
     """[B, S] float32: -log softmax(hidden @ weight.T)[label]."""
     hidden_TH, labels_T = hidden_BSH.flatten(0, -2), labels_BS.flatten()
-    kind = hidden_BSH.device.type, hidden_BSH.dtype
-    if not uses_native("linear_cross_entropy", *kind) or hidden_BSH.dtype == torch.float64:
+    on_cpu = hidden_BSH.device.type == "cpu"
+    if hidden_BSH.dtype == torch.float64 or (
+        on_cpu and not uses_native("linear_cross_entropy", "cpu", hidden_BSH.dtype)
+    ):
         return _reference(hidden_TH, weight_VH, labels_T).view(labels_BS.shape)
-    way = _PositionBlocks if hidden_BSH.device.type == "cpu" else _VocabularyBlocks
+    way = _PositionBlocks if on_cpu else _VocabularyBlocks
     losses: Tensor = way.apply(hidden_TH, weight_VH, labels_T)  # type: ignore[no-untyped-call]
     return losses.view(labels_BS.shape)
 

@@ -1,8 +1,9 @@
 """One rank of a cluster that is not there: torch's fake process group at real size, tensors without memory.
 
-A GPU is stood in for by torch's `meta` device: its tensors have shapes and no values, operators take them for a GPU's,
-and they cost a fifth of what fake tensors do. (Fake tensors on `cuda` need a torch that was built for CUDA.) For the
-CPU, which tests measure, fake tensors on `cpu` serve.
+A GPU is stood in for by torch's `meta` device, on every machine: its tensors have shapes and no values, operators take
+them for a GPU's, and they cost a fifth of what fake tensors do. Fake tensors on `cuda` have no backward where there is
+no GPU, whatever torch was built for (autograd asks the device for its streams). Where torch is built for CUDA, tests
+hold forwards on `meta` to those on a fake `cuda`. For the CPU, which tests measure, fake tensors on `cpu` serve.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from megatron_retro.parallel.mesh import ParallelMesh, build_mesh
 from megatron_retro.runtime.process_group import end_process_group
 
 GPU, CPU = torch.device("meta"), torch.device("cpu")
+_KEYS = {"meta": "Meta", "cuda": "CUDA"}
 
 
 @contextlib.contextmanager
@@ -45,15 +47,20 @@ def without_memory(device: torch.device) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", UserWarning)
-        with FakeTensorMode() if device == CPU else _attention_of_a_gpu():
+        nothing = contextlib.nullcontext()
+        kernels = nothing if device == CPU else _kernels_of_a_gpu(device)
+        with kernels, nothing if device == GPU else FakeTensorMode():
             yield
 
 
 @contextlib.contextmanager
-def _attention_of_a_gpu() -> Iterator[None]:
-    """On `meta` torch would unfold attention into products of whole score matrices; a GPU has kernels for it."""
+def _kernels_of_a_gpu(device: torch.device) -> Iterator[None]:
+    """Torch would unfold attention into products of whole score matrices, and on `meta` RMSNorm into elementwise steps;
+    a GPU has kernels for both."""
     kernels: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
-    kernels.impl("scaled_dot_product_attention", _fused_attention, "AutogradMeta")
+    kernels.impl("scaled_dot_product_attention", _fused_attention, f"Autograd{_KEYS[device.type]}")
+    if device == GPU:
+        kernels.impl("rms_norm", _fused_rms_norm, f"Autograd{_KEYS[device.type]}")
     try:
         yield
     finally:
@@ -88,3 +95,9 @@ def _fused_attention(
         query_BNSD, key_BGTD, value_BGTD, bias, True, dropout_p, is_causal, scale=scale
     )
     return attended_BNSD
+
+
+def _fused_rms_norm(hidden: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """LayerNorm's kernel, which reads, writes and keeps what RMSNorm's does; that one has no form on `meta`."""
+    normed: Tensor = torch.ops.aten.native_layer_norm(hidden, shape, weight, None, eps or 0.0)[0]
+    return normed

@@ -10,6 +10,7 @@ from megatron_retro.config.evaluation import PlanningConfig
 from megatron_retro.config.hardware import Accelerator, machine_of
 from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.settings import Settings
+from megatron_retro.config.training import OptimizerConfig
 from megatron_retro.errors import ConfigError, Violation
 from megatron_retro.model.costs import ENCODER
 from megatron_retro.planning.data_side import data_faults, data_lines
@@ -84,6 +85,8 @@ def plan_lines(plan: Plan, planning: PlanningConfig, num_shards: int) -> Iterato
     yield f"  parameters   {readable_count(work.parameters)}{_trained(plan)}{_built(num_shards, layout.world_size)}"
     yield f"  FLOPs        {readable_count(work.training_flops)} per token, forward and backward"
     yield from _retrieval_share(work)
+    if plan.settings[OptimizerConfig].fp8_format != "none":
+        yield "  FP8          layers multiply in eight bits; times and memory below are those of bf16"
     yield ""
     yield _memory_table(plan)
     yield ""

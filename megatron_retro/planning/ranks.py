@@ -113,17 +113,19 @@ def _stage_costs(part: StagePart, settings: Settings, trace: Trace) -> StageCost
     again = settings[ParallelConfig].recompute_granularity == "full" and kinds[part.layers.stop - 1] == FIRST
     names += [NEIGHBORS] if part.retrieves and not again else []  # where the only reader encodes them again, none stay
     names += [HEAD] if part.last else []
-    parts = [(BORDER, _over_borders(part, settings, trace)), *((name, trace.part(name)) for name in names)]
-    if part.embedding and not part.first:
-        parts.append((EMBEDDING, trace.part(EMBEDDING).only_parameters()))
     received = 0.0 if part.first else trace.hidden_bytes + _neighbors(part.receives_neighbors, settings, trace)
     sent = 0.0 if part.last else trace.hidden_bytes + _neighbors(part.sends_neighbors, settings, trace)
+    border = _over_borders(part, settings, trace, copied=2 * received + 4 * sent)
+    parts = [(BORDER, border), *((name, trace.part(name)) for name in names)]
+    if part.embedding and not part.first:
+        parts.append((EMBEDDING, trace.part(EMBEDDING).only_parameters()))
     return StageCosts(part, tuple(parts), received, sent)
 
 
-def _over_borders(part: StagePart, settings: Settings, trace: Trace) -> PartTrace:
+def _over_borders(part: StagePart, settings: Settings, trace: Trace, copied: float) -> PartTrace:
     """What came in is kept by the first layer, and what goes out by torch, until its gradient comes (the hidden state
-    in place of the last layer's own). Neighbours that came in are gathered for those that read them."""
+    in place of the last layer's own). Neighbours that came in are gathered for those that read them. What crosses is
+    copied to be contiguous, and gathered neighbours and their gradient are."""
     size = settings[ParallelConfig].tensor_model_parallel_size
     gathered = trace.encoded_bytes if part.receives_neighbors and part.retrieves else 0.0
     last = layer_kinds(settings[RetroConfig], settings[ModelConfig].num_layers)[part.layers.stop - 1]
@@ -131,6 +133,7 @@ def _over_borders(part: StagePart, settings: Settings, trace: Trace) -> PartTrac
     kept += 0.0 if part.last or trace.part(last).saved_bytes else trace.hidden_bytes
     return PartTrace(
         saved_bytes=kept + _neighbors(part.sends_neighbors, settings, trace),
+        moved_bytes=copied + 4 * gathered * settings[ParallelConfig].sequence_parallel,
         sent_bytes=2 * gathered * (size - 1) / size,
     )
 

@@ -112,6 +112,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return arguments[0].new_empty((arguments[0].numel(), arguments[0].dim()), dtype=torch.long)
         result = self._result(function, arguments, keywords)
         part = self.part(self.running)
+        if function.namespace == "prim":
+            return result
         if function.namespace == "c10d":
             part.sent_bytes += self._sent(function.__name__, arguments)
             return result

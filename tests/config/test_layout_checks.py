@@ -117,12 +117,6 @@ WRONG: list[tuple[str, int, dict[str, Any], str]] = [
         "neighbor_random_share",
     ),
     (
-        "fp8_fits",
-        1,
-        {"fp8_format": "hybrid", "ffn_hidden_size": 72, "retro_encoder_ffn_hidden_size": 64},
-        "ffn_hidden_size",
-    ),
-    (
         "fp8_gradients_are_not_deferred",
         2,
         {"fp8_format": "hybrid", "pipeline_model_parallel_size": 2, "pipeline_schedule": "zero-bubble"},

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_retro.errors import ConfigError
 from megatron_retro.ops.backends import REFERENCE, TORCH, VARIABLE, problems
-from megatron_retro.ops.linear import fp8_linear
+from megatron_retro.ops.linear import _rounded, fp8_linear
 from megatron_retro.ops.precision import values_and_gradients
 
 needs_torchs = pytest.mark.skipif(
@@ -65,6 +67,27 @@ def test_scales_follow_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not fp8_linear(torch.zeros(16, 64), weight.detach()).any()
 
 
-def test_a_matrix_that_does_not_divide_is_named() -> None:
-    with pytest.raises(ConfigError, match="47 x 64"):
-        fp8_linear(torch.ones(2, 64), torch.ones(47, 64))
+@needs_torchs
+def test_sizes_that_are_no_tiles_are_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """27 columns and 41 rows, as 2728 is under tensor 8: the numbers of the formula, which needs no tiles."""
+    results = {}
+    for backend in (TORCH, REFERENCE):
+        monkeypatch.setenv(VARIABLE, f"fp8_linear={backend}")
+        torch.manual_seed(0)
+        inputs = [torch.randn(shape).requires_grad_() for shape in ((2, 9, 27), (41, 27), (41,))]
+        results[backend] = values_and_gradients(fp8_linear, inputs)
+    torch.testing.assert_close(results[TORCH], results[REFERENCE], rtol=1e-5, atol=1e-5)
+
+
+def test_rounding_reads_a_tensor_three_times() -> None:
+    large: list[str] = []
+
+    class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+            if not function.is_view and any(isinstance(each, Tensor) and each.numel() > 1 for each in arguments):
+                large.append(str(function))
+            return function(*arguments, **(keywords or {}))
+
+    with Reads():
+        _rounded(torch.ones(64, 64, dtype=torch.bfloat16), torch.float8_e4m3fn)
+    assert len(large) == 3, large

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_retro.ops import library
 from megatron_retro.ops.backends import VARIABLE
-from megatron_retro.ops.linear_cross_entropy import _VocabularyBlocks, gradients, linear_cross_entropy, statistics
+from megatron_retro.ops.linear_cross_entropy import (
+    BLOCK_BYTES,
+    _VocabularyBlocks,
+    gradients,
+    linear_cross_entropy,
+    statistics,
+)
 from megatron_retro.ops.precision import values_and_gradients
 from megatron_retro.testing.cuda_shim import excess_over_twice
 
@@ -82,6 +90,25 @@ def test_the_way_of_gpus(wish: str, block_bytes: None, dtype: torch.dtype) -> No
         return _VocabularyBlocks.apply(h[0], w, t[0])[None]
 
     assert max(excess_over_twice(by_vocabulary, plain, (hidden, weight, labels))) <= 0.0
+
+
+def test_a_gpu_keeps_blocks_of_the_vocabulary_whoever_passes_over_them() -> None:
+    """As 256,000 x 1,024 float32 logits are 1 GB; and a vocabulary's gradient is no sum of bfloat16 parts."""
+    made: list[tuple[str, Tensor]] = []
+
+    class Results(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+            result = function(*arguments, **(keywords or {}))
+            if isinstance(result, Tensor) and not function.is_view:
+                made.append((str(function), result))
+            return result
+
+    hidden = torch.empty(1, 4096, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    weight = torch.empty(256_000, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with Results():
+        linear_cross_entropy(hidden, weight, torch.empty(1, 4096, dtype=torch.long, device="meta")).sum().backward()
+    assert max(each.nbytes for _, each in made) <= 2 * BLOCK_BYTES
+    assert not [name for name, each in made if each.shape == weight.shape and "add" in name]
 
 
 def test_skipped_positions(wish: str) -> None:

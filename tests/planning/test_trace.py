@@ -12,7 +12,7 @@ from megatron_retro.config.hardware import accelerator
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.planning.fake_device import CPU
 from megatron_retro.planning.plan import Plan, make_plan
-from megatron_retro.planning.recorder import PartTrace
+from megatron_retro.planning.recorder import PartTrace, Recorder
 from megatron_retro.planning.trace import ENCODER, HEAD, LAYER, NEIGHBORS, RETRIEVAL, trace_parts
 from tests.planning.recipes import recipe
 
@@ -90,6 +90,43 @@ def test_a_device_keeps_what_its_own_operators_keep() -> None:
     assert gpu.part(LAYER).saved_bytes >= cpu.part(LAYER).saved_bytes > 0
     assert gpu.part(HEAD).working_bytes != cpu.part(HEAD).working_bytes
     assert gpu.part(LAYER).parameters == cpu.part(LAYER).parameters
+
+
+class _Forwarded(Exception):
+    """A forward's counts."""
+
+
+@pytest.mark.cuda_build
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch is built without CUDA")
+@pytest.mark.parametrize(
+    "changes", [{}, {"normalization": "RMSNorm"}, {"bf16": False}, {"qk_layernorm": True}], ids=str
+)
+def test_meta_stands_for_a_gpu(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch knows CUDA's operators, a forward with them keeps and computes the same."""
+
+    def stop(recorder: Recorder) -> None:
+        end_forward(recorder)
+        raise _Forwarded(recorder.parts)
+
+    end_forward = Recorder.end_forward
+    monkeypatch.setattr(Recorder, "end_forward", stop)
+    found: list[dict[str, PartTrace]] = []
+    for device in (torch.device("meta"), torch.device("cuda")):
+        with pytest.raises(_Forwarded) as stopped:
+            trace_parts(recipe(**changes), device)
+        found.append(stopped.value.args[0])
+    meta, cuda = found
+    assert meta.keys() == cuda.keys()
+    for name, part in meta.items():
+        assert part.forward_flops == pytest.approx(cuda[name].forward_flops, rel=1e-9)
+        assert part.saved_bytes == pytest.approx(cuda[name].saved_bytes, rel=0.01, abs=8192), name
+        assert part.moved_bytes == pytest.approx(cuda[name].moved_bytes, rel=0.01, abs=8192), name
+
+
+def test_rms_norm_is_one_kernel() -> None:
+    """It keeps what LayerNorm does; unfolded it would keep the stream in float32, too."""
+    layer, rms = (trace_parts(recipe(normalization=name)).part(LAYER) for name in ("LayerNorm", "RMSNorm"))
+    assert rms.saved_bytes == pytest.approx(layer.saved_bytes, rel=0.01)
 
 
 def test_nothing_is_left_behind() -> None:
