@@ -6,7 +6,7 @@
 #SBATCH --job-name=retrofit-48b
 #SBATCH --nodes=128 --ntasks-per-node=8 --gpus-per-node=8 --exclusive --mem=0
 #SBATCH --requeue --open-mode=append --output=%x-%j.log
-#SBATCH --signal=USR1@300 --mail-type=END,FAIL
+#SBATCH --signal=B:USR1@300 --mail-type=END,FAIL
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 if [ ! -e "$here/slurm/stage.sh" ]; then # sbatch runs a copy of this file

@@ -14,6 +14,7 @@ EXIT_INTERNAL = 1
 EXIT_USER = 2
 EXIT_BELOW_FLOOR = 3
 EXIT_REQUEUE = 75
+EXIT_LOST_RANK = 76
 EXIT_INTERRUPTED = 130
 
 
@@ -85,6 +86,12 @@ class EnvironmentProblem(MegatronRetroError):
 
 class DistributedError(MegatronRetroError):
     """Ranks that disagree, died or hang."""
+
+
+class LostRank(DistributedError):
+    """A rank that died, hangs or is out of reach: the same command, started again, goes on from what was saved."""
+
+    exit_code = EXIT_LOST_RANK
 
 
 class BelowFloor(MegatronRetroError):

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Is this node fit for the job? Run on every node before the start; prints each fault and exits 1 if there is one.
+# Is this node fit for the job? Run on every node before the start; prints each fault. Exits with 1 if the node is at
+# fault, with 2 if a shared directory is.
 #
 #   health_check.sh DIRECTORY...    where the job writes; one that is not there yet is made, so its parent is looked at
 #
@@ -53,7 +54,7 @@ check_directory() {
 check_network() {
   if [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ] && [ -z "${SLURM_ARRAY_JOB_ID:-}" ]; then
     local answer
-    if ! answer="$(python -m megatron_retro.cli.main reach 2>&1)"; then
+    if ! answer="$(env -u MEGATRON_RETRO_ENDINGS python -m megatron_retro.cli.main reach 2>&1)"; then
       faults+=("$(tail -n 1 <<<"$answer")")
       if [ -z "${GLOO_SOCKET_IFNAME:-}" ] && getent hosts "$(hostname)" | grep -q '^127\.'; then
         faults+=("its name is a loopback address, out of reach: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME")
@@ -75,7 +76,9 @@ if [ "${#shared_faults[@]}" -gt 0 ]; then
   printf "$node: %s\n" "${shared_faults[@]}" >&2
   echo "$node: other nodes have the same directory; make room or open it before the next start" >&2
 fi
-if [ $((${#faults[@]} + ${#shared_faults[@]})) -gt 0 ]; then
+if [ "${#faults[@]}" -gt 0 ]; then
   exit 1
+elif [ "${#shared_faults[@]}" -gt 0 ]; then
+  exit 2
 fi
 echo "$node: fit"

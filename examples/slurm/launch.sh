@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Starts a verb of megatron-retro wherever this runs: `launch.sh VERB [flags]`. No other file names a launcher.
 #
-#   inside a SLURM job     srun, one task per process, from SLURM's variables; health check first; requeues on code 75
+#   inside a SLURM job     srun, one task per process, from SLURM's variables; health check first; queues the job again
+#                          when it was asked to stop, and after failures while checkpoints advance (outcome.sh)
 #   elsewhere              torchrun over PROCESSES processes (default: one per GPU, else one), or plain for one
 #   LAUNCHER=mpirun        mpirun with PROCESSES ranks; LAUNCHER=torchrun, srun or none forces the others
 #   --dry-run              starts nothing: prints the plan (`megatron-retro plan`) of what would run
@@ -12,14 +13,17 @@
 # LOGS (default logs)     per job: LOGS/NAME-JOB/rank-N.log
 # MAIL_TO                 address that gets one summary line at the end
 # HEALTH_CHECK=off        skips the check of the nodes
+# MAX_FAILURES            starts again after at most so many failures (default 5; 0: never)
+# LEAVE_SECONDS           ranks that are still there so long after another one failed are killed (default 60)
 # torchrun over several machines without SLURM: NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT on each
 set -euo pipefail
 
-exit_requeue=75
 slurm="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 home="$(cd "$slurm/../.." && pwd)"
 # shellcheck source=examples/slurm/profile.sh
 source "$slurm/profile.sh"
+# shellcheck source=examples/slurm/outcome.sh
+source "$slurm/outcome.sh"
 if [ -x "$home/.venv/bin/python" ] && ! command -v megatron-retro >/dev/null; then
   export PATH="$home/.venv/bin:$PATH"
 fi
@@ -31,6 +35,9 @@ written=() # the directory of --save
 cores=()
 declare -A told_before=() # bytes of each rank's log that earlier starts wrote
 dry_run=false
+logs="" endings="" task=""
+step="" steps=-1 # srun's process, and the number of its step
+outcome=0
 
 main() {
   local verb="${1:?usage: launch.sh VERB [flags]}" word before=""
@@ -93,28 +100,70 @@ run_with_torchrun() {
 }
 
 run_in_slurm() {
-  local verb="$1" status=0 begin logs log
+  local verb="$1" begin log
   local -a options=()
   logs="${LOGS:-logs}/${SLURM_JOB_NAME:-job}-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}"
+  task="${SLURM_ARRAY_TASK_ID:+task-$SLURM_ARRAY_TASK_ID-}"
   mkdir -p "$logs"
+  endings="$(cd "$logs" && pwd)/endings/${task}start-${SLURM_RESTART_COUNT:-0}"
+  rm -rf "$endings"
+  mkdir -p "$endings"
+  trap 'asked_to_stop TERM' TERM
+  trap 'asked_to_stop USR1' USR1
   read -r -a options <<<"${SRUN_OPTIONS:-}"
-  options+=(--kill-on-bad-exit=1 "${containers[@]}")
+  options+=(--kill-on-bad-exit=0 "${containers[@]}")
   begin="$(date +%s)"
   if [ "${HEALTH_CHECK:-on}" != off ]; then
     # One task per node; a node that fails ends the job before anything is built.
-    srun "${options[@]}" --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" \
-      "$slurm/health_check.sh" "$logs" "${written[@]}" || status=$?
+    run_step srun "${options[@]}" --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" \
+      "$slurm/rank.sh" "$endings" "$slurm/health_check.sh" "$logs" "${written[@]}"
+    read_outcome "$endings" "$status" "$SLURM_JOB_NUM_NODES"
+    # An unfit node is to blame, as one that leaves no word.
+    grep -lsE '"code": 1\b' "$endings"/rank-*.json | xargs -r -d '\n' rm || true
   fi
   for log in "$logs"/*rank-*.log; do
     [ ! -f "$log" ] || told_before["$log"]="$(stat -c %s "$log")"
   done
-  if [ "$status" = 0 ]; then
+  if [ -e "$endings/stop" ]; then
+    outcome="$exit_requeue"
+  elif [ "$outcome" = 0 ]; then
+    rm -f "$endings"/rank-*
     read_cores
-    srun "${options[@]}" "${cores[@]}" --open-mode=append \
-      --output="$logs/${SLURM_ARRAY_TASK_ID:+task-$SLURM_ARRAY_TASK_ID-}rank-%t.log" \
-      "${program[@]}" "$verb" "${words[@]}" || status=$?
+    run_step srun "${options[@]}" "${cores[@]}" --open-mode=append --output="$logs/${task}rank-%t.log" \
+      "$slurm/rank.sh" "$endings" "${program[@]}" "$verb" "${words[@]}"
+    read_outcome "$endings" "$status" "${SLURM_NTASKS:-${SLURM_JOB_NUM_NODES:-1}}"
   fi
-  finish "$verb" "$status" "$(($(date +%s) - begin))" "$logs"
+  finish "$verb" "$outcome" "$(($(date +%s) - begin))"
+}
+
+# A signal to this script alone, or before its step is there.
+asked_to_stop() {
+  [ -e "$endings/stop" ] || echo "$1 $(hostname)" >"$endings/stop"
+  if [ -n "$step" ]; then
+    scancel "--signal=$1" "$SLURM_JOB_ID.$steps" 2>/dev/null || true
+  fi
+}
+
+# Runs srun so that signals are heard meanwhile. When a rank has failed, the others get LEAVE_SECONDS to notice.
+run_step() {
+  local failed_at=0
+  status=0
+  steps=$((steps + 1))
+  "$@" &
+  step=$!
+  while kill -0 "$step" 2>/dev/null; do
+    sleep 0.5 &
+    wait "$!" || true
+    if [ "$failed_at" = 0 ] && grep -qsE '"code": *[1-9]' "$endings"/rank-*.json; then
+      failed_at="$SECONDS"
+    elif [ "$failed_at" != 0 ] && [ $((SECONDS - failed_at)) -ge "${LEAVE_SECONDS:-60}" ]; then
+      echo "ranks are still there ${LEAVE_SECONDS:-60} s after another one ended: they are killed" >&2
+      scancel --signal=KILL "$SLURM_JOB_ID.$steps" 2>/dev/null || true
+      failed_at="$SECONDS"
+    fi
+  done
+  wait "$step" || status=$?
+  step=""
 }
 
 # srun forgets --cpus-per-task of the job; where the job does not say, its tasks share the cores of a node evenly.
@@ -130,27 +179,33 @@ read_cores() {
 }
 
 finish() {
-  local verb="$1" status="$2" seconds="$3" logs="$4" outcome line
-  case "$status" in
-    0) outcome=finished ;;
-    "$exit_requeue") outcome="saved, starts again" ;;
-    *) outcome="failed with code $status" ;;
+  local verb="$1" code="$2" seconds="$3" words line again=false reason="" failures="$logs/endings/${task}failures"
+  case "$code" in
+    0) words=finished ;;
+    "$exit_requeue") words="saved, starts again" again=true ;;
+    *) words="failed with code $code" ;;
   esac
-  line="$verb ${SLURM_JOB_NAME:-job} ${SLURM_JOB_ID}: $outcome after ${seconds} s on ${SLURM_JOB_NUM_NODES:-1} nodes"
-  line+=", start ${SLURM_RESTART_COUNT:-0}; logs in $logs; $(last_line "$logs" "$status")"
+  if is_failure "$code" && may_try_again "$failures" "$endings" "${written[0]:-}" "$code"; then
+    again=true
+  fi
+  if "$again" && was_cancelled; then
+    words="cancelled" again=false
+  fi
+  line="$verb ${SLURM_JOB_NAME:-job} ${SLURM_JOB_ID}: $words after ${seconds} s on ${SLURM_JOB_NUM_NODES:-1} nodes"
+  line+=", start ${SLURM_RESTART_COUNT:-0}${reason:+; $reason}; logs in $logs; $(last_line "$logs" "$code")"
   echo "$line"
-  if [ -n "${MAIL_TO:-}" ] && [ "$status" != "$exit_requeue" ]; then
+  if [ -n "${MAIL_TO:-}" ] && ! "$again"; then
     mail -s "$line" "$MAIL_TO" <<<"$line" || echo "the mail to $MAIL_TO was not sent" >&2
   fi
-  if [ "$status" = "$exit_requeue" ]; then
-    scontrol requeue "$SLURM_JOB_ID"
+  if "$again"; then
+    requeue "$failures"
   fi
-  exit "$status"
+  exit "$code"
 }
 
 # Of a start that failed, its first error, whole; else what the first rank said last.
 last_line() {
-  local ranks="$1/${SLURM_ARRAY_TASK_ID:+task-$SLURM_ARRAY_TASK_ID-}rank-" status="$2" log error
+  local ranks="$1/${task}rank-" status="$2" log error
   if [ "$status" != 0 ]; then
     # A rank that failed has written its error last, so the log that was changed first has the first error.
     while IFS= read -r log; do

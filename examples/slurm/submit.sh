@@ -25,7 +25,7 @@ while [ "$#" -gt 0 ] && [ "$1" != -- ]; do
 done
 [ "$#" = 0 ] || shift
 
-options=(--parsable "--job-name=$stage-$size" --requeue --open-mode=append --output=%x-%j.log --signal=USR1@300
+options=(--parsable "--job-name=$stage-$size" --requeue --open-mode=append --output=%x-%j.log --signal=B:USR1@300
   "--mail-type=END,FAIL")
 if [ "$stage" = study ]; then
   command=("$slurm/study.sh" "$size" "$@")

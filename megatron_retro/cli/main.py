@@ -15,30 +15,39 @@ from megatron_retro.config.data import require_tokenizer_type
 from megatron_retro.config.sections import ALL_SECTIONS
 from megatron_retro.config.toml_files import nearest, render_toml
 from megatron_retro.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, ConfigError, MegatronRetroError, Requeue
+from megatron_retro.runtime.endings import end_on_signals, write_ending
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    code, why = _outcome(words)
+    write_ending(code, why)
+    return code
+
+
+def _outcome(words: list[str]) -> tuple[int, str]:
+    """The exit code, and why it is not 0."""
     try:
-        return _dispatch(words)
+        end_on_signals()
+        return _dispatch(words), ""
     except MegatronRetroError as error:
         print(error if isinstance(error, Requeue) else f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.exit_code, str(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED, "interrupted"
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_INTERNAL
+        return EXIT_INTERNAL, "nobody reads what it says"
     except Exception as error:
         problem = disk_problem(error)
         if problem:
             print(f"error: {problem}", file=sys.stderr)
-            return problem.exit_code
+            return problem.exit_code, str(problem)
         traceback.print_exc()
         print("this is a fault of megatron_retro, not of your input; please report the lines above", file=sys.stderr)
-        return EXIT_INTERNAL
+        return EXIT_INTERNAL, f"a fault of megatron_retro: {type(error).__name__}: {error}"
 
 
 def run_verb(name: str) -> None:

@@ -16,6 +16,7 @@ from megatron_retro.errors import ArtifactError
 from megatron_retro.retrieval.layout import ProjectLayout
 from megatron_retro.runtime.console import Progress
 from megatron_retro.runtime.launch import Worker
+from megatron_retro.runtime.signals import until_stopped
 
 _SEED = 1234
 
@@ -61,11 +62,12 @@ def claim_blocks(
 ) -> Iterator[str]:
     """The blocks that this worker claims; ends when all are done, by any worker.
 
-    Workers start at different places, so that they rarely try to claim the same block.
+    Workers start at different places, so that they rarely try to claim the same block. A signal ends it with `Requeue`
+    after the block in work.
     """
     start = worker.share(len(blocks)).start
     order = [*blocks[start:], *blocks[:start]]
-    return iter(BlockClaims(layout.claims(what), order, is_done))
+    return until_stopped(iter(BlockClaims(layout.claims(what), order, is_done)))
 
 
 def uniform_sample(total: int, size: int) -> NDArray[np.int64]:

@@ -6,7 +6,7 @@ A program opens it once:
 
 A lone process gets a group of one, so nothing behind it asks whether it is distributed. Every collective has a
 timeout; `agree` compares facts between ranks before the first step; `explain_failure` turns what torch raises when a
-peer died or hangs into an error that names rank, axis and step.
+peer died or hangs into an error that names rank, axis and step. What one rank refuses, all ranks refuse in its words.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
 
-from megatron_retro.errors import DistributedError, EnvironmentProblem
+from megatron_retro.errors import DistributedError, EnvironmentProblem, LostRank
 from megatron_retro.runtime.launch import Launch
+from megatron_retro.runtime.refusals import Refusals
 from megatron_retro.runtime.rendezvous import store_of
 from megatron_retro.runtime.strict_json import json_text
 
@@ -59,12 +60,18 @@ def process_group(
 ) -> Iterator[torch.device]:
     """The default process group for the length of the block; yields this rank's device."""
     device = choose_device(launch, use_gpu=use_gpu)
-    _initialize(launch, device, timedelta(minutes=timeout_minutes))
+    store = _initialize(launch, device, timedelta(minutes=timeout_minutes))
+    refusals = None if store is None else Refusals(store, launch.rank, launch.world_size)
     try:
         with warnings.catch_warnings():
             if launch.rank:  # libraries warn all ranks alike; the first one shows it
                 warnings.simplefilter("ignore")
             yield device
+    except Exception as error:
+        refused = refusals.settle(error, _drop_connections) if refusals is not None else None
+        if refused is None:
+            raise
+        raise refused from error
     finally:
         end_process_group()
 
@@ -76,21 +83,31 @@ def end_process_group() -> None:
     """
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
-def _initialize(launch: Launch, device: torch.device, timeout: timedelta) -> None:
+def _drop_connections() -> None:
+    """Close this rank's connections without a word; `destroy_process_group` leaves them open while anyone holds one."""
+    if dist.is_initialized():
+        dist.distributed_c10d._abort_process_group()
+
+
+def _initialize(launch: Launch, device: torch.device, timeout: timedelta) -> Store | None:
+    """Open the default group; the store in which its ranks met, None for a process that is alone."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     place: dict[str, Any] = {"rank": launch.rank, "world_size": launch.world_size, "timeout": timeout}
     if launch.alone:
         dist.init_process_group(backend, store=HashStore(), **place)
-        return
+        return None
     try:
-        dist.init_process_group(backend, store=store_of(launch, timeout), **place)
+        store = store_of(launch, timeout)
+        dist.init_process_group(backend, store=store, **place)
         dist.all_reduce(torch.zeros(1))  # a first rank that leaves at once takes the store from nobody still connecting
+        return store
     except (RuntimeError, ValueError) as error:
-        raise DistributedError(
+        raise LostRank(
             f"rank {launch.rank} of {launch.world_size} on {socket.gethostname()} could not meet the others",
             got=str(error).splitlines()[0],
             expected=f"every rank at {launch.master_address}:{launch.master_port} (told by {launch.launcher})",
@@ -130,7 +147,7 @@ def on_axis(axis: str) -> Iterator[None]:
         raise
 
 
-def explain_failure(error: BaseException, step: int) -> DistributedError | None:
+def explain_failure(error: BaseException, step: int) -> LostRank | None:
     """The named error for a collective that failed because a peer died or hangs; None for any other error."""
     chain: list[BaseException] = []
     current: BaseException | None = error
@@ -141,7 +158,7 @@ def explain_failure(error: BaseException, step: int) -> DistributedError | None:
     if not isinstance(error, RuntimeError) or not any(sign in text for sign in _SIGNS_OF_LOST_PEERS):
         return None
     axis = next((found for part in reversed(chain) if (found := _axis_of(part))), "unknown")
-    return DistributedError(
+    return LostRank(
         f"a collective of rank {dist.get_rank()} failed at step {step}, on the {axis} axis",
         got=str(chain[-1]).splitlines()[0],
         expected="every rank of that axis to take part in time",

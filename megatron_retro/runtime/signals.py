@@ -1,6 +1,7 @@
 """Requests to stop that arrive from outside: SIGTERM, SIGUSR1 (SLURM's `--signal`), SIGINT, and a time limit.
 
-A handler only notes the request; the loop asks between steps, so a step is never torn.
+A handler only notes the request; the loop asks between steps, so a step is never torn. What came before a handler
+stood, a launcher has kept in a file (`runtime.endings`).
 """
 
 from __future__ import annotations
@@ -10,8 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
+
+from megatron_retro.errors import Requeue
+from megatron_retro.runtime.endings import early_stop
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+Block = TypeVar("Block")
 _Handler = Callable[[int, FrameType | None], object] | int | None
 
 
@@ -36,11 +42,46 @@ class StopRequests:
         self._signal = number
 
     @contextmanager
-    def listening(self, numbers: tuple[signal.Signals, ...] = STOP_SIGNALS) -> Iterator[StopRequests]:
+    def listening(
+        self,
+        numbers: tuple[signal.Signals, ...] = STOP_SIGNALS,
+        note: Callable[[int, FrameType | None], object] | None = None,
+    ) -> Iterator[StopRequests]:
         """Take the signals over while the block runs, and give them back."""
-        previous: dict[signal.Signals, _Handler] = {number: signal.signal(number, self.note) for number in numbers}
+        handler = note or self.note
+        previous: dict[signal.Signals, _Handler] = {number: signal.signal(number, handler) for number in numbers}
+        if self._signal is None:
+            self._signal = early_stop()
         try:
             yield self
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            for number, former in previous.items():
+                signal.signal(number, former if former is not None else signal.SIG_DFL)
+
+
+def until_stopped(blocks: Iterator[Block]) -> Iterator[Block]:
+    """The blocks, until a signal asks to stop: the one in work is finished, then `Requeue` is raised.
+
+    Whoever waits for the next block leaves at once.
+    """
+    stops, at_work = StopRequests(), False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        stops.note(number)
+        if not at_work:
+            raise stopped_between_blocks(stops)
+
+    with stops.listening(note=note):
+        for block in blocks:
+            at_work = True
+            yield block
+            at_work = False
+            if stops.reason() is not None:
+                raise stopped_between_blocks(stops)
+
+
+def stopped_between_blocks(stops: StopRequests) -> Requeue:
+    """The request to start again what has finished whole blocks."""
+    return Requeue(
+        f"stopped early: {stops.reason()}; finished blocks are kept", fix="run the same command again to go on"
+    )

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -65,8 +65,17 @@ class Cluster:
 
     def wait(self, job: int, seconds: float = 120.0) -> dict[str, str]:
         """Until the job has ended; a requeued job's delay is skipped."""
-        self.wait_until(lambda: self._has_ended(job), seconds, f"job {job} to end", job)
+        self.wait_until(lambda: self.has_ended(job), seconds, f"job {job} to end", job)
         return self.facts(job)
+
+    def wait_all(self, jobs: Sequence[int], seconds: float = 120.0) -> None:
+        """Until all of these jobs have ended; the delays of those that are requeued are skipped side by side."""
+
+        def ended() -> bool:
+            found = [self.has_ended(job) for job in jobs]
+            return all(found)
+
+        self.wait_until(ended, seconds, f"jobs {jobs} to end")
 
     def wait_until(self, condition: Callable[[], bool], seconds: float, what: str, job: int | None = None) -> None:
         """Poll; a timeout, or the end of the job before the condition, shows the queue and the logs."""
@@ -93,7 +102,8 @@ class Cluster:
         files = sorted((self.directory / "log").glob("*.log"))
         return "\n".join(f"--- {file.name}\n{_tail(file)}" for file in files)
 
-    def _has_ended(self, job: int) -> bool:
+    def has_ended(self, job: int) -> bool:
+        """Whether a job has ended; where it waits out the delay of a requeue, the delay is skipped."""
         facts = self.facts(job)
         if facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime" and _age(facts) > _OLD_START_SECONDS:
             self.skip_delay(job)

@@ -97,9 +97,8 @@ def _run(settings: Settings, launch: Launch, *, retrofit: bool = False) -> None:
     require_legal(settings, launch.world_size)
     run_length(settings[TrainingConfig])
     stops = _stop_requests(settings)
-    listening = stops.listening() if settings[TrainingConfig].exit_signal_handler else nullcontext()
     minutes = settings[ParallelConfig].distributed_timeout_minutes
-    with listening, process_group(launch, timeout_minutes=minutes) as device, _owned_run(settings, launch):
+    with process_group(launch, timeout_minutes=minutes) as device, _owned_run(settings, launch):
         outcome = train(settings, launch, device, stops, retrofit=retrofit)
     finish(settings, outcome)
 
@@ -146,7 +145,10 @@ def train(
             write_file(checkpoints.run / CONFIG, render_toml(parts.settings))
         evaluator = Evaluator(parts) if parts.validation is not None else None
         facts = run_facts(parts, launch)
-        return Trainer(parts, facts, state, checkpoints, evaluator, observer, stops, heartbeat).run()
+        # Before, there is nothing to save, and a rank that waits for its peers hears no handler: a signal ends it.
+        listening = stops.listening() if settings[TrainingConfig].exit_signal_handler else nullcontext()
+        with listening:
+            return Trainer(parts, facts, state, checkpoints, evaluator, observer, stops, heartbeat).run()
 
 
 def finish(settings: Settings, outcome: Outcome) -> None:

@@ -92,6 +92,21 @@ def test_a_killed_worker_is_noticed_and_its_part_done_again(tmp_path: Path, larg
     assert files(tmp_path / "hurt") == files(tmp_path / "whole")
 
 
+def test_a_signal_is_heard_at_a_block_s_end(tmp_path: Path, larger: Path, model: Path) -> None:
+    """By one process and by a pool of them, with the code that asks for a new start."""
+    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(model)]
+    for workers, number in (("1", signal.SIGTERM), ("2", signal.SIGUSR1)):
+        run = start(tmp_path / workers, larger, *flags, "--workers", workers)
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob(f"{workers}*.unfinished/claims/*")) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.kill(run.pid, number)
+        _, said = run.communicate(timeout=60)
+        assert run.returncode == 75 and "finished blocks are kept" in said, said
+        assert start(tmp_path / workers, larger, *flags, "--workers", workers, "--resume").wait() == 0
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+
+
 def test_a_part_that_kills_every_worker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_json_lines(tmp_path / "a.jsonl", records(8, 60))
     monkeypatch.setattr(job_module, "SMALLEST_BLOCK", 2000)

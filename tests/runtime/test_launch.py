@@ -7,13 +7,14 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 
-from megatron_retro.errors import DistributedError
+from megatron_retro.errors import ConfigError, DistributedError, MegatronRetroError
 from megatron_retro.runtime import process_group as group_module
 from megatron_retro.runtime.launch import Launch, find_launch, first_host
 from megatron_retro.runtime.process_group import agree, choose_device, explain_failure, process_group
@@ -212,3 +213,23 @@ def test_port_0_of_torchrun_is_refused_at_once() -> None:
     with pytest.raises(DistributedError, match="port 0") as refused, process_group(launch):
         pass
     assert "--standalone" in str(refused.value)
+
+
+@pytest.mark.parametrize("refusing", [0, 2])
+def test_peers_of_a_rank_that_refuses_say_what_it_said(refusing: int, tmp_path: Path) -> None:
+    """Whether or not it keeps the store; and nobody waits for a timeout."""
+
+    def refuse() -> None:
+        launch = find_launch()
+        try:
+            with process_group(launch, use_gpu=False):
+                if launch.rank == refusing:
+                    raise ConfigError("no such thing", fix="mend it")
+                dist.barrier()
+        except MegatronRetroError as error:
+            (tmp_path / str(launch.rank)).write_text(f"{error.exit_code} {error}")
+
+    run_ranks(refuse, 3, initialize=False, timeout=30)
+    said = "no such thing\n  fix:      mend it"
+    words = [f"2 {said}" if rank == refusing else f"2 rank {refusing}: {said}" for rank in range(3)]
+    assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == words

@@ -5,17 +5,20 @@ from __future__ import annotations
 import io
 import json
 import math
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_retro.errors import ConfigError, EnvironmentProblem
+from megatron_retro.errors import ConfigError, EnvironmentProblem, Requeue
 from megatron_retro.runtime import environment
 from megatron_retro.runtime.console import Progress, readable_bytes, readable_seconds, render_table
 from megatron_retro.runtime.events import EventLog, read_events
 from megatron_retro.runtime.launch import Launch, Worker, this_replica, this_worker
+from megatron_retro.runtime.signals import until_stopped
 from megatron_retro.runtime.statistics import Interval
 from megatron_retro.runtime.strict_json import json_text, number_of
 
@@ -125,3 +128,32 @@ def test_two_faiss_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "version_of", lambda *names: None if "faiss-gpu" in names else "1.0")
     with pytest.raises(EnvironmentProblem, match="faiss-cpu and faiss-gpu-cu12 are both installed"):
         environment.require("faiss", "search")
+
+
+def test_a_stop_comes_at_a_block_s_end_or_while_waiting_for_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also one that came before anybody listened, which a launcher has kept."""
+
+    def finished(stop_in: str) -> list[int]:
+        def blocks() -> Iterator[int]:
+            for number in range(4):
+                if stop_in == f"waiting for {number}":
+                    signal.raise_signal(signal.SIGUSR1)
+                yield number
+
+        done: list[int] = []
+        before = signal.getsignal(signal.SIGUSR1)
+        with pytest.raises(Requeue, match=r"SIG(USR1|TERM) arrived; finished blocks are kept"):
+            for number in until_stopped(blocks()):
+                if stop_in == f"in {number}":
+                    signal.raise_signal(signal.SIGTERM)
+                done.append(number)
+        assert signal.getsignal(signal.SIGUSR1) == before
+        return done
+
+    assert finished("in 2") == [0, 1, 2]
+    assert finished("waiting for 2") == [0, 1]
+    (tmp_path / "stop").write_text("USR1 n3\n")
+    monkeypatch.setenv("MEGATRON_RETRO_ENDINGS", str(tmp_path))
+    assert finished("never") == [0]

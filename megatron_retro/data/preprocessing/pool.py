@@ -15,10 +15,12 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from megatron_retro.errors import EnvironmentProblem, MegatronRetroError
+from megatron_retro.errors import EnvironmentProblem, MegatronRetroError, Requeue
 from megatron_retro.runtime.console import warn
+from megatron_retro.runtime.signals import StopRequests, stopped_between_blocks
 
 MOST_DEATHS_PER_BLOCK = 3
+_LONGEST_SILENCE = 0.5  # seconds without a look at whether to stop
 Send = Callable[[str, Any], None]
 
 
@@ -42,21 +44,43 @@ class WorkerPool:
     on_progress: Callable[[Any], None]
     describe: Callable[[int], str]
     _deaths: dict[int | None, int] = field(default_factory=dict)
+    _stopping: bool = False
+    _stopped: Requeue | None = None
 
     def run(self) -> None:
-        """Start workers and replace dead ones; returns when all blocks that can be claimed are done."""
-        members = [self._start(number) for number in range(self.size)]
-        try:
-            while members:
-                ready = wait([member.channel for member in members] + [member.process.sentinel for member in members])
-                for member in list(members):
-                    if member.channel in ready or member.process.sentinel in ready:
-                        members.remove(member)
-                        members += self._read_messages(member)
-        finally:
-            for member in members:
-                member.process.kill()
-                member.process.join()
+        """Start workers and replace dead ones; returns when all blocks that can be claimed are done.
+
+        A signal that asks to stop is handed to the workers, and `Requeue` raised when their blocks are finished.
+        """
+        with StopRequests().listening() as stops:
+            members = [self._start(number) for number in range(self.size)]
+            try:
+                while members:
+                    members = self._after_messages(members)
+                    if stops.reason() is not None and not self._stopping:
+                        self._stopping = True
+                        for member in members:
+                            member.process.terminate()
+            finally:
+                for member in members:
+                    member.process.kill()
+                    member.process.join()
+            if self._stopping or self._stopped is not None:
+                raise self._stopped or stopped_between_blocks(stops)
+
+    def _after_messages(self, members: list[_Member]) -> list[_Member]:
+        """The members that go on after a word of any of them, or after a while."""
+        channels = [member.channel for member in members]
+        ready = wait([*channels, *(member.process.sentinel for member in members)], _LONGEST_SILENCE)
+        left: list[_Member] = []
+        for number, member in enumerate(members):
+            heard = member.channel in ready or member.process.sentinel in ready
+            try:
+                left += self._read_messages(member) if heard else [member]
+            except BaseException:
+                members[:number] = left
+                raise
+        return left
 
     def _start(self, number: int) -> _Member:
         context = multiprocessing.get_context("fork")
@@ -71,6 +95,9 @@ class WorkerPool:
         try:
             while member.channel.poll():
                 kind, content = member.channel.recv()
+                if kind == "error" and isinstance(content, Requeue):
+                    self._stopped = content
+                    kind = "done"
                 if kind == "error":
                     raise content
                 if kind == "done":

@@ -31,6 +31,7 @@ from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.runtime.console import Progress, readable_bytes, say, warn
 from megatron_retro.runtime.launch import Worker, this_worker
+from megatron_retro.runtime.signals import until_stopped
 
 CLAIM_SECONDS = 4.0
 _FINISH = "finish"
@@ -59,11 +60,14 @@ class Run:
         return [block for block in range(len(self.job.blocks)) if read_counts(self.directory, block) is None]
 
     def claims(self, number: int, workers: int, *, wait: bool) -> Iterator[int]:
-        """Unfinished blocks, each under a claim; worker `number` of this machine begins at its own place."""
+        """Unfinished blocks, each under a claim; worker `number` of this machine begins at its own place.
+
+        A signal ends it with `Requeue` after the block in work.
+        """
         total = len(self.job.blocks)
         start = total * (self.worker.index * workers + number) // (self.worker.count * workers)
         order = [f"{block % total:06d}" for block in range(start, start + total)]
-        return (int(block) for block in self._claimed(order, self.is_done, wait=wait))
+        return (int(block) for block in until_stopped(self._claimed(order, self.is_done, wait=wait)))
 
     def finish_claim(self) -> Iterator[str]:
         """One claim, for the worker that joins the blocks; the others wait for it."""
