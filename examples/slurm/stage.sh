@@ -45,7 +45,7 @@ published() {
   case "$stage" in
     corpus)
       words=(preprocess --input "$data/text" --tokenizer-type SentencePieceTokenizer "${tokenizer[@]}")
-      words+=(--output-prefix "$data/tokens/corpus" --append-eod --resume)
+      words+=(--output-prefix "$data/tokens/corpus" --append-eod)
       ;;
     index) words=(build-retrieval --config "$recipes/index.toml" "${tokenizer[@]}" "${index[@]}") ;;
     pretrain)
@@ -76,7 +76,7 @@ tiny() {
   local recipe=(--config "$recipes/tiny.toml")
   case "$stage" in
     corpus)
-      words=(preprocess --input "$data/text" --output-prefix "$data/tokens/corpus" --append-eod --resume --workers 1)
+      words=(preprocess --input "$data/text" --output-prefix "$data/tokens/corpus" --append-eod --workers 1)
       ;;
     index) words=(build-retrieval "${recipe[@]}" "${index[@]}") ;;
     pretrain) words=(pretrain "${recipe[@]}" "${tokens[@]}" --save "$runs/gpt-tiny") ;;

@@ -92,8 +92,8 @@ about the same files with answers and passages, made from their docstrings, to t
         (InputConfig, PreprocessConfig, TokenizerConfig, WorkersConfig, ObservabilityConfig),
         "data.preprocessing.run:preprocess",
         "Tokenize text into Megatron's .bin/.idx files. Workers of one machine (--workers) and of many (--shard i/N, a "
-        "SLURM array or job, mpirun) share the work; the result is the same byte for byte. --resume goes on after a "
-        "kill.",
+        "SLURM array or job, mpirun) share the work; the result is the same byte for byte. The same command goes on "
+        "after a kill.",
         reads={ObservabilityConfig: ("log_interval",)},
     ),
     Verb(

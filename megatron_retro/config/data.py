@@ -171,7 +171,7 @@ class PreprocessConfig:
     partitions: int = option(1, "Megatron's flag; work is always cut into byte ranges, order never changes", minimum=1)
     shards: int = option(1, "cut the output into this many token files", minimum=1, ours=True)
     shuffle_documents: int | None = option(None, "write documents in a random order of this seed", minimum=0, ours=True)
-    resume: bool = option(False, "go on where a stopped run of the same command left off", ours=True)
+    resume: bool = option(False, "accepted and not needed: the same command goes on where it stopped", ours=True)
     merge_token_files: tuple[str, ...] | None = option(
         None, "join these token files (prefixes) into --output-prefix; no text is read", ours=True
     )

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from megatron_retro.artifacts.files import TEMPORARY_MARK
 from megatron_retro.artifacts.manifest import MANIFEST_NAME, Manifest, damage, load_manifest, manifest_path
-from megatron_retro.data.token_file import TokenFile
+from megatron_retro.data.token_file import TokenFile, checksums_path
 from megatron_retro.data.token_writer import verify_token_file
 from megatron_retro.errors import ArtifactError
 from megatron_retro.runtime.console import readable_bytes
 
 _COLUMNS = 100
+# Files that never stand without a manifest beside them, but in a folder that is being filled.
+_NEVER_ALONE = ("chunks-before-document.i64", "checksums.blocks", "index.faiss", "trained.faiss", "tensors.json")
 
 
 def inspect(paths: Sequence[str]) -> None:
@@ -23,6 +25,7 @@ def inspect(paths: Sequence[str]) -> None:
         if (prefix := _foreign_tokens(path)) is not None:
             faults += [f"{prefix}: {problem}" for problem in _explain_foreign_tokens(prefix)]
             continue
+        faults += [f"{folder}: its manifest is gone, or it was never finished" for folder in _without_manifest(path)]
         for artifact in _artifacts(path):
             manifest = load_manifest(artifact)
             problems = damage(artifact, manifest)
@@ -42,6 +45,8 @@ def _foreign_tokens(path: Path) -> Path | None:
 def _explain_foreign_tokens(prefix: Path) -> list[str]:
     """Print what can be said without a manifest; returns what is wrong."""
     problems = verify_token_file(prefix)
+    if checksums_path(prefix).exists():
+        problems.append("its manifest is gone: the checksums beside it were written together with one")
     print(f"{prefix}\n  what         tokens of another program: no manifest, so no checksums")
     if not problems:
         file = TokenFile(prefix)
@@ -65,6 +70,13 @@ def _artifacts(path: Path) -> Iterator[Path]:
         yield path
     else:
         raise ArtifactError(f"there is nothing at {path}", fix="give the path of an artifact, or a folder of artifacts")
+
+
+def _without_manifest(path: Path) -> list[Path]:
+    """Folders below a path that hold a file of an artifact and no manifest; unfinished work may."""
+    folders = {file.parent for name in _NEVER_ALONE for file in path.rglob(name)} if path.is_dir() else set()
+    lost = {folder for folder in folders if not (folder / MANIFEST_NAME).exists()}
+    return sorted(one for one in lost if TEMPORARY_MARK not in str(one) and "work" not in one.relative_to(path).parts)
 
 
 def _prefix_of(file: Path) -> Path:

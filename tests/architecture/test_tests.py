@@ -12,6 +12,7 @@ PACKAGE = ROOT / "megatron_retro"
 OTHERS = {
     "architecture": "what every source file and document promises",
     "docs": "commands and figures of the documents",
+    "faults": "damage to every artifact, on the path of every consumer",
     "examples": "recipes, studies and the SLURM launcher",
     "results": "outcomes of the long counts, written by `./tests/run.sh --full`",
 }
@@ -24,7 +25,7 @@ def folders_of_tests() -> list[str]:
 @pytest.mark.parametrize("name", folders_of_tests())
 def test_a_folder_of_tests_mirrors_a_package(name: str) -> None:
     root = ROOT if name.split("/")[0] in OTHERS else PACKAGE
-    assert (root / name).is_dir() or name == "architecture", f"tests/{name}: no package of this name"
+    assert (root / name).is_dir() or name in ("architecture", "faults"), f"tests/{name}: no package of this name"
 
 
 def test_every_other_folder_is_used() -> None:

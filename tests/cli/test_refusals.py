@@ -38,7 +38,6 @@ for call, part, code in cases:
     left = sorted(str(path.relative_to(folder)) for path in folder.glob("out/**/*") if path.is_file())
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         again = main(words)
-        again = again and main([*words, "--resume"]) if words[0] == "preprocess" else again
     print(json.dumps([call, part, code, returned, said.getvalue(), left, again]), flush=True)
 """
 

@@ -230,9 +230,9 @@ def test_after_hours_of_work_a_bad_record_is_set_aside_and_the_rest_is_kept(
     path.write_bytes(GOOD + BAD["null"][0] + GOOD)
     assert preprocess(tmp_path / "o", [path], "--workers", "1") == 2
     assert Path(f"{tmp_path}/o.unfinished/000000.json").exists()
-    assert preprocess(tmp_path / "o", [path], "--resume", "--append-eod") == 2
+    assert preprocess(tmp_path / "o", [path], "--append-eod") == 2
     assert "other append-eod False" in capfd.readouterr().err
-    assert preprocess(tmp_path / "o", [path], "--resume", "--on-error", "skip") == 0
+    assert preprocess(tmp_path / "o", [path], "--on-error", "skip") == 0
     assert TokenFile(f"{tmp_path}/o_text_document").num_documents == 2
 
 
@@ -281,7 +281,7 @@ def test_finished_and_foreign_work_is_not_overwritten(tmp_path: Path, capfd: pyt
     for flag in ("--resume", "--shard=0/2"):
         assert preprocess(tmp_path / "o", [source], "--append-eod", flag) == 2
         assert "made by another run" in capfd.readouterr().err
-    assert preprocess(tmp_path / "o", [source], "--resume") == 0
+    assert preprocess(tmp_path / "o", [source]) == 0
     assert "nothing to do" in capfd.readouterr().err and files(tmp_path / "o") == before
 
 

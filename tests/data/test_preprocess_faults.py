@@ -66,7 +66,7 @@ def test_killed_at_any_moment_and_resumed_the_bytes_are_the_same(
         time.sleep(whole_run * generator.uniform(0.3, 1.0))
         run.kill()
         killed += run.wait() == -signal.SIGKILL
-        resumed = start(prefix, larger, *flags, "--resume")
+        resumed = start(prefix, larger, *flags)
         assert resumed.wait() == 0, resumed.communicate()
         assert files(prefix) == wanted
         assert sorted(path.name for path in tmp_path.glob(f"{number}*.unfinished")) == []
@@ -120,7 +120,7 @@ def test_a_part_that_kills_every_worker_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(BlockTokenizer, "tokenize", deadly)
     assert preprocess(tmp_path / "o", [source], "--workers", "2") == 2
     monkeypatch.setattr(BlockTokenizer, "tokenize", make)
-    assert preprocess(tmp_path / "o", [source], "--workers", "2", "--resume") == 0
+    assert preprocess(tmp_path / "o", [source], "--workers", "2") == 0
     assert preprocess(tmp_path / "p", [source]) == 0
     assert files(tmp_path / "o") == files(tmp_path / "p")
 
@@ -155,14 +155,14 @@ def test_a_full_disk_in_the_middle_is_named_and_resumed_from(
     wanted, ballast = files(tmp_path / "whole"), small_disk / "ballast"
     for kept in (900_000, 500_000):
         ballast.write_bytes(bytes(kept))
-        run = start(small_disk / "o", larger, "--workers", workers, "--resume")
+        run = start(small_disk / "o", larger, "--workers", workers)
         _, said = run.communicate(timeout=60)
         assert run.returncode == 2 and "the disk is full" in said and "Traceback" not in said, said
         assert not list(small_disk.glob("o_text_document.*"))
         ballast.unlink()
     assert list((small_disk / "o.unfinished").glob("*.json"))
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
-    assert start(small_disk / "o", larger, "--workers", workers, "--resume").wait() == 0
+    assert start(small_disk / "o", larger, "--workers", workers).wait() == 0
     assert files(small_disk / "o") == wanted
     assert sorted(path.name for path in small_disk.iterdir() if not path.name.startswith("o_text_document")) == []
 
@@ -189,7 +189,7 @@ def test_compressed_files_that_are_finished_are_not_read_again(
     monkeypatch.setattr(
         BlockTokenizer, "tokenize", lambda self, block, report: (make(self, block, report), made.append(block))
     )
-    assert preprocess(tmp_path / "o", sources, "--resume") == 0
+    assert preprocess(tmp_path / "o", sources) == 0
     assert sorted(made) == [0, 1, 2, 3]
     assert files(tmp_path / "o") == files(tmp_path / "whole")
 

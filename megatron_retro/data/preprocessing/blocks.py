@@ -5,7 +5,6 @@ A block's part files are a pure function of the job and the block, so any worker
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,11 +14,13 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_retro.artifacts.files import named_disk_errors, temporary_name, write_file
+from megatron_retro.artifacts.block_checksums import checksum_of
+from megatron_retro.artifacts.files import named_disk_errors, temporary_name
+from megatron_retro.artifacts.manifest import read_sealed_json, write_sealed_json
 from megatron_retro.data.preprocessing.job import LINES, TEXT, PreprocessingJob
 from megatron_retro.data.preprocessing.records import Record, RecordRefused, Texts, read_range, texts_of
 from megatron_retro.data.preprocessing.tokenization import TextEncoder
-from megatron_retro.errors import ArtifactError, DataError
+from megatron_retro.errors import ArtifactError, DamagedArtifact, DataError
 from megatron_retro.runtime.strict_json import json_text
 
 TOKENS, LENGTHS, DOCUMENTS = "tokens", "lengths", "documents"
@@ -31,13 +32,14 @@ Report = Callable[[int, int, int], None]
 
 @dataclass
 class BlockCounts:
-    """Counts of a block, and the sizes of its part files; written as JSON when all of these are in place."""
+    """Counts of a block, sizes and checksums of its part files; written as JSON when all of these are in place."""
 
     documents: int = 0
     tokens: int = 0
     refused: int = 0
     blank: int = 0
     piece_bytes: dict[str, int] = field(default_factory=dict)
+    piece_crc32: dict[str, int] = field(default_factory=dict)
 
 
 def part_path(directory: Path, block: int, key: int, kind: str) -> Path:
@@ -62,10 +64,13 @@ def counts_path(directory: Path, block: int) -> Path:
 
 def read_counts(directory: Path, block: int) -> BlockCounts | None:
     """The counts of a block if it is finished and its part files have their sizes."""
+    fields = BlockCounts.__dataclass_fields__
     try:
-        counts = BlockCounts(**json.loads(counts_path(directory, block).read_text()))
+        counts = BlockCounts(
+            **read_sealed_json(counts_path(directory, block), fields, fix="run the same command again")
+        )
         sizes = {name: os.path.getsize(directory / name) for name in counts.piece_bytes}
-    except (FileNotFoundError, ValueError, TypeError):
+    except (FileNotFoundError, DamagedArtifact):
         return None
     return counts if sizes == counts.piece_bytes else None
 
@@ -76,12 +81,14 @@ class _PartFiles:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._streams: dict[Path, tuple[Path, BinaryIO]] = {}
+        self.checksums: dict[str, int] = {}
 
     def write(self, path: Path, content: bytes | memoryview) -> None:
         if path not in self._streams:
             partial = temporary_name(path)
             self._streams[path] = (partial, partial.open("wb"))
         self._streams[path][1].write(content)
+        self.checksums[path.name] = checksum_of(content, self.checksums.get(path.name, 0))
 
     def publish(self) -> dict[str, int]:
         sizes = {}
@@ -112,8 +119,8 @@ class BlockTokenizer:
         try:
             with named_disk_errors(self.directory):
                 counts = self._fill(block, files, report)
-                counts.piece_bytes = files.publish()
-                write_file(counts_path(self.directory, block), json_text(asdict(counts)))
+                counts.piece_bytes, counts.piece_crc32 = files.publish(), files.checksums
+                write_sealed_json(counts_path(self.directory, block), asdict(counts))
         finally:
             files.discard()
 
@@ -190,6 +197,22 @@ class BlockTokenizer:
         return texts
 
 
+def require_parts(directory: Path, block: int) -> None:
+    """Refuse part files that have changed since they were written; the block is then made again by the next run."""
+    counts = read_counts(directory, block)
+    for name, expected in (counts or BlockCounts()).piece_crc32.items():
+        found = 0
+        with (directory / name).open("rb") as stream:
+            while content := stream.read(_COPY_BYTES):
+                found = checksum_of(content, found)
+        if found != expected:
+            counts_path(directory, block).unlink(missing_ok=True)
+            raise DamagedArtifact(
+                f"{directory / name} has changed since it was written: its checksum is wrong",
+                fix="run the same command again: its block is made anew, and nothing else",
+            )
+
+
 def _raw(record: Record) -> Iterator[bytes]:
     """A refused record as it stands in its file; one too long to be held is copied in parts."""
     if isinstance(record.content, bytes):
@@ -231,6 +254,6 @@ def require_counts(job: PreprocessingJob, directory: Path, block: int) -> BlockC
     if counts is None:
         raise ArtifactError(
             f"{directory}: the part files of block {block} ({job.describe(block)}) are missing or cut",
-            fix="run the same command with --resume",
+            fix="run the same command again",
         )
     return counts

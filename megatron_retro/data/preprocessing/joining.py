@@ -25,6 +25,7 @@ from megatron_retro.data.preprocessing.blocks import (
     reasons_path,
     refused_path,
     require_counts,
+    require_parts,
 )
 from megatron_retro.data.preprocessing.job import PreprocessingJob
 from megatron_retro.data.token_file import KIND, MANIFEST_VERSION
@@ -114,6 +115,7 @@ def _append_in_order(
         start, stop = max(first, int(before[block])), min(last, int(before[block + 1]))
         if start >= stop:
             continue
+        require_parts(directory, block)
         sequences = np.fromfile(part_path(directory, block, key, DOCUMENTS), "<i4")
         lengths = np.fromfile(part_path(directory, block, key, LENGTHS), "<i4")
         start, stop = start - int(before[block]), stop - int(before[block])
@@ -132,7 +134,7 @@ def _token_spans(path: Path, dtype: np.dtype[Any], skipped: int, wanted: int) ->
         while left:
             content = stream.read(min(left, _SPAN_BYTES))
             if not content:
-                raise ArtifactError(f"{path} is cut", fix="run the same command with --resume")
+                raise ArtifactError(f"{path} is cut", fix="run the same command again")
             left -= len(content)
             yield np.frombuffer(content, dtype)
 
@@ -147,6 +149,8 @@ def _append_shuffled(
 ) -> None:
     """Append positions [first, last) of the shuffled order; within a span, documents are read block by block."""
     total = int(before[-1])
+    for block in range(len(before) - 1):
+        require_parts(directory, block)
     for start in range(span[0], span[1], _SHUFFLED_SPAN):
         positions = np.arange(start, min(start + _SHUFFLED_SPAN, span[1]))
         documents = permuted(positions, total, key_of(seed, total))

@@ -121,7 +121,7 @@ class WorkerPool:
             raise EnvironmentProblem(
                 f"a worker {how} {at_work}, {deaths} times in a row",
                 fix="signal 9 is often the system running out of memory: give fewer --workers or a smaller "
-                "--max-document-bytes, then --resume",
+                "--max-document-bytes; the same command goes on",
             )
         warn(f"worker {member.number} {how} {at_work}; another one does that part again")
         return self._start(member.number)

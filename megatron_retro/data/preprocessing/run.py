@@ -1,6 +1,6 @@
 """A preprocessing run from settings to finished token files, alone or as one of many workers on a shared directory.
 
-The work directory `PREFIX.unfinished` holds the job, claims and finished part files; --resume goes on from it.
+The work directory `PREFIX.unfinished` holds the job, claims and finished part files; the same command goes on from it.
 """
 
 from __future__ import annotations
@@ -112,13 +112,13 @@ def preprocess(settings: Settings) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     worker = this_worker(settings[WorkersConfig].shard)
     run = plan_run(inputs, config, settings[TokenizerConfig], worker)
-    if is_finished(run.job, run.output) and (config.resume or worker.count > 1):
+    if is_finished(run.job, run.output):
         shutil.rmtree(run.directory, ignore_errors=True)  # a kill may have come between the last file and this
         say(f"{run.output.prefix}: finished before, nothing to do")
         return
     asked_to_log = settings.origin("log_interval") != DEFAULT_ORIGIN
     log_interval = settings[ObservabilityConfig].log_interval if asked_to_log else None
-    _open_work_directory(run, resume=config.resume)
+    _open_work_directory(run)
     try:
         _tokenize_blocks(run, config.workers or len(os.sched_getaffinity(0)), log_interval)
         summary = _finish(run)
@@ -166,12 +166,11 @@ def plan_run(inputs: InputConfig, config: PreprocessConfig, tokenizer_config: To
     return Run(job, output, tokenizer, worker)
 
 
-def _open_work_directory(run: Run, *, resume: bool) -> None:
-    """Open the work directory; that of another job is refused."""
-    for key, shard, target in run.output.targets(run.job):
-        _require_free(run, target, run.output.config_of(run.job, key, shard), resume=resume)
+def _open_work_directory(run: Run) -> None:
+    """Open the work directory, to begin or to go on; that of another job is refused, and so are files of others."""
     plan_file = run.directory / "plan.json"
-    if plan_file.exists():
+    is_ours = plan_file.exists()
+    if is_ours:
         fields = {"fingerprint", *asdict(run.job)}
         stored = read_sealed_json(plan_file, fields, fix=f"remove {run.directory} and run the same command again")
         back_to_stop = stored["reading"]["on_error"] == "skip" and run.job.reading.on_error == "stop"
@@ -181,10 +180,8 @@ def _open_work_directory(run: Run, *, resume: bool) -> None:
                 got="other " + ", ".join(run.job.differences(stored)[:5]),
                 fix="finish that run with its own settings, or remove the directory",
             )
-        if not resume and run.worker.count == 1:
-            raise ArtifactError(
-                f"{run.directory} holds unfinished work of this same run", fix="--resume goes on; or remove it"
-            )
+    for key, shard, target in run.output.targets(run.job):
+        _require_free(target, run.output.config_of(run.job, key, shard), is_ours or run.worker.count > 1)
     write_sealed_json(plan_file, {"fingerprint": run.job.fingerprint, **asdict(run.job)})
 
 
@@ -195,17 +192,16 @@ def _remove_empty_work_directory(run: Run) -> None:
         shutil.rmtree(run.directory, ignore_errors=True)
 
 
-def _require_free(run: Run, target: str, config: dict[str, Any], *, resume: bool) -> None:
+def _require_free(target: str, config: dict[str, Any], may_be_unfinished: bool) -> None:
     """Refuse to write over files that are not this run's."""
     path = next((path for path in (bin_path(target), idx_path(target)) if path.exists()), None)
     if path is None:
         return
     finished = manifest_path(Path(target)).exists()
-    others = finished and load_manifest(Path(target)).config != config
-    if others or not (resume or run.worker.count > 1):
+    if load_manifest(Path(target)).config != config if finished else not may_be_unfinished:
         raise ArtifactError(
-            f"{path} exists already" + (", made by another run" if others else ""),
-            fix="remove it, give another --output-prefix, or --resume what began it",
+            f"{path} exists already" + (", made by another run" if finished else ""),
+            fix="remove it, or give another --output-prefix",
         )
 
 
