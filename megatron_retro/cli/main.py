@@ -30,7 +30,7 @@ def _outcome(words: list[str]) -> tuple[int, str]:
     """The exit code, and why it is not 0."""
     try:
         end_on_signals()
-        return _dispatch(words), ""
+        return run_words(words), ""
     except MegatronRetroError as error:
         print(error if isinstance(error, Requeue) else f"error: {error}", file=sys.stderr)
         return error.exit_code, str(error)
@@ -55,7 +55,8 @@ def run_verb(name: str) -> None:
     sys.exit(main([name, *sys.argv[1:]]))
 
 
-def _dispatch(words: list[str]) -> int:
+def run_words(words: Sequence[str]) -> int:
+    """Do what the words of a command line say; errors are raised."""
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0

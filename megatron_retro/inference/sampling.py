@@ -2,7 +2,7 @@
 
 The order is transformers': penalty, temperature, top-k, top-p, draw. Each sequence draws from a generator of its own,
 so its text does not depend on what else is in the batch. Draws stay where the logits are until those of a whole batch
-are fetch_samples at once: a device is waited for once per step, whatever the number of texts.
+are fetched at once: a device is waited for once per step, whatever the number of texts.
 """
 
 from __future__ import annotations

@@ -43,9 +43,7 @@ def score_continuations(
         tokens_BS[number, : len(row)] = torch.tensor(row)
     size = model.retro.retro_chunk_length
     found = [
-        source.find(
-            [row[max(start, len(virtual_tokens)) : start + size] for start in range(0, len(row) - size + 1, size)]
-        )
+        source.find(whole_chunks(row, size, len(virtual_tokens)))
         if source is not None and model.retro.reads_neighbors() and len(row) >= size
         else []
         for row in rows
@@ -59,8 +57,8 @@ def score_continuations(
     ]
 
 
-def _chunks(row: Sequence[int], size: int, num_virtual: int) -> list[Sequence[int]]:
-    """The whole chunks of a row, without virtual tokens."""
+def whole_chunks(row: Sequence[int], size: int, num_virtual: int = 0) -> list[Sequence[int]]:
+    """The complete chunks of a row, without virtual tokens."""
     return [row[max(start, num_virtual) : start + size] for start in range(0, len(row) - size + 1, size)]
 
 
