@@ -3,11 +3,14 @@
 A pretrained decoder can copy from its context already. A retrieval layer's cross-attention starts as the layer's own
 self-attention, and the encoder's layers as the decoder's first ones. Self-attention projects a normed input, so the
 norm's weight goes into the keys' and values' projection (`--retro-encoder-final-norm` gives it what is normed but for
-that weight). The encoder's own cross-attention, which a decoder has no like of, starts as with noise, and closed.
+that weight). A head that copies finds what it looks for in states as deep as its own layer alone
+(`--retro-encoder-reads same-depth`); there its gate can start open (`--retro-open-heads`). The encoder's own
+cross-attention, which a decoder has no like of, starts as with noise, and closed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -21,6 +24,8 @@ from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.optim.groups import part_of
 
 Read = Callable[[str], Tensor]
+_GATES = "cross_attention.gate.heads"
+OPEN = 0.9  # what a gate that starts open lets through
 _CLOSED = "encoder.layers.0.cross_attention.output.weight"
 
 
@@ -37,7 +42,7 @@ def start_from_decoder(module: nn.Module, checkpoint: Checkpoint, model: ModelCo
 
 def starts_from_decoder(name: str) -> bool:
     """Whether an added parameter's first value follows from the decoder's weights."""
-    return source_in_decoder(name) is not None or name == _CLOSED
+    return source_in_decoder(name) is not None or name == _CLOSED or name.endswith(_GATES)
 
 
 def source_in_decoder(name: str) -> str | None:
@@ -59,6 +64,10 @@ def value_from_decoder(name: str, read: Read, model: ModelConfig, retro: RetroCo
     """The whole first value of an added parameter; None where it starts as with noise."""
     if name == _CLOSED:
         return torch.zeros(model.hidden_size, model.num_attention_heads * model.head_size())
+    if name.endswith(_GATES):
+        gates = torch.zeros(model.num_attention_heads)
+        gates[retro.open_gates().get(int(name.split(".")[1]) + 1, [])] = math.atanh(OPEN)
+        return gates
     source = source_in_decoder(name)
     if source is None:
         return None

@@ -12,6 +12,7 @@ from megatron_retro.errors import Violation
 NORMALIZATIONS = ("LayerNorm", "RMSNorm")
 POSITIONS = ("rope", "learned_absolute", "relative", "none")
 GATES = ("fixed", "scalar", "heads", "adaptive")
+ENCODER_READS = ("last", "same-depth")
 NEIGHBOR_POSITIONS = ("rotary", "continued", "relative", "none")
 RETRO_INITS = ("noise", "decoder")
 CONVERSIONS = ("checkpoint", "huggingface", "remote-code", "peft")
@@ -108,6 +109,12 @@ class RetroConfig:
         False, "a neighbour's token sees those before it, as in the decoder, not all", ours=True
     )
     retro_encoder_final_norm: bool = option(False, "a norm of what the encoder gives", ours=True)
+    retro_encoder_reads: str = option(
+        "last",
+        "which state of the encoder a retrieval layer reads: that of its last layer, or the one as deep as itself",
+        choices=ENCODER_READS,
+        ours=True,
+    )
     retro_encoder_own_embedding: bool = option(False, "a token embedding of the encoder's own", ours=True)
     retro_encoder_hidden_dropout: float = option(0.0, "dropout in the encoder", minimum=0.0, maximum=1.0)
     retro_encoder_attention_dropout: float = option(0.0, "attention dropout in the encoder", minimum=0.0, maximum=1.0)
@@ -122,6 +129,9 @@ class RetroConfig:
     )
     retro_init_output_scale: float = option(
         1.0, "retrofit from the decoder: factor on the copied cross-attention outputs", minimum=0.0, ours=True
+    )
+    retro_open_heads: tuple[str, ...] | None = option(
+        None, "retrofit from the decoder: heads (LAYER.HEAD, from 1) whose gates start open", ours=True
     )
     retro_zero_init_output: bool = option(False, "start cross-attention at zero, so that step 0 is the GPT", ours=True)
     retro_legacy_checkpoint: bool = option(
@@ -157,6 +167,23 @@ class RetroConfig:
     def chunk_start(self) -> int:
         """Position of a chunk's first token where its neighbours' tokens stand at 0 .. r-1."""
         return self.retrieved_length() if self.neighbor_positions() == "continued" else 0
+
+    def encoder_depths(self, num_layers: int) -> dict[int, int]:
+        """How many of the encoder's layers lie below what each retrieval layer (from 1) reads."""
+        deepest = self.retro_encoder_layers
+        layers = self.retrieval_layers(num_layers)
+        return {layer: deepest if self.retro_encoder_reads == "last" else min(layer - 1, deepest) for layer in layers}
+
+    def encoded_width(self, model: ModelConfig) -> int:
+        """Numbers that a neighbour's token has after the encoder: one state beside the other for every depth read."""
+        return len(set(self.encoder_depths(model.num_layers).values())) * self.encoder_model(model).hidden_size
+
+    def open_gates(self) -> dict[int, list[int]]:
+        """Heads (from 0) of each layer (from 1) whose gates do not start shut."""
+        found: dict[int, list[int]] = {}
+        for layer, _, head in (name.partition(".") for name in self.retro_open_heads or ()):
+            found.setdefault(int(layer), []).append(int(head) - 1)
+        return found
 
     def encoder_model(self, model: ModelConfig) -> ModelConfig:
         """The neighbour encoder's shape: the decoder's where nothing else is set."""
@@ -272,8 +299,19 @@ def _warm_start(model: ModelConfig, retro: RetroConfig) -> Iterator[Violation]:
             )
     if retro.retro_encoder_layers > model.num_layers:
         yield Violation("retro_encoder_layers", retro.retro_encoder_layers, f"at most {model.num_layers}", fix)
+    yield from _open_heads(model, retro)
     if model.qk_layernorm:
         yield Violation("retro_init", "decoder", "noise, since cross-attention has no norms of queries and keys", fix)
+
+
+def _open_heads(model: ModelConfig, retro: RetroConfig) -> Iterator[Violation]:
+    names, layers = retro.retro_open_heads or (), retro.retrieval_layers(model.num_layers)
+    if names and retro.retro_gate_type != "heads":
+        yield Violation("retro_gate_type", retro.retro_gate_type, "heads, since --retro-open-heads is set", "set it")
+    known = {f"{layer}.{head}" for layer in layers for head in range(1, model.num_attention_heads + 1)}
+    if unknown := [name for name in names if name not in known]:
+        expected = f"LAYER.HEAD, a retrieval layer of {layers} and a head from 1 to {model.num_attention_heads}"
+        yield Violation("retro_open_heads", ", ".join(unknown), expected, "name other heads, or add the layers")
 
 
 def model_is_possible(settings: Settings, world_size: int) -> Iterator[Violation]:

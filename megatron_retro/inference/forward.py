@@ -115,7 +115,7 @@ class StagedForward(Forward):
         model, retro = settings[ModelConfig], settings[RetroConfig]
         super().__init__(model, retro, configured_virtual_tokens(settings[PeftConfig]))
         self.stage, self.mesh, self.device = stage, mesh, mesh.device
-        self._hidden_size, self._encoder_size = model.hidden_size, retro.encoder_model(model).hidden_size
+        self._hidden_size, self._encoded_width = model.hidden_size, retro.encoded_width(model)
         self._dtype = next(parameter.dtype for parameter in stage.parameters())
         self._group = mesh.group(PIPELINE)
 
@@ -156,7 +156,7 @@ class StagedForward(Forward):
         """Shape of what the encoder's stage sends on; None when this step completes no chunk with neighbours."""
         if context.retrieval is None or context.retrieval.neighbors is None:
             return None
-        return (*context.retrieval.neighbors.tokens_BCKR.shape, self._encoder_size)
+        return (*context.retrieval.neighbors.tokens_BCKR.shape, self._encoded_width)
 
     def _receive(self, shape: tuple[int, ...]) -> Tensor:
         tensor = torch.empty(shape, dtype=self._dtype, device=self.device)

@@ -19,6 +19,7 @@ class NeighborEncoder(nn.Module):
         super().__init__()
         config = retro.encoder_model(model)
         self.frequencies = rotary_frequencies(config) if retro.rotates_neighbors() else None
+        self.depths_read = sorted(set(retro.encoder_depths(model.num_layers).values()))
         self.causal, self.chunk_start = retro.retro_encoder_causal, retro.chunk_start()
         self.embedding = TokenEmbedding(config) if retro.retro_encoder_own_embedding else None
         self.layers = nn.ModuleDict(
@@ -39,15 +40,18 @@ class NeighborEncoder(nn.Module):
     ) -> Tensor:
         """[X, K, R, H] for X chunks, from embedded neighbours and the decoder's normed state of each chunk.
 
+        Where retrieval layers read several depths, their states stand beside one another in the last dimension.
         `retrieved_length` is R of a whole neighbour, also where `hidden_XKRH` is a part of it.
         """
         shape = (hidden_XKRH.shape[1], retrieved_length)
         context = self._context(shape, hidden_XKRH.device, mask_XKR, chunk_XMH.shape[1], chunk_mask_XM)
+        states = [hidden_XKRH]
         for layer in self.layers.values():
-            hidden_XKRH = layer(hidden_XKRH, chunk_XMH, context)
+            states.append(layer(states[-1], chunk_XMH, context))
+        read = [states[depth] for depth in self.depths_read]
         if self.final_norm is not None:
-            hidden_XKRH = self.final_norm(hidden_XKRH)
-        return hidden_XKRH
+            read = [self.final_norm(state) for state in read]
+        return read[0] if len(read) == 1 else torch.cat(read, -1)
 
     def _context(
         self,

@@ -31,6 +31,7 @@ class DecoderLayer(nn.Module):
         retrieves = encoder_size is not None
         self.cross_norm = Norm(config, config.hidden_size) if retrieves else None
         self.cross_attention = ChunkedCrossAttention(config, retro, encoder_size) if encoder_size is not None else None
+        self.state_read = _state_read(config, retro, index) if retrieves else None
         self.mlp_norm = Norm(config, config.hidden_size)
         self.mlp = MLP(config)
 
@@ -54,7 +55,10 @@ class DecoderLayer(nn.Module):
             if encode is not None:
                 encoded_neighbors = encode(normed_BSH)
             if encoded_neighbors is not None or retrieval.mask_BCE is not None:
-                found = self.cross_attention(normed_BSH, encoded_neighbors, retrieval, context.cache_slice, layer_cache)
+                states = encoded_neighbors
+                if states is not None and self.state_read is not None:
+                    states = states[..., self.state_read]
+                found = self.cross_attention(normed_BSH, states, retrieval, context.cache_slice, layer_cache)
                 hidden_BSH, added = summed_BSH, self._dropped(found)
         normed_BSH, hidden_BSH = self.mlp_norm(hidden_BSH, added)
         with self.mlp_norm.recomputed_from_sum(normed_BSH, hidden_BSH):
@@ -63,6 +67,17 @@ class DecoderLayer(nn.Module):
 
     def _dropped(self, hidden: Tensor) -> Tensor:
         return functional.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
+
+
+def _state_read(config: ModelConfig, retro: RetroConfig, index: int) -> slice | None:
+    """Which of the encoder's states, side by side, this layer reads; None where there is one."""
+    depths = retro.encoder_depths(config.num_layers)
+    different = sorted(set(depths.values()))
+    if len(different) == 1:
+        return None
+    width = retro.encoder_model(config).hidden_size
+    place = different.index(depths[index + 1])
+    return slice(place * width, (place + 1) * width)
 
 
 class EncoderLayer(nn.Module):

@@ -47,6 +47,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "retro_neighbor_positions": ("rotary", "continued", "relative", "none"),
     "retro_encoder_causal": (False, True),
     "retro_encoder_final_norm": (False, True),
+    "retro_encoder_reads": ("last", "same-depth"),
     "retro_encoder_own_embedding": (False, False, True),
     "retro_attention_gate": (1.0, 1.0, 1.0, 0.0),
     "neighbors": ("some absent", "some absent", "all there", "none"),

@@ -42,7 +42,9 @@ class SlowRetro:
                 if encoded is None:
                     chunks = [normed[u * length : (u + 1) * length] for u in range(len(tokens) // length)]
                     encoded = [self._encode(neighbors[u], mask[u], chunk) for u, chunk in enumerate(chunks)]
-                hidden = self._added(hidden, self._chunked(f"{name}.cross_attention", normed, encoded, mask))
+                depth = self.retro.encoder_depths(self.model.num_layers)[index + 1]
+                states = [[neighbor[depth] for neighbor in chunk] for chunk in encoded]
+                hidden = self._added(hidden, self._chunked(f"{name}.cross_attention", normed, states, mask))
             normed = [self.norm(f"{name}.mlp_norm", vector) for vector in hidden]
             hidden = self._added(hidden, [self._mlp(f"{name}.mlp", vector) for vector in normed])
         output = self.weights.get("output.weight", table)[: self.model.vocab_size]
@@ -188,12 +190,13 @@ class SlowRetro:
         return self.weights[f"{name}.output.weight"] @ np.concatenate(joined)
 
     def _encode(self, neighbors: Any, mask: Any, chunk: list[Array]) -> Any:
-        """[K][R] encoded vectors of one chunk's neighbours."""
+        """[K][depth][R] encoded vectors of one chunk's neighbours."""
         config = self.retro.encoder_model(self.model)
         table = self.weights.get("encoder.embedding.word.weight", self.weights["embedding.word.weight"])
         encoded = []
         for tokens, exists in zip(neighbors, mask, strict=True):
             hidden = [table[int(token) if there else 0].copy() for token, there in zip(tokens, exists, strict=True)]
+            states = [hidden]
             for index in range(self.retro.retro_encoder_layers):
                 name = f"encoder.layers.{index}"
                 normed = [self.norm(f"{name}.input_norm", vector) for vector in hidden]
@@ -214,9 +217,10 @@ class SlowRetro:
                     hidden = self._added(hidden, read)
                 normed = [self.norm(f"{name}.mlp_norm", vector) for vector in hidden]
                 hidden = self._added(hidden, [self._mlp(f"{name}.mlp", vector) for vector in normed])
+                states.append(hidden)
             if self.retro.retro_encoder_final_norm:
-                hidden = [self.norm("encoder.final_norm", vector) for vector in hidden]
-            encoded.append(hidden)
+                states = [[self.norm("encoder.final_norm", vector) for vector in hidden] for hidden in states]
+            encoded.append(states)
         return encoded
 
     def _chunked(self, name: str, normed: list[Array], encoded: list[Any], mask: Any) -> list[Array]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_retro.assembly.parallel_model import ParallelModel
-from megatron_retro.assembly.warm_start import start_from_decoder
+from megatron_retro.assembly.warm_start import OPEN, start_from_decoder
 from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.config.data import DataConfig, TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig, model_violations
@@ -82,33 +82,43 @@ def test_behind_a_shut_gate_step_zero_is_the_given_model(decoder: dict[str, Any]
     assert not torch.allclose(opened(tokens, neighbors), gpt(tokens), atol=1e-3)
 
 
-def test_a_neighbor_is_read_as_the_decoder_reads_what_stands_before(tmp_path: Path) -> None:
-    """The retrieval layer behind as many layers as the encoder has: its self-attention over the neighbour's tokens."""
+@pytest.mark.parametrize(
+    ("number", "retriever"),
+    [
+        (3, {"retro_layers": (3,), "retro_encoder_layers": 2}),
+        (3, {"retro_layers": (1, 3, 5), "retro_encoder_layers": 4, "retro_encoder_reads": "same-depth"}),
+        (5, {"retro_layers": (1, 3, 5), "retro_encoder_layers": 4, "retro_encoder_reads": "same-depth"}),
+    ],
+)
+def test_a_neighbor_is_read_as_the_decoder_reads_what_stands_before(
+    number: int, retriever: dict[str, Any], tmp_path: Path
+) -> None:
+    """The retrieval layer that reads a state as deep as itself: its self-attention over the neighbour's tokens."""
     model = tiny_model(**LLAMA)
     gpt = saved_gpt(model, tmp_path / "gpt")
-    retro = tiny_retro(**WARM, retro_layers=(3,), retro_encoder_layers=2, retro_num_neighbors=1)
+    retro = tiny_retro(**WARM, **retriever, retro_num_neighbors=1)
     built = warm_retro(model, retro, tmp_path / "gpt")
     chunk, length = retro.retro_chunk_length, retro.retrieved_length()
     tokens = random_tokens(1, 2 * chunk)
     neighbors = random_neighbors(1, 2, 1, length)
     neighbors = Neighbors(neighbors.tokens_BCKR, torch.ones_like(neighbors.mask_BCKR))
     found: dict[str, Tensor] = {}
-    layer = built.layers["2"]
+    layer = built.layers[str(number - 1)]
     layer.cross_norm.register_forward_hook(lambda _, arguments, result: found.update(state=result[0]))
     layer.cross_attention.register_forward_hook(lambda _, arguments, result: found.update(read=result))
     built(tokens, neighbors)
 
     context = gpt.prepare(1, length, tokens.device)
     hidden = gpt.embed(neighbors.tokens_BCKR[:, 0, 0], context)
-    for name in ("0", "1"):
-        hidden, _ = gpt.layers[name](hidden, None, context)
-    passage = gpt.layers["2"].input_norm(hidden)
+    for below in range(number - 1):
+        hidden, _ = gpt.layers[str(below)](hidden, None, context)
+    passage = gpt.layers[str(number - 1)].input_norm(hidden)
     queries = found["state"][:, chunk - 1 : 2 * chunk - 1]
     positions = torch.cat((torch.arange(length), length + chunk - 1 + torch.arange(chunk)))
     sees_passage = (torch.arange(length + chunk) < length)[None, None].expand(1, length + chunk, -1)
     frequencies = rotary_frequencies(model)
     assert frequencies is not None
-    expected = gpt.layers["2"].attention(
+    expected = gpt.layers[str(number - 1)].attention(
         torch.cat((passage, queries), 1),
         AttentionPattern(allowed_BST=sees_passage),
         rotary_table(positions[None], frequencies),
@@ -117,8 +127,19 @@ def test_a_neighbor_is_read_as_the_decoder_reads_what_stands_before(tmp_path: Pa
     assert torch.allclose(got, expected[:, length:], atol=1e-5)
 
 
+def test_heads_that_copy_can_start_open(tmp_path: Path) -> None:
+    model = tiny_model(**LLAMA)
+    saved_gpt(model, tmp_path / "gpt")
+    retro = tiny_retro(**WARM, retro_gate_type="heads", retro_open_heads=("2.4", "5.1", "5.2"))
+    built = warm_retro(model, retro, tmp_path / "gpt")
+    first, second = (built.layers[index].cross_attention.gate().flatten() for index in ("1", "4"))
+    assert torch.allclose(first, torch.tensor([0.0, 0.0, 0.0, OPEN]))
+    assert torch.allclose(second, torch.tensor([OPEN, OPEN, 0.0, 0.0]))
+
+
 def test_a_cut_holds_what_one_process_holds(tmp_path: Path) -> None:
-    changes = {**LIKE_LLAMA, **WARM, "untie_embeddings_and_output_weights": False}
+    heads = {"retro_gate_type": "heads", "retro_open_heads": ("2.1",)}
+    changes = {**LIKE_LLAMA, **WARM, **heads, "untie_embeddings_and_output_weights": False}
     settings = tiny_settings(**changes)
     saved_gpt(settings[ModelConfig], tmp_path / "gpt")
     alone = one_process(settings, torch.device("cpu")).module
@@ -150,6 +171,9 @@ def _warm_parameters(settings: Settings, path: Path) -> dict[str, Tensor]:
         ({}, {"retro_encoder_layers": 7}, "retro_encoder_layers"),
         ({}, {"retro_encoder_hidden_size": 12, "retro_encoder_own_embedding": True}, "retro_encoder_hidden_size"),
         ({}, {"retro_encoder_ffn_hidden_size": 12}, "retro_encoder_ffn_hidden_size"),
+        ({}, {"retro_gate_type": "heads", "retro_open_heads": ("2.5",)}, "retro_open_heads"),
+        ({}, {"retro_gate_type": "heads", "retro_open_heads": ("3.1",)}, "retro_open_heads"),
+        ({}, {"retro_open_heads": ("2.1",)}, "retro_gate_type"),
     ],
 )
 def test_another_shape_cannot_start_from_the_decoder(

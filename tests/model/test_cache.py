@@ -27,6 +27,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "retro_neighbor_positions": "continued",
             "retro_encoder_causal": True,
             "retro_encoder_final_norm": True,
+            "retro_encoder_reads": "same-depth",
         },
     ),
     "grouped": ({"group_query_attention": True, "num_query_groups": 2}, {"retro_layers": (1, 2, 6)}),

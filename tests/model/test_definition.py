@@ -35,6 +35,12 @@ RETRIEVERS: dict[str, dict[str, Any]] = {
         "retro_encoder_causal": True,
         "retro_encoder_final_norm": True,
     },
+    "as deep as itself": {
+        "retro_encoder_final_norm": True,
+        "retro_encoder_reads": "same-depth",
+        "retro_encoder_layers": 3,
+        "retro_layers": (1, 3, 6),
+    },
     "scalar": {"retro_gate_type": "scalar"},
     "heads": {"retro_gate_type": "heads"},
     "adaptive": {"retro_gate_type": "adaptive"},

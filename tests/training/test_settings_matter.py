@@ -56,6 +56,7 @@ MATTERS: tuple[dict[str, Any], ...] = (
     {"retro_neighbor_positions": "continued"},
     {"retro_encoder_causal": True},
     {"retro_encoder_final_norm": True},
+    {"retro_encoder_reads": "same-depth"},
     {"retro_gate_type": "scalar"},
     {"retro_gate_type": "heads"},
     {"retro_gate_type": "adaptive"},
