@@ -28,6 +28,7 @@ from megatron_retro.checkpoint.loading import load_tensors, open_checkpoint
 from megatron_retro.checkpoint.saver import Saver, Snapshot
 from megatron_retro.checkpoint.shard_files import tensor_bytes
 from megatron_retro.runtime.run_log import read_run_log
+from megatron_retro.runtime.store_channel import open_channel
 from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main, median_ratio
 from megatron_retro.testing.processes import run_ranks
 from megatron_retro.testing.tiny_corpus import write_tiny_corpus
@@ -199,8 +200,7 @@ def load_memory(room: Path, num_bytes: int) -> list[Figure]:
     def save() -> None:
         mesh = dist.device_mesh.init_device_mesh("cpu", (4,))
         tensors = {name: distribute_tensor(torch.randn(shape), mesh, [Shard(1)]) for name in names}
-        group = dist.new_group(backend="gloo")
-        Saver(room / "cut", group=group).save(Snapshot(1, tensors, counts={"step": 1}))
+        Saver(room / "cut", channel=open_channel("saving")).save(Snapshot(1, tensors, counts={"step": 1}))
 
     def load() -> Any:
         tensors = {name: torch.ones(shape) for name in names}

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_retro.assembly.stage_building import stage_on_meta, uses_peft
@@ -37,6 +36,7 @@ from megatron_retro.parallel.stages import Stage
 from megatron_retro.peft.attach import attach, connect, is_added
 from megatron_retro.peft.merging import MERGEABLE, merge
 from megatron_retro.peft.prompts import fold_prompt
+from megatron_retro.runtime.store_channel import open_channel
 
 _TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
 
@@ -154,7 +154,7 @@ def _fill_stage(stage: Stage, checkpoint: Checkpoint, stored: Settings) -> None:
         rows = padded_rows(wanted, vocabulary_rows(stored[ModelConfig].vocab_size or 0))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            load_tensors(source, wanted, rows, dist.group.WORLD)
+            load_tensors(source, wanted, rows, open_channel("loading"))
 
 
 def open_for_use(

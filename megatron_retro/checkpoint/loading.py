@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
@@ -22,6 +22,8 @@ from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings, build_settings, section_name, specs_by_name
 from megatron_retro.config.training import CheckpointConfig, PeftConfig
 from megatron_retro.errors import ArtifactError, DamagedArtifact
+from megatron_retro.runtime.process_group import broadcast_text
+from megatron_retro.runtime.store_channel import StoreChannel
 from megatron_retro.runtime.strict_json import json_text
 
 _SHOWN = 8
@@ -59,6 +61,32 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise DamagedArtifact(f"{directory / name} is missing", fix="load another checkpoint of this run")
     state = json.loads((directory / STATE_NAME).read_text(encoding="utf-8"))
     return Checkpoint(directory, manifest, index, state)
+
+
+def open_together(path: Path, channel: StoreChannel, device: torch.device) -> Checkpoint:
+    """The same on every rank of the default group, where the first alone reads the index and looks for the shards."""
+    opened: Checkpoint | None = None
+
+    def open_first() -> str:
+        nonlocal opened
+        opened = open_checkpoint(path)
+        return str(opened.path)
+
+    directory = Path(channel.first(open_first))
+    shared = broadcast_text("" if opened is None else opened.index.to_shared(), device)
+
+    def open_from_index() -> str:
+        nonlocal opened
+        if opened is None:
+            manifest = read_manifest(directory, kind=KIND, version=VERSION)
+            _require_recorded(directory, STATE_NAME, manifest)
+            state = json.loads((directory / STATE_NAME).read_text(encoding="utf-8"))
+            opened = Checkpoint(directory, manifest, TensorIndex.from_shared(shared), state)
+        return ""
+
+    channel.gather(open_from_index)
+    assert opened is not None
+    return opened
 
 
 def _require_recorded(directory: Path, name: str, manifest: Manifest) -> None:
@@ -129,21 +157,27 @@ def load_tensors(
     checkpoint: Checkpoint,
     tensors: Mapping[str, Tensor],
     true_rows: Mapping[str, int] | None = None,
-    group: dist.ProcessGroup | None = None,
+    channel: StoreChannel | None = None,
 ) -> None:
-    """Fill `tensors` in place, on any layout; every byte that is read is verified. All ranks of `group` call it."""
+    """Fill `tensors` in place, on any layout; every byte that is read is verified.
+
+    Each rank reads what it holds. With a channel, all of its ranks call it, and what one of them refuses all do.
+    """
     rows = true_rows or {}
-    alone = group is None or dist.get_world_size(group) == 1
-    require_tensors(checkpoint, tensors, rows)
-    with named_failure(checkpoint.path), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is meant
-        load_distributed(
-            {name: tensor.detach() for name, tensor in tensors.items()},
-            storage_reader=ShardReader(checkpoint.path, checkpoint.index),
-            planner=PaddingLoadPlanner(rows),
-            process_group=None if alone else group,
-            no_dist=alone,
-        )
+
+    def loaded() -> str:
+        require_tensors(checkpoint, tensors, rows)
+        with named_failure(checkpoint.path), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # nothing is to be agreed on
+            load_distributed(
+                {name: tensor.detach() for name, tensor in tensors.items()},
+                storage_reader=ShardReader(checkpoint.path, checkpoint.index, tensors),
+                planner=PaddingLoadPlanner(rows),
+                no_dist=True,
+            )
+        return ""
+
+    (channel or StoreChannel()).gather(loaded)
 
 
 _SECTIONS = (ModelConfig, RetroConfig, TokenizerConfig, PeftConfig)

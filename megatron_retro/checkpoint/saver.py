@@ -1,31 +1,29 @@
 """Saving: at once, or in the background while training goes on.
 
 In the background a thread copies the live tensors first (staging); training computes its next gradients meanwhile and
-waits for the copy only before it changes parameters (`before_update`). Then the thread writes. All collectives of a
-save run on a process group of their own, so they never meet those of training.
+waits for the copy only before it changes parameters (`before_update`). Then the thread writes. Ranks of a save talk
+through the store, on a channel of its own, so they never meet the collectives of training.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
 import uuid
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.tensor import DTensor
 
 from megatron_retro.artifacts.files import TEMPORARY_MARK, flush_file, named_disk_errors, publish_directory
 from megatron_retro.artifacts.manifest import FileRecord, file_record, write_manifest
-from megatron_retro.checkpoint.dcp import TrimmingSavePlanner, named_failure
+from megatron_retro.checkpoint.dcp import TrimmingSavePlanner
 from megatron_retro.checkpoint.directory import (
     KIND,
     STATE_NAME,
@@ -35,8 +33,9 @@ from megatron_retro.checkpoint.directory import (
     step_directory,
 )
 from megatron_retro.checkpoint.live_state import as_staged, staging_copy
-from megatron_retro.checkpoint.storage import INDEX_NAME, ShardWriter
-from megatron_retro.errors import MegatronRetroError
+from megatron_retro.checkpoint.share import SaveShares, report_of, write_share
+from megatron_retro.checkpoint.storage import INDEX_NAME, ShardFile, index_text, shard_name
+from megatron_retro.runtime.store_channel import StoreChannel
 from megatron_retro.runtime.strict_json import json_text
 
 
@@ -54,22 +53,23 @@ class Snapshot:
 
 
 class Saver:
-    """Writes the checkpoints of one run; every rank of `group` (all ranks) has one and calls the same methods."""
+    """Writes the checkpoints of one run; every rank of the channel (all ranks) has one and calls the same methods."""
 
     def __init__(
         self,
         run: Path,
         *,
         keep: int = 0,
-        group: dist.ProcessGroup | None = None,
+        channel: StoreChannel | None = None,
         saved: Callable[[int], object] = lambda step: None,
     ) -> None:
         """`saved` is told the step of each checkpoint once it is complete, by the thread that trains."""
         self.run = run
         self._tell_saved = saved
         self._keep = keep
-        self._group = None if group is None or dist.get_world_size(group) == 1 else group
-        self._rank = 0 if self._group is None else dist.get_rank(self._group)
+        self._channel = channel or StoreChannel()
+        self._rank = self._channel.rank
+        self._shares = SaveShares(self._channel)
         self._room: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._step_in_background = 0
@@ -133,36 +133,42 @@ class Saver:
         return staged
 
     def _write(self, snapshot: Snapshot, tensors: Mapping[str, Tensor]) -> None:
-        target = step_directory(self.run, snapshot.step)
-        partial = target.with_name(f"{target.name}{TEMPORARY_MARK}{self._agreed(_token())}")
+        target, channel = step_directory(self.run, snapshot.step), self._channel
+        partial = target.with_name(f"{target.name}{TEMPORARY_MARK}{channel.first(_token)}")
+        planner = TrimmingSavePlanner(snapshot.true_rows)
         try:
-            self._agree_on(lambda: self._create(partial))
-            writer = ShardWriter(partial, self._rank)
-            planner = TrimmingSavePlanner(snapshot.true_rows)
-            with named_failure(target), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
-                save_distributed(
-                    dict(tensors),
-                    storage_writer=writer,
-                    planner=planner,
-                    process_group=self._group,
-                    no_dist=self._group is None,
-                )
-            self._agree_on(lambda: self._publish(snapshot, writer, partial, target))
+            channel.first(lambda: self._create(partial))
+            items = self._shares.items(tensors, planner)
+
+            def written() -> str:
+                with named_disk_errors(target):
+                    return report_of(write_share(partial, self._rank, items, planner))
+
+            reports = channel.gather(written)
+            channel.first(lambda: self._publish(snapshot, reports, partial, target))
+            channel.barrier()  # the first rank, which may keep the store, leaves last
         finally:
             if self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
 
-    def _create(self, partial: Path) -> None:
+    def _create(self, partial: Path) -> str:
         with named_disk_errors(partial):
             partial.mkdir(parents=True)
+        return ""
 
-    def _publish(self, snapshot: Snapshot, writer: ShardWriter, partial: Path, target: Path) -> None:
+    def _publish(self, snapshot: Snapshot, reports: Sequence[str], partial: Path, target: Path) -> str:
+        written = [json.loads(report) for report in reports]
+        files = {
+            shard_name(rank): ShardFile.from_json(shard["file"])
+            for rank, shard in enumerate(written)
+            if "file" in shard
+        }
+        text = index_text(self._shares.tensors_text([shard["begins"] for shard in written]), files)
         with named_disk_errors(target):
-            (partial / STATE_NAME).write_text(json_text(snapshot.state) + "\n", encoding="utf-8")
-            for name in (STATE_NAME, INDEX_NAME):
+            for name, content in ((STATE_NAME, json_text(snapshot.state) + "\n"), (INDEX_NAME, text)):
+                (partial / name).write_text(content, encoding="utf-8")
                 flush_file(partial / name)
-            records: dict[str, FileRecord] = {name: file.record() for name, file in writer.files.items()}
+            records: dict[str, FileRecord] = {name: file.record() for name, file in files.items()}
             records |= {name: file_record(partial / name) for name in (STATE_NAME, INDEX_NAME)}
             write_manifest(  # forces itself and all names of the directory to disk
                 partial,
@@ -176,28 +182,7 @@ class Saver:
             publish_directory(partial, target)
             point_to(self.run, target, snapshot.step)
             keep_newest(self.run, self._keep)
-
-    def _agreed(self, value: str) -> str:
-        """The first rank's value, on every rank."""
-        if self._group is None:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=dist.get_global_rank(self._group, 0), group=self._group)
-        return values[0]
-
-    def _agree_on(self, action: Any) -> None:
-        """Do something on the first rank; if it fails there, it fails everywhere."""
-        failure: Exception | None = None
-        if self._rank == 0:
-            try:
-                action()
-            except Exception as error:
-                failure = error
-        message = self._agreed("" if failure is None else str(failure))
-        if failure is not None:
-            raise failure
-        if message:
-            raise MegatronRetroError(message)
+        return ""
 
 
 def _token() -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,26 +27,19 @@ from torch.distributed.checkpoint.planner import (
     LoadPlan,
     LoadPlanner,
     ReadItem,
-    SavePlan,
-    SavePlanner,
-    WriteItem,
-    WriteItemType,
 )
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from megatron_retro.artifacts.block_checksums import blocks_digest
 from megatron_retro.artifacts.manifest import FileRecord
 from megatron_retro.checkpoint.shard_files import (
-    DTYPE_NAMES,
     DTYPES,
     Range,
     StoredSlice,
     TensorSlice,
-    WrittenShard,
     read_ranges,
     tensor_bytes,
-    write_shard,
 )
 from megatron_retro.errors import DamagedArtifact
 from megatron_retro.runtime.strict_json import json_text
@@ -70,6 +63,16 @@ class ShardFile:
         """What the manifest says of it."""
         return FileRecord(self.num_bytes, blocks_digest(self.checksums))
 
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the index."""
+        return {"bytes": self.num_bytes, "crc32": "".join(f"{checksum:08x}" for checksum in self.checksums)}
+
+    @classmethod
+    def from_json(cls, file: Mapping[str, Any]) -> ShardFile:
+        """What `to_json` gave."""
+        text = file["crc32"]
+        return cls(int(file["bytes"]), tuple(int(text[start : start + 8], 16) for start in range(0, len(text), 8)))
+
 
 @dataclass(frozen=True)
 class TensorIndex:
@@ -77,7 +80,7 @@ class TensorIndex:
 
     sizes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
-    slices: dict[str, tuple[StoredSlice, ...]]
+    slices: Mapping[str, tuple[StoredSlice, ...]]
     files: dict[str, ShardFile]
 
     def to_json(self) -> str:
@@ -98,11 +101,7 @@ class TensorIndex:
             }
             for name in sorted(self.sizes)
         }
-        files = {
-            name: {"bytes": file.num_bytes, "crc32": "".join(f"{checksum:08x}" for checksum in file.checksums)}
-            for name, file in sorted(self.files.items())
-        }
-        return json_text({"tensors": tensors, "files": files}) + "\n"
+        return index_text(json_text(tensors), self.files)
 
     @classmethod
     def from_json(cls, text: str, source: Path) -> TensorIndex:
@@ -115,28 +114,73 @@ class TensorIndex:
                 f"{source} is damaged", got=repr(error), fix="load another checkpoint of this run"
             ) from None
 
+    def to_shared(self) -> str:
+        """For other ranks: the slices of each tensor as text, which is parsed where it is asked for."""
+        assert isinstance(self.slices, _SlicesOfFile)
+        return json_text(
+            {
+                "sizes": self.sizes,
+                "dtypes": self.dtypes,
+                "slices": self.slices.texts(),
+                "files": {name: file.to_json() for name, file in self.files.items()},
+            }
+        )
+
+    @classmethod
+    def from_shared(cls, text: str) -> TensorIndex:
+        """What the first rank has read and checked."""
+        content = json.loads(text)
+        files = {name: ShardFile.from_json(file) for name, file in content["files"].items()}
+        sizes = {name: tuple(size) for name, size in content["sizes"].items()}
+        return cls(sizes, content["dtypes"], _SlicesOfFile(content["slices"], files), files)
+
     @classmethod
     def _from_content(cls, content: Mapping[str, Any]) -> TensorIndex:
-        files = {
-            name: ShardFile(
-                int(file["bytes"]), tuple(int(file["crc32"][i : i + 8], 16) for i in range(0, len(file["crc32"]), 8))
-            )
-            for name, file in content["files"].items()
-        }
+        files = {name: ShardFile.from_json(file) for name, file in content["files"].items()}
         tensors = content["tensors"]
-        slices = {
-            name: tuple(
+        dtypes = {name: _known(entry["dtype"], DTYPES) for name, entry in tensors.items()}
+        sizes = {name: tuple(entry["size"]) for name, entry in tensors.items()}
+        return cls(sizes, dtypes, _SlicesOfFile(tensors, files), files)
+
+
+class _SlicesOfFile(Mapping[str, tuple[StoredSlice, ...]]):
+    """The slices of each tensor, made when it is asked for: a rank needs those of its own tensors, not a million."""
+
+    def __init__(self, tensors: Mapping[str, Any], files: Mapping[str, ShardFile]) -> None:
+        self._tensors, self._files = tensors, files
+
+    def texts(self) -> dict[str, str]:
+        """Each entry by itself."""
+        return {name: json_text(entry, separators=(",", ":")) for name, entry in self._tensors.items()}
+
+    def __getitem__(self, name: str) -> tuple[StoredSlice, ...]:
+        entry = self._tensors[name]
+        try:
+            entry = json.loads(entry) if isinstance(entry, str) else entry
+            return tuple(
                 StoredSlice(
                     TensorSlice(name, entry["dtype"], tuple(stored["sizes"]), tuple(stored["offsets"])),
-                    _known(stored["file"], files),
+                    _known(stored["file"], self._files),
                     int(stored["begin"]),
                 )
                 for stored in entry["pieces"]
             )
-            for name, entry in tensors.items()
-        }
-        dtypes = {name: _known(entry["dtype"], DTYPES) for name, entry in tensors.items()}
-        return cls({name: tuple(entry["size"]) for name, entry in tensors.items()}, dtypes, slices, files)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedArtifact(
+                f"{INDEX_NAME} is damaged: {name}", got=repr(error), fix="load another checkpoint of this run"
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def index_text(tensors_text: str, files: Mapping[str, ShardFile]) -> str:
+    """The text on disk, from that of its tensors."""
+    rendered = json_text({name: file.to_json() for name, file in sorted(files.items())})
+    return f'{{"tensors": {tensors_text}, "files": {rendered}}}\n'
 
 
 def _known(name: str, table: Mapping[str, object]) -> str:
@@ -154,92 +198,14 @@ def read_index(directory: Path) -> TensorIndex:
         raise DamagedArtifact(f"{path} is missing", fix="load another checkpoint of this run") from None
 
 
-class ShardWriter(StorageWriter):
-    """Writes one shard per rank; the coordinator writes the index."""
-
-    def __init__(self, directory: Path, rank: int) -> None:
-        self.directory = directory
-        self.rank = rank
-        self.files: dict[str, ShardFile] = {}
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing is kept between saves."""
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """The directory exists already."""
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Refuse what is not a tensor before anything is written."""
-        for item in plan.items:
-            if item.type == WriteItemType.BYTE_IO or item.tensor_data is None:
-                raise TypeError(f"{item.index.fqn} is not a tensor; state that is none belongs in state.json")
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Each rank keeps its plan."""
-        return plans
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's shard; a rank without a share writes nothing."""
-        results: list[WriteResult] = []
-        if plan.items:
-            written = self._write(plan.items, planner)
-            results = [
-                WriteResult(item.index, stored.spec.num_bytes, (stored, written.num_bytes, written.checksums))
-                for item, stored in zip(plan.items, written.slices, strict=True)
-            ]
-        future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
-        return future
-
-    def _write(self, items: Sequence[WriteItem], planner: SavePlanner) -> WrittenShard:
-        def load(number: int) -> Tensor:
-            tensor = planner.resolve_data(items[number])
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{items[number].index.fqn} is not a tensor")
-            return tensor
-
-        return write_shard(self.directory / shard_name(self.rank), [_slice_of(item) for item in items], load)
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the index from what all ranks wrote (coordinator only)."""
-        slices: dict[str, list[StoredSlice]] = {}
-        for result in (result for of_rank in results for result in of_rank):
-            stored, num_bytes, checksums = result.storage_data
-            slices.setdefault(result.index.fqn, []).append(stored)
-            self.files[stored.file] = ShardFile(num_bytes, checksums)
-        sizes = {name: tuple(entry.size) for name, entry in _tensors(metadata).items()}
-        dtypes = {name: DTYPE_NAMES[entry.properties.dtype] for name, entry in _tensors(metadata).items()}
-        index = TensorIndex(sizes, dtypes, {name: tuple(found) for name, found in slices.items()}, self.files)
-        (self.directory / INDEX_NAME).write_text(index.to_json(), encoding="utf-8")
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Any local path."""
-        return True
-
-
-def _tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
-    return {
-        name: entry for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
-    }
-
-
-def _slice_of(item: WriteItem) -> TensorSlice:
-    data = item.tensor_data
-    if data is None:
-        raise TypeError(f"{item.index.fqn} is not a tensor")
-    dtype = DTYPE_NAMES[data.properties.dtype]
-    return TensorSlice(item.index.fqn, dtype, tuple(data.chunk.sizes), tuple(data.chunk.offsets))
-
-
 class ShardReader(StorageReader):
-    """Reads verified slices of shards; knows only what the index names."""
+    """Reads verified slices of the named tensors; knows only what the index names."""
 
-    def __init__(self, directory: Path, index: TensorIndex) -> None:
+    def __init__(self, directory: Path, index: TensorIndex, names: Iterable[str]) -> None:
         self.directory = directory
         self.index = index
-        self._places = {(name, stored.spec.offsets): stored for name, found in index.slices.items() for stored in found}
+        self._slices = {name: index.slices[name] for name in names}
+        self._places = {(name, stored.spec.offsets): stored for name, found in self._slices.items() for stored in found}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Nothing is kept between loads."""
@@ -252,10 +218,10 @@ class ShardReader(StorageReader):
                 torch.Size(self.index.sizes[name]),
                 [
                     ChunkStorageMetadata(torch.Size(stored.spec.offsets), torch.Size(stored.spec.sizes))
-                    for stored in self.index.slices[name]
+                    for stored in found
                 ],
             )
-            for name in self.index.sizes
+            for name, found in self._slices.items()
         }
         return Metadata(entries)
 

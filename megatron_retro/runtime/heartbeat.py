@@ -21,8 +21,12 @@ from torch._C._distributed_c10d import Store
 
 from megatron_retro.runtime.strict_json import from_plain, json_text, to_plain
 
-_PREFIX = "heartbeat"
 _STORE_TIMEOUT = timedelta(seconds=3)
+
+
+def beat_key(rank: int) -> str:
+    """Where the default group's store keeps a rank's newest beat."""
+    return f"heartbeat/{rank}"
 
 
 @dataclass(frozen=True)
@@ -99,11 +103,11 @@ class Heartbeat:
             "process": os.getpid(),
             "pace": to_plain(self._pace),
         }
-        self._store.set(f"{_PREFIX}/{self._rank}", json_text(beat))
+        self._store.set(beat_key(self._rank), json_text(beat))
 
     def everyone(self) -> list[Beat]:
         """What each rank last told, in their order."""
-        told = self._store.multi_get([f"{_PREFIX}/{rank}" for rank in range(self._world_size)])
+        told = self._store.multi_get([beat_key(rank) for rank in range(self._world_size)])
         return [from_plain(Beat, {"rank": rank, **json.loads(text)}) for rank, text in enumerate(told)]
 
     def culprits(self) -> str:

@@ -12,9 +12,11 @@ peer died or hangs into an error that names rank, axis and step. What one rank r
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import traceback
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
@@ -96,6 +98,8 @@ def _drop_connections() -> None:
 
 def _initialize(launch: Launch, device: torch.device, timeout: timedelta) -> Store | None:
     """Open the default group; the store in which its ranks met, None for a process that is alone."""
+    # gloo connects two ranks when they first talk; else every group opens a socket from each rank to each other
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     place: dict[str, Any] = {"rank": launch.rank, "world_size": launch.world_size, "timeout": timeout}
     if launch.alone:
@@ -135,6 +139,21 @@ def agree(facts: Mapping[str, object], what: str) -> None:
             expected="the same on every rank",
             fix="start every rank with the same flags, files and versions",
         )
+
+
+def broadcast_text(text: str, device: torch.device) -> str:
+    """The first rank's text, however long, on every rank; between devices, so it costs the first rank one sending."""
+    if dist.get_world_size() == 1:
+        return text
+    data = zlib.compress(text.encode(), 1) if dist.get_rank() == 0 else b""
+    length = torch.tensor([len(data)], device=device)
+    dist.broadcast(length, 0)
+    content = torch.empty(int(length), dtype=torch.uint8)
+    if data:
+        content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    content = content.to(device)
+    dist.broadcast(content, 0)
+    return zlib.decompress(content.cpu().numpy().tobytes()).decode()
 
 
 @contextlib.contextmanager

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_retro.assembly.run_parts import MODEL_SECTIONS, RunParts
@@ -27,7 +27,7 @@ from megatron_retro.checkpoint.loading import (
     changed_settings,
     described_changes,
     load_tensors,
-    open_checkpoint,
+    open_together,
     require_same_model,
     require_tensors,
 )
@@ -39,6 +39,7 @@ from megatron_retro.config.settings import section_name
 from megatron_retro.config.training import CheckpointConfig, OptimizerConfig, PeftConfig, TrainingConfig
 from megatron_retro.errors import ArtifactError, ConfigError, DamagedArtifact
 from megatron_retro.runtime.seeds import derived_seed, random_states, restore_random_states, seed_everything
+from megatron_retro.runtime.store_channel import StoreChannel
 from megatron_retro.training.state import TrainingState
 
 # settings that may differ between the run that saved and the run that loads
@@ -91,13 +92,11 @@ Report = Callable[[str, dict[str, Any]], None]
 class RunCheckpoints:
     """Saves and restores one run. Every rank has one and calls the same methods; `report` hears of it."""
 
-    def __init__(
-        self, parts: RunParts, state: TrainingState, group: dist.ProcessGroup, rank: int, report: Report
-    ) -> None:
+    def __init__(self, parts: RunParts, state: TrainingState, channel: StoreChannel, rank: int, report: Report) -> None:
         config = parts.settings[CheckpointConfig]
         self._report = report
         self._kept: dict[str, Any] | None = None  # the counters of what is on disk
-        self._parts, self._state, self._group, self._rank = parts, state, group, rank
+        self._parts, self._state, self._channel, self._rank = parts, state, channel, rank
         self._config = config
         self.run = Path(config.save) if config.save is not None else None
         create_moments(parts.model.module, parts.optimizer.inner)
@@ -114,7 +113,7 @@ class RunCheckpoints:
         self._true_rows = padded_rows(self._tensors, parts.true_rows)
         self._saver = None
         if self.run is not None:
-            self._saver = Saver(self.run, keep=config.keep_checkpoints, group=group, saved=self._saved)
+            self._saver = Saver(self.run, keep=config.keep_checkpoints, channel=channel, saved=self._saved)
 
     @property
     def can_save(self) -> bool:
@@ -167,7 +166,7 @@ class RunCheckpoints:
                 "step": self._state.step,
                 "samples": self._state.samples,
                 "tokens": self._state.tokens,
-                "processes": dist.get_world_size(self._group),
+                "processes": self._channel.size,
             },
         )
 
@@ -183,20 +182,18 @@ class RunCheckpoints:
             self._take_base()
         while self.run is not None and (found := self._newest(self.run)) is not None:
             try:
-                checkpoint = open_checkpoint(found)
+                checkpoint = self._open(found)
                 self._restore(checkpoint, EVERYTHING)
                 self._kept = self._state.to_json()
                 self._tell_changes(checkpoint)
                 return True
             except DamagedArtifact as error:
-                dist.barrier(self._group)
-                if self._rank == 0:
-                    set_aside(found)
-                dist.barrier(self._group)
+                self._channel.barrier()
+                self._channel.first(partial(_set_aside, found))
                 self._report("damaged checkpoint", {"path": str(found), "reason": error.what})
         if self._config.load is None or self._base:
             return False
-        source = open_checkpoint(Path(self._config.load))
+        source = self._open(Path(self._config.load))
         if retrofit:
             self._take_decoder(source)
             return False
@@ -208,28 +205,30 @@ class RunCheckpoints:
         adapter_path = self._parts.settings[PeftConfig].peft_load
         if self._config.load is None:
             raise ConfigError("--peft-method tunes beside a model", fix="give --load, the directory of its run")
-        base = open_checkpoint(Path(self._config.load))
+        base = self._open(Path(self._config.load))
         self._require_own_model(base, MODEL_SECTIONS)
-        load_tensors(base, self._base, padded_rows(self._base, self._parts.true_rows), self._group)
+        load_tensors(base, self._base, padded_rows(self._base, self._parts.true_rows), self._channel)
         if adapter_path is not None:
-            adapter = open_checkpoint(Path(adapter_path))
+            adapter = self._open(Path(adapter_path))
             added = {name: tensor for name, tensor in self._tensors.items() if name.startswith(MODEL)}
             require_tensors(adapter, added, self._true_rows)
-            load_tensors(adapter, added, self._true_rows, self._group)
+            load_tensors(adapter, added, self._true_rows, self._channel)
 
     def _take_decoder(self, source: Checkpoint) -> None:
         """Every parameter that the GPT has; `assembly.retrofitting` has checked that it has the whole decoder."""
         known = {name: tensor for name, tensor in self._tensors.items() if name in source.index.sizes}
         decoder = {name: tensor for name, tensor in known.items() if name.startswith(MODEL)}
-        load_tensors(source, decoder, self._true_rows, self._group)
+        load_tensors(source, decoder, self._true_rows, self._channel)
         model, retro = self._parts.settings[ModelConfig], self._parts.settings[RetroConfig]
         if retro.retro_init == "decoder":
             start_from_decoder(self._parts.model.module, source, model, retro)
 
+    def _open(self, path: Path) -> Checkpoint:
+        return open_together(path, self._channel, self._parts.model.device)
+
     def _newest(self, run: Path) -> Path | None:
-        found = [complete_checkpoints(run)[-1:]] if self._rank == 0 else [None]
-        dist.broadcast_object_list(found, src=dist.get_global_rank(self._group, 0), group=self._group)
-        return found[0][0] if found[0] else None
+        found = self._channel.first(lambda: "".join(map(str, complete_checkpoints(run)[-1:])))
+        return Path(found) if found else None
 
     def roll_back(self) -> bool:
         """Return to the newest checkpoint of this run; False when there is none."""
@@ -237,7 +236,7 @@ class RunCheckpoints:
         newest = self._newest(self.run) if self.run is not None else None
         if newest is None:
             return False
-        self._restore(open_checkpoint(newest), EVERYTHING)
+        self._restore(self._open(newest), EVERYTHING)
         return True
 
     def _taken_from_load(self) -> Taken:
@@ -252,7 +251,7 @@ class RunCheckpoints:
         require_tensors(checkpoint, wanted, self._true_rows)
         states = random_tensors(self._rank, random_states())
         kept = {name: state for name, state in states.items() if taken.random and _fits(checkpoint, name, state)}
-        load_tensors(checkpoint, {**wanted, **kept}, self._true_rows, self._group)
+        load_tensors(checkpoint, {**wanted, **kept}, self._true_rows, self._channel)
         if taken.optimizer:
             self._parts.optimizer.load_state(checkpoint.state["optimizer"])
         if taken.position:
@@ -296,6 +295,10 @@ class RunCheckpoints:
 
     def _require_own_model(self, checkpoint: Checkpoint, sections: Sequence[type]) -> None:
         require_same_model(checkpoint, self._sections(sections), FREE_MODEL_SETTINGS)
+
+
+def _set_aside(damaged: Path) -> str:
+    return str(set_aside(damaged))
 
 
 def _fits(checkpoint: Checkpoint, name: str, state: Tensor) -> bool:

@@ -45,6 +45,7 @@ from megatron_retro.runtime.process_group import agree, process_group
 from megatron_retro.runtime.run_log import CONFIG, EVENTS, RANKS
 from megatron_retro.runtime.run_records import RunFacts
 from megatron_retro.runtime.signals import StopRequests
+from megatron_retro.runtime.store_channel import open_channel
 from megatron_retro.training.checkpoints import RunCheckpoints
 from megatron_retro.training.console_lines import ConsoleLines
 from megatron_retro.training.evaluator import Evaluator
@@ -128,7 +129,7 @@ def train(
     fields = {name: value for section in settings.values().values() for name, value in section.items()}
     agree({**fields, **parts.inputs}, "settings or data")
     timeout = timedelta(minutes=settings[ParallelConfig].distributed_timeout_minutes)
-    saving = dist.new_group(backend="gloo", timeout=timeout)
+    channel = open_channel("checkpoints", timeout=timeout)
     state = TrainingState()
     with ExitStack() as closing:
         heartbeat = start_heartbeat()
@@ -139,7 +140,7 @@ def train(
         closing.callback(parts.loader.close)
         if parts.validation is not None:
             closing.callback(parts.validation.close)
-        checkpoints = RunCheckpoints(parts, state, saving, launch.rank, observer.happened)
+        checkpoints = RunCheckpoints(parts, state, channel, launch.rank, observer.happened)
         checkpoints.resume(retrofit=retrofit)
         if checkpoints.run is not None and launch.rank == 0:
             write_file(checkpoints.run / CONFIG, render_toml(parts.settings))

@@ -9,14 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
+from megatron_retro.checkpoint import loading, storage
 from megatron_retro.checkpoint.loading import load_tensors, open_checkpoint
 from megatron_retro.checkpoint.saver import Saver, Snapshot
+from megatron_retro.errors import DamagedArtifact
+from megatron_retro.runtime.store_channel import open_channel
 from megatron_retro.testing.processes import exit_code_of, run_ranks
 from megatron_retro.testing.tiny_corpus import differences, write_tiny_corpus
 from megatron_retro.training.program import pretrain
@@ -88,12 +92,13 @@ def test_every_layout_loads_what_every_other_saved(tmp_path: Path, count: Callab
             for layout in LAYOUTS
         }
         groups = {size: dist.new_group(list(range(size)), backend="gloo") for size in SIZES}
+        channels = {size: open_channel("test", group) for size, group in groups.items() if dist.get_rank() < size}
         for layout in sorted({source for source, _ in pairs}):
             size = layout[0] * layout[1] * layout[2]
             if dist.get_rank() < size:
                 tensors = mine(layout, meshes[layout])
                 path = tmp_path / "-".join(map(str, layout))
-                Saver(path, group=groups[size]).save(Snapshot(1, tensors, rows(tensors), counts={"step": 1}))
+                Saver(path, channel=channels[size]).save(Snapshot(1, tensors, rows(tensors), counts={"step": 1}))
             dist.barrier()
         checked = 0
         for source, target in pairs:
@@ -101,7 +106,7 @@ def test_every_layout_loads_what_every_other_saved(tmp_path: Path, count: Callab
             if dist.get_rank() < size:
                 tensors = mine(target, meshes[target], fill=7.0)
                 checkpoint = open_checkpoint(tmp_path / "-".join(map(str, source)))
-                load_tensors(checkpoint, tensors, rows(tensors), groups[size])
+                load_tensors(checkpoint, tensors, rows(tensors), channels[size])
                 expected = mine(target, meshes[target])
                 for name, tensor in tensors.items():
                     local, right = tensor, expected[name]
@@ -113,6 +118,26 @@ def test_every_layout_loads_what_every_other_saved(tmp_path: Path, count: Callab
         return checked
 
     assert run_ranks(on_a_rank, 4, timeout=250)[0] >= 6 * len(pairs)
+
+
+def test_one_rank_reads_the_index_and_looks_for_the_shards(tmp_path: Path) -> None:
+    whole_layer = {"model.a": torch.arange(6.0).view(3, 2), "model.b": torch.ones(2)}
+    Saver(tmp_path / "run").save(Snapshot(1, whole_layer, counts={"step": 1}))
+    shutil.copytree(tmp_path / "run", tmp_path / "cut")
+    (tmp_path / "cut/step-00000001/tensors.json").write_text("{}")
+
+    def on_a_rank() -> tuple[int, bool]:
+        read, channel, count = storage.read_index, open_channel("test"), []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loading, "read_index", lambda directory: count.append(1) or read(directory))
+            checkpoint = loading.open_together(tmp_path / "run", channel, torch.device("cpu"))
+            tensors = {"model.b": torch.zeros(2), "model.a": torch.zeros(3, 2)}
+            load_tensors(checkpoint, tensors, None, channel)
+            with pytest.raises(DamagedArtifact, match="does not belong to the manifest"):
+                loading.open_together(tmp_path / "cut", channel, torch.device("cpu"))
+        return len(count), all(torch.equal(tensors[name], whole_layer[name]) for name in tensors)
+
+    assert run_ranks(on_a_rank, 3) == [(1, True), (0, True), (0, True)]
 
 
 def test_a_real_run_moves_through_layouts_without_changing_a_bit(

@@ -19,10 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from megatron_retro.artifacts.manifest import damage
+from megatron_retro.checkpoint.dcp import TrimmingSavePlanner
 from megatron_retro.checkpoint.directory import LATEST_NAME, complete_checkpoints, run_lock
 from megatron_retro.checkpoint.loading import load_tensors, open_checkpoint, require_same_model
 from megatron_retro.checkpoint.saver import Saver, Snapshot
-from megatron_retro.errors import ArtifactError, DamagedArtifact, EnvironmentProblem
+from megatron_retro.checkpoint.share import share_out
+from megatron_retro.errors import ArtifactError, DamagedArtifact, DistributedError, EnvironmentProblem
 from megatron_retro.testing.processes import fork, wait
 
 
@@ -90,6 +92,28 @@ def test_a_save_in_the_background_keeps_the_values_of_its_moment(tmp_path: Path)
         for _ in range(step):
             expected.add_(1.0)
         assert torch.equal(loaded(tmp_path / f"step-{step:08}", values)["model.matrix"], expected)
+
+
+def test_saves_of_the_same_tensors_are_planned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = []
+    plan = TrimmingSavePlanner.create_local_plan
+    monkeypatch.setattr(TrimmingSavePlanner, "create_local_plan", lambda self: planned.append(1) or plan(self))
+    saver = Saver(tmp_path)
+    for step in range(3):
+        saver.save(snapshot(step, tensors(step)))
+        assert_same(loaded(tmp_path, tensors(step)), tensors(step))
+    assert len(planned) == 1
+    saver.save(snapshot(3, tensors(3, rows=301)))
+    assert_same(loaded(tmp_path, tensors(3, rows=301)), tensors(3, rows=301))
+    assert len(planned) == 2
+
+
+def test_slices_that_miss_a_part_of_a_tensor_are_refused() -> None:
+    half = ("model.a", "F32", [4, 2], [0, 0], [2, 2])
+    assert share_out([[half], [("model.a", "F32", [4, 2], [2, 0], [2, 2])]]) == [[0], [0]]
+    assert share_out([[half, ("b", "F32", [], [], [])], [("model.a", "F32", [4, 2], [2, 0], [2, 2])]]) == [[0, 1], [0]]
+    with pytest.raises(DistributedError, match=r"model\.a"):
+        share_out([[half], [half]])
 
 
 def test_padding_rows_are_not_stored_and_another_padding_loads(tmp_path: Path) -> None:
