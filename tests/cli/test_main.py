@@ -97,7 +97,7 @@ def test_internal_errors_keep_their_traceback(
     def fail(_: list[str]) -> int:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(entry, "_dispatch", fail)
+    monkeypatch.setattr(entry, "run_words", fail)
     assert entry.main(["inspect"]) == EXIT_INTERNAL
     assert "ZeroDivisionError: ours" in capsys.readouterr().err
 
@@ -115,7 +115,7 @@ def test_a_full_disk_or_a_closed_file_is_the_users_wherever_it_is_met(
     def fail(_: list[str]) -> int:
         raise error
 
-    monkeypatch.setattr(entry, "_dispatch", fail)
+    monkeypatch.setattr(entry, "run_words", fail)
     assert entry.main(["inspect"]) == EXIT_USER
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
@@ -127,7 +127,7 @@ def test_a_run_that_saved_and_asks_to_be_started_again_is_no_error(
     def stop(_: list[str]) -> int:
         raise Requeue("the run stopped early: a signal arrived")
 
-    monkeypatch.setattr(entry, "_dispatch", stop)
+    monkeypatch.setattr(entry, "run_words", stop)
     assert entry.main(["pretrain"]) == EXIT_REQUEUE
     assert capsys.readouterr().err == "the run stopped early: a signal arrived\n"
 
@@ -136,7 +136,7 @@ def test_interrupted_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(_: list[str]) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(entry, "_dispatch", interrupt)
+    monkeypatch.setattr(entry, "run_words", interrupt)
     assert entry.main(["inspect"]) == EXIT_INTERRUPTED
 
 
