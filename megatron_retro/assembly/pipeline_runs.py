@@ -17,7 +17,7 @@ from megatron_retro.parallel.schedules import Boundary, build_schedule
 from megatron_retro.parallel.stages import Stage
 
 # Microbatches of an evaluation that are under way together, per stage: enough to fill the pipeline twice.
-_EVALUATED_AT_ONCE = 2
+EVALUATED_AT_ONCE = 2
 
 
 class PipelineRuns:
@@ -35,7 +35,7 @@ class PipelineRuns:
 
     def evaluate(self, microbatches: Sequence[Microbatch[Tensor]]) -> list[Tensor] | None:
         """Losses of every token on the ranks that hold the last stage; memory does not grow with the microbatches."""
-        last, size = self._stages[-1].part, _EVALUATED_AT_ONCE * self._stages[-1].part.num_stages
+        last, size = self._stages[-1].part, EVALUATED_AT_ONCE * self._stages[-1].part.num_stages
         losses: list[Tensor] = []
         for start in range(0, len(microbatches), size):
             group = microbatches[start : start + size]

@@ -4,12 +4,15 @@ Shapes on the boundaries are told beforehand, so no schedule runs the model to f
 with the same number of microbatches and the same boundary; others are made when they are needed.
 
 What a rank holds does not grow with the number of microbatches: a buffer to receive into lives from its receive to the
-end of the backward that needs it (torch allocates one for each microbatch, once for each schedule, for good), and
-parameters that are whole within a step are gathered once (torch keeps three stages whole and gathers the others again).
+end of the backward that needs it (torch allocates one for each microbatch, once for each schedule, for good), what is
+sent lives until a later send (torch waits for none before the end of a step, and a send that nobody waited for keeps
+its tensor), and parameters that are whole within a step are gathered once (torch keeps three stages whole and gathers
+the others again).
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +27,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleInterleavedZeroBubble,
 )
+from torch.distributed.pipelining import schedules as torch_schedules
 from torch.distributed.pipelining.schedules import (
     _Action,
     _add_send_recv,
@@ -52,8 +56,38 @@ class Boundary:
         return tuple(torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True) for shape in shapes)
 
 
+_SENDS_UNDER_WAY = 2
+
+
 class BoundedStage(PipelineStage):
-    """torch's stage, whose buffers exist while they are needed: from a receive to the backward of its microbatch."""
+    """torch's stage, whose buffers exist while they are needed: from a receive to the backward of its microbatch.
+
+    With `waits_for_sends` it sends by itself, when its schedule asks what to send, and then waits for what it sent two
+    sends ago. Whoever receives that has been told to before this send, so nobody waits for another in a circle.
+    """
+
+    waits_for_sends = False
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._sends: deque[list[dist.Work]] = deque()
+
+    def _sent(self, ops: list[dist.P2POp]) -> list[dist.P2POp]:
+        """What is left to send."""
+        if not self.waits_for_sends or not ops:
+            return ops
+        self._sends.append(torch_schedules._batch_p2p(ops))
+        self._wait_for_sends(but=_SENDS_UNDER_WAY)
+        return []
+
+    def _wait_for_sends(self, but: int = 0) -> None:
+        while len(self._sends) > but:
+            torch_schedules._wait_batch_p2p(self._sends.popleft())
+
+    def clear_runtime_states(self) -> None:
+        """A step begins, or an evaluation has ended."""
+        self._wait_for_sends()
+        super().clear_runtime_states()
 
     def _prepare_forward_infra(self, *arguments: Any, **keywords: Any) -> Any:
         return self._described(super()._prepare_forward_infra, *arguments, **keywords)
@@ -101,7 +135,12 @@ class BoundedStage(PipelineStage):
         ops: list[dist.P2POp] = super().get_fwd_send_ops(fwd_chunk_id)
         if not (self.has_backward and torch.is_grad_enabled()):
             self.fwd_cache.pop(fwd_chunk_id)
-        return ops
+        return self._sent(ops)
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """Send the gradient of a microbatch's input."""
+        ops: list[dist.P2POp] = super().get_bwd_send_ops(bwd_chunk_id)
+        return self._sent(ops)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **keywords: Any) -> None:
         """What was received for this microbatch has served; autograd holds what deferred gradients still need."""
@@ -129,19 +168,8 @@ class ForwardOnly(_PipelineScheduleRuntime):
 
     def __init__(self, stages: list[PipelineStage], num_microbatches: int, *, gather_once: bool) -> None:
         super().__init__(stages, num_microbatches)  # type: ignore[no-untyped-call]
-        size, num_stages = stages[0].group_size, stages[0].num_stages
-        forwards = {
-            rank: [
-                _Action(stage, _ComputationType.FORWARD, microbatch)
-                for stage in range(rank, num_stages, size)
-                for microbatch in range(num_microbatches)
-            ]
-            for rank in range(size)
-        }
-        gathered = {rank: _add_unshard_reshard(list(actions)) for rank, actions in forwards.items()}
-        if gather_once:
-            gathered = {rank: gathered_once(actions, reshard=False) for rank, actions in gathered.items()}
-        self.pipeline_order_with_comms = _add_send_recv(gathered, lambda stage: stage % size, num_stages)
+        ranks, num_stages = stages[0].group_size, stages[0].num_stages
+        self.pipeline_order_with_comms = forward_order(ranks, num_stages, num_microbatches, gather_once=gather_once)
 
     def step(self, *arguments: Any, **keywords: Any) -> Any:
         """One group of microbatches; keeps nothing of it."""
@@ -150,6 +178,22 @@ class ForwardOnly(_PipelineScheduleRuntime):
         for stage in self._stages:
             stage.clear_runtime_states()
         return outputs
+
+
+def forward_order(ranks: int, num_stages: int, num_microbatches: int, *, gather_once: bool) -> dict[int, list[_Action]]:
+    """What each rank does in an evaluation: one stage after the other, all microbatches through each."""
+    forwards = {
+        rank: [
+            _Action(stage, _ComputationType.FORWARD, microbatch)
+            for stage in range(rank, num_stages, ranks)
+            for microbatch in range(num_microbatches)
+        ]
+        for rank in range(ranks)
+    }
+    gathered = {rank: _add_unshard_reshard(list(actions)) for rank, actions in forwards.items()}
+    if gather_once:
+        gathered = {rank: gathered_once(actions, reshard=False) for rank, actions in gathered.items()}
+    return _add_send_recv(gathered, lambda stage: stage % ranks, num_stages)
 
 
 def gathered_once(actions: Sequence[_Action], *, reshard: bool = True) -> list[_Action]:
@@ -183,6 +227,8 @@ def build_schedule(
     With `gather_once`, parameters are gathered once per step instead of for each use.
     """
     torch_stages: list[Any] = [_torch_stage(stage, boundary, device, group, training) for stage in stages]
+    for stage in torch_stages:  # schedules of one stage each wait by themselves, and send and receive as one
+        stage.waits_for_sends = not training or kind not in ("gpipe", "1f1b")
     if not training:
         return ForwardOnly(torch_stages, num_microbatches, gather_once=gather_once)
     options: dict[str, Any] = {"loss_fn": _loss_as_given, "scale_grads": False}

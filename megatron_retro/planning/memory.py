@@ -7,11 +7,12 @@ beside, come from the trace.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
+from megatron_retro.assembly.pipeline_runs import EVALUATED_AT_ONCE
 from megatron_retro.planning.ranks import RankCosts, StageCosts
-from megatron_retro.planning.schedule import Action, most_held, orders_of
+from megatron_retro.planning.schedule import Action, most_held, most_received, orders_of
 from megatron_retro.planning.workload import Layout, Workload
 
 MASTER_BYTES, MOMENT_BYTES = 4, 8
@@ -45,6 +46,26 @@ def rank_memory(rank: RankCosts, work: Workload, layout: Layout) -> Memory:
     gradient. Gradients of earlier microbatches are there at both."""
     start, end = (_at(moment, rank, work, layout) for moment in (_START, _END))
     return max(start, end, key=lambda memory: memory.total)
+
+
+def evaluation_memory(
+    ranks: Sequence[RankCosts], work: Workload, layout: Layout, working: Mapping[str, float]
+) -> list[float]:
+    """Bytes on each rank in an evaluation: no gradients, what the part that runs holds (`working`), and borders."""
+    stages = layout.pipeline * layout.stages_per_rank
+    together = EVALUATED_AT_ONCE * stages  # microbatches
+    received = {stage.part.index: stage.received_bytes for rank in ranks for stage in rank.stages}
+    buffers = most_received(layout.pipeline, stages, together, received)
+    losses = together * layout.micro_batch * work.seq_length * MASTER_BYTES
+    return [
+        _weights(rank, work, layout)
+        + rank.total.trained_parameters * MOMENT_BYTES / _shards(layout)
+        + max(working.get(name, 0.0) for stage in rank.stages for name, _ in stage.parts)
+        + buffers[rank.rank]
+        + sum(3 * stage.sent_bytes for stage in rank.stages)  # two sends are under way while the next output is made
+        + losses
+        for rank in ranks
+    ]
 
 
 def _at(moment: int, rank: RankCosts, work: Workload, layout: Layout) -> Memory:
@@ -110,8 +131,10 @@ def border_buffers(stages: Sequence[StageCosts], order: Sequence[Action]) -> tup
     """Of a rank's stages under a schedule, as a backward starts and as it ends.
 
     `parallel.schedules.BoundedStage` keeps what came in from its receive to the end of its microbatch's backward. One
-    more microbatch is being received, and one gradient each way. Evaluations keep less: nothing waits for a backward.
+    more microbatch is being received, and one gradient each way; two sends of every stage are not waited for, of which
+    outputs count as activations. Evaluations keep less: nothing waits for a backward.
     """
     start, end = most_held(order, {stage.part.index: stage.received_bytes for stage in stages})
     passing = max(2 * stage.received_bytes + 2 * stage.sent_bytes for stage in stages)
+    passing += sum(2 * stage.received_bytes for stage in stages if len(stages) > 1)
     return start + passing, end + passing

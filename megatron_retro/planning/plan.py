@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -136,9 +137,9 @@ def build_shards(plan: Plan) -> int:
     return len(plan.ranks)
 
 
-def write_figures(plan: Plan, path: Path) -> None:
+def write_figures(plan: Plan, path: Path, more: Mapping[str, Any]) -> None:
     """Write the numbers as JSON, for programs."""
-    write_file(path, json_text(figures(plan), indent=1) + "\n")
+    write_file(path, json_text({**figures(plan), **more}, indent=1) + "\n")
 
 
 def figures(plan: Plan) -> dict[str, Any]:

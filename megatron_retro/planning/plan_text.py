@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from megatron_retro.config.evaluation import PlanningConfig
@@ -16,6 +16,7 @@ from megatron_retro.model.costs import ENCODER
 from megatron_retro.planning.data_side import data_faults, data_lines
 from megatron_retro.planning.inference import inference_report
 from megatron_retro.planning.plan import Plan, build_shards, make_plan, write_figures
+from megatron_retro.planning.reach import Reach, reach_of
 from megatron_retro.planning.suggestions import (
     better_partition,
     flags_between,
@@ -58,11 +59,12 @@ def _print_training(settings: Settings, planning: PlanningConfig, machine: Accel
     plan = make_plan(settings, machine)
     shards = build_shards(plan) if planning.plan_shards else 0
     wrong, absent = data_faults(settings)
-    print("\n".join(plan_lines(plan, planning, shards)))
+    reach = reach_of(plan)
+    print("\n".join(plan_lines(plan, planning, shards, reach)))
     data = data_lines(settings) if planning.plan_for != "finetune" else []
     print("\n".join(["", *data, *(f"  note: {note}" for note in absent)]))
     if planning.plan_json:
-        write_figures(plan, Path(planning.plan_json))
+        write_figures(plan, Path(planning.plan_json), {"reach": asdict(reach)})
     faults = [str(fault) for fault in memory_faults(plan, planning.plan_memory_margin)] + wrong
     print()
     if faults:
@@ -73,7 +75,7 @@ def _print_training(settings: Settings, planning: PlanningConfig, machine: Accel
     return 0
 
 
-def plan_lines(plan: Plan, planning: PlanningConfig, num_shards: int) -> Iterator[str]:
+def plan_lines(plan: Plan, planning: PlanningConfig, num_shards: int, reach: Reach) -> Iterator[str]:
     """The training side."""
     work, layout = plan.work, plan.layout
     yield f"{planning.plan_for} on {planning.plan_nodes} x {planning.plan_gpus_per_node} {plan.machine.name}"
@@ -95,6 +97,7 @@ def plan_lines(plan: Plan, planning: PlanningConfig, num_shards: int) -> Iterato
     yield _time_table(plan)
     yield ""
     yield from _volume_lines(plan)
+    yield from _reach_lines(reach)
     yield ""
     yield from _run_lines(plan, planning)
 
@@ -159,6 +162,16 @@ def _volume_lines(plan: Plan) -> Iterator[str]:
     most = {axis: max(getattr(volume, axis) for volume in plan.volume) for axis in ("tensor", "pipeline", "data")}
     sent = ", ".join(f"{axis} {readable_bytes(size)}" for axis, size in most.items())
     yield f"sent          {sent} per rank and step"
+
+
+def _reach_lines(reach: Reach) -> Iterator[str]:
+    """What must stay small on a large cluster."""
+    yield f"gathers       {reach.gathers} of the parameters of each stage in a step"
+    yield (
+        f"peak          {readable_bytes(reach.training_bytes)} in training, "
+        f"{readable_bytes(reach.evaluation_bytes)} in evaluation, on the fullest rank"
+    )
+    yield f"host waits    {reach.host_waits} for the device in a step"
 
 
 def _run_lines(plan: Plan, planning: PlanningConfig) -> Iterator[str]:

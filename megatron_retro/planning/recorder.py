@@ -37,6 +37,7 @@ class PartTrace:
     saved_bytes: float = 0.0  # held from the forward to the backward
     working_bytes: float = 0.0  # the most that the backward holds beside
     sent_bytes: float = 0.0  # to tensor ranks, forward and backward
+    host_waits: int = 0  # values that the host reads of the device
 
     def __add__(self, other: PartTrace) -> PartTrace:
         """Both, one after the other."""
@@ -107,8 +108,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         keywords = keywords or {}
         if function is torch.ops.aten._local_scalar_dense.default:
+            self.part(self.running).host_waits += 1
             return arguments[0].dtype == torch.bool or 1  # code that looks at values sees full masks
         if function is torch.ops.aten.nonzero.default:
+            self.part(self.running).host_waits += 1
             return arguments[0].new_empty((arguments[0].numel(), arguments[0].dim()), dtype=torch.long)
         result = self._result(function, arguments, keywords)
         part = self.part(self.running)

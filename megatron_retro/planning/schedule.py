@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -10,8 +11,9 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from torch.distributed.pipelining import ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble
-from torch.distributed.pipelining.schedules import _ComputationType
+from torch.distributed.pipelining.schedules import _add_unshard_reshard, _ComputationType
 
+from megatron_retro.parallel.schedules import forward_order, gathered_once
 from megatron_retro.planning.workload import Layout
 
 FORWARD, BACKWARD, INPUT, WEIGHT = "forward", "backward", "gradient of the input", "gradient of the weights"
@@ -31,6 +33,7 @@ class Action(NamedTuple):
     microbatch: int
 
 
+_ONE_STAGE = ("1f1b", "gpipe")
 _ROUNDS = 6  # that are simulated
 Orders = tuple[tuple[Action, ...], ...]
 
@@ -59,14 +62,46 @@ def orders_of(layout: Layout, microbatches: int) -> Orders:
     return _orders(kind, layout.pipeline, layout.stages_per_rank, microbatches)
 
 
+def gathers_per_step(layout: Layout, microbatches: int) -> int:
+    """How often a step gathers the parameters of a stage, at most."""
+    if _keeps_whole(layout):
+        return 0
+    if layout.pipeline == 1 or layout.schedule in _ONE_STAGE:  # FSDP2's hooks gather: forward, and backward if freed
+        return 2 * microbatches if layout.sharding == "full" else 1
+    most = 0
+    for order in _torch_order(layout.schedule, layout.pipeline, layout.stages_per_rank, microbatches).values():
+        actions = _add_unshard_reshard(list(order))
+        kept = actions if layout.sharding == "full" else gathered_once(actions)
+        counts = Counter(each.stage_index for each in kept if each.computation_type == _ComputationType.UNSHARD)
+        most = max(most, *counts.values())
+    return most
+
+
+def _keeps_whole(layout: Layout) -> bool:
+    return layout.sharding == "none" or layout.data == 1
+
+
+def most_received(ranks: int, stages: int, microbatches: int, received: Mapping[int, float]) -> list[float]:
+    """Bytes that are received and not yet read on each rank, at most, as an evaluation goes through the stages."""
+    most = []
+    for order in forward_order(ranks, stages, microbatches, gather_once=True).values():
+        now = peak = 0.0
+        for action in order:
+            if action.computation_type == _ComputationType.RECV_F:
+                now += received[action.stage_index]
+            elif action.computation_type == _ComputationType.FORWARD:
+                peak = max(peak, now)
+                now -= received[action.stage_index]
+        most.append(peak)
+    return most
+
+
 @cache
 def _orders(kind: str, ranks: int, stages_per_rank: int, microbatches: int) -> Orders:
-    if kind in ("1f1b", "gpipe"):
+    if kind in _ONE_STAGE:
         ahead = [microbatches if kind == "gpipe" else min(ranks - rank, microbatches) for rank in range(ranks)]
         return tuple(_one_stage(rank, microbatches, ahead[rank]) for rank in range(ranks))
-    stages: list[Any] = [_place(number, ranks, stages_per_rank) for number in range(stages_per_rank)]
-    schedule = _Interleaved if kind == "interleaved" else _ZeroBubble
-    order = schedule(stages, microbatches, loss_fn=lambda output, target: output).pipeline_order
+    order = _torch_order(kind, ranks, stages_per_rank, microbatches)
     return tuple(
         tuple(
             Action(_KINDS[action.computation_type], action.stage_index, action.microbatch_index or 0)
@@ -75,6 +110,14 @@ def _orders(kind: str, ranks: int, stages_per_rank: int, microbatches: int) -> O
         )
         for rank in range(ranks)
     )
+
+
+@cache
+def _torch_order(kind: str, ranks: int, stages_per_rank: int, microbatches: int) -> dict[int, list[Any]]:
+    stages: list[Any] = [_place(number, ranks, stages_per_rank) for number in range(stages_per_rank)]
+    schedule = _Interleaved if kind == "interleaved" else _ZeroBubble
+    order: dict[int, list[Any]] = schedule(stages, microbatches, loss_fn=lambda output, target: output).pipeline_order
+    return order
 
 
 def _one_stage(rank: int, microbatches: int, ahead: int) -> tuple[Action, ...]:

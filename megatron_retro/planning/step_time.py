@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_retro.config.hardware import Accelerator
 from megatron_retro.planning.ranks import RankCosts, in_order
 from megatron_retro.planning.recorder import PartTrace
-from megatron_retro.planning.schedule import StageSeconds, pipeline_seconds
+from megatron_retro.planning.schedule import StageSeconds, gathers_per_step, pipeline_seconds
 from megatron_retro.planning.workload import Layout, Workload
 
 _OPTIMIZER_BYTES = 28  # weights, gradients and two moments read, three of them written, in float32
@@ -47,13 +47,13 @@ def communication_volume(rank: RankCosts, work: Workload, layout: Layout) -> Com
     microbatches = layout.microbatches(work.global_batch)
     ring = (layout.data - 1) / layout.data
     gradients = rank.total.trained_parameters * 4 * ring
-    copies = rank.total.parameters * work.value_bytes * ring
+    copies = rank.total.parameters * work.value_bytes * ring * gathers_per_step(layout, microbatches)
     reductions = microbatches if layout.pipeline == 1 else 1  # a pipeline's schedule waits for the last backward
     data = {
         "none": 2 * gradients,
         "optimizer": gradients + copies,
         "gradients": gradients * reductions + copies,
-        "full": gradients * reductions + 2 * copies * microbatches,
+        "full": gradients * reductions + copies,
     }[layout.sharding]
     return CommunicationVolume(rank.total.sent_bytes * microbatches, rank.border_bytes * microbatches, data)
 

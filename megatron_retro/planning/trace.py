@@ -92,10 +92,13 @@ def trace_stages(settings: Settings, device: torch.device = GPU) -> StageTraces:
     return StageTraces(first, trace_parts(settings, device, behind_border=True) if pipelined else first)
 
 
-def trace_parts(settings: Settings, device: torch.device = GPU, *, behind_border: bool = False) -> Trace:
+def trace_parts(
+    settings: Settings, device: torch.device = GPU, *, behind_border: bool = False, evaluating: bool = False
+) -> Trace:
     """Forward and backward of the model that stands in for the whole, on tensor rank 0.
 
-    With `behind_border` the input of its layers gets a gradient, whatever trains.
+    With `behind_border` the input of its layers gets a gradient, whatever trains. With `evaluating` there is a forward
+    alone, and the working bytes of a part are all that is there beside the weights.
     """
     retrieves = settings[RetroConfig].retro_add_retriever
     settings = settings.replace(
@@ -114,7 +117,7 @@ def trace_parts(settings: Settings, device: torch.device = GPU, *, behind_border
             hold_plainly(model, shapes, device, compute_dtype(settings[OptimizerConfig]))
             if behind_border and model.embedding is not None:
                 model.embedding.register_forward_hook(lambda module, arguments, hidden: hidden.requires_grad_())
-            return _run(model, settings, device)
+            return _run(model, settings, device, evaluating)
 
 
 def local_shapes(model: nn.Module) -> dict[str, torch.Size]:
@@ -130,7 +133,7 @@ def hold_plainly(model: nn.Module, shapes: Mapping[str, torch.Size], device: tor
         setattr(model.get_submodule(path), leaf, nn.Parameter(part, parameter.requires_grad))
 
 
-def _run(model: Retro, settings: Settings, device: torch.device) -> Trace:
+def _run(model: Retro, settings: Settings, device: torch.device, evaluating: bool) -> Trace:
     parallel, training = settings[ParallelConfig], settings[TrainingConfig]
     shape = (training.micro_batch_size, settings[DataConfig].seq_length)
     tokens_BS = torch.zeros(shape, dtype=torch.long, device=device)
@@ -138,10 +141,12 @@ def _run(model: Retro, settings: Settings, device: torch.device) -> Trace:
     recorder = Recorder(parallel.tensor_model_parallel_size, model.parameters())
     passed: dict[str, int] = {}
     watch(model, recorder, passed)
-    with recorder:
-        losses_BS = model(tokens_BS, neighbors, labels_BS=tokens_BS)
-        recorder.end_forward()
-        losses_BS.sum().backward()
+    recorder.forward = not evaluating
+    with recorder, torch.set_grad_enabled(not evaluating):
+        losses_BS = model.train(not evaluating)(tokens_BS, neighbors, labels_BS=tokens_BS)
+        if not evaluating:
+            recorder.end_forward()
+            losses_BS.sum().backward()
     _count_parameters(model, recorder)
     return Trace(recorder.parts, passed[LAYER], passed.get(ENCODER, 0))
 

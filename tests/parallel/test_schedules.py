@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.pipelining import schedules as torch_schedules
 from torch.distributed.pipelining.schedules import _ComputationType, _PipelineScheduleRuntime
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -129,6 +131,50 @@ def counted_buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     monkeypatch.setattr(BoundedStage, "_allocate", counting_allocate)
     monkeypatch.setattr(BoundedStage, "_release", counting_release)
     yield count
+
+
+@contextmanager
+def counted_sends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """How many sends keep their tensors at once, now and at most: those that nobody has waited for."""
+    count: Counter[str] = Counter()
+    start, wait = torch_schedules._batch_p2p, torch_schedules._wait_batch_p2p
+    sends: set[int] = set()
+
+    def starting(ops: Any, desc: Any = None) -> Any:
+        works = start(ops, desc)
+        if ops and all(one.op is dist.isend for one in ops):
+            sends.update(map(id, works))
+            kept.extend(works)  # or another work gets its number
+            count["most"] = max(count["most"], len(sends))
+        return works
+
+    def waiting(works: Any) -> None:
+        sends.difference_update(map(id, works))
+        wait(works)
+
+    kept: list[Any] = []
+    monkeypatch.setattr(torch_schedules, "_batch_p2p", starting)
+    monkeypatch.setattr(torch_schedules, "_wait_batch_p2p", waiting)
+    yield count
+
+
+def live_sends(settings: Settings) -> tuple[int, int]:
+    """Of a training step, and of an evaluation."""
+    model = model_on(settings, build_mesh(settings[ParallelConfig], torch.device("cpu")))
+    found = []
+    for act in (model.train_step, model.evaluate):
+        with pytest.MonkeyPatch.context() as patch, counted_sends(patch) as count:
+            act(random_batches(settings))
+        found.append(count["most"])
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "zero-bubble"])
+def test_what_is_sent_does_not_stay(schedule: str) -> None:
+    """Until the end of a step; torch waits for no send before. Four stages with two sends each, of two tensors."""
+    settings = tiny_settings(**FOUR_STAGES_A_RANK | {"pipeline_schedule": schedule}, global_batch_size=16)
+    for training, evaluating in run_ranks(live_sends, 2, settings, timeout=120.0):
+        assert 0 < evaluating <= training <= 4 * 3 * 2
 
 
 def live_buffers(settings: Settings, evaluating: bool) -> tuple[int, int]:
