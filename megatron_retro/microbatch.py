@@ -5,6 +5,7 @@ Letters: B samples, S tokens of a sample, C chunks, K neighbours, R retrieved le
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,9 +24,28 @@ Array = NDArray[Any]
 ArrayT = TypeVar("ArrayT", Array, "Tensor")
 
 
+_MOST_DOCUMENTS = 64  # of a row that kernels are told where each begins; a mask serves where there are more
+_BOUNDS = "document_bounds_BD"
+
+
 def label_checksum(labels: Array) -> int:
     """Of what a sample predicts: two measurements can be paired where theirs agree."""
     return zlib.crc32(labels.astype("<i4").tobytes())
+
+
+def document_bounds(ids_BS: Array) -> Array | None:
+    """[B, D + 1] where each document of a row begins, and at last where the row ends; None if a row has too many.
+
+    Every row has the same number of bounds, whatever its documents: missing ones are empty and stand at its end.
+    """
+    starts_BS = np.diff(ids_BS, axis=1, prepend=ids_BS[:, :1] - 1) != 0
+    counts = starts_BS.sum(1)
+    if counts.max(initial=0) > _MOST_DOCUMENTS:
+        return None
+    bounds_BD = np.full((len(ids_BS), _MOST_DOCUMENTS + 1), ids_BS.shape[1], np.int64)
+    rows, places = np.nonzero(starts_BS)
+    bounds_BD[rows, np.concatenate([np.arange(count) for count in counts])] = places
+    return bounds_BD
 
 
 @dataclass(frozen=True)
@@ -59,8 +79,8 @@ class Neighbors(Generic[ArrayT]):
 class Microbatch(Generic[ArrayT]):
     """Tokens, what they predict, and what was retrieved for them; None for what a run does without.
 
-    `document_ids_BS` counts the documents of a sample from 0. `sample_ids_B`, numbers of the global order, stay on the
-    host.
+    `document_ids_BS` counts the documents of a sample from 0; on a GPU `document_bounds_BD` says where each begins.
+    `sample_ids_B`, numbers of the global order, stay on the host.
     """
 
     tokens_BS: ArrayT
@@ -70,6 +90,8 @@ class Microbatch(Generic[ArrayT]):
     document_ids_BS: ArrayT | None = None
     neighbors: Neighbors[ArrayT] | None = None
     sample_ids_B: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    document_bounds_BD: ArrayT | None = None
+    _copies: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_samples(self) -> int:
@@ -83,6 +105,7 @@ class Microbatch(Generic[ArrayT]):
             "loss_mask_BS": self.loss_mask_BS,
             "position_ids_BS": self.position_ids_BS,
             "document_ids_BS": self.document_ids_BS,
+            _BOUNDS: self.document_bounds_BD,
             "neighbor_tokens_BCKR": None if self.neighbors is None else self.neighbors.tokens_BCKR,
             "neighbor_mask_BCKR": None if self.neighbors is None else self.neighbors.mask_BCKR,
         }
@@ -114,6 +137,8 @@ class Microbatch(Generic[ArrayT]):
         for name in dict.fromkeys(name for arrays in all_arrays for name in arrays):
             present = [arrays[name] for arrays in all_arrays if name in arrays]
             shapes = {tuple(array.shape[0 if same_size else 1 :]) for array in present}
+            if name == _BOUNDS and len(present) != len(batches):
+                continue  # the ids say the same
             if len(present) != len(batches) or len(shapes) != 1:
                 raise DataError(
                     f"microbatches cannot be joined, their {name} differ",
@@ -124,9 +149,22 @@ class Microbatch(Generic[ArrayT]):
             joined[name] = concatenate(present)
         return cls.of_arrays(joined, np.concatenate([batch.sample_ids_B for batch in batches]))
 
+    def copy_ahead(self: Microbatch[Array], device: torch.device) -> None:
+        """Begin the copy to a GPU in the thread that reads, so that `to` finds it done; nothing is done for a CPU."""
+        import torch
+
+        if device.type != "cpu":
+            # a thread's own GPU is the first one, whose memory would be pinned
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                self._copies[device] = self.to(device)
+
     def to(self: Microbatch[Array], device: torch.device) -> Microbatch[Tensor]:
         """On a device, ids as int64. A GPU copies from pinned memory, while the host goes on."""
         import torch
+
+        if device in self._copies:
+            copied: Microbatch[Tensor] = self._copies[device]
+            return copied
 
         def moved(array: Array) -> Tensor:
             is_mask = array.dtype == np.bool_
@@ -135,7 +173,11 @@ class Microbatch(Generic[ArrayT]):
             tensor = tensor.pin_memory() if device.type == "cuda" else tensor
             return tensor.to(device, non_blocking=True)
 
-        return Microbatch.of_arrays({name: moved(array) for name, array in self.arrays().items()}, self.sample_ids_B)
+        arrays = self.arrays()
+        bounds = None if self.document_ids_BS is None or device.type == "cpu" else document_bounds(self.document_ids_BS)
+        if bounds is not None:
+            arrays[_BOUNDS] = bounds
+        return Microbatch.of_arrays({name: moved(array) for name, array in arrays.items()}, self.sample_ids_B)
 
     def counted_labels(self: Microbatch[Tensor]) -> Tensor:
         """[B, S] labels, -1 where a position does not count: that costs a loss no work."""

@@ -135,6 +135,7 @@ def open_loader(
         data_rank=model.data_rank,
         data_size=model.data_size,
         global_batch_size=global_batch_size,
+        device=model.device,
     )
     if isinstance(loader.dataset, Dataset):
         allowed = settings[TokenizerConfig].allow_tokenizer_mismatch

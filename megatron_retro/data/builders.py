@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
@@ -22,6 +23,9 @@ from megatron_retro.data.token_file import TokenFile
 from megatron_retro.data.token_verification import Unverified, start_verification
 from megatron_retro.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    import torch
+
 
 def build_loader(
     settings: Settings,
@@ -32,6 +36,7 @@ def build_loader(
     data_rank: int = 0,
     data_size: int = 1,
     global_batch_size: int | Callable[[int], int] | None = None,
+    device: torch.device | None = None,
 ) -> Loader:
     """The loader of a split (`train`, `valid`, `test`), or of other samples, for one data-parallel rank."""
     training = settings[TrainingConfig]
@@ -50,6 +55,7 @@ def build_loader(
         data_size=data_size,
         num_threads=settings[DataConfig].num_workers,
         verification=verification,
+        device=device,
     )
 
 

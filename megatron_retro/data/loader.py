@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from megatron_retro.artifacts.verified import Verification
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.microbatch import Array, Microbatch
+
+if TYPE_CHECKING:
+    import torch
 
 _STEPS_AHEAD = 2
 
@@ -45,7 +48,10 @@ class Samples(Protocol):
 
 
 class Loader:
-    """Iterates over steps; each is the list of this rank's micro-batches."""
+    """Iterates over steps; each is the list of this rank's micro-batches.
+
+    Threads read ahead, and begin the copies to a GPU, if that is the `device`.
+    """
 
     def __init__(
         self,
@@ -57,11 +63,12 @@ class Loader:
         data_size: int = 1,
         num_threads: int = 0,
         verification: Verification | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.dataset, self.micro_batch_size = dataset, micro_batch_size
         self.data_rank, self.data_size = data_rank, data_size
         self._batch_size = global_batch_size
-        self._num_threads, self._verification = num_threads, verification
+        self._num_threads, self._verification, self._device = num_threads, verification, device
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="loader") if num_threads else None
         self._ahead: deque[tuple[int, Future[list[Microbatch[Array]]]]] = deque()
         self.consumed_samples = 0
@@ -93,7 +100,7 @@ class Loader:
         position = self._ahead[-1][0] if self._ahead else self.consumed_samples
         while len(self._ahead) < _STEPS_AHEAD + self._num_threads:
             size = self.global_batch_size(position)
-            future = self._require_pool().submit(self._read_step, position, size)
+            future = self._require_pool().submit(self._read_ahead, position, size)
             position += size
             self._ahead.append((position, future))
         return self._ahead.popleft()[1].result()
@@ -102,6 +109,13 @@ class Loader:
         if self._pool is None:
             raise ValueError("this loader has no threads")
         return self._pool
+
+    def _read_ahead(self, position: int, size: int) -> list[Microbatch[Array]]:
+        step = self._read_step(position, size)
+        if self._device is not None:
+            for batch in step:
+                batch.copy_ahead(self._device)
+        return step
 
     def _read_step(self, position: int, size: int) -> list[Microbatch[Array]]:
         share = size // self.data_size

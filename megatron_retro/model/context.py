@@ -14,7 +14,7 @@ from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.errors import DataError
 from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.cache import Cache, CacheSlice
-from megatron_retro.ops.attention import AttentionPattern
+from megatron_retro.ops.attention import AttentionPattern, Documents
 from megatron_retro.ops.chunking import num_complete_chunks, query_positions
 from megatron_retro.ops.rotary import RotaryFrequencies, RotaryTable, rotary_table
 
@@ -87,16 +87,13 @@ def table_or_none(positions_S: Tensor, frequencies: RotaryFrequencies | None) ->
 
 
 def sequence_pattern(
-    config: ModelConfig, document_ids_BS: Tensor | None, padding_mask_BS: Tensor | None
+    config: ModelConfig, documents: Documents | None, padding_mask_BS: Tensor | None
 ) -> AttentionPattern:
     """Who sees whom in a whole sequence: the past, inside the window, the own document, real tokens."""
-    allowed_BST: Tensor | None = None
-    if document_ids_BS is not None:
-        allowed_BST = document_ids_BS[:, :, None] == document_ids_BS[:, None, :]
+    real_BST: Tensor | None = None
     if padding_mask_BS is not None:
         real_BST = padding_mask_BS[:, None, :].expand(-1, padding_mask_BS.shape[1], -1)
-        allowed_BST = real_BST if allowed_BST is None else allowed_BST & real_BST
-    return AttentionPattern(causal=True, window=config.sliding_window, allowed_BST=allowed_BST)
+    return AttentionPattern(causal=True, window=config.sliding_window, allowed_BST=real_BST, documents=documents)
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,7 @@ class ContextBuilder:
         position_ids_BS: Tensor | None,
         padding_mask_BS: Tensor | None,
         neighbors: Neighbors[Tensor] | None,
-        document_ids_BS: Tensor | None,
+        documents: Documents | None,
     ) -> SequenceContext:
         """The context of sequences that are given whole."""
         if position_ids_BS is None:
@@ -136,7 +133,7 @@ class ContextBuilder:
                 position_ids_BS = (padding_mask_BS.long().cumsum(1) - 1).clamp(min=0)
         self._require_learned(position_ids_BS, length)
         return SequenceContext(
-            sequence_pattern(self.config, document_ids_BS, padding_mask_BS),
+            sequence_pattern(self.config, documents, padding_mask_BS),
             None if self.frequencies is None else rotary_table(position_ids_BS, self.frequencies),
             position_ids_BS,
             self._retrieval(length, device, neighbors, padding_mask_BS),

@@ -24,6 +24,7 @@ from megatron_retro.model.context import ContextBuilder, SequenceContext
 from megatron_retro.model.encoder import NeighborEncoder
 from megatron_retro.model.layers import DecoderLayer
 from megatron_retro.model.leaves import Norm, Output, TokenEmbedding
+from megatron_retro.ops.attention import Documents
 
 
 class Retro(nn.Module):
@@ -106,10 +107,14 @@ class Retro(nn.Module):
         neighbors: Neighbors[Tensor] | None = None,
         position_ids_BS: Tensor | None = None,
         document_ids_BS: Tensor | None = None,
+        document_bounds_BD: Tensor | None = None,
         padding_mask_BS: Tensor | None = None,
         cache: Cache | None = None,
     ) -> SequenceContext:
-        """Positions, masks and neighbours of one forward, the same on every stage."""
+        """Positions, masks and neighbours of one forward, the same on every stage.
+
+        `document_bounds_BD` says what `document_ids_BS` says, where a kernel can read it.
+        """
         if neighbors is not None:
             _require_mask(neighbors)
             if self.retro.retro_legacy_checkpoint:
@@ -117,7 +122,10 @@ class Retro(nn.Module):
         sequence = (length, device, position_ids_BS, padding_mask_BS)
         if cache is not None:
             return self.contexts.cached_sequence(batch_size, *sequence, neighbors, document_ids_BS, cache)
-        return self.contexts.whole_sequence(*sequence, neighbors, document_ids_BS)
+        documents = None
+        if document_ids_BS is not None:
+            documents = Documents(document_ids_BS, document_bounds_BD)
+        return self.contexts.whole_sequence(*sequence, neighbors, documents)
 
     def embed(self, tokens_BS: Tensor, context: SequenceContext) -> Tensor:
         """[B, S, H]; for the stage that holds the embedding."""

@@ -1,15 +1,53 @@
 """Softmax attention of queries to keys under a pattern: causal, windowed, masked, biased, with grouped key/value heads.
 
 A query that may see no key gets exactly zero, never NaN, and a key that no query may see has no influence at all.
+
+Rows of several documents go to torch's variable-length attention on a GPU that has it, which does the work of each
+document alone; everywhere else a mask says the same, at the price of the whole square.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+_VARIABLE_LENGTH = "torch.nn.attention.varlen"
+_FLASH_CAPABILITY = (8, 0)
+_WIDEST_HEAD = 256
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Who belongs together: an id for each token, one run of tokens for each id; where they begin, if that is known.
+
+    Every row has the same number of bounds, the last ones at its end: documents that are empty.
+    """
+
+    ids_BS: Tensor
+    bounds_BD: Tensor | None = None
+
+    @cached_property
+    def same_BST(self) -> Tensor:
+        """Whether query and key are of one document."""
+        return self.ids_BS[:, :, None] == self.ids_BS[:, None, :]
+
+    @cached_property
+    def starts_N(self) -> Tensor | None:
+        """Where documents begin, counted through all rows, and at last the number of tokens; int32."""
+        if self.bounds_BD is None:
+            return None
+        num_rows, length = self.ids_BS.shape
+        first_B1 = torch.arange(num_rows, device=self.ids_BS.device)[:, None] * length
+        ends_N = (self.bounds_BD[:, 1:] + first_B1).flatten()
+        return functional.pad(ends_N, (1, 0)).to(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -20,17 +58,25 @@ class AttentionPattern:
     window: int | None = None
     allowed_BST: Tensor | None = None
     bias_BNST: Tensor | None = None
+    documents: Documents | None = None
 
     def mask(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
         """[B or 1, S, T] of bool, or None when every query sees every key."""
+        allowed = self._allowed_BST()
         if not self.causal and self.window is None:
-            return self.allowed_BST
+            return allowed
         offset = num_keys - num_queries
         distance_ST = torch.arange(num_queries, device=device)[:, None] + offset - torch.arange(num_keys, device=device)
         allowed_BST = (distance_ST >= 0)[None] if self.causal else torch.ones_like(distance_ST, dtype=torch.bool)[None]
         if self.window is not None:
             allowed_BST = allowed_BST & (distance_ST < self.window)
-        return allowed_BST if self.allowed_BST is None else allowed_BST & self.allowed_BST
+        return allowed_BST if allowed is None else allowed_BST & allowed
+
+    def _allowed_BST(self) -> Tensor | None:
+        if self.documents is None:
+            return self.allowed_BST
+        same_BST = self.documents.same_BST
+        return same_BST if self.allowed_BST is None else same_BST & self.allowed_BST
 
 
 def attention(
@@ -42,10 +88,13 @@ def attention(
     dropout: float = 0.0,
 ) -> Tensor:
     """[B, S, N, D]: softmax(QK / sqrt(D)) V; N query heads share G key/value heads in order."""
+    kernel = _kernel_of_documents(query_BSND, key_BTGD, pattern, dropout)
+    if kernel is not None:
+        return kernel(query_BSND, key_BTGD, value_BTGD)
     num_queries, num_keys = query_BSND.shape[1], key_BTGD.shape[1]
     query, key, value = query_BSND.transpose(1, 2), key_BTGD.transpose(1, 2), value_BTGD.transpose(1, 2)
     grouped = query_BSND.shape[2] != key_BTGD.shape[2]
-    plain = pattern.allowed_BST is None and pattern.bias_BNST is None
+    plain = pattern.allowed_BST is None and pattern.bias_BNST is None and pattern.documents is None
     windowed = pattern.window is not None and pattern.window < num_keys
     if plain and not windowed and (not pattern.causal or num_queries in (1, num_keys)):
         causal = pattern.causal and num_queries > 1
@@ -70,3 +119,50 @@ def attention(
     if sees_any_BS.device.type == "cpu" and bool(sees_any_BS.all()):
         return out_BSND  # the same bits, without a second copy that a backward pass keeps
     return torch.where(sees_any_BS[:, :, None, None], out_BSND, 0.0)
+
+
+def _kernel_of_documents(
+    query_BSND: Tensor, key_BTGD: Tensor, pattern: AttentionPattern, dropout: float
+) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """Attention within documents, each by itself; None where a mask has to say which are."""
+    documents = pattern.documents
+    starts_N = None if documents is None else documents.starts_N
+    others = pattern.allowed_BST is not None or pattern.bias_BNST is not None or dropout > 0.0
+    if starts_N is None or others or not pattern.causal or query_BSND.shape[:2] != key_BTGD.shape[:2]:
+        return None
+    if query_BSND.dtype not in (torch.bfloat16, torch.float16) or query_BSND.shape[-1] > _WIDEST_HEAD:
+        return None
+    kernel = variable_length_attention(query_BSND.device)
+    if kernel is None:
+        return None
+    length = query_BSND.shape[1]
+    before = -1 if pattern.window is None else pattern.window - 1
+    grouped = query_BSND.shape[2] != key_BTGD.shape[2]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rows = (each.flatten(0, 1) for each in (query, key, value))
+        attended_TND: Tensor = kernel(
+            *rows, starts_N, starts_N, length, length, window_size=(before, 0), enable_gqa=grouped
+        )
+        return torch.unflatten(attended_TND, 0, query.shape[:2])
+
+    return attend
+
+
+@cache
+def variable_length_attention(device: torch.device) -> Callable[..., Any] | None:
+    """Torch's, for tokens of all rows in one, where it and this GPU have it."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return None
+    if torch.cuda.get_device_capability(device) < _FLASH_CAPABILITY:
+        return None
+    return torchs_variable_length_attention()
+
+
+def torchs_variable_length_attention() -> Callable[..., Any] | None:
+    """Torch's, if it takes windows and grouped heads."""
+    try:
+        found: Callable[..., Any] = importlib.import_module(_VARIABLE_LENGTH).varlen_attn
+    except (ImportError, AttributeError):
+        return None
+    return found if {"window_size", "enable_gqa"} <= set(inspect.signature(found).parameters) else None

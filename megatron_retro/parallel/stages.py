@@ -47,6 +47,7 @@ class Stage(nn.Module):
             neighbors=batch.neighbors,
             position_ids_BS=batch.position_ids_BS,
             document_ids_BS=batch.document_ids_BS,
+            document_bounds_BD=batch.document_bounds_BD,
         )
 
     def forward(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_retro.data.builders import build_dataset, build_loader
+from megatron_retro.data.dataset import MockSamples
+from megatron_retro.data.loader import Loader
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.microbatch import Array, Microbatch
 from megatron_retro.testing.sample_corpora import EOD, LENGTH, config, corpus, retro_config, same
@@ -229,3 +234,28 @@ def test_mock_data_has_the_shape_of_a_run_and_one_order() -> None:
     assert first[0].tokens_BS.shape == (2, 32) and first[0].neighbors is not None
     assert first[0].neighbors.tokens_BCKR.shape == (2, 4, 2, 16)
     assert all(same(a, b) for a, b in zip(first[2:], second, strict=True)) and not same(first[0], first[1])
+
+
+def test_a_gpu_gets_its_copy_from_the_thread_that_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`meta` stands for it; a CPU gets none. What is made of a microbatch has no part in its copy."""
+    gpu, threads, to = torch.device("meta"), [], Microbatch.to
+
+    def noting(batch: Microbatch[Any], device: torch.device) -> Any:
+        threads.append(threading.current_thread().name)
+        return to(batch, device)
+
+    monkeypatch.setattr(Microbatch, "to", noting)
+    samples = MockSamples(1, 100, 16, 4, 2, 8)
+    for device, expected in ((gpu, 2), (torch.device("cpu"), 0)):
+        threads.clear()
+        loader = Loader(samples, micro_batch_size=2, global_batch_size=4, num_threads=1, device=device)
+        step = next(loader)
+        loader.close()
+        assert len(step) == 2 and len(threads) >= expected and all(name.startswith("loader") for name in threads)
+        assert bool(threads) == bool(expected)
+    loader = Loader(samples, micro_batch_size=2, global_batch_size=2, num_threads=1, device=gpu)
+    (batch,) = next(loader)
+    loader.close()
+    copied = batch.to(gpu)
+    assert copied is batch.to(gpu) and copied.tokens_BS.is_meta
+    assert replace(batch, neighbors=None).to(gpu).neighbors is None
