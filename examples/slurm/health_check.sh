@@ -5,7 +5,7 @@
 #   health_check.sh DIRECTORY...    where the job writes; one that is not there yet is made, so its parent is looked at
 #
 # EXPECTED_GPUS       GPUs that the node must show (default: what SLURM gave, else none is required)
-# MINIMUM_FREE_GB     free space in each DIRECTORY (default 10)
+# MINIMUM_FREE_GB     free space in each DIRECTORY (default 1; whether a checkpoint fits, training asks itself)
 # MAXIMUM_CLOCK_SKEW  seconds between this clock and the file server's (default 5)
 set -euo pipefail
 
@@ -14,16 +14,24 @@ node="${SLURMD_NODENAME:-$(hostname)}"
 faults=()        # of this node
 shared_faults=() # of a file system, which other nodes have too
 
+# What nvidia-smi tells of each GPU: that it answers, counts no errors of its memory, and has all of its links.
 check_gpus() {
-  local expected="${EXPECTED_GPUS:-${SLURM_GPUS_ON_NODE:-0}}" found=0
+  local expected="${EXPECTED_GPUS:-${SLURM_GPUS_ON_NODE:-0}}" found=0 gpu ecc remapped
   if [ "$expected" -gt 0 ]; then
     found="$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)"
     if [ "$found" -lt "$expected" ]; then
       faults+=("$found of $expected GPUs answer")
     fi
-    if nvidia-smi --query-gpu=ecc.errors.uncorrected.volatile.total --format=csv,noheader 2>/dev/null |
-      grep -q '[1-9]'; then
-      faults+=("a GPU has uncorrected memory errors")
+    while IFS=', ' read -r gpu ecc remapped; do
+      case "$ecc" in
+        "" | 0 | *N/A*) ;;
+        *) faults+=("GPU $gpu has $ecc uncorrected memory errors") ;;
+      esac
+      [[ "$remapped" != [Yy]es ]] || faults+=("GPU $gpu waits for a reset to replace rows of its memory")
+    done < <(nvidia-smi --query-gpu=index,ecc.errors.uncorrected.volatile.total,remapped_rows.pending \
+      --format=csv,noheader 2>/dev/null || true)
+    if nvidia-smi nvlink --status 2>/dev/null | grep -qi 'inactive'; then
+      faults+=("an NVLink is inactive: $(nvidia-smi nvlink --status | grep -ci inactive) in all")
     fi
   fi
 }
@@ -40,8 +48,8 @@ check_directory() {
     return
   fi
   free="$(df --output=avail --block-size=1G "$directory" | tail -n 1 | tr -d ' ')"
-  if [ "$free" -lt "${MINIMUM_FREE_GB:-10}" ]; then
-    shared_faults+=("$free GB free in $directory, ${MINIMUM_FREE_GB:-10} GB needed")
+  if [ "$free" -lt "${MINIMUM_FREE_GB:-1}" ]; then
+    shared_faults+=("$free GB free in $directory, ${MINIMUM_FREE_GB:-1} GB needed")
   fi
   skew=$(($(date +%s) - $(stat -c %Y "$mark" 2>/dev/null || date +%s)))
   if [ "${skew#-}" -gt "${MAXIMUM_CLOCK_SKEW:-5}" ]; then
@@ -60,6 +68,7 @@ check_network() {
         faults+=("its name is a loopback address, out of reach: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME")
       fi
     fi
+    grep -h 'slow link' <<<"$answer" >&2 || true
   fi
 }
 

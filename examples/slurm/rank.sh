@@ -22,15 +22,14 @@ program=""
 note() {
   interrupted=true
   if [ ! -e "$folder/stop" ]; then
-    echo "$1 $node" >"$folder/stop.$rank"
-    mv "$folder/stop.$rank" "$folder/stop"
+    echo "$1 $node" >"$folder/stop.$rank" && mv "$folder/stop.$rank" "$folder/stop" || true
   fi
   [ -z "$program" ] || kill -s "$1" "$program" 2>/dev/null || true
 }
 
 trap 'note TERM' TERM
 trap 'note USR1' USR1
-echo "$node" >"$folder/rank-$rank.node"
+echo "$node" >"$folder/rank-$rank.node" || true # on a full disk the code alone must do
 (
   trap '' TERM USR1
   exec "$@"
@@ -49,7 +48,7 @@ if [ ! -e "$folder/rank-$rank.json" ]; then
   fi
   [ "$status" != 0 ] || why=""
   printf '{"rank": %s, "node": "%s", "code": %s, "time": %s, "why": "%s"}\n' \
-    "$rank" "$node" "$status" "$(date +%s)" "$why" >"$folder/rank-$rank.partial"
-  mv "$folder/rank-$rank.partial" "$folder/rank-$rank.json"
+    "$rank" "$node" "$status" "$(date +%s)" "$why" >"$folder/rank-$rank.partial" &&
+    mv "$folder/rank-$rank.partial" "$folder/rank-$rank.json" || true
 fi
 exit "$status"

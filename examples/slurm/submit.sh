@@ -6,6 +6,7 @@
 #
 # STAGE, SIZE, DATA, RUNS   as in stage.sh; NAME as in study.sh
 # WORKERS                   jobs of the array that shares corpus, index (default 16) or study (default 4)
+# FINISH=on                 one job without an array: it finishes what the workers of corpus or index left, and checks it
 # CLUSTER                   profile of the cluster (default: cluster.env beside this file): account, partition, ...
 #
 # A job that is preempted or whose node dies is queued again and goes on from its last checkpoint.
@@ -39,7 +40,8 @@ nodes="$(awk '$1 == "plan_nodes" { print $3 }' <<<"$settings")"
 gpus="$(awk '$1 == "plan_gpus_per_node" { print $3 }' <<<"$settings")"
 with_gpus="--gpus-per-node=${GPU_TYPE:+$GPU_TYPE:}$gpus"
 
-case "$stage-$size" in
+case "${FINISH:+finish-}$stage-$size" in
+  finish-*) options+=(--nodes=1 --ntasks-per-node=1) ;;
   corpus-* | index-*) options+=(--nodes=1 --ntasks-per-node=1 "--array=0-$((${WORKERS:-16} - 1))") ;;
   study-prose) options+=(--nodes=1 --ntasks-per-node=1) ;; # it makes its files first, which workers cannot share
   study-*)

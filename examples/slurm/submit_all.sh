@@ -4,7 +4,8 @@
 #   examples/slurm/submit_all.sh SIZE [sbatch options]     from the repository; SIZE: 878m 2.5b 9.5b 24b 48b tiny
 #
 # Each job starts when the one before it has succeeded (afterok); a job that is preempted or whose node dies is queued
-# again and goes on from its last checkpoint. Prints "STAGE JOB" for each.
+# again and goes on from its last checkpoint. The workers of corpus and index are followed by one job that finishes what
+# they left: a lost worker stops nothing. Prints "STAGE JOB" for each.
 #
 # DATA, RUNS, LOGS, WORKERS, CLUSTER     as in submit.sh
 # STAGES                                 some of: corpus index pretrain retrofit instruct evaluate report (default: all)
@@ -37,5 +38,11 @@ after=()
 for stage in "${stages[@]}"; do
   job="$("$slurm/submit.sh" "$stage" "$size" --kill-on-invalid-dep=yes "${after[@]}" "$@")"
   echo "$stage $job"
+  case "$stage" in
+    corpus | index)
+      job="$(FINISH=on "$slurm/submit.sh" "$stage" "$size" "--dependency=afterany:$job" "$@")"
+      echo "$stage-finish $job"
+      ;;
+  esac
   after=("--dependency=afterok:$job")
 done

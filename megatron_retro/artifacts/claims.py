@@ -1,7 +1,8 @@
 """Blocks of work shared by any number of workers, without a coordinator.
 
 A worker claims a block by creating its claim file exclusively and renews the claim while it works. A worker that
-dies stops renewing, so its lease runs out and another takes the block. The block is finished when its output has its
+dies stops renewing, so its lease runs out and another takes the block. The lease is measured by watching the claim, for
+clocks of nodes and file servers differ. The block is finished when its output has its
 final name: outputs are deterministic and renamed into place, so even two workers on one block do no harm.
 """
 
@@ -14,12 +15,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_retro.artifacts.files import make_folder, named_disk_errors
 
 DEFAULT_LEASE_SECONDS = 60.0
+_LARGEST_SKEW = 30.0  # seconds between clocks; a claim that is older still need not be watched
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class BlockClaims:
     is_done: Callable[[str], bool]
     lease_seconds: float = DEFAULT_LEASE_SECONDS
     wait: bool = True
+    _watched: dict[Path, tuple[str, int, float]] = field(default_factory=dict, repr=False, compare=False)
 
     def __iter__(self) -> Iterator[str]:
         """Yield blocks to do, each under a claim held while the caller works on it; ends when all are done.
@@ -101,9 +104,15 @@ class BlockClaims:
         if host == socket.gethostname() and process.isdigit() and not Path(f"/proc/{process}").exists():
             return True
         try:
-            return time.time() - path.stat().st_mtime > self.lease_seconds
+            renewed = path.stat().st_mtime_ns
         except FileNotFoundError:
             return False
+        known = self._watched.get(path)
+        if known is None or known[:2] != (content, renewed):
+            known = self._watched[path] = (content, renewed, time.monotonic())
+        if time.time() - renewed / 1e9 > self.lease_seconds + _LARGEST_SKEW:
+            return True
+        return time.monotonic() - known[2] > self.lease_seconds
 
 
 def _create_exclusively(path: Path, content: str) -> bool:

@@ -57,6 +57,18 @@ def flush_directory(path: Path) -> None:
     flush_file(path)
 
 
+def require_room(folder: Path, needed: int) -> None:
+    """Refuse to begin what will not find the room that it needs."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise EnvironmentProblem(
+            f"{folder} has no room for one checkpoint",
+            got=f"{free / 1e9:.3g} GB free",
+            expected=f"{needed / 1e9:.3g} GB",
+            fix="free space, or give another --save, and run the same command again",
+        )
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and those above it, or say why there can be none."""
     with named_disk_errors(path):

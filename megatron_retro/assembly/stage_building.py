@@ -171,6 +171,13 @@ def model_on_meta(settings: Settings) -> Retro:
     return module
 
 
+def checkpoint_bytes(settings: Settings) -> int:
+    """Bytes of one checkpoint of a run: weights and two moments in four bytes each, and the weights that stay."""
+    whole = not uses_peft(settings)
+    parameters = model_on_meta(settings).parameters()
+    return sum(4 * each.numel() * (3 if each.requires_grad else whole) for each in parameters)
+
+
 def trained_parts(settings: Settings) -> Trained:
     """Where a run changes something: what is tuned beside a model, what retro-fitting added, or everything."""
     if not uses_peft(settings):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_retro.artifacts.files import write_file
-from megatron_retro.assembly.stage_building import stage_on_meta
+from megatron_retro.assembly.stage_building import checkpoint_bytes, stage_on_meta
 from megatron_retro.config.hardware import Accelerator
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
@@ -161,6 +161,7 @@ def figures(plan: Plan) -> dict[str, Any]:
             }
             for rank, memory, volume in zip(plan.ranks, plan.memory, plan.volume, strict=True)
         ],
+        "checkpoint_bytes": checkpoint_bytes(plan.settings),
         "balance_over_mean": plan.over_mean,
         "bubble": plan.bubble,
         "step_seconds": asdict(plan.time) | {"total": plan.time.total},

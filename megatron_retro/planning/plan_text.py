@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from megatron_retro.assembly.stage_building import checkpoint_bytes
 from megatron_retro.config.evaluation import PlanningConfig
 from megatron_retro.config.hardware import Accelerator, machine_of
 from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.config.training import OptimizerConfig
+from megatron_retro.config.training import CheckpointConfig, OptimizerConfig
 from megatron_retro.errors import ConfigError, Violation
 from megatron_retro.model.costs import ENCODER
 from megatron_retro.planning.data_side import data_faults, data_lines
@@ -181,6 +182,8 @@ def _run_lines(plan: Plan, planning: PlanningConfig) -> Iterator[str]:
         f"run           {readable_count(plan.num_steps)} steps, {readable_count(plan.work.num_tokens)} tokens: "
         f"{readable_seconds(plan.hours * 3600)}, {readable_count(plan.gpu_hours)} GPU hours"
     )
+    each, kept = checkpoint_bytes(plan.settings), plan.settings[CheckpointConfig].keep_checkpoints
+    yield f"checkpoint    {readable_bytes(each)}; --save needs room for {f'{kept + 1}' if kept else 'all'} of them"
     if planning.plan_price_per_gpu_hour is not None:
         yield f"price         {plan.gpu_hours * planning.plan_price_per_gpu_hour:,.0f}"
 

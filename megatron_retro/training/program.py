@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_retro.artifacts.files import write_file
+from megatron_retro.artifacts.files import require_room, write_file
 from megatron_retro.assembly.retrofitting import (
     WHOLE_MODEL_SECTIONS,
     collapsed,
@@ -19,7 +19,7 @@ from megatron_retro.assembly.retrofitting import (
     parameter_sources,
 )
 from megatron_retro.assembly.run_parts import RunParts, build_run_parts
-from megatron_retro.assembly.stage_building import model_on_meta, trained_parts
+from megatron_retro.assembly.stage_building import checkpoint_bytes, model_on_meta, trained_parts
 from megatron_retro.checkpoint.directory import clear_unfinished, run_lock
 from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.config.data import DataConfig
@@ -179,6 +179,7 @@ def _owned_run(settings: Settings, launch: Launch) -> Iterator[None]:
     with run_lock(run) if launch.rank == 0 else nullcontext():
         if launch.rank == 0:
             clear_unfinished(run)
+            require_room(run, checkpoint_bytes(settings))
         dist.barrier()
         yield
 

@@ -184,6 +184,27 @@ def test_a_silent_worker_of_another_host_loses_its_lease(tmp_path: Path) -> None
     assert (tmp_path / "only").exists()
 
 
+def test_a_clock_that_is_wrong_takes_no_block_from_a_living_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it keep one of a dead worker for longer."""
+    claims = BlockClaims(tmp_path / "claims", ["only"], lambda block: (tmp_path / block).exists(), 0.4)
+    claims.directory.mkdir()
+    claim = claims.directory / "only.claim"
+    claim.write_text("elsewhere 1 token")
+    begin, clock = time.monotonic(), time.time
+    for skew in (5.0, -5.0):
+        monkeypatch.setattr(time, "time", lambda skew=skew: clock() + skew)
+        for _ in range(8):
+            os.utime(claim)
+            assert not claims._expired(claim, "elsewhere 1 token")
+            time.sleep(0.1)
+    assert time.monotonic() - begin > 2 * claims.lease_seconds
+    for block in claims:
+        files.write_file(tmp_path / block, "done")
+    assert not claim.exists() and time.monotonic() - begin < 10
+
+
 def test_manifest_is_plain_json(tmp_path: Path) -> None:
     write_artifact(tmp_path / "artifact", 1, size=10)
     content = json.loads((tmp_path / "artifact" / "manifest.json").read_text())
@@ -227,3 +248,9 @@ def test_a_claim_on_a_full_disk_is_a_named_error_and_holds_nothing(tmp_path: Pat
         assert next(iter(claims)) == "only"
     finally:
         os.system(f"umount {tmp_path}")
+
+
+def test_a_run_that_finds_no_room_for_a_checkpoint_does_not_begin(tmp_path: Path) -> None:
+    files.require_room(tmp_path, 1)
+    with pytest.raises(EnvironmentProblem, match="no room for one checkpoint"):
+        files.require_room(tmp_path, 10**18)

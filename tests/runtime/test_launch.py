@@ -18,6 +18,7 @@ from megatron_retro.errors import ConfigError, DistributedError, MegatronRetroEr
 from megatron_retro.runtime import process_group as group_module
 from megatron_retro.runtime.launch import Launch, find_launch, first_host
 from megatron_retro.runtime.process_group import agree, choose_device, explain_failure, process_group
+from megatron_retro.runtime.reach import slow_pairs
 from megatron_retro.runtime.rendezvous import with_fresh_prefix
 from megatron_retro.testing.processes import run_ranks
 
@@ -233,3 +234,10 @@ def test_peers_of_a_rank_that_refuses_say_what_it_said(refusing: int, tmp_path: 
     said = "no such thing\n  fix:      mend it"
     words = [f"2 {said}" if rank == refusing else f"2 rank {refusing}: {said}" for rank in range(3)]
     assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == words
+
+
+def test_a_slow_link_is_named_and_an_even_network_is_not() -> None:
+    assert slow_pairs([10.0, 9.0, 4.0, 11.0], ["a", "b", "c", "d", "e"]) == [
+        "slow link: ranks 2 and 3 (c, d) exchange 4 GB/s, the median is 9.5"
+    ]
+    assert slow_pairs([10.0, 9.0, 6.0], list("abcd")) == [] and slow_pairs([1.0], ["a", "b"]) == []

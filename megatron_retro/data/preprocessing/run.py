@@ -28,7 +28,7 @@ from megatron_retro.data.preprocessing.tokenization import build_encoder
 from megatron_retro.data.token_file import bin_path, idx_path, token_dtype
 from megatron_retro.data.token_writer import describe_token_file, merge_token_files, verify_token_file
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.errors import ArtifactError, ConfigError, EnvironmentProblem
 from megatron_retro.runtime.console import Progress, readable_bytes, say, warn
 from megatron_retro.runtime.launch import Worker, this_worker
 from megatron_retro.runtime.signals import until_stopped
@@ -79,6 +79,14 @@ class Run:
             yield from claims
         except FileNotFoundError:
             # Another worker finished everything and removed the directory under us.
+            if not is_finished(self.job, self.output):
+                raise
+
+    def tokenize(self, blocks: BlockTokenizer, block: int, report: Callable[[int, int, int], None]) -> None:
+        """One block; fails in silence where another worker has finished everything, whose files are the same."""
+        try:
+            blocks.tokenize(block, report)
+        except (OSError, ArtifactError, EnvironmentProblem):
             if not is_finished(self.job, self.output):
                 raise
 
@@ -240,7 +248,7 @@ def _work(run: Run, blocks: BlockTokenizer, workers: int, number: int, send: Sen
     """The work of a worker process: blocks that no other worker has claimed."""
     for block in run.claims(number, workers, wait=False):
         send("block", block)
-        blocks.tokenize(block, lambda *facts: send("progress", facts))
+        run.tokenize(blocks, block, lambda *facts: send("progress", facts))
 
 
 def _tokenize_here(run: Run, log: _Log) -> None:
@@ -249,7 +257,7 @@ def _tokenize_here(run: Run, log: _Log) -> None:
         return
     blocks = run.block_tokenizer()
     for block in run.claims(0, 1, wait=True):
-        blocks.tokenize(block, lambda *facts: log(facts))
+        run.tokenize(blocks, block, lambda *facts: log(facts))
 
 
 def _finish(run: Run) -> Summary | None:

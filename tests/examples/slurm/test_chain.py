@@ -12,7 +12,7 @@ import pytest
 from megatron_retro.testing.slurm import Cluster
 
 ROOT = Path(__file__).resolve().parents[3]
-STAGES = ["corpus", "index", "pretrain", "retrofit", "instruct", "evaluate", "report"]
+STAGES = ["corpus", "corpus-finish", "index", "index-finish", "pretrain", "retrofit", "instruct", "evaluate", "report"]
 STEPS = 18
 
 

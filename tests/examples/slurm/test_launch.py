@@ -159,6 +159,22 @@ def test_a_full_file_system_is_no_fault_of_the_node(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_what_nvidia_smi_tells_of_gpus_is_named(tmp_path: Path) -> None:
+    program = tmp_path / "nvidia-smi"
+    links = "GPU 0: H100\\n  Link 0: 26.562 GB/s\\n  Link 1: <inactive>"
+    rows = ("0, 0, No\\n1, [N/A], [N/A]\\n2, 3, No\\n3, 0, Yes", "0, 0, No\\n1, 0, No\\n2, 0, No\\n3, 0, No")
+    for row, link in zip(rows, (links, "Link 0: 26.562 GB/s"), strict=True):
+        program.write_text(
+            "#!/bin/sh\ncase $1 in --list-gpus) printf 'a\\nb\\nc\\nd\\n';; nvlink) "
+            f"printf '{link}\\n';; *) printf '{row}\\n';; esac\n"
+        )
+        program.chmod(0o755)
+        text = health(tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}", EXPECTED_GPUS="4", MINIMUM_FREE_GB="0")
+        sick = ("GPU 2 has 3 uncorrected memory errors", "GPU 3 waits for a reset", "an NVLink is inactive: 1 in all")
+        assert [words in text for words in sick] == [row == rows[0]] * 3, text
+        assert "GPU 0" not in text and "GPU 1" not in text
+
+
 def test_a_loopback_name_is_a_hint_where_nodes_do_not_meet(tmp_path: Path) -> None:
     for name, said in (("python", "exit 1"), ("getent", "echo 127.0.1.1 here")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{said}\n")
