@@ -219,6 +219,9 @@ class ConvertConfig:
     convert_base: str | None = option(
         None, "the checkpoint that an adapter in the format of Hugging Face's peft belongs to", ours=True
     )
+    convert_neutral_arguments: tuple[str, ...] | None = option(
+        None, "arguments of a Megatron-LM run that are not known here and leave its model's function alone", ours=True
+    )
     convert_decoder_only: bool = option(
         False, "export the decoder of a model that reads neighbours, as it computes with the gate shut", ours=True
     )

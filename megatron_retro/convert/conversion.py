@@ -48,7 +48,7 @@ def _written(config: ConvertConfig, source: Path, destination: Path) -> Path:
     if (source / CONFIG).is_file():
         return import_hugging_face(source, destination)
     if is_megatron(source):
-        return import_megatron(source, destination, say)
+        return import_megatron(source, destination, say, config.convert_neutral_arguments or ())
     raise ConfigError(
         f"{source} is no model that can be imported",
         expected=f"{CONFIG} with safetensors beside it, {ADAPTER_CONFIG}, or mp_rank_XX folders",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,24 +16,22 @@ from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.convert.checkpoint_files import parameter_shapes, write_checkpoint
 from megatron_retro.convert.megatron_files import FILE, read_megatron
+from megatron_retro.convert.megatron_settings import DECODER, legacy_settings
 from megatron_retro.errors import ArtifactError
 
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"
 Merge = Callable[[Sequence[Tensor]], Tensor]
-DECODER = "language_model.encoder.layers."
-_RETRIEVER = re.compile(re.escape(DECODER) + r"(\d+)\.retriever\.layers\.(\d+)\.")
-_READS = re.compile(re.escape(DECODER) + r"(\d+)\.inter_attention\.")
 _DERIVED = re.compile(r".*(_extra_state|inv_freq)$")
 
 
-def import_megatron(source: Path, run: Path, say: Callable[[str], None]) -> Path:
+def import_megatron(source: Path, run: Path, say: Callable[[str], None], known_neutral: Collection[str] = ()) -> Path:
     """Write step 0 of `run` and print what was skipped. The vocabulary is the checkpoint's, padding included."""
     checkpoint = read_megatron(source)
     if _EMBEDDING not in checkpoint.shards[0]:
         raise ArtifactError(f"{checkpoint.path} is no model of the older code", expected=_EMBEDDING)
     names = list(checkpoint.shards[0])
     vocabulary = sum(len(shard[_EMBEDDING]) for shard in checkpoint.shards)
-    model, retro = settings_of(checkpoint.arguments, names, vocabulary)
+    model, retro = legacy_settings(checkpoint.arguments, names, vocabulary, known_neutral)
     parts = tensor_sources(model, retro)
     shapes = parameter_shapes(model, retro)
     problems = [f"{parts[name].theirs} is missing" for name in shapes if parts[name].theirs not in names]
@@ -101,63 +98,6 @@ def grouped(groups: int) -> Merge:
         return whole.reshape(groups, -1, *whole.shape[1:])
 
     return merge
-
-
-def settings_of(arguments: Mapping[str, Any], names: Sequence[str], vocabulary: int) -> tuple[ModelConfig, RetroConfig]:
-    """Our settings from the run's arguments; the retrieval layers are those with a cross-attention."""
-
-    def given(name: str, *default: Any) -> Any:
-        if name not in arguments and not default:
-            raise ArtifactError(
-                f"the checkpoint's arguments lack {name}", fix="it is no training checkpoint of Megatron-LM"
-            )
-        value = arguments.get(name)
-        return default[0] if value is None and default else value
-
-    heads = given("num_attention_heads")
-    grouped_queries = bool(given("group_query_attention", False))
-    bias = bool(given("add_bias_linear", True))
-    model = ModelConfig(
-        num_layers=given("num_layers"),
-        hidden_size=given("hidden_size"),
-        ffn_hidden_size=given("ffn_hidden_size"),
-        num_attention_heads=heads,
-        group_query_attention=grouped_queries,
-        num_query_groups=given("num_query_groups", None) if grouped_queries else None,
-        kv_channels=given("kv_channels", None),
-        max_position_embeddings=given("max_position_embeddings"),
-        position_embedding_type="rope"
-        if given("use_rotary_position_embeddings", False)
-        else given("position_embedding_type"),
-        rotary_percent=float(given("rotary_percent", 1.0)),
-        rotary_base=float(given("rotary_base", 10000.0)),
-        normalization=given("normalization", "LayerNorm"),
-        apply_layernorm_1p=bool(given("apply_layernorm_1p", False)),
-        norm_epsilon=float(given("norm_epsilon", given("layernorm_epsilon", 1e-5))),
-        swiglu=bool(given("swiglu", False)),
-        squared_relu=bool(given("squared_relu", False)),
-        gelu_tanh=bias and bool(given("bias_gelu_fusion", True)),
-        disable_bias_linear=not bias,
-        untie_embeddings_and_output_weights=bool(given("untie_embeddings_and_output_weights", False)),
-        vocab_size=vocabulary,
-        make_vocab_size_divisible_by=1,
-    )
-    reading = sorted({int(found[1]) for name in names if (found := _READS.match(name))})
-    encoder_layers = {int(found[2]) for name in names if (found := _RETRIEVER.match(name))}
-    if not reading:
-        return model, RetroConfig()
-    retro = RetroConfig(
-        retro_add_retriever=True,
-        retro_layers=tuple(index + 1 for index in reading),
-        retro_encoder_layers=len(encoder_layers),
-        retro_chunk_length=given("retro_gpt_chunk_length", given("retro_chunk_length", 64)),
-        retro_num_neighbors=given("retro_num_neighbors", 2),
-        retro_num_retrieved_chunks=given("retro_num_retrieved_chunks", 2),
-        retro_neighbor_positions="none",
-        retro_attention_gate=float(given("retro_attention_gate", 1.0)),
-        retro_legacy_checkpoint=True,
-    )
-    return model, retro
 
 
 def tensor_sources(model: ModelConfig, retro: RetroConfig) -> dict[str, TensorSource]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,9 @@ from torch import Tensor
 from megatron_retro.checkpoint.loading import open_checkpoint, stored_settings
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.convert.checkpoint_files import read_parameter
+from megatron_retro.convert.megatron_arguments import REFUSED, REPRESENTED, argument_problems, is_neutral
 from megatron_retro.convert.megatron_checkpoint import import_megatron
+from megatron_retro.convert.megatron_settings import legacy_settings
 from megatron_retro.errors import ArtifactError, MegatronRetroError
 from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.retro import Retro
@@ -47,6 +50,7 @@ ARGUMENTS = {
     "pipeline_model_parallel_size": 1,
 }
 LAYER = "language_model.encoder.layers"
+DATA = Path(__file__).parent / "data"
 
 
 def whole_tensors() -> dict[str, Tensor]:
@@ -215,6 +219,62 @@ def test_arguments_that_do_not_fit_are_named(changes: dict[str, Any], named: str
     with pytest.raises(MegatronRetroError, match=named):
         import_megatron(folder, tmp_path / "run", lambda text: None)
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+def facts() -> dict[str, Any]:
+    """Every argument of Megatron-LM's and its default."""
+    lines = (DATA / "megatron_arguments.txt").read_text(encoding="utf-8").splitlines()
+    return {name: ast.literal_eval(value) for name, value in (line.split(" ", 1) for line in lines if line[0] != "#")}
+
+
+def test_every_argument_of_megatron_is_represented_neutral_or_refused() -> None:
+    assert len(facts()) > 600
+    for name in facts():
+        lists = [name in REPRESENTED, is_neutral(name), name in REFUSED]
+        assert sum(lists) == 1, f"{name} is in {sum(lists)} lists"
+    assert not list(argument_problems(facts()))
+    for name, neutral in REFUSED.items():
+        assert list(argument_problems({name: "another"})), name
+        assert all(not list(argument_problems({name: value})) for value in neutral)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm = True"),
+        ({"rotary_interleaved": True}, "rotary_interleaved = True"),
+        ({"num_experts": 8}, "num_experts = 8"),
+        ({"openai_gelu": True}, "openai_gelu = True beside"),
+        ({"my_own_bias": 3}, "my_own_bias = 3 is an argument that is not known"),
+        ({"use_rotary_position_embeddings": False, "position_embedding_type": "learned_absolute"}, "in a Retro"),
+        ({"use_rotary_position_embeddings": False, "position_embedding_type": "relative"}, "'relative'"),
+    ],
+)
+def test_a_setting_that_changes_the_function_is_refused_by_name(
+    changes: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    folder = written(tmp_path / "theirs", 1, **changes)
+    with pytest.raises(ArtifactError, match=named):
+        import_megatron(folder, tmp_path / "run", lambda text: None)
+    assert not (tmp_path / "run").exists()
+
+
+@torch.no_grad()
+def test_positions_are_those_of_the_older_code(tmp_path: Path) -> None:
+    """It stretches them, and ignores a base; an argument that is said to be neutral is passed over."""
+    folder = written(tmp_path / "a", 1, rotary_base=500, rotary_seq_len_interpolation_factor=4, my_note="x")
+    import_megatron(folder, tmp_path / "run", lambda text: None, ["my_note"])
+    model = stored_settings(open_checkpoint(tmp_path / "run"))[ModelConfig]
+    assert (model.rotary_base, model.rope_scaling_type, model.rope_scaling_factor) == (10000.0, "linear", 4.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tanh"),
+    [({}, True), ({"bias_gelu_fusion": False}, False), ({"bias_gelu_fusion": False, "openai_gelu": True}, True)],
+)
+def test_which_gelu_a_run_has(changes: dict[str, Any], tanh: bool) -> None:
+    arguments = {**ARGUMENTS, "swiglu": False, "add_bias_linear": True, **changes}
+    assert legacy_settings(arguments, [], VOCABULARY)[0].gelu_tanh == tanh
 
 
 def edited(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
