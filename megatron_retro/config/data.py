@@ -10,7 +10,10 @@ from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings
 from megatron_retro.errors import ConfigError, Violation
 
 KEPT_AS_ONE = ("document", "chunk")
-TOKENIZERS = ("ByteTokenizer", "SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer")
+TOKENIZERS = (
+    "ByteTokenizer", "SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer",
+    "GPTSentencePieceTokenizer", "MegatronSentencePieceTokenizer",
+)  # fmt: skip
 VERIFICATIONS = ("off", "background", "before")
 CONTEXT_PLACES = ("prompt", "encoder", "split", "none")
 
@@ -19,7 +22,9 @@ CONTEXT_PLACES = ("prompt", "encoder", "split", "none")
 class TokenizerConfig:
     """Tokenizer"""
 
-    tokenizer_type: str = option("ByteTokenizer", "kind of tokenizer", choices=TOKENIZERS)
+    tokenizer_type: str = option(
+        "ByteTokenizer", "kind of tokenizer (GPTSentencePieceTokenizer is SentencePieceTokenizer)", choices=TOKENIZERS
+    )
     tokenizer_model: str | None = option(None, "sentencepiece model or tokenizer.json")
     vocab_file: str | None = option(None, "GPT-2 vocabulary (json)")
     merge_file: str | None = option(None, "GPT-2 merges")
@@ -39,7 +44,7 @@ def require_tokenizer_type(settings: Settings) -> None:
         raise ConfigError(
             "a tokenizer's file is named, but not its kind",
             got=", ".join(given),
-            fix="add --tokenizer-type " + " or ".join(TOKENIZERS[1:]),
+            fix="add --tokenizer-type " + " or ".join(TOKENIZERS[1:4]),
         )
 
 

@@ -12,11 +12,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.errors import ArtifactError, ConfigError, DataError
 from megatron_retro.runtime.console import warn
 
+_SAMPLED_ENDS, _FEWEST_ENDS = 64, 3
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<EOD>", "[EOS]")
 
 
@@ -61,7 +64,7 @@ class ByteTokenizer:
 class SentencePieceTokenizer:
     """A sentencepiece model; its end-of-sentence piece ends a document."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, *, needs_end: bool = True) -> None:
         from sentencepiece import SentencePieceProcessor
 
         content = read_tokenizer_file(model)
@@ -72,7 +75,7 @@ class SentencePieceTokenizer:
         except RuntimeError as error:
             raise ArtifactError(f"{model} is no sentencepiece model", got=error) from None
         self.vocab_size: int = self.processor.vocab_size()
-        self.eod: int = self._end_of_document(model)
+        self.eod: int = self._end_of_document(model) if needs_end else -1
         self.fingerprint = hashlib.sha256(b"SentencePiece" + content).hexdigest()
 
     def _end_of_document(self, model: Path) -> int:
@@ -166,12 +169,39 @@ def name_of(tokenizer: Tokenizer) -> str:
 
 
 def require_tokenizer(files: Iterable[TokenFile], tokenizer: Tokenizer, *, allow_mismatch: bool = False) -> None:
-    """Refuse token files that say that another tokenizer made them; a warning where that is allowed."""
+    """Refuse token files that another tokenizer made, as they say or their documents' ends show; or warn of them."""
     for file in {file.prefix: file for file in files}.values():
         stored = file.tokenizer
-        if stored is not None and stored.fingerprint != tokenizer.fingerprint:
+        if stored is None:
+            _require_ends(file, tokenizer, allow_mismatch)
+        elif stored.fingerprint != tokenizer.fingerprint:
             made_with = tokenizer_name(stored.kind, stored.vocab_size, stored.fingerprint)
             refuse_mismatch(f"{file.prefix} was made with another tokenizer", made_with, tokenizer, allow_mismatch)
+
+
+def _require_ends(file: TokenFile, tokenizer: Tokenizer, allowed: bool) -> None:
+    """Refuse a file whose documents all end with one id that is not the tokenizer's end of a document.
+
+    Only some documents are looked at. Where they end with various ids, the file was made without such an id.
+    """
+    if file.num_documents < _FEWEST_ENDS:
+        return
+    chosen = np.unique(np.linspace(0, file.num_documents - 1, _SAMPLED_ENDS).astype(np.int64))
+    starts, stops = file.document_starts(chosen), file.document_starts(chosen + 1)
+    ends = {int(token) for token in file.stream[stops[stops > starts] - 1]}
+    if len(ends) != 1 or ends == {tokenizer.eod} or tokenizer.encode("\n") == [*ends]:
+        return
+    what = f"the documents of {file.prefix} end with another id than this tokenizer's end of a document"
+    if allowed:
+        warn(f"{what}: {ends.pop()} instead of {tokenizer.eod} (--allow-tokenizer-mismatch)")
+        return
+    raise ArtifactError(
+        what,
+        got=f"{ends.pop()}, the last of all {len(chosen)} documents that were looked at",
+        expected=f"{tokenizer.eod} of {name_of(tokenizer)}",
+        fix="give the tokenizer that made the file (Megatron-LM's SentencePieceTokenizer, whose documents end with an "
+        "id beyond the model's, is MegatronSentencePieceTokenizer here), or --allow-tokenizer-mismatch",
+    )
 
 
 def refuse_mismatch(what: str, made_with: str, tokenizer: Tokenizer, allowed: bool) -> None:
@@ -216,8 +246,12 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
             _required(config.vocab_file, kind, "vocab_file"), _required(config.merge_file, kind, "merge_file")
         )
     model = _required(config.tokenizer_model, kind, "tokenizer_model")
-    if kind == "SentencePieceTokenizer":
+    if kind in ("SentencePieceTokenizer", "GPTSentencePieceTokenizer"):
         return SentencePieceTokenizer(model)
+    if kind == "MegatronSentencePieceTokenizer":
+        from megatron_retro.data.megatron_tokenizer import MegatronSentencePieceTokenizer
+
+        return MegatronSentencePieceTokenizer(model)
     return HuggingFaceTokenizer(model)
 
 

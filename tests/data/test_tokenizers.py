@@ -12,10 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_retro.artifacts.manifest import manifest_path
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.data.preprocessing.tokenization import GigatokenEncoder, PlainEncoder, build_encoder
-from megatron_retro.data.token_file import token_dtype
-from megatron_retro.data.tokenizers import ByteTokenizer, Tokenizer, build_tokenizer
+from megatron_retro.data.token_file import TokenFile, token_dtype
+from megatron_retro.data.token_writer import TokenFileWriter
+from megatron_retro.data.tokenizers import ByteTokenizer, Tokenizer, build_tokenizer, require_tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError, DataError
 from megatron_retro.testing.corpora import (
     SPACES,
@@ -200,3 +202,41 @@ def test_a_file_that_is_no_model_is_named(tmp_path: Path, kind: str) -> None:
     path.write_bytes(b"\x00garbage")
     with pytest.raises(ArtifactError, match="is no"):
         build_tokenizer(TokenizerConfig(kind, tokenizer_model=str(path)))
+
+
+def test_both_meanings_of_megatrons_sentencepiece_names(tmp_path: Path) -> None:
+    """Megatron's `SentencePieceTokenizer` has four ids and more beyond the model; its GPT one is the model alone."""
+    path = tmp_path / "m.model"
+    alone = small_sentencepiece(path)
+    kinds = ("GPTSentencePieceTokenizer", "MegatronSentencePieceTokenizer")
+    same, extended = (build_tokenizer(TokenizerConfig(kind, tokenizer_model=str(path))) for kind in kinds)
+    assert (same.fingerprint, same.eod) == (alone.fingerprint, alone.eod)
+    size = alone.vocab_size  # <CLS> <SEP> <EOD> <MASK>, and <PAD>, which this model lacks
+    assert (extended.eod, extended.vocab_size) == (size + 2, size + 5)
+    text = "the cat <SEP>sat</s> on"
+    parts = [*alone.encode("the cat "), size + 1, *alone.encode("sat"), alone.eod, *alone.encode(" on")]
+    assert extended.encode(text) == parts
+    assert extended.decode([*alone.encode("the cat"), extended.eod]) == "the cat"
+    tokens, lengths = build_encoder(extended, np.dtype(np.uint16)).encode([text, ""])
+    assert tokens.tolist() == parts and lengths.tolist() == [len(parts), 0]
+
+
+def test_documents_that_end_otherwise_are_refused_with_both_ids(tmp_path: Path) -> None:
+    """Token files of other programs do not say what made them; the ends of their documents do."""
+    tokenizer = ByteTokenizer()
+
+    def file(name: str, ends: list[int]) -> TokenFile:
+        with TokenFileWriter(tmp_path / name, np.dtype(np.int32)) as writer:
+            tokens = np.array([token for end in ends for token in (65, end)])
+            writer.add_documents(tokens, np.full(len(ends), 2, np.int32), np.ones(len(ends), np.int64))
+            writer.finalize()
+        manifest_path(tmp_path / name).unlink(missing_ok=True)
+        return TokenFile(tmp_path / name)
+
+    foreign = file("foreign", [258] * 5)
+    with pytest.raises(ArtifactError, match="258, the last of all 5 documents") as raised:
+        require_tokenizer([foreign], tokenizer)
+    assert "256 of ByteTokenizer" in str(raised.value) and "MegatronSentencePieceTokenizer" in str(raised.value)
+    require_tokenizer([foreign], tokenizer, allow_mismatch=True)
+    for name, ends in {"own": [256] * 5, "none": [66, 67, 66], "lines": [10] * 5, "two": [258] * 2}.items():
+        require_tokenizer([file(name, ends)], tokenizer)

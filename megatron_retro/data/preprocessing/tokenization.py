@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_retro.data.megatron_tokenizer import MegatronSentencePieceTokenizer
 from megatron_retro.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, Tokenizer, utf8
 
 CACHE_BYTES = 256 << 20
@@ -107,6 +108,8 @@ def build_encoder(tokenizer: Tokenizer, dtype: np.dtype[Any]) -> TextEncoder:
     if isinstance(tokenizer, ByteTokenizer):
         return ByteEncoder(dtype)
     plain = PlainEncoder(tokenizer, dtype)
+    if isinstance(tokenizer, MegatronSentencePieceTokenizer):
+        return plain
     try:
         fast = GigatokenEncoder(plain)
         return fast if fast.is_exact() else plain

@@ -1,0 +1,61 @@
+"""Megatron-LM's own `SentencePieceTokenizer`: a sentencepiece model and, after its pieces, tokens that it has not.
+
+Its documents end with `<EOD>`, an id beyond the model. Here it is called `MegatronSentencePieceTokenizer`, because
+`SentencePieceTokenizer` has always meant the model alone (Megatron's `GPTSentencePieceTokenizer`) in files of ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_retro.data.tokenizers import SentencePieceTokenizer, utf8
+
+_ADDED = ("<CLS>", "<SEP>", "<EOD>", "<MASK>")
+_ROLES = {"pad_id": "<PAD>", "bos_id": "<BOS>", "eos_id": "<EOS>"}
+
+
+class MegatronSentencePieceTokenizer:
+    """Special tokens stand for themselves in a text; what is between them is the model's."""
+
+    def __init__(self, model: Path) -> None:
+        self._pieces = SentencePieceTokenizer(model, needs_end=False)
+        count = self._pieces.vocab_size
+        processor = self._pieces.processor
+        ids = {processor.id_to_piece(token): token for token in range(count)}
+        self._specials: dict[str, int] = {}
+        for name in (*_ADDED, *self._role_names(count)):
+            self._specials[name] = ids.setdefault(name, len(ids))
+        self._names = {token: name for name, token in self._specials.items()}
+        self._split = re.compile("(" + "|".join(map(re.escape, sorted(self._specials, key=len, reverse=True))) + ")")
+        self.vocab_size = len(ids)
+        self.eod = self._specials["<EOD>"]
+        self.fingerprint = hashlib.sha256(b"MegatronSentencePiece" + self._pieces.model_bytes).hexdigest()
+
+    def _role_names(self, count: int) -> Iterator[str]:
+        processor = self._pieces.processor
+        for role, name in _ROLES.items():
+            token = getattr(processor, role)()
+            yield processor.id_to_piece(token) if 0 <= token < count else name
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, nothing added."""
+        utf8(text)
+        ids: list[int] = []
+        for place, part in enumerate(self._split.split(text)):
+            ids += [self._specials[part]] if place % 2 else self._pieces.encode(part)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; `eod` vanishes."""
+        text = ""
+        run: list[int] = []
+        for token in ids:
+            if token in self._names:
+                text += self._pieces.decode(run) + ("" if token == self.eod else self._names[token])
+                run = []
+            else:
+                run.append(token)
+        return text + self._pieces.decode(run)
