@@ -118,11 +118,13 @@ SLURM array or under mpirun), and can be stopped and run again at any moment."""
         "inspect-neighbors",
         "a page of chunks, their neighbours and what they share",
         (RetrievalConfig, InspectorConfig),
-        "retrieval.inspector:inspect_neighbors",
+        "inference.inspection:inspect_neighbors",
         """Write a page of query chunks with their neighbours, continuations, distances and documents.
 
-Runs of tokens that a neighbour shares with the chunk or with what follows it are marked. The tables of the database's
-own corpora are found by themselves; name others as --retro-query-corpus NAME=PREFIX.""",
+Runs of tokens that a neighbour shares with the chunk or with what follows it are marked. With --inspect-model RUN it
+shows what that model attends to while it predicts what follows, and what each neighbour takes off its loss.
+
+The tables of the database's own corpora are found by themselves; name others as --retro-query-corpus NAME=PREFIX.""",
         reads={RetrievalConfig: ("retro_project_dir", "retro_query_corpus")},
     ),
     Verb(

@@ -98,4 +98,7 @@ class InspectorConfig:
     )
     inspect_rows: int = option(200, "query chunks to show, evenly spread", minimum=1, ours=True)
     inspect_neighbors: int = option(5, "neighbours of each", minimum=1, ours=True)
+    inspect_model: str | None = option(
+        None, "a run: show what it attends to in each neighbour, and what each is worth to it", ours=True
+    )
     inspect_run: int = option(4, "shared runs of this many tokens are marked", minimum=1, ours=True)

@@ -19,7 +19,7 @@ from megatron_retro.model.gates import AdaptiveGate, HeadGate, ScalarGate
 from megatron_retro.model.leaves import HeadsToHidden, Linear, Norm, RelativePositions
 from megatron_retro.ops.attention import AttentionPattern, attention
 from megatron_retro.ops.chunked_cross_attention import chunked_cross_attention
-from megatron_retro.ops.chunking import spread_over_queries
+from megatron_retro.ops.chunking import attending_spans, spread_over_queries
 from megatron_retro.ops.rotary import RotaryTable, apply_rotary
 
 
@@ -176,13 +176,7 @@ class ChunkedCrossAttention(CrossAttention):
         first_position: int,
         tables: tuple[RotaryTable | None, RotaryTable | None] = (None, None),
     ) -> Tensor:
-        bias = None
-        if self.relative is not None:
-            retrieved_length = retrieval.retrieved_length
-            keys = torch.arange(retrieved_length, device=query_BSND.device)
-            keys = keys.repeat(key_BCEGD.shape[2] // retrieved_length)
-            reach = (self.chunk_length - retrieved_length, 2 * self.chunk_length - 2)
-            bias = self.relative(query_BSND, retrieval.query_positions_BS[0], keys, reach)
+        bias = self._relative_scores(query_BSND, key_BCEGD.shape[2], retrieval)
         return chunked_cross_attention(
             query_BSND,
             key_BCEGD,
@@ -196,6 +190,40 @@ class ChunkedCrossAttention(CrossAttention):
             key_table=tables[1],
             interleaved=self.interleaved,
         )
+
+    def _relative_scores(self, query_BSND: Tensor, num_keys: int, retrieval: NeighborContext) -> Tensor | None:
+        if self.relative is None:
+            return None
+        keys = torch.arange(retrieval.retrieved_length, device=query_BSND.device)
+        keys = keys.repeat(num_keys // retrieval.retrieved_length)
+        reach = (self.chunk_length - retrieval.retrieved_length, 2 * self.chunk_length - 2)
+        scores_BNSE: Tensor = self.relative(query_BSND, retrieval.query_positions_BS[0], keys, reach)
+        return scores_BNSE
+
+    def attention_received(self, normed_BSH: Tensor, encoded_BCKRH: Tensor, retrieval: NeighborContext) -> Tensor:
+        """[B, C, N, E]: the attention that each neighbour's token gets from those who read it, summed over them.
+
+        Scaled by the gate, as what they read is. For looking at: the operators that attend never hold these weights.
+        """
+        query_BSND = self._rotated(self.query(normed_BSH), retrieval.query_rotary)
+        key_BCEGD, _ = self._chunk_keys_values(encoded_BCKRH, retrieval.key_rotary)
+        assert key_BCEGD is not None
+        num_chunks, num_keys, groups = key_BCEGD.shape[1:4]
+        bias_BNSE = self._relative_scores(query_BSND, num_keys, retrieval)
+        gate_BSN = self._gated(torch.ones_like(query_BSND), normed_BSH, num_chunks, retrieval.first_position)[..., 0]
+        received = query_BSND.new_zeros(query_BSND.shape[0], num_chunks, query_BSND.shape[2], num_keys)
+        keys = key_BCEGD.repeat_interleave(query_BSND.shape[2] // groups, -2)
+        for span in attending_spans(query_BSND.shape[1], self.chunk_length, num_chunks, retrieval.first_position):
+            some, seen = slice(span.start, span.stop), slice(span.first_chunk, span.first_chunk + span.num_chunks)
+            query, gate = (torch.unflatten(each[:, some], 1, (span.num_chunks, -1)) for each in (query_BSND, gate_BSN))
+            scores = torch.einsum("bcmnd,bcend->bcmne", query, keys[:, seen]) / self.head_size**0.5
+            if bias_BNSE is not None:
+                scores = scores + torch.unflatten(bias_BNSE[:, :, some].movedim(1, 2), 1, (span.num_chunks, -1))
+            if retrieval.mask_BCE is not None:
+                scores = scores.masked_fill(~retrieval.mask_BCE[:, seen, None, None], -torch.inf)
+            weights = scores.softmax(-1).nan_to_num(0.0)
+            received[:, seen] += (weights * gate.abs()[..., None]).sum(2)
+        return received
 
     def _gated(self, attended_BSND: Tensor, normed_BSH: Tensor, num_chunks: int, first_position: int) -> Tensor:
         if isinstance(self.gate, AdaptiveGate):

@@ -25,7 +25,15 @@ from megatron_retro.reporting.html import page, paragraph, section
 Decode = Callable[[Sequence[int]], str]
 _EXAMPLES = 3  # held-out samples on a run's page
 _SHORTEST_RUN = 4  # tokens that are worth a mark there
+_UNDERLINED = (
+    " Underlined: what the model attended to while it predicted what follows, over all heads and layers, the stronger "
+    "the more. Worth: what the prediction of what follows loses without that neighbour, in nats."
+)
+_SHADES = 5  # of what was attended to; their colors stand in the style
 _STYLE = """
+[class^=read-] { box-shadow: inset 0 -.28em color-mix(in srgb, var(--s1) var(--share), transparent); }
+.read-1 { --share: 20%; } .read-2 { --share: 40%; } .read-3 { --share: 60%; } .read-4 { --share: 80%; }
+.read-5 { --share: 100%; }
 #find { position: sticky; top: 0; background: var(--paper); padding: .6rem 0; border-bottom: 1px solid var(--rule); }
 #find input { font: inherit; padding: .35rem .6rem; width: min(30rem, 70vw); border: 1px solid var(--soft);
   border-radius: .3rem; background: var(--paper); color: var(--ink); }
@@ -51,10 +59,12 @@ search();
 
 @dataclass(frozen=True)
 class RetrievedText:
-    """A neighbour under its title: a chunk and its continuation."""
+    """A neighbour under its title: a chunk and its continuation; where a model read it, what each token got of that
+    model's attention."""
 
     title: str
     tokens: Sequence[int]
+    attention: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,7 @@ def inspector_page(
     name: str, shown: Sequence[QueryText], num_rows: int, decode: Decode, chunk_length: int, shortest: int
 ) -> str:
     """The page of one table; runs of at least `shortest` shared tokens are marked."""
+    were_read = any(neighbor.attention for one in shown for neighbor in one.neighbors)
     find = (
         '<div id="find" role="search"><label>Find <input type="search" placeholder="words, chunk or document numbers">'
         '</label> <span id="count" class="soft" aria-live="polite"></span></div>'
@@ -78,7 +89,8 @@ def inspector_page(
         f"Neighbours of {name}",
         [find, *(_article(one, decode, chunk_length, shortest, heading="h2") for one in shown)],
         summary=f"{len(shown):,} of {num_rows:,} query chunks. Marked: runs of at least {shortest} tokens that a "
-        "neighbour shares with the chunk or with what follows it. Grey: what follows.",
+        "neighbour shares with the chunk or with what follows it. Grey: what follows."
+        + (_UNDERLINED if were_read else ""),
         style=_STYLE,
         script=_SCRIPT,
     )
@@ -121,7 +133,7 @@ def _held_out(settings: Settings) -> Iterator[str]:
 def _article(shown: QueryText, decode: Decode, chunk_length: int, shortest: int, heading: str = "h3") -> str:
     items = [
         f'<li><div class="soft">{escape(one.title)}</div>'
-        + marked_text(decode, one.tokens, shared_runs(shown.tokens, one.tokens, shortest), chunk_length)
+        + marked_text(decode, one.tokens, shared_runs(shown.tokens, one.tokens, shortest), chunk_length, one.attention)
         + "</li>"
         for one in shown.neighbors
     ]
@@ -143,9 +155,18 @@ def shared_runs(text: Sequence[Hashable], other: Sequence[Hashable], shortest: i
     return runs
 
 
-def marked_text(decode: Decode, tokens: Sequence[int], runs: Sequence[tuple[int, int]], chunk_length: int) -> str:
-    """The text of tokens; what lies in `runs` is marked, what lies beyond the chunk is grey."""
-    cuts = sorted({0, min(chunk_length, len(tokens)), len(tokens), *(bound for run in runs for bound in run)})
+def marked_text(
+    decode: Decode,
+    tokens: Sequence[int],
+    runs: Sequence[tuple[int, int]],
+    chunk_length: int,
+    attention: Sequence[float] = (),
+) -> str:
+    """The text of tokens; what lies in `runs` is marked, what lies beyond the chunk is grey; the more a token was
+    attended to, the darker is what lies under it."""
+    bounds = range(len(attention) + 1) if attention else (bound for run in runs for bound in run)
+    cuts = sorted({0, min(chunk_length, len(tokens)), len(tokens), *bounds})
+    shades = _shades(attention)
     # Pieces are cut from growing texts: a token decoded alone may lose its space.
     ends = {cut: len(decode(tokens[:cut])) for cut in cuts}
     whole, parts = decode(tokens), []
@@ -153,5 +174,13 @@ def marked_text(decode: Decode, tokens: Sequence[int], runs: Sequence[tuple[int,
         piece = escape(whole[ends[start] : ends[stop]])
         if any(first <= start and stop <= last for first, last in runs):
             piece = f"<mark>{piece}</mark>"
+        if start < len(shades) and shades[start]:
+            piece = f'<span class="read-{shades[start]}" title="attention {attention[start]:.3g}">{piece}</span>'
         parts.append(piece if stop <= chunk_length else f'<span class="follows">{piece}</span>')
     return f'<div class="text">{"".join(parts)}</div>'
+
+
+def _shades(attention: Sequence[float]) -> list[int]:
+    """0 for little, _SHADES for most. The first token, where attention rests that finds nothing, is not counted."""
+    most = max(attention[1:], default=0.0)
+    return [0, *(round(_SHADES * one / most) if most > 0 else 0 for one in attention[1:])]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.config.data import TokenizerConfig
@@ -23,6 +25,19 @@ from megatron_retro.retrieval.live_index import LiveIndex, live_settings
 from megatron_retro.retrieval.quality import covered_rows
 from megatron_retro.retrieval.work_blocks import uniform_sample
 
+Tokens: TypeAlias = NDArray[np.integer[Any]]
+Mask: TypeAlias = NDArray[np.bool_]
+Weights: TypeAlias = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model that reads: neighbours [K, R] of the first chunk of a text, to what was attended to and worth."""
+
+    num_neighbors: int
+    retrieved_length: int
+    read: Callable[[Sequence[int], Tokens, Mask], tuple[Weights, Weights]]
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -33,9 +48,10 @@ class Shown:
     table: NeighborTable
     chunks: QueryChunks
     config: InspectorConfig
+    reader: Reader | None
 
 
-def inspect_neighbors(settings: Settings) -> None:
+def inspect_neighbors(settings: Settings, reader: Reader | None = None) -> None:
     """Write a page per table of the project, and print their paths."""
     retrieval, config = settings[RetrievalConfig], settings[InspectorConfig]
     layout = ProjectLayout(Path(retrieval.retro_project_dir))
@@ -51,7 +67,7 @@ def inspect_neighbors(settings: Settings) -> None:
     for name, (table, file) in tables.items():
         chunks = QueryChunks(file, index.database.chunk_length)
         path = Path(config.inspect_output) if config.inspect_output else layout.report / f"neighbors-{name}.html"
-        write_file(path, _page(Shown(index, tokenizer, table, chunks, config), name))
+        write_file(path, _page(Shown(index, tokenizer, table, chunks, config, reader), name))
         print(path)
 
 
@@ -73,17 +89,24 @@ def _query(shown: Shown, number: int) -> QueryText:
 
 def _neighbors(shown: Shown, number: int, text: Sequence[int]) -> list[RetrievedText]:
     database, length = shown.index.database, shown.chunks.chunk_length
-    ids = shown.table.rows(number, number + 1)[0, : shown.config.inspect_neighbors]
+    reader = shown.reader
+    ids = shown.table.rows(number, number + 1)[0, : reader.num_neighbors if reader else shown.config.inspect_neighbors]
     ids = ids[ids >= 0]
     if not len(ids):
         return []
-    tokens, there = database.gather(ids, 2 * length)
-    distances = _distances(shown, text[:length], ids)
-    return [
-        RetrievedText(f"chunk {one}, document {document}, squared distance {distance:.3f}", row[mask].tolist())
-        for one, document, row, mask, distance in zip(
-            ids, database.document_of(ids), tokens, there, distances, strict=True
+    tokens, there = database.gather(ids, reader.retrieved_length if reader else 2 * length)
+    facts = [
+        f"chunk {one}, document {document}, squared distance {distance:.3f}"
+        for one, document, distance in zip(
+            ids, database.document_of(ids), _distances(shown, text[:length], ids), strict=True
         )
+    ]
+    if reader is None or len(text) <= length:
+        return [RetrievedText(title, row[mask].tolist()) for title, row, mask in zip(facts, tokens, there, strict=True)]
+    attention, worth = reader.read(text, tokens, there)
+    return [
+        RetrievedText(f"{title}, worth {value:+.2f} nats", row[mask].tolist(), weights[mask].tolist())
+        for title, row, mask, weights, value in zip(facts, tokens, there, attention, worth, strict=True)
     ]
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from megatron_retro.cli.main import main
+from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.config.settings import Settings
+from megatron_retro.convert.checkpoint_files import parameter_shapes, write_checkpoint
 from megatron_retro.reporting.neighbors import shared_runs
 from megatron_retro.retrieval.stages import build_retrieval
 from megatron_retro.testing.browser import Browser, missing_browser
 from megatron_retro.testing.retrieval_projects import project_settings, write_corpus
+from megatron_retro.testing.tiny_models import random_model, tiny_model, tiny_retro
 
 
 def test_shared_runs_are_found_and_joined() -> None:
@@ -58,6 +63,24 @@ def test_the_page_searches_and_marks(page: Path, tmp_path: Path) -> None:
         assert [entry for entry in browser.log() if entry["level"] == "SEVERE"] == []
         browser.screenshot(tmp_path / "page.png")
         assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_a_model_shows_what_it_reads(page: Path, tmp_path: Path) -> None:
+    """Of each neighbour: shades under its tokens, but for the first, and what it takes off the loss of what follows."""
+    model = tiny_model(vocab_size=257, num_layers=2)
+    retro = tiny_retro(retro_chunk_length=16, retro_layers=(2,), retro_num_neighbors=1)
+    state, shapes = random_model(model, retro).state_dict(), parameter_shapes(model, retro)
+    settings = Settings([model, retro, TokenizerConfig(tokenizer_type="ByteTokenizer")])
+    write_checkpoint(tmp_path / "run", settings, shapes, lambda name: state[name][: shapes[name][0]], {})
+    output = tmp_path / "read.html"
+    flags = ["--retro-project-dir", str(page.parent.parent), "--inspect-output", str(output)]
+    assert main(["inspect-neighbors", *flags, "--inspect-model", str(tmp_path / "run")]) == 0
+    text = output.read_text(encoding="utf-8")
+    worth = [float(one) for one in re.findall(r"worth ([+-]\d+\.\d\d) nats", text)]
+    assert worth and any(worth)
+    shown = text.count("<li>")
+    assert text.count('<span class="read-5"') >= len(worth) and shown >= len(worth)
+    assert "worth" not in page.read_text(encoding="utf-8").split("<main>")[1]
 
 
 def test_text_of_the_corpus_is_no_markup(page: Path) -> None:
