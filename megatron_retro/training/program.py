@@ -18,7 +18,7 @@ from megatron_retro.assembly.retrofitting import (
     inherited_settings,
     parameter_sources,
 )
-from megatron_retro.assembly.run_parts import RunParts, build_run_parts
+from megatron_retro.assembly.run_parts import RunParts, build_run_parts, resolved_settings
 from megatron_retro.assembly.stage_building import checkpoint_bytes, model_on_meta, trained_parts
 from megatron_retro.checkpoint.directory import clear_unfinished, run_lock
 from megatron_retro.checkpoint.loading import open_checkpoint
@@ -179,7 +179,7 @@ def _owned_run(settings: Settings, launch: Launch) -> Iterator[None]:
     with run_lock(run) if launch.rank == 0 else nullcontext():
         if launch.rank == 0:
             clear_unfinished(run)
-            require_room(run, checkpoint_bytes(settings))
+            require_room(run, checkpoint_bytes(resolved_settings(settings)))
         dist.barrier()
         yield
 

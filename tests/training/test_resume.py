@@ -50,7 +50,7 @@ def test_killed_at_random_moments(corpus: TinyCorpus, tmp_path: Path, count: Cou
 
 def test_four_ranks_of_which_one_is_killed(corpus: TinyCorpus, tmp_path: Path, count: Count) -> None:
     more = {
-        "train_iters": count(12, 1200),
+        "train_iters": count(6, 1200),
         "save_interval": 2,
         "global_batch_size": 8,
         "eval_iters": 0,
