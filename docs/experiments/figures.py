@@ -23,6 +23,14 @@ from megatron_retro.runtime.statistics import Interval
 from megatron_retro.runtime.strict_json import json_text
 
 HERE = Path(__file__).parent
+REAL_DECODER = {
+    "decoder": "alone",
+    "continued": "trained on",
+    "warm, real": "Retro, last state",
+    "same-depth, real": "Retro, same depth",
+    "same-depth, other": "Retro, other text's",
+    "prompt, real": "prompt",
+}
 Bar = tuple[str, str, str]  # label, configuration, the one that it is compared with
 BARS: Mapping[str, tuple[str, Sequence[Bar]]] = {
     "findings": (
@@ -127,23 +135,18 @@ def _leakage() -> str:
 
 
 def _real_decoder() -> str:
-    """Gains of SmolLM2 on the chunks that were prompted too; under each what it adds to a token's operations."""
+    """Loss of SmolLM2 on the chunks that were prompted too, against operations per token."""
     found = json.loads((HERE / "real_decoder.json").read_text(encoding="utf-8"))
     costs, measured = found["costs"], found["chunks that were prompted"]["all"]
-    names = [name for name in measured if isinstance(measured[name], dict) and name != "decoder"]
-    labels = []
-    for name in names:
-        adds = costs["prompt adds" if name.startswith("prompt") else "retro adds"] / costs["decoder"]
-        labels.append(f"{name.replace('warm', 'Retro')} +{adds:.0%}")
-    gains = [measured[name]["gain"] for name in names]
-    title = "What passages take off SmolLM2's loss, and add to its operations, 95 % over documents"
-    plot = bars(
-        labels,
-        [gain[0] for gain in gains],
-        title=title,
-        y_label="nats per token",
-        bounds=[(gain[1], gain[2]) for gain in gains],
-    )
+    series = []
+    for name, label in REAL_DECODER.items():
+        one = costs.get(name.partition(",")[0], costs["warm"])
+        reads = "prompt" if name.startswith("prompt") else "retro" if "," in name else ""
+        operations = (one["decoder"] + (one[f"{reads} adds"] if reads else 0.0)) / 1e9
+        (_, low, high), alone = measured[name]["gain"], measured["decoder"]["loss"]
+        series.append(Series(label, [operations] * 3, [alone - low, measured[name]["loss"], alone - high]))
+    title = "SmolLM2's loss and operations, 95 % of the difference from the decoder alone"
+    plot = line_plot(series, title=title, x_label="GFLOP per token", y_label="nats per token")
     return _standing_alone(plot, title)
 
 

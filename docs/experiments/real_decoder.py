@@ -1,11 +1,12 @@
 """What a real decoder gains from its neighbours: through cross-attention, or as passages in its prompt.
 
-    python docs/experiments/real_decoder.py DECODER --retro warm=RUN noise=RUN --text PREFIX --database DB \
-        --neighbors TABLE --work DIR --json OUT
+    python docs/experiments/real_decoder.py DECODER --retro warm=RUN noise=RUN --trained continued=RUN --text PREFIX \
+        --database DB --neighbors TABLE --work DIR --json OUT
 
-Windows spread evenly over held-out text are scored by the decoder alone and by each Retro with its real neighbours and
-with those of another window; the chunks that follow some of each window's chunks also by the decoder with the passages
-in its prompt. Every part's losses are kept in DIR, so a run that was stopped goes on.
+Windows spread evenly over held-out text are scored by the decoder alone, by each Retro with its real neighbours and
+with those of another window, and by decoders that were trained on without retrieval; the chunks that follow some of
+each window's chunks also by the decoder with the passages in its prompt. Every part's losses are kept in DIR, so a
+run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -134,6 +135,20 @@ class Kept:
         return found
 
 
+def keep_encoded(model: LoadedModel) -> None:
+    """Encode each window's passages once: what a frozen encoder gives does not depend on the text that reads it."""
+    encode, kept = model.module.encode, dict[bytes, Tensor]()
+
+    def encoded(neighbors: Neighbors[Tensor], *arguments: Any) -> Tensor:
+        key = neighbors.tokens_BCKR.numpy().tobytes()
+        if key not in kept:
+            kept[key] = encode(neighbors, *arguments)
+        return kept[key]
+
+    if not model.module.encoder.layers["0"].cross_attention.output.weight.any():
+        model.module.encode = encoded
+
+
 def by_chunk(losses_WS: NDArray[np.float64], chunk: int) -> NDArray[np.float64]:
     """[W, C - 1]: mean loss of what each chunk's queries predict, but for the last, whose next chunk is cut."""
     seen = losses_WS[:, chunk - 1 :]
@@ -181,23 +196,31 @@ def costs(model: ModelConfig, retro: RetroConfig, length: int) -> dict[str, floa
     }
 
 
+def _loaded(named: list[str]) -> dict[str, LoadedModel]:
+    pairs = (one.partition("=")[::2] for one in named)
+    return {name: load_model(Path(path), device="cpu", dtype="fp32") for name, path in pairs}
+
+
 def main() -> int:
     """Measure what is not there yet; write the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("decoder", type=Path)
     parser.add_argument("--retro", nargs="*", default=[], metavar="NAME=RUN")
+    parser.add_argument("--trained", nargs="*", default=[], metavar="NAME=RUN", help="without retrieval")
     for name in ("text", "database", "neighbors", "work", "json"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--prompted", type=int, nargs="+", default=[2, 5], help="chunks of each window, from 0")
     arguments = parser.parse_args()
-    runs = {name: Path(path) for name, _, path in (one.partition("=") for one in arguments.retro)}
-    retros = {name: load_model(path, device="cpu", dtype="fp32") for name, path in runs.items()}
+    retros, trained = _loaded(arguments.retro), _loaded(arguments.trained)
     first = next(iter(retros.values()))
     text, kept = read_text(arguments, first.retro), Kept(Path(arguments.work))
+    for model in retros.values():
+        keep_encoded(model)
     decoder = load_model(arguments.decoder, device="cpu", dtype="fp32")
     losses = {"decoder": kept.get("decoder", partial(window_losses, decoder, text, None))}
+    losses |= {name: kept.get(name, partial(window_losses, model, text, None)) for name, model in trained.items()}
     prompts = {}
     for kind, neighbors in (("real", text.passages), ("other", text.others)):
         prompts[f"prompt, {kind}"] = kept.get(
@@ -211,7 +234,7 @@ def main() -> int:
     result = {
         "windows": arguments.windows,
         "length": arguments.length,
-        "costs": costs(first.settings[ModelConfig], first.retro, arguments.length),
+        "costs": {name: costs(one.settings[ModelConfig], one.retro, arguments.length) for name, one in retros.items()},
         "all tokens": summary(chunks, "decoder", text, places),
         "chunks that were prompted": summary(at_prompts, "decoder", text, arguments.prompted),
     }

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What neighbours are worth to a real decoder: in its prompt, through cross-attention that starts from its own layers, and
-# through one that starts from noise. Each step is passed over when it is done; a stopped one goes on.
+# What neighbours are worth to a real decoder: in its prompt, through cross-attention that starts from its own layers (at
+# their own depth, or from the last of eight), and through one that starts from noise; beside training on without them.
+# Each step is passed over when it is done; a stopped one goes on.
 #   MODEL           a Hugging Face folder (the figures: SmolLM2-135M-Instruct)
 #   TEXT, HELD_OUT_TEXT, DATABASE_TEXT
 #                   JSON lines with "text", to train on, to measure on and to search in
@@ -32,7 +33,13 @@ if [ ! -e retrieval/neighbors/held_out ]; then
 fi
 noise=(--retro-init noise --retro-zero-init-output --retro-gate-type fixed --retro-neighbor-positions rotary
   --retro-encoder-layers 2 --no-retro-encoder-causal --no-retro-encoder-final-norm --no-freeze-encoder)
-megatron-retro retrofit --config "$here/real_decoder.toml" --save warm
-megatron-retro retrofit --config "$here/real_decoder.toml" "${noise[@]}" --train-iters 20 --save noise
-python "$here/real_decoder.py" gpt --retro warm=warm noise=noise --text corpus/held_out_text_document \
+fit=(megatron-retro retrofit --config "$here/real_decoder.toml")
+"${fit[@]}" --save same-depth
+"${fit[@]}" --lr 1e-12 --min-lr 1e-12 --lr-warmup-iters 0 --train-iters 1 --save untrained
+last=(megatron-retro retrofit --config "$here/real_decoder_last.toml")
+"${last[@]}" --save warm
+"${last[@]}" "${noise[@]}" --train-iters 20 --save noise
+megatron-retro pretrain --config "$here/real_decoder_continued.toml" --finetune "${tokenizer[@]}" --save continued
+python "$here/real_decoder.py" gpt --retro same-depth=same-depth untrained=untrained warm=warm noise=noise \
+  --trained continued=continued --text corpus/held_out_text_document \
   --database retrieval/database --neighbors retrieval/neighbors/held_out --work losses --json "$here/real_decoder.json"
