@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 REAL_DECODER = {
     "decoder": "alone",
     "continued": "trained on",
-    "warm, real": "Retro, last state",
+    "untrained, real": "Retro, untrained",
     "same-depth, real": "Retro, same depth",
     "same-depth, other": "Retro, other text's",
     "prompt, real": "prompt",

@@ -6,7 +6,8 @@ A setting that is neither understood nor known to leave the function alone is re
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from megatron_retro.config.model import ModelConfig
@@ -17,6 +18,7 @@ from megatron_retro.convert.tensor_rules import (
     norm_weight,
     query_key_value,
     same,
+    scaled,
     stacked_gated,
     stacked_query_key_value,
     transposed,
@@ -43,6 +45,7 @@ class Family:
     fixed: Mapping[str, Any]
     must_be: Mapping[str, Any]
     rules: Callable[[ModelConfig], list[Rule]]
+    multipliers: Mapping[str, float] = field(default_factory=dict)  # of activations; ours go into the weights
 
     def tensor_rules(self, model: ModelConfig) -> list[Rule]:
         """One rule for each tensor of the model."""
@@ -95,6 +98,26 @@ def _phi3_rules(model: ModelConfig) -> list[Rule]:
     ]
     ours = {rule.ours for rule in stacked}
     return [rule for rule in _llama_rules(model) if rule.ours not in ours] + stacked
+
+
+def _granite_rules(multipliers: Mapping[str, float], tied: bool, model: ModelConfig) -> list[Rule]:
+    """Llama's function with multiplied activations, which are multiplied weights. A tied embedding is multiplied as the
+    output otherwise than as the input, so it becomes two."""
+    residual = multipliers["residual_multiplier"]
+    query = multipliers["attention_multiplier"] * model.head_size() ** 0.5
+    rules = []
+    for rule in _llama_rules(model):
+        if rule.ours == "embedding.word.weight":
+            rule = scaled(rule, multipliers["embedding_multiplier"])
+        elif rule.ours == "output.weight":
+            theirs = same("output.weight", "model.embed_tokens.weight") if tied else rule
+            rule = scaled(theirs, 1.0 / multipliers["logits_scaling"])
+        elif ".query_key_value." in rule.ours:
+            rule = scaled(rule, query, part=0)
+        elif ".attention.output." in rule.ours or ".mlp.down." in rule.ours:
+            rule = scaled(rule, residual)
+        rules.append(rule)
+    return rules
 
 
 def _gpt2_rules(model: ModelConfig) -> list[Rule]:
@@ -185,6 +208,17 @@ PHI3 = Family(
     {"attention_bias": False},
     _phi3_rules,
 )
+GRANITE = Family(
+    "granite",
+    "GraniteForCausalLM",
+    _RMS_NAMES,
+    {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+    SILU,
+    {**_RMS, **_ROPE},
+    {},
+    _llama_rules,
+    dict.fromkeys(("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"), 1.0),
+)
 NEMOTRON = Family(
     "nemotron",
     "NemotronForCausalLM",
@@ -228,4 +262,16 @@ GPT2 = Family(
     },
     _gpt2_rules,
 )
-FAMILIES = {family.model_type: family for family in (LLAMA, QWEN2, QWEN3, MISTRAL, PHI3, NEMOTRON, STABLELM, GPT2)}
+FAMILIES = {
+    family.model_type: family for family in (LLAMA, QWEN2, QWEN3, MISTRAL, PHI3, GRANITE, NEMOTRON, STABLELM, GPT2)
+}
+
+
+def with_multipliers(family: Family, config: Mapping[str, Any]) -> Family:
+    """The family whose rules multiply weights by what this `config.json` multiplies activations by."""
+    if not family.multipliers:
+        return family
+    given = {name: config.get(name) for name in family.multipliers}
+    numbers = {name: float(value) for name, value in given.items() if isinstance(value, int | float) and value}
+    found = {**family.multipliers, **numbers}
+    return replace(family, rules=partial(_granite_rules, found, bool(config.get("tie_word_embeddings", False))))

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.toml_files import nearest
-from megatron_retro.convert.families import FAMILIES, GPT2, Family
+from megatron_retro.convert.families import FAMILIES, GPT2, Family, with_multipliers
 from megatron_retro.convert.harmless_settings import leaves_the_function
 from megatron_retro.errors import ConfigError
 
@@ -31,7 +31,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"models of type {model_type!r} cannot be imported{nearest(model_type, FAMILIES)}",
             expected=", ".join(FAMILIES),
         )
-    return FAMILIES[model_type]
+    return with_multipliers(FAMILIES[model_type], config)
 
 
 def model_from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
@@ -65,12 +65,14 @@ class _Reader:
             values[ours] = self._number(theirs, self.field(theirs), whole=ours != "norm_epsilon")
             if values[ours] is None and theirs != "n_inner":
                 self.problems.append(f"{theirs} is missing")
+        for name, default in self.family.multipliers.items():
+            self._number(name, self.field(name, default))
         heads = {} if self.problems else self._heads(values)
         if self.problems:
             return ModelConfig()
         values |= heads | self._activation() | self._rope() | self._window(values) | self._biases()
         tied = self.field("tie_word_embeddings", False)
-        values["untie_embeddings_and_output_weights"] = not tied
+        values["untie_embeddings_and_output_weights"] = not tied or bool(self.family.multipliers)
         self._check_rotated(ModelConfig(**values))
         for name, only in self.family.must_be.items():
             if self.field(name, only) != only:

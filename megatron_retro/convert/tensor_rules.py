@@ -56,6 +56,22 @@ def query_key_value(ours: str, theirs: tuple[str, str, str]) -> Rule:
     return Rule(ours, theirs, join_heads, split_heads)
 
 
+def scaled(rule: Rule, factor: float, part: int | None = None) -> Rule:
+    """The same rule of a model that multiplies what `theirs` give (one of them, or all) by a factor when it runs."""
+
+    def factors(parts: Sequence[Tensor]) -> list[float]:
+        return [factor if part in (None, number) else 1.0 for number in range(len(parts))]
+
+    def join(parts: Sequence[Tensor], config: ModelConfig) -> Tensor:
+        return rule.join([one * by for one, by in zip(parts, factors(parts), strict=True)], config)
+
+    def split(whole: Tensor, config: ModelConfig) -> list[Tensor]:
+        parts = rule.split(whole, config)
+        return [one / by for one, by in zip(parts, factors(parts), strict=True)]
+
+    return Rule(rule.ours, rule.theirs, join, split)
+
+
 def join_heads(parts: Sequence[Tensor], config: ModelConfig) -> Tensor:
     """query [N*D, ...], key [G*D, ...], value -> [G, (N/G + 2) * D, ...]."""
     groups = config.num_key_value_heads()

@@ -73,6 +73,12 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", GPT2_SHAPE),
     "gpt2 erf": ("GPT2", {**GPT2_SHAPE, "activation_function": "gelu", "n_inner": 40}),
 }
+GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.7, "logits_scaling": 2.5}
+BIASED = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
+FOLDED: dict[str, tuple[str, dict[str, Any]]] = {
+    "granite": ("Granite", {**SHAPE, **GRANITE, "num_key_value_heads": 2}),
+    "granite biased, tied": ("Granite", {**SHAPE, **GRANITE, **BIASED}),
+}
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "43b in small": (
         "stablelm",
@@ -108,7 +114,7 @@ def transformers() -> Any:
 
 def made(transformers: Any, kind: str, folder: Path) -> Any:
     """A random model of theirs, with random norms and biases too, saved in many shards."""
-    name, arguments = THEIRS[kind]
+    name, arguments = (THEIRS | FOLDED)[kind]
     config = getattr(transformers, f"{name}Config")(**arguments, bos_token_id=None, eos_token_id=None)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     torch.manual_seed(0)
@@ -154,6 +160,21 @@ def generated(model: Any, prompt: Tensor, count: int) -> Tensor:
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False, pad_token_id=0
     )
     return tokens
+
+
+@pytest.mark.parametrize("kind", FOLDED)
+def test_what_is_multiplied_comes_in_and_goes_out_as_llama(transformers: Any, kind: str, tmp_path: Path) -> None:
+    original = made(transformers, kind, tmp_path / "theirs")
+    import_hugging_face(tmp_path / "theirs", tmp_path / "run")
+    ours, tokens = loaded(tmp_path / "run"), random_tokens(2, 21)
+    with torch.no_grad():
+        expected = original(tokens).logits
+        assert torch.allclose(ours(tokens), expected, atol=5e-5, rtol=5e-5)
+    export_hugging_face(tmp_path / "run", tmp_path / "back")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
+    assert type(again).__name__ == "LlamaForCausalLM"
+    with torch.no_grad():
+        assert torch.allclose(again(tokens).logits, expected, atol=5e-5, rtol=5e-5)
 
 
 @pytest.mark.parametrize("kind", THEIRS)
