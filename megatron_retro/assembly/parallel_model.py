@@ -6,7 +6,7 @@ depend on how the batch is shared between ranks or cut into microbatches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from megatron_retro.assembly.pipeline_runs import PipelineRuns
-from megatron_retro.assembly.stage_building import build_stage, compute_dtype, tensor_axis
+from megatron_retro.assembly.stage_building import build_stage, compute_dtype, draw_first_values, tensor_axis
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
@@ -49,11 +49,14 @@ class StepResult:
         return float(self.loss_sum) / max(float(self.num_tokens), 1.0)
 
 
-def build_parallel_model(settings: Settings, device: torch.device) -> ParallelModel:
-    """The model with its first values, on this rank's part of the layout; every rank of the default group calls it."""
+def build_parallel_model(settings: Settings, device: torch.device, *, draw: bool = True) -> ParallelModel:
+    """The model on this rank's part of the layout; every rank of the default group calls it.
+
+    Without `draw` its values are still to be given: by a checkpoint, and by `draw_first_values` for the rest.
+    """
     mesh = build_mesh(settings[ParallelConfig], device)
     parts = stage_parts(settings, settings[DataConfig].seq_length)
-    model = ParallelModel(settings, mesh, parts)
+    model = ParallelModel(settings, mesh, parts, draw=draw)
     if mesh.size(PIPELINE) > 1 and model.is_reporter:
         say(describe_stages(settings, settings[DataConfig].seq_length))
         if settings[ParallelConfig].sharding() == "full" and model.data_size > 1:
@@ -65,7 +68,13 @@ class ParallelModel:
     """This rank's stages on the mesh. Every rank calls its methods."""
 
     def __init__(
-        self, settings: Settings, mesh: ParallelMesh, parts: Sequence[StagePart], cuts: Sequence[Cut] = CUTS
+        self,
+        settings: Settings,
+        mesh: ParallelMesh,
+        parts: Sequence[StagePart],
+        cuts: Sequence[Cut] = CUTS,
+        *,
+        draw: bool = True,
     ) -> None:
         self.settings, self.mesh, self._cuts = settings, mesh, cuts
         own = [part for part in parts if part.index % mesh.size(PIPELINE) == mesh.rank(PIPELINE)]
@@ -75,6 +84,13 @@ class ParallelModel:
         self._module = _merged([stage.model for stage in self.stages])
         self._runs = PipelineRuns(settings, mesh, self.stages, compute_dtype(settings[OptimizerConfig]))
         self._sharding = settings[ParallelConfig].sharding()
+        if draw:
+            self.draw_first_values()
+
+    def draw_first_values(self, given: Container[str] = ()) -> None:
+        """Fill every parameter but those that something else gives."""
+        for stage in self.stages:
+            draw_first_values(stage, self.settings, self.mesh, given)
 
     @property
     def module(self) -> nn.Module:

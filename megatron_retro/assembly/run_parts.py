@@ -65,8 +65,11 @@ def resolved_settings(settings: Settings) -> Settings:
     return settings.replace(vocab_size=build_tokenizer(settings[TokenizerConfig]).vocab_size)
 
 
-def build_run_parts(settings: Settings, device: torch.device, world_size: int) -> RunParts:
-    """Build everything, in the order in which it can go wrong cheaply: rules, data, model."""
+def build_run_parts(settings: Settings, device: torch.device, world_size: int, *, draw: bool = True) -> RunParts:
+    """Build everything, in the order in which it can go wrong cheaply: rules, data, model.
+
+    Without `draw` the model has no values yet.
+    """
     require_legal(settings, world_size)
     require_optimizer(settings[OptimizerConfig], device.type)
     settings = resolved_settings(settings)
@@ -75,7 +78,7 @@ def build_run_parts(settings: Settings, device: torch.device, world_size: int) -
         use_deterministic_kernels()
     tokenizer = build_tokenizer(settings[TokenizerConfig])
     batch_sizes = batch_size_schedule(training)
-    model = build_parallel_model(settings, device)
+    model = build_parallel_model(settings, device, draw=draw)
     seed_everything(derived_seed(training.seed, "training", model.data_rank))
     loader = open_loader(settings, "train", tokenizer, model, batch_sizes.at)
     return RunParts(

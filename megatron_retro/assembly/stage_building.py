@@ -1,27 +1,29 @@
 """Builds this rank's pipeline stages: a plain model, to which a fixed list of transformations is applied in order.
 
-A stage is built on the meta device, and its parameters are filled part by part, so none is ever whole. A first value
-depends on the seed and the parameter's name alone, so every layout starts from the same weights.
+A stage is built, cut and sharded on the meta device; only what this rank holds gets memory, and is drawn unless a
+checkpoint gives it. A first value depends on the seed and the parameter's name alone, so every layout starts from the
+same weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import OptimizerConfig, PeftConfig, TrainingConfig
 from megatron_retro.model.costs import Trained
-from megatron_retro.model.initialization import initial_blocks
+from megatron_retro.model.initialization import initial_slice
 from megatron_retro.model.retro import Retro
+from megatron_retro.ops.local_tensors import local
 from megatron_retro.optim.groups import part_of
 from megatron_retro.parallel.collectives import TensorAxis
 from megatron_retro.parallel.cuts import CUTS, Cut
@@ -56,13 +58,13 @@ def stage_on_meta(settings: Settings, part: StagePart, mesh: ParallelMesh, cuts:
 
 
 def build_stage(settings: Settings, part: StagePart, mesh: ParallelMesh, cuts: Sequence[Cut] = CUTS) -> Stage:
-    """One stage with its first values, ready to train."""
+    """One stage in this rank's memory, without values: `draw_first_values` or a checkpoint gives them."""
     stage = stage_on_meta(settings, part, mesh, cuts)
     transformations: tuple[Transformation, ...] = (
         _multiply_in_fp8,  # this and the next change how matrices are multiplied: the settings allow one of them
         _defer_weight_gradients,
         _draw_from_streams,  # outside of recomputation, which brings the streams' states back
-        _fill_and_shard,  # last: FSDP2 takes over the parameters, and its hooks go around all others
+        _shard_and_allocate,  # last: FSDP2 takes over the parameters, and its hooks go around all others
     )
     for transform in transformations:
         transform(stage, settings, mesh)
@@ -118,20 +120,12 @@ def _draw_from_streams(stage: Stage, settings: Settings, mesh: ParallelMesh) -> 
         stage.streams.attach(stage.model)
 
 
-def _fill_and_shard(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
-    """Unit by unit, so that no more than one is whole on this rank at any time."""
-    model = padded_for_cut(settings[ModelConfig], mesh.size(TENSOR))
-    seed, retro = settings[TrainingConfig].seed, settings[RetroConfig]
-    policy = mixed_precision(compute_dtype(settings[OptimizerConfig]), torch.float32)
-    shards, sharding = needs_fsdp(settings, mesh), settings[ParallelConfig].sharding()
-    paths = {id(module): path for path, module in stage.model.named_modules()}
-    for unit in fsdp_units(stage.model):
-        materialize(stage.model, paths[id(unit)], model, retro, seed, mesh.device)
-        if shards:
-            shard_unit(unit, mesh.devices[DATA], sharding, policy)
-    materialize(stage.model, "", model, retro, seed, mesh.device)
-    if shards:
-        shard_unit(stage, mesh.devices[DATA], sharding, policy)
+def _shard_and_allocate(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
+    if needs_fsdp(settings, mesh):
+        policy = mixed_precision(compute_dtype(settings[OptimizerConfig]), torch.float32)
+        for unit in (*fsdp_units(stage.model), stage):
+            shard_unit(unit, mesh.devices[DATA], settings[ParallelConfig].sharding(), policy)
+    stage.to_empty(device=mesh.device)
 
 
 def compute_dtype(config: OptimizerConfig) -> torch.dtype:
@@ -207,70 +201,25 @@ def needs_fsdp(settings: Settings, mesh: ParallelMesh) -> bool:
 
 
 @torch.no_grad()
-def materialize(
-    root: nn.Module, path: str, model: ModelConfig, retro: RetroConfig, seed: int, device: torch.device
-) -> None:
-    """Give every meta parameter below `path` of `root` its memory on the device and its first values."""
-    for name, parameter in list(root.get_submodule(path).named_parameters(prefix=path)):
-        if parameter.is_meta:
-            filled = _filled(name, parameter, model, retro, seed, device)
-            owner, _, leaf = name.rpartition(".")
-            setattr(root.get_submodule(owner), leaf, nn.Parameter(filled, requires_grad=parameter.requires_grad))
-
-
-def _filled(
-    name: str, parameter: Tensor, model: ModelConfig, retro: RetroConfig, seed: int, device: torch.device
-) -> Tensor:
-    if not isinstance(parameter, DTensor):
-        part = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-        _fill(part, name, tuple(parameter.shape), None, 0, model, retro, seed)
-        return part
-    placement = parameter.placements[0]
-    part = torch.empty(parameter.to_local().shape, dtype=parameter.dtype, device=device)
-    dim = placement.dim if isinstance(placement, Shard) else None
-    start = 0 if dim is None else parameter.device_mesh.get_local_rank() * part.shape[dim]
-    _fill(part, name, tuple(parameter.shape), dim, start, model, retro, seed)
-    return DTensor.from_local(
-        part,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-
-
-def _first_blocks(
-    name: str, shape: tuple[int, ...], model: ModelConfig, retro: RetroConfig, seed: int
-) -> Iterable[tuple[int, Tensor]]:
-    if is_added(name):
-        return [(0, initial_value(name, shape, seed).view(-1, shape[-1]))]
-    return initial_blocks(name, shape, model, retro, seed)
-
-
-def _fill(
-    part: Tensor,
-    name: str,
-    shape: tuple[int, ...],
-    dim: int | None,
-    start: int,
-    model: ModelConfig,
-    retro: RetroConfig,
-    seed: int,
-) -> None:
-    """Copy what of each block of whole rows lies in this part: indices [start, start + length) of dimension `dim`."""
-    rows = part.view(-1, part.shape[-1])
-    columns = slice(None)
-    if dim == len(shape) - 1:
-        columns = slice(start, start + part.shape[dim])
-    for first, block in _first_blocks(name, shape, model, retro, seed):
-        if dim is None or dim == len(shape) - 1:
-            rows[first : first + len(block)] = block[:, columns]
+def draw_first_values(stage: Stage, settings: Settings, mesh: ParallelMesh, given: Container[str] = ()) -> None:
+    """Fill what this rank holds of every parameter but the `given` ones, and draw for nothing else."""
+    model = padded_for_cut(settings[ModelConfig], mesh.size(TENSOR))
+    seed, retro = settings[TrainingConfig].seed, settings[RetroConfig]
+    for name, parameter in stage.model.named_parameters():
+        if name in given:
             continue
-        whole_rows = torch.arange(first, first + len(block))
-        inner = math.prod(shape[dim + 1 : -1])
-        index = whole_rows // inner % shape[dim]
-        held = (index >= start) & (index < start + part.shape[dim])
-        outer = whole_rows // (inner * shape[dim])
-        own_rows = (outer * part.shape[dim] + index - start) * inner + whole_rows % inner
-        rows[own_rows[held]] = block[held].to(rows.device)
+        for offsets, sizes in _slices_here(parameter):
+            if is_added(name):
+                whole = initial_value(name, tuple(parameter.shape), seed)
+                value = whole[tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))]
+            else:
+                value = initial_slice(name, parameter.shape, offsets, sizes, model, retro, seed)
+            local(parameter).copy_(value)
+
+
+def _slices_here(parameter: Tensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Offsets and sizes of what this rank holds of a parameter: one slice, or nothing."""
+    if not isinstance(parameter, DTensor):
+        return [((0,) * parameter.dim(), tuple(parameter.shape))]
+    chunks = parameter.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks if math.prod(chunk.sizes)]

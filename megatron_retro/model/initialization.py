@@ -1,10 +1,13 @@
-"""First values. Each depends on the seed and the parameter's name alone, so every layout of ranks starts the same."""
+"""First values. Each depends on the seed and the parameter's name alone, so every layout of ranks starts the same.
+
+A parameter is drawn in blocks of rows of about 16 million numbers, so that a rank draws for what it holds.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from megatron_retro.config.model import ModelConfig, RetroConfig
 
 _BLOCK = 1 << 24
-_VECTOR = 16  # torch draws normal numbers sixteen at a time, so blocks of that give the same stream as the whole
+_VECTOR = 16  # torch draws normal numbers sixteen at a time: whole vectors in every block but the last
 
 
 def initialize(module: nn.Module, model: ModelConfig, retro: RetroConfig, seed: int) -> None:
@@ -26,26 +29,47 @@ def initial_value(
     name: str, shape: torch.Size | tuple[int, ...], model: ModelConfig, retro: RetroConfig, seed: int
 ) -> Tensor:
     """The whole tensor of a parameter, float32 on the CPU."""
-    blocks = [block for _, block in initial_blocks(name, shape, model, retro, seed)]
-    return torch.cat(blocks).view(shape)
+    return initial_slice(name, shape, (0,) * len(shape), shape, model, retro, seed)
 
 
-def initial_blocks(
-    name: str, shape: torch.Size | tuple[int, ...], model: ModelConfig, retro: RetroConfig, seed: int
-) -> Iterator[tuple[int, Tensor]]:
-    """The same in blocks of rows (the last dimension), each with its first row; for what is never held whole."""
-    width = shape[-1]
-    num_rows = math.prod(shape[:-1])
+def initial_slice(
+    name: str,
+    shape: Sequence[int],
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    model: ModelConfig,
+    retro: RetroConfig,
+    seed: int,
+) -> Tensor:
+    """A slice of the same, for which no more is drawn than the blocks that it touches."""
     deviation = standard_deviation(name, model, retro)
-    generator = torch.Generator().manual_seed(_seed_of(name, seed))
-    is_norm_weight = name.endswith("norm.weight") and not model.apply_layernorm_1p
-    step = max(1, _BLOCK // (_VECTOR * width)) * _VECTOR
-    for start in range(0, num_rows, step):
-        block = (min(step, num_rows - start), width)
-        if deviation is not None:
-            yield start, torch.randn(block, generator=generator) * deviation
-        else:
-            yield start, torch.full(block, 1.0 if is_norm_weight else 0.0)
+    if deviation is None:
+        is_norm_weight = name.endswith("norm.weight") and not model.apply_layernorm_1p
+        return torch.full(tuple(sizes), 1.0 if is_norm_weight else 0.0)
+    found = torch.empty(tuple(sizes))
+    columns = slice(offsets[-1], offsets[-1] + sizes[-1])
+    rows = rows_of_slice(shape, offsets, sizes)
+    step = max(1, _BLOCK // (_VECTOR * shape[-1])) * _VECTOR
+    for number in torch.unique(rows // step).tolist():
+        first = number * step
+        block = _normals((min(step, math.prod(shape[:-1]) - first), shape[-1]), name, number, seed)
+        begin, end = torch.searchsorted(rows, torch.tensor([first, first + step])).tolist()
+        found.view(-1, sizes[-1])[begin:end] = block[rows[begin:end] - first, columns] * deviation
+    return found
+
+
+def rows_of_slice(shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """Which rows (of the last dimension) of a whole tensor a slice lies in, in their order."""
+    rows = torch.zeros(1, dtype=torch.int64)
+    for whole, offset, size in zip(shape[:-1], offsets[:-1], sizes[:-1], strict=True):
+        rows = (rows[:, None] * whole + torch.arange(offset, offset + size)).flatten()
+    return rows
+
+
+def _normals(shape: tuple[int, int], name: str, number: int, seed: int) -> Tensor:
+    """Block `number` of a parameter: each has a stream of its own, so a rank draws those that it needs."""
+    generator = torch.Generator().manual_seed(_seed_of(f"{name}/{number}" if number else name, seed))
+    return torch.randn(shape, generator=generator)
 
 
 def standard_deviation(name: str, model: ModelConfig, retro: RetroConfig) -> float | None:

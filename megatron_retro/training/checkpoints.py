@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from megatron_retro.assembly.run_parts import MODEL_SECTIONS, RunParts
 from megatron_retro.assembly.stage_building import trained_parts, trains, uses_peft
-from megatron_retro.assembly.warm_start import start_from_decoder
+from megatron_retro.assembly.warm_start import start_from_decoder, starts_from_decoder
 from megatron_retro.checkpoint.directory import complete_checkpoints, set_aside
 from megatron_retro.checkpoint.live_state import (
     MODEL,
+    OPTIMIZER,
     create_moments,
     model_tensors,
     optimizer_tensors,
@@ -173,7 +174,8 @@ class RunCheckpoints:
     def resume(self, *, retrofit: bool = False) -> bool:
         """Take up the newest intact checkpoint of this run, else what --load names; False for a fresh start.
 
-        With `retrofit`, --load names a GPT whose decoder is taken over while the rest stays fresh.
+        With `retrofit`, --load names a GPT whose decoder is taken over while the rest stays fresh. What no checkpoint
+        gives is drawn, and nothing else.
 
         A checkpoint of this run that is damaged is set aside, loudly, and the one before it is taken: nobody is there
         to ask when a cluster restarts a job. One that --load names is refused instead.
@@ -190,8 +192,10 @@ class RunCheckpoints:
             except DamagedArtifact as error:
                 self._channel.barrier()
                 self._channel.first(partial(_set_aside, found))
+                self._clear_moments()
                 self._report("damaged checkpoint", {"path": str(found), "reason": error.what})
         if self._config.load is None or self._base:
+            self._draw_but(self._base if self._adapter is None else {**self._base, **self._tensors})
             return False
         source = self._open(Path(self._config.load))
         if retrofit:
@@ -202,17 +206,30 @@ class RunCheckpoints:
 
     def _take_base(self) -> None:
         """The frozen model of a run that tunes beside it (not in its checkpoints), and an adapter to start from."""
-        adapter_path = self._parts.settings[PeftConfig].peft_load
         if self._config.load is None:
             raise ConfigError("--peft-method tunes beside a model", fix="give --load, the directory of its run")
         base = self._open(Path(self._config.load))
         self._require_own_model(base, MODEL_SECTIONS)
         load_tensors(base, self._base, padded_rows(self._base, self._parts.true_rows), self._channel)
-        if adapter_path is not None:
-            adapter = self._open(Path(adapter_path))
+        if self._adapter is not None:
+            adapter = self._open(Path(self._adapter))
             added = {name: tensor for name, tensor in self._tensors.items() if name.startswith(MODEL)}
             require_tensors(adapter, added, self._true_rows)
             load_tensors(adapter, added, self._true_rows, self._channel)
+
+    @property
+    def _adapter(self) -> str | None:
+        return self._parts.settings[PeftConfig].peft_load if self._base else None
+
+    def _draw_but(self, given: Iterable[str]) -> None:
+        """First values for what no checkpoint gives."""
+        self._parts.model.draw_first_values({name.removeprefix(MODEL) for name in given})
+
+    def _clear_moments(self) -> None:
+        """What a damaged checkpoint gave before its damage was met."""
+        for name, tensor in self._tensors.items():
+            if name.startswith(OPTIMIZER):
+                tensor.detach().zero_()
 
     def _take_decoder(self, source: Checkpoint) -> None:
         """Every parameter that the GPT has; `assembly.retrofitting` has checked that it has the whole decoder."""
@@ -220,7 +237,10 @@ class RunCheckpoints:
         decoder = {name: tensor for name, tensor in known.items() if name.startswith(MODEL)}
         load_tensors(source, decoder, self._true_rows, self._channel)
         model, retro = self._parts.settings[ModelConfig], self._parts.settings[RetroConfig]
-        if retro.retro_init == "decoder":
+        warm = retro.retro_init == "decoder"
+        follows = [name for name in self._tensors if warm and starts_from_decoder(name.removeprefix(MODEL))]
+        self._draw_but({*decoder, *follows})
+        if warm:
             start_from_decoder(self._parts.model.module, source, model, retro)
 
     def _open(self, path: Path) -> Checkpoint:

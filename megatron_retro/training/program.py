@@ -125,7 +125,7 @@ def train(
 ) -> Outcome:
     """Build and run inside an open process group."""
     settle_kernels(device)
-    parts = build_run_parts(settings, device, launch.world_size)
+    parts = build_run_parts(settings, device, launch.world_size, draw=False)  # a checkpoint may give the values
     fields = {name: value for section in settings.values().values() for name, value in section.items()}
     agree({**fields, **parts.inputs}, "settings or data")
     timeout = timedelta(minutes=settings[ParallelConfig].distributed_timeout_minutes)
