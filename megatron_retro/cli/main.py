@@ -14,7 +14,8 @@ from megatron_retro.config.command_line import parse_settings
 from megatron_retro.config.data import require_tokenizer_type
 from megatron_retro.config.sections import ALL_SECTIONS
 from megatron_retro.config.toml_files import nearest, render_toml
-from megatron_retro.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, ConfigError, MegatronRetroError, Requeue
+from megatron_retro.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, ConfigError, MegatronRetroError
+from megatron_retro.runtime.console import show_error
 from megatron_retro.runtime.endings import end_on_signals, write_ending
 
 
@@ -32,7 +33,7 @@ def _outcome(words: list[str]) -> tuple[int, str]:
         end_on_signals()
         return run_words(words), ""
     except MegatronRetroError as error:
-        print(error if isinstance(error, Requeue) else f"error: {error}", file=sys.stderr)
+        show_error(error)
         return error.exit_code, str(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

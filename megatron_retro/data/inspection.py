@@ -1,7 +1,11 @@
-"""`inspect`: explain any artifact: what, made from what, by which settings, intact or where not."""
+"""`inspect`: explain any artifact: what, made from what, by which settings, intact or where not.
+
+Of a run whose collectives did not end it tells who is to blame, and what each rank last came to.
+"""
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +16,8 @@ from megatron_retro.data.token_file import TokenFile, checksums_path
 from megatron_retro.data.token_writer import verify_token_file
 from megatron_retro.errors import ArtifactError
 from megatron_retro.runtime.console import readable_bytes
+from megatron_retro.runtime.flight_recorder import explained, read_flights
+from megatron_retro.runtime.run_log import CULPRITS, FLIGHT
 
 _COLUMNS = 100
 # Files that never stand without a manifest beside them, but in a folder that is being filled.
@@ -22,6 +28,10 @@ def inspect(paths: Sequence[str]) -> None:
     """Explain each path; fail if anything is damaged."""
     faults: list[str] = []
     for path in map(Path, paths):
+        if (told := _last_failure(path)) is not None:
+            print(told)
+            if not any(path.rglob(f"*{MANIFEST_NAME}")):
+                continue
         if (prefix := _foreign_tokens(path)) is not None:
             faults += [f"{prefix}: {problem}" for problem in _explain_foreign_tokens(prefix)]
             continue
@@ -33,6 +43,21 @@ def inspect(paths: Sequence[str]) -> None:
             faults += [f"{artifact}: {problem}" for problem in problems]
     if faults:
         raise ArtifactError("not intact:\n  " + "\n  ".join(faults), fix="rebuild what is damaged from its inputs")
+
+
+def _last_failure(path: Path) -> str | None:
+    """What a run's directory, or its folder of flight records, says of a collective that did not end."""
+    run = path.parent if path.name == FLIGHT else path
+    lines = []
+    if (run / CULPRITS).is_file():
+        try:
+            facts = json.loads((run / CULPRITS).read_text(encoding="utf-8"))
+            lines.append(f"{run / CULPRITS}: step {facts['step']}: {facts['words']}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{run / CULPRITS} is damaged", got=repr(error)[:200]) from None
+    if (run / FLIGHT).is_dir() and (flights := read_flights(run / FLIGHT)):
+        lines += [f"{run / FLIGHT}: {line}" if number == 0 else line for number, line in enumerate(explained(flights))]
+    return "\n".join(lines) if lines else None
 
 
 def _foreign_tokens(path: Path) -> Path | None:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
+from megatron_retro.errors import MegatronRetroError, Requeue
+
 _LINE_SECONDS = 10.0
 _BAR_SECONDS = 0.1
 _BAR_WIDTH = 24
@@ -15,6 +17,13 @@ _BAR_WIDTH = 24
 def say(message: str) -> None:
     """Tell the person who started the program."""
     print(message, file=sys.stderr, flush=True)
+
+
+def show_error(error: MegatronRetroError) -> None:
+    """Show a named error, once: whoever first knows that the program ends with it does."""
+    if not vars(error).get("shown"):
+        vars(error)["shown"] = True
+        say(str(error) if isinstance(error, Requeue) else f"error: {error}")
 
 
 def alarm(message: str) -> None:

@@ -19,18 +19,22 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 
-from megatron_retro.errors import DistributedError, EnvironmentProblem, LostRank
+from megatron_retro.errors import DistributedError, EnvironmentProblem, LostRank, MegatronRetroError
+from megatron_retro.runtime.console import show_error
+from megatron_retro.runtime.flight_recorder import FILE_START
 from megatron_retro.runtime.launch import Launch
 from megatron_retro.runtime.refusals import Refusals
 from megatron_retro.runtime.rendezvous import store_of
 from megatron_retro.runtime.strict_json import json_text
 
+_RECORDED_COLLECTIVES = 2000
 _SIGNS_OF_LOST_PEERS = ("timed out", "timeout", "connection closed", "connection reset", "broken pipe", "aborted")
 
 
@@ -58,10 +62,16 @@ def choose_device(launch: Launch, *, use_gpu: bool | None = None) -> torch.devic
 
 @contextlib.contextmanager
 def process_group(
-    launch: Launch, *, timeout_minutes: float = 10.0, use_gpu: bool | None = None
+    launch: Launch, *, timeout_minutes: float = 10.0, use_gpu: bool | None = None, flights: Path | None = None
 ) -> Iterator[torch.device]:
-    """The default process group for the length of the block; yields this rank's device."""
+    """The default process group for the length of the block; yields this rank's device.
+
+    NCCL's flight recorder writes into `flights`. Named errors are shown here, while the groups are still there: NCCL
+    may end the process while they are destroyed.
+    """
     device = choose_device(launch, use_gpu=use_gpu)
+    if device.type == "cuda":
+        _record_flights(flights)
     store = _initialize(launch, device, timedelta(minutes=timeout_minutes))
     refusals = None if store is None else Refusals(store, launch.rank, launch.world_size)
     try:
@@ -71,11 +81,24 @@ def process_group(
             yield device
     except Exception as error:
         refused = refusals.settle(error, _drop_connections) if refusals is not None else None
+        raised = error if refused is None else refused
+        if isinstance(raised, MegatronRetroError) and not launch.alone:
+            show_error(raised)
         if refused is None:
             raise
         raise refused from error
     finally:
         end_process_group()
+
+
+def _record_flights(folder: Path | None) -> None:
+    """What NCCL writes of the newest collectives when one does not end; what the user set stays."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_RECORDED_COLLECTIVES))
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    if folder is not None:
+        with contextlib.suppress(OSError):  # whoever writes the run's directory says so
+            folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder.absolute() / FILE_START))
 
 
 def end_process_group() -> None:

@@ -17,6 +17,8 @@ from megatron_retro.runtime.strict_json import from_plain
 EVENTS = "events.jsonl"
 CONFIG = "config.toml"
 RANKS = "ranks"
+CULPRITS = "culprits.json"
+FLIGHT = "flight"
 _RANK_BYTES = 1 << 15  # of the end of each rank's file
 Record = TypeVar("Record", StepRecord, EvaluationRecord)
 

@@ -102,10 +102,11 @@ class Trainer:
     def _blamed(self, error: DistributedError) -> DistributedError:
         if self._heartbeat is None:
             return error
-        culprits = self._heartbeat.culprits()
-        self._observer.happened("lost rank", {"step": self.state.step + 1, "culprit": culprits})
-        return DistributedError(
-            f"{error.what}: {culprits}",
+        found, step = self._heartbeat.blame(), self.state.step + 1
+        self._heartbeat.write(found, step)
+        self._observer.happened("lost rank", {"step": step, "culprit": found.words})
+        return type(error)(
+            f"{error.what}: {found.words}",
             got=error.got,
             expected=error.expected,
             fix="the same command goes on from the newest checkpoint (torchrun --max-restarts does it by itself)",

@@ -42,7 +42,7 @@ from megatron_retro.runtime.console import render_table, say
 from megatron_retro.runtime.heartbeat import Heartbeat, start_heartbeat
 from megatron_retro.runtime.launch import Launch, find_launch
 from megatron_retro.runtime.process_group import agree, process_group
-from megatron_retro.runtime.run_log import CONFIG, EVENTS, RANKS
+from megatron_retro.runtime.run_log import CONFIG, CULPRITS, EVENTS, FLIGHT, RANKS
 from megatron_retro.runtime.run_records import RunFacts
 from megatron_retro.runtime.signals import StopRequests
 from megatron_retro.runtime.store_channel import open_channel
@@ -99,7 +99,9 @@ def _run(settings: Settings, launch: Launch, *, retrofit: bool = False) -> None:
     run_length(settings[TrainingConfig])
     stops = _stop_requests(settings)
     minutes = settings[ParallelConfig].distributed_timeout_minutes
-    with process_group(launch, timeout_minutes=minutes) as device, _owned_run(settings, launch):
+    save = settings[CheckpointConfig].save
+    flights = None if save is None else Path(save) / FLIGHT
+    with process_group(launch, timeout_minutes=minutes, flights=flights) as device, _owned_run(settings, launch):
         outcome = train(settings, launch, device, stops, retrofit=retrofit)
     finish(settings, outcome)
 
@@ -132,7 +134,8 @@ def train(
     channel = open_channel("checkpoints", timeout=timeout)
     state = TrainingState()
     with ExitStack() as closing:
-        heartbeat = start_heartbeat()
+        save = settings[CheckpointConfig].save
+        heartbeat = start_heartbeat(run=None if save is None else Path(save), timeout=timeout)
         if heartbeat is not None:
             closing.callback(heartbeat.close)
         observer = Observers(build_observers(parts, launch, heartbeat))
@@ -180,6 +183,7 @@ def _owned_run(settings: Settings, launch: Launch) -> Iterator[None]:
         if launch.rank == 0:
             clear_unfinished(run)
             require_room(run, checkpoint_bytes(resolved_settings(settings)))
+            (run / CULPRITS).unlink(missing_ok=True)
         dist.barrier()
         yield
 
