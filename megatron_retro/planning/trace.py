@@ -9,7 +9,7 @@ word here. Layers of a kind are alike, which `tests/planning/test_ranks.py` hold
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megatron_retro.assembly.stage_building import compute_dtype, stage_on_meta, trained_parts
 from megatron_retro.config.data import DataConfig
-from megatron_retro.config.model import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import OptimizerConfig, TrainingConfig
@@ -100,10 +100,12 @@ def trace_parts(
     With `behind_border` the input of its layers gets a gradient, whatever trains. With `evaluating` there is a forward
     alone, and the working bytes of a part are all that is there beside the weights.
     """
-    retrieves = settings[RetroConfig].retro_add_retriever
+    retrieves, states = settings[RetroConfig].retro_add_retriever, _states_read(settings)
     settings = settings.replace(
         num_layers=4 if retrieves else 1,
         retro_layers=(2, 4) if retrieves else None,
+        retro_init="noise",  # whose heads and depth are the whole model's
+        retro_open_heads=None,
         pipeline_model_parallel_size=1,
         num_layers_per_virtual_pipeline_stage=None,
         pipeline_layout=None,
@@ -117,7 +119,13 @@ def trace_parts(
             hold_plainly(model, shapes, device, compute_dtype(settings[OptimizerConfig]))
             if behind_border and model.embedding is not None:
                 model.embedding.register_forward_hook(lambda module, arguments, hidden: hidden.requires_grad_())
-            return _run(model, settings, device, evaluating)
+            found = _run(model, settings, device, evaluating)
+    return replace(found, encoded_bytes=found.encoded_bytes * states / _states_read(settings)) if retrieves else found
+
+
+def _states_read(settings: Settings) -> int:
+    """How many of the encoder's states go on to retrieval layers, side by side."""
+    return len(set(settings[RetroConfig].encoder_depths(settings[ModelConfig].num_layers).values()))
 
 
 def local_shapes(model: nn.Module) -> dict[str, torch.Size]:

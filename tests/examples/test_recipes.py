@@ -96,7 +96,12 @@ def test_every_layout_breaks_no_rule(stage: str, size: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "preset", "vocabulary"),
-    [("tiny", None, None), ("adaptive_1b", "adaptive-retro-1b", None), ("retrofit_hf", None, 256)],
+    [
+        ("tiny", None, None),
+        ("adaptive_1b", "adaptive-retro-1b", None),
+        ("retrofit_hf", None, 256),
+        ("retrofit_smollm2_1.7b", None, None),
+    ],
 )
 def test_the_other_recipes_break_no_rule(name: str, preset: str | None, vocabulary: int | None) -> None:
     words = ["--config", str(RECIPES / f"{name}.toml"), *(["--preset", preset] if preset else [])]

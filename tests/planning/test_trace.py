@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_retro.config.hardware import accelerator
-from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.planning.fake_device import CPU
 from megatron_retro.planning.plan import Plan, make_plan
 from megatron_retro.planning.recorder import PartTrace, Recorder
@@ -28,6 +28,13 @@ def test_a_gpt_and_a_shut_gate_trace_no_encoder(changes: dict[str, Any]) -> None
     traced = trace_parts(recipe(**changes))
     assert traced.part(ENCODER).forward_flops == traced.part(NEIGHBORS).saved_bytes == 0
     assert traced.encoded_bytes == 0
+
+
+def test_every_state_that_is_read_is_counted() -> None:
+    """Those of the whole model, of which the trace builds a part."""
+    layers = recipe()[RetroConfig].retrieval_layers(recipe()[ModelConfig].num_layers)
+    deep: dict[str, Any] = {"retro_encoder_layers": max(layers), "retro_encoder_reads": "same-depth"}
+    assert trace_parts(recipe(**deep)).encoded_bytes == len(layers) * trace_parts(recipe()).encoded_bytes
 
 
 def test_each_remedy_lowers_memory() -> None:
