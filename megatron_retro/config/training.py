@@ -118,7 +118,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class ObservabilityConfig:
-    """Logs, TensorBoard, profiler"""
+    """Logs, curves for other programs, alarms, profiler"""
 
     log_interval: int = option(10, "steps between log lines", minimum=1)
     log_throughput: bool = option(True, "tokens per second and FLOP utilisation")
@@ -126,6 +126,16 @@ class ObservabilityConfig:
         100, "steps between garbage collections, the same steps on every rank; 0 = when Python likes", minimum=0
     )
     tensorboard_dir: str | None = option(None, "write TensorBoard events here")
+    wandb_project: str | None = option(None, "project of Weights & Biases that gets the curves")
+    wandb_exp_name: str | None = option(None, "name of the run there; default: that of --save")
+    mlflow_tracking_uri: str | None = option(None, "server or store of MLflow that gets the curves", ours=True)
+    mlflow_experiment: str = option("megatron-retro", "experiment of MLflow", ours=True)
+    prometheus_file: str | None = option(
+        None, "write the newest numbers here, for node_exporter's textfiles", ours=True
+    )
+    prometheus_port: int | None = option(None, "let Prometheus read the newest numbers here; 0 = any port", ours=True)
+    prometheus_host: str = option("127.0.0.1", "address that --prometheus-port listens at", ours=True)
+    alert_command: str | None = option(None, "started as COMMAND EVENT TEXT for each alarm, facts as JSON", ours=True)
     profile: bool = option(False, "record a torch.profiler window")
     profile_step_start: int = option(10, "first profiled step", minimum=0)
     profile_step_end: int = option(12, "step after the last profiled one", minimum=0)

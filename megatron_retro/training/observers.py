@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_retro.artifacts.files import make_folder
-from megatron_retro.errors import EnvironmentProblem
 from megatron_retro.runtime.events import EventLog
-from megatron_retro.runtime.run_records import EvaluationRecord, RetrievalHealth, RunFacts, StepRecord
+from megatron_retro.runtime.run_records import EvaluationRecord, RunFacts, StepRecord
 from megatron_retro.runtime.strict_json import to_plain
 
 
@@ -85,40 +84,6 @@ class RankLines(BlankObserver):
 
     def ended(self) -> None:
         self._log.close()
-
-
-class TensorBoard(BlankObserver):
-    """The curves for TensorBoard."""
-
-    def __init__(self, directory: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise EnvironmentProblem(
-                "--tensorboard-dir needs TensorBoard", got=error, fix="pip install megatron-retro[tensorboard]"
-            ) from None
-        make_folder(directory)
-        self._writer: Any = SummaryWriter(str(directory))
-
-    def stepped(self, record: StepRecord) -> None:
-        for name in ("loss", "gradient_norm", "learning_rate", "batch_size", "loss_scale", "step_seconds"):
-            self._writer.add_scalar(f"train/{name}", getattr(record, name), record.step)
-        for name, loss in record.extra_losses.items():
-            self._writer.add_scalar(f"train/{name}", loss, record.step)
-        for name, seconds in record.seconds.items():
-            self._writer.add_scalar(f"seconds/{name}", seconds, record.step)
-
-    def evaluated(self, record: EvaluationRecord) -> None:
-        self._writer.add_scalar("validation/loss", record.loss, record.step)
-        health = record.retrieval or RetrievalHealth()
-        for variant, cost in health.excess.items():
-            for name, value in (("", cost.mean), ("_low", cost.low), ("_high", cost.high)):
-                self._writer.add_scalar(f"retrieval/excess_{variant}{name}", value, record.step)
-        for use in health.layers:
-            self._writer.add_scalar(f"retrieval/share_layer_{use.layer}", use.share, record.step)
-
-    def ended(self) -> None:
-        self._writer.close()
 
 
 class ProfilerWindow(BlankObserver):

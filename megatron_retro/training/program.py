@@ -57,9 +57,9 @@ from megatron_retro.training.observers import (
     Observers,
     ProfilerWindow,
     RankLines,
-    TensorBoard,
 )
 from megatron_retro.training.state import TrainingState
+from megatron_retro.training.trackers import build_trackers
 from megatron_retro.training.watches import FallingThroughput, PaceOfRank, SlowRanks
 
 
@@ -210,8 +210,8 @@ def build_observers(parts: RunParts, launch: Launch, heartbeat: Heartbeat | None
         observers.append(ConsoleLines(config.log_interval, config.log_throughput))
         if run is not None:
             observers.append(JsonLines(run / EVENTS))
-        if config.tensorboard_dir is not None:
-            observers.append(TensorBoard(Path(config.tensorboard_dir)))
+        fields = {name: value for section in parts.settings.values().values() for name, value in section.items()}
+        observers += build_trackers(config, run, fields)
     if run is not None and launch.world_size > 1:
         observers.append(RankLines(run / RANKS / f"rank-{launch.rank:05}.jsonl", config.log_interval))
     if config.profile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -87,6 +88,8 @@ def test_observers_change_no_bit(
 ) -> None:
     pytest.importorskip("tensorboard")
     watched = {"tensorboard_dir": str(tmp_path / "board"), "log_interval": 1, "profile": True, "hidden_dropout": 0.1}
+    if importlib.util.find_spec("prometheus_client") is not None:
+        watched["prometheus_file"] = str(tmp_path / "run.prom")
     watched |= {"profile_step_start": 2, "profile_step_end": 3, "eval_interval": 2, "eval_iters": 1}
     short_run(corpus, tmp_path / "watched", **watched)
     assert list((tmp_path / "board").iterdir()) and (tmp_path / "watched/profile/rank-00000.json").stat().st_size
