@@ -1,4 +1,7 @@
-"""Options of the tests: `--full` runs the counts that take long and records them, the default a seeded part."""
+"""Options of the tests: `--full` runs the counts that take long and records them, the default a seeded part.
+
+Tests that need a torch with CUDA (`./tests/run.sh --cuda-build`) are recorded too: few machines run them.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[long_reports] = []
     # Workers of xdist send their reports to the one process that records them.
-    if config.getoption("--full") and not hasattr(config, "workerinput"):
+    records = config.getoption("--full") or config.getoption("markexpr") == "cuda_build"
+    if records and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Recorder(config.stash[long_reports]))
 
 
@@ -35,6 +39,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if config.getoption("--full") and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(LONGEST_SECONDS))
+        if item.get_closest_marker("cuda_build") is not None:
+            item.user_properties.append(("count", 1))
         if item.get_closest_marker("full") is None:
             continue
         item.user_properties.append(("count", 1))

@@ -96,9 +96,17 @@ class StoreChannel:
         return shares[0]
 
     def barrier(self) -> None:
-        """Until all ranks are here; the first returns when all have read what it told."""
+        """Until all ranks are here; the first, which may keep the store, returns when all others know that."""
         self.gather(str)
-        self.gather(str)
+        if self._store is None:
+            return
+        turn = self._next_turn()
+        if self.rank:
+            self._send(f"{turn}/from/{self.rank}", _spoken(""))
+            return
+        for rank in range(1, self.size):
+            self._receive(f"{turn}/from/{rank}", rank)
+        self._told += [f"{turn}/from/{rank}" for rank in range(1, self.size)]
 
     def _next_turn(self) -> int:
         self._turn += 1

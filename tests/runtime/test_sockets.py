@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,19 @@ def test_a_channel_carries_texts_of_any_size_and_the_failure_of_one_rank_to_all(
         kinds = [kind for kind, whole in heard[4:] if whole]  # type: ignore[misc]
         assert kinds[0] == kinds[2] == "DamagedArtifact" and len(kinds) == 4
         assert {kinds[1], kinds[3]} <= {"ValueError", "RuntimeError"}, own
+
+
+def test_the_rank_that_keeps_the_store_leaves_a_barrier_last() -> None:
+    """Its process, and with it the store, is gone before a slow rank would have looked."""
+
+    def slow() -> bool:
+        launch = find_launch()
+        with process_group(launch):
+            channel = open_channel("checkpoints")
+            wait = channel._await
+            if launch.rank:
+                channel._await = lambda *arguments: (time.sleep(0.4), wait(*arguments))[1]  # type: ignore[method-assign]
+            channel.barrier()
+        return True
+
+    assert run_ranks(slow, 2, initialize=False, timeout=120) == [True, True]
