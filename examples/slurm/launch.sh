@@ -9,6 +9,7 @@
 #   --print-config         starts nothing: prints the effective settings
 #   --container-*          goes to srun (Enroot/Pyxis); so does everything in SRUN_OPTIONS
 #
+# ENVIRONMENT             virtual environment to use (default: .venv of the repository, if megatron-retro is not on PATH)
 # CLUSTER                 profile of the cluster (default: cluster.env beside this file): modules, container, interfaces
 # LOGS (default logs)     per job: LOGS/NAME-JOB/rank-N.log
 # MAIL_TO                 address that gets one summary line at the end
@@ -24,12 +25,16 @@ home="$(cd "$slurm/../.." && pwd)"
 source "$slurm/profile.sh"
 # shellcheck source=examples/slurm/outcome.sh
 source "$slurm/outcome.sh"
-if [ -x "$home/.venv/bin/python" ] && ! command -v megatron-retro >/dev/null; then
-  export PATH="$home/.venv/bin:$PATH"
+environment="${ENVIRONMENT:-$home/.venv}"
+if [ -x "$environment/bin/python" ] && { [ -n "${ENVIRONMENT:-}" ] || ! command -v megatron-retro >/dev/null; }; then
+  export PATH="$environment/bin:$PATH"
 fi
 program=(python -m megatron_retro.cli.main)
-containers=(${CONTAINER_IMAGE:+"--container-image=$CONTAINER_IMAGE"}
-  ${CONTAINER_MOUNTS:+"--container-mounts=$CONTAINER_MOUNTS"})
+containers=()
+if [ -n "${CONTAINER_IMAGE:-}" ]; then # the scripts and the directory of the submission are seen inside, too
+  containers=("--container-image=$CONTAINER_IMAGE"
+    "--container-mounts=${CONTAINER_MOUNTS:+$CONTAINER_MOUNTS,}$home:$home,$PWD:$PWD" "--container-workdir=$PWD")
+fi
 words=()
 written=() # the directory of --save
 cores=()

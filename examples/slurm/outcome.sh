@@ -60,7 +60,7 @@ failed_nodes() { # folder of the endings, directory of --save
         cat "$file"
       fi
     done
-    if [ -n "${2:-}" ]; then
+    if [ -n "${2:-}" ] && [ "$2/culprits.json" -nt "$1" ]; then # of this start
       sed -n 's/.*"node": *"\([^"]*\)".*/\1/p' "$2/culprits.json" 2>/dev/null || true
     fi
   } | sort -u

@@ -136,7 +136,7 @@ def test_waiting_is_counted_where_it_happens() -> None:
     assert first == pytest.approx(second, abs=0.25) and waited > 0.3 and hardly < 0.2
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(ranks, marks=pytest.mark.full) for ranks in (4, 8))])
 def test_a_rank_that_is_stopped_most_of_the_time_is_named(
     corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
 ) -> None:

@@ -103,16 +103,29 @@ def test_container_flags_and_options_go_to_srun(tmp_path: Path) -> None:
     flags = ["--container-image=retro.sqsh", "--container-mounts=/data:/data"]
     check, start = srun_words(tmp_path, "pretrain", "--lr", "1", *flags, SRUN_OPTIONS="--cpu-bind=none")
     for line in (check, start):
-        assert f"--cpu-bind=none --kill-on-bad-exit=1 {' '.join(flags)}" in line
+        assert f"--cpu-bind=none --kill-on-bad-exit=0 {' '.join(flags)}" in line
     assert "--ntasks=2" in check and "health_check.sh" in check
     assert "pretrain --lr 1 [expandable_segments:True" in start
 
 
 def test_the_profile_of_the_cluster_reaches_the_processes(tmp_path: Path) -> None:
     profile = tmp_path / "cluster.env"
-    profile.write_text("CONTAINER_IMAGE=retro.sqsh\nGLOO_SOCKET_IFNAME=ib0\nPYTORCH_ALLOC_CONF=max_split_size_mb:64\n")
+    profile.write_text(
+        "CONTAINER_IMAGE=retro.sqsh\nCONTAINER_MOUNTS=/data:/data\nGLOO_SOCKET_IFNAME=ib0\nPYTORCH_ALLOC_CONF=max_split_size_mb:64\n"
+    )
     for line in srun_words(tmp_path, "pretrain", CLUSTER=str(profile)):
         assert "--container-image=retro.sqsh" in line and "[max_split_size_mb:64 ib0]" in line
+        assert f"--container-mounts=/data:/data,{ROOT}:{ROOT},{Path.cwd()}:{Path.cwd()}" in line
+
+
+def test_an_environment_that_the_profile_names_is_used_on_every_node(tmp_path: Path) -> None:
+    place = tmp_path / "venv/bin/python"
+    place.parent.mkdir(parents=True)
+    place.write_text("#!/bin/sh\necho the one of the profile\n")
+    place.chmod(0o755)
+    environment = {**os.environ, "ENVIRONMENT": str(tmp_path / "venv"), "LAUNCHER": "none"}
+    done = subprocess.run([str(LAUNCH), "reach"], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "the one of the profile\n"
 
 
 @pytest.mark.parametrize(
