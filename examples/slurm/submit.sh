@@ -35,7 +35,8 @@ else
 fi
 
 # What the plan of this stage is for; settings that cannot be are refused here, before anything is queued.
-settings="$("${command[@]}" --dry-run --print-config)"
+settings="" # of a finishing job, its array was asked for the same
+[ -n "${FINISH:-}" ] || settings="$("${command[@]}" --dry-run --print-config)"
 nodes="$(awk '$1 == "plan_nodes" { print $3 }' <<<"$settings")"
 gpus="$(awk '$1 == "plan_gpus_per_node" { print $3 }' <<<"$settings")"
 with_gpus="--gpus-per-node=${GPU_TYPE:+$GPU_TYPE:}$gpus"
