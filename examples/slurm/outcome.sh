@@ -60,8 +60,8 @@ failed_nodes() { # folder of the endings, directory of --save
         cat "$file"
       fi
     done
-    if [ -n "${2:-}" ] && [ "$2/culprits.json" -nt "$1" ]; then # of this start
-      sed -n 's/.*"node": *"\([^"]*\)".*/\1/p' "$2/culprits.json" 2>/dev/null || true
+    if [ -n "${2:-}" ]; then
+      grep -o '"node": *"[^"]*"' "$2/culprits.json" 2>/dev/null | cut -d '"' -f 4 | cut -d . -f 1 || true
     fi
   } | sort -u
 }

@@ -222,3 +222,16 @@ def test_the_last_line_of_a_job_is_this_starts_first_error(tmp_path: Path) -> No
         program.chmod(0o755)
         done = subprocess.run([str(LAUNCH), "pretrain"], env=environment, capture_output=True, text=True)
         assert done.returncode == code and done.stdout.rstrip().endswith(f"; {last}"), done.stdout + done.stderr
+
+
+def test_nodes_that_a_watchdog_blames_have_failed_too(tmp_path: Path) -> None:
+    """Beside those whose ranks were killed or left no word; one that refused has not."""
+    ranks = {0: ("n0", '"code": 2'), 1: ("n1", '"code": 137'), 2: ("n2", None), 3: ("n3", '"code": 76')}
+    for rank, (node, code) in ranks.items():
+        (tmp_path / f"rank-{rank}.node").write_text(f"{node}\n")
+        if code is not None:
+            (tmp_path / f"rank-{rank}.json").write_text(f'{{"rank": {rank}, {code}, "why": ""}}\n')
+    (tmp_path / "culprits.json").write_text('{"culprits": [{"rank": 4, "node": "n4.example"}, {"node": "n5"}]}\n')
+    words = f"source {LAUNCH.with_name('outcome.sh')}; failed_nodes {tmp_path} {tmp_path}"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["n1", "n2", "n4", "n5"]
