@@ -7,6 +7,7 @@ stood, a launcher has kept in a file (`runtime.endings`).
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,8 +48,10 @@ class StopRequests:
         numbers: tuple[signal.Signals, ...] = STOP_SIGNALS,
         note: Callable[[int, FrameType | None], object] | None = None,
     ) -> Iterator[StopRequests]:
-        """Take the signals over while the block runs, and give them back."""
+        """Take the signals over while the block runs, and give them back; beside the main thread none arrive."""
         handler = note or self.note
+        if threading.current_thread() is not threading.main_thread():
+            numbers = ()
         previous: dict[signal.Signals, _Handler] = {number: signal.signal(number, handler) for number in numbers}
         if self._signal is None:
             self._signal = early_stop()
