@@ -27,8 +27,8 @@ REAL_DECODER = {
     "decoder": "alone",
     "continued": "trained on",
     "untrained, real": "Retro, untrained",
-    "same-depth, real": "Retro, same depth",
-    "same-depth, other": "Retro, other text's",
+    "mixed, real": "Retro, trained",
+    "mixed, other": "Retro, other text's",
     "prompt, real": "prompt",
 }
 Bar = tuple[str, str, str]  # label, configuration, the one that it is compared with

@@ -34,12 +34,13 @@ fi
 noise=(--retro-init noise --retro-zero-init-output --retro-gate-type fixed --retro-neighbor-positions rotary
   --retro-encoder-layers 2 --no-retro-encoder-causal --no-retro-encoder-final-norm --no-freeze-encoder)
 fit=(megatron-retro retrofit --config "$here/real_decoder.toml")
-"${fit[@]}" --save same-depth
+"${fit[@]}" --save mixed
+"${fit[@]}" --retro-random-retrieval-probability 0 --train-iters 24 --save same-depth
 "${fit[@]}" --lr 1e-12 --min-lr 1e-12 --lr-warmup-iters 0 --train-iters 1 --save untrained
 last=(megatron-retro retrofit --config "$here/real_decoder_last.toml")
 "${last[@]}" --save warm
 "${last[@]}" "${noise[@]}" --train-iters 20 --save noise
 megatron-retro pretrain --config "$here/real_decoder_continued.toml" --finetune "${tokenizer[@]}" --save continued
-python "$here/real_decoder.py" gpt --retro same-depth=same-depth untrained=untrained warm=warm noise=noise \
+python "$here/real_decoder.py" gpt --retro mixed=mixed same-depth=same-depth untrained=untrained warm=warm noise=noise \
   --trained continued=continued --text corpus/held_out_text_document \
   --database retrieval/database --neighbors retrieval/neighbors/held_out --work losses --json "$here/real_decoder.json"
