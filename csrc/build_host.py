@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from build_toolchain import CompilerMissing, Unit, compile_all, host_compiler, link, say
@@ -10,8 +11,14 @@ from build_toolchain import CompilerMissing, Unit, compile_all, host_compiler, l
 SOURCES = Path(__file__).resolve().parent / "host"
 
 
-def build_host(target: Path, sources: Path = SOURCES) -> None:
-    """Compile and link the sources of one directory; raises CompilerMissing where the package has to do without."""
+SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1")
+
+
+def build_host(target: Path, sources: Path = SOURCES, more_flags: Sequence[str] = ()) -> None:
+    """Compile and link the sources of one directory; raises CompilerMissing where the package has to do without.
+
+    `more_flags` come last: `SANITIZED` gives a library that stops at the first wrong access.
+    """
     try:
         import pybind11
     except ImportError as problem:
@@ -19,9 +26,9 @@ def build_host(target: Path, sources: Path = SOURCES) -> None:
     compiler = host_compiler()
     say(f"host extension {target.parent.name}.{target.name.split('.')[0]} with {compiler}")
     includes = ("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"), f"-I{sources}")
-    flags = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-pthread")
+    flags = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-pthread", *more_flags)
     units = [Unit(source, (compiler, *flags, *includes)) for source in sorted(sources.glob("*.cpp"))]
     if not units:
         say(f"{sources} holds no sources yet")
         return
-    link((compiler, "-pthread"), compile_all(units), target)
+    link((compiler, "-pthread", *more_flags), compile_all(units), target)

@@ -18,6 +18,7 @@ namespace host {
 namespace {
 
 constexpr int64_t cost_of_lookup = 800;
+constexpr int64_t longest_chunk = int64_t(1) << 20;  // times a number of tokens it stays below 2^63
 
 using Ids = py::array_t<int64_t, py::array::c_style>;
 
@@ -50,6 +51,7 @@ TokenFile make_file(std::string prefix, const py::array& stream, const py::array
 OwnedDatabase make_database(std::string path, const py::list& corpora, const py::array& chunks_before,
                             int64_t chunk_length, int64_t eod) {
     require(chunks_before.size() > 1 && py::len(corpora) > 0 && chunk_length > 0, "a database without chunks");
+    require(chunk_length <= longest_chunk, "a chunk longer than any");
     OwnedDatabase owned{{std::move(path), {}, bytes_of(chunks_before, 8), int64_t(chunks_before.size()) - 1,
                          chunk_length, eod},
                         py::list()};
@@ -61,8 +63,10 @@ OwnedDatabase make_database(std::string path, const py::list& corpora, const py:
         const bool is_first = owned.database.corpora.empty();
         require(is_first ? documents_before == 0 : documents_before >= before, "corpora are not in order");
         for (const py::array& array : {stream, pointers, documents}) owned.owners.append(array);
-        owned.database.corpora.push_back(
-            {make_file(prefix, stream, pointers, documents), first_document, documents_before});
+        TokenFile file = make_file(prefix, stream, pointers, documents);
+        require(first_document >= 0 && first_document <= file.num_documents, "a corpus begins outside its file");
+        require(documents_before <= owned.database.num_documents, "a corpus begins outside the database");
+        owned.database.corpora.push_back({std::move(file), first_document, documents_before});
         before = documents_before;
     }
     return owned;

@@ -9,7 +9,6 @@ final name: outputs are deterministic and renamed into place, so even two worker
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 import uuid
@@ -18,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_retro.artifacts.files import make_folder, named_disk_errors
+from megatron_retro.artifacts.files import make_folder, named_disk_errors, this_host
 
 DEFAULT_LEASE_SECONDS = 60.0
 _LARGEST_SKEW = 30.0  # seconds between clocks; a claim that is older still need not be watched
@@ -62,7 +61,7 @@ class BlockClaims:
     @contextmanager
     def _claim(self, block: str) -> Iterator[bool]:
         path = self._path(block)
-        token = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
+        token = f"{this_host()} {os.getpid()} {uuid.uuid4().hex}"
         self._drop_expired(path)
         if not _create_exclusively(path, token):
             yield False
@@ -101,7 +100,7 @@ class BlockClaims:
 
     def _expired(self, path: Path, content: str) -> bool:
         host, process = [*content.split(), "", ""][:2]
-        if host == socket.gethostname() and process.isdigit() and not Path(f"/proc/{process}").exists():
+        if host == this_host() and process.isdigit() and not Path(f"/proc/{process}").exists():
             return True
         try:
             renewed = path.stat().st_mtime_ns

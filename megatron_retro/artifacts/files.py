@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
+import hashlib
+import math
 import os
 import shutil
+import socket
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from megatron_retro.errors import ArtifactError, EnvironmentProblem, MegatronRetroError
 
 TEMPORARY_MARK = ".partial-"
 RETIRED_MARK = ".retired-"
+_ABANDONED_SECONDS = 24 * 3600.0
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _AGAIN = "and run the same command again"
@@ -38,9 +45,18 @@ _REFUSALS: dict[int, tuple[str, str]] = {
 }
 
 
+@cache
+def this_host() -> str:
+    """Tells processes apart whose numbers mean the same: another host, another boot or container is another value."""
+    facts = [socket.gethostname()]
+    with suppress(OSError):
+        facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
+
+
 def temporary_name(path: Path) -> Path:
     """A name beside `path` that no reader takes for finished."""
-    return path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    return path.with_name(f"{path.name}{TEMPORARY_MARK}{this_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
 
 def flush_file(path: Path) -> None:
@@ -115,17 +131,31 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         if path.exists() and not replace:
             raise ArtifactError(f"{path} exists already", fix="remove it, or give another path")
         make_folder(path.parent)
+        remove_leftovers(path.parent, glob.escape(path.name))
         partial = temporary_name(path)
         partial.mkdir()
         try:
             yield partial
             for file in sorted(partial.rglob("*")):
+                if file.is_file():
+                    file.chmod(0o666 & ~_umask())  # writers of libraries have modes of their own
                 flush_file(file)
             flush_directory(partial)
             publish_directory(partial, path)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def _umask() -> int:
+    """The bits that this process leaves out of the modes of new files."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("Umask:")), 8)
+    except (OSError, StopIteration):
+        mask = os.umask(0o077)
+        os.umask(mask)
+        return mask
 
 
 def publish_directory(finished: Path, path: Path) -> None:
@@ -224,12 +254,26 @@ def _belongs_to(named: str, path: Path) -> bool:
     return named.startswith(str(path)) or str(path).startswith(named)
 
 
-def remove_leftovers(directory: Path) -> int:
-    """Delete temporary files that killed processes of this host left in a directory; returns how many."""
+def remove_leftovers(directory: Path, pattern: str = "*") -> int:
+    """Delete temporary files that killed processes left in a directory; returns how many.
+
+    The number of a process says something on its own host only; what another host left must be a day old.
+    """
     removed = 0
-    for path in directory.glob(f"*{TEMPORARY_MARK}*"):
-        owner = path.name.rsplit(TEMPORARY_MARK, 1)[1].split("-")[0]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+    for path in directory.glob(f"{pattern}{TEMPORARY_MARK}*"):
+        host, process, *_ = [*path.name.rsplit(TEMPORARY_MARK, 1)[1].split("-"), "", ""]
+        if host == this_host() and process.isdigit():
+            is_left = not Path(f"/proc/{process}").exists()
+        else:
+            is_left = time.time() - _changed_at(path) > _ABANDONED_SECONDS
+        if is_left:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             removed += 1
     return removed
+
+
+def _changed_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf

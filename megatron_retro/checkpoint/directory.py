@@ -109,7 +109,7 @@ def run_lock(run: Path) -> Iterator[None]:
     """Hold the directory of a run; a second run on it is refused at once."""
     make_folder(run)
     with named_disk_errors(run):
-        descriptor = os.open(run / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(run / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

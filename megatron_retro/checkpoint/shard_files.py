@@ -109,7 +109,7 @@ class WrittenShard:
 def write_shard(path: Path, slices: Sequence[TensorSlice], load: Callable[[int], Tensor]) -> WrittenShard:
     """Write a shard and force it to disk; `load(i)` gives slice i, contiguous or not, on any device."""
     head, begins = shard_header(slices)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         stream = _ChecksummedStream(descriptor)
         stream.write(memoryview(head))

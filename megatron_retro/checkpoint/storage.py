@@ -109,7 +109,7 @@ class TensorIndex:
         try:
             content = json.loads(text)
             return cls._from_content(content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DamagedArtifact(
                 f"{source} is damaged", got=repr(error), fix="load another checkpoint of this run"
             ) from None

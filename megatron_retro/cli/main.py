@@ -44,7 +44,7 @@ def _outcome(words: list[str]) -> tuple[int, str]:
     except Exception as error:
         problem = disk_problem(error)
         if problem:
-            print(f"error: {problem}", file=sys.stderr)
+            show_error(problem)
             return problem.exit_code, str(problem)
         traceback.print_exc()
         print("this is a fault of megatron_retro, not of your input; please report the lines above", file=sys.stderr)

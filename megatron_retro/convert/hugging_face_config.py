@@ -45,6 +45,11 @@ def model_from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
     return model
 
 
+# Beyond what any model has; a number above it is damage, or meant to fill the memory.
+_LARGEST_NUMBER = 1 << 30
+_LARGEST = dict.fromkeys(("num_hidden_layers", "n_layer"), 10_000) | dict.fromkeys(("hidden_size", "n_embd"), 1 << 20)
+
+
 class _Reader:
     """Reads fields of one file and remembers which were never asked for."""
 
@@ -86,7 +91,10 @@ class _Reader:
         """A number above zero, or None where there is none; anything else is a problem."""
         kinds = (int,) if whole else (int, float)
         if value is None or (isinstance(value, kinds) and not isinstance(value, bool) and value > 0):
-            return value
+            if value is None or not whole or value <= _LARGEST.get(name, _LARGEST_NUMBER):
+                return value
+            self.problems.append(f"{name} = {value}: expected at most {_LARGEST.get(name, _LARGEST_NUMBER):,}")
+            return 1
         self.problems.append(f"{name} = {value!r}: expected a {'whole ' if whole else ''}number above 0")
         return 1
 

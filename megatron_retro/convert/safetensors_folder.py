@@ -82,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise disk_problem(error) or ArtifactError(f"{path} cannot be read", got=error) from None
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} cannot be read", got=f"a JSON {type(content).__name__}", expected="an object")

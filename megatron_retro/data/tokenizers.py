@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from megatron_retro.errors import ArtifactError, ConfigError, DataError
 from megatron_retro.runtime.console import warn
 
 _SAMPLED_ENDS, _FEWEST_ENDS = 64, 3
+_LARGEST_ID = 1 << 24
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<EOD>", "[EOS]")
 
 
@@ -105,6 +107,7 @@ class HuggingFaceTokenizer:
 
         path = model / "tokenizer.json" if model.is_dir() else model
         content = read_tokenizer_file(path)
+        _require_dense_ids(path, content)
         try:
             self.backend: Any = Backend.from_str(content.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception
@@ -136,12 +139,12 @@ class GPT2BPETokenizer:
         try:
             ids: dict[str, int] = json.loads(vocabulary)
             backend = Backend(models.BPE(vocab=ids, merges=_merge_pairs(merges.decode("utf-8"))))
+            self.vocab_size: int = max(ids.values()) + 1
         except Exception as error:  # the library raises bare Exception
             raise ArtifactError(f"{vocab_file} and {merge_file} are no GPT-2 vocabulary", got=error) from None
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         backend.decoder = decoders.ByteLevel()
         self.backend: Any = backend
-        self.vocab_size: int = max(ids.values()) + 1
         if END_OF_DOCUMENT_NAMES[0] not in ids:
             raise ArtifactError(f"{vocab_file} has no {END_OF_DOCUMENT_NAMES[0]}")
         self.eod: int = ids[END_OF_DOCUMENT_NAMES[0]]
@@ -271,6 +274,25 @@ def _highest_id(backend: Any) -> int:
     return int(max(backend.get_vocab(with_added_tokens=True).values()))
 
 
+def _require_dense_ids(path: Path, content: bytes) -> None:
+    """Refuse ids that only a damaged or hostile file has: the library makes room for all up to the largest, or aborts.
+
+    A file without a number that long is not parsed twice.
+    """
+    if re.search(rb"\d{8}", content) is None:
+        return
+    try:
+        parsed = json.loads(content)
+        ids = [token["id"] for token in parsed.get("added_tokens", ())]
+        vocabulary = parsed["model"].get("vocab", {})
+        ids += vocabulary.values() if isinstance(vocabulary, dict) else ()
+        largest = max(ids, default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"{path} is no tokenizer.json", got=error) from None
+    if largest > _LARGEST_ID:
+        raise ArtifactError(f"{path} has a token of an impossible id", got=largest, expected=f"at most {_LARGEST_ID}")
+
+
 def _forget_lengths(backend: Any) -> None:
     """A tokenizer.json may carry the padding and truncation of the run that saved it."""
     backend.no_padding()
@@ -281,7 +303,10 @@ def _hugging_face_eod(backend: Any, path: Path) -> int:
     settings = path.with_name("tokenizer_config.json")
     names = list(END_OF_DOCUMENT_NAMES)
     if settings.is_file():
-        declared = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
+        try:
+            declared = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise ArtifactError(f"{settings} cannot be read", got=error, expected="a JSON object") from None
         name = declared.get("content") if isinstance(declared, dict) else declared
         names = [name, *names] if name else names
     for name in names:

@@ -33,6 +33,8 @@ def read_json(path: Path) -> Any:
         return json.loads(_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is not JSON", got=f"line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON", got=error) from None
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -44,6 +46,8 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number}: not JSON", got=error.msg) from None
+        except (RecursionError, ValueError) as error:
+            raise DataError(f"{path}, line {number} cannot be read as JSON", got=error) from None
         if not isinstance(record, dict):
             raise DataError(f"{path}, line {number}", got=type(record).__name__, expected="a JSON object")
         yield record

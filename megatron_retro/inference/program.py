@@ -24,6 +24,7 @@ from megatron_retro.inference.generation import Generation
 from megatron_retro.inference.replicas import Replica, ask_model
 from megatron_retro.inference.sampling import Sampling
 from megatron_retro.inference.text_generator import TextGenerator
+from megatron_retro.runtime.console import shown
 from megatron_retro.runtime.environment import require
 from megatron_retro.runtime.strict_json import json_text
 
@@ -76,7 +77,7 @@ def _prompts(config: GenerateConfig) -> list[str]:
     try:
         records = [json.loads(line) for line in text.splitlines() if line.strip()]
         prompts = [record["question"] if "question" in record else record["prompt"] for record in records]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is no JSON lines file of prompts", got=error, expected=_PROMPTS) from None
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         got = next((repr(prompt) for prompt in prompts if not isinstance(prompt, str)), "no line")
@@ -129,9 +130,9 @@ def _generate(
         listener=_StreamPrinter(prompts[0]) if streamed else None,
     )
     for prompt, generation in zip(prompts, generations, strict=True):
-        print() if streamed else print(f"{prompt}{generation.text}")
+        print() if streamed else print(_for_terminal(f"{prompt}{generation.text}"))
         if config.show_neighbors:
-            print(_explained(generator, generation))
+            print(_for_terminal(_explained(generator, generation)))
     return generations
 
 
@@ -142,9 +143,14 @@ class _StreamPrinter:
         self._before = prompt
 
     def __call__(self, text: str) -> None:
-        sys.stdout.write(self._before + text)
+        sys.stdout.write(_for_terminal(self._before + text))
         sys.stdout.flush()
         self._before = ""
+
+
+def _for_terminal(text: str) -> str:
+    """A file or a pipe gets the text as it is."""
+    return shown(text) if sys.stdout.isatty() else text
 
 
 def _explained(generator: TextGenerator, generation: Generation) -> str:

@@ -153,7 +153,7 @@ def _hugging_face_shape(folder: Path) -> dict[str, Any]:
     try:
         text = (folder / "config.json").read_text(encoding="utf-8")
         return asdict(model_from_hugging_face(json.loads(text)))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{folder} is no Hugging Face model", got=error, expected="a folder with a config.json"
         ) from None

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_retro.artifacts.block_checksums import checksum_of
-from megatron_retro.artifacts.files import make_folder, named_disk_errors, new_file
+from megatron_retro.artifacts.files import make_folder, named_disk_errors, write_file
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.errors import ArtifactError
 from megatron_retro.retrieval.embedders import Embedder
@@ -80,7 +80,7 @@ class KeptVectors:
         content = as_bfloat16(vectors).tobytes()
         with named_disk_errors(self.path):
             make_folder(self.path.parent)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 if os.fstat(descriptor).st_size != self.num_chunks * self.dimension * 2:
                     os.ftruncate(descriptor, self.num_chunks * self.dimension * 2)
@@ -140,20 +140,17 @@ def _by_list(encoded: dict[str, NDArray[Any]], block: WorkBlock) -> dict[str, ND
 
 
 _ABOUT = "block"
-_READABLE = 0o644
 _REMEDY = "remove this file and run the same command again: only this block is made again"
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> None:
     """Write a block atomically; `facts` say what it was made from."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     ordered = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     # One entry: safetensors writes several in an order that changes from run to run.
     header = {_ABOUT: json_text({"facts": facts, "crc32": _checksums(ordered)}, sort_keys=True)}
-    with new_file(path) as partial:
-        save_file(ordered, partial, metadata=header)
-        partial.chmod(_READABLE)
+    write_file(path, save(ordered, metadata=header))  # its own writer ignores the umask
 
 
 def map_arrays(path: Path, facts: Mapping[str, Any]) -> dict[str, NDArray[Any]]:

@@ -107,7 +107,7 @@ class ListMerge:
         make_folder(self.directory)
         path = self.directory / LISTS_FILE
         with named_disk_errors(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 os.ftruncate(descriptor, int(self.offsets[-1]))
             finally:

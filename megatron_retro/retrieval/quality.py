@@ -143,7 +143,7 @@ def leaking(search: NeighborSearch, first: int, ids: NDArray[np.int64]) -> NDArr
 
 def _planted_leaks(search: NeighborSearch, first: int, ids: NDArray[np.int64]) -> tuple[int, int]:
     """How many leaks were hidden in a copy of some rows, and how many the audit found there."""
-    own = search.own_chunks(np.arange(first, first + len(ids)))
+    own = search.own_chunks(np.arange(first, first + len(ids)), following=0)
     rows = np.flatnonzero(own.last > own.first)[:_PLANTED]
     copy = ids.copy()
     before = int(leaking(search, first, copy).sum())

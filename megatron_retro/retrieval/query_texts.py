@@ -48,10 +48,15 @@ class QueryTexts:
         there = np.arange(padded.size).reshape(-1, length) < len(stream)
         return MaskedTokens(texts.tokens_NM, texts.present_NM & there)
 
-    def own_chunks(self, numbers: NDArray[np.int64]) -> ExcludedIds:
-        """The database chunks of each query chunk's own documents, as an interval of ids."""
-        database = self.project.database
-        first, last = self.chunks.documents(numbers)
+    def own_chunks(self, numbers: NDArray[np.int64], following: int = 1) -> ExcludedIds:
+        """The database chunks of the documents of each query chunk and of so many that follow, as an interval of ids.
+
+        Whoever reads a chunk's neighbours predicts the next chunk, so the documents of that are the query's own, too.
+        """
+        database, file = self.project.database, self.chunks.file
+        first, _ = self.chunks.documents(numbers)
+        end = np.minimum((np.asarray(numbers, np.int64) + 1 + following) * self.chunks.chunk_length, file.num_tokens)
+        last = file.documents_of(end - 1) + 1
         low, high = database.map_documents(self.chunks.file.fingerprint, first, last)
         return ExcludedIds(np.asarray(database.chunks_before[low]), np.asarray(database.chunks_before[high]))
 

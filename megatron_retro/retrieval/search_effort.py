@@ -5,24 +5,21 @@ Calibration compares searches of a sample at rising numbers of lists with a sear
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_retro.artifacts.files import write_file
-from megatron_retro.artifacts.manifest import read_manifest
+from megatron_retro.artifacts.manifest import read_manifest, read_sealed_json, write_sealed_json
 from megatron_retro.data.token_file import TokenFile
-from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.errors import ConfigError
 from megatron_retro.retrieval.faiss_index import inverted_parts, new_index
 from megatron_retro.retrieval.index_building import KIND, VERSION, open_merged
 from megatron_retro.retrieval.index_search import ExcludedIds, Searcher, SearchResult, can_search_by_lists
 from megatron_retro.retrieval.project import Project
 from megatron_retro.retrieval.query_texts import QueryTexts, query_chunks
 from megatron_retro.retrieval.work_blocks import claim_blocks, uniform_sample
-from megatron_retro.runtime.strict_json import json_text
 
 _SAMPLE = 2000
 _WANTED_RECALL = 0.97
@@ -83,11 +80,9 @@ def _calibrated_nprobe(project: Project, index: Any, ef_search: int) -> int:
     manifest = read_manifest(project.layout.merged, kind=KIND, version=VERSION)
     path = project.layout.work(f"calibration-{manifest.fingerprint[:12]}-{ef_search}.json")
     for _ in claim_blocks(project.layout, "calibrate", [path.name], lambda _: path.exists(), project.worker):
-        write_file(path, json_text(_calibrate(project, index, ef_search)) + "\n")
-    try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["nprobe"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is damaged", got=error, fix="remove it: it is measured again") from None
+        write_sealed_json(path, _calibrate(project, index, ef_search))
+    fields = {*SearchEffort.__dataclass_fields__, "recalls"}
+    return int(read_sealed_json(path, fields, fix="remove it: it is measured again")["nprobe"])
 
 
 def _calibrate(project: Project, index: Any, ef_search: int) -> dict[str, Any]:

@@ -14,9 +14,21 @@ _BAR_SECONDS = 0.1
 _BAR_WIDTH = 24
 
 
+# What a terminal would obey, and what turns the direction of text, by how it is shown.
+_CONTROLS = {
+    **{code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"},
+    **{code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))},
+}
+
+
+def shown(text: str) -> str:
+    """Text of a corpus, a file or a model as a terminal may print it: what would be obeyed is written out."""
+    return text.translate(_CONTROLS)
+
+
 def say(message: str) -> None:
     """Tell the person who started the program."""
-    print(message, file=sys.stderr, flush=True)
+    print(shown(message), file=sys.stderr, flush=True)
 
 
 def show_error(error: MegatronRetroError) -> None:

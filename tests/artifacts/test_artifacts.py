@@ -254,3 +254,49 @@ def test_a_run_that_finds_no_room_for_a_checkpoint_does_not_begin(tmp_path: Path
     files.require_room(tmp_path, 1)
     with pytest.raises(EnvironmentProblem, match="no room for one checkpoint"):
         files.require_room(tmp_path, 10**18)
+
+
+def test_leftovers_of_another_host_are_not_judged_by_a_local_process(tmp_path: Path) -> None:
+    ours, gone = files.temporary_name(tmp_path / "a"), 1 << 22
+    dead = ours.with_name(ours.name.replace(f"-{os.getpid()}-", f"-{gone}-"))
+    theirs = dead.with_name(dead.name.replace(files.this_host(), "0123456789ab"))
+    old = theirs.with_name(theirs.name + "0")
+    for path in (ours, dead, theirs, old):
+        path.write_text("half")
+    os.utime(old, (0, 0))
+    assert remove_leftovers(tmp_path) == 2
+    assert ours.exists() and theirs.exists() and not dead.exists() and not old.exists()
+
+
+def test_a_claim_of_another_host_ends_with_its_lease_alone(tmp_path: Path) -> None:
+    """Its process number means nothing here, however alike the hosts are named."""
+    claim = tmp_path / "a.claim"
+    claim.write_text(f"0123456789ab {1 << 22} token")
+    claims = BlockClaims(tmp_path, ["a"], lambda _: False, wait=False)
+    assert list(claims) == []
+    claim.write_text(f"{files.this_host()} {1 << 22} token")
+    assert next(iter(claims)) == "a"
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_files_have_the_modes_that_umask_leaves(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        with new_directory(tmp_path / "new") as work:
+            for name, mode in (("closed", 0o600), ("open", 0o644)):
+                (work / name).write_text("by a library")
+                (work / name).chmod(mode)
+            write_manifest(work, kind=KIND, version=1)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "new").iterdir()} == {0o666 & ~mask}
+
+
+def test_the_next_run_clears_what_a_killed_one_left(tmp_path: Path) -> None:
+    left = files.temporary_name(tmp_path / "new")
+    left = left.with_name(left.name.replace(f"-{os.getpid()}-", f"-{1 << 22}-"))
+    left.mkdir()
+    (left / "half").write_text("half")
+    with new_directory(tmp_path / "new") as work:
+        (work / "whole").write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]

@@ -42,7 +42,7 @@ def table_of(root: Path, name: str = "corpus") -> tuple[NeighborTable, np.ndarra
 
 
 def exact_distances(queries: Documents, database: Documents) -> tuple[np.ndarray, np.ndarray]:
-    """All squared distances, infinite where a chunk belongs to a document of the query chunk; by hand."""
+    """All squared distances, infinite where a chunk is of a document of the query chunk or of the next; by hand."""
     chunks = cut_chunks(database)
     stream = np.concatenate([[*document, EOD] for document in queries])
     owners = owners_of_tokens(queries)
@@ -57,7 +57,7 @@ def exact_distances(queries: Documents, database: Documents) -> tuple[np.ndarray
     own = np.zeros(distances.shape, bool)
     if queries is database:
         for row in range(rows):
-            mine = set(owners[row * CHUNK : (row + 1) * CHUNK].tolist())
+            mine = set(owners[row * CHUNK : (row + 2) * CHUNK].tolist())
             own[row] = [document in range(min(mine), max(mine) + 1) for document, _ in chunks]
     return np.where(own, np.inf, distances), own
 
@@ -105,8 +105,8 @@ def test_chunks_that_straddle_documents_avoid_both(tmp_path: Path) -> None:
     owners = owners_of_tokens(documents)
     straddling = 0
     for row in range(len(ids)):
-        mine = set(owners[row * CHUNK : (row + 1) * CHUNK].tolist())
-        straddling += len(mine) > 1
+        straddling += len(set(owners[row * CHUNK : (row + 1) * CHUNK])) > 1
+        mine = set(owners[row * CHUNK : (row + 2) * CHUNK].tolist())  # and what the next chunk is of
         found = ids[row][ids[row] >= 0]
         assert not mine & set(database.document_of(found).tolist())
         assert len(found) == sum(document not in mine for document, _ in cut_chunks(documents))
@@ -274,5 +274,5 @@ def test_several_corpora_make_one_database(tmp_path: Path) -> None:
         _, ids = table_of(root, f"part{number}")
         owners = owners_of_tokens(part) + (len(parts[0]) if number else 0)
         for row in range(len(ids)):
-            mine = set(owners[row * CHUNK : (row + 1) * CHUNK].tolist())
+            mine = set(owners[row * CHUNK : (row + 2) * CHUNK].tolist())
             assert not mine & {chunks[one][0] for one in ids[row] if one >= 0}

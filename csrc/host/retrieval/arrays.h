@@ -12,8 +12,9 @@
 
 #include "../parallel.h"
 
-// One source, several instruction sets: the loader picks the widest that the processor has.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// One source, several instruction sets: the loader picks the widest that the processor has. It picks before a
+// sanitizer is ready.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
 #define WIDEST __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define WIDEST

@@ -93,6 +93,8 @@ def parse_record(line: str, origin: str) -> tuple[dict[str, Any], Conversation]:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise _Fault(f"not JSON (column {error.colno}: {error.msg})") from None
+    except (RecursionError, ValueError) as error:
+        raise _Fault(f"no JSON that can be read: {error}") from None
     if not isinstance(record, dict):
         raise _Fault(f"expected an object, got {type(record).__name__}")
     turns = _turns(record)

@@ -71,15 +71,24 @@ class JinjaTemplate:
 
     def __init__(self, path: Path) -> None:
         require("jinja2", "a Jinja template")
-        from jinja2 import StrictUndefined, TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2 import TemplateError
 
-        self._path = path
-        self._failure = TemplateError
-        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        from megatron_retro.data.instructions.bounded_jinja import BoundedEnvironment, rendered
+
+        self._path, self._rendered = path, rendered
+        # An error of Python's inside a template (a sum of text and number, a macro without end) is the template's.
+        self._failures = (
+            TemplateError,
+            ArithmeticError,
+            LookupError,
+            TypeError,
+            ValueError,
+            RecursionError,
+            MemoryError,
+        )
         try:
-            self._template = environment.from_string(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, TemplateError) as error:
+            self._template = BoundedEnvironment().from_string(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, TemplateError, RecursionError) as error:
             raise DataError(f"cannot use the template {path}", got=error) from None
 
     def segments(self, turns: Sequence[Turn], passages: Sequence[Passage]) -> list[Segment]:
@@ -102,8 +111,9 @@ class JinjaTemplate:
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         shown = [{"title": passage.title, "text": passage.text} for passage in passages]
         try:
-            return self._template.render(messages=messages, passages=shown, add_generation_prompt=add_generation_prompt)
-        except self._failure as error:
+            variables = {"messages": messages, "passages": shown, "add_generation_prompt": add_generation_prompt}
+            return self._rendered(self._template, variables)
+        except self._failures as error:
             raise DataError(f"the template {self._path} fails on a conversation", got=error) from None
 
     def _continuation(self, beginning: str, whole: str) -> str:
