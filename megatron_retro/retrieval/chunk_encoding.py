@@ -149,31 +149,27 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], facts: Mapping[
 
     ordered = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     # One entry: safetensors writes several in an order that changes from run to run.
-    header = {_ABOUT: json_text({"facts": facts, "crc32": _checksums(ordered)}, sort_keys=True)}
+    about = {"facts": facts, "crc32": _checksums(ordered), "shapes": _shapes(ordered)}
+    header = {_ABOUT: json_text(about, sort_keys=True)}
     write_file(path, save(ordered, metadata=header))  # its own writer ignores the umask
 
 
 def map_arrays(path: Path, facts: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
     """The arrays of a block as views of the file, made from the same facts; checksums are `verify_arrays`'."""
-    header, content = _opened(path)
-    found = _description(header)["facts"]
+    arrays, found, _ = _opened(path)
     wrong = sorted(name for name in facts if found.get(name) != facts[name])
     if wrong:
         raise ArtifactError(
             f"{path}: {wrong[0]} does not match", got=found.get(wrong[0]), expected=facts[wrong[0]], fix=_REMEDY
         )
-    return {
-        name: content[slice(*entry["data_offsets"])].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+    return arrays
 
 
 def verify_arrays(path: Path, facts: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
     """The same, with every byte checked."""
     arrays = map_arrays(path, facts)
-    expected = _description(_opened(path)[0])["crc32"]
-    damaged = sorted(name for name, value in _checksums(arrays).items() if value != expected[name])
+    expected = _opened(path)[2]
+    damaged = sorted(name for name, value in _checksums(arrays).items() if value != expected.get(name))
     if damaged:
         raise ArtifactError(f"{path} is damaged: the checksum of {', '.join(damaged)} is wrong", fix=_REMEDY)
     return arrays
@@ -181,32 +177,37 @@ def verify_arrays(path: Path, facts: Mapping[str, Any]) -> dict[str, NDArray[Any
 
 def facts_of(path: Path) -> dict[str, Any]:
     """What a block says that it was made from."""
-    facts: dict[str, Any] = _description(_opened(path)[0])["facts"]
-    return facts
+    return _opened(path)[1]
 
 
 _DTYPES = {"I64": np.int64, "U8": np.uint8, "U16": np.uint16, "F32": np.float32, "I32": np.int32}
 
 
-def _opened(path: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
-    """The parsed header and the bytes after it."""
+def _opened(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any], dict[str, int]]:
+    """The arrays as views of the file, the facts and the checksums; nothing in the file is believed before it fits."""
     try:
         content = np.memmap(path, np.uint8, mode="r")
-        length = int(content[:8].view("<u8")[0])
-        header = json.loads(bytes(content[8 : 8 + length]))
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        if len(content) != 8 + length + end:
-            raise ValueError(f"{len(content)} bytes, not {8 + length + end}")
-        return header, content[8 + length :]
+        start = 8 + int(content[:8].view("<u8")[0])
+        header = json.loads(bytes(content[8:start]))
+        about = json.loads(header.pop("__metadata__")[_ABOUT])
+        arrays = {
+            name: content[start:][slice(*entry["data_offsets"])].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+            for name, entry in header.items()
+        }
+        size = start + sum(array.nbytes for array in arrays.values())
+        if len(content) != size:
+            raise ValueError(f"{len(content)} bytes, not {size}")
+        if about.get("shapes", _shapes(arrays)) != _shapes(arrays):
+            raise ValueError("its header has changed")
+        return arrays, dict(about["facts"]), dict(about["crc32"])
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing", fix="run the same command again") from None
-    except (ValueError, KeyError, IndexError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged", got=error, fix=_REMEDY) from None
 
 
-def _description(header: dict[str, Any]) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(header["__metadata__"][_ABOUT])
-    return content
+def _shapes(arrays: Mapping[str, NDArray[Any]]) -> dict[str, list[int | str]]:
+    return {name: [str(array.dtype), *array.shape] for name, array in arrays.items()}
 
 
 def _checksums(arrays: Mapping[str, NDArray[Any]]) -> dict[str, int]:

@@ -91,6 +91,7 @@ def test_a_build_whose_workers_are_killed_ends_as_the_undisturbed_one(
         (("train",), lambda root: flip_byte(root / "index/trained/trained.faiss"), "trained.faiss has changed"),
         (("train", "encode"), lambda root: flip_byte(first(root, "index/codes/*")), "checksum of"),
         (("train", "encode"), lambda root: flip_byte(first(root, "index/codes/*"), 20), "damaged|does not match"),
+        (("train", "encode"), lambda root: flip_byte(first(root, "index/codes/*"), 71), "damaged|does not match"),
         (("train", "encode"), lambda root: cut(first(root, "index/codes/*")), "is damaged"),
         (("train", "encode"), lambda root: first(root, "index/codes/*").unlink(), "is missing"),
         (("train", "encode", "merge"), lambda root: cut(root / "index/merged/lists.ivfdata"), "is cut or replaced"),
