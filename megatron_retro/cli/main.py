@@ -15,7 +15,7 @@ from megatron_retro.config.data import require_tokenizer_type
 from megatron_retro.config.sections import ALL_SECTIONS
 from megatron_retro.config.toml_files import nearest, render_toml
 from megatron_retro.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, ConfigError, MegatronRetroError
-from megatron_retro.runtime.console import show_error
+from megatron_retro.runtime.console import show_error, warn
 from megatron_retro.runtime.endings import end_on_signals, write_ending
 
 
@@ -74,6 +74,8 @@ def run_words(words: Sequence[str]) -> int:
         positional=verb.positional,
         reads=verb.reads,
     )
+    if namespace.note:
+        warn(namespace.note)
     if namespace.print_config:
         print(render_toml(settings))
         return 0

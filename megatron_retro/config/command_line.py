@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_retro.config.fields import FieldSpec
-from megatron_retro.config.megatron_flags import instead_of
+from megatron_retro.config.megatron_flags import (
+    BY_VALUE,
+    MEGATRON_DEFAULTS,
+    different_defaults,
+    instead_of,
+    speaks_megatron,
+    translated,
+)
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings, build_settings, section_name, specs_by_name
 from megatron_retro.config.toml_files import preset_names, preset_path, read_recipe
 from megatron_retro.errors import ConfigError
@@ -122,7 +130,7 @@ def parse_settings(
     positional: Positional | None = None,
     reads: Reads | None = None,
 ) -> tuple[Settings, argparse.Namespace]:
-    """The settings of a verb, and what is left of its namespace (`config`, `preset`, `print_config`)."""
+    """The settings of a verb, and what is left of its namespace (`config`, `preset`, `print_config`, `note`)."""
     words = "" if positional is None else f" {positional.name.upper()} ..."
     parser = FlagParser(
         prog=prog,
@@ -137,23 +145,38 @@ def parse_settings(
     general.add_argument(
         "--print-config", action="store_true", help="print the effective TOML with the origin of each value, and stop"
     )
+    general.add_argument(
+        "--megatron-defaults", action="store_true", help="Megatron-LM's defaults where ours differ; files and flags win"
+    )
     if positional is not None:
         parser.add_argument(positional.name, nargs=positional.count, help=positional.help)
     add_section_flags(parser, sections, reads or {})
-    namespace, unknown = parser.parse_known_args(list(arguments))
-    _refuse_unknown(unknown, _flags_of(sections, reads or {}), all_sections)
+    known = _flags_of(sections, reads or {})
+    namespace, unknown = parser.parse_known_args(translated(arguments, known))
+    given = {name: value for name, value in vars(namespace).items() if name in specs_by_name(sections)}
+    flags = {name: None if value == [None] else value for name, value in given.items()}
+    namespace.note = "" if namespace.megatron_defaults else _note(arguments, known, flags)
+    _refuse([*_unknown(unknown, known, all_sections), *_illegal(flags, sections)], namespace.note)
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
+    if namespace.megatron_defaults:
+        values.update({name: value for name, value in MEGATRON_DEFAULTS.items() if name in known})
+        origins.update(dict.fromkeys(values, "Megatron-LM's default"))
     for origin, path in _recipe_files(namespace):
         found = read_recipe(path, sections, all_sections, namespace.preset)
         values.update(found)
         origins.update(dict.fromkeys(found, origin))
-    given = {name: value for name, value in vars(namespace).items() if name in specs_by_name(sections)}
-    flags = {name: None if value == [None] else value for name, value in given.items()}
-    _refuse_illegal(flags, sections)
     values.update(flags)
     origins.update(dict.fromkeys(flags, "flag"))
     return build_settings(sections, values, origins), namespace
+
+
+def _note(arguments: Sequence[str], known: Mapping[str, FieldSpec], flags: Mapping[str, Any]) -> str:
+    """What a script of Megatron-LM's would get otherwise than there."""
+    if not speaks_megatron(arguments):
+        return ""
+    table = different_defaults({name: spec.default for name, spec in known.items()}, flags)
+    return f"defaults that are others here (--megatron-defaults takes Megatron-LM's):\n{table}" if table else ""
 
 
 def _recipe_files(namespace: argparse.Namespace) -> list[tuple[str, Path]]:
@@ -165,18 +188,26 @@ def _recipe_files(namespace: argparse.Namespace) -> list[tuple[str, Path]]:
     return files
 
 
-def _refuse_unknown(unknown: Sequence[str], known: Mapping[str, FieldSpec], all_sections: Sequence[type]) -> None:
-    here = [*_spellings(known.values()), "--config", "--preset", "--print-config"]
-    elsewhere = _spellings(spec for _, spec in specs_by_name(all_sections).values())
+def _refuse(problems: Sequence[str], note: str) -> None:
+    if problems:
+        raise ConfigError("\n".join(problems), fix="--help lists every flag" + (f"\n{note}" if note else ""))
+
+
+def _unknown(unknown: Sequence[str], known: Mapping[str, FieldSpec], all_sections: Sequence[type]) -> list[str]:
+    """Each word that argparse did not know, with what to give in its place."""
+    here = [*_spellings(known.values()), "--config", "--preset", "--print-config", "--megatron-defaults"]
+    everywhere = specs_by_name(all_sections)
+    elsewhere = _spellings(spec for _, spec in everywhere.values())
+    of_model = [spec for section, spec in everywhere.values() if section in (ModelConfig, RetroConfig)]
+    from_checkpoint = _spellings(of_model) if "load" in known else ()
     problems: list[str] = []
     for word in unknown:
         if word.startswith("-"):
             flag = word.split("=")[0]
-            problems.append(f"{flag} is no flag of this command{instead_of(flag, here, elsewhere)}")
+            problems.append(f"{flag} is no flag of this command{instead_of(flag, here, elsewhere, from_checkpoint)}")
         elif not problems or "stands alone" in problems[-1]:  # after an unknown flag it is that flag's value
             problems.append(f"{word!r} stands alone; values follow a flag")
-    if problems:
-        raise ConfigError("\n".join(problems), fix="--help lists every flag")
+    return problems
 
 
 def _spellings(specs: Iterable[FieldSpec]) -> list[str]:
@@ -185,12 +216,15 @@ def _spellings(specs: Iterable[FieldSpec]) -> list[str]:
     return [flag for spelling, switch in given for flag in ([spelling, opposite(spelling)] if switch else [spelling])]
 
 
-def _refuse_illegal(values: dict[str, Any], sections: Sequence[type]) -> None:
+def _illegal(values: Mapping[str, Any], sections: Sequence[type]) -> list[str]:
     known = specs_by_name(sections)
-    problems = [
-        f"{known[name][1].flag} {value}: expected {expected}"
+    return [
+        f"{known[name][1].flag} {value}: expected {expected}{_in_place(value)}"
         for name, value in values.items()
         if (expected := known[name][1].problem(value)) is not None
     ]
-    if problems:
-        raise ConfigError("\n".join(problems))
+
+
+def _in_place(value: Any) -> str:
+    words = value if isinstance(value, list) else [value]
+    return next((f"; {BY_VALUE[word]}" for word in words if isinstance(word, str) and word in BY_VALUE), "")

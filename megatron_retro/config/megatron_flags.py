@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
 
 from megatron_retro.config.toml_files import nearest
 
@@ -16,6 +17,12 @@ _ONE_CODE = "there is one model code, leave it out"
 _ORDER = "the order of samples is drawn from --seed, leave it out"
 _LOGGED = "every number is in events.jsonl of the run and in --tensorboard-dir, leave it out"
 _RECOMPUTE = "--recompute-granularity full says all"
+_NO_EXPERTS = "mixtures of experts are not here; a dense model has none of these flags"
+_ONE_DATABASE = "the stages keep what the next ones need; leave it out"
+_CORPORA = "--neighbor-path and --database-path name the neighbour tables and the database that build-retrieval made"
+_OF_FP8 = "--fp8-format hybrid scales each tensor by its own values, without a history; leave it out"
+_QUESTIONS = "`evaluate TASK --eval-data TASK=FILE --eval-output FOLDER` generates and scores"
+_RECIPES = "a recipe's [data] table holds long lists: --config FILE.toml"
 
 _INSTEAD = {
     "--retro-cyclic-train-iters": "corpora are read again by themselves; --train-iters is the length of the run, "
@@ -25,7 +32,29 @@ _INSTEAD = {
     "--retro-index-type": "--retro-index-str names any index of faiss, leave it out",
     "--retro-return-doc-ids": "a neighbour's document is in the database beside its tokens, leave it out",
     "--retro-verify-neighbor-count": "tables are always checked against their corpus and database, leave it out",
-    "--retro-workdir": "--retro-project-dir",
+    "--retro-tokenizer-type": "--tokenizer-type",
+    "--use-rotary-position-embeddings": "--position-embedding-type rope, or what the checkpoint says",
+    "--no-position-embedding": "--position-embedding-type none, or what the checkpoint says",
+    "--retro-gpt-tokenizer-type": "--tokenizer-type",
+    "--retro-gpt-tokenizer-model": "--tokenizer-model",
+    "--calculate-per-token-loss": "losses are always averaged over the tokens that count, leave it out",
+    "--manual-gc": "garbage is always collected every --manual-gc-interval steps, leave it out",
+    "--empty-unused-memory-level": "PYTORCH_CUDA_ALLOC_CONF sets up the allocator, leave it out",
+    "--decoupled-lr": "there is one rate for a decoder; --lr-scale-decoder is its factor in a Retro",
+    "--decoupled-min-lr": "there is one least rate, --min-lr",
+    "--grad-reduce-in-bf16": "gradients are reduced in float32, leave it out",
+    "--tiktoken-pattern": "a tiktoken vocabulary comes as tokenizer.json, by --tokenizer-type HuggingFaceTokenizer",
+    "--ckpt-step": "--load RUN/step-NNNNNNNN names one checkpoint of a run",
+    "--data-folder": "--instruction-data names conversation files, with weights",
+    "--answer-loss-only": "the loss is on the last reply anyway, leave it out",
+    "--ft-neighbours": "--num-contexts, passages of a conversation that are used",
+    "--strict-lambada": "question sets are listed by `evaluate --help`",
+    "--valid-data": "`evaluate perplexity --data-path TOKENS`, or --eval-data TASK=FILE",
+    "--top-k-sampling": "--top-k",
+    "--use-retrieved-neighbours": "--context-place encoder",
+    "--reuse-top": "--context-place split gives the encoder what the prompt has no room for",
+    "--sample-input-file": "--prompt-file, or for questions: " + _QUESTIONS,
+    "--sample-output-file": "--generate-output; " + _QUESTIONS,
     "--dataset-impl": "token files are always memory-mapped, leave it out",
     "--keep-sequential-samples": "documents keep their order, leave it out",
     "--distributed-backend": "NCCL on GPUs, gloo on CPUs, leave it out",
@@ -48,7 +77,9 @@ _INSTEAD = {
 }
 _ALIKE = {
     _NO_SENTENCES: ("--split-sentences", "--keep-newlines"),
-    _OWN_VOCABULARY: ("--retro-bert-vocab-file", "--retro-bert-tokenizer-type"),
+    _OWN_VOCABULARY: (
+        "--retro-bert-vocab-file", "--retro-bert-tokenizer-type", "--bert-embedder-type", "--output-bert-embeddings",
+    ),
     _KERNELS: (
         "--use-flash-attn", "--attention-backend", "--transformer-impl", "--no-masked-softmax-fusion",
         "--no-rope-fusion", "--no-bias-gelu-fusion", "--no-bias-swiglu-fusion", "--no-bias-dropout-fusion",
@@ -62,25 +93,109 @@ _ALIKE = {
     _SCHEDULE: ("--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"),
     _OWN_FORMAT: ("--ckpt-format", "--dist-ckpt-format", "--use-dist-ckpt", "--auto-detect-ckpt-format"),
     _ONE_CODE: ("--use-mcore-models", "--spec", "--no-initialization"),
-    _ORDER: ("--dataloader-type", "--num-dataset-builder-threads", "--data-sharding"),
+    _ORDER: ("--dataloader-type", "--num-dataset-builder-threads", "--no-data-sharding", "--data-sharding"),
     _LOGGED: (
         "--log-params-norm", "--log-num-zeros-in-grad", "--log-validation-ppl-to-tensorboard", "--log-progress",
         "--log-memory-to-tensorboard", "--timing-log-level", "--tensorboard-log-interval", "--tensorboard-queue-size",
     ),
+    _QUESTIONS: ("--task", "--gen-start-idx", "--num-gen"),
+    _CORPORA: ("--retro-workdir",),
+    _RECIPES: ("--data-args-path", "--per-split-data-args-path"),
+    _OF_FP8: (
+        "--fp8-amax-history-len", "--fp8-amax-compute-algo", "--fp8-param-gather", "--fp8-margin", "--fp8-interval",
+        "--fp8-recipe", "--no-fp8-wgrad",
+    ),
+    _ONE_DATABASE: (
+        "--no-retro-index-delete-training-embeddings", "--no-retro-index-delete-added-codes",
+        "--retro-index-no-delete-training-embeddings", "--retro-index-no-delete-added-codes",
+    ),
     _RECOMPUTE: ("--recompute-method", "--recompute-num-layers", "--distribute-saved-activations"),
 }  # fmt: skip
+_MAPPED = "token files are mapped and masks are made where they are needed, leave it out"
+_ALIKE[_MAPPED] = ("--no-create-attention-mask-in-dataloader", "--no-mmap-bin-files")
 BY_FLAG = _INSTEAD | {flag: reason for reason, flags in _ALIKE.items() for flag in flags}
 _RETRO_GPT = "--retro-gpt-"
 _OF_THE_RUN = ": neighbour tables belong to the corpus, whatever is trained on it; leave it out"
 
 
-def instead_of(flag: str, here: Sequence[str], elsewhere: Sequence[str]) -> str:
+_EXPERTS = ("--num-experts", "--expert-", "--moe-")
+_STAGE = "--retro-tasks takes plan, train, encode, merge, query and verify; leave it out for all of them"
+# what to give in place of a value of Megatron's that is no choice here
+BY_VALUE = {
+    "Llama2Tokenizer": "GPTSentencePieceTokenizer reads its token files; it puts no begin id before a document",
+    "TikTokenizer": "HuggingFaceTokenizer with the same vocabulary as tokenizer.json",
+    "NullTokenizer": "leave it out: --mock-data with --vocab-size needs no tokenizer",
+    "BertWordPieceLowerCase": "the embedder has its own; give the corpus's tokenizer",
+    "BertWordPieceCase": "the embedder has its own; give the corpus's tokenizer",
+    "inverse-square-root": "cosine or linear",
+    "build": _STAGE,
+    **dict.fromkeys(("db-build", "index-train", "index-add", "query-neighbors", "query-pretraining-neighbors"), _STAGE),
+}
+# Megatron's default where ours is another and numbers depend on it
+MEGATRON_DEFAULTS: Mapping[str, Any] = {
+    "position_embedding_type": "learned_absolute",
+    "gelu_tanh": True,
+    "num_query_groups": 1,
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "retro_encoder_hidden_dropout": 0.1,
+    "retro_encoder_attention_dropout": 0.1,
+    "lr_decay_style": "linear",
+    "weight_decay": 0.01,
+    "adam_beta2": 0.999,
+    "initial_loss_scale": 2.0**32,
+    "eval_interval": 1000,
+    "eval_iters": 100,
+    "log_interval": 100,
+}
+
+
+def instead_of(flag: str, here: Sequence[str], elsewhere: Sequence[str], from_checkpoint: Container[str] = ()) -> str:
     """What to give in place of a flag that is not among those known `here`, as the end of a sentence."""
-    if flag in BY_FLAG:
-        return f": {BY_FLAG[flag]}"
+    plain = flag.replace("_", "-")
+    if plain in here:
+        return f" (did you mean {plain}?)"
+    if flag == "--retro-workdir" and "--retro-project-dir" in here:
+        return ": --retro-project-dir"
+    if flag == "--retro-project-dir" and "--neighbor-path" in here:
+        return f": {_CORPORA}"
+    if flag in from_checkpoint:
+        return ": the checkpoint of --load says it, leave it out"
+    advice = BY_FLAG.get(flag) or BY_FLAG.get(plain)
+    if advice is not None:
+        return f": {advice}"
+    if flag.startswith(_EXPERTS):
+        return f": {_NO_EXPERTS}"
     if flag in elsewhere:
         return "; other verbs read it"
     if not flag.startswith(_RETRO_GPT):
         return nearest(flag, here)
     general = flag.replace(_RETRO_GPT, "--")
     return f" (did you mean {general}?)" if general in here else _OF_THE_RUN
+
+
+def translated(arguments: Sequence[str], known: Container[str]) -> list[str]:
+    """Megatron's two older switches for positions as the flag that replaced them, for a verb that has it."""
+    if "position_embedding_type" not in known:
+        return list(arguments)
+    words = [word for word in arguments if word not in ("--use-rotary-position-embeddings", "--no-position-embedding")]
+    if "--use-rotary-position-embeddings" in arguments:
+        return ["--position-embedding-type", "rope", *words]
+    if "--no-position-embedding" in arguments and "--position-embedding-type" not in arguments:
+        return ["--position-embedding-type", "none", *words]
+    return words
+
+
+def speaks_megatron(arguments: Sequence[str]) -> bool:
+    """Whether a command line has flags that only Megatron-LM has."""
+    return any(word in BY_FLAG for word in arguments)
+
+
+def different_defaults(known: Mapping[str, Any], given: Container[str]) -> str:
+    """A table of what a script that gives no such flag would get here and there; empty where nothing differs."""
+    rows = [
+        f"  {'--' + name.replace('_', '-'):<34} {known[name]!s:<10} {theirs}"
+        for name, theirs in MEGATRON_DEFAULTS.items()
+        if name in known and name not in given and known[name] != theirs
+    ]
+    return "\n".join([f"  {'not given':<34} {'here':<10} Megatron-LM", *rows]) if rows else ""

@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_retro.errors import ArtifactError
 
 FILE = "model_optim_rng.pt"
+COMMON = "common.pt"
 _LATEST = "latest_checkpointed_iteration.txt"
 _RANK = re.compile(r"mp_rank_(\d\d)")
 _OLDEST_VERSION = 2.0
@@ -44,7 +45,20 @@ class MegatronCheckpoint:
 
 def is_megatron(path: Path) -> bool:
     """Whether a folder looks like such a checkpoint."""
-    return bool(_rank_folders(path)) or (path / _LATEST).is_file()
+    return bool(_rank_folders(path)) or (path / _LATEST).is_file() or is_distributed(path)
+
+
+def is_distributed(folder: Path) -> bool:
+    """Whether the folder of an iteration is in the format `torch_dist`."""
+    return (folder / COMMON).is_file()
+
+
+def read_common(folder: Path) -> dict[str, Any]:
+    """What such a checkpoint holds beside its tensors, with the arguments of the run."""
+    content = _content(folder / COMMON)
+    if not isinstance(content, dict) or not isinstance(content.get("args"), argparse.Namespace):
+        raise ArtifactError(f"{folder / COMMON} holds no arguments", expected="a training checkpoint of Megatron-LM")
+    return content
 
 
 def _rank_folders(path: Path) -> list[Path]:
@@ -53,7 +67,7 @@ def _rank_folders(path: Path) -> list[Path]:
 
 def read_megatron(path: Path) -> MegatronCheckpoint:
     """All shards, mapped from disk rather than read."""
-    folder = _iteration_folder(path)
+    folder = iteration_folder(path)
     ranks = _rank_folders(folder)
     expected = [f"mp_rank_{number:02}" for number in range(len(ranks))]
     if not ranks or [rank.name for rank in ranks] != expected:
@@ -74,7 +88,8 @@ def read_megatron(path: Path) -> MegatronCheckpoint:
     return MegatronCheckpoint(folder, arguments, tensors, tuple(skipped))
 
 
-def _iteration_folder(path: Path) -> Path:
+def iteration_folder(path: Path) -> Path:
+    """The folder of the latest iteration, or the path itself."""
     latest = path / _LATEST
     if _rank_folders(path) or not latest.is_file():
         return path
@@ -86,6 +101,13 @@ def _iteration_folder(path: Path) -> Path:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    content = _content(path)
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise ArtifactError(f"{path} holds no model", expected="a dictionary with 'model' and 'args'")
+    return content
+
+
+def _content(path: Path) -> Any:
     from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
     if not path.is_file():
@@ -107,8 +129,6 @@ def _load(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # whatever a damaged pickle or zip makes torch raise
         raise ArtifactError(f"{path} cannot be read", got=error, fix="copy it again") from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise ArtifactError(f"{path} holds no model", expected="a dictionary with 'model' and 'args'")
     return content
 
 

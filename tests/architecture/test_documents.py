@@ -9,6 +9,7 @@ import pytest
 
 from megatron_retro.config.command_line import opposite
 from megatron_retro.config.fields import field_specs
+from megatron_retro.config.megatron_flags import BY_FLAG
 from megatron_retro.config.sections import ALL_SECTIONS
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,7 @@ NO_SETTINGS = {
     *("--nproc-per-node", "--standalone", "--max-restarts", "--master-port"),  # torchrun
     *("--signal", "--batch", "--exclude"),  # scancel and sbatch
     *("--model", "--model_args", "--tasks"),  # lm-eval
+    "--megatron-defaults",
     *("--no-build-isolation", "--config-settings", "--build-option", "--cpp_ext", "--cuda_ext"),  # pip
 }
 LABELS = ["Question", "Choice", "Measured", "Would change it"]
@@ -56,7 +58,7 @@ def test_paths_exist(name: str) -> None:
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_flags_exist(name: str) -> None:
     settings = {spelling for section in ALL_SECTIONS for spec in field_specs(section) for spelling in spec.spellings}
-    known = settings | {opposite(flag) for flag in settings} | NO_SETTINGS
+    known = settings | {opposite(flag) for flag in settings} | NO_SETTINGS | set(BY_FLAG)
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", DOCUMENTS[name].read_text())) - known == set()
 
 

@@ -31,6 +31,7 @@ CALLED_BY_LIBRARIES = {
     "PreTrainedModel",
     "TemplateLM",
     "RawIOBase",
+    "Unpickler",
 }
 
 

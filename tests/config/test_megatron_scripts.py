@@ -1,0 +1,90 @@
+"""Command lines of Megatron-LM's example scripts: what has no meaning here is refused at once, and rightly advised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_retro.cli.verbs import VERBS
+from megatron_retro.config.command_line import parse_settings
+from megatron_retro.config.megatron_flags import BY_VALUE, MEGATRON_DEFAULTS
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.sections import ALL_SECTIONS
+from megatron_retro.config.settings import Settings, specs_by_name
+from megatron_retro.errors import ConfigError
+
+LINES = (Path(__file__).parent / "megatron_scripts.txt").read_text(encoding="utf-8").splitlines()
+SCRIPTS = {name: (verb, flags) for name, verb, *flags in (line.split() for line in LINES if line[0] != "#")}
+
+
+def parsed(verb: str, flags: list[str]) -> Settings:
+    row = next(each for each in VERBS if each.name == verb)
+    words = ["perplexity"] if row.positional else []
+    return parse_settings(
+        verb, row.sections, [*words, *flags], all_sections=ALL_SECTIONS, positional=row.positional, reads=row.reads
+    )[0]
+
+
+def refused(verb: str, flags: list[str]) -> dict[str, str]:
+    """What is said of each flag that is refused, all in one pass, and of the differing defaults."""
+    try:
+        parsed(verb, flags)
+    except ConfigError as error:
+        lines = [line for line in str(error).splitlines() if line.startswith(("--", "error: --"))]
+        return {line.removeprefix("error: ").split()[0]: line for line in lines}
+    return {}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_each_flag_of_a_script_is_accepted_or_advised_at_once(name: str) -> None:
+    verb, flags = SCRIPTS[name]
+    said = refused(verb, flags)
+    assert not [line for line in said.values() if line.endswith("is no flag of this command")]
+    assert not [line for line in said.values() if "did you mean" in line and "_" not in line.split()[0]]
+    # without what was refused, the rest is accepted: nothing comes in a second pass
+    kept: list[str] = []
+    dropping = False
+    for word in flags:
+        dropping = (word.startswith("--") and word in said) or (dropping and not word.startswith("--"))
+        kept += [] if dropping else [word]
+    assert refused(verb, kept) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "advice"),
+    [
+        ("train_retro_2b", "--retro-project-dir", "--neighbor-path and --database-path"),
+        ("train_retro_2b", "--no-data-sharding", "--seed"),
+        ("core_retro_preprocess", "--retro-tasks", "plan, train, encode, merge, query"),
+        ("instruct_retro_preprocess", "--retro-workdir", "--retro-project-dir"),
+        ("instruct_retro_generate", "--num-layers", "the checkpoint of --load says it"),
+        ("instruct_retro_generate", "--sample-input-file", "--eval-data"),
+        ("instruct_retro_generate", "--task", "evaluate TASK"),
+        ("mixture_of_experts", "--num-experts", "mixtures of experts"),
+        ("mixture_of_experts", "--data-args-path", "--config FILE.toml"),
+        ("llama3_8b_fp8", "--tokenizer-type", "--mock-data with --vocab-size"),
+    ],
+)
+def test_advice(name: str, flag: str, advice: str) -> None:
+    assert advice in refused(*SCRIPTS[name])[flag]
+
+
+def test_older_switches_of_positions_mean_what_they_meant() -> None:
+    both = ["--no-position-embedding", "--use-rotary-position-embeddings"]
+    assert parsed("pretrain", both)[ModelConfig].position_embedding_type == "rope"
+    assert parsed("pretrain", both[:1])[ModelConfig].position_embedding_type == "none"
+
+
+def test_megatrons_defaults_are_given_or_told() -> None:
+    settings = parsed("pretrain", ["--megatron-defaults", "--group-query-attention", "--weight-decay", "0.3"])
+    assert settings[ModelConfig].position_embedding_type == "learned_absolute"
+    assert settings[ModelConfig].num_key_value_heads() == 1
+    assert settings.origin("weight_decay") == "flag" and settings.origin("adam_beta2") == "Megatron-LM's default"
+    with pytest.raises(ConfigError) as raised:
+        parsed("pretrain", ["--use-mcore-models", "--weight-decay", "0.3"])
+    told = str(raised.value)
+    assert "--adam-beta2" in told and "0.999" in told and "--weight-decay" not in told
+    specs = specs_by_name(ALL_SECTIONS)
+    assert all(specs[name][1].default != theirs for name, theirs in MEGATRON_DEFAULTS.items())
+    assert not [value for value in BY_VALUE if any(value in (spec.choices or ()) for _, spec in specs.values())]
