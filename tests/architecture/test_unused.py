@@ -32,6 +32,7 @@ CALLED_BY_LIBRARIES = {
     "TemplateLM",
     "RawIOBase",
     "Unpickler",
+    "NodeTransformer",
 }
 
 
