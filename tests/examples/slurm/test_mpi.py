@@ -59,7 +59,7 @@ def test_ranks_are_numbered_as_mpi_numbers_them(tmp_path: Path) -> None:
     if importlib.util.find_spec("mpi4py") is None:
         pytest.skip("mpi4py is not installed")
     said = started(tmp_path, "mpirun", "-n", "3", sys.executable, "-c", NUMBERS)
-    assert said.split("\n").count("Open MPI") == 3
+    assert said.count("Open MPI") == 3  # lines of three processes may run together
 
 
 def test_the_launcher_starts_ranks_that_meet(tmp_path: Path) -> None:
