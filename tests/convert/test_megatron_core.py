@@ -25,7 +25,7 @@ DATA = Path(__file__).parent / "data"
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
     with tarfile.open(DATA / "core_gpt.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
+        archive.extractall(tmp_path)
     return tmp_path
 
 

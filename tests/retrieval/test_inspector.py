@@ -53,7 +53,7 @@ def test_the_page_searches_and_marks(page: Path, tmp_path: Path) -> None:
         assert "quick" in marked and "brown" in marked and "<script>" in marked
         assert "nothing" not in marked and "0123" not in marked
         browser.type("#find input", "TAGAIN Quick")
-        browser.wait_for("document.querySelector('#count').textContent.startsWith('2 of')")
+        browser.wait_for("document.querySelector('#count').textContent.startsWith('1 of')")
         shown = browser.run(
             "return [...document.querySelectorAll('article:not([hidden])')].map(one => one.textContent)"
         )
