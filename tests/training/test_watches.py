@@ -116,8 +116,9 @@ def test_waiting_is_counted_where_it_happens() -> None:
     """The late rank computes, the early one waits; a thread's collectives are its own."""
 
     def late(rank: int) -> tuple[float, float]:
-        clock = Clock()
         other = dist.new_group(backend="gloo")
+        dist.barrier()  # both begin together, and are connected
+        clock = Clock()
         with clock.counting_waits():
             thread = threading.Thread(target=lambda: dist.barrier(other))
             if rank == 0:

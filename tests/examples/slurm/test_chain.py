@@ -55,8 +55,10 @@ def test_the_chain_survives_preemption_and_a_lost_node(cluster: Cluster, tmp_pat
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), starts(tmp_path, "pretrain-tiny-*")
 
     cluster.wait_until(lambda: bool(saved_steps(tmp_path, "retro-tiny")), 300, "a checkpoint", jobs["retrofit"])
-    cluster.kill_node(last_node(cluster, jobs["retrofit"]))
+    lost = last_node(cluster, jobs["retrofit"])
+    cluster.kill_node(lost)
     facts = cluster.wait(jobs["retrofit"], 300)
+    cluster.start_node(lost)  # other tests use the same cluster
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), starts(tmp_path, "retrofit-tiny-*")
 
     for stage, run in (("pretrain", "gpt-tiny"), ("retrofit", "retro-tiny")):
