@@ -1,13 +1,11 @@
 """Tensors of torch's distributed checkpoints (`.metadata`, `*.distcp`), as Megatron core writes `torch_dist`.
 
-The index is a pickle. It is read by an unpickler that knows a few names and makes a record without behaviour of each,
-so nothing in the file runs; a name that it does not know is refused.
+The index is a pickle, of which nothing runs: a few names become records without behaviour, any other is refused.
 """
 
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_retro.errors import ArtifactError
+from megatron_retro.runtime.foreign_pickles import read_pickle
 
 INDEX = ".metadata"
 _MOST_BYTES = 1 << 30
@@ -40,26 +39,26 @@ class Record:
             vars(self).update(state)
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch", "Size"):
-            return tuple
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return name
-        if module.startswith(_RECORDS) or (module, name) in _ENCODINGS:
-            return Record
-        raise ArtifactError(
-            f"{INDEX} would run code when it is read",
-            got=f"{module}.{name}",
-            expected="names of torch's and Megatron's checkpoint formats",
-            fix="do not trust this checkpoint; ask its author for safetensors",
-        )
+def _stand_in(module: str, name: str) -> Any:
+    """What a name of the index becomes."""
+    if (module, name) == ("torch", "Size"):
+        return tuple
+    if (module, name) == ("collections", "OrderedDict"):
+        return dict
+    if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+        return name
+    if module.startswith(_RECORDS) or (module, name) in _ENCODINGS:
+        return Record
+    raise ArtifactError(
+        f"{INDEX} would run code when it is read",
+        got=f"{module}.{name}",
+        expected="names of torch's and Megatron's checkpoint formats",
+        fix="do not trust this checkpoint; ask its author for safetensors",
+    )
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _StoredPart:
     """Where a part of a tensor lies in the tensor and in which file."""
 
     offsets: tuple[int, ...]
@@ -69,7 +68,7 @@ class _Piece:
 
 
 class DistributedTensors:
-    """The tensors of one checkpoint, read piece by piece."""
+    """The tensors of one checkpoint, read part by part."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -79,10 +78,10 @@ class DistributedTensors:
                 name: tuple(record.size) for name, record in index.state_dict_metadata.items() if "size" in vars(record)
             }
             self.others = tuple(name for name in index.state_dict_metadata if name not in self.shapes)
-            self._pieces: dict[str, list[_Piece]] = {name: [] for name in self.shapes}
+            self._parts: dict[str, list[_StoredPart]] = {name: [] for name in self.shapes}
             for key, place in index.storage_data.items():
-                if key.fqn in self._pieces:
-                    self._pieces[key.fqn].append(_piece(key, place, len(self.shapes[key.fqn])))
+                if key.fqn in self._parts:
+                    self._parts[key.fqn].append(_stored_part(key, place, len(self.shapes[key.fqn])))
         except (AttributeError, TypeError, KeyError) as error:
             raise ArtifactError(f"{folder / INDEX} is no index of a distributed checkpoint", got=error) from error
 
@@ -93,19 +92,19 @@ class DistributedTensors:
         wanted = (count, *shape[1:]) if shape else ()
         whole: Tensor | None = None
         filled = 0
-        for piece in self._pieces[name]:
-            part = self._part(piece, name)
+        for stored in self._parts[name]:
+            part = self._part(stored, name)
             if shape:
-                begin = max(piece.offsets[0], first)
-                end = min(piece.offsets[0] + part.shape[0], first + count)
+                begin = max(stored.offsets[0], first)
+                end = min(stored.offsets[0] + part.shape[0], first + count)
                 if begin >= end:
                     continue
-                part = part[begin - piece.offsets[0] : end - piece.offsets[0]]
-                piece_offsets = (begin - first, *piece.offsets[1:])
+                part = part[begin - stored.offsets[0] : end - stored.offsets[0]]
+                offsets = (begin - first, *stored.offsets[1:])
             else:
-                piece_offsets = ()
+                offsets = ()
             whole = torch.empty(wanted, dtype=part.dtype) if whole is None else whole
-            whole[tuple(slice(at, at + size) for at, size in zip(piece_offsets, part.shape, strict=True))] = part
+            whole[tuple(slice(at, at + size) for at, size in zip(offsets, part.shape, strict=True))] = part
             filled += part.numel()
         if whole is None or filled != whole.numel():
             raise ArtifactError(
@@ -113,28 +112,28 @@ class DistributedTensors:
             )
         return whole if layer is None else whole[0]
 
-    def _part(self, piece: _Piece, name: str) -> Tensor:
-        path = self.folder / piece.file
+    def _part(self, stored: _StoredPart, name: str) -> Tensor:
+        path = self.folder / stored.file
         try:
             with path.open("rb") as stream:
-                stream.seek(piece.start)
-                part = torch.load(io.BytesIO(stream.read(piece.num_bytes)), map_location="cpu", weights_only=True)
+                stream.seek(stored.start)
+                part = torch.load(io.BytesIO(stream.read(stored.num_bytes)), map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged zip makes torch raise
             raise ArtifactError(f"{path}: {name} cannot be read", got=error, fix="copy it again") from error
         shape = self.shapes[name]
         if not isinstance(part, Tensor) or any(
-            at + size > most for at, size, most in zip(piece.offsets, part.shape, shape, strict=True)
+            at + size > most for at, size, most in zip(stored.offsets, part.shape, shape, strict=True)
         ):
             raise ArtifactError(f"{path}: a part of {name} does not fit", expected=shape)
         return part.detach()
 
 
-def _piece(key: Any, place: Any, dimensions: int) -> _Piece:
+def _stored_part(key: Any, place: Any, dimensions: int) -> _StoredPart:
     offsets = (0,) * dimensions if key.offset is None else tuple(int(each) for each in key.offset)
     file = str(place.relative_path)
     if Path(file).name != file or vars(place).get("transform_descriptors"):
         raise ArtifactError(f"{INDEX} names a file that is not read here", got=file, expected="a plain *.distcp file")
-    return _Piece(offsets, file, int(place.offset), int(place.length))
+    return _StoredPart(offsets, file, int(place.offset), int(place.length))
 
 
 def _read_index(path: Path) -> Any:
@@ -143,8 +142,7 @@ def _read_index(path: Path) -> Any:
     if path.stat().st_size > _MOST_BYTES:
         raise ArtifactError(f"{path} is larger than any index", got=path.stat().st_size, expected=_MOST_BYTES)
     try:
-        with path.open("rb") as stream:
-            return _Unpickler(stream).load()
+        return read_pickle(path.read_bytes(), _stand_in)
     except ArtifactError:
         raise
     except Exception as error:  # whatever a damaged pickle raises

@@ -1,13 +1,13 @@
 """torch's flight recorder, read: which collective each rank came to, where some wait for others.
 
 When a collective does not end in time, torch writes each rank's newest collectives into a file and ends the process.
-The file is a pickle, which could run anything when torch's own tool loads it. Here it is read by a small machine that
-knows numbers, texts and containers, and refuses every other instruction.
+The file is a pickle, which could run anything when torch's own tool loads it. Here only numbers, texts and containers
+are read; every name is refused.
 """
 
 from __future__ import annotations
 
-import pickletools
+import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_retro.errors import ArtifactError
+from megatron_retro.runtime.foreign_pickles import read_pickle
 
 FILE_START = "rank-"
 _LARGEST = 256 << 20
-_NUMBERS = frozenset(("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"))
-_TEXTS = frozenset(("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"))
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_MARK = object()
 
 
 @dataclass(frozen=True)
@@ -65,9 +61,9 @@ def read_flight(path: Path, rank: int) -> RankFlight:
     if size > _LARGEST:
         raise ArtifactError(f"{path} is too large for a flight record", got=size, expected=f"at most {_LARGEST}")
     try:
-        entries = plain_pickle(path.read_bytes())["entries"]
+        entries = read_pickle(path.read_bytes())["entries"]
         return RankFlight(rank, tuple(_collective(entry) for entry in entries))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError) as error:
         raise ArtifactError(f"{path} is no flight record", got=repr(error)[:200]) from None
 
 
@@ -110,72 +106,6 @@ def behind(flights: Sequence[RankFlight]) -> list[str]:
 def _ranks(ranks: Sequence[int], shown: int = 8) -> str:
     more = f" and {len(ranks) - shown} more" if len(ranks) > shown else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:shown]))}{more}"
-
-
-def plain_pickle(data: bytes) -> Any:
-    """The numbers, texts, lists, tuples and dictionaries of a pickle; anything else is a ValueError."""
-    stack: list[Any] = []
-    memo: dict[Any, Any] = {}
-    for code, argument, _ in pickletools.genops(data):
-        name = code.name
-        if name == "STOP":
-            return stack.pop()
-        if name in _NUMBERS or name in _TEXTS:
-            stack.append(argument)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name in ("BINPUT", "LONG_BINPUT"):
-            memo[argument] = stack[-1]
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif name not in ("PROTO", "FRAME"):
-            _build(name, stack)
-    raise ValueError("the pickle has no end")
-
-
-def _build(name: str, stack: list[Any]) -> None:
-    """Open, fill or close a container on the stack."""
-    if name == "MARK":
-        stack.append(_MARK)
-    elif name == "EMPTY_LIST":
-        stack.append([])
-    elif name == "EMPTY_DICT":
-        stack.append({})
-    elif name == "APPEND":
-        value = stack.pop()
-        _top(stack, list).append(value)
-    elif name == "APPENDS":
-        values = _marked(stack)
-        _top(stack, list).extend(values)
-    elif name == "SETITEM":
-        value, key = stack.pop(), stack.pop()
-        _top(stack, dict)[key] = value
-    elif name == "SETITEMS":
-        values = _marked(stack)
-        _top(stack, dict).update(zip(values[::2], values[1::2], strict=True))
-    elif name == "TUPLE":
-        stack.append(tuple(_marked(stack)))
-    elif name in _TUPLES:
-        size = _TUPLES[name]
-        stack[len(stack) - size :] = [tuple(stack[len(stack) - size :])]
-    else:
-        raise ValueError(f"an instruction that a record has no use for: {name}")
-
-
-def _marked(stack: list[Any]) -> list[Any]:
-    """Everything above the last mark, taken off with it."""
-    values: list[Any] = []
-    while (value := stack.pop()) is not _MARK:
-        values.append(value)
-    return values[::-1]
-
-
-def _top(stack: list[Any], kind: type) -> Any:
-    if not isinstance(stack[-1], kind):
-        raise ValueError(f"a {kind.__name__} is expected, there is a {type(stack[-1]).__name__}")
-    return stack[-1]
 
 
 def explained(flights: Sequence[RankFlight]) -> list[str]:

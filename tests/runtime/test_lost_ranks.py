@@ -22,7 +22,8 @@ from torch._C import _distributed_c10d
 
 from megatron_retro.cli.main import main
 from megatron_retro.errors import ArtifactError, LostRank
-from megatron_retro.runtime.flight_recorder import FILE_START, behind, plain_pickle, read_flight, read_flights
+from megatron_retro.runtime.flight_recorder import FILE_START, behind, read_flight, read_flights
+from megatron_retro.runtime.foreign_pickles import read_pickle
 from megatron_retro.runtime.heartbeat import Beat, blame, start_heartbeat
 from megatron_retro.runtime.launch import find_launch
 from megatron_retro.runtime.process_group import process_group
@@ -111,14 +112,14 @@ def recorded() -> bytes:
 def test_what_torch_writes_is_read_without_running_any_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "100")
     data = run_ranks(recorded, 2)[0]
-    assert plain_pickle(data) == pickle.loads(data)
+    assert read_pickle(data) == pickle.loads(data)
     (tmp_path / f"{FILE_START}0").write_bytes(data)
     (flight,) = read_flights(tmp_path)
     assert flight.collectives[-1].name == "gloo:all_reduce" and flight.collectives[-1].sizes == "3"
     assert "all 1 ranks came to gloo:all_reduce 3" in behind([flight])[0]
     plain = {"a": [1, -5, 2**70, 1.5, None, True], "b": ("x", (), (1, 2, 3, 4)), "é": "x" * 300}
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
-        assert plain_pickle(pickle.dumps(plain, protocol)) == plain
+        assert read_pickle(pickle.dumps(plain, protocol)) == plain
 
     class Bomb:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -131,6 +132,7 @@ def test_what_torch_writes_is_read_without_running_any_of_it(tmp_path: Path, mon
         b"junk",
         b"\x80\x02r\xff\xff\xff\x7f.",
         b"\x80\x02s.",
+        b"\x80\x02]r\xff\xff\xff\x7f.",  # would fill 34 GB
     ):
         (tmp_path / f"{FILE_START}1").write_bytes(broken)
         with pytest.raises(ArtifactError, match="rank-1 is no flight record"):
