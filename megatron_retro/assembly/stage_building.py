@@ -221,5 +221,5 @@ def _slices_here(parameter: Tensor) -> list[tuple[tuple[int, ...], tuple[int, ..
     """Offsets and sizes of what this rank holds of a parameter: one slice, or nothing."""
     if not isinstance(parameter, DTensor):
         return [((0,) * parameter.dim(), tuple(parameter.shape))]
-    chunks = parameter.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    chunks = parameter.__create_chunk_list__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks if math.prod(chunk.sizes)]

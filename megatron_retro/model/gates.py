@@ -97,7 +97,7 @@ def rate_divergence(scores: Tensor, target: float) -> Tensor:
 
 def attach_auxiliary_loss(tensor: Tensor, loss: Tensor, record: Callable[[Tensor], None]) -> Tensor:
     """The tensor, whose backward pass adds the loss and records it (once, also with recomputation)."""
-    attached: Tensor = _AttachAuxiliaryLoss.apply(tensor, loss, record)  # type: ignore[no-untyped-call]
+    attached: Tensor = _AttachAuxiliaryLoss.apply(tensor, loss, record)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return attached
 
 

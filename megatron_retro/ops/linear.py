@@ -69,7 +69,7 @@ def fp8_linear(hidden: Tensor, weight_YX: Tensor, bias_Y: Tensor | None = None) 
         product_TY = transformer_engine_linear(padded_TX, padded_YX)
     else:
         plain = backend == REFERENCE
-        product_TY = _ScaledProduct.apply(padded_TX, padded_YX, plain)  # type: ignore[no-untyped-call]
+        product_TY = _ScaledProduct.apply(padded_TX, padded_YX, plain)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     product_TY = product_TY[: len(rows_TX), :height]
     if bias_Y is not None:
         product_TY = product_TY + bias_Y

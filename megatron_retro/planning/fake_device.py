@@ -57,7 +57,7 @@ def without_memory(device: torch.device) -> Iterator[None]:
 def _kernels_of_a_gpu(device: torch.device) -> Iterator[None]:
     """Torch would unfold attention into products of whole score matrices, and on `meta` RMSNorm into elementwise steps;
     a GPU has kernels for both."""
-    kernels: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    kernels: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]  # torch leaves it untyped
     kernels.impl("scaled_dot_product_attention", _fused_attention, f"Autograd{_KEYS[device.type]}")
     if device == GPU:
         kernels.impl("rms_norm", _fused_rms_norm, f"Autograd{_KEYS[device.type]}")

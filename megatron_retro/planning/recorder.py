@@ -65,11 +65,11 @@ class _Held:
     reference: weakref.ref[torch.UntypedStorage]
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Counts what runs, what is sent and what stays alive, for the part that runs; a storage counts once."""
 
     def __init__(self, tensor_ranks: int, given: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.parts: dict[str, PartTrace] = {}
         self.forward = True
         self.stack: list[str] = []
