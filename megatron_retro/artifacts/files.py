@@ -59,6 +59,12 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f"{path.name}{TEMPORARY_MARK}{this_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
 
+def fresh_name(path: Path) -> Path:
+    """A temporary name, once what killed writers of `path` left is gone."""
+    remove_leftovers(path.parent, glob.escape(path.name))
+    return temporary_name(path)
+
+
 def flush_file(path: Path) -> None:
     """Force a file's content to disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -110,7 +116,7 @@ def new_file(path: Path) -> Iterator[Path]:
     """A temporary path to fill; it becomes `path` when the block ends well and vanishes when it does not."""
     make_folder(path.parent)
     with named_disk_errors(path):
-        partial = temporary_name(path)
+        partial = fresh_name(path)
         try:
             yield partial
             flush_file(partial)
@@ -131,8 +137,7 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         if path.exists() and not replace:
             raise ArtifactError(f"{path} exists already", fix="remove it, or give another path")
         make_folder(path.parent)
-        remove_leftovers(path.parent, glob.escape(path.name))
-        partial = temporary_name(path)
+        partial = fresh_name(path)
         partial.mkdir()
         try:
             yield partial

@@ -23,6 +23,7 @@ from megatron_retro.artifacts.files import (
     flush_directory,
     make_folder,
     named_disk_errors,
+    remove_leftovers,
     write_file,
 )
 from megatron_retro.artifacts.manifest import MANIFEST_NAME
@@ -93,7 +94,7 @@ def set_aside(path: Path) -> Path:
 
 def clear_unfinished(run: Path) -> int:
     """Delete what killed runs left unfinished; only for whoever holds the run's lock. Returns how many."""
-    count = 0
+    count = remove_leftovers(run, "*.*")
     for mark in (TEMPORARY_MARK, RETIRED_MARK):
         for path in run.glob(f"step-*{mark}*"):
             shutil.rmtree(path, ignore_errors=True)

@@ -21,9 +21,9 @@ from megatron_retro.artifacts.block_checksums import ChecksumList, RunningBlocks
 from megatron_retro.artifacts.files import (
     flush_directory,
     flush_file,
+    fresh_name,
     make_folder,
     named_disk_errors,
-    temporary_name,
     write_file,
 )
 from megatron_retro.artifacts.manifest import (
@@ -54,8 +54,8 @@ class _HashedFile:
     """A file under a temporary name that knows the checksums of what went through it."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.partial = path, temporary_name(path)
-        make_folder(self.partial.parent)
+        make_folder(path.parent)
+        self.path, self.partial = path, fresh_name(path)
         self.stream: BinaryIO = self.partial.open("wb")
         self._digest, self.blocks, self.size = hashlib.sha256(), RunningBlocks(), 0
 
@@ -83,7 +83,7 @@ class _Spool:
     """Numbers kept on disk until the header that precedes them is known."""
 
     def __init__(self, path: Path, dtype: str) -> None:
-        self.partial, self.dtype, self.count = temporary_name(path), np.dtype(dtype), 0
+        self.partial, self.dtype, self.count = fresh_name(path), np.dtype(dtype), 0
         self._stream = self.partial.open("wb+")
 
     def extend(self, values: ArrayLike) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from megatron_retro.errors import MegatronRetroError
 
+ROOT = Path(__file__).parents[2]
 KINDS = ("flip", "truncate", "swap", "delete", "zero page", "append")
 NAMED, WITHOUT_EFFECT, SILENT, TRACEBACK, CRASH = "named", "without effect", "silent", "traceback", "crash"
 FAULTS = (SILENT, TRACEBACK, CRASH)
@@ -151,6 +153,23 @@ def table(outcomes: Sequence[Outcome]) -> list[dict[str, object]]:
         results = (NAMED, WITHOUT_EFFECT, *FAULTS)
         rows.append({"consumer": name, "faults": len(chosen), **{result: counts[result] for result in results}})
     return rows
+
+
+def commit() -> str:
+    """What is checked out."""
+    return subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+
+
+def kept_lines(path: Path | None) -> list[str]:
+    """What a run of this commit that was stopped wrote down; that of another commit is dropped."""
+    if path is None:
+        return []
+    mark = path.with_suffix(".commit")
+    if not mark.exists() or mark.read_text() != commit():
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        mark.write_text(commit())
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def seconds_since(start: float) -> float:

@@ -7,7 +7,6 @@ on. By default a seeded part runs.
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,11 +15,22 @@ from pathlib import Path
 import pytest
 
 from megatron_retro.artifacts import block_checksums, verified
-from tests.faults.injection import CRASH, FAULTS, SILENT, Consumer, Injector, Outcome, seconds_since, table
+from tests.faults.injection import (
+    CRASH,
+    FAULTS,
+    ROOT,
+    SILENT,
+    Consumer,
+    Injector,
+    Outcome,
+    commit,
+    kept_lines,
+    seconds_since,
+    table,
+)
 from tests.faults.world import CONSUMERS, train, write_world
 
 SEED = 18
-ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "tests/results/injected_faults.json"
 
 
@@ -36,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_nothing_damaged_is_read(folder: Path, count: Callable[[int, int], int]) -> None:
     wanted = count(84, 10_000)
     kept = ROOT / "build/injected_faults.jsonl" if wanted > 1000 else None
-    before = read_kept(kept)
+    before = {fault.number: fault for fault in (Outcome(**json.loads(line)) for line in kept_lines(kept))}
     start, outcomes = time.monotonic(), list(before.values())
     for outcome in Injector(folder, CONSUMERS, SEED).outcomes([n for n in range(wanted) if n not in before]):
         outcomes.append(outcome)
@@ -50,23 +60,6 @@ def test_nothing_damaged_is_read(folder: Path, count: Callable[[int, int], int])
         RESULTS.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     faults = [outcome for outcome in outcomes if outcome.result in FAULTS]
     assert not faults, "\n".join(map(str, faults[:20]))
-
-
-def read_kept(path: Path | None) -> dict[int, Outcome]:
-    """Outcomes of a run of this commit that was stopped; those of another commit are dropped."""
-    if path is None:
-        return {}
-    mark = path.with_suffix(".commit")
-    if not mark.exists() or mark.read_text() != commit():
-        path.parent.mkdir(exist_ok=True)
-        path.unlink(missing_ok=True)
-        mark.write_text(commit())
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {outcome.number: outcome for outcome in (Outcome(**json.loads(line)) for line in lines)}
-
-
-def commit() -> str:
-    return subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
 def test_without_verification_faults_are_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

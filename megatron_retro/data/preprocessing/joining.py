@@ -86,13 +86,15 @@ def is_finished(job: PreprocessingJob, output: Output) -> bool:
 
 
 def join_blocks(job: PreprocessingJob, directory: Path, output: Output) -> None:
-    """Write every target, and the refused records."""
+    """Write the refused records, and every target: the last manifest says that all is there."""
     documents = np.array([require_counts(job, directory, block).documents for block in range(len(job.blocks))])
     before = np.cumsum([0, *documents], dtype=np.int64)
     if before[-1] == 0:
         raise DataError(f"the input holds no documents ({len(job.files)} files, {job.num_bytes} bytes)")
     if before[-1] < output.shards:
         raise DataError("fewer documents than --shards", got=before[-1], expected=f"{output.shards} or more")
+    for suffix, part in ((".refused.jsonl", refused_path), (".refused.txt", reasons_path)):
+        _concatenate(Path(output.prefix + suffix), [part(directory, block) for block in range(len(job.blocks))])
     for key, shard, target in output.targets(job):
         first, last = (int(before[-1]) * part // output.shards for part in (shard, shard + 1))
         with TokenFileWriter(target, job.dtype) as writer:
@@ -104,8 +106,6 @@ def join_blocks(job: PreprocessingJob, directory: Path, output: Output) -> None:
                 inputs={"text": job.fingerprint, "tokenizer": job.tokenizer},
                 config=output.config_of(job, key, shard),
             )
-    for suffix, part in ((".refused.jsonl", refused_path), (".refused.txt", reasons_path)):
-        _concatenate(Path(output.prefix + suffix), [part(directory, block) for block in range(len(job.blocks))])
 
 
 def _append_in_order(
