@@ -28,6 +28,8 @@ REAL_DECODER = {
     "continued": "trained on",
     "untrained, real": "Retro, untrained",
     "mixed, real": "Retro, trained",
+    "mixed, real, kept": "the same, encoded before",
+    "noise, real": "Retro from noise",
     "mixed, other": "Retro, other text's",
     "prompt, real": "prompt",
 }
@@ -141,10 +143,11 @@ def _real_decoder() -> str:
     series = []
     for name, label in REAL_DECODER.items():
         one = costs.get(name.partition(",")[0], costs["warm"])
-        reads = "prompt" if name.startswith("prompt") else "retro" if "," in name else ""
-        operations = (one["decoder"] + (one[f"{reads} adds"] if reads else 0.0)) / 1e9
-        (_, low, high), alone = measured[name]["gain"], measured["decoder"]["loss"]
-        series.append(Series(label, [operations] * 3, [alone - low, measured[name]["loss"], alone - high]))
+        reads = "prompt adds" if name.startswith("prompt") else "retro adds" if "," in name else ""
+        run, kept = name.removesuffix(", kept"), ", kept" * name.endswith(", kept")
+        operations = (one["decoder"] + (one[reads + kept] if reads else 0.0)) / 1e9
+        (_, low, high), alone = measured[run]["gain"], measured["decoder"]["loss"]
+        series.append(Series(label, [operations] * 3, [alone - low, measured[run]["loss"], alone - high]))
     title = "SmolLM2's loss and operations, 95 % of the difference from the decoder alone"
     plot = line_plot(series, title=title, x_label="GFLOP per token", y_label="nats per token")
     return _standing_alone(plot, title)

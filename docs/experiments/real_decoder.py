@@ -28,9 +28,10 @@ from megatron_retro.assembly.loading import LoadedModel, load_model
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.neighbor_table import NeighborTable
+from megatron_retro.data.neighbor_transforms import ThinnedDatabase
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.microbatch import Neighbors
-from megatron_retro.model.costs import model_costs
+from megatron_retro.model.costs import ENCODER, model_costs
 from megatron_retro.runtime.console import say
 from megatron_retro.runtime.statistics import bootstrap_ratio
 from megatron_retro.runtime.strict_json import json_text
@@ -75,9 +76,11 @@ def read_text(arguments: argparse.Namespace, retro: RetroConfig) -> Text:
     file, database = TokenFile(arguments.text), ChunkDatabase.open(arguments.database)
     table, chunk = NeighborTable.open(arguments.neighbors), retro.retro_chunk_length
     chunks = arguments.length // chunk
-    starts = np.linspace(0, file.num_tokens // chunk - chunks - 2, arguments.windows).astype(np.int64)
+    halves = np.linspace(0, file.num_tokens // chunk - chunks - 2, 2 * arguments.windows - 1).astype(np.int64)
+    starts = halves[1 if arguments.between else 0 :: 2]
     tokens = np.stack([file.tokens(start * chunk, start * chunk + arguments.length + 1) for start in starts])
-    ids = np.stack([table.rows(int(start), int(start) + chunks)[:, : retro.retro_num_neighbors] for start in starts])
+    found = np.stack([table.rows(int(start), int(start) + chunks) for start in starts])
+    ids = _kept(found, database, arguments.keep_fraction)[..., : retro.retro_num_neighbors]
     passages, mask = database.gather(ids, retro.retrieved_length())
     ends = (starts[:, None] + np.arange(1, chunks + 1)) * chunk - 1
     return Text(
@@ -86,6 +89,14 @@ def read_text(arguments: argparse.Namespace, retro: RetroConfig) -> Text:
         file.documents_of(ends.flatten()).reshape(ends.shape),
         chunk,
     )
+
+
+def _kept(found: NDArray[np.int64], database: ChunkDatabase, fraction: float) -> NDArray[np.int64]:
+    """Those of a part of the database's documents, the nearest first; -1 where too few were saved."""
+    documents = database.document_of(np.maximum(found, 0))
+    there = ThinnedDatabase(fraction).keeps(database, found, documents) & (found >= 0)
+    order = np.argsort(~there, axis=-1, kind="stable")
+    return np.where(np.take_along_axis(there, order, -1), np.take_along_axis(found, order, -1), -1)
 
 
 @torch.no_grad()
@@ -135,20 +146,6 @@ class Kept:
         return found
 
 
-def keep_encoded(model: LoadedModel) -> None:
-    """Encode each window's passages once: what a frozen encoder gives does not depend on the text that reads it."""
-    encode, kept = model.module.encode, dict[bytes, Tensor]()
-
-    def encoded(neighbors: Neighbors[Tensor], *arguments: Any) -> Tensor:
-        key = neighbors.tokens_BCKR.numpy().tobytes()
-        if key not in kept:
-            kept[key] = encode(neighbors, *arguments)
-        return kept[key]
-
-    if not model.module.encoder.layers["0"].cross_attention.output.weight.any():
-        model.module.encode = encoded
-
-
 def by_chunk(losses_WS: NDArray[np.float64], chunk: int) -> NDArray[np.float64]:
     """[W, C - 1]: mean loss of what each chunk's queries predict, but for the last, whose next chunk is cut."""
     seen = losses_WS[:, chunk - 1 :]
@@ -183,6 +180,7 @@ def summary(losses: Mapping[str, NDArray[np.float64]], base: str, text: Text, pl
 def costs(model: ModelConfig, retro: RetroConfig, length: int) -> dict[str, float]:
     """Operations of a token's forward pass, and numbers cached for what was retrieved."""
     alone, with_retro = (model_costs(model, one, length).forward_flops for one in (RetroConfig(), retro))
+    encoder = 2 * model_costs(model, retro, length).named(ENCODER).multiply_adds
     layers = sum(unit.multiply_adds for unit in model_costs(model, RetroConfig(), length).units) * 2
     head = 2 * (model.vocab_size or 0) * model.hidden_size
     passages = retro.retro_num_neighbors * retro.retrieved_length()
@@ -190,6 +188,7 @@ def costs(model: ModelConfig, retro: RetroConfig, length: int) -> dict[str, floa
     return {
         "decoder": alone,
         "retro adds": with_retro - alone,
+        "retro adds, kept": with_retro - alone - encoder,
         "prompt adds": (layers - head) * passages / retro.retro_chunk_length,
         "retro caches": per_layer * len(retro.retrieval_layers(model.num_layers)),
         "prompt caches": per_layer * model.num_layers,
@@ -210,6 +209,8 @@ def main() -> int:
     for name in ("text", "database", "neighbors", "work", "json"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--between", action="store_true", help="windows halfway between those, one fewer")
+    parser.add_argument("--keep-fraction", type=float, default=1.0, help="of the database's documents")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--prompted", type=int, nargs="+", default=[2, 5], help="chunks of each window, from 0")
     arguments = parser.parse_args()
@@ -217,7 +218,7 @@ def main() -> int:
     first = next(iter(retros.values()))
     text, kept = read_text(arguments, first.retro), Kept(Path(arguments.work))
     for model in retros.values():
-        keep_encoded(model)
+        model.module.keep_encodings(None)
     decoder = load_model(arguments.decoder, device="cpu", dtype="fp32")
     losses = {"decoder": kept.get("decoder", partial(window_losses, decoder, text, None))}
     losses |= {name: kept.get(name, partial(window_losses, model, text, None)) for name, model in trained.items()}
@@ -232,7 +233,8 @@ def main() -> int:
     places = list(range(chunks["decoder"].shape[1]))
     at_prompts = {name: values[:, arguments.prompted] for name, values in chunks.items()} | prompts
     result = {
-        "windows": arguments.windows,
+        "windows": len(text.tokens),
+        "database": arguments.keep_fraction,
         "length": arguments.length,
         "costs": {name: costs(one.settings[ModelConfig], one.retro, arguments.length) for name, one in retros.items()},
         "all tokens": summary(chunks, "decoder", text, places),

@@ -62,9 +62,11 @@ def replica_losses(settings: Settings, path: Path, shard: str | None) -> Iterato
     if tensor * pipeline == 1:
         choose_device(launch, use_gpu=use_gpu)  # "cuda" is this process's own GPU from here on
         loaded = load_model(path, device=engine.device, dtype=engine.dtype, allow_mismatch=allow)
+        loaded.module.keep_encodings(engine.keep_encoded_mb)
         device = next(loaded.module.parameters()).device
         yield ReplicaLosses(loaded, device, worker, True, losses_of_model(loaded), list)
         return
+    engine.refuse_to_keep_encoded()
     with process_group(launch, timeout_minutes=parallel.distributed_timeout_minutes, use_gpu=use_gpu) as device:
         settle_kernels(device)
         mesh = build_mesh(parallel, device)

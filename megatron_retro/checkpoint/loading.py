@@ -19,6 +19,7 @@ from megatron_retro.checkpoint.directory import KIND, STATE_NAME, VERSION, resol
 from megatron_retro.checkpoint.storage import INDEX_NAME, ShardReader, TensorIndex, read_index
 from megatron_retro.config.data import InstructionConfig, TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.config.sections import ALL_SECTIONS
 from megatron_retro.config.settings import Settings, build_settings, section_name, specs_by_name
 from megatron_retro.config.training import CheckpointConfig, PeftConfig
 from megatron_retro.errors import ArtifactError, DamagedArtifact
@@ -196,18 +197,19 @@ def stored_instructions(checkpoint: Checkpoint) -> InstructionConfig | None:
 
 
 def _stored(checkpoint: Checkpoint, sections: Sequence[type]) -> Settings:
+    """What stood in these sections once and stands in another one now is no longer the model's."""
     values: dict[str, Any] = {}
-    known = specs_by_name(sections)
+    known, elsewhere = specs_by_name(sections), specs_by_name(ALL_SECTIONS)
     for section in sections:
         stored: Mapping[str, Any] = checkpoint.manifest.config.get(section_name(section), {})
-        unknown = [name for name in stored if name not in known]
+        unknown = [name for name in stored if name not in known and name not in elsewhere]
         if unknown:
             raise ArtifactError(
                 f"{checkpoint.path} has settings that this version does not know",
                 got=", ".join(unknown),
                 fix="use the version of megatron_retro that wrote it",
             )
-        values.update({name: value for name, value in stored.items() if value is not None})
+        values.update({name: value for name, value in stored.items() if name in known and value is not None})
     return build_settings(sections, values, {})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_retro.config.fields import option
+from megatron_retro.errors import ConfigError
 
 RETRIEVAL_MODES = ("live", "none", "random")
 
@@ -74,6 +75,21 @@ class EngineConfig:
     )
     dtype: str = option("auto", "arithmetic of generation", choices=("auto", "fp32", "bf16"), ours=True)
     device: str = option("auto", "where to generate", choices=("auto", "cpu", "cuda"), ours=True)
+    keep_encoded_mb: int | None = option(
+        None,
+        "memory for neighbours that are encoded once; 256 where the encoder does not read the chunk, else 0",
+        minimum=0,
+        ours=True,
+    )
+
+    def refuse_to_keep_encoded(self) -> None:
+        """For a model that is cut: its ranks keep nothing that they encoded."""
+        if self.keep_encoded_mb:
+            raise ConfigError(
+                "encoded neighbours are kept by whole models only",
+                got=f"--keep-encoded-mb {self.keep_encoded_mb} with a model that is cut",
+                fix="leave it out, or the parallel sizes",
+            )
 
 
 @dataclass(frozen=True)

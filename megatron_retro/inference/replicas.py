@@ -72,6 +72,7 @@ def ask_model(
     if parallel.model_parallel_size() == 1:
         work(_load_whole(settings, live, launch, worker))
         return
+    settings[EngineConfig].refuse_to_keep_encoded()
     minutes, use_gpu = parallel.distributed_timeout_minutes, _USE_GPU.get(settings[EngineConfig].device)
     with process_group(launch, timeout_minutes=minutes, use_gpu=use_gpu) as device:
         settle_kernels(device)

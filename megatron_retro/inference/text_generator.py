@@ -140,6 +140,7 @@ def build_text_generator(
 ) -> TextGenerator:
     """The generator of a loaded model, with an index that fits it."""
     index = index_for(loaded, live, allow_tokenizer_mismatch=allow_tokenizer_mismatch)
+    loaded.module.keep_encodings(engine.keep_encoded_mb)
     return TextGenerator(LocalForward(store_for_decoding(loaded.module)), loaded.tokenizer, limits_of(engine), index)
 
 

@@ -53,6 +53,16 @@ class NeighborEncoder(nn.Module):
             read = [self.final_norm(state) for state in read]
         return read[0] if len(read) == 1 else torch.cat(read, -1)
 
+    @torch.no_grad()
+    def reads_chunks(self) -> bool:
+        """Whether a neighbour's states depend on the chunk that retrieved it, asked of what would read it."""
+        layer = self.layers["0"]
+        assert isinstance(layer, EncoderLayer) and layer.cross_attention is not None
+        query, key_value = layer.cross_attention.query.weight, layer.cross_attention.key_value.weight
+        neighbor, chunk = query.new_ones(1, 1, 2, query.shape[-1]), key_value.new_ones(1, 2, key_value.shape[-1])
+        neighbor[..., ::2], chunk[..., ::3] = -2, 2
+        return bool(layer.cross_attention(neighbor, chunk, None, None, None).any())
+
     def _context(
         self,
         shape: tuple[int, int],

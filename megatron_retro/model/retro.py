@@ -22,6 +22,7 @@ from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.cache import Cache
 from megatron_retro.model.context import ContextBuilder, SequenceContext
 from megatron_retro.model.encoder import NeighborEncoder
+from megatron_retro.model.kept_encodings import DEFAULT_MEGABYTES, MEGABYTE, KeptEncodings
 from megatron_retro.model.layers import DecoderLayer
 from megatron_retro.model.leaves import Norm, Output, TokenEmbedding
 from megatron_retro.ops.attention import Documents
@@ -51,6 +52,7 @@ class Retro(nn.Module):
         self.encoder = NeighborEncoder(model, retro) if retrieval_layers else None
         self.final_norm: Norm | None = Norm(model, model.hidden_size)
         self.output: Output | None = Output(model)
+        self.kept_encodings: KeptEncodings | None = None
 
     def keep_part(self, layers: Iterable[int], *, embedding: bool, encoder: bool, head: bool) -> None:
         """Drop what another pipeline stage holds."""
@@ -172,8 +174,35 @@ class Retro(nn.Module):
 
         return encode
 
+    def keep_encodings(self, megabytes: int | None) -> None:
+        """Encode a neighbour once where only its own tokens count; `megabytes` None: with a default, where that is so.
+
+        For a whole model that is used and not trained.
+        """
+        if self.encoder is None or not self.retro.reads_neighbors() or megabytes == 0:
+            return
+        if self.encoder.reads_chunks():
+            if megabytes is None:
+                return
+            raise ConfigError(
+                "encoded neighbours cannot be kept: this encoder reads the chunk that retrieved them",
+                got=f"--keep-encoded-mb {megabytes}",
+                expected="an encoder that is closed to it (--retro-init decoder with --freeze-encoder)",
+                fix="leave --keep-encoded-mb out",
+            )
+        self.kept_encodings = KeptEncodings((DEFAULT_MEGABYTES if megabytes is None else megabytes) * MEGABYTE)
+
     def encode(self, neighbors: Neighbors[Tensor], chunks_BCMH: Tensor, chunk_mask_XM: Tensor | None) -> Tensor:
         """[B, C, K, R, H]; for the stage that holds the encoder."""
+        if self.kept_encodings is None or torch.is_grad_enabled():
+            return self._encode(neighbors, chunks_BCMH, chunk_mask_XM)
+
+        def alone(some: Neighbors[Tensor]) -> Tensor:
+            return self._encode(some, chunks_BCMH[:1, :1].expand(len(some.tokens_BCKR), -1, -1, -1), None)
+
+        return self.kept_encodings.read(neighbors, alone)
+
+    def _encode(self, neighbors: Neighbors[Tensor], chunks_BCMH: Tensor, chunk_mask_XM: Tensor | None) -> Tensor:
         assert self.encoder is not None
         table = self.encoder.embedding or self.embedding
         assert table is not None

@@ -8,7 +8,7 @@ be among the best are computed again, exactly. A query's own documents are an in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -26,6 +26,7 @@ _TILE_VECTORS = 1024
 _TILE_SCORES = 1 << 18
 _SIZE_STEP = 64
 _SCORES_PER_KEPT = 100
+Advance = Callable[[float], None]
 SEARCHABLE_BY_LISTS = ("IndexIVFFlat", "IndexIVFPQ", "IndexIVFScalarQuantizer")
 
 
@@ -60,7 +61,11 @@ class ExcludedIds:
 
 
 def search_by_lists(
-    parts: InvertedParts, vectors: NDArray[np.float32], keep: int, excluded: ExcludedIds | None = None
+    parts: InvertedParts,
+    vectors: NDArray[np.float32],
+    keep: int,
+    excluded: ExcludedIds | None = None,
+    advance: Advance | None = None,
 ) -> SearchResult:
     """The nearest `keep` vectors of each query in the lists that it probes (`nprobe` of the index)."""
     queries = torch.from_numpy(parts.transformed(vectors))
@@ -71,6 +76,8 @@ def search_by_lists(
     with torch.inference_mode():
         for number, rows in _queries_by_list(parts, queries.numpy()):
             _score_list(parts, number, queries, halves, rows, candidates)
+            if advance is not None:
+                advance(len(rows) / min(int(parts.inverted.nprobe), parts.num_lists))
     scores, ids = candidates.best()
     squares = torch.linalg.vecdot(queries, queries).numpy()[:, None]
     return SearchResult(np.maximum(squares - 2 * scores, 0).astype(np.float32), ids)
@@ -169,23 +176,36 @@ class Searcher:
         if self.gpus is not None and inverted_parts(self.index) is not None:
             self.gpus.set_lists(self.nprobe)
 
-    def search(self, vectors: NDArray[np.float32], keep: int, excluded: ExcludedIds, enough: int) -> SearchResult:
-        """The nearest `keep` vectors of each query that are not excluded.
+    def search(
+        self,
+        vectors: NDArray[np.float32],
+        keep: int,
+        excluded: ExcludedIds,
+        enough: int,
+        advance: Advance | None = None,
+    ) -> SearchResult:
+        """The nearest `keep` vectors of each query that are not excluded; `advance` is told of queries that are done.
 
         Query by query, `keep` are searched for and the excluded ones dropped; a query that is left with fewer than
         `enough` is searched again, wider.
         """
         if not self.by_lists:
-            return self._search_by_queries(vectors, keep, excluded, min(enough, keep))
+            found = self._search_by_queries(vectors, keep, excluded, min(enough, keep))
+            if advance is not None:
+                advance(len(vectors))
+            return found
         parts = inverted_parts(self.index)
         if parts is None:
             raise ValueError("only an inverted file is searched list by list")
         step = self._rows_at_once(keep, parts.dimension)
-        found = [
-            search_by_lists(parts, vectors[start : start + step], keep, _slice(excluded, start, start + step))
-            for start in range(0, max(len(vectors), 1), step)
-        ]
-        return SearchResult.joined(found)
+        return SearchResult.joined(
+            [
+                search_by_lists(
+                    parts, vectors[start : start + step], keep, _slice(excluded, start, start + step), advance
+                )
+                for start in range(0, max(len(vectors), 1), step)
+            ]
+        )
 
     def nearest(self, vectors: NDArray[np.float32], keep: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Distances and ids of the nearest of all chunks; more than a GPU can select are searched for on the CPU."""

@@ -30,7 +30,7 @@ from megatron_retro.errors import ConfigError, DamagedArtifact
 from megatron_retro.retrieval.faiss_index import set_search_effort
 from megatron_retro.retrieval.gpu_index import copy_to_gpus, num_gpus
 from megatron_retro.retrieval.index_building import KIND, VERSION, list_checks, open_merged
-from megatron_retro.retrieval.index_search import Searcher, SearchResult
+from megatron_retro.retrieval.index_search import Advance, Searcher, SearchResult
 from megatron_retro.retrieval.live_index import write_live_settings
 from megatron_retro.retrieval.project import Project, QueryCorpus, parsed_range
 from megatron_retro.retrieval.query_texts import QueryTexts, query_chunks
@@ -62,22 +62,26 @@ class NeighborSearch(QueryTexts):
         database = self.project.database
         return statistics_of(database, uniform_sample(database.num_chunks, min(database.num_chunks, 200_000)))
 
-    def rows(self, first: int, last: int) -> NDArray[np.int64]:
-        """Neighbours of the query chunks [first, last), -1 for none."""
+    def rows(self, first: int, last: int, advance: Advance | None = None) -> NDArray[np.int64]:
+        """Neighbours of the query chunks [first, last), -1 for none; `advance` is told of chunks that are done."""
         config = self.project.config
         keep = config.retro_query_num_neighbors_save
-        return self.search(first, last).ids_QK[:, :keep]
+        return self.search(first, last, advance).ids_QK[:, :keep]
 
-    def search(self, first: int, last: int) -> SearchResult:
+    def search(self, first: int, last: int, advance: Advance | None = None) -> SearchResult:
         """The same with distances, and the further candidates."""
         config = self.project.config
         save, numbers = config.retro_query_num_neighbors_save, np.arange(first, last)
         reranks = config.retro_refine or config.retro_rerank != "none" or config.retro_drop_overlap is not None
         candidates = max(save, config.retro_query_num_neighbors_query)
         wanted = candidates if reranks or not self.searcher.by_lists else save
-        vectors = self.vectors(first, last)
-        found = self.searcher.search(vectors, wanted, self.own_chunks(numbers), save)
+        vectors = self._vectors_with_progress(first, last) if advance else self.vectors(first, last)
+        found = self.searcher.search(vectors, wanted, self.own_chunks(numbers), save, advance)
         return self._rerank(found, vectors, first) if reranks else found
+
+    def _vectors_with_progress(self, first: int, last: int) -> NDArray[np.float32]:
+        with Progress(f"embed {self.corpus.name}", last - first, "chunks") as progress:
+            return self.vectors(first, last, progress.advance)
 
     def _rerank(self, found: SearchResult, vectors: NDArray[np.float32], first: int) -> SearchResult:
         parts = [
@@ -154,8 +158,8 @@ def _fill_table(project: Project, search: NeighborSearch, verification: Verifica
         progress.advance(sum(block.last - block.first for block in layout.blocks if is_done(block.name)))
         for block in claim_blocks(project.layout, name, list(blocks), is_done, project.worker):
             with ignore_failure_if_done(path.exists):
-                write_block(directory, layout, blocks[block], search.rows(blocks[block].first, blocks[block].last))
-            progress.advance(blocks[block].last - blocks[block].first)
+                found = search.rows(blocks[block].first, blocks[block].last, progress.advance)
+                write_block(directory, layout, blocks[block], found)
     try:
         verification.finish()
     except DamagedArtifact:

@@ -20,6 +20,7 @@ from megatron_retro.retrieval.index_search import ExcludedIds, Searcher, SearchR
 from megatron_retro.retrieval.project import Project
 from megatron_retro.retrieval.query_texts import QueryTexts, query_chunks
 from megatron_retro.retrieval.work_blocks import claim_blocks, uniform_sample
+from megatron_retro.runtime.console import Progress, say
 
 _SAMPLE = 2000
 _WANTED_RECALL = 0.97
@@ -89,21 +90,26 @@ def _calibrate(project: Project, index: Any, ef_search: int) -> dict[str, Any]:
     vectors, own = _sampled_queries(project)
     lists = inverted_parts(index)
     all_lists = lists.num_lists if lists else 1
+    with Progress("calibrate", None, "lists") as progress:
 
-    def search(nprobe: int) -> SearchResult:
-        return Searcher(index, nprobe, ef_search, True, project.memory_bytes).search(vectors, 2, own, 2)
+        def search(nprobe: int) -> SearchResult:
+            def advance(queries: float) -> None:
+                progress.advance(queries * nprobe / len(vectors), f"in searches of {nprobe}")
 
-    full, recalls = search(all_lists), {0: 0.0}
-    for nprobe in _rising_efforts(all_lists):
-        too_few = max(recalls)
-        recalls[nprobe] = recall(search(nprobe), full)
-        if recalls[nprobe] >= _WANTED_RECALL:
-            break
-    enough = max(recalls)
-    while enough - too_few > max(1, enough // 16):
-        middle = (too_few + enough) // 2
-        recalls[middle] = recall(search(middle), full)
-        too_few, enough = (too_few, middle) if recalls[middle] >= _WANTED_RECALL else (middle, enough)
+            return Searcher(index, nprobe, ef_search, True, project.memory_bytes).search(vectors, 2, own, 2, advance)
+
+        full, recalls = search(all_lists), {0: 0.0}
+        for nprobe in _rising_efforts(all_lists):
+            too_few = max(recalls)
+            recalls[nprobe] = recall(search(nprobe), full)
+            if recalls[nprobe] >= _WANTED_RECALL:
+                break
+        enough = max(recalls)
+        while enough - too_few > max(1, enough // 16):
+            middle = (too_few + enough) // 2
+            recalls[middle] = recall(search(middle), full)
+            too_few, enough = (too_few, middle) if recalls[middle] >= _WANTED_RECALL else (middle, enough)
+    say(f"calibrate: {enough} of {all_lists} lists find {recalls[enough]:.1%} of what all find")
     return {**asdict(SearchEffort(enough, ef_search, True)), "recalls": recalls}
 
 

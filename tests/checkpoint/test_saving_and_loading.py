@@ -10,6 +10,8 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +23,10 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from megatron_retro.artifacts.manifest import damage
 from megatron_retro.checkpoint.dcp import TrimmingSavePlanner
 from megatron_retro.checkpoint.directory import LATEST_NAME, complete_checkpoints, run_lock
-from megatron_retro.checkpoint.loading import load_tensors, open_checkpoint, require_same_model
+from megatron_retro.checkpoint.loading import load_tensors, open_checkpoint, require_same_model, stored_settings
 from megatron_retro.checkpoint.saver import Saver, Snapshot
 from megatron_retro.checkpoint.share import share_out
+from megatron_retro.config.model import RetroConfig
 from megatron_retro.errors import ArtifactError, DamagedArtifact, DistributedError, EnvironmentProblem
 from megatron_retro.testing.processes import fork, wait
 
@@ -308,3 +311,12 @@ def test_a_background_save_waits_for_the_device_that_it_copies_from(monkeypatch:
         live = {"model.a": torch.zeros(2, device="cuda:3"), "optimizer.step": torch.zeros(2)}
         Saver(Path("never written"))._stage(live)
     assert waited == [torch.device("cuda", 3)]
+
+
+def test_a_setting_that_moved_to_another_section_is_no_longer_the_models() -> None:
+    stored = {"retro": {"retro_num_neighbors": 1, "retro_random_retrieval_probability": 0.25}}
+    checkpoint: Any = SimpleNamespace(path=Path("run"), manifest=SimpleNamespace(config=stored))
+    assert stored_settings(checkpoint)[RetroConfig].retro_num_neighbors == 1
+    stored["retro"]["retro_nearest_star"] = 1
+    with pytest.raises(ArtifactError, match="this version does not know"):
+        stored_settings(checkpoint)

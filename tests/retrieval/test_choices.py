@@ -19,6 +19,8 @@ from megatron_retro.retrieval.index_choice import automatic_index, choose_index,
 from megatron_retro.retrieval.project import Project
 from megatron_retro.retrieval.reference import longest_common_runs, token_overlaps
 from megatron_retro.retrieval.stages import build_retrieval
+from megatron_retro.runtime import console
+from megatron_retro.runtime.console import Progress
 from megatron_retro.testing.retrieval_projects import CHUNK, EOD, echoing_documents, project_settings, write_corpus
 
 TASKS = ["train", "encode", "merge", "query"]
@@ -47,6 +49,22 @@ def test_overlap_reranking_orders_rows_by_shared_tokens(corpus: str, tmp_path: P
     shares = token_overlaps(queries.astype(np.int32), queries != EOD, tokens.astype(np.int32), there)
     assert (np.diff(shares, axis=1) <= 1e-6).all()
     assert shares[:, 0].mean() > 0.3
+
+
+@pytest.mark.parametrize("method", ["lists", "queries"])
+def test_calibration_and_queries_show_how_far_they_are(
+    corpus: str, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: dict[str, list[float]] = {}
+    monkeypatch.setattr(Progress, "_show", lambda self, note, end: shown.setdefault(self.what, []).append(self.done))
+    monkeypatch.setattr(console, "_LINE_SECONDS", 0.0)
+    changes = {"retro_index_str": "IVF16,Flat", "retro_index_ntrain": 10_000, "retro_query_method": method}
+    build_retrieval(project_settings(tmp_path / "p", [corpus], retro_tasks=TASKS, **changes))
+    rows = len(ids_of(tmp_path / "p"))
+    assert shown["embed corpus"][-1] == rows and shown["query corpus"][-1] == pytest.approx(rows)
+    assert len(shown["query corpus"]) > 3 or method == "queries"
+    assert len(shown["calibrate"]) > 10 and shown["calibrate"] == sorted(shown["calibrate"])
+    assert "of 16 lists find" in capsys.readouterr().err
 
 
 def test_bm25_prefers_rare_shared_tokens(tmp_path: Path) -> None:
