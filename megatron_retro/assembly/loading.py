@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from megatron_retro.assembly.stage_building import stage_on_meta, uses_peft
 from megatron_retro.checkpoint.live_state import model_tensors, padded_rows, vocabulary_rows
 from megatron_retro.checkpoint.loading import (
     Checkpoint,
+    base_path,
     load_tensors,
     open_base,
     open_checkpoint,
+    open_together,
     resolved_from,
     stored_settings,
 )
@@ -36,7 +38,7 @@ from megatron_retro.parallel.stages import Stage
 from megatron_retro.peft.attach import attach, connect, is_added
 from megatron_retro.peft.merging import MERGEABLE, merge
 from megatron_retro.peft.prompts import fold_prompt
-from megatron_retro.runtime.store_channel import open_channel
+from megatron_retro.runtime.store_channel import StoreChannel, open_channel
 
 _TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
 
@@ -110,13 +112,19 @@ def load_stage(
             got="--sequence-parallel or --num-layers-per-virtual-pipeline-stage",
             expected="no sequence parallelism, no virtual stages",
         )
-    checkpoint, stored, built = open_for_use(path, tokenizer, allow_mismatch)
+    channel = open_channel("loading")
+
+    def opened(place: Path) -> Checkpoint:
+        return open_together(place, channel, mesh.device)
+
+    checkpoint, stored, built = open_for_use(path, tokenizer, allow_mismatch, opened)
     kinds = (ModelConfig, RetroConfig, TokenizerConfig, PeftConfig)
     settings = Settings([*(stored[kind] for kind in kinds), parallel, TrainingConfig()])
     part = stage_parts(settings, seq_length=1)[mesh.rank(PIPELINE)]
     stage = stage_on_meta(settings, part, mesh)
     stage.to_empty(device=mesh.device)
-    _fill_stage(stage, checkpoint, stored)
+    base = opened(base_path(checkpoint)) if uses_peft(stored) else None
+    _fill_stage(stage, stored, checkpoint, base, channel)
     stage.to(chosen_dtype(dtype, mesh.device))
     stage.eval().requires_grad_(False)
     return LoadedStage(built, settings, checkpoint.path, checkpoint.manifest.fingerprint, stage)
@@ -142,26 +150,31 @@ def _fill_tuned(module: Retro, checkpoint: Checkpoint, settings: Settings) -> No
         fold_prompt(module.embedding)
 
 
-def _fill_stage(stage: Stage, checkpoint: Checkpoint, stored: Settings) -> None:
-    """From the checkpoint; of a run that tuned beside a model, that model from its own."""
+def _fill_stage(
+    stage: Stage, stored: Settings, checkpoint: Checkpoint, base: Checkpoint | None, channel: StoreChannel
+) -> None:
+    """From the checkpoint; of a run that tuned beside a model, that model from its own, the base."""
     tensors = model_tensors(stage.model)
     added = {name: tensor for name, tensor in tensors.items() if is_added(name)}
     sources = [(checkpoint, tensors)]
-    if uses_peft(stored):
+    if base is not None:
         frozen = {name: tensor for name, tensor in tensors.items() if name not in added}
-        sources = [(open_base(checkpoint), frozen), (checkpoint, added)]
+        sources = [(base, frozen), (checkpoint, added)]
     for source, wanted in sources:
         rows = padded_rows(wanted, vocabulary_rows(stored[ModelConfig].vocab_size or 0))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            load_tensors(source, wanted, rows, open_channel("loading"))
+            load_tensors(source, wanted, rows, channel)
 
 
 def open_for_use(
-    path: Path, tokenizer: TokenizerConfig | None = None, allow_mismatch: bool = False
+    path: Path,
+    tokenizer: TokenizerConfig | None = None,
+    allow_mismatch: bool = False,
+    opened: Callable[[Path], Checkpoint] = open_checkpoint,
 ) -> tuple[Checkpoint, Settings, Tokenizer]:
     """A checkpoint, its model's settings, and the tokenizer that it was trained with."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = opened(path)
     settings = stored_settings(checkpoint)
     built = build_tokenizer(tokenizer or _found_files(settings[TokenizerConfig], checkpoint.path))
     stored = checkpoint.manifest.inputs.get("tokenizer")

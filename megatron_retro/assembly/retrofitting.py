@@ -16,7 +16,7 @@ import torch
 from megatron_retro.assembly.stage_building import trained_parts, trains
 from megatron_retro.assembly.warm_start import starts_from_decoder
 from megatron_retro.checkpoint.live_state import MODEL
-from megatron_retro.checkpoint.loading import Checkpoint
+from megatron_retro.checkpoint.loading import Checkpoint, Described
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.fields import field_specs
 from megatron_retro.config.model import ModelConfig, RetroConfig
@@ -40,7 +40,7 @@ class ParameterSource:
 
 
 def inherited_settings(
-    settings: Settings, checkpoint: Checkpoint, sections: tuple[type, ...] = DECODER_SECTIONS
+    settings: Settings, checkpoint: Described, sections: tuple[type, ...] = DECODER_SECTIONS
 ) -> Settings:
     """Settings with the shape and the tokenizer of a model; a decoder that the user set otherwise is refused."""
     changes: dict[str, object] = {}

@@ -26,7 +26,7 @@ from megatron_retro.data.instructions.dataset import InstructionDataset, open_in
 from megatron_retro.data.instructions.rows import Buckets, RowShape
 from megatron_retro.data.instructions.templates import ConversationTokenizer, build_template
 from megatron_retro.data.loader import Loader
-from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer, require_tokenizer
+from megatron_retro.data.tokenizers import Tokenizer, require_tokenizer
 from megatron_retro.errors import ConfigError
 from megatron_retro.optim.optimizer import TrainingOptimizer, require_optimizer
 from megatron_retro.optim.schedule import (
@@ -58,25 +58,26 @@ class RunParts:
     true_rows: Mapping[str, int]
 
 
-def resolved_settings(settings: Settings) -> Settings:
-    """Settings with what only the data can tell filled in: the size of the vocabulary."""
+def resolved_settings(settings: Settings, tokenizer: Tokenizer) -> Settings:
+    """Settings with what only the tokenizer can tell filled in: the size of the vocabulary."""
     if settings[ModelConfig].vocab_size is not None:
         return settings
-    return settings.replace(vocab_size=build_tokenizer(settings[TokenizerConfig]).vocab_size)
+    return settings.replace(vocab_size=tokenizer.vocab_size)
 
 
-def build_run_parts(settings: Settings, device: torch.device, world_size: int, *, draw: bool = True) -> RunParts:
+def build_run_parts(
+    settings: Settings, tokenizer: Tokenizer, device: torch.device, world_size: int, *, draw: bool = True
+) -> RunParts:
     """Build everything, in the order in which it can go wrong cheaply: rules, data, model.
 
     Without `draw` the model has no values yet.
     """
     require_legal(settings, world_size)
     require_optimizer(settings[OptimizerConfig], device.type)
-    settings = resolved_settings(settings)
+    settings = resolved_settings(settings, tokenizer)
     training, retro = settings[TrainingConfig], settings[RetroConfig]
     if training.deterministic_mode:
         use_deterministic_kernels()
-    tokenizer = build_tokenizer(settings[TokenizerConfig])
     batch_sizes = batch_size_schedule(training)
     model = build_parallel_model(settings, device, draw=draw)
     seed_everything(derived_seed(training.seed, "training", model.data_rank))

@@ -31,13 +31,11 @@ _SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint on disk; nothing but its JSON has been read yet."""
+class Described:
+    """What the manifest of a complete checkpoint says; its index, 79 MB at 48B, has not been read."""
 
     path: Path
     manifest: Manifest
-    index: TensorIndex
-    state: dict[str, Any]
 
     @property
     def step(self) -> int:
@@ -45,10 +43,24 @@ class Checkpoint:
         return int(self.manifest.counts["step"])
 
 
+@dataclass(frozen=True)
+class Checkpoint(Described):
+    """A complete checkpoint on disk; nothing but its JSON has been read yet."""
+
+    index: TensorIndex
+    state: dict[str, Any]
+
+
+def describe_checkpoint(path: Path) -> Described:
+    """The manifest of the checkpoint at `path` (a run's directory means its newest), cheap enough for every rank."""
+    directory = resolve_checkpoint(path)
+    return Described(directory, read_manifest(directory, kind=KIND, version=VERSION))
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path` (a run's directory means its newest), its JSON verified, its shards present."""
-    directory = resolve_checkpoint(path)
-    manifest = read_manifest(directory, kind=KIND, version=VERSION)
+    described = describe_checkpoint(path)
+    directory, manifest = described.path, described.manifest
     for name in (STATE_NAME, INDEX_NAME):
         _require_recorded(directory, name, manifest)
     index = read_index(directory)
@@ -116,7 +128,7 @@ def require_same_model(checkpoint: Checkpoint, expected: Mapping[str, Any], igno
 
 
 def changed_settings(
-    checkpoint: Checkpoint, sections: Mapping[str, Any], ignored: Sequence[str] = ()
+    checkpoint: Described, sections: Mapping[str, Any], ignored: Sequence[str] = ()
 ) -> dict[str, tuple[Any, Any]]:
     """Flags whose value is another than when the checkpoint was written: (there, here)."""
     changed = {}
@@ -184,19 +196,19 @@ def load_tensors(
 _SECTIONS = (ModelConfig, RetroConfig, TokenizerConfig, PeftConfig)
 
 
-def stored_settings(checkpoint: Checkpoint) -> Settings:
+def stored_settings(checkpoint: Described) -> Settings:
     """The sections that make the model, as they were when it was trained."""
     return _stored(checkpoint, _SECTIONS)
 
 
-def stored_instructions(checkpoint: Checkpoint) -> InstructionConfig | None:
+def stored_instructions(checkpoint: Described) -> InstructionConfig | None:
     """How its conversations were written, if it was tuned on any."""
     if section_name(InstructionConfig) not in checkpoint.manifest.config:
         return None
     return _stored(checkpoint, (InstructionConfig,))[InstructionConfig]
 
 
-def _stored(checkpoint: Checkpoint, sections: Sequence[type]) -> Settings:
+def _stored(checkpoint: Described, sections: Sequence[type]) -> Settings:
     """What stood in these sections once and stands in another one now is no longer the model's."""
     values: dict[str, Any] = {}
     known, elsewhere = specs_by_name(sections), specs_by_name(ALL_SECTIONS)
@@ -213,10 +225,15 @@ def _stored(checkpoint: Checkpoint, sections: Sequence[type]) -> Settings:
     return build_settings(sections, values, {})
 
 
-def open_base(checkpoint: Checkpoint) -> Checkpoint:
-    """The frozen model that a run tuned beside."""
+def base_path(checkpoint: Described) -> Path:
+    """Where the frozen model lies that a run tuned beside."""
     stored = str(checkpoint.manifest.config.get(section_name(CheckpointConfig), {}).get("load") or "")
-    return open_checkpoint(resolved_from(stored, checkpoint.path))
+    return resolved_from(stored, checkpoint.path)
+
+
+def open_base(checkpoint: Described) -> Checkpoint:
+    """That model's checkpoint."""
+    return open_checkpoint(base_path(checkpoint))
 
 
 def resolved_from(stored: str, checkpoint: Path) -> Path:

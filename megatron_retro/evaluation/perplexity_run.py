@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.assembly.loading import Loaded
 from megatron_retro.assembly.replica_losses import ReplicaLosses, replica_losses
-from megatron_retro.checkpoint.loading import open_checkpoint
+from megatron_retro.checkpoint.loading import describe_checkpoint
 from megatron_retro.config.data import DataConfig, TokenizerConfig, WorkersConfig
 from megatron_retro.config.evaluation import EvaluationConfig, PerplexityConfig
 from megatron_retro.config.fields import field_specs
@@ -176,7 +176,7 @@ def _results(
 
 def held_out(settings: Settings, model: Loaded) -> Dataset:
     """The split to measure on; data settings that are not given are those of the training run."""
-    stored = open_checkpoint(model.path).manifest.config
+    stored = describe_checkpoint(model.path).manifest.config
     changes: dict[str, Any] = {}
     for kind in (DataConfig, TrainingConfig):
         known = stored.get(section_name(kind), {})

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_retro.checkpoint.loading import open_checkpoint, resolved_from, stored_instructions
+from megatron_retro.checkpoint.loading import describe_checkpoint, resolved_from, stored_instructions
 from megatron_retro.config.data import InstructionConfig
 from megatron_retro.data.instructions.conversations import Passage, Turn
 from megatron_retro.data.instructions.templates import (
@@ -40,9 +40,9 @@ class ChatFormat:
 
 def load_chat_format(checkpoint: Path, template: str | None = None) -> ChatFormat:
     """The format of the tuning run unless another template is named; an untuned model reads passages as neighbours."""
-    opened = open_checkpoint(checkpoint)
-    tuned = stored_instructions(opened)
+    described = describe_checkpoint(checkpoint)
+    tuned = stored_instructions(described)
     if template is None and tuned is not None and tuned.instruction_template != InstructionConfig.instruction_template:
-        template = str(resolved_from(tuned.instruction_template, opened.path))
+        template = str(resolved_from(tuned.instruction_template, described.path))
     place = "encoder" if tuned is None or tuned.context_place == "none" else tuned.context_place
     return ChatFormat(build_template(template or InstructionConfig.instruction_template), place)

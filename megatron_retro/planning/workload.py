@@ -141,9 +141,9 @@ def with_model_shape(settings: Settings) -> Settings:
     source = settings[CheckpointConfig].load
     if settings[ModelConfig].vocab_size is None and source is not None and Path(source).is_dir():
         from megatron_retro.assembly.retrofitting import inherited_settings
-        from megatron_retro.checkpoint.loading import open_checkpoint
+        from megatron_retro.checkpoint.loading import describe_checkpoint
 
-        return inherited_settings(settings, open_checkpoint(Path(source)))
+        return inherited_settings(settings, describe_checkpoint(Path(source)))
     return settings
 
 

@@ -4,9 +4,12 @@ same chunk of the twin, whose continuation is the text to predict. Written in mi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from megatron_retro.checkpoint.loading import load_tensors, open_checkpoint
 from megatron_retro.checkpoint.shard_files import DTYPES
+from megatron_retro.checkpoint.storage import TensorIndex, read_index
 from megatron_retro.config.sections import TRAINING_SECTIONS
 from megatron_retro.config.settings import Settings, build_settings
 from megatron_retro.data.chunk_database import ChunkDatabase
@@ -106,6 +110,19 @@ def stored_tensors(path: Path) -> dict[str, Tensor]:
     }
     load_tensors(checkpoint, tensors)
     return tensors
+
+
+@contextmanager
+def index_reads() -> Iterator[list[Path]]:
+    """The checkpoints whose index this process reads meanwhile."""
+    found: list[Path] = []
+
+    def reading(directory: Path) -> TensorIndex:
+        found.append(directory)
+        return read_index(directory)
+
+    with mock.patch("megatron_retro.checkpoint.loading.read_index", reading):
+        yield found
 
 
 def differences(first: Path, second: Path, *, prefix: str = "") -> list[str]:

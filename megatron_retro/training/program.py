@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -21,8 +21,8 @@ from megatron_retro.assembly.retrofitting import (
 from megatron_retro.assembly.run_parts import RunParts, build_run_parts, resolved_settings
 from megatron_retro.assembly.stage_building import checkpoint_bytes, model_on_meta, trained_parts
 from megatron_retro.checkpoint.directory import clear_unfinished, run_lock
-from megatron_retro.checkpoint.loading import open_checkpoint
-from megatron_retro.config.data import DataConfig
+from megatron_retro.checkpoint.loading import describe_checkpoint, open_checkpoint
+from megatron_retro.config.data import DataConfig, TokenizerConfig
 from megatron_retro.config.hardware import known_accelerator
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
@@ -30,6 +30,7 @@ from megatron_retro.config.sections import require_legal
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.toml_files import render_toml
 from megatron_retro.config.training import CheckpointConfig, ObservabilityConfig, TrainingConfig
+from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_retro.errors import ConfigError, Requeue
 from megatron_retro.model.costs import model_costs
 from megatron_retro.model.retro import count_parameters
@@ -70,8 +71,11 @@ def pretrain(settings: Settings) -> None:
 
 def retrofit(settings: Settings) -> None:
     """Train a Retro that starts from a GPT's decoder, whose shape and tokenizer it takes over."""
-    launch = find_launch()
-    _run(_retrofit_settings(settings, say if launch.rank == 0 else None), launch, retrofit=True)
+    source = settings[CheckpointConfig].load
+    if source is None:
+        raise ConfigError("retrofit starts from a model", fix="give --load, the directory of a GPT's run")
+    settings = inherited_settings(settings, describe_checkpoint(Path(source))).replace(retro_add_retriever=True)
+    _run(settings, find_launch(), retrofit=True)
 
 
 def finetune(settings: Settings) -> None:
@@ -89,8 +93,8 @@ def _finetune_settings(settings: Settings) -> Settings:
     source = settings[CheckpointConfig].load
     if source is None:
         raise ConfigError("finetune starts from a model", fix="give --load, the directory of a GPT's or Retro's run")
-    checkpoint = open_checkpoint(Path(source))
-    return inherited_settings(settings, checkpoint, WHOLE_MODEL_SECTIONS).replace(finetune=True)
+    described = describe_checkpoint(Path(source))
+    return inherited_settings(settings, described, WHOLE_MODEL_SECTIONS).replace(finetune=True)
 
 
 def _run(settings: Settings, launch: Launch, *, retrofit: bool = False) -> None:
@@ -101,33 +105,39 @@ def _run(settings: Settings, launch: Launch, *, retrofit: bool = False) -> None:
     minutes = settings[ParallelConfig].distributed_timeout_minutes
     save = settings[CheckpointConfig].save
     flights = None if save is None else Path(save) / FLIGHT
-    with process_group(launch, timeout_minutes=minutes, flights=flights) as device, _owned_run(settings, launch):
-        outcome = train(settings, launch, device, stops, retrofit=retrofit)
+    with process_group(launch, timeout_minutes=minutes, flights=flights) as device:
+        tokenizer = build_tokenizer(settings[TokenizerConfig])
+        settings = resolved_settings(settings, tokenizer)
+        if retrofit:
+            open_channel("retrofit").first(lambda: _told_sources(settings))
+        with _owned_run(settings, launch):
+            outcome = train(settings, tokenizer, launch, device, stops, retrofit=retrofit)
     finish(settings, outcome)
 
 
-def _retrofit_settings(settings: Settings, tell: Callable[[str], None] | None) -> Settings:
-    """The new model's settings; the plan is told before anything is built."""
-    source = settings[CheckpointConfig].load
-    if source is None:
-        raise ConfigError("retrofit starts from a model", fix="give --load, the directory of a GPT's run")
-    checkpoint = open_checkpoint(Path(source))
-    settings = inherited_settings(settings, checkpoint).replace(retro_add_retriever=True)
+def _told_sources(settings: Settings) -> str:
+    """Tell where each parameter of the new model comes from, on the first rank, before anything is built."""
+    checkpoint = open_checkpoint(Path(settings[CheckpointConfig].load or ""))
     rows = [
         (row.parameter, "x".join(map(str, row.shape)) or "1", row.source, "yes" if row.trains else "no")
         for row in collapsed(parameter_sources(settings, checkpoint))
     ]
-    if tell is not None:
-        tell(render_table(("parameter", "shape", "source", "trains?"), rows))
-    return settings
+    say(render_table(("parameter", "shape", "source", "trains?"), rows))
+    return ""
 
 
 def train(
-    settings: Settings, launch: Launch, device: torch.device, stops: StopRequests, *, retrofit: bool = False
+    settings: Settings,
+    tokenizer: Tokenizer,
+    launch: Launch,
+    device: torch.device,
+    stops: StopRequests,
+    *,
+    retrofit: bool = False,
 ) -> Outcome:
     """Build and run inside an open process group."""
     settle_kernels(device)
-    parts = build_run_parts(settings, device, launch.world_size, draw=False)  # a checkpoint may give the values
+    parts = build_run_parts(settings, tokenizer, device, launch.world_size, draw=False)  # a checkpoint may give values
     fields = {name: value for section in settings.values().values() for name, value in section.items()}
     agree({**fields, **parts.inputs}, "settings or data")
     timeout = timedelta(minutes=settings[ParallelConfig].distributed_timeout_minutes)
@@ -182,7 +192,7 @@ def _owned_run(settings: Settings, launch: Launch) -> Iterator[None]:
     with run_lock(run) if launch.rank == 0 else nullcontext():
         if launch.rank == 0:
             clear_unfinished(run)
-            require_room(run, checkpoint_bytes(resolved_settings(settings)))
+            require_room(run, checkpoint_bytes(settings))
             (run / CULPRITS).unlink(missing_ok=True)
         dist.barrier()
         yield

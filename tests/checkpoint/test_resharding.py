@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
-from megatron_retro.checkpoint import loading, storage
+from megatron_retro.checkpoint import loading
 from megatron_retro.checkpoint.loading import load_tensors, open_checkpoint
 from megatron_retro.checkpoint.saver import Saver, Snapshot
 from megatron_retro.errors import DamagedArtifact
 from megatron_retro.runtime.store_channel import open_channel
 from megatron_retro.testing.processes import exit_code_of, run_ranks
-from megatron_retro.testing.tiny_corpus import differences, write_tiny_corpus
+from megatron_retro.testing.tiny_corpus import differences, index_reads, write_tiny_corpus
 from megatron_retro.training.program import pretrain
 
 SIZES = (1, 2, 4)
@@ -127,15 +127,14 @@ def test_one_rank_reads_the_index_and_looks_for_the_shards(tmp_path: Path) -> No
     (tmp_path / "cut/step-00000001/tensors.json").write_text("{}")
 
     def on_a_rank() -> tuple[int, bool]:
-        read, channel, count = storage.read_index, open_channel("test"), []
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loading, "read_index", lambda directory: count.append(1) or read(directory))
+        channel = open_channel("test")
+        with index_reads() as read:
             checkpoint = loading.open_together(tmp_path / "run", channel, torch.device("cpu"))
             tensors = {"model.b": torch.zeros(2), "model.a": torch.zeros(3, 2)}
             load_tensors(checkpoint, tensors, None, channel)
             with pytest.raises(DamagedArtifact, match="does not belong to the manifest"):
                 loading.open_together(tmp_path / "cut", channel, torch.device("cpu"))
-        return len(count), all(torch.equal(tensors[name], whole_layer[name]) for name in tensors)
+        return len(read), all(torch.equal(tensors[name], whole_layer[name]) for name in tensors)
 
     assert run_ranks(on_a_rank, 3) == [(1, True), (0, True), (0, True)]
 

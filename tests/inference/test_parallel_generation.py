@@ -29,6 +29,7 @@ from megatron_retro.model.retro import Retro
 from megatron_retro.parallel.mesh import build_mesh
 from megatron_retro.parallel.replica_channel import ReplicaChannel
 from megatron_retro.testing.processes import run_ranks
+from megatron_retro.testing.tiny_corpus import index_reads
 
 PROMPTS = ((1, 2, 3), tuple(range(40, 70)), (9,) * 8)
 
@@ -64,7 +65,9 @@ def parts(checkpoint: Path, tensor: int, pipeline: int) -> tuple[StagedForward, 
     """This rank's part of a replica; data ranks are what is left of the processes."""
     parallel = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
     mesh = build_mesh(parallel, torch.device("cpu"))
-    loaded = load_stage(checkpoint, parallel, mesh)
+    with index_reads() as read:
+        loaded = load_stage(checkpoint, parallel, mesh)
+    assert len(read) == (dist.get_rank() == 0), "one rank reads the index"
     return StagedForward(loaded.stage, loaded.settings, mesh), ReplicaChannel(mesh)
 
 

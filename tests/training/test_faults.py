@@ -18,6 +18,7 @@ from megatron_retro.assembly.parallel_model import ParallelModel, StepResult, bu
 from megatron_retro.assembly.run_parts import resolved_settings
 from megatron_retro.config.settings import Settings
 from megatron_retro.data.loader import Loader
+from megatron_retro.data.tokenizers import ByteTokenizer
 from megatron_retro.errors import DataError
 from megatron_retro.microbatch import Array, Microbatch
 from megatron_retro.ops.local_tensors import local
@@ -136,7 +137,7 @@ def test_a_stopped_rank_ends_the_job_and_is_named(
 
 def test_gradients_are_means_over_all_tokens(corpus: TinyCorpus) -> None:
     """Microbatches with unequal masks: the gradient is that of one batch of all tokens."""
-    settings = resolved_settings(corpus.settings(retro=False))
+    settings = resolved_settings(corpus.settings(retro=False), ByteTokenizer())
     torch.manual_seed(0)
     tokens, labels = torch.randint(0, 256, (4, 64)), torch.randint(0, 256, (4, 64))
     mask = torch.rand(4, 64) < torch.tensor([[0.1], [0.9], [0.5], [1.0]])

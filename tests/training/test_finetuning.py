@@ -14,7 +14,8 @@ from megatron_retro.config.settings import Settings, build_settings
 from megatron_retro.config.training import LORA_TARGETS, PARTS
 from megatron_retro.errors import ArtifactError, ConfigError, Requeue
 from megatron_retro.peft.attach import is_added
-from megatron_retro.testing.tiny_corpus import TinyCorpus, differences, losses, stored_tensors
+from megatron_retro.testing.processes import run_ranks
+from megatron_retro.testing.tiny_corpus import TinyCorpus, differences, index_reads, losses, stored_tensors
 from megatron_retro.training.program import finetune, pretrain
 
 WORDS = ("ab", "cd", "ef", "gh", "ij", "kl", "mn", "op")
@@ -100,6 +101,19 @@ def test_checkpoints_hold_what_was_added_and_the_base_keeps_its_bits(
     assert all(is_added(name) for name in stored if not name.startswith("random."))
     after = stored_tensors(base)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("method", ["whole", "lora"])
+def test_the_first_rank_alone_reads_the_index_of_the_base(
+    base: Path, conversations: Path, tmp_path: Path, method: str
+) -> None:
+    def started() -> int:
+        with index_reads() as read:
+            cut = {"train_iters": 1, "micro_batch_size": 4}
+            finetune(settings(base, conversations, tmp_path / "run", **cut, **METHODS[method]))
+        return len(read)
+
+    assert run_ranks(started, 2, initialize=False) == [1, 0]
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("p-tuning", "ia3")])

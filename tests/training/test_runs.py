@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_retro.assembly.retrofitting import collapsed, inherited_settings, parameter_sources
 from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.data.tokenizers import ByteTokenizer
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.model.gates import AdaptiveGate
 from megatron_retro.runtime.launch import find_launch
@@ -25,7 +26,7 @@ from megatron_retro.runtime.signals import StopRequests
 from megatron_retro.testing.layouts import LIKE_LLAMA, random_batches, tiny_settings
 from megatron_retro.testing.processes import run_ranks
 from megatron_retro.testing.single_process import one_process
-from megatron_retro.testing.tiny_corpus import TinyCorpus, differences, losses, stored_tensors
+from megatron_retro.testing.tiny_corpus import TinyCorpus, differences, index_reads, losses, stored_tensors
 from megatron_retro.training import program
 from megatron_retro.training.program import pretrain, retrofit
 
@@ -106,7 +107,7 @@ def test_an_evaluation_is_repeatable_and_moves_no_random_state(corpus: TinyCorpu
     from megatron_retro.training.evaluator import Evaluator
 
     with process_group(find_launch({})) as device:
-        parts = build_run_parts(corpus.settings(hidden_dropout=0.2), device, 1)
+        parts = build_run_parts(corpus.settings(hidden_dropout=0.2), ByteTokenizer(), device, 1)
         evaluator = Evaluator(parts)
         before = torch.get_rng_state()
         first, second = evaluator.evaluate(0), evaluator.evaluate(0)
@@ -154,7 +155,7 @@ def test_every_layout_measures_the_same_health(corpus: TinyCorpus, layout: dict[
         launch = find_launch()
         more |= {"global_batch_size": global_batch, "eval_iters": eval_iters}
         with process_group(launch) as device:
-            parts = build_run_parts(corpus.settings(**more), device, launch.world_size)
+            parts = build_run_parts(corpus.settings(**more), ByteTokenizer(), device, launch.world_size)
             record, sent = bytes_sent(lambda: Evaluator(parts).evaluate(0))
             return (None if record is None else record.to_json()), sent
 
@@ -194,6 +195,18 @@ def test_retrofit_starts_as_the_gpt_and_freezes_what_it_says(
     assert any(retro[name].any() for name in retro if name.endswith("layers.0.cross_attention.output.weight"))
 
 
+def test_the_first_rank_alone_reads_the_index_of_the_gpt(corpus: TinyCorpus, tmp_path: Path) -> None:
+    short_run(corpus, tmp_path / "gpt", retro=False, train_iters=1)
+    settings = corpus.settings(load=str(tmp_path / "gpt"), train_iters=1, eval_iters=0, retro_init="decoder")
+
+    def started() -> int:
+        with index_reads() as read:
+            retrofit(settings)
+        return len(read)
+
+    assert run_ranks(started, 2, initialize=False) == [2, 0], "for the table of sources, and to load"
+
+
 def test_the_plan_names_source_and_fate_of_every_parameter(corpus: TinyCorpus, tmp_path: Path) -> None:
     short_run(corpus, tmp_path / "gpt", retro=False, train_iters=1, hidden_size=64)
     checkpoint = open_checkpoint(tmp_path / "gpt")
@@ -227,7 +240,7 @@ def test_a_stop_without_a_place_to_save_says_so(corpus: TinyCorpus) -> None:
     settings = corpus.settings(train_iters=50, eval_iters=0)
     stops = StopRequests(0.0)
     with process_group(find_launch({})) as device:
-        outcome = program.train(settings, find_launch({}), device, stops)
+        outcome = program.train(settings, ByteTokenizer(), find_launch({}), device, stops)
     with pytest.raises(Exception, match="nothing was saved: there is no --save"):
         program.finish(settings, outcome)
 
