@@ -28,6 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    from megatron_retro.testing.processes import settle_autograd
+
+    settle_autograd()
     config.stash[long_reports] = []
     # Workers of xdist send their reports to the one process that records them.
     records = config.getoption("--full") or config.getoption("markexpr") == "cuda_build"

@@ -31,6 +31,8 @@ if "$setup_only"; then
   exit 0
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Tests fork their ranks, which a process that has met a GPU cannot; benchmarks/first_hour.sh runs a GPU's tests.
+export CUDA_VISIBLE_DEVICES=
 if "$whole"; then
   echo "== the quickstart"
   OMP_NUM_THREADS=2 ./examples/quickstart.sh --output "$(mktemp -d)/quickstart"

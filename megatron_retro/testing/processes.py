@@ -10,6 +10,7 @@ caller's output goes. Killing a rank on purpose belongs in the function: `os.kil
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import json
@@ -172,8 +173,31 @@ def tree_memory_mb(process: int) -> float:
     return total
 
 
+def settle_autograd() -> None:
+    """Let autograd count the GPUs of a process that has none, before anything else of it uses torch.
+
+    It counts them at its first backward and starts threads for them, after which no fork computes gradients. Where
+    torch is built for CUDA and there is no GPU, a FakeTensorMode (DTensor enters one) makes torch pretend to have some.
+    """
+    if torch.cuda.device_count() == 0:
+        torch.zeros((), requires_grad=True).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+def _autograd_has_threads() -> bool:
+    for name in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # a thread that ended meanwhile
+            if name.read_text().startswith("pt_autograd_"):
+                return True
+    return False
+
+
 def fork(function: Callable[[], object]) -> int:
     """Start a child that calls the function and exits with 0, with the code of a named error, or with 1."""
+    if _autograd_has_threads():
+        raise RankFailure(
+            "autograd has threads for GPUs here, so a fork computes no gradients: hide the GPUs with "
+            "CUDA_VISIBLE_DEVICES= and call settle_autograd() when the process begins"
+        )
     gc.collect()
     process = os.fork()
     if process:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +70,41 @@ def test_backward_works_in_ranks_after_backward_in_the_parent() -> None:
         return float(local.grad[0])
 
     assert run_ranks(gradient, 2) == [2.0, 4.0]
+
+
+PRETENDED = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from megatron_retro.testing.processes import exit_code_of, settle_autograd
+
+settle_autograd()
+with FakeTensorMode():
+    torch.empty(2)
+
+def gradient():
+    torch.ones(2, requires_grad=True).sum().backward()
+
+gradient()
+raise SystemExit(exit_code_of(gradient))
+"""
+
+
+def test_gradients_in_a_fork_of_a_process_whose_torch_pretended_to_have_gpus() -> None:
+    """Of a torch that is built for CUDA, on a machine without a GPU."""
+    subprocess.run([sys.executable, "-c", PRETENDED], check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def test_a_fork_beside_threads_for_gpus_is_refused() -> None:
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    Path(f"/proc/self/task/{thread.native_id}/comm").write_text("pt_autograd_0")
+    try:
+        with pytest.raises(RankFailure, match="threads for GPUs"):
+            run_ranks(dist.get_rank, 1)
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_a_function_may_start_its_own_group_from_launcher_variables() -> None:
