@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_retro.ops.attention import AttentionPattern, attention
 from megatron_retro.ops.backends import uses_native
-from megatron_retro.ops.chunking import AttendingSpan, attending_spans
+from megatron_retro.ops.chunking import AttendingSpan, attending_spans, whole_span
 from megatron_retro.ops.rotary import RotaryTable, apply_rotary
 
 
@@ -57,10 +57,17 @@ def chunked_cross_attention(
     spans = attending_spans(query_BSND.shape[1], chunk_length, num_chunks, first_position)
     if not spans:
         return torch.zeros_like(query_BSND) + _nothing_of(query_BSND, key_BCEGD, value_BCEGD, bias_BNSE)
-    pieces = [_attend_span(span, query_BSND, key_BCEGD, value_BCEGD, mask_BCE, bias_BNSE, dropout) for span in spans]
-    before = query_BSND.new_zeros(query_BSND[:, : spans[0].start].shape)
-    after = query_BSND.new_zeros(query_BSND[:, spans[-1].stop :].shape)
-    return torch.cat((before, *pieces, after), 1)
+    span = whole_span(spans, chunk_length, first_position)
+    attended = _attend_span(span, query_BSND, key_BCEGD, value_BCEGD, mask_BCE, bias_BNSE, dropout)
+    return _rows(attended, -span.start, query_BSND.shape[1] - span.start)
+
+
+def _rows(rows_BSND: Tensor, start: int, stop: int) -> Tensor:
+    """Rows `start` to `stop`, zero where there are none: written once, where `pad` fills and then copies."""
+    size, length, *head = rows_BSND.shape
+    before, after = (rows_BSND.new_zeros(size, max(count, 0), *head) for count in (-start, stop - length))
+    there = rows_BSND[:, max(start, 0) : min(stop, length)]
+    return torch.cat((before, there, after), 1) if start < 0 or stop > length else there
 
 
 def _nothing_of(*inputs: Tensor | None) -> Tensor:
@@ -104,12 +111,13 @@ def _attend_span(
 ) -> Tensor:
     batch = query_BSND.shape[0]
     chunks = slice(span.first_chunk, span.first_chunk + span.num_chunks)
-    queries = torch.unflatten(query_BSND[:, span.start : span.stop], 1, (span.num_chunks, -1)).flatten(0, 1)
+    queries_BSND = _rows(query_BSND, span.start, span.stop)
+    queries = torch.unflatten(queries_BSND, 1, (span.num_chunks, -1)).flatten(0, 1)
     allowed = None if mask_BCE is None else mask_BCE[:, chunks].flatten(0, 1)[:, None, :]
     bias = None
     if bias_BNSE is not None:
-        bias_BNCME = torch.unflatten(bias_BNSE[:, :, span.start : span.stop], 2, (span.num_chunks, -1))
-        bias = bias_BNCME.transpose(1, 2).flatten(0, 1)
+        bias_BSNE = _rows(bias_BNSE.transpose(1, 2), span.start, span.stop)
+        bias = torch.unflatten(bias_BSNE, 1, (span.num_chunks, -1)).transpose(2, 3).flatten(0, 1)
     out = attention(
         queries,
         key_BCEGD[:, chunks].flatten(0, 1),

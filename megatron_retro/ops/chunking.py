@@ -64,6 +64,15 @@ def attending_spans(
     return tuple(spans)
 
 
+def whole_span(spans: tuple[AttendingSpan, ...], chunk_length: int, first_position: int = 0) -> AttendingSpan:
+    """One span for all of them; of several, in whole attending chunks, which may begin or end beyond the queries."""
+    if len(spans) == 1:
+        return spans[0]
+    first, last = spans[0].first_chunk, spans[-1].first_chunk + spans[-1].num_chunks
+    start = (first + 1) * chunk_length - 1 - first_position
+    return AttendingSpan(start, start + (last - first) * chunk_length, first, last - first)
+
+
 def spread_over_queries(
     value_BC: Tensor, num_queries: int, chunk_length: int, first_position: int = 0, fill: float = 0.0
 ) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_retro.ops import library
 from megatron_retro.ops.activation import GATED, GEGLU, GELU, GELU_TANH, SQUARED_RELU, SWIGLU, activate
+from megatron_retro.ops.attention import attention
 from megatron_retro.ops.backends import VARIABLE
 from megatron_retro.ops.chunked_cross_attention import chunked_cross_attention
 from megatron_retro.ops.norm import layer_norm, residual_norm, rms_norm
@@ -176,6 +177,24 @@ def test_chunked_cross_attention(
 
     ours, plain = pair(face, monkeypatch)
     assert_within_twice(ours, plain, query, both)
+
+
+def test_all_attending_chunks_are_one_call_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever part of a chunk the queries begin and end in; copies of keys for a second call would cost most."""
+    monkeypatch.setenv(VARIABLE, "reference")
+    shapes: list[tuple[int, ...]] = []
+
+    def counted(query: Tensor, *arguments: Any, **more: Any) -> Tensor:
+        shapes.append(tuple(query.shape[:2]))
+        return attention(query, *arguments, **more)
+
+    monkeypatch.setattr("megatron_retro.ops.chunked_cross_attention.attention", counted)
+    key = leaf(2, 3, 5, 2, 16, dtype=torch.float32)
+    for length, first, expected in ((12, 0, (6, 4)), (9, 1, (4, 4)), (2, 4, (2, 2)), (5, 5, (4, 4)), (3, 0, None)):
+        shapes.clear()
+        query = leaf(2, length, 2, 16, dtype=torch.float32)
+        assert chunked_cross_attention(query, key, key, None, 4, first_position=first).shape == query.shape
+        assert shapes == ([] if expected is None else [expected]), (length, first)
 
 
 def test_attention_without_a_mask_or_with_all_absent(monkeypatch: pytest.MonkeyPatch) -> None:
