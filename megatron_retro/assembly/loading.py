@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +15,11 @@ from megatron_retro.checkpoint.live_state import model_tensors, padded_rows, voc
 from megatron_retro.checkpoint.loading import (
     Checkpoint,
     base_path,
+    found_tokenizer,
     load_tensors,
     open_base,
     open_checkpoint,
     open_together,
-    resolved_from,
     stored_settings,
 )
 from megatron_retro.config.data import TokenizerConfig
@@ -29,6 +27,7 @@ from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import PeftConfig, TrainingConfig
+from megatron_retro.data.model_text import FILE_SETTINGS
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer, refuse_mismatch, tokenizer_name
 from megatron_retro.errors import ConfigError, EnvironmentProblem
 from megatron_retro.model.retro import Retro
@@ -39,8 +38,6 @@ from megatron_retro.peft.attach import attach, connect, is_added
 from megatron_retro.peft.merging import MERGEABLE, merge
 from megatron_retro.peft.prompts import fold_prompt
 from megatron_retro.runtime.store_channel import StoreChannel, open_channel
-
-_TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
 
 
 @dataclass(frozen=True)
@@ -176,21 +173,14 @@ def open_for_use(
     """A checkpoint, its model's settings, and the tokenizer that it was trained with."""
     checkpoint = opened(path)
     settings = stored_settings(checkpoint)
-    built = build_tokenizer(tokenizer or _found_files(settings[TokenizerConfig], checkpoint.path))
+    files = tokenizer or found_tokenizer(settings[TokenizerConfig], checkpoint.path)
+    settings = settings.replace(**{name: getattr(files, name) for name in ("tokenizer_type", *FILE_SETTINGS)})
+    built = build_tokenizer(files)
     stored = checkpoint.manifest.inputs.get("tokenizer")
     if stored is not None and stored != built.fingerprint:
         trained_with = tokenizer_name(settings[TokenizerConfig].tokenizer_type, None, stored)
         refuse_mismatch(f"{checkpoint.path} was trained with another tokenizer", trained_with, built, allow_mismatch)
     return checkpoint, settings, built
-
-
-def _found_files(config: TokenizerConfig, checkpoint: Path) -> TokenizerConfig:
-    """The tokenizer's files as they are seen from here: a relative path also counts from a folder above the run."""
-    stored = {name: getattr(config, name) for name in _TOKENIZER_FILES}
-    found: dict[str, Any] = {
-        name: str(resolved_from(value, checkpoint)) for name, value in stored.items() if value is not None
-    }
-    return dataclasses.replace(config, **found)
 
 
 def chosen_device(name: str) -> torch.device:

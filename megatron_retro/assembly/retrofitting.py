@@ -16,11 +16,12 @@ import torch
 from megatron_retro.assembly.stage_building import trained_parts, trains
 from megatron_retro.assembly.warm_start import starts_from_decoder
 from megatron_retro.checkpoint.live_state import MODEL
-from megatron_retro.checkpoint.loading import Checkpoint, Described
+from megatron_retro.checkpoint.loading import Checkpoint, Described, found_tokenizer
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.fields import field_specs
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings, section_name
+from megatron_retro.data.model_text import FILE_SETTINGS
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.model.retro import Retro
 from megatron_retro.optim.groups import part_of
@@ -62,7 +63,9 @@ def inherited_settings(
             got="; ".join(wrong),
             fix="leave the decoder's settings out: they come from the checkpoint",
         )
-    return settings.replace(**changes)
+    settings = settings.replace(**changes)
+    tokenizer = found_tokenizer(settings[TokenizerConfig], checkpoint.path)
+    return settings.replace(**{name: getattr(tokenizer, name) for name in FILE_SETTINGS if name in changes})
 
 
 def parameter_sources(settings: Settings, checkpoint: Checkpoint) -> list[ParameterSource]:

@@ -26,6 +26,7 @@ from megatron_retro.data.instructions.dataset import InstructionDataset, open_in
 from megatron_retro.data.instructions.rows import Buckets, RowShape
 from megatron_retro.data.instructions.templates import ConversationTokenizer, build_template
 from megatron_retro.data.loader import Loader
+from megatron_retro.data.model_text import text_folder
 from megatron_retro.data.tokenizers import Tokenizer, require_tokenizer
 from megatron_retro.errors import ConfigError
 from megatron_retro.optim.optimizer import TrainingOptimizer, require_optimizer
@@ -178,7 +179,7 @@ def conversation_encoder(settings: Settings, tokenizer: Tokenizer) -> Conversati
     config = settings[InstructionConfig]
     return ConversationTokenizer(
         tokenizer,
-        build_template(config.instruction_template),
+        build_template(config.instruction_template, text_folder(settings[TokenizerConfig])),
         config.context_place,
         config.num_contexts,
         config.loss_on_all_replies,

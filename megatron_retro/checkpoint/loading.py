@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.sections import ALL_SECTIONS
 from megatron_retro.config.settings import Settings, build_settings, section_name, specs_by_name
 from megatron_retro.config.training import CheckpointConfig, PeftConfig
+from megatron_retro.data.model_text import FILE_SETTINGS, kept_text_files
 from megatron_retro.errors import ArtifactError, DamagedArtifact
 from megatron_retro.runtime.process_group import broadcast_text
 from megatron_retro.runtime.store_channel import StoreChannel
@@ -243,3 +244,18 @@ def resolved_from(stored: str, checkpoint: Path) -> Path:
         return path
     places = (folder / path for folder in checkpoint.resolve().parents)
     return next((place for place in places if place.exists()), path)
+
+
+def found_tokenizer(config: TokenizerConfig, checkpoint: Path) -> TokenizerConfig:
+    """The tokenizer's files as they are seen from here: the run's own copies, else where the run found them.
+
+    A relative path also counts from a folder above the run.
+    """
+    kept = kept_text_files(config, checkpoint.parent)
+    values = {name: getattr(config, name) for name in FILE_SETTINGS}
+    found: dict[str, Any] = {
+        name: str(resolved_from(value, checkpoint))
+        for name, value in values.items()
+        if value is not None and getattr(kept, name) == value
+    }
+    return replace(kept, **found)

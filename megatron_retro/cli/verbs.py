@@ -190,7 +190,7 @@ printed first. The run lives in --save; the same command goes on where it stoppe
     Verb(
         "convert",
         "Hugging Face and Megatron-LM models in, Hugging Face models out",
-        (ConvertConfig,),
+        (ConvertConfig, TokenizerConfig),
         "convert.conversion:convert",
         """Read SOURCE, write DESTINATION.
 
@@ -206,6 +206,7 @@ with --convert-to peft, what it tuned (P-tuning too) becomes a folder that PeftM
 exported base. Such a folder comes in with --convert-base, the checkpoint that it belongs to. Tensors pass one by one;
 no model is ever whole in memory.""",
         Positional("paths", "*", "SOURCE DESTINATION"),
+        reads={TokenizerConfig: ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")},
     ),
     Verb(
         "generate",

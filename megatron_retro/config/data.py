@@ -119,7 +119,10 @@ class InstructionConfig:
     )
     instruction_valid_data: tuple[str, ...] | None = option(None, "conversation files to evaluate on", ours=True)
     instruction_template: str = option(
-        "instruct-retro", "how a conversation is written: instruct-retro, or a .jinja file", ours=True
+        "auto",
+        "how a conversation is written: instruct-retro, a .jinja file, or auto: as the model was taught, else as "
+        "instruct-retro",
+        ours=True,
     )
     loss_on_all_replies: bool = option(False, "train on every reply instead of the last", ours=True)
     context_place: str = option(

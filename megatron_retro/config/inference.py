@@ -40,7 +40,7 @@ class ChatConfig:
 
     chat_template: str | None = option(
         None,
-        "instruct-retro, or the path of a Jinja template; the one that the model was tuned with when not set",
+        "instruct-retro, auto or the path of a Jinja template; the one that the model was tuned with when not set",
         ours=True,
     )
 

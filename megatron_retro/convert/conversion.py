@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ConvertConfig
-from megatron_retro.config.settings import Settings
+from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings
 from megatron_retro.convert.checkpoint_files import write_merged
 from megatron_retro.convert.hugging_face import CONFIG, export_hugging_face, export_remote_code, import_hugging_face
 from megatron_retro.convert.hugging_face_peft import ADAPTER_CONFIG, export_peft
@@ -28,10 +29,13 @@ def convert(settings: Settings, paths: Sequence[str]) -> None:
     if not source.is_dir():
         raise ArtifactError(f"{source} is no directory", expected="a model's folder")
     _require_fitting(config, source)
-    say(f"wrote {_written(config, source, destination)}")
+    named = settings.origin("tokenizer_type") != DEFAULT_ORIGIN
+    if named and not (source / CONFIG).is_file():
+        raise ConfigError("--tokenizer-type is read with a Hugging Face folder alone", fix="leave it out")
+    say(f"wrote {_written(config, source, destination, settings[TokenizerConfig] if named else None)}")
 
 
-def _written(config: ConvertConfig, source: Path, destination: Path) -> Path:
+def _written(config: ConvertConfig, source: Path, destination: Path, tokenizer: TokenizerConfig | None) -> Path:
     dtype, decoder_only = getattr(torch, config.convert_dtype), config.convert_decoder_only
     if config.convert_to == "peft":
         return export_peft(source, destination, dtype=dtype, decoder_only=decoder_only)
@@ -47,7 +51,7 @@ def _written(config: ConvertConfig, source: Path, destination: Path) -> Path:
     if config.convert_base is not None:
         return import_peft(source, Path(config.convert_base), destination)
     if (source / CONFIG).is_file():
-        return import_hugging_face(source, destination)
+        return import_hugging_face(source, destination, tokenizer)
     if is_megatron(source) and is_distributed(iteration_folder(source)):
         return import_core(iteration_folder(source), destination, say, config.convert_neutral_arguments or ())
     if is_megatron(source):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -21,23 +20,26 @@ from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.convert.checkpoint_files import open_stored, parameter_shapes, write_checkpoint
+from megatron_retro.convert.exported_text import export_text_files
 from megatron_retro.convert.families import GPT2, Family
 from megatron_retro.convert.hugging_face_config import family_of, hugging_face_from_model, model_from_hugging_face
 from megatron_retro.convert.safetensors_folder import SafetensorsFolder, read_json, write_folder
 from megatron_retro.convert.tensor_rules import Rule
+from megatron_retro.data.model_text import TOKENIZER_JSON, keep_text_files
 from megatron_retro.errors import ArtifactError, ConfigError
-from megatron_retro.runtime.console import warn
 from megatron_retro.runtime.strict_json import json_text
 
 CONFIG = "config.json"
-TOKENIZER = "tokenizer.json"
 _REMOTE_CODE = "modeling_megatron_retro"
 # tensors that some versions store and that follow from the configuration
 _DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
 
 
-def import_hugging_face(source: Path, run: Path) -> Path:
-    """Write step 0 of `run` from the folder; tensor by tensor, every name and shape checked first."""
+def import_hugging_face(source: Path, run: Path, tokenizer: TokenizerConfig | None = None) -> Path:
+    """Write step 0 of `run` from the folder; tensor by tensor, every name and shape checked first.
+
+    The tokenizer that lies beside the model comes along, unless another is given.
+    """
     config = read_json(source / CONFIG)
     model, family = model_from_hugging_face(config), family_of(config)
     folder = SafetensorsFolder(source)
@@ -52,15 +54,15 @@ def import_hugging_face(source: Path, run: Path) -> Path:
         parts = [folder.tensor(names[part]) for part in rules[name].theirs]
         return rules[name].join(parts, model)
 
-    tokenizer = imported_tokenizer(source)
-    settings = Settings([model, RetroConfig(), tokenizer])
+    kept = keep_text_files(tokenizer or imported_tokenizer(source), run)
+    settings = Settings([model, RetroConfig(), kept])
     return write_checkpoint(run, settings, shapes, load, {"config.json": file_record(source / CONFIG).sha256})
 
 
 def imported_tokenizer(source: Path) -> TokenizerConfig:
     """The tokenizer that lies beside the model."""
     fast, pieces, vocabulary, merges = (
-        source.absolute() / name for name in (TOKENIZER, "tokenizer.model", "vocab.json", "merges.txt")
+        source / name for name in (TOKENIZER_JSON, "tokenizer.model", "vocab.json", "merges.txt")
     )
     if fast.is_file():
         return TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(fast))
@@ -68,8 +70,11 @@ def imported_tokenizer(source: Path) -> TokenizerConfig:
         return TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(pieces))
     if vocabulary.is_file() and merges.is_file():
         return TokenizerConfig(tokenizer_type="GPT2BPETokenizer", vocab_file=str(vocabulary), merge_file=str(merges))
-    warn(f"{source} holds no tokenizer: name it wherever text is read or written (--tokenizer-type)")
-    return TokenizerConfig()
+    raise ArtifactError(
+        f"{source} holds no tokenizer",
+        expected=f"{TOKENIZER_JSON}, tokenizer.model, or vocab.json with merges.txt",
+        fix="put it there, or name it: --tokenizer-type, --tokenizer-model (ByteTokenizer for a model of bytes)",
+    )
 
 
 def _stored_names(folder: SafetensorsFolder, family: Family) -> dict[str, str]:
@@ -143,7 +148,7 @@ def export_hugging_face(
     """Write the decoder of a checkpoint as a Hugging Face folder of the family that computes the same."""
     stored = open_stored(source, merge=merge)
     settings = stored.settings
-    model, retro, tokenizer = settings[ModelConfig], settings[RetroConfig], settings[TokenizerConfig]
+    model, retro = settings[ModelConfig], settings[RetroConfig]
     if retro.reads_neighbors() and not decoder_only:
         raise ConfigError(
             f"{stored.path} reads neighbours (its gate is open), which no Hugging Face family does",
@@ -164,18 +169,8 @@ def export_hugging_face(
     with new_directory(destination) as partial:
         write_folder(partial, tensors(), shard_bytes)
         write_file(partial / CONFIG, json_text(config, indent=2) + "\n")
-        if tokenizer.tokenizer_type == "HuggingFaceTokenizer" and tokenizer.tokenizer_model is not None:
-            _export_tokenizer(Path(tokenizer.tokenizer_model), partial)
+        export_text_files(stored.path, stored.settings[TokenizerConfig], partial)
     return destination
-
-
-def _export_tokenizer(stored: Path, partial: Path) -> None:
-    if not stored.is_file():
-        raise ArtifactError(
-            f"the tokenizer of the checkpoint is not at {stored} any more", fix="put it back, it belongs to the export"
-        )
-    shutil.copyfile(stored, partial / TOKENIZER)
-    write_file(partial / "tokenizer_config.json", json_text({"tokenizer_class": "PreTrainedTokenizerFast"}) + "\n")
 
 
 def export_remote_code(
@@ -203,5 +198,6 @@ def export_remote_code(
     with new_directory(destination) as partial:
         write_folder(partial, ((f"retro.{name}", stored.load(name).to(dtype)) for name in names), shard_bytes)
         write_file(partial / CONFIG, json_text(config, indent=2) + "\n")
-        shutil.copyfile(Path(__file__).with_name(f"{_REMOTE_CODE}.py"), partial / f"{_REMOTE_CODE}.py")
+        write_file(partial / f"{_REMOTE_CODE}.py", Path(__file__).with_name(f"{_REMOTE_CODE}.py").read_bytes())
+        export_text_files(stored.path, stored.settings[TokenizerConfig], partial)
     return destination

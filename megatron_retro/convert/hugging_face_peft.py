@@ -16,10 +16,12 @@ from torch import Tensor
 
 from megatron_retro.artifacts.files import new_directory, write_file
 from megatron_retro.checkpoint.loading import Checkpoint, open_base, open_checkpoint, stored_settings
+from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import PeftConfig
 from megatron_retro.convert.checkpoint_files import parameter_names, read_parameter
+from megatron_retro.convert.exported_text import export_text_files
 from megatron_retro.convert.families import GPT2, Family
 from megatron_retro.convert.hugging_face_config import hugging_face_from_model
 from megatron_retro.convert.tensor_rules import Rule
@@ -100,6 +102,7 @@ def export_peft(source: Path, destination: Path, *, dtype: torch.dtype, decoder_
         stored = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
         save_file(stored, partial / ADAPTER_TENSORS, metadata={"format": "pt"})
         write_file(partial / ADAPTER_CONFIG, json_text(config, indent=2) + "\n")
+        export_text_files(checkpoint.path, settings[TokenizerConfig], partial)
     return destination
 
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.data.model_text import TOKENIZER_JSON, end_ids, read_text_file, special_tokens
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.errors import ArtifactError, ConfigError, DataError
 from megatron_retro.runtime.console import warn
@@ -69,7 +70,7 @@ class SentencePieceTokenizer:
     def __init__(self, model: Path, *, needs_end: bool = True) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        content = read_tokenizer_file(model)
+        content = read_text_file(model)
         self.model_bytes = content
         self.processor: Any = SentencePieceProcessor()
         try:
@@ -105,8 +106,8 @@ class HuggingFaceTokenizer:
     def __init__(self, model: Path) -> None:
         from tokenizers import Tokenizer as Backend
 
-        path = model / "tokenizer.json" if model.is_dir() else model
-        content = read_tokenizer_file(path)
+        path = model / TOKENIZER_JSON if model.is_dir() else model
+        content = read_text_file(path)
         _require_dense_ids(path, content)
         try:
             self.backend: Any = Backend.from_str(content.decode("utf-8"))
@@ -115,6 +116,7 @@ class HuggingFaceTokenizer:
         _forget_lengths(self.backend)
         self.vocab_size: int = _highest_id(self.backend) + 1
         self.eod: int = _hugging_face_eod(self.backend, path)
+        self.ends = frozenset({self.eod, *end_ids(path.parent)})
         self.fingerprint = hashlib.sha256(b"HuggingFace" + content).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -135,7 +137,7 @@ class GPT2BPETokenizer:
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, pre_tokenizers
 
-        vocabulary, merges = read_tokenizer_file(vocab_file), read_tokenizer_file(merge_file)
+        vocabulary, merges = read_text_file(vocab_file), read_text_file(merge_file)
         try:
             ids: dict[str, int] = json.loads(vocabulary)
             backend = Backend(models.BPE(vocab=ids, merges=_merge_pairs(merges.decode("utf-8"))))
@@ -158,6 +160,11 @@ class GPT2BPETokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self.backend.decode([int(token) for token in ids if token != self.eod])
         return text
+
+
+def end_tokens(tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids that end an answer: the end of a document, and what a model names besides."""
+    return getattr(tokenizer, "ends", frozenset({tokenizer.eod}))
 
 
 def tokenizer_name(kind: str, vocab_size: int | None, fingerprint: str) -> str:
@@ -231,14 +238,6 @@ def utf8(text: str) -> bytes:
         ) from None
 
 
-def read_tokenizer_file(path: Path) -> bytes:
-    """A file of a tokenizer, or an error that names it."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ArtifactError(f"cannot read the tokenizer file {path}", got=error.strerror) from None
-
-
 def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """The tokenizer that the settings name."""
     kind = config.tokenizer_type
@@ -300,15 +299,8 @@ def _forget_lengths(backend: Any) -> None:
 
 
 def _hugging_face_eod(backend: Any, path: Path) -> int:
-    settings = path.with_name("tokenizer_config.json")
-    names = list(END_OF_DOCUMENT_NAMES)
-    if settings.is_file():
-        try:
-            declared = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise ArtifactError(f"{settings} cannot be read", got=error, expected="a JSON object") from None
-        name = declared.get("content") if isinstance(declared, dict) else declared
-        names = [name, *names] if name else names
+    declared = special_tokens(path.parent).get("eos_token")
+    names = [*([declared] if declared else ()), *END_OF_DOCUMENT_NAMES]
     for name in names:
         token = backend.token_to_id(name)
         if token is not None:

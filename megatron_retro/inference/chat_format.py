@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_retro.checkpoint.loading import describe_checkpoint, resolved_from, stored_instructions
-from megatron_retro.config.data import InstructionConfig
 from megatron_retro.data.instructions.conversations import Passage, Turn
 from megatron_retro.data.instructions.templates import (
+    AUTO,
+    INSTRUCT_RETRO,
     InstructRetroTemplate,
     Template,
     build_template,
     prompt_of,
     split_passages,
 )
+from megatron_retro.data.model_text import FOLDER
 
 _STOP_STRINGS = ("\n\nUser:", "\n\nSystem:")
 
@@ -42,7 +44,9 @@ def load_chat_format(checkpoint: Path, template: str | None = None) -> ChatForma
     """The format of the tuning run unless another template is named; an untuned model reads passages as neighbours."""
     described = describe_checkpoint(checkpoint)
     tuned = stored_instructions(described)
-    if template is None and tuned is not None and tuned.instruction_template != InstructionConfig.instruction_template:
-        template = str(resolved_from(tuned.instruction_template, described.path))
+    if template is None:
+        template = AUTO if tuned is None else tuned.instruction_template
+        if template not in (AUTO, INSTRUCT_RETRO):
+            template = str(resolved_from(template, described.path))
     place = "encoder" if tuned is None or tuned.context_place == "none" else tuned.context_place
-    return ChatFormat(build_template(template or InstructionConfig.instruction_template), place)
+    return ChatFormat(build_template(template, described.path.parent / FOLDER), place)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_retro.data.tokenizers import Tokenizer
+from megatron_retro.data.tokenizers import Tokenizer, end_tokens
 from megatron_retro.errors import ConfigError, DataError
 from megatron_retro.inference.forward import Forward
 from megatron_retro.inference.generation import Generation, GenerationRequest, Retrieval
@@ -45,7 +45,7 @@ class Engine:
     """Generates texts. Not thread-safe: one thread submits, cancels and steps."""
 
     def __init__(self, forward: Forward, tokenizer: Tokenizer, limits: EngineLimits | None = None) -> None:
-        self.forward, self.tokenizer = forward, tokenizer
+        self.forward, self.tokenizer, self._ends = forward, tokenizer, end_tokens(tokenizer)
         self.limits = limits or EngineLimits()
         self._waiting: deque[Generation] = deque()
         self._prefill: _Prefill | None = None
@@ -181,7 +181,7 @@ class Engine:
         rows = [(one, logits_BV[row, :limit]) for row, one in enumerate(self._rows) if one is not None]
         samples = fetch_samples([generation.draw(logits_V) for generation, logits_V in rows])
         for (generation, logits_V), sampled in zip(rows, samples, strict=True):
-            generation.append(sampled, logits_V, self.tokenizer.eod)
+            generation.append(sampled, logits_V, self._ends)
 
     def _retrieve_for_rows(self, cache: Cache) -> list[RetrievedNeighbors | None]:
         """Neighbours for the rows whose next token ends a chunk, with one search per source."""

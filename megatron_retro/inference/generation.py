@@ -6,7 +6,7 @@ text is the difference of two decoded windows, and an incomplete character is he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -115,7 +115,7 @@ class Generation:
         """The next token from the logits of the last position, as `Sampler.draw` gives it."""
         return self._sampler.draw(logits_V, self.tokens[self.num_virtual :])
 
-    def append(self, sampled: SampledToken, logits_V: Tensor, eod: int) -> None:
+    def append(self, sampled: SampledToken, logits_V: Tensor, ends: Container[int]) -> None:
         """Append the token that was sampled from these logits, or finish."""
         try:
             sampled.require_finite()
@@ -124,7 +124,7 @@ class Generation:
             self.finish("error")
             return
         token = sampled.token
-        if token == eod:
+        if token in ends:
             self.finish("stop")
             return
         if self.request.num_alternatives is not None:

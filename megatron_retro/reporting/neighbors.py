@@ -18,6 +18,7 @@ from megatron_retro.config.settings import Settings, build_settings
 from megatron_retro.config.toml_files import read_recipe
 from megatron_retro.config.training import TrainingConfig
 from megatron_retro.data.builders import build_dataset
+from megatron_retro.data.model_text import kept_text_files
 from megatron_retro.data.tokenizers import build_tokenizer
 from megatron_retro.errors import MegatronRetroError
 from megatron_retro.reporting.html import page, paragraph, section
@@ -108,13 +109,13 @@ def neighbor_section(recipe: Path) -> list[str]:
             f"{_SHORTEST_RUN} tokens that a neighbour shares with the chunk or with what follows it; the model has to "
             "predict what follows."
         )
-        return [section("Neighbours", words, *_held_out(settings))]
+        return [section("Neighbours", words, *_held_out(settings, recipe.parent))]
     except MegatronRetroError as error:
         return [section("Neighbours", paragraph(f"not shown: {error.what}", "soft"))]
 
 
-def _held_out(settings: Settings) -> Iterator[str]:
-    tokenizer = build_tokenizer(settings[TokenizerConfig])
+def _held_out(settings: Settings, run: Path) -> Iterator[str]:
+    tokenizer = build_tokenizer(kept_text_files(settings[TokenizerConfig], run))
     batch = build_dataset(settings, "valid", eod=tokenizer.eod).read(range(_EXAMPLES))
     length = settings[RetroConfig].retro_chunk_length
     found = batch.neighbors

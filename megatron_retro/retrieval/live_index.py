@@ -20,6 +20,7 @@ from megatron_retro.artifacts.verified import Verification
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.retrieval import EmbedderConfig
 from megatron_retro.data.chunk_database import ChunkDatabase
+from megatron_retro.data.model_text import FILE_SETTINGS
 from megatron_retro.data.tokenizers import build_tokenizer, require_tokenizer
 from megatron_retro.errors import ArtifactError
 from megatron_retro.retrieval.embedders import build_embedder
@@ -28,7 +29,6 @@ from megatron_retro.retrieval.index_building import KIND, VERSION, list_checks, 
 from megatron_retro.retrieval.layout import ProjectLayout
 from megatron_retro.retrieval.project import Project
 
-_FILES = ("tokenizer_model", "vocab_file", "merge_file")
 _SETTINGS = ("tokenizer", "embedder", "eod", "nprobe", "ef_search")
 _CACHED_CHUNKS = 4096
 
@@ -37,7 +37,7 @@ def write_live_settings(project: Project, nprobe: int, ef_search: int) -> None:
     """Write the settings for live search beside the index; paths of tokenizer files become absolute."""
     tokenizer = asdict(project.settings[TokenizerConfig])
     del tokenizer["allow_tokenizer_mismatch"]  # whoever opens the index decides anew
-    for name in _FILES:
+    for name in FILE_SETTINGS:
         tokenizer[name] = str(Path(tokenizer[name]).resolve()) if tokenizer[name] else None
     settings = {
         "tokenizer": tokenizer,

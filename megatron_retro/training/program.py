@@ -30,6 +30,7 @@ from megatron_retro.config.sections import require_legal
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.toml_files import render_toml
 from megatron_retro.config.training import CheckpointConfig, ObservabilityConfig, TrainingConfig
+from megatron_retro.data.model_text import keep_text_files
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_retro.errors import ConfigError, Requeue
 from megatron_retro.model.costs import model_costs
@@ -194,6 +195,7 @@ def _owned_run(settings: Settings, launch: Launch) -> Iterator[None]:
             clear_unfinished(run)
             require_room(run, checkpoint_bytes(settings))
             (run / CULPRITS).unlink(missing_ok=True)
+            keep_text_files(settings[TokenizerConfig], run)
         dist.barrier()
         yield
 

@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> tuple[Retro, Path]:
     settings = Settings([LLAMA, RetroConfig(), TokenizerConfig()])
     write_checkpoint(tmp_path / "run", settings, shapes, lambda name: state[name][: shapes[name][0]], {})
     export_hugging_face(tmp_path / "run", tmp_path / "theirs")
-    import_hugging_face(tmp_path / "theirs", tmp_path / "imported")
+    import_hugging_face(tmp_path / "theirs", tmp_path / "imported", TokenizerConfig())
     return gpt, tmp_path / "imported"
 
 

@@ -10,7 +10,7 @@ import pytest
 from megatron_retro.convert.hugging_face_config import model_from_hugging_face
 from megatron_retro.data.instructions import bounded_jinja
 from megatron_retro.data.instructions.conversations import Turn, read_conversations
-from megatron_retro.data.instructions.templates import JinjaTemplate
+from megatron_retro.data.instructions.templates import build_template
 from megatron_retro.data.tokenizers import HuggingFaceTokenizer
 from megatron_retro.errors import ArtifactError, ConfigError, DataError
 from megatron_retro.evaluation.examples import read_records
@@ -38,13 +38,13 @@ def test_a_template_is_bounded(text: str, message: str, tmp_path: Path, monkeypa
     path = tmp_path / "a.jinja"
     path.write_text(text)
     with pytest.raises(DataError, match=message):
-        JinjaTemplate(path).segments([Turn("user", "hello")], [])
+        build_template(str(path)).segments([Turn("user", "hello")], [])
 
 
 def test_a_bounded_template_writes_what_jinja_writes(tmp_path: Path) -> None:
     path = tmp_path / "a.jinja"
     path.write_text("{% for m in messages %}{{ '<' ~ m.role ~ '>' + m.content * 2 ~ 7 }}\n{% endfor %}")
-    (segment,) = JinjaTemplate(path).segments([Turn("user", "hi")], [])
+    (segment,) = build_template(str(path)).segments([Turn("user", "hi")], [])
     assert segment.text == "<user>hihi7\n"
 
 

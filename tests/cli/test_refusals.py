@@ -105,7 +105,7 @@ def test_convert(shim: Path, tmp_path: Path) -> None:
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     with torch.random.fork_rng():
         LlamaForCausalLM(LlamaConfig(**size, vocab_size=64)).save_pretrained(tmp_path / "theirs")
-    words = ["convert", str(tmp_path / "theirs"), str(tmp_path / "out" / "run")]
+    words = ["convert", str(tmp_path / "theirs"), str(tmp_path / "out" / "run"), "--tokenizer-type", "ByteTokenizer"]
     cases = [(call, "/out/", code) for call in ("open", "write", "sync") for code in CODES]
     cases += [("open", "/theirs/", code) for code in CODES] + [("read", "config.json", code) for code in CODES]
     found = refuse(shim, tmp_path, words, cases)

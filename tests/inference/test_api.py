@@ -11,6 +11,7 @@ import torch
 
 import megatron_retro as mr
 from megatron_retro.errors import ConfigError, MegatronRetroError
+from tests.data.byte_level import save_byte_level
 
 PROMPT = "w1 w2 w3 w4 w5 w6 w7 w8"
 
@@ -72,6 +73,7 @@ def test_a_hugging_face_folder_opens_as_it_is(tmp_path: Path) -> None:
     with torch.random.fork_rng():
         theirs = LlamaForCausalLM(LlamaConfig(**size, vocab_size=257)).eval()
     theirs.save_pretrained(tmp_path / "llama")
+    save_byte_level(tmp_path / "llama", ["</s>"])
     tokens = torch.arange(1, 12)[None]
     model = mr.load(tmp_path / "llama", device="cpu", dtype="fp32")
     assert torch.allclose(model.module(tokens), theirs(tokens).logits, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Jinja templates of others: sandboxed, and bounded in time and in what they write.
+"""Jinja templates of others, with what transformers gives them: sandboxed, bounded in time and in what they write.
 
 The sandbox keeps a template from the machine, not from looping or from doubling a text forty times.
 """
@@ -9,12 +9,17 @@ import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from datetime import datetime
+from typing import Any, NoReturn
 
-from jinja2 import StrictUndefined, nodes
-from jinja2.exceptions import TemplateRuntimeError
+from jinja2 import nodes
+from jinja2.exceptions import TemplateError, TemplateRuntimeError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
+
+from megatron_retro.runtime.strict_json import json_text
 
 SECONDS = 5.0
 CHARACTERS = 1 << 24
@@ -33,8 +38,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**", "+"})
 
     def __init__(self) -> None:
-        super().__init__(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-        self.filters["_bounded"] = bounded
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
+        self.filters |= {"_bounded": bounded, "tojson": _as_json}
+        self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """The result of an operator, unless it is too large to be meant."""
@@ -50,6 +56,38 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """The syntax tree with a bound around every joined text."""
         tree: nodes.Template = _BoundJoins().visit(super()._parse(source, name, filename))
         return tree
+
+
+class _GenerationTag(Extension):
+    """`{% generation %} ... {% endgeneration %}` marks what an assistant writes; here it is written as it stands."""
+
+    tags = {"generation"}  # noqa: RUF012  # as the library declares it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The nodes between the tags."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _as_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As transformers writes it: Jinja's own escapes what HTML would misread."""
+    text = json_text(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    bounded(text)
+    return text
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
 
 
 class _BoundJoins(NodeTransformer):

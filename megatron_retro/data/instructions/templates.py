@@ -6,7 +6,7 @@ prompt of a generation is the same segments without the last.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,14 +15,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_retro.data.instructions.conversations import Conversation, Passage, Turn
-from megatron_retro.data.tokenizers import Tokenizer
+from megatron_retro.data.model_text import chat_template, special_tokens
+from megatron_retro.data.tokenizers import Tokenizer, end_tokens
 from megatron_retro.errors import DataError
 from megatron_retro.runtime.environment import require
+
+INSTRUCT_RETRO, AUTO = "instruct-retro", "auto"
 
 INSTRUCT_RETRO_SYSTEM = (
     "This is a chat between a user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions based on the context. The assistant should also indicate when the "
     "answer cannot be found in the context."
+)
+# `InstructRetroTemplate` as transformers reads it
+INSTRUCT_RETRO_JINJA = (
+    "{{ 'System: ' }}"
+    "{%- if messages and messages[0].role == 'system' %}{{ messages[0].content }}"
+    f"{{%- else %}}{{{{ {INSTRUCT_RETRO_SYSTEM!r} }}}}{{%- endif %}}"
+    "{%- for one in documents or [] %}"
+    "{{ '\n\n' + ('title: ' + one.title + ', source: ' if one.title else '') + one.text }}"
+    "{%- endfor %}"
+    "{%- for message in messages %}"
+    "{%- if message.role == 'user' %}{{ '\n\nUser: ' + message.content }}"
+    "{%- elif message.role == 'assistant' %}{{ '\n\nAssistant: ' + message.content | trim }}{%- endif %}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '\n\nAssistant:' }}{%- endif %}"
 )
 
 
@@ -63,19 +80,21 @@ class InstructRetroTemplate:
 
 
 class JinjaTemplate:
-    """A chat template with the customary variables `messages` and `add_generation_prompt`, and `passages`.
+    """A chat template with the variables that transformers gives it, and `passages`.
 
-    A reply is found by writing the conversation with and without it, so the template must write a conversation's
-    beginning the same however it goes on.
+    `documents` are the passages too; a template that reads neither finds them before the first question. A reply is
+    found by writing the conversation with and without it, so the template must write a conversation's beginning the
+    same however it goes on.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, text: str, name: str, tokens: Mapping[str, str] | None = None) -> None:
         require("jinja2", "a Jinja template")
         from jinja2 import TemplateError
 
         from megatron_retro.data.instructions.bounded_jinja import BoundedEnvironment, rendered
 
-        self._path, self._rendered = path, rendered
+        self._name, self._tokens, self._rendered = name, dict(tokens or {}), rendered
+        self._reads_passages = "passages" in text or "documents" in text
         # An error of Python's inside a template (a sum of text and number, a macro without end) is the template's.
         self._failures = (
             TemplateError,
@@ -87,9 +106,9 @@ class JinjaTemplate:
             MemoryError,
         )
         try:
-            self._template = BoundedEnvironment().from_string(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, TemplateError, RecursionError) as error:
-            raise DataError(f"cannot use the template {path}", got=error) from None
+            self._template = BoundedEnvironment().from_string(text)
+        except (TemplateError, RecursionError) as error:
+            raise DataError(f"cannot use the template {name}", got=error) from None
 
     def segments(self, turns: Sequence[Turn], passages: Sequence[Passage]) -> list[Segment]:
         """The written form."""
@@ -109,17 +128,27 @@ class JinjaTemplate:
 
     def _render(self, turns: Sequence[Turn], passages: Sequence[Passage], *, add_generation_prompt: bool) -> str:
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        if passages and not self._reads_passages:
+            asked = next((message for message in messages if message["role"] == "user"), messages[0])
+            asked["content"] = "\n\n".join([*(passage.rendered() for passage in passages), asked["content"]])
         shown = [{"title": passage.title, "text": passage.text} for passage in passages]
+        variables = {
+            **self._tokens,
+            "messages": messages,
+            "tools": None,
+            "documents": shown or None,
+            "passages": shown,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            variables = {"messages": messages, "passages": shown, "add_generation_prompt": add_generation_prompt}
             return self._rendered(self._template, variables)
         except self._failures as error:
-            raise DataError(f"the template {self._path} fails on a conversation", got=error) from None
+            raise DataError(f"the template {self._name} fails on a conversation", got=error) from None
 
     def _continuation(self, beginning: str, whole: str) -> str:
         if not whole.startswith(beginning):
             raise DataError(
-                f"the template {self._path} writes a beginning differently when the conversation goes on",
+                f"the template {self._name} writes a beginning differently when the conversation goes on",
                 got=repr(whole[: len(beginning) + 20]),
                 expected=f"a text that starts with {beginning[-60:]!r}",
                 fix="make what it writes for a turn independent of the turns that follow",
@@ -127,13 +156,23 @@ class JinjaTemplate:
         return whole[len(beginning) :]
 
 
-def build_template(name: str) -> Template:
-    """`instruct-retro`, or the path of a Jinja template."""
-    if name == "instruct-retro":
+def build_template(name: str, folder: Path | None = None) -> Template:
+    """`instruct-retro`, the path of a Jinja template, or `auto`: what the model whose text files `folder` holds was
+    taught, and `instruct-retro` where it was taught none."""
+    if name == AUTO:
+        text = None if folder is None else chat_template(folder)
+        if text is None or folder is None:
+            return InstructRetroTemplate()
+        return JinjaTemplate(text, f"of {folder}", special_tokens(folder))
+    if name == INSTRUCT_RETRO:
         return InstructRetroTemplate()
-    if name.endswith((".jinja", ".jinja2")):
-        return JinjaTemplate(Path(name))
-    raise DataError(f"there is no template {name!r}", expected="instruct-retro, or the path of a .jinja file")
+    if not name.endswith((".jinja", ".jinja2")):
+        raise DataError(f"there is no template {name!r}", expected=f"{AUTO}, {INSTRUCT_RETRO} or a .jinja file")
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot use the template {name}", got=error) from None
+    return JinjaTemplate(text, name, {} if folder is None else special_tokens(folder))
 
 
 def prompt_of(turns: Sequence[Turn], template: Template, passages: Sequence[Passage] = ()) -> str:
@@ -172,7 +211,7 @@ class ConversationTokenizer:
         segments = self.template.segments(conversation.turns, in_prompt)
         parts = [self.tokenizer.encode(segment.text) for segment in segments]
         parts[0] = [*self.virtual_tokens, *parts[0]]
-        parts[-1] = [*parts[-1], self.tokenizer.eod]
+        parts[-1] = self._ended(parts[-1])
         last = len(parts) - 1
         learned = [
             np.full(len(part), segment.is_reply and (self.loss_on_all_replies or number == last))
@@ -185,6 +224,14 @@ class ConversationTokenizer:
             passages=self.encode_passages(to_encoder),
             origin=conversation.origin,
         )
+
+    def _ended(self, tokens: list[int]) -> list[int]:
+        """With one end, also where the template wrote it: what it wrote after that is layout."""
+        ends = end_tokens(self.tokenizer)
+        last = max((place for place, token in enumerate(tokens) if token in ends), default=None)
+        if last is not None and not self.tokenizer.decode(tokens[last + 1 :]).strip():
+            return tokens[: last + 1]
+        return [*tokens, self.tokenizer.eod]
 
     def place(self, passages: Sequence[Passage]) -> tuple[Sequence[Passage], Sequence[Passage]]:
         """Passages of the prompt, and those of the encoder."""

@@ -50,14 +50,14 @@ def test_wrong_templates_are_named(tmp_path: Path, text: str, message: str) -> N
     path = tmp_path / "wrong.jinja"
     path.write_text(text)
     with pytest.raises(DataError, match=message):
-        JinjaTemplate(path).segments((Turn("user", "q"), Turn("assistant", "a")), ())
+        JinjaTemplate(text, path.name).segments((Turn("user", "q"), Turn("assistant", "a")), ())
 
 
 def test_a_template_that_cannot_write_a_conversation_is_named_with_its_line(tmp_path: Path) -> None:
     template, data = tmp_path / "picky.jinja", tmp_path / "data.jsonl"
     template.write_text("{% if messages[0].content == 'bad' %}{{ absent.thing }}{% endif %}" + JINJA)
     data.write_text("".join(json.dumps({"prompt": word, "completion": "a"}) + "\n" for word in ("good", "bad")))
-    encoder = ConversationTokenizer(TOKENIZER, JinjaTemplate(template))
+    encoder = ConversationTokenizer(TOKENIZER, build_template(str(template)))
     with pytest.raises(DataError, match=r"data\.jsonl:2: the template .* fails on a conversation"):
         open_instructions([str(data)], encoder, RowShape(64, 0), seed=1, packed=False, skip_long=False)
 
