@@ -73,6 +73,9 @@ class EngineConfig:
     prefill_tokens: int = option(
         512, "prompt tokens of one forward, so that others are not held up", minimum=1, ours=True
     )
+    add_bos: bool = option(
+        True, "begin a text with the token that the tokenizer's own rules put there, if any", ours=True
+    )
     dtype: str = option("auto", "arithmetic of generation", choices=("auto", "fp32", "bf16"), ours=True)
     device: str = option("auto", "where to generate", choices=("auto", "cpu", "cuda"), ours=True)
     keep_encoded_mb: int | None = option(

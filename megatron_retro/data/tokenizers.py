@@ -117,6 +117,7 @@ class HuggingFaceTokenizer:
         self.vocab_size: int = _highest_id(self.backend) + 1
         self.eod: int = _hugging_face_eod(self.backend, path)
         self.ends = frozenset({self.eod, *end_ids(path.parent)})
+        self.begins = _put_before(self.backend)
         self.fingerprint = hashlib.sha256(b"HuggingFace" + content).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -165,6 +166,12 @@ class GPT2BPETokenizer:
 def end_tokens(tokenizer: Tokenizer) -> frozenset[int]:
     """The ids that end an answer: the end of a document, and what a model names besides."""
     return getattr(tokenizer, "ends", frozenset({tokenizer.eod}))
+
+
+def begin_tokens(tokenizer: Tokenizer, tokens: Sequence[int]) -> tuple[int, ...]:
+    """What the tokenizer's own rules put before a text of these tokens; nothing where it is there already."""
+    begins: tuple[int, ...] = getattr(tokenizer, "begins", ())
+    return () if tuple(tokens[: len(begins)]) == begins else begins
 
 
 def tokenizer_name(kind: str, vocab_size: int | None, fingerprint: str) -> str:
@@ -290,6 +297,14 @@ def _require_dense_ids(path: Path, content: bytes) -> None:
         raise ArtifactError(f"{path} is no tokenizer.json", got=error) from None
     if largest > _LARGEST_ID:
         raise ArtifactError(f"{path} has a token of an impossible id", got=largest, expected=f"at most {_LARGEST_ID}")
+
+
+def _put_before(backend: Any) -> tuple[int, ...]:
+    """The special tokens that the post-processor puts before every text."""
+    plain = backend.encode("a", add_special_tokens=False).ids
+    whole = backend.encode("a", add_special_tokens=True).ids
+    places = (start for start in range(len(whole)) if whole[start : start + len(plain)] == plain)
+    return tuple(whole[: next(places, 0)])
 
 
 def _forget_lengths(backend: Any) -> None:

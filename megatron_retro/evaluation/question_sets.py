@@ -203,5 +203,6 @@ def _identity(config: EvaluationConfig, engine: EngineConfig, model: str, data: 
         "data": file_record(data).sha256,
         "max_sequence_length": engine.max_sequence_length,
         "dtype": engine.dtype,
+        "add_bos": engine.add_bos,
         **protocol,
     }

@@ -116,7 +116,8 @@ def _run_on_ranks(
     if channel.is_first:
         with contextlib.closing(DriverEngine(forward, loaded.tokenizer, limits, channel)) as engine:
             index = index_for(loaded, live, allow_tokenizer_mismatch=allow)
-            generator = TextGenerator(forward, loaded.tokenizer, limits, index, engine)
+            add_bos = settings[EngineConfig].add_bos
+            generator = TextGenerator(forward, loaded.tokenizer, limits, index, engine, add_bos=add_bos)
             try:
                 work(Replica(generator, worker, loaded.path, loaded.fingerprint))
             except Requeue as request:

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_retro.artifacts.manifest import require_same
 from megatron_retro.assembly.loading import Loaded, LoadedModel
 from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig
-from megatron_retro.data.tokenizers import Tokenizer, name_of, refuse_mismatch
+from megatron_retro.data.tokenizers import Tokenizer, begin_tokens, name_of, refuse_mismatch
 from megatron_retro.errors import ConfigError
 from megatron_retro.inference.engine import Engine, EngineLimits, raise_failures
 from megatron_retro.inference.forward import Forward, LocalForward
@@ -55,14 +55,18 @@ class TextGenerator:
         limits: EngineLimits,
         index: ChunkSearch | None = None,
         engine: Engine | None = None,
+        *,
+        add_bos: bool = True,
     ) -> None:
-        self.forward, self.tokenizer, self.index = forward, tokenizer, index
+        self.forward, self.tokenizer, self.index, self.add_bos = forward, tokenizer, index, add_bos
         self.limits = limits
         self.engine = engine or Engine(forward, tokenizer, limits)
 
     def tokens_of(self, text: str) -> tuple[int, ...]:
-        """The tokens of a prompt; an empty prompt is the end-of-document token, which begins a document."""
-        return tuple(self.tokenizer.encode(text)) or (self.tokenizer.eod,)
+        """The tokens of a prompt, behind what begins a text; where that is nothing, the end-of-document token does."""
+        tokens = self.tokenizer.encode(text)
+        begins = begin_tokens(self.tokenizer, tokens) if self.add_bos else ()
+        return (*begins, *tokens) or (self.tokenizer.eod,)
 
     def source(self, mode: str, passages: Sequence[str] = ()) -> NeighborSource | None:
         """The source of a mode: `live`, `random` (both need an index) or `none`; given passages replace any of them."""
@@ -141,7 +145,8 @@ def build_text_generator(
     """The generator of a loaded model, with an index that fits it."""
     index = index_for(loaded, live, allow_tokenizer_mismatch=allow_tokenizer_mismatch)
     loaded.module.keep_encodings(engine.keep_encoded_mb)
-    return TextGenerator(LocalForward(store_for_decoding(loaded.module)), loaded.tokenizer, limits_of(engine), index)
+    forward = LocalForward(store_for_decoding(loaded.module))
+    return TextGenerator(forward, loaded.tokenizer, limits_of(engine), index, add_bos=engine.add_bos)
 
 
 def limits_of(engine: EngineConfig) -> EngineLimits:

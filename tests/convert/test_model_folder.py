@@ -109,8 +109,23 @@ def test_a_folder_without_a_tokenizer_is_refused_unless_one_is_named(
     assert "a Hugging Face folder alone" in capsys.readouterr().err
 
 
-def test_ends_of_the_model_end_its_answers(run: Path) -> None:
-    from megatron_retro.assembly.loading import load_model
+def test_texts_begin_and_answers_end_as_the_model_says(run: Path, source: Path) -> None:
+    from tokenizers import processors
+
+    import megatron_retro as mr
     from megatron_retro.data.tokenizers import end_tokens
 
-    assert end_tokens(load_model(run, device="cpu").tokenizer) == {257, 259}
+    model = mr.load(run, device="cpu")
+    assert end_tokens(model.tokenizer) == {257, 259}
+    assert model.generator.tokens_of("Why?")[0] < 256  # no rule, no token
+    tokenizer = theirs(source)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 256)]
+    )
+    tokenizer.backend_tokenizer.save(str(run / "tokenizer/tokenizer.json"))
+    generator = mr.load(run, device="cpu").generator
+    for text in ("Why?", ""):
+        assert list(generator.tokens_of(text)) == tokenizer(text)["input_ids"]
+    assert generator.tokens_of("<s>Why?") == generator.tokens_of("Why?")
+    generator.add_bos = False
+    assert generator.tokens_of("Why?")[0] < 256

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from megatron_retro.data.instructions.conversations import Conversation, Passage, Turn
 from megatron_retro.data.model_text import chat_template, special_tokens
-from megatron_retro.data.tokenizers import Tokenizer, end_tokens
+from megatron_retro.data.tokenizers import Tokenizer, begin_tokens, end_tokens
 from megatron_retro.errors import DataError
 from megatron_retro.runtime.environment import require
 
@@ -210,7 +210,7 @@ class ConversationTokenizer:
         in_prompt, to_encoder = self.place(conversation.passages)
         segments = self.template.segments(conversation.turns, in_prompt)
         parts = [self.tokenizer.encode(segment.text) for segment in segments]
-        parts[0] = [*self.virtual_tokens, *parts[0]]
+        parts[0] = [*self.virtual_tokens, *begin_tokens(self.tokenizer, parts[0]), *parts[0]]
         parts[-1] = self._ended(parts[-1])
         last = len(parts) - 1
         learned = [
