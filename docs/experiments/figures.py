@@ -26,11 +26,9 @@ HERE = Path(__file__).parent
 REAL_DECODER = {
     "decoder": "alone",
     "continued": "trained on",
-    "untrained, real": "Retro, untrained",
-    "mixed, real": "Retro, trained",
-    "mixed, real, kept": "the same, encoded before",
-    "noise, real": "Retro from noise",
-    "mixed, other": "Retro, other text's",
+    "noise, real": "from noise",
+    "mixed, real": "Retro",
+    "mixed, real, kept": "kept",
     "prompt, real": "prompt",
 }
 Bar = tuple[str, str, str]  # label, configuration, the one that it is compared with

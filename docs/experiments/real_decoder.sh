@@ -32,14 +32,15 @@ if [ ! -e retrieval/neighbors/held_out ]; then
     --retro-query-corpus train=corpus/train_text_document held_out=corpus/held_out_text_document
 fi
 noise=(--retro-init noise --retro-zero-init-output --retro-gate-type fixed --retro-neighbor-positions rotary
-  --retro-encoder-layers 2 --no-retro-encoder-causal --no-retro-encoder-final-norm --no-freeze-encoder)
+  --retro-layers 18 19 21 24 25 --retro-encoder-layers 2 --no-retro-encoder-causal --no-retro-encoder-final-norm
+  --no-freeze-encoder --retro-random-retrieval-probability 0.25 --micro-batch-size 1 --global-batch-size 1)
 fit=(megatron-retro retrofit --config "$here/real_decoder.toml")
 "${fit[@]}" --save mixed
 "${fit[@]}" --retro-random-retrieval-probability 0 --train-iters 24 --save same-depth
 "${fit[@]}" --lr 1e-12 --min-lr 1e-12 --lr-warmup-iters 0 --train-iters 1 --save untrained
 last=(megatron-retro retrofit --config "$here/real_decoder_last.toml")
 "${last[@]}" --save warm
-"${last[@]}" "${noise[@]}" --train-iters 20 --save noise
+"${last[@]}" "${noise[@]}" --train-iters 33 --save noise
 megatron-retro pretrain --config "$here/real_decoder_continued.toml" --finetune "${tokenizer[@]}" --save continued
 python "$here/real_decoder.py" gpt --retro mixed=mixed same-depth=same-depth untrained=untrained warm=warm noise=noise \
   --trained continued=continued --text corpus/held_out_text_document \

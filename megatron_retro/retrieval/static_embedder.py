@@ -48,15 +48,15 @@ class StaticEmbedder:
     def _model(self) -> Any:
         from model2vec import StaticModel
 
-        return StaticModel.from_pretrained(self.folder, normalize=True, max_length=None, force_download=False)
+        return StaticModel.from_pretrained(self.folder, force_download=False)
 
     def embed(self, tokens_NM: NDArray[Any], present_NM: NDArray[np.bool_]) -> NDArray[np.float32]:
         """Vectors of length one; nothing for a chunk without text."""
         if not len(tokens_NM):
             return np.zeros((0, self.dimension), np.float32)
         texts = [self.tokenizer.decode(row[mask].tolist()) for row, mask in zip(tokens_NM, present_NM, strict=True)]
-        vectors: NDArray[np.float32] = self._model.encode(texts, use_multiprocessing=False).astype(np.float32)
-        return vectors
+        vectors = self._model.encode(texts, normalize=True, max_length=None, use_multiprocessing=False)
+        return np.asarray(vectors, np.float32)
 
 
 def build_static_embedder(config: EmbedderConfig, tokenizer: Tokenizer) -> StaticEmbedder:
