@@ -21,7 +21,7 @@ _HARMLESS_NAMES = """
     attention_probs_dropout_prob hidden_dropout_prob attn_dropout resid_dropout dropout
     gradient_checkpointing use_reentrant use_bfloat16 bf16 fp16 fp32 torchscript tf_legacy_loss
     attn_implementation use_flash_attn use_flash_attention use_flash_attention_2 flash_attention
-    chunk_size_feed_forward output_attentions output_hidden_states output_scores return_dict
+    chunk_size_feed_forward output_attentions output_hidden_states output_past output_scores return_dict
     return_dict_in_generate unsloth_fixed is_llama_config is_decoder num_ctx
     summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj predict_special_tokens
     do_sample temperature top_k top_p typical_p min_length max_length max_new_tokens num_beams num_beam_groups
@@ -32,6 +32,7 @@ _HARMLESS = frozenset(_HARMLESS_NAMES.split())
 # what other decoders have, and its value where this one does not; None, false and what is empty are neutral besides
 _NEUTRAL: dict[str, Container[Any]] = {
     "n_special": (0,),
+    "activation": ("swiglu",),
     "num_experts": (0,),
     "num_local_experts": (0,),
     "rope_ratio": (1, 1.0),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from megatron_retro.config.model import ModelConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.convert.hugging_face_config import hugging_face_from_model, model_from_hugging_face
 from megatron_retro.errors import ConfigError
+from megatron_retro.model.retro import count_parameters
 from megatron_retro.testing.tiny_models import tiny_model
 
 LLAMA_31_8B: dict[str, Any] = {
@@ -134,3 +139,23 @@ def test_what_leaves_the_function_alone_never_stops_an_import(name: str) -> None
 def test_what_changes_the_function_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"{name} = .* is not understood"):
         model_from_hugging_face({**LLAMA_31_8B, name: value})
+
+
+PUBLISHED = json.loads((Path(__file__).parent / "data/published_configs.json").read_text())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings_come_in_as_they_are(name: str) -> None:
+    """Two layers of each have as many parameters as transformers gives them."""
+    transformers = pytest.importorskip("transformers")
+    layers = "n_layer" if PUBLISHED[name]["model_type"] == "gpt2" else "num_hidden_layers"
+    config = {**PUBLISHED[name], layers: 2}
+    config.pop("max_window_layers", None)
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
+    expected = sum(parameter.numel() for parameter in theirs.parameters())
+    model = model_from_hugging_face(config)
+    untied = model.untie_embeddings_and_output_weights and config.get("tie_word_embeddings")  # multipliers of Granite
+    twice = (model.vocab_size or 0) * model.hidden_size if untied else 0
+    assert count_parameters(model, RetroConfig()) == expected + twice
+    assert dataclasses.replace(model_from_hugging_face(PUBLISHED[name]), num_layers=2) == model
