@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_retro.config.command_line import Positional, Reads
+from megatron_retro.config.conversion import ConvertConfig
 from megatron_retro.config.data import (
     CollectConfig,
     ContextsConfig,
@@ -28,7 +29,7 @@ from megatron_retro.config.inference import (
     SamplingConfig,
     ServeConfig,
 )
-from megatron_retro.config.model import ConvertConfig, RetroConfig
+from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.retrieval import EmbedderConfig, InspectorConfig, RetrievalConfig
 from megatron_retro.config.sections import (

@@ -1,4 +1,4 @@
-"""The shape of the model: the decoder, what makes it a Retro, what a conversion makes of it, and their rules."""
+"""The shape of the model: the decoder, what makes it a Retro, and their rules."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ GATES = ("fixed", "scalar", "heads", "adaptive")
 ENCODER_READS = ("last", "same-depth")
 NEIGHBOR_POSITIONS = ("rotary", "continued", "relative", "none")
 RETRO_INITS = ("noise", "decoder")
-CONVERSIONS = ("checkpoint", "huggingface", "remote-code", "peft")
-EXPORT_TYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -137,6 +135,9 @@ class RetroConfig:
     retro_legacy_checkpoint: bool = option(
         False, "compute as the published Megatron-LM Retro checkpoints were trained to", ours=True
     )
+    retro_core_checkpoint: bool = option(
+        False, "compute as Retro checkpoints of Megatron core were trained to", ours=True
+    )
 
     def retrieved_length(self) -> int:
         """Tokens of a neighbour with its continuation (r)."""
@@ -156,9 +157,21 @@ class RetroConfig:
         shut = self.retro_gate_type == "fixed" and self.retro_attention_gate == 0
         return self.retro_add_retriever and not shut
 
+    def computes_as_megatron(self) -> bool:
+        """Nothing of a neighbour is masked, and the short chunk of a text is its first: so in both of its codes."""
+        return self.retro_legacy_checkpoint or self.retro_core_checkpoint
+
     def neighbor_positions(self) -> str:
-        """Positions of neighbour tokens; the published checkpoints were trained without."""
-        return "none" if self.retro_legacy_checkpoint else self.retro_neighbor_positions
+        """Positions of neighbour tokens inside attention; Megatron's checkpoints were trained without."""
+        return "none" if self.computes_as_megatron() else self.retro_neighbor_positions
+
+    def biased_cross_attention(self, model: ModelConfig) -> bool:
+        """Megatron core's cross-attention has the biases of all its linear layers."""
+        return self.retro_core_checkpoint and not model.disable_bias_linear
+
+    def learned_neighbor_positions(self, model: ModelConfig) -> bool:
+        """Neighbours get the decoder's learned positions, from 0 on, in Megatron core."""
+        return self.retro_core_checkpoint and model.position_embedding_type == "learned_absolute"
 
     def rotates_neighbors(self) -> bool:
         """Whether the heads that read neighbours, and the encoder's, are rotated by position."""
@@ -204,27 +217,6 @@ class RetroConfig:
             hidden_dropout=self.retro_encoder_hidden_dropout,
             attention_dropout=self.retro_encoder_attention_dropout,
         )
-
-
-@dataclass(frozen=True)
-class ConvertConfig:
-    """Conversion: into what"""
-
-    convert_to: str = option("checkpoint", "what DESTINATION becomes", choices=CONVERSIONS, ours=True)
-    convert_dtype: str = option("float32", "numbers of an exported model", choices=EXPORT_TYPES, ours=True)
-    convert_shard_megabytes: int = option(4096, "size of an exported file", minimum=1, ours=True)
-    convert_merge: bool = option(
-        False, "write what was tuned beside a model into its weights, in float32 (LoRA, (IA)3)", ours=True
-    )
-    convert_base: str | None = option(
-        None, "the checkpoint that an adapter in the format of Hugging Face's peft belongs to", ours=True
-    )
-    convert_neutral_arguments: tuple[str, ...] | None = option(
-        None, "arguments of a Megatron-LM run that are not known here and leave its model's function alone", ours=True
-    )
-    convert_decoder_only: bool = option(
-        False, "export the decoder of a model that reads neighbours, as it computes with the gate shut", ours=True
-    )
 
 
 def model_violations(model: ModelConfig, retro: RetroConfig) -> list[Violation]:
@@ -285,10 +277,22 @@ def _retriever(model: ModelConfig, retro: RetroConfig) -> Iterator[Violation]:
         )
     if retro.retro_init == "decoder":
         yield from _warm_start(model, retro)
+    if retro.retro_core_checkpoint:
+        yield from _core(model, retro)
     if not 0 < retro.retro_gate_target_rate < 1:
         yield Violation(
             "retro_gate_target_rate", retro.retro_gate_target_rate, "a rate between 0 and 1", "0.5 is a start"
         )
+
+
+def _core(model: ModelConfig, retro: RetroConfig) -> Iterator[Violation]:
+    """One function at a time, and a learned position for every token of a neighbour."""
+    if retro.retro_legacy_checkpoint:
+        yield Violation("retro_core_checkpoint", True, "false beside retro_legacy_checkpoint", "drop one of them")
+    longest = model.max_position_embeddings
+    if retro.learned_neighbor_positions(model) and retro.retrieved_length() > longest:
+        fix = "raise it, or shorten neighbours"
+        yield Violation("max_position_embeddings", longest, f"at least {retro.retrieved_length()}", fix)
 
 
 def _warm_start(model: ModelConfig, retro: RetroConfig) -> Iterator[Violation]:

@@ -263,6 +263,16 @@ def no_context_parallelism(settings: Settings, world_size: int) -> Iterator[Viol
         )
 
 
+def positions_stay_with_their_readers(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """The encoder of Megatron core's Retro reads the learned positions, which the first stage holds."""
+    if not settings.has(ParallelConfig, ModelConfig, RetroConfig):
+        return
+    size = settings[ParallelConfig].pipeline_model_parallel_size
+    if size > 1 and settings[RetroConfig].learned_neighbor_positions(settings[ModelConfig]):
+        fix = "share it over tensor and data ranks"
+        yield Violation("pipeline_model_parallel_size", size, "1 for a Retro of core with learned positions", fix)
+
+
 def fp8_gradients_are_not_deferred(settings: Settings, world_size: int) -> Iterator[Violation]:
     """Zero-bubble schedules compute weight gradients later, by products of their own."""
     if not _in_fp8(settings) or settings[ParallelConfig].pipeline_model_parallel_size == 1:
@@ -289,5 +299,6 @@ PARALLEL_RULES = (
     batch_divides,
     microbatches_fill_the_pipeline,
     no_context_parallelism,
+    positions_stay_with_their_readers,
     fp8_gradients_are_not_deferred,
 )

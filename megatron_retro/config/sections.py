@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from megatron_retro.config.conversion import ConvertConfig
 from megatron_retro.config.data import (
     CollectConfig,
     ContextsConfig,
@@ -32,7 +33,7 @@ from megatron_retro.config.inference import (
     SamplingConfig,
     ServeConfig,
 )
-from megatron_retro.config.model import ConvertConfig, ModelConfig, RetroConfig, model_is_possible
+from megatron_retro.config.model import ModelConfig, RetroConfig, model_is_possible
 from megatron_retro.config.parallel import PARALLEL_RULES, ParallelConfig
 from megatron_retro.config.retrieval import EmbedderConfig, InspectorConfig, RetrievalConfig
 from megatron_retro.config.settings import Settings

@@ -26,6 +26,7 @@ from megatron_retro.peft.merging import merged, require_mergeable
 from megatron_retro.runtime.strict_json import json_text
 
 _SHARD_BYTES = 4 << 30
+VOCABULARY_ROWS = frozenset({"embedding.word.weight", "output.weight", "encoder.embedding.word.weight"})
 
 
 def write_checkpoint(
@@ -70,9 +71,9 @@ def parameter_shapes(model: ModelConfig, retro: RetroConfig) -> dict[str, tuple[
     """Every parameter's shape with the true vocabulary."""
     with torch.device("meta"):
         built = Retro(model, retro)
-    rows = {"embedding.word.weight", "output.weight", "encoder.embedding.word.weight"}
     shapes = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
-    return {name: (model.vocab_size or 0, *shape[1:]) if name in rows else shape for name, shape in shapes.items()}
+    rows = model.vocab_size or 0
+    return {name: (rows, *shape[1:]) if name in VOCABULARY_ROWS else shape for name, shape in shapes.items()}
 
 
 def _names_by_shard(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import torch
 
+from megatron_retro.config.conversion import ConvertConfig
 from megatron_retro.config.data import TokenizerConfig
-from megatron_retro.config.model import ConvertConfig
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings
 from megatron_retro.convert.checkpoint_files import write_merged
 from megatron_retro.convert.hugging_face import CONFIG, export_hugging_face, export_remote_code, import_hugging_face
 from megatron_retro.convert.hugging_face_peft import ADAPTER_CONFIG, export_peft
-from megatron_retro.convert.megatron_checkpoint import import_megatron
-from megatron_retro.convert.megatron_core import import_core
-from megatron_retro.convert.megatron_files import is_distributed, is_megatron, iteration_folder
+from megatron_retro.convert.megatron_files import is_megatron
+from megatron_retro.convert.megatron_import import import_megatron
 from megatron_retro.convert.peft_import import import_peft
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.runtime.console import say
@@ -52,10 +51,9 @@ def _written(config: ConvertConfig, source: Path, destination: Path, tokenizer: 
         return import_peft(source, Path(config.convert_base), destination)
     if (source / CONFIG).is_file():
         return import_hugging_face(source, destination, tokenizer)
-    if is_megatron(source) and is_distributed(iteration_folder(source)):
-        return import_core(iteration_folder(source), destination, say, config.convert_neutral_arguments or ())
     if is_megatron(source):
-        return import_megatron(source, destination, say, config.convert_neutral_arguments or ())
+        neutral = config.convert_neutral_arguments or ()
+        return import_megatron(source, destination, say, neutral, config.convert_vocab_size)
     raise ConfigError(
         f"{source} is no model that can be imported",
         expected=f"{CONFIG} with safetensors beside it, {ADAPTER_CONFIG}, mp_rank_XX folders, or a torch_dist folder",

@@ -3,60 +3,48 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from megatron_retro.artifacts.manifest import file_record
-from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
-from megatron_retro.config.settings import Settings
-from megatron_retro.convert.checkpoint_files import parameter_shapes, write_checkpoint
-from megatron_retro.convert.megatron_files import FILE, read_megatron
+from megatron_retro.convert.megatron_files import MegatronCheckpoint
+from megatron_retro.convert.megatron_merges import Merge, columns, gated_rows, grouped, replica, rows
+from megatron_retro.convert.megatron_model import MegatronModel
 from megatron_retro.convert.megatron_settings import DECODER, legacy_settings
 from megatron_retro.errors import ArtifactError
 
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"
-Merge = Callable[[Sequence[Tensor]], Tensor]
+_REPEATED = re.compile(r"word_embeddings_for_head\.")
 _DERIVED = re.compile(r".*(_extra_state|inv_freq)$")
 
 
-def import_megatron(source: Path, run: Path, say: Callable[[str], None], known_neutral: Collection[str] = ()) -> Path:
-    """Write step 0 of `run` and print what was skipped. The vocabulary is the checkpoint's, padding included."""
-    checkpoint = read_megatron(source)
-    if _EMBEDDING not in checkpoint.shards[0]:
+def legacy_model(checkpoint: MegatronCheckpoint, known_neutral: Collection[str] = ()) -> MegatronModel:
+    """The model that a checkpoint of the older code holds."""
+    shards = [_modern(shard) for shard in checkpoint.shards]
+    if _EMBEDDING not in shards[0]:
         raise ArtifactError(f"{checkpoint.path} is no model of the older code", expected=_EMBEDDING)
-    names = list(checkpoint.shards[0])
-    vocabulary = sum(len(shard[_EMBEDDING]) for shard in checkpoint.shards)
+    names = list(shards[0])
+    vocabulary = sum(len(shard[_EMBEDDING]) for shard in shards)
     model, retro = legacy_settings(checkpoint.arguments, names, vocabulary, known_neutral)
     parts = tensor_sources(model, retro)
-    shapes = parameter_shapes(model, retro)
-    problems = [f"{parts[name].theirs} is missing" for name in shapes if parts[name].theirs not in names]
-    problems += [f"{name} is not understood" for name in unknown_tensors(names, parts)]
-    if problems:
-        raise ArtifactError(
-            f"{checkpoint.path} is not the model that its arguments describe", got="; ".join(problems[:6])
-        )
+    return MegatronModel(
+        checkpoint.path,
+        model,
+        retro,
+        {name: part.theirs for name, part in parts.items()},
+        [name for name in names if not _DERIVED.match(name)],
+        lambda name: parts[name].merge([shard[parts[name].theirs] for shard in shards]),
+        checkpoint.arguments.get("vocab_size"),
+        f"{', '.join(checkpoint.skipped)}; merged: {len(shards)} tensor ranks",
+        checkpoint.fingerprint(),
+    )
 
-    def load(name: str) -> Tensor:
-        tensor = parts[name].merge([shard[parts[name].theirs] for shard in checkpoint.shards])
-        if tuple(tensor.shape) != shapes[name]:
-            raise ArtifactError(
-                f"{checkpoint.path}: {parts[name].theirs} has another shape than its arguments say",
-                got=tuple(tensor.shape),
-                expected=shapes[name],
-            )
-        return tensor.to(torch.float32)
 
-    first = checkpoint.path / "mp_rank_00" / FILE
-    settings = Settings([model, retro, TokenizerConfig()])
-    written = write_checkpoint(run, settings, shapes, load, {FILE: file_record(first).sha256})
-    say(f"{len(checkpoint.shards)} shards merged, {len(shapes)} parameters; skipped: {', '.join(checkpoint.skipped)}")
-    say("no tokenizer is in such a checkpoint: give --tokenizer-type and --tokenizer-model when you use it")
-    return written
+def _modern(shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Older files say layernorm; the last stage of a pipeline repeats the embedding."""
+    return {name.replace("layernorm", "norm"): tensor for name, tensor in shard.items() if not _REPEATED.match(name)}
 
 
 @dataclass(frozen=True)
@@ -65,39 +53,6 @@ class TensorSource:
 
     theirs: str
     merge: Merge
-
-
-def rows(shards: Sequence[Tensor]) -> Tensor:
-    """Merge a column-parallel weight: each rank has some output rows."""
-    return torch.cat(list(shards), 0)
-
-
-def columns(shards: Sequence[Tensor]) -> Tensor:
-    """Merge a row-parallel weight: each rank has some input columns."""
-    return torch.cat(list(shards), 1)
-
-
-def replica(shards: Sequence[Tensor]) -> Tensor:
-    """Merge a replicated tensor, which must be the same on every rank."""
-    if not all(torch.equal(shards[0], shard) for shard in shards[1:]):
-        raise ArtifactError("a tensor that every rank should have alike differs between the shards")
-    return shards[0]
-
-
-def gated_rows(shards: Sequence[Tensor]) -> Tensor:
-    """Merge a gated up-projection: each rank has [its gate; its up]."""
-    halves = [shard.chunk(2) for shard in shards]
-    return torch.stack([torch.cat([half[number] for half in halves]) for number in (0, 1)])
-
-
-def grouped(groups: int) -> Merge:
-    """Merge rows of whole heads into [G, rows of a head, ...]."""
-
-    def merge(shards: Sequence[Tensor]) -> Tensor:
-        whole = rows(shards)
-        return whole.reshape(groups, -1, *whole.shape[1:])
-
-    return merge
 
 
 def tensor_sources(model: ModelConfig, retro: RetroConfig) -> dict[str, TensorSource]:
@@ -148,9 +103,3 @@ def _layer(model: ModelConfig, ours: str, theirs: str, reads: bool) -> dict[str,
         parts[f"{cross}.key_value.weight"] = TensorSource(f"{other}.key_value.weight", grouped(groups))
         parts[f"{cross}.output.weight"] = TensorSource(f"{other}.dense.weight", columns)
     return parts
-
-
-def unknown_tensors(names: Sequence[str], parts: Mapping[str, TensorSource]) -> list[str]:
-    """Tensors of the checkpoint that no parameter comes from, derived ones left out."""
-    used = {part.theirs for part in parts.values()}
-    return sorted(name for name in names if name not in used and not _DERIVED.match(name))

@@ -1,7 +1,8 @@
-"""A GPT checkpoint of Megatron core (`torch_dist`) as one of ours: names and settings."""
+"""A GPT or Retro checkpoint of Megatron core: names and settings, from `torch_dist` or from `mp_rank_XX_YYY`."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor
 
 from megatron_retro.artifacts.manifest import file_record
-from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
-from megatron_retro.config.settings import Settings
-from megatron_retro.convert.checkpoint_files import parameter_shapes, write_checkpoint
+from megatron_retro.convert.checkpoint_files import parameter_shapes
+from megatron_retro.convert.core_names import EMBEDDING, LAYERS, OUTPUT, core_name
 from megatron_retro.convert.distributed_checkpoint import INDEX, DistributedTensors, layer_names
-from megatron_retro.convert.megatron_files import read_common
+from megatron_retro.convert.megatron_files import MegatronCheckpoint, read_common
+from megatron_retro.convert.megatron_merges import Merge, columns, gated_rows, replica, rows
+from megatron_retro.convert.megatron_model import MegatronModel
 from megatron_retro.convert.megatron_settings import (
     Arguments,
     common_problems,
@@ -25,9 +27,12 @@ from megatron_retro.convert.megatron_settings import (
 )
 from megatron_retro.errors import ArtifactError
 
-_LAYERS = "decoder.layers."
-_EMBEDDING = "embedding.word_embeddings.weight"
 _NOT_OF_THE_MODEL = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler")
+_READS = re.compile(re.escape(LAYERS) + r"(\d+)\.cross_attention\.attn\.")
+_ENCODER_LAYER = re.compile(r"\.cross_attention\.encoder\.layers\.(\d+)\.")
+_ROWS = re.compile(r".*linear_(qkv|q|kv)\.(weight|bias)|embedding\.word_embeddings\.weight|output_layer\.weight")
+_COLUMNS = re.compile(r".*linear_(proj|fc2)\.weight")
+_UP = re.compile(r".*linear_fc1\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -36,95 +41,126 @@ class CoreCheckpoint:
 
     path: Path
     arguments: Mapping[str, Any]
-    tensors: DistributedTensors
-    names: Mapping[str, tuple[str, int | None]]
-    others: int
-
-    def read(self, name: str) -> Tensor:
-        """One tensor."""
-        return self.tensors.read(*self.names[name])
+    names: Collection[str]
+    vocabulary: int
+    read: Callable[[str], Tensor]
+    skipped: str
+    fingerprint: Mapping[str, str]
 
 
-def read_core(folder: Path) -> CoreCheckpoint:
-    """The checkpoint in a folder of one iteration."""
+def read_distributed(folder: Path) -> CoreCheckpoint:
+    """The checkpoint in a folder of one iteration, `torch_dist`."""
     common = read_common(folder)
     tensors = DistributedTensors(folder)
     shapes = {name: shape for name, shape in tensors.shapes.items() if not name.startswith(_NOT_OF_THE_MODEL)}
-    names = layer_names(shapes, _LAYERS)
+    names = layer_names(shapes, LAYERS)
+    if EMBEDDING not in names:
+        raise ArtifactError(f"{folder} is no model of Megatron core", expected=EMBEDDING)
     others = len(tensors.shapes) - len(shapes) + len(tensors.others)
-    return CoreCheckpoint(folder, vars(common["args"]), tensors, names, others)
+    return CoreCheckpoint(
+        folder,
+        vars(common["args"]),
+        names,
+        shapes[EMBEDDING][0],
+        lambda name: tensors.read(*names[name]),
+        f"{others} entries of the optimizer, random states and the like",
+        {INDEX: file_record(folder / INDEX).sha256},
+    )
 
 
-def core_settings(arguments: Mapping[str, Any], vocabulary: int, known_neutral: Collection[str] = ()) -> ModelConfig:
-    """Our settings from the run's arguments."""
+def is_core(checkpoint: MegatronCheckpoint) -> bool:
+    """Whether core wrote it, or the older code."""
+    return EMBEDDING in checkpoint.shards[0]
+
+
+def read_shards(checkpoint: MegatronCheckpoint) -> CoreCheckpoint:
+    """The model of `mp_rank_XX_YYY` folders, tensor ranks merged."""
+    shards = [{_with_norms_inside(name): tensor for name, tensor in shard.items()} for shard in checkpoint.shards]
+    gated = bool(checkpoint.arguments.get("swiglu"))
+
+    def read(name: str) -> Tensor:
+        return _merge_of(name, gated)([shard[name] for shard in shards])
+
+    repeated = {OUTPUT} if not checkpoint.arguments.get("untie_embeddings_and_output_weights") else set()
+    if OUTPUT in repeated.intersection(shards[0]) and not torch.equal(read(OUTPUT), read(EMBEDDING)):
+        raise ArtifactError(f"{checkpoint.path}: {OUTPUT} is not the embedding to which its arguments tie it")
+    return CoreCheckpoint(
+        checkpoint.path,
+        checkpoint.arguments,
+        [name for name in shards[0] if name not in repeated and not name.endswith("_extra_state")],
+        sum(len(shard[EMBEDDING]) for shard in shards),
+        read,
+        f"{', '.join(checkpoint.skipped)}; merged: {len(shards)} tensor ranks",
+        checkpoint.fingerprint(),
+    )
+
+
+def _with_norms_inside(name: str) -> str:
+    """Core's local layers keep norms beside the linear layers that follow; `torch_dist` has them inside."""
+    if ".pre_mlp_layernorm.norm." in name:
+        return name
+    name = name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
+    return name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+
+
+def _merge_of(name: str, gated: bool) -> Merge:
+    if _UP.fullmatch(name):
+        return gated_rows if gated else rows
+    if _ROWS.fullmatch(name):
+        return rows
+    return columns if _COLUMNS.fullmatch(name) else replica
+
+
+def core_model(checkpoint: CoreCheckpoint, known_neutral: Collection[str] = ()) -> MegatronModel:
+    """The model that a checkpoint of core holds."""
+    model, retro = core_settings(checkpoint.arguments, checkpoint.names, checkpoint.vocabulary, known_neutral)
+    sources = {
+        name: core_name(name, retro.retrieval_layers(model.num_layers)) for name in parameter_shapes(model, retro)
+    }
+    return MegatronModel(
+        checkpoint.path,
+        model,
+        retro,
+        sources,
+        checkpoint.names,
+        lambda name: checkpoint.read(sources[name]),
+        checkpoint.arguments.get("vocab_size"),
+        checkpoint.skipped,
+        checkpoint.fingerprint,
+    )
+
+
+def core_settings(
+    arguments: Mapping[str, Any], names: Collection[str], vocabulary: int, known_neutral: Collection[str] = ()
+) -> tuple[ModelConfig, RetroConfig]:
+    """Our settings from the run's arguments; the retrieval layers are those with a cross-attention."""
     given = Arguments(arguments)
-    require_representable(arguments, _problems(given), known_neutral)
-    return decoder_settings(given, vocabulary, legacy=False)
+    reading = sorted({int(found[1]) for name in names if (found := _READS.match(name))})
+    require_representable(arguments, _problems(given, bool(reading)), known_neutral)
+    model = decoder_settings(given, vocabulary, legacy=False)
+    if not reading:
+        return model, RetroConfig()
+    encoder_layers = {int(found[1]) for name in names if (found := _ENCODER_LAYER.search(name))}
+    retro = RetroConfig(
+        retro_add_retriever=True,
+        retro_layers=tuple(index + 1 for index in reading),
+        retro_encoder_layers=len(encoder_layers),
+        retro_chunk_length=given("retro_chunk_length", given("retro_gpt_chunk_length", 64)),
+        retro_num_neighbors=given("retro_num_neighbors", 2),
+        retro_num_retrieved_chunks=given("retro_num_retrieved_chunks", 2),
+        retro_neighbor_positions="none",
+        retro_core_checkpoint=True,
+    )
+    return model, retro
 
 
-def _problems(given: Arguments) -> Iterator[str]:
+def _problems(given: Arguments, reads: bool) -> Iterator[str]:
     yield from common_problems(given)
-    if given("retro_add_retriever", False):
-        yield "retro_add_retriever = True in core, whose neighbour encoder adds up normed states (expected a GPT)"
     if given("openai_gelu", False):
         yield "openai_gelu = True, which core does not follow (expected False)"
-
-
-def import_core(folder: Path, run: Path, say: Callable[[str], None], known_neutral: Collection[str] = ()) -> Path:
-    """Write step 0 of `run`. The vocabulary is the checkpoint's, padding included."""
-    checkpoint = read_core(folder)
-    if _EMBEDDING not in checkpoint.names:
-        raise ArtifactError(f"{folder} is no GPT of Megatron core", expected=_EMBEDDING)
-    model = core_settings(checkpoint.arguments, checkpoint.tensors.shapes[_EMBEDDING][0], known_neutral)
-    retro = RetroConfig()
-    shapes = parameter_shapes(model, retro)
-    theirs = {name: _source(name) for name in shapes}
-    problems = [f"{theirs[name]} is missing" for name in shapes if theirs[name] not in checkpoint.names]
-    problems += [f"{name} is not understood" for name in checkpoint.names if name not in set(theirs.values())]
-    if problems:
-        raise ArtifactError(f"{folder} is not the model that its arguments describe", got="; ".join(problems[:6]))
-
-    def load(name: str) -> Tensor:
-        tensor = checkpoint.read(theirs[name])
-        if tensor.numel() != torch.Size(shapes[name]).numel():
-            raise ArtifactError(
-                f"{folder}: {theirs[name]} has another shape than its arguments say",
-                got=tuple(tensor.shape),
-                expected=shapes[name],
-            )
-        return tensor.to(torch.float32).reshape(shapes[name])
-
-    settings = Settings([model, retro, TokenizerConfig()])
-    written = write_checkpoint(run, settings, shapes, load, {INDEX: file_record(folder / INDEX).sha256})
-    say(f"{len(shapes)} parameters; skipped: {checkpoint.others} entries of the optimizer, random states and the like")
-    say("no tokenizer is in such a checkpoint: give --tokenizer-type and --tokenizer-model when you use it")
-    return written
-
-
-# a part of a parameter's name, ours and core's; the norms lie in the linear layer that follows them
-_PARTS = (
-    ("attention.query_key_value.", "self_attention.linear_qkv."),
-    ("attention.output.", "self_attention.linear_proj."),
-    ("attention.query_norm.", "self_attention.q_layernorm."),
-    ("attention.key_norm.", "self_attention.k_layernorm."),
-    ("input_norm.", "self_attention.linear_qkv.layer_norm_"),
-    ("mlp_norm.", "mlp.linear_fc1.layer_norm_"),
-    ("mlp.up.", "mlp.linear_fc1."),
-    ("mlp.down.", "mlp.linear_fc2."),
-)
-_WHOLE = {
-    "embedding.word.weight": _EMBEDDING,
-    "embedding.position.weight": "embedding.position_embeddings.weight",
-    "output.weight": "output_layer.weight",
-    "final_norm.weight": "decoder.final_layernorm.weight",
-    "final_norm.bias": "decoder.final_layernorm.bias",
-}
-
-
-def _source(ours: str) -> str:
-    """Core's name of one of our parameters. Rows lie in the same order; ours are seen in more dimensions."""
-    if ours in _WHOLE:
-        return _WHOLE[ours]
-    _, number, rest = ours.split(".", 2)
-    mine, other = next(pair for pair in _PARTS if rest.startswith(pair[0]))
-    return f"{_LAYERS}{number}.{other}{rest.removeprefix(mine)}"
+    if given("retro_add_retriever", False) and not reads:
+        yield "retro_add_retriever = True without a cross-attention in the checkpoint (expected one)"
+    if reads:
+        for name in ("add_qkv_bias", "group_query_attention", "qk_layernorm"):
+            if given(name, False):
+                yield f"{name} = True in a Retro of core, which has no such cross-attention (expected False)"

@@ -1,14 +1,15 @@
-"""Megatron-LM's files: `mp_rank_XX/model_optim_rng.pt`, read without running anything that they contain.
+"""Megatron-LM's files: `mp_rank_XX[_YYY]/model_optim_rng.pt`, read without running anything that they contain.
 
 They are pickles. Only tensors, plain containers and argparse's namespace are built; Megatron's own classes
-(enumerations among the arguments) become inert placeholders, and any other name is refused.
+(enumerations among the arguments) become inert placeholders, and any other name is refused. XX is the tensor rank, YYY
+the pipeline rank, whose layers count from 0 in the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_retro.artifacts.manifest import file_record
 from megatron_retro.errors import ArtifactError
 
 FILE = "model_optim_rng.pt"
 COMMON = "common.pt"
 _LATEST = "latest_checkpointed_iteration.txt"
-_RANK = re.compile(r"mp_rank_(\d\d)")
+_RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?")
+_MODEL = re.compile(r"model\d*")
+_LAYER = re.compile(r"((?:language_model\.encoder|decoder)\.layers\.)(\d+)(\..*)")
+_INERT = ("megatron.", "_io.BytesIO")
 _OLDEST_VERSION = 2.0
 
 
@@ -32,15 +37,22 @@ class Placeholder:
     def __init__(self, *arguments: object) -> None:
         del arguments
 
+    def __setstate__(self, state: object) -> None:
+        del state
+
 
 @dataclass(frozen=True)
 class MegatronCheckpoint:
-    """The model's tensors of every tensor-parallel rank, and the arguments of the run."""
+    """The model's tensors of every tensor-parallel rank, pipeline stages joined, and the arguments of the run."""
 
     path: Path
     arguments: Mapping[str, Any]
     shards: tuple[Mapping[str, Tensor], ...]
     skipped: tuple[str, ...]
+
+    def fingerprint(self) -> dict[str, str]:
+        """What an import records of its source: the first rank's file."""
+        return {FILE: file_record(_rank_folders(self.path)[0] / FILE).sha256}
 
 
 def is_megatron(path: Path) -> bool:
@@ -62,30 +74,63 @@ def read_common(folder: Path) -> dict[str, Any]:
 
 
 def _rank_folders(path: Path) -> list[Path]:
-    return sorted(child for child in path.iterdir() if _RANK.match(child.name))
+    return sorted(child for child in path.iterdir() if _RANK.fullmatch(child.name))
 
 
 def read_megatron(path: Path) -> MegatronCheckpoint:
     """All shards, mapped from disk rather than read."""
     folder = iteration_folder(path)
-    ranks = _rank_folders(folder)
-    expected = [f"mp_rank_{number:02}" for number in range(len(ranks))]
-    if not ranks or [rank.name for rank in ranks] != expected:
+    grid = _grid(folder)
+    files = [[_load(place / FILE) for place in stages] for stages in grid]
+    first = files[0][0]
+    arguments = vars(first.get("args", argparse.Namespace()))
+    _require_known_order(folder, first, arguments, len(grid), len(grid[0]))
+    shards = [_joined_stages(stages) for stages in files]
+    tensors = tuple({name: value for name, value in shard.items() if isinstance(value, Tensor)} for shard in shards)
+    skipped = [key for key in first if not _MODEL.fullmatch(key) and key != "args"]
+    others = len(shards[0]) - len(tensors[0])
+    skipped += [f"{others} entries of the model that are no tensors"] if others else []
+    return MegatronCheckpoint(folder, arguments, tensors, tuple(skipped))
+
+
+def _grid(folder: Path) -> list[list[Path]]:
+    """The folders of each tensor rank, by its pipeline ranks."""
+    found = {_place(child): child for child in _rank_folders(folder)}
+    tensor_size, pipeline_size = (1 + max((place[axis] for place in found), default=-1) for axis in (0, 1))
+    places = [(rank, stage) for rank in range(tensor_size) for stage in range(pipeline_size)]
+    if not found or sorted(found) != places:
         raise ArtifactError(
             f"{folder} has not the ranks of one tensor-parallel group",
-            got=", ".join(rank.name for rank in ranks) or "none",
-            expected="mp_rank_00, mp_rank_01, ... without a pipeline split",
+            got=", ".join(child.name for child in found.values()) or "none",
+            expected="mp_rank_00, mp_rank_01, ..., or mp_rank_00_000, ... of every tensor and pipeline rank",
         )
-    files = [_load(rank / FILE) for rank in ranks]
-    arguments = vars(files[0].get("args", argparse.Namespace()))
-    _require_known_order(folder, files[0], arguments, len(ranks))
-    flat = [_flattened(file["model"]) for file in files]
-    tensors = tuple(
-        {_modern(name): value for name, value in shard.items() if isinstance(value, Tensor)} for shard in flat
-    )
-    skipped = [key for key in files[0] if key not in ("model", "args")]
-    skipped += [f"model.{name}" for name, value in flat[0].items() if not isinstance(value, Tensor)]
-    return MegatronCheckpoint(folder, arguments, tensors, tuple(skipped))
+    return [[found[rank, stage] for stage in range(pipeline_size)] for rank in range(tensor_size)]
+
+
+def _place(folder: Path) -> tuple[int, int]:
+    match = _RANK.fullmatch(folder.name)
+    assert match is not None
+    return int(match[1]), int(match[2] or 0)
+
+
+def _joined_stages(files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What one tensor rank holds, with the model's own numbers of layers.
+
+    Where a pipeline rank has several parts, the first parts of all ranks come before the second ones.
+    """
+    keys = sorted(key for key in files[0] if _MODEL.fullmatch(key))
+    joined: dict[str, Any] = {}
+    before = 0
+    for key in keys:
+        for file in files:
+            numbers = [0]
+            for name, value in _flattened(file.get(key, {})).items():
+                if match := _LAYER.fullmatch(name):
+                    numbers.append(int(match[2]) + 1)
+                    name = f"{match[1]}{before + int(match[2])}{match[3]}"
+                joined[name] = value
+            before += max(numbers)
+    return joined
 
 
 def iteration_folder(path: Path) -> Path:
@@ -102,7 +147,7 @@ def iteration_folder(path: Path) -> Path:
 
 def _load(path: Path) -> dict[str, Any]:
     content = _content(path)
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+    if not isinstance(content, dict) or not any(isinstance(content.get(key), dict) for key in ("model", "model0")):
         raise ArtifactError(f"{path} holds no model", expected="a dictionary with 'model' and 'args'")
     return content
 
@@ -115,7 +160,7 @@ def _content(path: Path) -> Any:
     known: list[Any] = [argparse.Namespace, *_numpy_names()]
     try:
         foreign = [name for name in get_unsafe_globals_in_checkpoint(path) if not _is_known(name, known)]
-        refused = [name for name in foreign if not name.startswith("megatron.")]
+        refused = [name for name in foreign if not name.startswith(_INERT)]
         if refused:
             raise ArtifactError(
                 f"{path} would run code when it is read",
@@ -144,13 +189,16 @@ def _is_known(name: str, known: list[Any]) -> bool:
     return name in names
 
 
-def _require_known_order(folder: Path, file: Mapping[str, Any], arguments: Mapping[str, Any], num_ranks: int) -> None:
+def _require_known_order(
+    folder: Path, file: Mapping[str, Any], arguments: Mapping[str, Any], tensor_size: int, pipeline_size: int
+) -> None:
     version = float(file.get("checkpoint_version", 0))
     if version < _OLDEST_VERSION:
         raise ArtifactError(
             f"{folder} orders queries, keys and values in an older way", got=version, expected=_OLDEST_VERSION
         )
-    for name, expected in (("tensor_model_parallel_size", num_ranks), ("pipeline_model_parallel_size", 1)):
+    sizes = {"tensor_model_parallel_size": tensor_size, "pipeline_model_parallel_size": pipeline_size}
+    for name, expected in sizes.items():
         if arguments.get(name, expected) != expected:
             raise ArtifactError(f"{folder}: {name} does not match its folders", got=arguments[name], expected=expected)
 
@@ -163,8 +211,3 @@ def _flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _modern(name: str) -> str:
-    """Older files say layernorm."""
-    return name.replace("layernorm", "norm")

@@ -1,8 +1,7 @@
 """Attention of the model: among the tokens of a sequence, and between decoder and neighbours.
 
 `SelfAttention`: grouped heads, optional query/key norm, positions and a cache. `ChunkedCrossAttention`: decoder tokens
-read encoded neighbours. `EncoderCrossAttention`: neighbours, while they are encoded, read the chunk that retrieved
-them; its keys and values are computed once for all its neighbours.
+read encoded neighbours. `EncoderCrossAttention`: neighbours, while they are encoded, read the chunk that found them.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.model.cache import CacheSlice, LayerCache
 from megatron_retro.model.context import NeighborContext
 from megatron_retro.model.gates import AdaptiveGate, HeadGate, ScalarGate
-from megatron_retro.model.leaves import HeadsToHidden, Linear, Norm, RelativePositions
+from megatron_retro.model.leaves import AttendingBias, HeadsToHidden, Linear, Norm, RelativePositions
 from megatron_retro.ops.attention import AttentionPattern, attention
 from megatron_retro.ops.chunked_cross_attention import chunked_cross_attention
 from megatron_retro.ops.chunking import attending_spans, spread_over_queries
@@ -93,18 +92,19 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Projections that both share. No biases: absence must give exactly zero."""
+    """Projections that both share. No biases but in Megatron core's function: absence must give exactly zero."""
 
-    def __init__(self, config: ModelConfig, source_size: int, positions: str) -> None:
+    def __init__(self, config: ModelConfig, retro: RetroConfig, source_size: int, *, closing_bias: bool) -> None:
         super().__init__()
+        bias = retro.biased_cross_attention(config)
         heads, groups, head_size = config.num_attention_heads, config.num_key_value_heads(), config.head_size()
-        self.head_size = head_size
+        self.num_heads, self.head_size = heads, head_size
         self.interleaved = config.rotary_interleaved
         self.attention_dropout = config.attention_dropout
-        self.query = Linear(config.hidden_size, (heads, head_size), bias=False)
-        self.key_value = Linear(source_size, (groups, 2 * head_size), bias=False)
-        self.relative = RelativePositions(config) if positions == "relative" else None
-        self.output = HeadsToHidden(heads, head_size, config.hidden_size, bias=False)
+        self.query = Linear(config.hidden_size, (heads, head_size), bias=bias)
+        self.key_value = Linear(source_size, (groups, 2 * head_size), bias=bias)
+        self.relative = RelativePositions(config) if retro.neighbor_positions() == "relative" else None
+        self.output = HeadsToHidden(heads, head_size, config.hidden_size, bias=bias and closing_bias)
 
     def _dropout(self) -> float:
         return self.attention_dropout if self.training else 0.0
@@ -122,7 +122,8 @@ class ChunkedCrossAttention(CrossAttention):
     """Attending chunks read the encoded neighbours of their chunk, scaled by the gate."""
 
     def __init__(self, config: ModelConfig, retro: RetroConfig, encoder_size: int) -> None:
-        super().__init__(config, encoder_size, retro.neighbor_positions())
+        super().__init__(config, retro, encoder_size, closing_bias=False)
+        self.attending = AttendingBias(config.hidden_size) if retro.biased_cross_attention(config) else None
         self.chunk_length = retro.retro_chunk_length
         self.fixed_gate = retro.retro_attention_gate if retro.retro_gate_type == "fixed" else 1.0
         self.gate = _build_gate(config, retro)
@@ -155,7 +156,18 @@ class ChunkedCrossAttention(CrossAttention):
             )
             attended = self._gated(attended, normed_BSH, key.shape[1], retrieval.first_position)
         output: Tensor = self.output(attended)
+        if self.attending is not None:
+            share = query_BSND.shape[2] / self.num_heads  # of the heads, where ranks add up what they give
+            output = output + share * self.attending(self._attends(retrieval, query_BSND, cache_slice))
         return output
+
+    def _attends(self, retrieval: NeighborContext, query_BSND: Tensor, cache_slice: CacheSlice | None) -> Tensor:
+        """[B, S] which tokens see a chunk that has neighbours."""
+        assert retrieval.mask_BCE is not None
+        present_BC = retrieval.mask_BCE.any(-1)
+        if cache_slice is not None:
+            return present_BC.gather(1, cache_slice.visible_chunk_BS(query_BSND.device))
+        return spread_over_queries(present_BC, query_BSND.shape[1], self.chunk_length, retrieval.first_position)
 
     def _chunk_keys_values(
         self, encoded_BCKRH: Tensor | None, table: RotaryTable | None
@@ -262,7 +274,7 @@ class ChunkedCrossAttention(CrossAttention):
         ]
         rates = cache.over_visible_chunks("rate", self.gate(normed_BSH[cache_slice.rows, ends]), cache_slice)
         assert rates is not None
-        seen = visible_chunk_index(cache_slice, query_BSND.device)
+        seen = cache_slice.visible_chunk_BS(query_BSND.device)
         return attended * rates.gather(1, seen)[..., None, None].to(attended.dtype)
 
     def _attend_rows(
@@ -280,7 +292,7 @@ class ChunkedCrossAttention(CrossAttention):
             return self._attend(query_BSND, key_BCEGD, value_BCEGD, retrieval, mask_BCE, first_positions[0])
         if cache_slice.width == 1 and self.relative is None:
             rows = torch.arange(query_BSND.shape[0], device=query_BSND.device)
-            seen = visible_chunk_index(cache_slice, query_BSND.device)[:, 0]
+            seen = cache_slice.visible_chunk_BS(query_BSND.device)[:, 0]
             one = [tensor[rows, seen][:, None] for tensor in (key_BCEGD, value_BCEGD, mask_BCE)]
             return self._attend(query_BSND, one[0], one[1], retrieval, one[2], self.chunk_length - 1)
         rows_of_queries = [
@@ -301,7 +313,7 @@ class EncoderCrossAttention(CrossAttention):
     """Neighbour tokens read the decoder's state of the chunk that retrieved them."""
 
     def __init__(self, config: ModelConfig, retro: RetroConfig, decoder_size: int) -> None:
-        super().__init__(config, decoder_size, retro.neighbor_positions())
+        super().__init__(config, retro, decoder_size, closing_bias=True)
 
     def forward(
         self,
@@ -326,14 +338,6 @@ class EncoderCrossAttention(CrossAttention):
         )
         output: Tensor = self.output(attended)
         return torch.unflatten(output, 1, (num_neighbors, retrieved_length))
-
-
-def visible_chunk_index(cache_slice: CacheSlice, device: torch.device) -> Tensor:
-    """[B, S] which of the visible chunks each token sees."""
-    first_B1 = torch.tensor(cache_slice.first_positions, device=device)[:, None]
-    positions_BS = first_B1 + torch.arange(cache_slice.width, device=device)
-    index = torch.div(positions_BS + 1, cache_slice.chunk_length, rounding_mode="floor") - 1
-    return index.clamp(max=cache_slice.num_visible_chunks - 1)
 
 
 def _build_gate(config: ModelConfig, retro: RetroConfig) -> AdaptiveGate | HeadGate | ScalarGate | None:

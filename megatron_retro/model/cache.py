@@ -91,6 +91,13 @@ class CacheSlice:
         """Each row's first grid position, counted from the first visible chunk."""
         return tuple(start % self.chunk_length + self.chunk_length for start in self.grid_starts)
 
+    def visible_chunk_BS(self, device: torch.device) -> Tensor:
+        """[B, S] which of the visible chunks each token sees."""
+        first_B1 = torch.tensor(self.first_positions, device=device)[:, None]
+        positions_BS = first_B1 + torch.arange(self.width, device=device)
+        index = torch.div(positions_BS + 1, self.chunk_length, rounding_mode="floor") - 1
+        return index.clamp(max=self.num_visible_chunks - 1)
+
     def slots_BS(self, device: torch.device) -> Tensor:
         """[B, S] the slot of each token."""
         return torch.tensor(self.starts, device=device)[:, None] + torch.arange(self.width, device=device)

@@ -163,8 +163,8 @@ class ContextBuilder:
         return torch.unflatten(states_BSX[:, : num_chunks * self.chunk_length], 1, (num_chunks, self.chunk_length))
 
     def _first_position(self, length: int) -> int:
-        """Grid position of the first token: 0; in the published checkpoints the grid ends with the sequence."""
-        return -length % self.chunk_length if self.retro.retro_legacy_checkpoint else 0
+        """Grid position of the first token: 0; in Megatron's checkpoints the grid ends with the sequence."""
+        return -length % self.chunk_length if self.retro.computes_as_megatron() else 0
 
     def _retrieval(
         self, length: int, device: torch.device, neighbors: Neighbors[Tensor] | None, padding_mask_BS: Tensor | None
@@ -175,7 +175,7 @@ class ContextBuilder:
             return None
         neighbors = neighbors.first_chunks(num_chunks)
         chunk_mask_XM = None
-        if padding_mask_BS is not None and not self.retro.retro_legacy_checkpoint:
+        if padding_mask_BS is not None and not self.retro.computes_as_megatron():
             chunk_mask_XM = self.chunks(padding_mask_BS, num_chunks).flatten(0, 1)
         positions_BS = query_positions(length, first_position, self.chunk_length, device)[None]
         return self._neighbor_context(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +92,7 @@ class EncoderLayer(nn.Module):
         conditioned = decoder_size is not None
         self.cross_norm = Norm(config, config.hidden_size) if conditioned else None
         self.cross_attention = EncoderCrossAttention(config, retro, decoder_size) if decoder_size is not None else None
+        self.adds_to_normed = retro.retro_core_checkpoint
         self.mlp_norm = Norm(config, config.hidden_size)
         self.mlp = MLP(config)
 
@@ -103,10 +105,12 @@ class EncoderLayer(nn.Module):
         added = self._dropped(torch.unflatten(attended, 0, shape))
         if self.cross_attention is not None and self.cross_norm is not None:
             normed, hidden_XKRH = self.cross_norm(hidden_XKRH, added)
-            with self.cross_norm.recomputed_from_sum(normed, hidden_XKRH):
+            kept = self.adds_to_normed
+            with nullcontext() if kept else self.cross_norm.recomputed_from_sum(normed, hidden_XKRH):
                 found = self.cross_attention(
                     normed, chunk_XMH, context.chunk_mask_XM, context.query_rotary, context.chunk_rotary
                 )
+            hidden_XKRH = normed if kept else hidden_XKRH
             added = self._dropped(found)
         normed, hidden_XKRH = self.mlp_norm(hidden_XKRH, added)
         with self.mlp_norm.recomputed_from_sum(normed, hidden_XKRH):

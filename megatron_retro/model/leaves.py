@@ -141,6 +141,19 @@ class Output(nn.Module):
         return linear_cross_entropy(hidden_BSH, weight_VH, labels_BS)
 
 
+class AttendingBias(nn.Module):
+    """A bias for tokens that read neighbours; others get zero."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def forward(self, attends_BS: Tensor) -> Tensor:
+        """[B, S, H] from [B, S] booleans."""
+        bias_H = local(self.bias)
+        return attends_BS[..., None].to(bias_H.dtype) * bias_H
+
+
 class RelativePositions(nn.Module):
     """Transformer-XL's term: scores of a query against the projected sinusoid of its distance to a key."""
 

@@ -50,7 +50,7 @@ class Retro(nn.Module):
             }
         )
         self.encoder = NeighborEncoder(model, retro) if retrieval_layers else None
-        self.final_norm: Norm | None = Norm(model, model.hidden_size)
+        self.final_norm: Norm | None = None if retro.retro_core_checkpoint else Norm(model, model.hidden_size)
         self.output: Output | None = Output(model)
         self.kept_encodings: KeptEncodings | None = None
 
@@ -119,7 +119,7 @@ class Retro(nn.Module):
         """
         if neighbors is not None:
             _require_mask(neighbors)
-            if self.retro.retro_legacy_checkpoint:
+            if self.retro.computes_as_megatron():
                 neighbors = _all_present(neighbors)
         sequence = (length, device, position_ids_BS, padding_mask_BS)
         if cache is not None:
@@ -151,9 +151,10 @@ class Retro(nn.Module):
 
     def head(self, hidden_BSH: Tensor, labels_BS: Tensor | None = None) -> Tensor:
         """Logits, or losses; for the stage that holds the output. A tied one holds the embedding too."""
-        assert self.final_norm is not None and self.output is not None
+        assert self.output is not None
         tied = None if self.embedding is None else self.embedding.word
-        result: Tensor = self.output(self.final_norm(hidden_BSH), labels_BS, tied)
+        normed_BSH = hidden_BSH if self.final_norm is None else self.final_norm(hidden_BSH)
+        result: Tensor = self.output(normed_BSH, labels_BS, tied)
         return result
 
     def _encode_in(self, context: SequenceContext, cache: Cache | None) -> Callable[[Tensor], Tensor | None]:
@@ -208,6 +209,10 @@ class Retro(nn.Module):
         assert table is not None
         # whatever stands where nothing exists, the table can be asked for token 0
         embedded_BCKRH = table.word(neighbors.tokens_BCKR.masked_fill(~neighbors.mask_BCKR, 0).long())
+        if self.retro.learned_neighbor_positions(self.model):
+            assert self.embedding is not None and self.embedding.position is not None
+            positions_R = torch.arange(neighbors.tokens_BCKR.shape[-1], device=embedded_BCKRH.device)
+            embedded_BCKRH = embedded_BCKRH + self.embedding.position(positions_R)
         dropout = self.retro.retro_encoder_hidden_dropout
         if dropout:
             embedded_BCKRH = functional.dropout(embedded_BCKRH, dropout, self.training)
@@ -231,7 +236,7 @@ def _require_mask(neighbors: Neighbors[Tensor]) -> None:
 
 
 def _all_present(neighbors: Neighbors[Tensor]) -> Neighbors[Tensor]:
-    """As the published checkpoints were trained: in place of the absent, what stands there."""
+    """As Megatron's checkpoints were trained: in place of the absent, what stands there."""
     return Neighbors(neighbors.tokens_BCKR.clamp(min=0), torch.ones_like(neighbors.mask_BCKR))
 
 

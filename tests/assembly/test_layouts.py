@@ -34,8 +34,19 @@ TRAP = Case(
     {"freeze_decoder": True, "recompute_granularity": "full"},
 )
 
+_CORE = {"retro_core_checkpoint": True, "steps": 3}  # biases are zero before the first step
+CORES = (
+    Case(
+        2,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {**_CORE, "position_embedding_type": "learned_absolute"},
+    ),
+    Case(4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, _CORE),
+    Case(2, {"data_parallel_sharding": "full"}, {**_CORE, "recompute_granularity": "full"}),
+)
 
-@pytest.mark.parametrize("case", [TRAP, *drawn_part(SEED)], ids=str)
+
+@pytest.mark.parametrize("case", [TRAP, *CORES, *drawn_part(SEED)], ids=str)
 def test_layout_equals_one_process(case: Case) -> None:
     worst = worst_of_case(case)
     assert {name: error for name, error in worst.items() if not error < tolerance(case)} == {}

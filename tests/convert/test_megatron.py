@@ -18,7 +18,7 @@ from megatron_retro.checkpoint.loading import open_checkpoint, stored_settings
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.convert.checkpoint_files import read_parameter
 from megatron_retro.convert.megatron_arguments import REFUSED, REPRESENTED, argument_problems, is_neutral
-from megatron_retro.convert.megatron_checkpoint import import_megatron
+from megatron_retro.convert.megatron_import import import_megatron
 from megatron_retro.convert.megatron_settings import legacy_settings
 from megatron_retro.errors import ArtifactError, MegatronRetroError
 from megatron_retro.microbatch import Neighbors
@@ -165,7 +165,7 @@ def test_computes_what_it_was_trained_to_compute(ranks: int, length: int, tmp_pa
 def test_says_what_it_skipped(tmp_path: Path) -> None:
     said: list[str] = []
     imported(written(tmp_path / "theirs"), tmp_path / "run", said.append)
-    assert "2 shards merged" in said[0]
+    assert "merged: 2 tensor ranks" in said[0]
     assert all(word in said[0] for word in ("optimizer", "rng_state", "iteration"))
 
 

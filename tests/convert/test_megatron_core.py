@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -15,17 +16,29 @@ from megatron_retro.cli.main import main
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.convert.checkpoint_files import read_parameter
 from megatron_retro.convert.distributed_checkpoint import DistributedTensors
-from megatron_retro.convert.megatron_core import import_core
+from megatron_retro.convert.megatron_import import import_megatron
 from megatron_retro.errors import ArtifactError
+from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.retro import Retro
 
 DATA = Path(__file__).parent / "data"
+WHOLE = ("llama", "gpt", "qwen", "retro", "retro_rope")
+CUT = ("gpt_1_2", "gpt_2_1", "gpt_2_2", "llama_2_2", "qwen_2_1", "retro_2_1", "retro_rope_2_1")
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("core")
+    with tarfile.open(DATA / "core_checkpoints.tar.xz") as archive:
+        archive.extractall(folder)
+    return folder
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> Path:
-    with tarfile.open(DATA / "core_gpt.tar.xz") as archive:
-        archive.extractall(tmp_path)
+def written(stored: Path, tmp_path: Path) -> Path:
+    """A copy that may be damaged."""
+    for name in ("llama", "gpt"):
+        shutil.copytree(stored / name, tmp_path / name)
     return tmp_path
 
 
@@ -33,17 +46,57 @@ def silent(text: str) -> None:
     del text
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt"])
-@torch.no_grad()
-def test_computes_what_core_computes(name: str, written: Path) -> None:
-    assert main(["convert", str(written / name), str(written / "run")]) == 0
-    checkpoint = open_checkpoint(written / "run")
+def model_of(run: Path) -> Retro:
+    checkpoint = open_checkpoint(run)
     settings = stored_settings(checkpoint)
     model = Retro(settings[ModelConfig], settings[RetroConfig]).double().eval()
-    for parameter_name, parameter in model.named_parameters():
-        parameter.copy_(read_parameter(checkpoint, parameter_name))
-    expected: dict[str, Tensor] = torch.load(written / name / "expected.pt", weights_only=True)
-    assert (model(expected["tokens"]) - expected["logits"]).abs().max() < 1e-6
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(read_parameter(checkpoint, name))
+    return model
+
+
+def expected_of(stored: Path, name: str) -> dict[str, Tensor]:
+    whole = max((each for each in WHOLE if name.startswith(each)), key=len)
+    found: dict[str, Tensor] = torch.load(stored / whole / "expected.pt", weights_only=True)
+    return found
+
+
+def neighbors_of(expected: dict[str, Tensor], suffix: str = "") -> Neighbors[Tensor] | None:
+    tokens = expected.get(f"neighbors{suffix}")
+    if tokens is None:
+        return None
+    # the mask says that half is absent; core has no masks
+    return Neighbors(tokens[None], torch.arange(tokens.numel()).view_as(tokens)[None] % 2 == 0)
+
+
+@pytest.mark.parametrize("name", [*WHOLE, *CUT, *(f"{name}_torch" for name in CUT)])
+@torch.no_grad()
+def test_computes_what_core_computes(name: str, stored: Path, tmp_path: Path) -> None:
+    """Whatever cut wrote it, and in which of core's formats; a text may have a short first chunk."""
+    said: list[str] = []
+    import_megatron(stored / name, tmp_path, said.append)
+    model, expected = model_of(tmp_path), expected_of(stored, name)
+    for suffix in ("", "_short"):
+        logits = model(expected[f"tokens{suffix}"], neighbors_of(expected, suffix))
+        assert (logits - expected[f"logits{suffix}"]).abs().max() < 1e-9
+    assert ("retro_core_checkpoint" in " ".join(said)) == name.startswith("retro") == model.retro.retro_core_checkpoint
+    assert len(said) <= 4 and "_extra_state" not in " ".join(said)
+
+
+@pytest.mark.parametrize("name", ["retro", "retro_rope"])
+@torch.no_grad()
+def test_a_core_retro_generates_what_it_computes(name: str, stored: Path, tmp_path: Path) -> None:
+    """With a cache, fed in pieces; a text of whole chunks has the same grid."""
+    import_megatron(stored / name, tmp_path, silent)
+    model, expected = model_of(tmp_path), expected_of(stored, name)
+    neighbors, cache, pieces = neighbors_of(expected), model.new_cache(1, 12), []
+    assert neighbors is not None
+    for start, stop in ((0, 5), (5, 6), (6, 8), (8, 12)):
+        chunks = slice(start // 4, stop // 4)
+        some = Neighbors(neighbors.tokens_BCKR[:, chunks], neighbors.mask_BCKR[:, chunks])
+        pieces.append(model(expected["tokens"][:, start:stop], some, cache=cache))
+    assert (torch.cat(pieces, 1) - expected["logits"]).abs().max() < 1e-9
 
 
 def test_a_retrofit_starts_from_it(written: Path) -> None:
@@ -63,7 +116,7 @@ def test_an_index_that_would_run_code_is_refused(written: Path, capsys: pytest.C
     folder = written / "gpt" / "iter_0000005"
     (folder / ".metadata").write_bytes(pickle.dumps(Dangerous()))
     with pytest.raises(ArtifactError, match="would run code") as raised:
-        import_core(folder, written / "run", silent)
+        import_megatron(folder, written / "run", silent)
     assert "builtins.print" in str(raised.value) and "run" not in capsys.readouterr().out
 
 
@@ -72,7 +125,7 @@ def test_damage_is_named(written: Path) -> None:
     data = next(folder.glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:500])
     with pytest.raises(ArtifactError, match="cannot be read"):
-        import_core(folder, written / "run", silent)
+        import_megatron(folder, written / "run", silent)
     (folder / ".metadata").write_bytes(b"\x80\x04garbage")
     with pytest.raises(ArtifactError, match="cannot be read"):
         DistributedTensors(folder)

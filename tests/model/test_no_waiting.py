@@ -26,6 +26,7 @@ from megatron_retro.testing.single_process import one_process
         {"retro_gate_type": "scalar"},
         {"retro_gate_type": "adaptive"},
         {"retro_legacy_checkpoint": True},
+        {"retro_core_checkpoint": True, "position_embedding_type": "learned_absolute"},
         {"qk_layernorm": True},
         {"sliding_window": 4},
         {"squared_relu": True},

@@ -65,6 +65,7 @@ MATTERS: tuple[dict[str, Any], ...] = (
     {"retro_random_retrieval_probability": 0.5},
     {"retro_zero_init_output": True},
     {"retro_legacy_checkpoint": True},
+    {"retro_core_checkpoint": True},
     {"reset_position_ids": True},
     {"reset_attention_mask": True},
     {"eod_mask_loss": True},

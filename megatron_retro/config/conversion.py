@@ -1,0 +1,37 @@
+"""What a conversion makes of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_retro.config.fields import option
+
+CONVERSIONS = ("checkpoint", "huggingface", "remote-code", "peft")
+EXPORT_TYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Conversion: into what"""
+
+    convert_to: str = option("checkpoint", "what DESTINATION becomes", choices=CONVERSIONS, ours=True)
+    convert_dtype: str = option("float32", "numbers of an exported model", choices=EXPORT_TYPES, ours=True)
+    convert_shard_megabytes: int = option(4096, "size of an exported file", minimum=1, ours=True)
+    convert_merge: bool = option(
+        False, "write what was tuned beside a model into its weights, in float32 (LoRA, (IA)3)", ours=True
+    )
+    convert_base: str | None = option(
+        None, "the checkpoint that an adapter in the format of Hugging Face's peft belongs to", ours=True
+    )
+    convert_neutral_arguments: tuple[str, ...] | None = option(
+        None, "arguments of a Megatron-LM run that are not known here and leave its model's function alone", ours=True
+    )
+    convert_vocab_size: int | None = option(
+        None,
+        "true vocabulary of a Megatron-LM checkpoint: the rows behind it, which fill its tables up, are cut off",
+        minimum=1,
+        ours=True,
+    )
+    convert_decoder_only: bool = option(
+        False, "export the decoder of a model that reads neighbours, as it computes with the gate shut", ours=True
+    )

@@ -1,0 +1,29 @@
+"""A model of Megatron-LM's as an import needs it: settings of ours, and a tensor for each of our parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_retro.config.model import ModelConfig, RetroConfig
+
+
+@dataclass(frozen=True)
+class MegatronModel:
+    """`sources` gives the stored name of each parameter of ours, `read` its whole tensor, `names` are all stored ones.
+
+    The vocabulary of `model` is that of the stored tables, padding included.
+    """
+
+    path: Path
+    model: ModelConfig
+    retro: RetroConfig
+    sources: Mapping[str, str]
+    names: Collection[str]
+    read: Callable[[str], Tensor]
+    true_vocabulary: int | None
+    skipped: str
+    fingerprint: Mapping[str, str]
