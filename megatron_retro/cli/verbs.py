@@ -190,17 +190,18 @@ printed first. The run lives in --save; the same command goes on where it stoppe
     ),
     Verb(
         "convert",
-        "Hugging Face and Megatron-LM models in, Hugging Face models out",
+        "Hugging Face and Megatron-LM models in and out",
         (ConvertConfig, TokenizerConfig),
         "convert.conversion:convert",
         """Read SOURCE, write DESTINATION.
 
 SOURCE is a Hugging Face folder (config.json with safetensors: Llama, Qwen 2 and 3, Mistral, Nemotron, StableLM,
-GPT-2), a checkpoint of Megatron-LM's Retro (mp_rank_XX/model_optim_rng.pt) or of a GPT of its core (torch_dist), or a
-checkpoint of ours. With --convert-to checkpoint (the default) DESTINATION becomes a run whose step 0 holds the
-weights: start from it with `pretrain --load DESTINATION --finetune` or `retrofit --load DESTINATION`. With
---convert-to huggingface it becomes a folder that AutoModelForCausalLM loads. With --convert-to remote-code a whole
-Retro, encoder and all, becomes a folder that it loads with trust_remote_code=True where megatron_retro is installed.
+GPT-2), a GPT or Retro of Megatron-LM (mp_rank_XX_YYY/model_optim_rng.pt, torch_dist), or a checkpoint of ours.
+With --convert-to checkpoint (the default) DESTINATION becomes a run whose step 0 holds the weights: start from it
+with `pretrain --load DESTINATION --finetune` or `retrofit --load DESTINATION`. With --convert-to huggingface it becomes
+a folder that AutoModelForCausalLM loads. With --convert-to remote-code a whole Retro, encoder and all, becomes a folder
+that it loads with trust_remote_code=True where megatron_retro is installed.
+With --convert-to megatron-core it becomes a torch_dist checkpoint of Megatron-LM.
 
 A run that tuned LoRA or (IA)3 beside a model becomes a whole model with --convert-merge, ours or Hugging Face's;
 with --convert-to peft, what it tuned (P-tuning too) becomes a folder that PeftModel.from_pretrained loads over the

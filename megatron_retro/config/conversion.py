@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_retro.config.fields import option
 
-CONVERSIONS = ("checkpoint", "huggingface", "remote-code", "peft")
+CONVERSIONS = ("checkpoint", "huggingface", "remote-code", "peft", "megatron-core")
 EXPORT_TYPES = ("float32", "bfloat16", "float16")
 
 

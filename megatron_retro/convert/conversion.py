@@ -13,6 +13,7 @@ from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings
 from megatron_retro.convert.checkpoint_files import write_merged
 from megatron_retro.convert.hugging_face import CONFIG, export_hugging_face, export_remote_code, import_hugging_face
 from megatron_retro.convert.hugging_face_peft import ADAPTER_CONFIG, export_peft
+from megatron_retro.convert.megatron_export import export_megatron
 from megatron_retro.convert.megatron_files import is_megatron
 from megatron_retro.convert.megatron_import import import_megatron
 from megatron_retro.convert.peft_import import import_peft
@@ -29,8 +30,10 @@ def convert(settings: Settings, paths: Sequence[str]) -> None:
         raise ArtifactError(f"{source} is no directory", expected="a model's folder")
     _require_fitting(config, source)
     named = settings.origin("tokenizer_type") != DEFAULT_ORIGIN
-    if named and not (source / CONFIG).is_file():
-        raise ConfigError("--tokenizer-type is read with a Hugging Face folder alone", fix="leave it out")
+    if named and not (source / CONFIG).is_file() and not is_megatron(source):
+        raise ConfigError(
+            "--tokenizer-type is read with a model of Hugging Face or Megatron-LM alone", fix="leave it out"
+        )
     say(f"wrote {_written(config, source, destination, settings[TokenizerConfig] if named else None)}")
 
 
@@ -45,6 +48,8 @@ def _written(config: ConvertConfig, source: Path, destination: Path, tokenizer: 
         return export_hugging_face(
             source, destination, dtype=dtype, shard_bytes=shard_bytes, decoder_only=decoder_only, merge=merge
         )
+    if config.convert_to == "megatron-core":
+        return export_megatron(source, destination, dtype=dtype, decoder_only=decoder_only, merge=merge)
     if merge:
         return write_merged(source, destination)
     if config.convert_base is not None:
@@ -53,11 +58,12 @@ def _written(config: ConvertConfig, source: Path, destination: Path, tokenizer: 
         return import_hugging_face(source, destination, tokenizer)
     if is_megatron(source):
         neutral = config.convert_neutral_arguments or ()
-        return import_megatron(source, destination, say, neutral, config.convert_vocab_size)
+        return import_megatron(source, destination, say, neutral, config.convert_vocab_size, tokenizer)
     raise ConfigError(
         f"{source} is no model that can be imported",
         expected=f"{CONFIG} with safetensors beside it, {ADAPTER_CONFIG}, mp_rank_XX folders, or a torch_dist folder",
-        fix="a checkpoint of ours is exported with --convert-to huggingface, or merged with --convert-merge",
+        fix="a checkpoint of ours is exported with --convert-to huggingface or megatron-core, or merged with "
+        "--convert-merge",
     )
 
 

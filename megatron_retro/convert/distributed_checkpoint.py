@@ -25,7 +25,12 @@ _RECORDS = (
     "torch.distributed.checkpoint.planner",
     "megatron.core.dist_checkpointing.",
 )
-_ENCODINGS = (("torch.serialization", "_get_layout"), ("torch", "strided"))
+_INERT = (
+    ("torch.serialization", "_get_layout"),
+    ("torch", "strided"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+)
 
 
 class Record:
@@ -47,7 +52,7 @@ def _stand_in(module: str, name: str) -> Any:
         return dict
     if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
         return name
-    if module.startswith(_RECORDS) or (module, name) in _ENCODINGS:
+    if module.startswith(_RECORDS) or (module, name) in _INERT:
         return Record
     raise ArtifactError(
         f"{INDEX} would run code when it is read",

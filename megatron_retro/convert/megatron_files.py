@@ -23,7 +23,7 @@ from megatron_retro.errors import ArtifactError
 
 FILE = "model_optim_rng.pt"
 COMMON = "common.pt"
-_LATEST = "latest_checkpointed_iteration.txt"
+LATEST = "latest_checkpointed_iteration.txt"
 _RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?")
 _MODEL = re.compile(r"model\d*")
 _LAYER = re.compile(r"((?:language_model\.encoder|decoder)\.layers\.)(\d+)(\..*)")
@@ -57,7 +57,7 @@ class MegatronCheckpoint:
 
 def is_megatron(path: Path) -> bool:
     """Whether a folder looks like such a checkpoint."""
-    return bool(_rank_folders(path)) or (path / _LATEST).is_file() or is_distributed(path)
+    return bool(_rank_folders(path)) or (path / LATEST).is_file() or is_distributed(path)
 
 
 def is_distributed(folder: Path) -> bool:
@@ -135,7 +135,7 @@ def _joined_stages(files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def iteration_folder(path: Path) -> Path:
     """The folder of the latest iteration, or the path itself."""
-    latest = path / _LATEST
+    latest = path / LATEST
     if _rank_folders(path) or not latest.is_file():
         return path
     text = latest.read_text(encoding="utf-8").strip()

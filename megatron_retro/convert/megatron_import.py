@@ -32,6 +32,7 @@ def import_megatron(
     say: Callable[[str], None],
     known_neutral: Collection[str] = (),
     vocab_size: int | None = None,
+    tokenizer: TokenizerConfig | None = None,
 ) -> Path:
     """Write step 0 of `run`, and say what was skipped. Without `vocab_size` the padding of the tables stays."""
     theirs = _opened(iteration_folder(source), known_neutral)
@@ -51,10 +52,12 @@ def import_megatron(
         tensor = tensor.to(torch.float32).reshape(stored_shapes[name])
         return tensor[: model.vocab_size] if name in VOCABULARY_ROWS else tensor
 
-    settings = Settings([model, retro, TokenizerConfig()])
+    settings = Settings([model, retro, tokenizer or TokenizerConfig()])
     written = write_checkpoint(run, settings, shapes, load, theirs.fingerprint)
     say(f"{len(shapes)} parameters; skipped: {theirs.skipped}")
     _say_what_matters(theirs, vocab_size, say)
+    if tokenizer is None:
+        say("no tokenizer is in such a checkpoint: give --tokenizer-type and --tokenizer-model here or when you use it")
     return written
 
 
@@ -90,4 +93,3 @@ def _say_what_matters(theirs: MegatronModel, vocab_size: int | None, say: Callab
         say(f"{stored - true} of {stored} rows of the vocabulary fill it up: --convert-vocab-size {true} cuts them off")
     if theirs.retro.retro_core_checkpoint:
         say(f"warning: {_CORE_RETRO}")
-    say("no tokenizer is in such a checkpoint: give --tokenizer-type and --tokenizer-model when you use it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 import tarfile
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from megatron_retro.checkpoint.loading import open_checkpoint, stored_settings
 from megatron_retro.cli.main import main
+from megatron_retro.config.command_line import parse_settings
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.convert.checkpoint_files import read_parameter
 from megatron_retro.convert.distributed_checkpoint import DistributedTensors
+from megatron_retro.convert.megatron_export import core_problems
 from megatron_retro.convert.megatron_import import import_megatron
 from megatron_retro.errors import ArtifactError
 from megatron_retro.microbatch import Neighbors
@@ -130,3 +133,52 @@ def test_damage_is_named(written: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot be read"):
         DistributedTensors(folder)
     assert not list((written / "run").glob("*"))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt", "qwen", "retro", "retro_rope"])
+@torch.no_grad()
+def test_goes_out_as_core_writes_it(name: str, stored: Path, tmp_path: Path) -> None:
+    """The index has core's own names and shapes, and every object that core asks for; it comes in again unchanged."""
+    import_megatron(stored / name, tmp_path / "run", silent)
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "out"), "--convert-to", "megatron-core"]) == 0
+    theirs = DistributedTensors(stored / name / "iter_0000005")
+    ours = DistributedTensors(tmp_path / "out" / "release")
+    assert ours.shapes == theirs.shapes
+    assert set(theirs.others) <= set(ours.others)
+    assert all(torch.equal(ours.read(key), theirs.read(key).float()) for key in theirs.shapes)
+    backend = "metadata.json"
+    written = [json.loads((folder / backend).read_text()) for folder in (ours.folder, theirs.folder)]
+    assert written[0] == written[1]
+    import_megatron(tmp_path / "out", tmp_path / "again", silent)
+    model, expected = model_of(tmp_path / "again"), expected_of(stored, name)
+    assert (model(expected["tokens"], neighbors_of(expected)) - expected["logits"]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--sliding-window", "8"], "sliding_window 8"),
+        (["--position-embedding-type", "relative"], "position_embedding_type relative"),
+        (["--gelu-tanh", "--disable-bias-linear"], "gelu_tanh without biases"),
+        (["--rope-scaling-type", "llama3", "--rope-scaling-low-freq-factor", "2"], "llama3 scaling with bounds"),
+        (["--retro-add-retriever", "--retro-layers", "2", "--retro-chunk-length", "4"], "reads neighbours otherwise"),
+    ],
+)
+def test_what_core_does_not_compute_does_not_go_out(flags: list[str], named: str) -> None:
+    sections = (ModelConfig, RetroConfig)
+    settings = parse_settings("pretrain", sections, flags, all_sections=sections)[0]
+    problems = list(core_problems(settings[ModelConfig], settings[RetroConfig]))
+    assert len(problems) == 1 and named in problems[0]
+
+
+def test_the_padding_of_a_vocabulary_is_cut_off_where_asked(stored: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    import_megatron(stored / "qwen", tmp_path / "all", said.append)
+    assert "3 of 16 rows of the vocabulary fill it up: --convert-vocab-size 13" in " ".join(said)
+    flags = ["--convert-vocab-size", "13"]
+    assert main(["convert", str(stored / "qwen"), str(tmp_path / "true"), *flags]) == 0
+    checkpoints = [open_checkpoint(tmp_path / name) for name in ("all", "true")]
+    whole, true = (read_parameter(checkpoint, "output.weight") for checkpoint in checkpoints)
+    assert len(whole) == 16 and torch.equal(true, whole[:13])
+    with pytest.raises(ArtifactError, match="smaller vocabulary"):
+        import_megatron(stored / "qwen", tmp_path / "wrong", silent, vocab_size=17)
