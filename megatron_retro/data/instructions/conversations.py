@@ -1,4 +1,5 @@
-"""Reading conversations: `{"messages"}`, `{"prompt", "completion"}` or `{"question", "answers", "contexts"}` per line.
+"""Reading conversations, one to a record, as people have them: messages, prompts with completions, questions with
+answers, ShareGPT's and Alpaca's records; lines, an array or columns, plain or compressed.
 
 All faults of a file are reported together, each with its line number.
 """
@@ -11,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_retro.data.preprocessing.job import parquet_module
+from megatron_retro.data.preprocessing.records import BROKEN, COMPRESSED, opened
 from megatron_retro.errors import DataError
 
 ROLES = ("system", "user", "assistant")
+_OTHER_NAMES = {"human": "user", "gpt": "assistant", "developer": "system"}
 REPORTED_FAULTS = 20
 
 
@@ -59,11 +63,13 @@ def read_records(path: Path) -> list[tuple[dict[str, Any], Conversation]]:
     """The same, each with the record that it stands in."""
     found: list[tuple[dict[str, Any], Conversation]] = []
     faults: list[str] = []
-    for number, line in _numbered_lines(path):
+    for place, record in _placed_records(path):
         try:
-            found.append(parse_record(line, f"{path}:{number}"))
+            if isinstance(record, _Fault):
+                raise record
+            found.append((record, parse_record(record, f"{path}:{place}")))
         except _Fault as fault:
-            faults.append(f"line {number}: {fault}")
+            faults.append(f"line {place}: {fault}")
     if faults:
         shown = "\n  ".join(faults[:REPORTED_FAULTS])
         more = f"\n  and {len(faults) - REPORTED_FAULTS} more" if len(faults) > REPORTED_FAULTS else ""
@@ -75,56 +81,105 @@ def read_records(path: Path) -> list[tuple[dict[str, Any], Conversation]]:
     return found
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+def _placed_records(path: Path) -> Iterator[tuple[int, Any]]:
+    """Records with their line (of an array or a table, their number); a `_Fault` in place of a line that is no JSON."""
     try:
-        with path.open(encoding="utf-8") as stream:
+        if path.suffix == ".parquet":
+            yield from enumerate(parquet_module().read_table(path).to_pylist(), 1)
+            return
+        with opened(path) as stream:
+            if path.name.removesuffix(path.suffix if path.suffix in COMPRESSED else "").endswith(".json"):
+                yield from _whole(stream.read().decode("utf-8"))
+                return
             for number, line in enumerate(stream, 1):
                 if line.strip():
-                    yield number, line
+                    yield number, _parsed(line.decode("utf-8"))
     except FileNotFoundError:
         raise DataError(f"there is no file {path}", fix="give the path of a JSON lines file") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8", got=error) from None
+    except (*BROKEN, ValueError) as error:  # the last of a Parquet file
+        raise DataError(f"{path} is cut or damaged", got=error, fix="fetch it again") from None
 
 
-def parse_record(line: str, origin: str) -> tuple[dict[str, Any], Conversation]:
-    """One record; raises `ValueError` with the reason."""
+def _whole(text: str) -> Iterator[tuple[int, Any]]:
+    """The records of an array; a file of that name that holds lines is read as lines."""
+    parsed = _parsed(text)
+    if isinstance(parsed, list):
+        yield from enumerate(parsed, 1)
+    else:
+        yield from ((number, _parsed(line)) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+
+
+def _parsed(text: str) -> Any:
     try:
-        record = json.loads(line)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise _Fault(f"not JSON (column {error.colno}: {error.msg})") from None
+        return _Fault(f"not JSON (column {error.colno}: {error.msg})")
     except (RecursionError, ValueError) as error:
-        raise _Fault(f"no JSON that can be read: {error}") from None
+        return _Fault(f"no JSON that can be read: {error}")
+
+
+def parse_record(record: object, origin: str) -> Conversation:
+    """One record; raises `ValueError` with the reason."""
     if not isinstance(record, dict):
         raise _Fault(f"expected an object, got {type(record).__name__}")
     turns = _turns(record)
     _check(turns)
-    return record, Conversation(turns, _passages(record), origin)
+    return Conversation(turns, _passages(record), origin)
 
 
 def _turns(record: Mapping[str, Any]) -> tuple[Turn, ...]:
     if "messages" in record:
-        return _messages(record["messages"])
+        return _messages(record["messages"], "role", "content")
+    if "conversations" in record:
+        told = (Turn("system", _text(record, "system")),) if record.get("system") else ()
+        return *told, *_messages(record["conversations"], "from", "value")
     if "prompt" in record and "completion" in record:
-        return Turn("user", _text(record, "prompt")), Turn("assistant", _text(record, "completion"))
+        return *_side(record, "prompt", "user"), *_side(record, "completion", "assistant")
+    if "instruction" in record and "output" in record:
+        asked = [_text(record, key) for key in ("instruction", "input") if record.get(key)]
+        return Turn("user", "\n\n".join(asked)), Turn("assistant", _text(record, "output"))
     if "question" in record and "answers" in record:
         answers = record["answers"]
         if not isinstance(answers, list) or not answers or not isinstance(answers[0], str):
             raise _Fault("answers must be a list of texts with at least one")
         return Turn("user", _text(record, "question")), Turn("assistant", answers[0])
     raise _Fault(
-        f"expected messages, or prompt and completion, or question and answers; got {', '.join(record) or '{}'}"
+        "expected messages, conversations, prompt and completion, instruction and output, or question and answers; "
+        f"got {', '.join(record) or '{}'}"
     )
 
 
-def _messages(messages: object) -> tuple[Turn, ...]:
+def _side(record: Mapping[str, Any], key: str, role: str) -> tuple[Turn, ...]:
+    """A prompt or a completion: text, or the messages that it consists of."""
+    if isinstance(record[key], list):
+        return _messages(record[key], "role", "content")
+    return (Turn(role, _text(record, key)),)
+
+
+def _messages(messages: object, role: str, content: str) -> tuple[Turn, ...]:
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise _Fault("messages must be a list of objects with role and content")
-    turns = tuple(Turn(_text(message, "role"), _text(message, "content")) for message in messages)
-    for turn in turns:
-        if turn.role not in ROLES:
-            raise _Fault(f"unknown role {turn.role!r}, expected one of {', '.join(ROLES)}")
-    return turns
+        raise _Fault(f"messages must be a list of objects with {role} and {content}")
+    turns = []
+    for message in messages:
+        name = _text(message, role)
+        if name not in ROLES and name not in _OTHER_NAMES:
+            raise _Fault(f"unknown role {name!r}, expected one of {', '.join(ROLES)}")
+        turns.append(Turn(_OTHER_NAMES.get(name, name), _content(message, content)))
+    return tuple(turns)
+
+
+def _content(message: Mapping[str, Any], key: str) -> str:
+    """A text, or the text of the parts that it is given in."""
+    parts = message.get(key)
+    if not isinstance(parts, list):
+        return _text(message, key)
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise _Fault(f"a part of {key} is of type {kind!r}, expected text")
+    return "".join(_text(part, "text") for part in parts)
 
 
 def _text(record: Mapping[str, Any], key: str) -> str:

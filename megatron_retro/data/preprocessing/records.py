@@ -11,6 +11,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_retro.data.preprocessing.job import (
@@ -18,12 +19,15 @@ from megatron_retro.data.preprocessing.job import (
     LINES,
     PARQUET,
     TEXT,
+    ZSTD,
     InputRange,
     PreprocessingJob,
     parquet_module,
 )
 from megatron_retro.errors import DataError, EnvironmentProblem
 
+COMPRESSED = {".gz": GZIP, ".zst": ZSTD}
+BROKEN = (EOFError, zlib.error, gzip.BadGzipFile)  # what a compressed file that is cut or damaged raises
 _READ_BYTES = 1 << 20
 _BYTE_ORDER_MARK = "\ufeff"
 Texts = dict[str, list[str]]
@@ -128,6 +132,12 @@ def _decompressed(path: str, kind: str) -> BinaryIO:
     return io.BufferedReader(_ZstdStream(path), _READ_BYTES)
 
 
+def opened(path: Path) -> BinaryIO:
+    """A file's bytes, decompressed where its name says so."""
+    kind = COMPRESSED.get(path.suffix)
+    return path.open("rb") if kind is None else _decompressed(str(path), kind)
+
+
 class _ZstdStream(io.RawIOBase):
     """Frames of a .zst one after another; an unfinished one at the end of the file is an error."""
 
@@ -185,7 +195,7 @@ def _with_named_errors(records: Iterator[Record], path: str) -> Iterator[Record]
         for record in records:
             last = record.offset + record.length
             yield record
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except BROKEN as error:
         raise DataError(
             f"{path} is cut or damaged after {last} decompressed bytes", got=error, fix="fetch or compress it again"
         ) from None

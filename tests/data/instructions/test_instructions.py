@@ -162,7 +162,7 @@ def test_three_forms_are_read(tmp_path: Path) -> None:
 BAD = [
     ("{", "not JSON (column "),
     ("[1]", "expected an object, got list"),
-    ('{"text": "x"}', "expected messages, or prompt and completion, or question and answers; got text"),
+    ('{"text": "x"}', "expected messages, conversations, prompt and completion, "),
     ('{"messages": [{"role": "user", "content": "q"}]}', "no assistant turn"),
     ('{"messages": [{"role": "robot", "content": "q"}]}', "unknown role 'robot'"),
     ('{"messages": [{"role": "user"}]}', "content must be text, got NoneType"),
