@@ -21,6 +21,7 @@ from megatron_retro.cli.main import run_words
 from megatron_retro.config.command_line import UNSET, opposite
 from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig
 from megatron_retro.convert.hugging_face import CONFIG, import_hugging_face
+from megatron_retro.data.hub import MODEL_PATTERNS, folder_of
 from megatron_retro.data.neighbor_table import NeighborTable
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.inference.forward import stack_neighbors
@@ -167,8 +168,8 @@ def load(
     dtype: str = "auto",
     max_sequence_length: int = EngineConfig.max_sequence_length,
 ) -> Model:
-    """Open a run, a checkpoint, or a Hugging Face folder; `index` is a project that its chunks are looked up in."""
-    source = Path(path)
+    """Open a run, a checkpoint, or a Hugging Face folder or name; `index` is a project to look its chunks up in."""
+    source = folder_of(path, MODEL_PATTERNS)
     engine = EngineConfig(max_sequence_length=max_sequence_length, dtype=dtype, device=device)
     live = LiveRetrievalConfig(retro_index=None if index is None else str(index))
     with tempfile.TemporaryDirectory(prefix="megatron-retro-") as folder:

@@ -25,7 +25,7 @@ class TokenizerConfig:
     tokenizer_type: str = option(
         "ByteTokenizer", "kind of tokenizer (GPTSentencePieceTokenizer is SentencePieceTokenizer)", choices=TOKENIZERS
     )
-    tokenizer_model: str | None = option(None, "sentencepiece model or tokenizer.json")
+    tokenizer_model: str | None = option(None, "sentencepiece model, tokenizer.json, or name of a model on the hub")
     vocab_file: str | None = option(None, "GPT-2 vocabulary (json)")
     merge_file: str | None = option(None, "GPT-2 merges")
     allow_tokenizer_mismatch: bool = option(

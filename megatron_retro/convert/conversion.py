@@ -17,6 +17,7 @@ from megatron_retro.convert.megatron_export import export_megatron
 from megatron_retro.convert.megatron_files import is_megatron
 from megatron_retro.convert.megatron_import import import_megatron
 from megatron_retro.convert.peft_import import import_peft
+from megatron_retro.data.hub import MODEL_PATTERNS, folder_of
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.runtime.console import say
 
@@ -25,9 +26,10 @@ def convert(settings: Settings, paths: Sequence[str]) -> None:
     """Convert SOURCE into DESTINATION, and say what was written."""
     if len(paths) != 2:
         raise ConfigError("convert takes two paths", got=" ".join(paths) or "none", expected="SOURCE DESTINATION")
-    config, (source, destination) = settings[ConvertConfig], map(Path, paths)
+    config, destination = settings[ConvertConfig], Path(paths[1])
+    source = folder_of(paths[0], MODEL_PATTERNS)
     if not source.is_dir():
-        raise ArtifactError(f"{source} is no directory", expected="a model's folder")
+        raise ArtifactError(f"{source} is no directory", expected="a model's folder or its name on the hub")
     _require_fitting(config, source)
     named = settings.origin("tokenizer_type") != DEFAULT_ORIGIN
     if named and not (source / CONFIG).is_file() and not is_megatron(source):

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_retro.artifacts.files import make_folder, write_file
 from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.data.hub import TEXT_PATTERNS, folder_of
 from megatron_retro.errors import ArtifactError
 
 FOLDER = "tokenizer"
@@ -28,6 +29,8 @@ _COMPANIONS = (
 def text_folder(config: TokenizerConfig) -> Path | None:
     """Where the tokenizer lies; None for one that needs no file."""
     named = next((Path(path) for name in FILE_SETTINGS if (path := getattr(config, name)) is not None), None)
+    if named is not None and config.tokenizer_type == "HuggingFaceTokenizer":
+        named = folder_of(named, TEXT_PATTERNS)
     return named if named is None or named.is_dir() else named.parent
 
 

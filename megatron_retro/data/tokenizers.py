@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.data.hub import TEXT_PATTERNS, folder_of
 from megatron_retro.data.model_text import TOKENIZER_JSON, end_ids, read_text_file, special_tokens
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.errors import ArtifactError, ConfigError, DataError
@@ -261,7 +262,7 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
         from megatron_retro.data.megatron_tokenizer import MegatronSentencePieceTokenizer
 
         return MegatronSentencePieceTokenizer(model)
-    return HuggingFaceTokenizer(model)
+    return HuggingFaceTokenizer(folder_of(model, TEXT_PATTERNS))
 
 
 def _required(value: str | None, kind: str, field: str) -> Path:

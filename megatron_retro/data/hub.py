@@ -1,0 +1,36 @@
+"""Models of the Hugging Face hub by name, `owner/model` or `owner/model@revision`, wherever a folder is asked for.
+
+`huggingface_hub` fetches and caches them; HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean there.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from megatron_retro.errors import ArtifactError
+from megatron_retro.runtime.console import say
+
+_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+TEXT_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")
+MODEL_PATTERNS = (*TEXT_PATTERNS, "*.safetensors")
+
+
+def folder_of(name: str | Path, patterns: tuple[str, ...]) -> Path:
+    """The path as it is, if there is something at it or it is no name of a model; else where the model's files lie."""
+    path, match = Path(name), _NAME.fullmatch(str(name))
+    if path.exists() or match is None or path.suffix in (".json", ".model"):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(match[1], revision=match[2], allow_patterns=list(patterns)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{name} is no folder here, and cannot be fetched as a model of the hub",
+            got=str(error).split("\n", 1)[0],
+            fix="give a folder, or check the name, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE",
+        ) from None
+    say(f"{name} lies in {folder}")
+    return folder
