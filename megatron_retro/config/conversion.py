@@ -15,11 +15,9 @@ class ConvertConfig:
     """Conversion: into what"""
 
     convert_to: str = option("checkpoint", "what DESTINATION becomes", choices=CONVERSIONS, ours=True)
-    convert_dtype: str = option("float32", "numbers of an exported model", choices=EXPORT_TYPES, ours=True)
+    convert_dtype: str = option("float32", "numbers of what is written", choices=EXPORT_TYPES, ours=True)
     convert_shard_megabytes: int = option(4096, "size of an exported file", minimum=1, ours=True)
-    convert_merge: bool = option(
-        False, "write what was tuned beside a model into its weights, in float32 (LoRA, (IA)3)", ours=True
-    )
+    convert_merge: bool = option(False, "write what was tuned beside a model into its weights (LoRA, (IA)3)", ours=True)
     convert_base: str | None = option(
         None, "the checkpoint that an adapter in the format of Hugging Face's peft belongs to", ours=True
     )

@@ -14,7 +14,7 @@ from megatron_retro.artifacts.manifest import file_record, write_manifest
 from megatron_retro.checkpoint.directory import KIND, STATE_NAME, VERSION, point_to, step_directory
 from megatron_retro.checkpoint.live_state import MODEL
 from megatron_retro.checkpoint.loading import Checkpoint, load_tensors, open_base, open_checkpoint, stored_settings
-from megatron_retro.checkpoint.shard_files import DTYPES, StoredSlice, TensorSlice, write_shard
+from megatron_retro.checkpoint.shard_files import DTYPE_NAMES, DTYPES, StoredSlice, TensorSlice, write_shard
 from megatron_retro.checkpoint.storage import INDEX_NAME, ShardFile, TensorIndex, shard_name
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
@@ -35,20 +35,23 @@ def write_checkpoint(
     shapes: Mapping[str, tuple[int, ...]],
     load: Callable[[str], Tensor],
     inputs: Mapping[str, str],
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Step 0 of a run: weights only, float32. `load` gives each tensor when it is its turn."""
+    """Step 0 of a run: weights only. `load` gives each tensor when it is its turn."""
     target = step_directory(run, 0)
     with new_directory(target) as partial:
         files: dict[str, ShardFile] = {}
         slices: dict[str, tuple[StoredSlice, ...]] = {}
         for number, names in enumerate(_names_by_shard(shapes)):
-            specs = [TensorSlice(MODEL + name, "F32", shapes[name], (0,) * len(shapes[name])) for name in names]
+            specs = [
+                TensorSlice(MODEL + name, DTYPE_NAMES[dtype], shapes[name], (0,) * len(shapes[name])) for name in names
+            ]
             path = partial / shard_name(number)
-            written = write_shard(path, specs, lambda index, names=names: load(names[index]).float())  # type: ignore[misc]
+            written = write_shard(path, specs, lambda index, names=names: load(names[index]).to(dtype))  # type: ignore[misc]
             files[path.name] = ShardFile(written.num_bytes, written.checksums)
             slices |= {stored.spec.name: (stored,) for stored in written.slices}
         sizes = {MODEL + name: shape for name, shape in shapes.items()}
-        index = TensorIndex(sizes, dict.fromkeys(sizes, "F32"), slices, files)
+        index = TensorIndex(sizes, dict.fromkeys(sizes, DTYPE_NAMES[dtype]), slices, files)
         write_file(partial / INDEX_NAME, index.to_json())
         write_file(partial / STATE_NAME, json_text({}) + "\n")
         records = {name: file.record() for name, file in files.items()}
@@ -158,9 +161,9 @@ def _merged_model(checkpoint: Checkpoint, settings: Settings) -> StoredModel:
     return StoredModel(checkpoint.path, settings, parameter_names(base), load, inputs)
 
 
-def write_merged(source: Path, run: Path) -> Path:
+def write_merged(source: Path, run: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write a run whose step 0 is the tuned model, merged into its base."""
     stored = open_stored(source, merge=True)
     model, retro = stored.settings[ModelConfig], stored.settings[RetroConfig]
     settings = Settings([model, retro, stored.settings[TokenizerConfig]])
-    return write_checkpoint(run, settings, parameter_shapes(model, retro), stored.load, stored.inputs)
+    return write_checkpoint(run, settings, parameter_shapes(model, retro), stored.load, stored.inputs, dtype)

@@ -53,14 +53,14 @@ def _written(config: ConvertConfig, source: Path, destination: Path, tokenizer: 
     if config.convert_to == "megatron-core":
         return export_megatron(source, destination, dtype=dtype, decoder_only=decoder_only, merge=merge)
     if merge:
-        return write_merged(source, destination)
+        return write_merged(source, destination, dtype)
     if config.convert_base is not None:
         return import_peft(source, Path(config.convert_base), destination)
     if (source / CONFIG).is_file():
-        return import_hugging_face(source, destination, tokenizer)
+        return import_hugging_face(source, destination, tokenizer, dtype)
     if is_megatron(source):
         neutral = config.convert_neutral_arguments or ()
-        return import_megatron(source, destination, say, neutral, config.convert_vocab_size, tokenizer)
+        return import_megatron(source, destination, say, neutral, config.convert_vocab_size, tokenizer, dtype)
     raise ConfigError(
         f"{source} is no model that can be imported",
         expected=f"{CONFIG} with safetensors beside it, {ADAPTER_CONFIG}, mp_rank_XX folders, or a torch_dist folder",

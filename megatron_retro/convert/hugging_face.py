@@ -35,7 +35,9 @@ _REMOTE_CODE = "modeling_megatron_retro"
 _DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
 
 
-def import_hugging_face(source: Path, run: Path, tokenizer: TokenizerConfig | None = None) -> Path:
+def import_hugging_face(
+    source: Path, run: Path, tokenizer: TokenizerConfig | None = None, dtype: torch.dtype = torch.float32
+) -> Path:
     """Write step 0 of `run` from the folder; tensor by tensor, every name and shape checked first.
 
     The tokenizer that lies beside the model comes along, unless another is given.
@@ -56,7 +58,7 @@ def import_hugging_face(source: Path, run: Path, tokenizer: TokenizerConfig | No
 
     kept = keep_text_files(tokenizer or imported_tokenizer(source), run)
     settings = Settings([model, RetroConfig(), kept])
-    return write_checkpoint(run, settings, shapes, load, {"config.json": file_record(source / CONFIG).sha256})
+    return write_checkpoint(run, settings, shapes, load, {"config.json": file_record(source / CONFIG).sha256}, dtype)
 
 
 def imported_tokenizer(source: Path) -> TokenizerConfig:

@@ -33,6 +33,7 @@ def import_megatron(
     known_neutral: Collection[str] = (),
     vocab_size: int | None = None,
     tokenizer: TokenizerConfig | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write step 0 of `run`, and say what was skipped. Without `vocab_size` the padding of the tables stays."""
     theirs = _opened(iteration_folder(source), known_neutral)
@@ -53,7 +54,7 @@ def import_megatron(
         return tensor[: model.vocab_size] if name in VOCABULARY_ROWS else tensor
 
     settings = Settings([model, retro, tokenizer or TokenizerConfig()])
-    written = write_checkpoint(run, settings, shapes, load, theirs.fingerprint)
+    written = write_checkpoint(run, settings, shapes, load, theirs.fingerprint, dtype)
     say(f"{len(shapes)} parameters; skipped: {theirs.skipped}")
     _say_what_matters(theirs, vocab_size, say)
     if tokenizer is None:

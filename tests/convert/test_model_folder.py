@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_retro.cli.main import main
 from megatron_retro.convert.hugging_face import CONFIG
@@ -92,6 +93,21 @@ def test_it_is_tuned_and_exported_with_one_template(
         shutil.rmtree(out)
 
 
+def test_it_is_written_in_the_numbers_that_are_asked_for(source: Path, tmp_path: Path) -> None:
+    import megatron_retro as mr
+
+    for dtype in ("float32", "bfloat16"):
+        assert main(["convert", str(source), str(tmp_path / dtype), "--convert-dtype", dtype]) == 0
+    whole, half = (mr.load(tmp_path / dtype, device="cpu", dtype="fp32") for dtype in ("float32", "bfloat16"))
+    for ours, theirs in zip(half.module.parameters(), whole.module.parameters(), strict=True):
+        assert torch.equal(ours, theirs.bfloat16().float())
+    sizes = [
+        sum(one.stat().st_size for one in (tmp_path / dtype).rglob("*.safetensors"))
+        for dtype in ("bfloat16", "float32")
+    ]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
 def test_a_folder_without_a_tokenizer_is_refused_unless_one_is_named(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,7 +122,7 @@ def test_a_folder_without_a_tokenizer_is_refused_unless_one_is_named(
     assert main(["convert", str(bare), str(tmp_path / "run"), *words]) == 0
     assert (tmp_path / "run/tokenizer/tokenizer.json").is_file()
     assert main(["convert", str(tmp_path / "run"), str(tmp_path / "again"), *words]) == 2
-    assert "a Hugging Face folder alone" in capsys.readouterr().err
+    assert "is read with a model of Hugging Face" in capsys.readouterr().err
 
 
 def test_texts_begin_and_answers_end_as_the_model_says(run: Path, source: Path) -> None:
