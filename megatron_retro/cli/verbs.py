@@ -76,6 +76,8 @@ _OF_A_FINISHED_MODEL: Reads = {
         "distributed_timeout_minutes",
     ),
 }
+# A verb that finds its tokenizer in an index asks only whether another one may do.
+_OF_ANOTHERS_TOKENIZER: Reads = {TokenizerConfig: ("allow_tokenizer_mismatch",)}
 VERBS: tuple[Verb, ...] = (
     Verb(
         "collect-text",
@@ -135,7 +137,7 @@ thousands of chunks a second without a forward pass.""",
     Verb(
         "inspect-neighbors",
         "a page of chunks, their neighbours and what they share",
-        (RetrievalConfig, InspectorConfig),
+        (RetrievalConfig, InspectorConfig, TokenizerConfig),
         "inference.inspection:inspect_neighbors",
         """Write a page of query chunks with their neighbours, continuations, distances and documents.
 
@@ -143,7 +145,7 @@ Runs of tokens that a neighbour shares with the chunk or with what follows it ar
 shows what that model attends to while it predicts what follows, and what each neighbour takes off its loss.
 
 The tables of the database's own corpora are found by themselves; name others as --retro-query-corpus NAME=PREFIX.""",
-        reads={RetrievalConfig: ("retro_project_dir", "retro_query_corpus")},
+        reads={RetrievalConfig: ("retro_project_dir", "retro_query_corpus"), **_OF_ANOTHERS_TOKENIZER},
     ),
     Verb(
         "pretrain",
@@ -158,13 +160,14 @@ exit code 75 means: saved before the end, run me again.""",
     Verb(
         "retrieve-contexts",
         "passages of an index, written into conversations to train on",
-        (ContextsConfig, LiveRetrievalConfig),
+        (ContextsConfig, LiveRetrievalConfig, TokenizerConfig),
         "retrieval.conversation_contexts:retrieve_contexts",
         """Copy SOURCE, a file of conversations or questions (JSON lines), to TARGET with passages filled in.
 
 They come from --retro-index, a project of build-retrieval: for each conversation the chunks nearest to what the user
 said last. Train on TARGET with `finetune --context-place` prompt, encoder or split; the trainer does not search.""",
         Positional("paths", "*", "SOURCE TARGET"),
+        _OF_ANOTHERS_TOKENIZER,
     ),
     Verb(
         "finetune",

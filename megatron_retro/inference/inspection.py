@@ -27,14 +27,16 @@ def inspect_neighbors(settings: Settings) -> None:
 
 
 def _reader(path: Path) -> Reader:
-    model = load_model(path, device="cpu", dtype="fp32").module
+    loaded = load_model(path, device="cpu", dtype="fp32")
+    model = loaded.module
     if not model.retro.reads_neighbors():
         raise ConfigError(
             f"--inspect-model {path} reads no neighbours",
             got="a GPT, or a Retro whose gate is shut",
             fix="give a Retro",
         )
-    return Reader(model.retro.retro_num_neighbors, model.retro.retrieved_length(), partial(_read, model))
+    retro = model.retro
+    return Reader(loaded.tokenizer, retro.retro_num_neighbors, retro.retrieved_length(), partial(_read, model))
 
 
 def _read(model: Retro, text: Sequence[int], tokens: Tokens, there: Mask) -> tuple[Weights, Weights]:

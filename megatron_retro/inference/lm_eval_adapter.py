@@ -6,7 +6,7 @@ lm-eval finds models by a table of its own, so the program is started through th
         --model_args load=RUN,retro_index=PROJECT,retrieval=live --tasks hellaswag
 
 `model_args`: load (checkpoint or run), retro_index, retrieval (live, none, random), max_length, batch_size,
-max_gen_toks, device, dtype.
+max_gen_toks, device, dtype, allow_tokenizer_mismatch.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class MegatronRetroLM(TemplateLM):  # type: ignore[misc]
         max_gen_toks: int = 256,
         device: str | None = None,
         dtype: str = "auto",
+        allow_tokenizer_mismatch: bool = False,
         **unknown: object,
     ) -> None:
         super().__init__()
@@ -58,7 +59,8 @@ class MegatronRetroLM(TemplateLM):  # type: ignore[misc]
         engine = EngineConfig(max_sequence_length=int(max_length), device=_device(device), dtype=dtype)
         loaded = load_model(Path(load), device=engine.device, dtype=dtype)
         self.module = loaded.module
-        self.generator = build_text_generator(loaded, engine, LiveRetrievalConfig(retro_index=retro_index))
+        live, allowed = LiveRetrievalConfig(retro_index=retro_index), bool(allow_tokenizer_mismatch)
+        self.generator = build_text_generator(loaded, engine, live, allow_tokenizer_mismatch=allowed)
         self.source = self.generator.source("none" if retro_index is None else retrieval)
         self.max_length, self.max_gen_toks = int(max_length), int(max_gen_toks)
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 8

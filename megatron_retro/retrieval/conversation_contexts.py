@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_retro.artifacts.files import new_file
-from megatron_retro.config.data import ContextsConfig
+from megatron_retro.config.data import ContextsConfig, TokenizerConfig
 from megatron_retro.config.inference import LiveRetrievalConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.data.instructions.conversations import Conversation, read_records
@@ -31,7 +31,8 @@ def retrieve_contexts(settings: Settings, paths: Sequence[str]) -> None:
     if project is None:
         raise ConfigError("where are the passages?", expected="--retro-index DIR", fix="make one with build-retrieval")
     source, target = map(Path, paths)
-    read, searched = write_contexts(source, target, LiveIndex(project), settings[ContextsConfig])
+    index = LiveIndex(project, allow_tokenizer_mismatch=settings[TokenizerConfig].allow_tokenizer_mismatch)
+    read, searched = write_contexts(source, target, index, settings[ContextsConfig])
     say(f"{target}: {read} conversations, passages searched for {searched} of them")
 
 

@@ -17,11 +17,11 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.data.neighbor_table import NeighborTable
 from megatron_retro.data.query_chunks import QueryChunks
 from megatron_retro.data.token_file import TokenFile
-from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_retro.data.tokenizers import Tokenizer, name_of, refuse_mismatch, require_tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.reporting.neighbors import QueryText, RetrievedText, inspector_page
 from megatron_retro.retrieval.layout import ProjectLayout
-from megatron_retro.retrieval.live_index import LiveIndex, live_settings
+from megatron_retro.retrieval.live_index import LiveIndex
 from megatron_retro.retrieval.quality import covered_rows
 from megatron_retro.retrieval.work_blocks import uniform_sample
 
@@ -34,6 +34,7 @@ Weights: TypeAlias = NDArray[np.floating[Any]]
 class Reader:
     """A model that reads: neighbours [K, R] of the first chunk of a text, to what was attended to and worth."""
 
+    tokenizer: Tokenizer
     num_neighbors: int
     retrieved_length: int
     read: Callable[[Sequence[int], Tokens, Mask], tuple[Weights, Weights]]
@@ -55,9 +56,14 @@ def inspect_neighbors(settings: Settings, reader: Reader | None = None) -> None:
     """Write a page per table of the project, and print their paths."""
     retrieval, config = settings[RetrievalConfig], settings[InspectorConfig]
     layout = ProjectLayout(Path(retrieval.retro_project_dir))
-    tokenizer = build_tokenizer(TokenizerConfig(**live_settings(layout)["tokenizer"]))
-    index = LiveIndex(layout.root)
+    allowed = settings[TokenizerConfig].allow_tokenizer_mismatch
+    index = LiveIndex(layout.root, allow_tokenizer_mismatch=allowed)
+    tokenizer = index.tokenizer
     tables = _tables(layout, index, retrieval.retro_query_corpus)
+    require_tokenizer([file for _, file in tables.values()], tokenizer, allow_mismatch=allowed)
+    if reader is not None and reader.tokenizer.fingerprint != tokenizer.fingerprint:
+        what = f"{layout.root} was built with another tokenizer than the model's"
+        refuse_mismatch(what, name_of(tokenizer), reader.tokenizer, allowed)
     if config.inspect_output is not None and len(tables) > 1:
         raise ConfigError(
             "--inspect-output names one page, but the project has several tables",

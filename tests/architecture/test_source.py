@@ -94,12 +94,34 @@ def test_all_json_is_strict() -> None:
 
 
 def test_no_pickle_is_loaded_from_disk() -> None:
+    """One module unpickles, through a class that chooses every name; torch.load and np.load take plain values alone."""
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                name = ast.unparse(node.func)
-                assert name not in ("pickle.load", "pickle.loads", "pickle.Unpickler"), f"{path}: {name}"
-                if name == "torch.load":
-                    assert any(key.arg == "weights_only" for key in node.keywords), f"{path}: torch.load"
-                if name == "np.load":
-                    assert not any(key.arg == "allow_pickle" for key in node.keywords), f"{path}: np.load"
+        faults = unpickling(ast.parse(path.read_text()))
+        if path.name == "foreign_pickles.py":
+            assert faults == ["pickle.Unpickler"], faults
+        elif "testing" not in path.parts:
+            assert faults == [], (path, faults)
+
+
+def unpickling(tree: ast.AST) -> list[str]:
+    """Where a module could build objects that a file names."""
+    found = []
+    for node in ast.walk(tree):
+        name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+        if re.fullmatch(r"(c?[pP]ickle|dill|joblib|shelve|marshal)\.(load|loads|Unpickler|open)", name):
+            found.append(name)
+        if isinstance(node, ast.ImportFrom) and node.module in ("pickle", "dill", "joblib", "shelve", "marshal"):
+            found.append(f"from {node.module}")
+        if isinstance(node, ast.Call):
+            told = {key.arg: ast.unparse(key.value) for key in node.keywords}
+            if ast.unparse(node.func) == "torch.load" and told.get("weights_only") != "True":
+                found.append("torch.load")
+            if ast.unparse(node.func) == "np.load" and told.get("allow_pickle", "False") != "False":
+                found.append("np.load")
+    return found
+
+
+def test_a_pickle_that_is_loaded_is_seen() -> None:
+    for text in ("pickle.loads(x)", "class A(pickle.Unpickler): pass", "from pickle import load", "torch.load(x)"):
+        assert unpickling(ast.parse(text)), text
+    assert unpickling(ast.parse("torch.load(x, weights_only=True)\npickle.UnpicklingError")) == []

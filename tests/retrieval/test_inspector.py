@@ -14,6 +14,7 @@ from megatron_retro.convert.checkpoint_files import parameter_shapes, write_chec
 from megatron_retro.reporting.neighbors import shared_runs
 from megatron_retro.retrieval.stages import build_retrieval
 from megatron_retro.testing.browser import Browser, missing_browser
+from megatron_retro.testing.corpora import small_hugging_face
 from megatron_retro.testing.retrieval_projects import project_settings, write_corpus
 from megatron_retro.testing.tiny_models import random_model, tiny_model, tiny_retro
 
@@ -81,6 +82,24 @@ def test_a_model_shows_what_it_reads(page: Path, tmp_path: Path) -> None:
     shown = text.count("<li>")
     assert text.count('<span class="read-5"') >= len(worth) and shown >= len(worth)
     assert "worth" not in page.read_text(encoding="utf-8").split("<main>")[1]
+
+
+def test_a_model_of_another_tokenizer_is_refused(
+    page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    vocabulary = small_hugging_face(tmp_path / "tokenizer").vocab_size
+    model = tiny_model(vocab_size=vocabulary, num_layers=2)
+    retro = tiny_retro(retro_chunk_length=16, retro_layers=(2,), retro_num_neighbors=1)
+    state, shapes = random_model(model, retro).state_dict(), parameter_shapes(model, retro)
+    tokenizer = TokenizerConfig("HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "tokenizer/tokenizer.json"))
+    settings = Settings([model, retro, tokenizer])
+    write_checkpoint(tmp_path / "run", settings, shapes, lambda name: state[name][: shapes[name][0]], {})
+    flags = ["--retro-project-dir", str(page.parent.parent), "--inspect-output", str(tmp_path / "read.html")]
+    words = ["inspect-neighbors", *flags, "--inspect-model", str(tmp_path / "run")]
+    assert main(words) == 2
+    assert "another tokenizer than the model's" in capsys.readouterr().err
+    assert main([*words, "--allow-tokenizer-mismatch"]) == 0
 
 
 def test_text_of_the_corpus_is_no_markup(page: Path) -> None:
