@@ -49,7 +49,7 @@ def leakage_curve(
     shares, sizes, documents = [], [], []
     nats: dict[str, list[NDArray[np.float64]]] = {name: [] for name in measured}
     for number, source in enumerate(dataset.sources):
-        chunks = _whole_chunks(real, number, source.samples.chunk_length)
+        chunks = whole_chunks(real, number, source.samples.chunk_length)
         shares.append(shared_shares(source, chunks, num_neighbors))
         sizes.append(_chunk_bytes(source, chunks, tokenizer))
         middles = chunks * source.samples.chunk_length + source.samples.chunk_length // 2
@@ -80,7 +80,8 @@ def _excess(
     return tuple(bootstrap_ratio(bits[chosen], size[chosen], seed=0, units=document[chosen]) for chosen in below)
 
 
-def _whole_chunks(measured: Measured, source: int, length: int) -> NDArray[np.int64]:
+def whole_chunks(measured: Measured, source: int, length: int) -> NDArray[np.int64]:
+    """Query chunks of a source whose every token was scored."""
     offsets = measured.offsets[measured.sources == source]
     chunks, counts = np.unique(offsets // length, return_counts=True)
     return np.asarray(chunks[counts == length], np.int64)

@@ -39,6 +39,7 @@ from megatron_retro.evaluation.perplexity import (
     spread,
     window_documents,
 )
+from megatron_retro.evaluation.verbatim import verbatim_share
 from megatron_retro.microbatch import label_checksum
 from megatron_retro.peft.prompts import configured_virtual_tokens
 from megatron_retro.reporting.perplexity_page import (
@@ -169,7 +170,8 @@ def _results(
     result = replace(summary(dataset, model, found), **protocol)
     count = settings[PerplexityConfig].leakage_neighbors
     if count and all(source.neighbors for source in dataset.sources):
-        result = replace(result, leakage=leakage_curve(dataset, found, model.tokenizer, count))
+        curve = leakage_curve(dataset, found, model.tokenizer, count)
+        result = replace(result, leakage=curve, verbatim=verbatim_share(dataset, found["real"]))
     _write(Path(settings[EvaluationConfig].eval_output), result)
     return result
 
@@ -250,5 +252,7 @@ def _write(directory: Path, result: PerplexityResult) -> None:
     write_file(directory / PERPLEXITY_RESULT, json_text(result.to_json(), indent=1) + "\n")
     write_file(directory / PAGE, perplexity_page(result))
     say(render_table(VARIANT_HEADER, variant_rows(result)))
+    if result.verbatim is not None:
+        say(f"verbatim in another document: {result.verbatim}")
     written = f"written to {directory / PERPLEXITY_RESULT} and {directory / PAGE}"
     say(f"{result.tokens} tokens, {result.bytes} bytes; {written}")

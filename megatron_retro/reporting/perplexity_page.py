@@ -54,6 +54,22 @@ class LeakageCurve:
 
 
 @dataclass(frozen=True)
+class VerbatimShare:
+    """Of held-out chunks, those whose first `length` tokens stand verbatim in another document of the database."""
+
+    length: int
+    chunks: int
+    found: int
+    tokens_read: int
+    tokens: int
+
+    def __str__(self) -> str:
+        share = f"{self.found / self.chunks:.1%}" if self.chunks else "none"
+        looked = "" if self.tokens_read >= self.tokens else f", in {self.tokens_read / self.tokens:.1%} of the database"
+        return f"{share} ({self.found} of {self.chunks} chunks begin with {self.length} such tokens{looked})"
+
+
+@dataclass(frozen=True)
 class PerplexityResult:
     """One measurement: figures, what they were measured on, and the leakage curve where there are neighbours."""
 
@@ -70,11 +86,12 @@ class PerplexityResult:
     windows: int = 0
     windows_of: int = 0
     leakage: LeakageCurve | None = None
+    verbatim: VerbatimShare | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What stands in perplexity.json."""
         found = {name: to_plain(value) for name, value in vars(self).items()}
-        return found if self.leakage is not None else {name: found[name] for name in found if name != "leakage"}
+        return {name: one for name, one in found.items() if one is not None or name not in ("leakage", "verbatim")}
 
     def as_evaluation(self) -> EvaluationRecord:
         """In the form of a training run's evaluation, so that studies compare both alike."""
@@ -118,7 +135,7 @@ def perplexity_page(result: PerplexityResult) -> str:
     """The whole page."""
     shown = {"tokens": result.tokens, "bytes": result.bytes, "stride": result.stride, "split": result.split}
     parts = [
-        facts({**shown, "windows": f"{result.windows} of {result.windows_of}"}),
+        facts({**shown, "windows": f"{result.windows} of {result.windows_of}", **_verbatim(result)}),
         section("Losses", table(VARIANT_HEADER, variant_rows(result))),
     ]
     if result.leakage is not None:
@@ -129,8 +146,14 @@ def perplexity_page(result: PerplexityResult) -> str:
 def leakage_sections(run: Path) -> list[str]:
     """The curve that `evaluate perplexity --eval-output RUN/evaluation` left, if it did."""
     path = run / "evaluation" / PERPLEXITY_RESULT
-    curve = read_perplexity(path).leakage if path.is_file() else None
-    return [] if curve is None else [leakage_section(curve)]
+    result = read_perplexity(path) if path.is_file() else None
+    if result is None or result.leakage is None:
+        return []
+    return [facts(_verbatim(result)) + leakage_section(result.leakage)]
+
+
+def _verbatim(result: PerplexityResult) -> dict[str, object]:
+    return {} if result.verbatim is None else {"verbatim in another document": str(result.verbatim)}
 
 
 def leakage_section(curve: LeakageCurve) -> str:

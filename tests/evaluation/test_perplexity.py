@@ -183,6 +183,9 @@ def test_the_verb_writes_figures_that_add_up(setting: Setting, tmp_path: Path, m
     assert real["perplexity"] == pytest.approx(math.exp(real["loss"][0]))
     nats = real["loss"][0] * result["tokens"]
     assert real["bits_per_byte"] == pytest.approx(nats / math.log(2) / result["bytes"])
+    verbatim = result["verbatim"]
+    assert verbatim["found"] == verbatim["chunks"] > 0, "each document of this corpus has a twin"
+    assert "100.0%" in (tmp_path / "perplexity.html").read_text()
     curve = result["leakage"]
     written = json.loads(text)["leakage"]
     assert written["bits_per_byte"]["real"][0] is None and written["excess"]["none"][0] == [None] * 3

@@ -1,0 +1,123 @@
+"""How much of held-out text the database holds already: chunks whose next tokens stand verbatim in another document.
+
+One pass over the database compares a hash of each run of tokens with those of the chunks; what agrees is compared
+token by token. A gain on such chunks may be copying, whatever the leakage rule of documents keeps out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_retro.data.chunk_database import ChunkDatabase
+from megatron_retro.data.dataset import Dataset, Source
+from megatron_retro.evaluation.leakage import whole_chunks
+from megatron_retro.evaluation.perplexity import Measured
+from megatron_retro.reporting.perplexity_page import VerbatimShare
+
+LENGTH = 32  # tokens, or a chunk if that is shorter
+_MOST_CHUNKS = 4096  # of a source, evenly
+_MOST_TOKENS = 1 << 31  # of a database, evenly
+_SPAN = 1 << 20
+_BASE = 0x9E3779B97F4A7C15  # odd, so that no token is lost in the powers of two
+_FILTER_BITS = 20
+
+
+def verbatim_share(dataset: Dataset, measured: Measured) -> VerbatimShare:
+    """Of all sources with neighbours, over the chunks whose every token was scored."""
+    found = chunks = read = tokens = 0
+    length = min(LENGTH, *(source.samples.chunk_length for source in dataset.sources))
+    for number, source in enumerate(dataset.sources):
+        if source.neighbors is None:
+            continue
+        scored = whole_chunks(measured, number, source.samples.chunk_length)
+        some = scored[np.arange(min(_MOST_CHUNKS, len(scored))) * len(scored) // max(min(_MOST_CHUNKS, len(scored)), 1)]
+        starts = _within_a_document(source, some * source.samples.chunk_length, length)
+        chunks += len(starts)
+        found += int(stands_elsewhere(source, source.neighbors.database, starts, length).sum())
+        read += sum(stop - start for _, start, stop in _spans(source.neighbors.database))
+        tokens += _num_tokens(source.neighbors.database)
+    return VerbatimShare(length, chunks, found, read, tokens)
+
+
+def stands_elsewhere(
+    source: Source, database: ChunkDatabase, starts: NDArray[np.int64], length: int
+) -> NDArray[np.bool_]:
+    """Whether the tokens from each place of a source on stand in another document of the database."""
+    result = np.zeros(len(starts), np.bool_)
+    if not len(starts):
+        return result
+    file = source.samples.file
+    texts = file.stream[starts[:, None] + np.arange(length)]
+    documents = file.documents_of(starts)
+    first, last = database.map_documents(file.fingerprint, documents, documents + 1)
+    hashes = np.concatenate([window_hashes(text, length) for text in texts])
+    order = np.argsort(hashes, kind="stable")
+    known = hashes[order]
+    may_be = np.zeros(1 << _FILTER_BITS, np.bool_)
+    may_be[known >> np.uint64(64 - _FILTER_BITS)] = True
+    for number, start, stop in _spans(database):
+        other = database.files[number]
+        stream = other.stream[start : min(stop + length - 1, other.num_tokens)]
+        windows = window_hashes(stream, length)
+        places = np.flatnonzero(may_be[windows >> np.uint64(64 - _FILTER_BITS)])
+        low, high = (np.searchsorted(known, windows[places], side=side) for side in ("left", "right"))
+        for place, begin, end in zip(places[low < high], low[low < high], high[low < high], strict=True):
+            if result[order[begin:end]].all():
+                continue
+            local = other.document_of(int(start + place))
+            owner = local - database.corpora[number].first_document + int(database.documents_before[number])
+            if int(start + place) + length > other.document_bounds(local)[1]:
+                continue
+            for one in order[begin:end]:
+                own = first[one] <= owner < last[one]
+                result[one] |= not own and bool((stream[place : place + length] == texts[one]).all())
+    return result
+
+
+def window_hashes(tokens: NDArray[np.generic], length: int) -> NDArray[np.uint64]:
+    """A polynomial hash of each run of `length` tokens, modulo 2^64, from those of runs half as long."""
+    count = len(tokens) - length + 1
+    if count <= 0:
+        return np.zeros(0, np.uint64)
+    unit, size = (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9), 1
+    unit ^= unit >> np.uint64(29)
+    result, covered = np.zeros(count, np.uint64), 0
+    while covered < length:
+        if length & size:
+            result = result * np.uint64(pow(_BASE, size, 1 << 64)) + unit[covered : covered + count]
+            covered += size
+        unit = unit[:-size] * np.uint64(pow(_BASE, size, 1 << 64)) + unit[size:]
+        size *= 2
+    result ^= (result >> np.uint64(31)) * np.uint64(_BASE)
+    return result
+
+
+def _within_a_document(source: Source, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+    file = source.samples.file
+    inside = file.documents_of(starts) == file.documents_of(starts + length - 1)
+    return np.asarray(starts[inside])
+
+
+def _num_tokens(database: ChunkDatabase) -> int:
+    return sum(stop - start for _, start, stop in _ranges(database))
+
+
+def _ranges(database: ChunkDatabase) -> Iterator[tuple[int, int, int]]:
+    """File, first token and end of the documents of each corpus."""
+    for number, (file, corpus) in enumerate(zip(database.files, database.corpora, strict=True)):
+        bounds = file.document_starts(np.array([corpus.first_document, corpus.last_document]))
+        yield number, int(bounds[0]), int(bounds[1])
+
+
+def _spans(database: ChunkDatabase) -> Iterator[tuple[int, int, int]]:
+    """Stretches of the database that are looked at: all of it, or an even part."""
+    every = [
+        (number, at, min(at + _SPAN, stop))
+        for number, start, stop in _ranges(database)
+        for at in range(start, stop, _SPAN)
+    ]
+    count = min(len(every), _MOST_TOKENS // _SPAN)
+    return (every[one * len(every) // count] for one in range(count))
