@@ -45,14 +45,15 @@ _activate_environment() {
 _sources_digest() {
   (
     cd "$1" || exit
-    find pyproject.toml setup.py .ci/constraints.txt csrc -type f \
+    find pyproject.toml setup.py .ci/constraints.txt .ci/locks csrc -type f \
       ! -path '*/__pycache__/*' ! -path '*/build/*' -print0 |
       sort -z | xargs -0 cat
   ) | sha256sum | cut -d' ' -f1
 }
 
 _install() {
-  local root="$1" extras="$2" pip=(python -m pip install --quiet --disable-pip-version-check) pins=()
+  local root="$1" extras="$2" pip=(python -m pip install --quiet --disable-pip-version-check) pins=() locked=()
+  local lock="$root/.ci/locks/$extras.txt"
   if python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
     pins=(--constraint "$root/.ci/constraints.txt")
     if [ -n "${MEGATRON_RETRO_TORCH:-}" ]; then
@@ -64,12 +65,18 @@ _install() {
     _install_torch "${pip[@]}" "${pins[@]}" || return
   fi
   echo "  packages"
-  "${pip[@]}" "${pins[@]}" 'setuptools>=77,<82' wheel pybind11 || return  # torch 2.11 refuses later ones
+  # Of Pythons that the lock knows, nothing is installed whose hash it does not hold, but torch, which is there by now.
+  if [ -f "$lock" ] && python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))'; then
+    "${pip[@]}" --require-hashes --no-deps --requirement "$lock" || return
+    locked=(--no-deps)
+  else
+    "${pip[@]}" "${pins[@]}" 'setuptools>=77,<82' wheel pybind11 || return  # torch 2.11 refuses later ones
+  fi
   # Without a GPU the kernels only wait for one: two architectures, and PTX for later ones, take half as long as all.
   if ! command -v nvidia-smi >/dev/null; then
     export MEGATRON_RETRO_CUDA_ARCHITECTURES="${MEGATRON_RETRO_CUDA_ARCHITECTURES:-80;90}"
   fi
-  (cd "$root" && "${pip[@]}" "${pins[@]}" --no-build-isolation --editable ".[$extras]") || return
+  (cd "$root" && "${pip[@]}" "${pins[@]}" "${locked[@]}" --no-build-isolation --editable ".[$extras]") || return
 }
 
 _install_torch() {
