@@ -23,6 +23,7 @@ from megatron_retro.testing.processes import wait
 
 _LENGTHS = (1, 2, 3, 5, 8)  # kills before a chain may end
 _ONE_PROCESS = 0.3  # of the kills hit the first process of the stage alone, the others its whole group
+_LONGER = 1.2  # times the last whole run, at most, until a kill
 _SECONDS = 120.0
 
 
@@ -76,19 +77,20 @@ class Killer:
     stage: Stage
     seed: int
     room: Path
+    seconds: list[float] = field(default_factory=list)  # of whole runs that nobody killed
 
     def chains(self, numbers: Iterator[int]) -> Iterator[Chain]:
         """What the chains of these numbers come to, each in a fresh copy of the folder."""
-        began = time.monotonic()
         with self._folder() as name:
             folder = self._copy(name)
+            began = time.monotonic()
             code = self._run(folder, None)
             assert code == 0 and self.stage.result(folder), (folder / "log").read_text()
-            typical = time.monotonic() - began
+            self.seconds.append(time.monotonic() - began)
             wanted, names = self.stage.digest(folder), _names(folder)
         for number in numbers:
             with self._folder() as name:
-                yield self._chain(number, self._copy(name), typical, wanted, names)
+                yield self._chain(number, self._copy(name), wanted, names)
 
     def _folder(self) -> tempfile.TemporaryDirectory[str]:
         return tempfile.TemporaryDirectory(dir=self.room, ignore_cleanup_errors=True)
@@ -108,12 +110,15 @@ class Killer:
             return None if code == -signal.SIGKILL else code
         return code
 
-    def _chain(self, number: int, folder: Path, typical: float, wanted: str, names: set[str]) -> Chain:
+    def _chain(self, number: int, folder: Path, wanted: str, names: set[str]) -> Chain:
         dice = random.Random(f"{self.seed} {self.stage.name} {number}")
         chain, code = Chain(self.stage.name, number), None
         for _ in range(dice.choice(_LENGTHS)):
-            code = self._run(folder, dice.uniform(0.0, typical), dice.random() < _ONE_PROCESS)
+            began = time.monotonic()
+            code = self._run(folder, dice.uniform(0.0, _LONGER * self.seconds[-1]), dice.random() < _ONE_PROCESS)
             if code is not None:
+                if not chain.kills:
+                    self.seconds.append(time.monotonic() - began)  # the machine is busier now, or less busy
                 break
             chain.kills += 1
             if self.stage.once and (folder / self.stage.once).exists():

@@ -76,9 +76,7 @@ def build(folder: Path) -> list[Stage]:
     for name, patterns in INDEX_STAGES.items():
 
         def words(folder: Path, name: str = name) -> list[str]:
-            paths = ["--retro-project-dir", str(folder / "project"), "--retro-database-corpus", str(folder / "corpus")]
-            length = ["--retro-chunk-length", str(CHUNK), "--retro-query-num-neighbors-save", "5"]
-            return ["build-retrieval", *paths, *length, *_INDEX.split(), "--retro-tasks", name]
+            return build_words(folder, name, project=str(folder / "project"))
 
         stages.append(Stage(f"build-retrieval: {name}", ready, words, bytes_of(*patterns)))
         following = folder / f"after-{name}"
@@ -87,6 +85,13 @@ def build(folder: Path) -> list[Stage]:
         ready = following
     shutil.copytree(ready, folder / "query/ready")
     return stages
+
+
+def build_words(folder: Path, stage: str, *, project: str) -> list[str]:
+    """The command of one stage."""
+    paths = ["--retro-project-dir", project, "--retro-database-corpus", str(folder / "corpus")]
+    length = ["--retro-chunk-length", str(CHUNK), "--retro-query-num-neighbors-save", "5"]
+    return ["build-retrieval", *paths, *length, *_INDEX.split(), "--retro-tasks", stage]
 
 
 def ran(words: list[str]) -> None:

@@ -1,5 +1,6 @@
 // A library to preload: system calls on files whose path holds REFUSED_PATH fail with REFUSED_ERRNO, where
-// REFUSED_CALL is open, read, write or sync. The environment is read at each call, so that it can change.
+// REFUSED_CALL is open, read, write or sync. With REFUSED_TRACE, a file, nothing fails: the calls are written there.
+// The environment is read at each call, so that it can change.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -8,18 +9,30 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <sys/types.h>
 #include <unistd.h>
 
+static void trace(const char *call, const char *path) {
+    const char *where = getenv("REFUSED_TRACE"), *part = getenv("REFUSED_PATH");
+    if (!where || !path || !part || !strstr(path, part)) return;
+    char line[4200];
+    int length = snprintf(line, sizeof line, "%s %s\n", call, path);
+    int file = syscall(SYS_openat, AT_FDCWD, where, O_WRONLY | O_CREAT | O_APPEND, 0666);
+    syscall(SYS_write, file, line, length);
+    syscall(SYS_close, file);
+}
+
 static int refused(const char *call, const char *path) {
     const char *asked = getenv("REFUSED_CALL"), *part = getenv("REFUSED_PATH"), *number = getenv("REFUSED_ERRNO");
+    trace(call, path);
     if (!asked || !part || !number || strcmp(asked, call) || !path || !strstr(path, part)) return 0;
     errno = atoi(number);
     return 1;
 }
 
 static int refused_file(const char *call, int file) {
-    if (!getenv("REFUSED_CALL")) return 0;
+    if (!getenv("REFUSED_CALL") && !getenv("REFUSED_TRACE")) return 0;
     char link[64], path[4096];
     snprintf(link, sizeof link, "/proc/self/fd/%d", file);
     ssize_t length = readlink(link, path, sizeof path - 1);
