@@ -113,7 +113,7 @@ class Generation:
 
     def draw(self, logits_V: Tensor) -> Tensor:
         """The next token from the logits of the last position, as `Sampler.draw` gives it."""
-        return self._sampler.draw(logits_V, self.tokens[self.num_virtual :])
+        return self._sampler.draw(logits_V, self.tokens[self.num_virtual :], self.new_tokens)
 
     def append(self, sampled: SampledToken, logits_V: Tensor, ends: Container[int]) -> None:
         """Append the token that was sampled from these logits, or finish."""

@@ -1,6 +1,7 @@
-"""From logits to the next token: repetition penalty, temperature, top-k, top-p, greedy.
+"""From logits to the next token: biases, penalties, temperature, top-k, top-p, greedy.
 
-The order is transformers': penalty, temperature, top-k, top-p, draw. Each sequence draws from a generator of its own,
+Biases and the penalties of what was written are OpenAI's. The order after them is transformers': repetition penalty,
+temperature, top-k, top-p, draw. Each sequence draws from a generator of its own,
 so its text does not depend on what else is in the batch. Draws stay where the logits are until those of a whole batch
 are fetched at once: a device is waited for once per step, whatever the number of texts.
 """
@@ -8,6 +9,7 @@ are fetched at once: a device is waited for once per step, whatever the number o
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,6 +31,9 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     @classmethod
     def from_config(cls, config: SamplingConfig) -> Sampling:
@@ -60,12 +65,28 @@ class Sampler:
         self.settings = settings
         self._generator = generator(settings.seed, "sampling")
 
-    def draw(self, logits_V: Tensor, seen: Collection[int]) -> Tensor:
-        """[3], on the logits' device: the fields of a `SampledToken`, for `fetch_samples`."""
+    def draw(self, logits_V: Tensor, seen: Collection[int], written: Sequence[int] = ()) -> Tensor:
+        """[3], on the logits' device: the fields of a `SampledToken`, for `fetch_samples`.
+
+        `seen` are the tokens of prompt and answer, `written` those of the answer.
+        """
         logits_V = logits_V.double()
-        token_1 = self._token(logits_V, seen)
+        token_1 = self._token(self._biased(logits_V, written), seen)
         log_probability_1 = logits_V.gather(0, token_1) - torch.logsumexp(logits_V, -1)
         return torch.cat((token_1.double(), log_probability_1, logits_V.amax(-1, keepdim=True)))
+
+    def _biased(self, logits_V: Tensor, written: Sequence[int]) -> Tensor:
+        """Biases added, and penalties subtracted: one for each time that a token was written, one for the first."""
+        changes = {token: bias for token, bias in self.settings.logit_bias if token < len(logits_V)}
+        if self.settings.frequency_penalty or self.settings.presence_penalty:
+            for token, times in Counter(written).items():
+                penalty = times * self.settings.frequency_penalty + self.settings.presence_penalty
+                changes[token] = changes.get(token, 0.0) - penalty
+        if not changes:
+            return logits_V
+        ids, amounts = torch.tensor([*changes]), torch.tensor([*changes.values()], dtype=logits_V.dtype)
+        device = logits_V.device
+        return logits_V.index_add(0, ids.to(device, non_blocking=True), amounts.to(device, non_blocking=True))
 
     def _token(self, logits_V: Tensor, seen: Collection[int]) -> Tensor:
         settings = self.settings

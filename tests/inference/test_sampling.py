@@ -132,3 +132,18 @@ def test_spaces_and_characters_of_a_sentencepiece_model(tmp_path: object) -> Non
         pieces = [stream.feed(token) for token in tokens[len(prompt) :]] + [stream.finish()]
         assert tokenizer.decode(prompt) + "".join(pieces) == tokenizer.decode(tokens)
         assert all("�" not in piece for piece in pieces)
+
+
+def test_biases_and_penalties_are_openais() -> None:
+    """logit - count * frequency - (count > 0) * presence + bias, of what was written alone."""
+    logits, written = torch.randn(50, generator=torch.Generator().manual_seed(1)).double(), [3, 3, 7, 9, 3]
+    biases = {7: 4.5, 11: -100.0}
+    expected = logits.clone()
+    for token in range(50):
+        count = written.count(token)
+        expected[token] += biases.get(token, 0.0) - 0.7 * count - (1.3 if count else 0.0)
+    sampler = Sampler(Sampling(frequency_penalty=0.7, presence_penalty=1.3, logit_bias=(*biases.items(), (99, 5.0))))
+    torch.testing.assert_close(sampler._biased(logits, written), expected)
+    token, logprob, _ = fetch_samples([sampler.draw(logits, [1, 2], written)])[0]
+    assert token == int(expected.argmax())
+    assert logprob == pytest.approx(float(logits.log_softmax(0)[token]))

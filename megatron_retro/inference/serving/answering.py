@@ -62,11 +62,11 @@ class Service:
             GenerationRequest(
                 prompt,
                 self._max_tokens(body, len(prompt)),
-                Sampling(body.temperature, body.top_k, body.top_p, body.repetition_penalty, seed + number),
+                _sampling(body, seed + number),
                 stops,
                 source,
                 body.retrieval_step,
-                body.logprobs if isinstance(body, schema.CompletionRequest) else None,
+                _alternatives(body),
                 isinstance(body, schema.CompletionRequest) and body.echo and body.logprobs is not None,
             )
             for prompt in prompts
@@ -137,6 +137,28 @@ class Service:
             text_offset=offsets[:shown],
         )
 
+    def chat_logprobs(self, body: schema.ChatRequest, generation: Generation) -> schema.ChatLogprobs | None:
+        """The log-probabilities of the answer's tokens."""
+        if not body.logprobs:
+            return None
+        decode = self.generator.tokenizer.decode
+
+        def told(token: int, logprob: float) -> schema.ChatToken:
+            text = decode([token])
+            return schema.ChatToken(
+                token=text, logprob=logprob, bytes=None if "\ufffd" in text else list(text.encode())
+            )
+
+        return schema.ChatLogprobs(
+            content=[
+                schema.ChatLogprob(
+                    **told(one.token, one.logprob).model_dump(),
+                    top_logprobs=[told(*other) for other in one.alternatives[: body.top_logprobs or 0]],
+                )
+                for one in generation.token_logprobs
+            ]
+        )
+
     def _named(self, one: TokenLogprob) -> dict[str, float]:
         """Alternatives by their text; those that share one, or are a part of a character, by their number."""
         found: dict[str, float] = {}
@@ -156,6 +178,19 @@ class Service:
             )
             for chunk in self.generator.report(generation)[first:]
         ]
+
+
+def _sampling(body: schema.SharedRequest, seed: int) -> Sampling:
+    biases = tuple((int(token), bias) for token, bias in body.logit_bias.items())
+    penalties = body.frequency_penalty, body.presence_penalty
+    return Sampling(body.temperature, body.top_k, body.top_p, body.repetition_penalty, seed, *penalties, biases)
+
+
+def _alternatives(body: schema.CompletionRequest | schema.ChatRequest) -> int | None:
+    """How many alternatives are wanted for each token; None without log-probabilities."""
+    if isinstance(body, schema.CompletionRequest):
+        return body.logprobs
+    return body.top_logprobs or 0 if body.logprobs else None
 
 
 async def whole_answers(service: Service, handles: Sequence[RequestHandle], client: Connection) -> list[Generation]:

@@ -216,6 +216,7 @@ def _add_chat(application: FastAPI, service: answering.Service, metrics: Metrics
                 index=index,
                 message=schema.ChatMessage(content=one.text.strip()),
                 finish_reason=one.finish_reason,
+                logprobs=service.chat_logprobs(body, one),
                 retrieval=service.chunks(one) if body.retrieval else None,
             )
             for index, one in enumerate(generations)

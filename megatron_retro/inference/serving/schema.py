@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 MAX_TEXTS = 16
 Text = Annotated[str, StringConstraints(max_length=1 << 20)]
 TokenList = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]
+TokenName = Annotated[str, StringConstraints(pattern=r"^\d{1,9}$")]
+Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
 RetrievalMode = Literal["live", "none", "random"]
 
 
@@ -45,8 +47,12 @@ class SharedRequest(StrictModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
-    frequency_penalty: float = Field(0.0, ge=0.0, le=0.0, description="only 0: not supported")
-    presence_penalty: float = Field(0.0, ge=0.0, le=0.0, description="only 0: not supported")
+    metadata: dict[str, str] | None = Field(None, description="taken, and not kept")
+    service_tier: str | None = Field(None, description="taken; there is one")
+    store: bool = Field(False, description="taken; nothing is kept")
+    frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=1024)] = {}
     top_k: int = Field(0, ge=0, le=1 << 20)
     repetition_penalty: float = Field(1.0, ge=0.01, le=100.0)
     retrieval: bool = Field(False, description="send the neighbours that each chunk read with the answer")
@@ -96,12 +102,36 @@ class Message(StrictModel):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
+class ResponseFormat(StrictModel):
+    """OpenAI's field for what an answer has to be; here it is text."""
+
+    type: Literal["text"] = Field(description="text: answers are not held to a grammar here")
+
+
 class ChatRequest(SharedRequest):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
     max_tokens: int | None = Field(None, ge=1, le=1 << 20)
     max_completion_tokens: int | None = Field(None, ge=1, le=1 << 20)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tools_are_refused_in_words(cls, body: object) -> object:
+        if isinstance(body, dict) and (body.get("tools") or body.get("functions")):
+            raise ValueError("no functions are called here: put what tools return into the messages, or into passages")
+        return body
+
+    @model_validator(mode="after")
+    def _whole(self) -> ChatRequest:
+        if self.stream and self.logprobs:
+            raise ValueError("logprobs come with whole answers: leave stream out")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs")
+        return self
 
 
 class Neighbor(BaseModel):
@@ -140,6 +170,26 @@ class CompletionChoice(BaseModel):
     retrieval: list[Chunk] | None = None
 
 
+class ChatToken(BaseModel):
+    """A token of an answer, or one that might have stood in its place; a part of a character has no bytes of a text."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatLogprob(ChatToken):
+    """A token and the most likely ones in its place."""
+
+    top_logprobs: list[ChatToken]
+
+
+class ChatLogprobs(BaseModel):
+    """The tokens of an answer in their order."""
+
+    content: list[ChatLogprob]
+
+
 class ChatMessage(BaseModel):
     """The assistant's turn."""
 
@@ -153,7 +203,7 @@ class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     finish_reason: str | None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     retrieval: list[Chunk] | None = None
 
 
