@@ -11,12 +11,13 @@ from megatron_retro.config.conversion import ConvertConfig
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings
 from megatron_retro.convert.checkpoint_files import write_merged
-from megatron_retro.convert.hugging_face import CONFIG, export_hugging_face, export_remote_code, import_hugging_face
+from megatron_retro.convert.hugging_face import CONFIG, export_hugging_face, import_hugging_face
 from megatron_retro.convert.hugging_face_peft import ADAPTER_CONFIG, export_peft
 from megatron_retro.convert.megatron_export import export_megatron
 from megatron_retro.convert.megatron_files import is_megatron
 from megatron_retro.convert.megatron_import import import_megatron
 from megatron_retro.convert.peft_import import import_peft
+from megatron_retro.convert.remote_code import export_remote_code, import_remote_code, is_remote_code
 from megatron_retro.data.hub import MODEL_PATTERNS, folder_of
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.runtime.console import say
@@ -56,6 +57,8 @@ def _written(config: ConvertConfig, source: Path, destination: Path, tokenizer: 
         return write_merged(source, destination, dtype)
     if config.convert_base is not None:
         return import_peft(source, Path(config.convert_base), destination)
+    if is_remote_code(source):
+        return import_remote_code(source, destination, tokenizer, dtype)
     if (source / CONFIG).is_file():
         return import_hugging_face(source, destination, tokenizer, dtype)
     if is_megatron(source):

@@ -1,12 +1,7 @@
-"""A decoder from a Hugging Face folder into a checkpoint, and a checkpoint into such a folder.
-
-A decoder goes out in the family that computes the same. A whole Retro goes out with its code, for transformers'
-`trust_remote_code=True`.
-"""
+"""A decoder from a Hugging Face folder into a checkpoint, and out in the family that computes the same."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,7 +25,6 @@ from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.runtime.strict_json import json_text
 
 CONFIG = "config.json"
-_REMOTE_CODE = "modeling_megatron_retro"
 # tensors that some versions store and that follow from the configuration
 _DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
 
@@ -171,35 +165,5 @@ def export_hugging_face(
     with new_directory(destination) as partial:
         write_folder(partial, tensors(), shard_bytes)
         write_file(partial / CONFIG, json_text(config, indent=2) + "\n")
-        export_text_files(stored.path, stored.settings[TokenizerConfig], partial)
-    return destination
-
-
-def export_remote_code(
-    source: Path, destination: Path, *, dtype: torch.dtype, shard_bytes: int, merge: bool = False
-) -> Path:
-    """Write the folder, tensor by tensor."""
-    stored = open_stored(source, merge=merge)
-    # The true vocabulary, unpadded: the file's shapes are then the model's.
-    model = dataclasses.replace(stored.settings[ModelConfig], make_vocab_size_divisible_by=1)
-    retro = stored.settings[RetroConfig]
-    config = {
-        "model_type": "megatron_retro",
-        "architectures": ["MegatronRetroForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"{_REMOTE_CODE}.MegatronRetroConfig",
-            "AutoModelForCausalLM": f"{_REMOTE_CODE}.MegatronRetroForCausalLM",
-        },
-        "retro_model": dataclasses.asdict(model),
-        "retro_retrieval": dataclasses.asdict(retro),
-        "dtype": str(dtype).removeprefix("torch."),
-        "tie_word_embeddings": False,
-        "use_cache": False,
-    }
-    names = parameter_shapes(model, retro)
-    with new_directory(destination) as partial:
-        write_folder(partial, ((f"retro.{name}", stored.load(name).to(dtype)) for name in names), shard_bytes)
-        write_file(partial / CONFIG, json_text(config, indent=2) + "\n")
-        write_file(partial / f"{_REMOTE_CODE}.py", Path(__file__).with_name(f"{_REMOTE_CODE}.py").read_bytes())
         export_text_files(stored.path, stored.settings[TokenizerConfig], partial)
     return destination

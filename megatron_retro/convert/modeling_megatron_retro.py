@@ -45,6 +45,16 @@ class MegatronRetroForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignor
         self.retro = Retro(_section(ModelConfig, config.retro_model), _section(RetroConfig, config.retro_retrieval))
         self.post_init()  # type: ignore[no-untyped-call]
 
+    def get_input_embeddings(self) -> Any:
+        """The module whose `weight` is the table."""
+        assert self.retro.embedding is not None
+        return self.retro.embedding.word
+
+    def get_output_embeddings(self) -> Any:
+        """The same of the output; None where it is the embedding's table."""
+        output = self.retro.output
+        return output if getattr(output, "weight", None) is not None else None
+
     def _init_weights(self, module: Any) -> None:
         """Every value comes from the file."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_retro.assembly.loading import load_model
 from megatron_retro.cli.main import main
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.settings import Settings
@@ -56,3 +57,9 @@ def test_transformers_computes_what_ours_does(
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True).eval()
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, plain)
+    assert theirs.get_input_embeddings().weight is theirs.retro.embedding.word.weight
+    words = ["convert", str(tmp_path / "again"), str(tmp_path / "back"), "--tokenizer-type", "ByteTokenizer"]
+    assert main(words) == 0
+    back = load_model(tmp_path / "back", device="cpu").module
+    with torch.no_grad():
+        assert torch.equal(back(tokens, neighbors), read)
