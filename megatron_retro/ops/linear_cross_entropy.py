@@ -209,9 +209,9 @@ def logits_to_gradients_(
         return
     scale = scale_T[:, None]
     local, held = _local(labels_T, logits_TV.shape[1], first_label)
-    gradient = (logits_TV.float() - log_normalizer_T[:, None]).exp_().mul_(scale)
-    gradient.scatter_add_(1, local[:, None], torch.where(held[:, None], -scale, 0.0))
-    logits_TV.copy_(gradient)
+    chances = (logits_TV - log_normalizer_T[:, None]).exp_()  # float32, written once; rounded when it is scaled
+    of_label = chances.gather(1, local[:, None]) * scale - torch.where(held[:, None], scale, 0.0)
+    torch.mul(chances, scale, out=logits_TV).scatter_(1, local[:, None], of_label.to(logits_TV.dtype))
 
 
 def blocks(length: int, bytes_each: int) -> Iterator[slice]:
@@ -239,11 +239,11 @@ def _merged(left: Statistics, right: Statistics) -> Statistics:
 
 
 def _reference_statistics(logits_TV: Tensor, labels_T: Tensor, first_label: int) -> Statistics:
-    logits = logits_TV.float()
-    local, held = _local(labels_T, logits.shape[1], first_label)
-    largest = logits.amax(1)
-    label_logit = logits.gather(1, local[:, None])[:, 0]
-    return Statistics(largest, (logits - largest[:, None]).exp_().sum(1), label_logit.where(held, 0.0))
+    local, held = _local(labels_T, logits_TV.shape[1], first_label)
+    largest = logits_TV.amax(1).float()
+    label_logit = logits_TV.gather(1, local[:, None])[:, 0].float()
+    total = (logits_TV - largest[:, None]).exp_().sum(1).float()
+    return Statistics(largest, total, label_logit.where(held, 0.0))
 
 
 def _local(labels_T: Tensor, width: int, first_label: int) -> tuple[Tensor, Tensor]:

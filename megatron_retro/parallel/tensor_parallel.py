@@ -184,8 +184,9 @@ def partial_embedding(ids: Tensor, rows_LH: Tensor, first_row: int) -> Tensor:
 
 
 def true_rows(rows_LH: Tensor, first_row: int, vocab_size: int) -> Tensor:
-    """This rank's rows less the padding."""
-    return rows_LH[: max(0, min(rows_LH.shape[0], vocab_size - first_row))]
+    """This rank's rows less the padding; where there is none the rows themselves, whose gradient is not copied."""
+    count = max(0, min(rows_LH.shape[0], vocab_size - first_row))
+    return rows_LH if count == rows_LH.shape[0] else rows_LH[:count]
 
 
 def gathered_logits(hidden_BSH: Tensor, rows_LH: Tensor, vocab_size: int, group: dist.ProcessGroup) -> Tensor:

@@ -20,6 +20,8 @@ _ATTENTION_OF_A_CPU = (
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention_for_cpu_backward",
 )
+WITHOUT_KERNEL = ("empty", "new_empty", "_unsafe_view", "_reshape_alias", "alias", "detach", "lift_fresh")
+_READS_WHAT_IT_GIVES = ("embedding", "gather", "index", "index_select")
 _CROSS_ATTENTION = "megatron_retro::chunked_cross_attention"
 
 
@@ -223,8 +225,12 @@ def _flops(function: Any, arguments: Any, keywords: Any, result: Any) -> float:
 
 def _moved(function: Any, arguments: Any, result: Any) -> float:
     """Bytes read and written."""
-    if "empty" in function.__name__:
+    if function.__name__.startswith(WITHOUT_KERNEL):
         return 0.0
-    if function is torch.ops.aten.embedding.default:  # reads the rows that it gives
+    name = function._overloadpacket.__name__
+    if name in _READS_WHAT_IT_GIVES:
         return 2.0 * size(result)
-    return float(size(arguments) + size(result))
+    if name in ("scatter_", "scatter_add_"):  # touches what the indices name
+        return float(3 * arguments[2].numel() * result.element_size())
+    given = "out" in function._overloadname.split("_")  # among the arguments, and the result
+    return float(size(arguments) + (0 if given else size(result)))

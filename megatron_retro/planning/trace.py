@@ -8,7 +8,7 @@ word here. Layers of a kind are alike, which `tests/planning/test_ranks.py` hold
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -93,7 +93,12 @@ def trace_stages(settings: Settings, device: torch.device = GPU) -> StageTraces:
 
 
 def trace_parts(
-    settings: Settings, device: torch.device = GPU, *, behind_border: bool = False, evaluating: bool = False
+    settings: Settings,
+    device: torch.device = GPU,
+    *,
+    behind_border: bool = False,
+    evaluating: bool = False,
+    make_recorder: Callable[[int, Iterable[Tensor]], Recorder] = Recorder,
 ) -> Trace:
     """Forward and backward of the model that stands in for the whole, on tensor rank 0.
 
@@ -119,7 +124,7 @@ def trace_parts(
             hold_plainly(model, shapes, device, compute_dtype(settings[OptimizerConfig]))
             if behind_border and model.embedding is not None:
                 model.embedding.register_forward_hook(lambda module, arguments, hidden: hidden.requires_grad_())
-            found = _run(model, settings, device, evaluating)
+            found = _run(model, settings, device, evaluating, make_recorder)
     return replace(found, encoded_bytes=found.encoded_bytes * states / _states_read(settings)) if retrieves else found
 
 
@@ -141,12 +146,18 @@ def hold_plainly(model: nn.Module, shapes: Mapping[str, torch.Size], device: tor
         setattr(model.get_submodule(path), leaf, nn.Parameter(part, parameter.requires_grad))
 
 
-def _run(model: Retro, settings: Settings, device: torch.device, evaluating: bool) -> Trace:
+def _run(
+    model: Retro,
+    settings: Settings,
+    device: torch.device,
+    evaluating: bool,
+    make_recorder: Callable[[int, Iterable[Tensor]], Recorder],
+) -> Trace:
     parallel, training = settings[ParallelConfig], settings[TrainingConfig]
     shape = (training.micro_batch_size, settings[DataConfig].seq_length)
     tokens_BS = torch.zeros(shape, dtype=torch.long, device=device)
     neighbors = full_neighbors(settings, device)
-    recorder = Recorder(parallel.tensor_model_parallel_size, model.parameters())
+    recorder = make_recorder(parallel.tensor_model_parallel_size, model.parameters())
     passed: dict[str, int] = {}
     watch(model, recorder, passed)
     recorder.forward = not evaluating

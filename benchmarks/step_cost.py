@@ -1,0 +1,193 @@
+"""What a step is made of, counted without a GPU: operators, kernels, bytes, collectives, waits and host time.
+
+A plain layer, a retrieval layer, the encoder and the head of the published sizes, uncut and on 8 tensor ranks with
+sequence parallelism, forward and backward of one sequence in bfloat16, on torch's `meta` device as a plan traces them
+(`docs/decisions.md`, "A plan traces the model's code"): eager, operators as they choose themselves where none has
+proved itself on a device. Beside the plain layer Hugging Face's Llama layer and megatron-core's GPT layer of the same
+widths, counted by the same rules. "Least" is every operand of our products read once and every result written once,
+and one pass over the residual stream (read and written, forward and backward).
+
+Host time is CPU-seconds of one thread for layers so small that nothing but dispatch is left, interleaved, the least of
+all rounds: of nine layers less one, forward and backward, divided by eight.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_retro.config.data import DataConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.sections import ALL_SECTIONS
+from megatron_retro.config.settings import Settings, build_settings
+from megatron_retro.config.toml_files import preset_path, read_recipe
+from megatron_retro.model.initialization import initialize
+from megatron_retro.model.retro import Retro
+from megatron_retro.planning.fake_device import GPU, fake_rank, without_memory
+from megatron_retro.planning.operator_counts import OperatorCounter, OperatorCounts
+from megatron_retro.planning.recorder import PartTrace
+from megatron_retro.planning.trace import ENCODER, HEAD, LAYER, RETRIEVAL, trace_parts
+from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main, interleave
+
+sys.path.remove(str(Path(__file__).parent))  # whose kernels.py transformers would import
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+from gpt_layers import LayerShape, hugging_face_layer, megatron_core_is_here, megatron_core_layer
+
+SIZES = {"823M": "retro-878m", "8.5B": "retro-9.5b", "48B": "retro-48b"}
+PARTS = (LAYER, RETRIEVAL, ENCODER, HEAD)
+HUGGING_FACE, MEGATRON_CORE = "Hugging Face Llama layer", "megatron-core layer"
+SMALL = LayerShape(hidden=64, heads=4, ffn=128, length=32)
+DEEP = 8
+
+
+def run(quick: bool) -> Iterator[Figure]:
+    """Counts first, then host time."""
+    sizes = dict(list(SIZES.items())[:1]) if quick else SIZES
+    for size, preset in sizes.items():
+        for tensor_ranks in (1, 8):
+            yield from counted(size, settings_of(preset, tensor_ranks))
+    yield from host_times(rounds=3 if quick else 15)
+
+
+def settings_of(preset: str, tensor_ranks: int) -> Settings:
+    """A preset's model, cut, one sequence at a time."""
+    cut = {"tensor_model_parallel_size": tensor_ranks, "sequence_parallel": tensor_ranks > 1, "bf16": True}
+    return build_settings(ALL_SECTIONS, {**read_recipe(preset_path(preset), ALL_SECTIONS, ALL_SECTIONS), **cut}, {})
+
+
+def counted(size: str, settings: Settings) -> Iterator[Figure]:
+    """Every part of ours, then the peers' layers."""
+    model, tensor_ranks = settings[ModelConfig], settings[ParallelConfig].tensor_model_parallel_size
+    made: list[OperatorCounter] = []
+
+    def make(ranks: int, given: Iterable[Tensor]) -> OperatorCounter:
+        made.append(OperatorCounter(ranks, given))
+        return made[-1]
+
+    trace, length = trace_parts(settings, make_recorder=make), settings[DataConfig].seq_length
+    counts = made[-1].counts
+    stream, prefix = 4.0 * trace.hidden_bytes, f"{size}, tensor {tensor_ranks}"
+    encoders = 4.0 * trace.encoded_bytes / tensor_ranks * settings[RetroConfig].retro_encoder_layers
+    for name in PARTS:
+        least = counts[name].product_bytes + (encoders if name == ENCODER else stream)
+        yield from figures(f"{prefix}: {name}", trace.part(name), counts[name], least, length)
+    shape = LayerShape(model.hidden_size, model.num_attention_heads, model.ffn_width(), length)
+    least = counts[LAYER].product_bytes + stream
+    for name, (traced, count) in peers(shape, settings).items():
+        yield from figures(f"{prefix}: {name}", traced, count, least, length)
+
+
+def figures(name: str, traced: PartTrace, counts: OperatorCounts, least: float, length: int) -> Iterator[Figure]:
+    """Of one part, forward and backward."""
+    total = traced.moved_bytes + counts.product_bytes
+    for what, value, unit in (
+        ("operators", counts.operators, ""),
+        ("kernels, eager", counts.kernels, ""),
+        ("kernels, runs between products fused", counts.groups + counts.collectives, ""),
+        ("read and written", total / length / 1e6, "MB/token"),
+        ("over the least possible", total / least, "x"),
+        ("kept for the backward", traced.saved_bytes / length / 1e3, "kB/token"),
+        ("collectives", counts.collectives, ""),
+        ("sent", traced.sent_bytes / length / 1e3, "kB/token"),
+        ("waits for the device", traced.host_waits, ""),
+    ):
+        yield Figure(f"{name}: {what}", float(value), unit, better=LOWER)
+
+
+def peers(shape: LayerShape, settings: Settings) -> dict[str, tuple[PartTrace, OperatorCounts]]:
+    """The layers of other libraries on the same device; Hugging Face's is not cut."""
+    tensor_ranks, found = settings[ParallelConfig].tensor_model_parallel_size, {}
+    with fake_rank(0, tensor_ranks, settings[ParallelConfig]), without_memory(GPU):
+        if tensor_ranks == 1:
+            with hugging_face_layer(shape, GPU, torch.bfloat16) as (layer, call):
+                found[HUGGING_FACE] = trace_layer(layer, call, (1, shape.length, shape.hidden), 1)
+        if megatron_core_is_here():
+            with megatron_core_layer(shape, GPU, torch.bfloat16, tensor_ranks) as (layer, call):
+                found[MEGATRON_CORE] = trace_layer(layer, call, (shape.length, 1, shape.hidden), tensor_ranks)
+    return found
+
+
+def trace_layer(
+    layer: nn.Module, call: Callable[[Tensor], Tensor], shape: tuple[int, ...], tensor_ranks: int
+) -> tuple[PartTrace, OperatorCounts]:
+    """Forward and backward of a layer whose input gets a gradient, as every layer's but the first one's does."""
+    hidden = torch.empty(shape, dtype=torch.bfloat16, device=GPU, requires_grad=True)
+    gradient = torch.empty_like(hidden)
+    recorder = OperatorCounter(tensor_ranks, [*layer.parameters(), *layer.buffers(), hidden, gradient])
+    recorder.turn_to(LAYER)
+    with recorder:
+        output = call(hidden)
+        recorder.end_forward()
+        output.backward(gradient)
+    return recorder.part(LAYER), recorder.counts[LAYER]
+
+
+def host_times(rounds: int) -> Iterator[Figure]:
+    """CPU time that one layer costs the host, whatever its size."""
+    with ExitStack() as opened:
+        candidates = {"GPT layer": ours(layers=1), "GPT layers": ours(layers=1 + DEEP)}
+        device, dtype = torch.device("cpu"), torch.float32
+        layer, call = opened.enter_context(hugging_face_layer(SMALL, device, dtype))
+        candidates |= one_and_many(HUGGING_FACE, layer, call, (1, SMALL.length, SMALL.hidden))
+        if megatron_core_is_here():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            opened.callback(dist.destroy_process_group)
+            layer, call = opened.enter_context(megatron_core_layer(SMALL, device, dtype, 1))
+            candidates |= one_and_many(MEGATRON_CORE, layer, call, (SMALL.length, 1, SMALL.hidden))
+        times = interleave(candidates, rounds, warm_up=2)
+    for name in [name for name in candidates if f"{name}s" in candidates]:
+        cost = (min(times[f"{name}s"].cpu) - min(times[name].cpu)) / DEEP
+        yield Figure(f"host: {name}", cost * 1e6, "CPU us", better=LOWER)
+
+
+def ours(layers: int) -> Callable[[], object]:
+    """A GPT of so many layers, by the references, as on a GPU on which nothing has proved itself."""
+    model = ModelConfig(
+        num_layers=layers,
+        hidden_size=SMALL.hidden,
+        num_attention_heads=SMALL.heads,
+        ffn_hidden_size=SMALL.ffn,
+        vocab_size=16,
+        swiglu=True,
+        disable_bias_linear=True,
+    )
+    gpt = Retro(model, RetroConfig())
+    initialize(gpt, model, RetroConfig(), seed=0)
+    tokens = torch.zeros(1, SMALL.length, dtype=torch.long)
+
+    def step() -> None:
+        gpt(tokens, None, labels_BS=tokens).sum().backward()
+
+    return step
+
+
+def one_and_many(
+    name: str, layer: nn.Module, call: Callable[[Tensor], Tensor], shape: tuple[int, ...]
+) -> dict[str, Callable[[], object]]:
+    """The same layer once and nine times."""
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    hidden = torch.randn(shape)
+
+    def step(times: int) -> None:
+        output = hidden.clone().requires_grad_()
+        for _ in range(times):
+            output = call(output)
+        output.sum().backward()
+
+    return {name: lambda: step(1), f"{name}s": lambda: step(1 + DEEP)}
+
+
+if __name__ == "__main__":
+    import os
+
+    os.environ.setdefault("MEGATRON_RETRO_KERNELS", "reference")
+    torch.set_num_threads(1)
+    benchmark_main(__doc__, run)
