@@ -34,15 +34,17 @@ def copying_scores(module: Any, model: ModelConfig, length: int, seed: int) -> T
     frequencies = rotary_frequencies(model)
     assert frequencies is not None
     table = rotary_table(torch.arange(2 * length)[None], frequencies)
-    return torch.stack([_scores(one, model, table, length) for one in projected])
+    tables = [table if model.rotates(layer) else None for layer in range(1, model.num_layers + 1)]
+    return torch.stack([_scores(one, model, each, length) for one, each in zip(projected, tables, strict=True)])
 
 
 def _scores(projected: Tensor, model: ModelConfig, table: Any, length: int) -> Tensor:
     size, groups = model.head_size(), model.num_key_value_heads()
     shared = model.num_attention_heads // groups
     heads = projected.reshape(1, 2 * length, groups, shared + 2, size)
-    query = apply_rotary(heads[..., :shared, :].flatten(2, 3), table, interleaved=model.rotary_interleaved)
-    key = apply_rotary(heads[..., shared, :], table, interleaved=model.rotary_interleaved)
+    query, key = heads[..., :shared, :].flatten(2, 3), heads[..., shared, :]
+    if table is not None:
+        query, key = (apply_rotary(each, table, interleaved=model.rotary_interleaved) for each in (query, key))
     scores = torch.einsum("snd,tnd->nst", query[0], key[0].repeat_interleave(shared, 1)) / size**0.5
     future = torch.ones(2 * length, 2 * length, dtype=torch.bool).triu(1)
     weights = scores.masked_fill(future, -torch.inf).softmax(-1)

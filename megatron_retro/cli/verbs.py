@@ -198,9 +198,9 @@ printed first. The run lives in --save; the same command goes on where it stoppe
         "convert.conversion:convert",
         """Read SOURCE, write DESTINATION.
 
-SOURCE is a Hugging Face folder (config.json with safetensors: Llama, Qwen 2 and 3, Mistral, Nemotron, StableLM,
-GPT-2), a GPT or Retro of Megatron-LM (mp_rank_XX_YYY/model_optim_rng.pt, torch_dist), or a checkpoint of ours.
-With --convert-to checkpoint (the default) DESTINATION becomes a run whose step 0 holds the weights: start from it
+SOURCE is a Hugging Face folder (config.json with safetensors: Llama, Qwen 2 and 3, Mistral, SmolLM 3, Nemotron,
+StableLM, GPT-2), a GPT or Retro of Megatron-LM (mp_rank_XX_YYY/model_optim_rng.pt, torch_dist), or a checkpoint of
+ours. With --convert-to checkpoint (the default) DESTINATION becomes a run whose step 0 holds the weights: start from it
 with `pretrain --load DESTINATION --finetune` or `retrofit --load DESTINATION`. With --convert-to huggingface it becomes
 a folder that AutoModelForCausalLM loads. With --convert-to remote-code a whole Retro, encoder and all, becomes a folder
 that it loads with trust_remote_code=True where megatron_retro is installed.

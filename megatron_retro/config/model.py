@@ -33,6 +33,9 @@ class ModelConfig:
     rotary_percent: float = option(1.0, "share of a head that rotary positions rotate", minimum=0.0, maximum=1.0)
     rotary_base: float = option(10000.0, "base of the rotary frequencies", minimum=1.0)
     rotary_interleaved: bool = option(False, "turn neighbouring pairs instead of halves")
+    no_rope_freq: int | None = option(
+        None, "every N-th layer, of the encoder too, is without rotary positions", minimum=2
+    )
     rope_scaling_type: str = option(
         "none", "rescaling of rotary frequencies", choices=("none", "linear", "llama3"), ours=True
     )
@@ -64,6 +67,10 @@ class ModelConfig:
         if self.swiglu:
             return max(64, int(self.hidden_size * 8 / 3 / 64) * 64)
         return 4 * self.hidden_size
+
+    def rotates(self, layer: int) -> bool:
+        """Whether this layer, from 1, is not one of those without rotary positions."""
+        return self.no_rope_freq is None or layer % self.no_rope_freq != 0
 
     def learned_positions(self) -> int | None:
         """How long a text can be; None where positions do not end."""
@@ -229,6 +236,8 @@ def _decoder(model: ModelConfig) -> Iterator[Violation]:
         yield Violation("vocab_size", model.vocab_size, "a whole number of at least 1", "give it, or a tokenizer")
     if model.swiglu and model.squared_relu:
         yield Violation("squared_relu", True, "one activation", "drop --swiglu or --squared-relu")
+    if model.no_rope_freq and model.position_embedding_type != "rope":
+        yield Violation("no_rope_freq", model.no_rope_freq, "rotary positions", "use --position-embedding-type rope")
     if model.normalization == "RMSNorm" and model.apply_layernorm_1p:
         yield Violation("apply_layernorm_1p", True, "LayerNorm", "use --normalization LayerNorm")
     if (

@@ -198,6 +198,22 @@ MISTRAL = Family(
     {},
     _llama_rules,
 )
+SMOLLM3 = Family(
+    "smollm3",
+    "SmolLM3ForCausalLM",
+    _RMS_NAMES,
+    {
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "rope_theta": 2000000.0,
+    },
+    SILU,
+    {**_RMS, **_ROPE},
+    {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False},
+    _llama_rules,
+)
 PHI3 = Family(
     "phi3",
     "Phi3ForCausalLM",
@@ -263,7 +279,8 @@ GPT2 = Family(
     _gpt2_rules,
 )
 FAMILIES = {
-    family.model_type: family for family in (LLAMA, QWEN2, QWEN3, MISTRAL, PHI3, GRANITE, NEMOTRON, STABLELM, GPT2)
+    family.model_type: family
+    for family in (LLAMA, QWEN2, QWEN3, MISTRAL, SMOLLM3, PHI3, GRANITE, NEMOTRON, STABLELM, GPT2)
 }
 
 

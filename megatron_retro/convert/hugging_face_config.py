@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.toml_files import nearest
-from megatron_retro.convert.families import FAMILIES, GPT2, Family, with_multipliers
+from megatron_retro.convert.families import FAMILIES, GPT2, SMOLLM3, Family, with_multipliers
 from megatron_retro.convert.harmless_settings import leaves_the_function
 from megatron_retro.errors import ConfigError
 
@@ -19,6 +19,7 @@ _ROPE_FIELDS = {
 _LLAMA3_FIELDS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _WINDOW_FIELDS = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
 _WINDOW_FAMILIES = ("mistral", "phi3", "qwen2", "qwen3")
+_EVERY_FOURTH = 4  # SmolLM3's layers without rotary positions, where a file does not say
 _PARTLY_ROTATED_FAMILIES = ("phi3", "nemotron", "stablelm", "gpt2")
 _BIAS_FIELDS = {"attention_bias", "mlp_bias", "use_qkv_bias"}
 
@@ -75,7 +76,8 @@ class _Reader:
         heads = {} if self.problems else self._heads(values)
         if self.problems:
             return ModelConfig()
-        values |= heads | self._activation() | self._rope() | self._window(values) | self._biases()
+        values |= heads | self._activation() | self._rope() | self._unrotated(values) | self._window(values)
+        values |= self._biases()
         tied = self.field("tie_word_embeddings", False)
         values["untie_embeddings_and_output_weights"] = not tied or bool(self.family.multipliers)
         self._check_rotated(ModelConfig(**values))
@@ -160,12 +162,32 @@ class _Reader:
             }
         return values
 
+    def _unrotated(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """SmolLM3's layers without rotary positions: every N-th, or none."""
+        if self.family is not SMOLLM3:
+            return {}
+        layers = values["num_layers"]
+        interval = self._number(
+            "no_rope_layer_interval", self.field("no_rope_layer_interval", _EVERY_FOURTH), whole=True
+        )
+        kinds = self.field("no_rope_layers") or _rotated_layers(layers, interval)
+        freq = kinds.index(0) + 1 if 0 in kinds else None
+        if kinds != _rotated_layers(layers, freq) or freq == 1:
+            self.problems.append(f"no_rope_layers = {kinds!r}: only every N-th layer (N of at least 2) is understood")
+            return {}
+        return {"no_rope_freq": freq}
+
     def _check_rotated(self, model: ModelConfig) -> None:
         rotated = int(model.head_size() * model.rotary_percent)
         if rotated % 2:
             self.problems.append(f"partial_rotary_factor turns {rotated} dimensions of a head: expected an even number")
 
     def _window(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        if self.family is SMOLLM3:
+            kinds, _ = self.field("layer_types") or [], self.field("sliding_window")  # which nothing reads alone
+            if set(kinds) - {"full_attention"}:
+                self.problems.append(f"layer_types = {kinds!r}: only full_attention is understood in this family")
+            return {}
         if self.family.model_type not in _WINDOW_FAMILIES:
             if self.field("sliding_window") is not None:
                 self.problems.append("sliding_window: transformers passes it over in this family; remove it")
@@ -240,6 +262,8 @@ def _attention_reasons(family: Family, model: ModelConfig) -> list[str]:
     reasons = []
     if model.position_embedding_type == "rope" and model.rotary_interleaved:
         reasons.append("rotary_interleaved has no counterpart")
+    if model.no_rope_freq is not None and family is not SMOLLM3:
+        reasons.append("all of its layers have rotary positions")
     if model.rotary_percent != 1.0 and family.model_type not in _PARTLY_ROTATED_FAMILIES:
         reasons.append(f"rotary_percent is {model.rotary_percent}, not 1.0")
     has_window = model.sliding_window is not None
@@ -275,6 +299,9 @@ def _written_config(family: Family, model: ModelConfig) -> dict[str, Any]:
         config["head_dim"] = model.head_size()
     if family.model_type in ("llama", "nemotron"):
         config |= {"attention_bias": not model.disable_bias_linear, "mlp_bias": not model.disable_bias_linear}
+    if family is SMOLLM3:
+        config |= {"no_rope_layers": _rotated_layers(model.num_layers, model.no_rope_freq), "use_sliding_window": False}
+        config["no_rope_layer_interval"] = model.no_rope_freq or model.num_layers + 1
     if family.model_type == "stablelm":
         config["use_qkv_bias"] = model.add_qkv_bias
     if family.model_type in _WINDOW_FAMILIES:
@@ -282,6 +309,11 @@ def _written_config(family: Family, model: ModelConfig) -> dict[str, Any]:
     if family.model_type in ("qwen2", "qwen3"):
         config |= {"use_sliding_window": model.sliding_window is not None, "max_window_layers": 0}
     return config
+
+
+def _rotated_layers(layers: int, freq: int | None) -> list[int]:
+    """As SmolLM3 writes it: 1 for a layer with rotary positions, 0 for every N-th."""
+    return [1 if freq is None else int((layer + 1) % freq != 0) for layer in range(layers)]
 
 
 def _written_rope(family: Family, model: ModelConfig) -> dict[str, Any]:

@@ -143,6 +143,8 @@ def core_problems(model: ModelConfig, retro: RetroConfig) -> Iterator[str]:
         yield f"position_embedding_type {model.position_embedding_type}"
     if model.sliding_window is not None:
         yield f"sliding_window {model.sliding_window}"
+    if model.no_rope_freq is not None:
+        yield f"no_rope_freq {model.no_rope_freq}"
     bounds = (
         model.rope_scaling_low_freq_factor,
         model.rope_scaling_high_freq_factor,

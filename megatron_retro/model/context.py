@@ -36,6 +36,10 @@ class NeighborContext:
     key_rotary: RotaryTable | None
     first_position: int
 
+    def without_rotary(self) -> NeighborContext:
+        """For a layer that has no rotary positions."""
+        return replace(self, query_rotary=None, key_rotary=None)
+
     def of_row(self, row: int) -> NeighborContext:
         """What concerns one row's queries."""
         positions = (

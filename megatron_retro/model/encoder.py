@@ -24,7 +24,7 @@ class NeighborEncoder(nn.Module):
         self.embedding = TokenEmbedding(config) if retro.retro_encoder_own_embedding else None
         self.layers = nn.ModuleDict(
             {
-                str(index): EncoderLayer(config, retro, model.hidden_size if index == 0 else None)
+                str(index): EncoderLayer(config, retro, index, model.hidden_size if index == 0 else None)
                 for index in range(retro.retro_encoder_layers)
             }
         )

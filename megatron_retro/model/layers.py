@@ -25,7 +25,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, retro: RetroConfig, index: int, encoder_size: int | None) -> None:
         super().__init__()
-        self.index = index
+        self.index, self.rotates = index, config.rotates(index + 1)
         self.dropout = config.hidden_dropout
         self.input_norm = Norm(config, config.hidden_size)
         self.attention = SelfAttention(config)
@@ -48,9 +48,12 @@ class DecoderLayer(nn.Module):
         layer_cache = None if cache is None else cache.layer(self.index)
         normed_BSH = self.input_norm(hidden_BSH)
         with self.input_norm.recomputed(normed_BSH, hidden_BSH):
-            attended = self.attention(normed_BSH, context.pattern, context.rotary, context.cache_slice, layer_cache)
+            rotary = context.rotary if self.rotates else None
+            attended = self.attention(normed_BSH, context.pattern, rotary, context.cache_slice, layer_cache)
         added = self._dropped(attended)
         retrieval = context.retrieval
+        if retrieval is not None and not self.rotates:
+            retrieval = retrieval.without_rotary()
         if self.cross_attention is not None and self.cross_norm is not None and retrieval is not None:
             normed_BSH, summed_BSH = self.cross_norm(hidden_BSH, added)
             if encode is not None:
@@ -84,8 +87,9 @@ def _state_read(config: ModelConfig, retro: RetroConfig, index: int) -> slice | 
 class EncoderLayer(nn.Module):
     """Bidirectional over one neighbour; the first layer also reads the chunk that retrieved it."""
 
-    def __init__(self, config: ModelConfig, retro: RetroConfig, decoder_size: int | None) -> None:
+    def __init__(self, config: ModelConfig, retro: RetroConfig, index: int, decoder_size: int | None) -> None:
         super().__init__()
+        self.rotates = config.rotates(index + 1)
         self.dropout = config.hidden_dropout
         self.input_norm = Norm(config, config.hidden_size)
         self.attention = SelfAttention(config)
@@ -101,7 +105,8 @@ class EncoderLayer(nn.Module):
         shape = hidden_XKRH.shape[:2]
         normed = self.input_norm(hidden_XKRH)
         with self.input_norm.recomputed(normed, hidden_XKRH):
-            attended = self.attention(normed.flatten(0, 1), context.pattern, context.rotary)
+            rotary = context.rotary if self.rotates else None
+            attended = self.attention(normed.flatten(0, 1), context.pattern, rotary)
         added = self._dropped(torch.unflatten(attended, 0, shape))
         if self.cross_attention is not None and self.cross_norm is not None:
             normed, hidden_XKRH = self.cross_norm(hidden_XKRH, added)

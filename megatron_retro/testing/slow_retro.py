@@ -90,6 +90,11 @@ class SlowRetro:
             result[second] = vector[second] * math.cos(angle) + vector[first] * math.sin(angle)
         return result
 
+    def _rotates(self, name: str) -> bool:
+        """Whether the layer of a part, `layers.3.attention` say, has rotary positions."""
+        number = int(name.split("layers.")[1].split(".")[0]) + 1
+        return self.model.no_rope_freq is None or number % self.model.no_rope_freq != 0
+
     def _frequency(self, pair: int, rotated: int) -> float:
         return float(self.model.rotary_base ** (-2 * pair / rotated))
 
@@ -108,6 +113,7 @@ class SlowRetro:
         heads, groups, size = config.num_attention_heads, config.num_key_value_heads(), config.head_size()
         shared = heads // groups
         rotary = self.model.position_embedding_type == "rope" if causal else self.retro.rotates_neighbors()
+        rotary = rotary and self._rotates(name)
         relative = config.position_embedding_type == "relative"
         queries, keys, values = [], [], []
         for position, vector in enumerate(normed):
@@ -167,19 +173,19 @@ class SlowRetro:
     ) -> Array:
         """One query vector over source vectors that stand at the given positions."""
         heads, groups, size = config.num_attention_heads, config.num_key_value_heads(), config.head_size()
-        style = self.retro.neighbor_positions()
+        style, rotary = self.retro.neighbor_positions(), self.retro.rotates_neighbors() and self._rotates(name)
         joined = []
         for head in range(heads):
             group = head // (heads // groups)
             query_head = self.weights[f"{name}.query.weight"][head] @ query
             both = self.weights[f"{name}.key_value.weight"][group]
             plain_query = query_head
-            if self.retro.rotates_neighbors():
+            if rotary:
                 query_head = self._rotated(query_head, query_position)
             scores, values = [], []
             for vector, position in zip(source, positions, strict=True):
                 key = both[:size] @ vector
-                if self.retro.rotates_neighbors():
+                if rotary:
                     key = self._rotated(key, position)
                 score = float(query_head @ key) / math.sqrt(size)
                 if style == "relative":

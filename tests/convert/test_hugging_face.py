@@ -56,6 +56,17 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("Qwen3", {**SHAPE, "num_key_value_heads": 2, "head_dim": 6, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {**SHAPE, "num_key_value_heads": 2, "sliding_window": 5}),
+    "smollm3": ("SmolLM3", {**SHAPE, "num_hidden_layers": 5, "num_key_value_heads": 2, "pad_token_id": None}),
+    "smollm3, every second": (
+        "SmolLM3",
+        {
+            **SHAPE,
+            "num_key_value_heads": 2,
+            "no_rope_layer_interval": 2,
+            "tie_word_embeddings": False,
+            "pad_token_id": None,
+        },
+    ),
     "phi3": (
         "Phi3",
         {
@@ -97,6 +108,10 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": (
         "qwen3",
         {"normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True, "qk_layernorm": True},
+    ),
+    "smollm3": (
+        "smollm3",
+        {"normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True, "no_rope_freq": 2},
     ),
     "gpt2": ("gpt2", {"position_embedding_type": "learned_absolute", "gelu_tanh": True, "apply_layernorm_1p": True}),
 }

@@ -158,6 +158,7 @@ def test_goes_out_as_core_writes_it(name: str, stored: Path, tmp_path: Path) -> 
     ("flags", "named"),
     [
         (["--sliding-window", "8"], "sliding_window 8"),
+        (["--no-rope-freq", "2"], "no_rope_freq 2"),
         (["--position-embedding-type", "relative"], "position_embedding_type relative"),
         (["--gelu-tanh", "--disable-bias-linear"], "gelu_tanh without biases"),
         (["--rope-scaling-type", "llama3", "--rope-scaling-low-freq-factor", "2"], "llama3 scaling with bounds"),

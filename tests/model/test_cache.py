@@ -30,6 +30,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "retro_encoder_reads": "same-depth",
         },
     ),
+    "unrotated": ({"no_rope_freq": 2}, {}),
     "grouped": ({"group_query_attention": True, "num_query_groups": 2}, {"retro_layers": (1, 2, 6)}),
 }
 SPLITS = [[LENGTH], [1] * LENGTH, [5, 1, 1, 6, 5], [4, 4, 4, 6], [3, 2, 13]]

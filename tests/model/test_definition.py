@@ -18,6 +18,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "nemotron": {"apply_layernorm_1p": True, "squared_relu": True, "rotary_percent": 0.5},
     "qwen": {"normalization": "RMSNorm", "swiglu": True, "qk_layernorm": True, "kv_channels": 6},
     "mistral": {"sliding_window": 5, "untie_embeddings_and_output_weights": True, "rotary_interleaved": True},
+    "smollm3": {"normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True, "no_rope_freq": 2},
     "retro": {"position_embedding_type": "relative", "normalization": "RMSNorm"},
 }
 RETRIEVERS: dict[str, dict[str, Any]] = {

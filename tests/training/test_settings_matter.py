@@ -32,6 +32,7 @@ MATTERS: tuple[dict[str, Any], ...] = (
     {"rotary_percent": 0.5},
     {"rotary_base": 100.0},
     {"rotary_interleaved": True},
+    {"no_rope_freq": 2},
     {"rope_scaling_type": "linear", "rope_scaling_factor": 2.0},
     {"rope_scaling_type": "llama3", "rope_scaling_factor": 8.0, "rope_scaling_original_max_positions": 32},
     {"position_embedding_type": "learned_absolute"},
