@@ -42,6 +42,8 @@ last=(megatron-retro retrofit --config "$here/real_decoder_last.toml")
 "${last[@]}" --save warm
 "${last[@]}" "${noise[@]}" --train-iters 33 --save noise
 megatron-retro pretrain --config "$here/real_decoder_continued.toml" --finetune "${tokenizer[@]}" --save continued
-python "$here/real_decoder.py" gpt --retro mixed=mixed same-depth=same-depth untrained=untrained warm=warm noise=noise \
-  --trained continued=continued --text corpus/held_out_text_document \
-  --database retrieval/database --neighbors retrieval/neighbors/held_out --work losses --json "$here/real_decoder.json"
+measure=(python "$here/real_decoder.py" gpt --text corpus/held_out_text_document --database retrieval/database
+  --neighbors retrieval/neighbors/held_out)
+"${measure[@]}" --retro mixed=mixed --between --work losses-between --json "$here/real_decoder_between.json"
+"${measure[@]}" --retro mixed=mixed same-depth=same-depth untrained=untrained warm=warm noise=noise \
+  --trained continued=continued --work losses --json "$here/real_decoder.json"
