@@ -36,6 +36,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+SMOL = {**SHAPE, "num_key_value_heads": 2, "pad_token_id": None}
 GPT2_SHAPE = {"vocab_size": 61, "n_embd": 16, "n_layer": 3, "n_head": 4, "n_positions": 64}
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {**SHAPE, "num_key_value_heads": 2, "rope_parameters": LLAMA3}),
@@ -56,17 +57,8 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("Qwen3", {**SHAPE, "num_key_value_heads": 2, "head_dim": 6, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {**SHAPE, "num_key_value_heads": 2, "sliding_window": 5}),
-    "smollm3": ("SmolLM3", {**SHAPE, "num_hidden_layers": 5, "num_key_value_heads": 2, "pad_token_id": None}),
-    "smollm3, every second": (
-        "SmolLM3",
-        {
-            **SHAPE,
-            "num_key_value_heads": 2,
-            "no_rope_layer_interval": 2,
-            "tie_word_embeddings": False,
-            "pad_token_id": None,
-        },
-    ),
+    "smollm3": ("SmolLM3", {**SMOL, "num_hidden_layers": 5}),
+    "smollm3, every second": ("SmolLM3", {**SMOL, "no_rope_layer_interval": 2, "tie_word_embeddings": False}),
     "phi3": (
         "Phi3",
         {
