@@ -17,7 +17,7 @@ import pytest
 
 from megatron_retro.cli.main import main
 from megatron_retro.config.settings import Settings
-from megatron_retro.errors import ArtifactError, ConfigError, DataError, EnvironmentProblem, MegatronRetroError
+from megatron_retro.errors import ArtifactError, ConfigError, EnvironmentProblem, MegatronRetroError
 from megatron_retro.retrieval.stages import build_retrieval
 from megatron_retro.testing.retrieval_projects import CHUNK, echoing_documents, project_settings, write_corpus
 
@@ -185,6 +185,7 @@ def test_no_space_left_is_a_named_error(settings: Settings, monkeypatch: pytest.
         ({"retro_index_str": "PCA128,IVF4,Flat"}, ConfigError, "faiss cannot train"),
         ({"retro_index_str": "nonsense"}, ConfigError, "faiss makes no index"),
         ({"retro_memory_gb": 0.1, "retro_index_ntrain": 10**6, "retro_index_str": "IVF4,Flat"}, None, ""),
+        ({"retro_index_train_load_fraction": 0.0}, ConfigError, "no chunk is left to train"),
         ({"retro_embedder_dimension": 100}, ConfigError, "no multiple of 64"),
         ({"retro_embedder": "huggingface"}, ConfigError, "needs a model"),
         ({"retro_query_num_neighbors_query": 3}, ConfigError, "smaller than"),
@@ -230,9 +231,12 @@ def test_other_settings_in_the_same_directory_are_refused(settings: Settings, co
 
 
 def test_stages_out_of_order_say_what_is_missing(settings: Settings) -> None:
-    for stage in ("encode", "merge", "query", "verify"):
-        with pytest.raises((ArtifactError, DataError)):
+    for stage, maker in (("encode", "train"), ("merge", "train"), ("query", "merge"), ("verify", "merge")):
+        with pytest.raises(ConfigError, match=f"{stage} needs what the stage {maker} makes"):
             run_stages(settings, stage)
+    run_stages(settings, "train")
+    with pytest.raises(ConfigError, match="query needs what the stage merge makes"):
+        run_stages(settings, "encode", "query")
 
 
 def test_an_encoder_without_weights_is_refused(settings: Settings, tmp_path: Path) -> None:
