@@ -37,14 +37,13 @@ _INSTEAD = {
     "--no-position-embedding": "--position-embedding-type none, or what the checkpoint says",
     "--retro-gpt-tokenizer-type": "--tokenizer-type",
     "--retro-gpt-tokenizer-model": "--tokenizer-model",
-    "--calculate-per-token-loss": "losses are always averaged over the tokens that count, leave it out",
     "--manual-gc": "garbage is always collected every --manual-gc-interval steps, leave it out",
     "--empty-unused-memory-level": "PYTORCH_CUDA_ALLOC_CONF sets up the allocator, leave it out",
     "--decoupled-lr": "there is one rate for a decoder; --lr-scale-decoder is its factor in a Retro",
     "--decoupled-min-lr": "there is one least rate, --min-lr",
     "--grad-reduce-in-bf16": "gradients are reduced in float32, leave it out",
     "--tiktoken-pattern": "a tiktoken vocabulary comes as tokenizer.json, by --tokenizer-type HuggingFaceTokenizer",
-    "--ckpt-step": "--load RUN/step-NNNNNNNN names one checkpoint of a run",
+    "--ckpt-step": "beside --load RUN it names one checkpoint, as --load RUN/step-NNNNNNNN does",
     "--data-folder": "--instruction-data names conversation files, with weights",
     "--answer-loss-only": "the loss is on the last reply anyway, leave it out",
     "--ft-neighbours": "--num-contexts, passages of a conversation that are used",
@@ -127,7 +126,6 @@ BY_VALUE = {
     "NullTokenizer": "leave it out: --mock-data with --vocab-size needs no tokenizer",
     "BertWordPieceLowerCase": "the embedder has its own; give the corpus's tokenizer",
     "BertWordPieceCase": "the embedder has its own; give the corpus's tokenizer",
-    "inverse-square-root": "cosine or linear",
     "build": _STAGE,
     **dict.fromkeys(("db-build", "index-train", "index-add", "query-neighbors", "query-pretraining-neighbors"), _STAGE),
 }
@@ -141,6 +139,7 @@ MEGATRON_DEFAULTS: Mapping[str, Any] = {
     "retro_encoder_hidden_dropout": 0.1,
     "retro_encoder_attention_dropout": 0.1,
     "lr_decay_style": "linear",
+    "lr_wsd_decay_style": "exponential",
     "weight_decay": 0.01,
     "adam_beta2": 0.999,
     "initial_loss_scale": 2.0**32,
@@ -175,9 +174,27 @@ def instead_of(flag: str, here: Sequence[str], elsewhere: Sequence[str], from_ch
 
 
 def translated(arguments: Sequence[str], known: Container[str]) -> list[str]:
-    """Megatron's two older switches for positions as the flag that replaced them, for a verb that has it."""
-    if "position_embedding_type" not in known:
-        return list(arguments)
+    """Flags of Megatron's that other words say here, for a verb that has these."""
+    words = _of_one_step(arguments) if "load" in known else list(arguments)
+    if "global_batch_size" in known:  # so a loss is averaged anyway
+        words = [word for word in words if word != "--calculate-per-token-loss"]
+    return _with_positions(words) if "position_embedding_type" in known else words
+
+
+def _of_one_step(arguments: Sequence[str]) -> list[str]:
+    """`--load RUN --ckpt-step N` as `--load RUN/step-N`."""
+    words = list(arguments)
+    values = {flag: words.index(flag) + 1 for flag in ("--load", "--ckpt-step") if flag in words[:-1]}
+    if len(values) < 2 or not words[values["--ckpt-step"]].isdigit():
+        return words
+    run, step = words[values["--load"]], int(words[values["--ckpt-step"]])
+    words[values["--load"]] = f"{run.rstrip('/')}/step-{step:08}"
+    del words[values["--ckpt-step"] - 1 : values["--ckpt-step"] + 1]
+    return words
+
+
+def _with_positions(arguments: Sequence[str]) -> list[str]:
+    """Megatron's two older switches for positions as the flag that replaced them."""
     words = [word for word in arguments if word not in ("--use-rotary-position-embeddings", "--no-position-embedding")]
     if "--use-rotary-position-embeddings" in arguments:
         return ["--position-embedding-type", "rope", *words]

@@ -11,7 +11,8 @@ from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import Violation
 
-DECAY_STYLES = ("constant", "linear", "cosine", "WSD")
+DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
+WSD_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
 METHODS = ("none", "lora", "adapter", "p-tuning", "ia3")
 PARTS = ("decoder", "encoder", "cross-attention")
 LORA_TARGETS = ("attention.query_key_value", "attention.output", "mlp.up", "mlp.down", "query", "key_value", "output")
@@ -59,6 +60,8 @@ class OptimizerConfig:
     lr_warmup_samples: int = option(0, "samples of linear warm-up", minimum=0)
     lr_warmup_iters: int = option(0, "steps of linear warm-up", minimum=0)
     lr_wsd_decay_samples: int | None = option(None, "WSD: samples of the final decay (not given: a tenth)", minimum=1)
+    lr_wsd_decay_iters: int | None = option(None, "WSD: steps of the final decay", minimum=1)
+    lr_wsd_decay_style: str = option("linear", "WSD: shape of the final decay", choices=WSD_STYLES)
     weight_decay: float = option(0.1, "decoupled weight decay of matrices", minimum=0.0)
     adam_beta1: float = option(0.9, "decay of the first moment", minimum=0.0, maximum=1.0)
     adam_beta2: float = option(0.95, "decay of the second moment", minimum=0.0, maximum=1.0)
@@ -158,6 +161,7 @@ def _length_violations(optimizer: OptimizerConfig, training: TrainingConfig) -> 
         ("train_iters", "train_samples", training),
         ("lr_decay_samples", "lr_decay_iters", optimizer),
         ("lr_warmup_samples", "lr_warmup_iters", optimizer),
+        ("lr_wsd_decay_samples", "lr_wsd_decay_iters", optimizer),
     ):
         if getattr(section, first) and getattr(section, second):
             flag = "--" + second.replace("_", "-")

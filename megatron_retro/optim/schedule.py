@@ -56,7 +56,7 @@ def run_length(config: TrainingConfig) -> int:
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Warm-up, then one of constant, linear, cosine, WSD down to the minimum; all lengths in samples."""
+    """Warm-up, then one of Megatron-LM's styles down to the minimum; all lengths in samples."""
 
     peak: float
     minimum: float
@@ -64,6 +64,7 @@ class LearningRate:
     warmup: int
     decay: int
     final_decay: int
+    final_style: str
 
     def at(self, samples: int) -> float:
         """The rate of the step that ends at `samples`."""
@@ -73,16 +74,25 @@ class LearningRate:
             return self.peak
         if samples > self.decay:
             return self.minimum
+        if self.style == "inverse-square-root":
+            return max(self.minimum, self.peak * math.sqrt(max(self.warmup, 1) / max(samples, 1)))
         return self.minimum + (self.peak - self.minimum) * self._remaining(samples)
 
     def _remaining(self, samples: int) -> float:
-        share = (samples - self.warmup) / max(self.decay - self.warmup, 1)
-        if self.style == "linear":
-            return 1.0 - share
-        if self.style == "cosine":
-            return 0.5 * (math.cos(math.pi * share) + 1.0)
+        """How much of the way from the minimum to the peak is left."""
+        if self.style != "WSD":
+            return _fallen(self.style, (samples - self.warmup) / max(self.decay - self.warmup, 1))
         left = self.decay - samples
-        return 1.0 if left >= self.final_decay else left / max(self.final_decay, 1)
+        return 1.0 if left >= self.final_decay else _fallen(self.final_style, 1.0 - left / max(self.final_decay, 1))
+
+
+def _fallen(shape: str, share: float) -> float:
+    """From 1 to 0 while `share` goes from 0 to 1."""
+    if shape == "cosine":
+        return 0.5 * (math.cos(math.pi * share) + 1.0)
+    if shape == "exponential":
+        return 2.0 * 0.5**share - 1.0
+    return 1.0 - math.sqrt(share) if shape == "minus_sqrt" else 1.0 - share
 
 
 def learning_rate(optimizer: OptimizerConfig, training: TrainingConfig) -> LearningRate:
@@ -97,5 +107,6 @@ def learning_rate(optimizer: OptimizerConfig, training: TrainingConfig) -> Learn
         style=optimizer.lr_decay_style,
         warmup=optimizer.lr_warmup_samples or optimizer.lr_warmup_iters * steps,
         decay=decay,
-        final_decay=optimizer.lr_wsd_decay_samples or decay // 10,
+        final_decay=optimizer.lr_wsd_decay_samples or (optimizer.lr_wsd_decay_iters or 0) * steps or decay // 10,
+        final_style=optimizer.lr_wsd_decay_style,
     )

@@ -12,6 +12,7 @@ from megatron_retro.config.megatron_flags import BY_VALUE, MEGATRON_DEFAULTS
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.sections import ALL_SECTIONS
 from megatron_retro.config.settings import Settings, specs_by_name
+from megatron_retro.config.training import CheckpointConfig
 from megatron_retro.errors import ConfigError
 
 LINES = (Path(__file__).parent / "megatron_scripts.txt").read_text(encoding="utf-8").splitlines()
@@ -49,6 +50,20 @@ def test_each_flag_of_a_script_is_accepted_or_advised_at_once(name: str) -> None
         dropping = (word.startswith("--") and word in said) or (dropping and not word.startswith("--"))
         kept += [] if dropping else [word]
     assert refused(verb, kept) == {}
+
+
+def test_the_page_says_how_many_flags_are_taken() -> None:
+    given = {name: [word for word in flags if word.startswith("--")] for name, (_, flags) in SCRIPTS.items()}
+    advised = {name: set(refused(*SCRIPTS[name])) & set(given[name]) for name in SCRIPTS}
+    total, told = sum(map(len, given.values())), sum(map(len, advised.values()))
+    page = (Path(__file__).parents[2] / "docs" / "migration.md").read_text(encoding="utf-8")
+    assert f"{total} flags of {len(SCRIPTS)} scripts: {total - told} accepted, {told} refused with advice" in page
+
+
+def test_one_checkpoint_is_named_as_there() -> None:
+    flags = ["--load", "RUN/", "--ckpt-step", "1000", "--calculate-per-token-loss"]
+    assert parsed("pretrain", flags)[CheckpointConfig].load == "RUN/step-00001000"
+    assert "--load RUN/step-NNNNNNNN" in refused("pretrain", ["--ckpt-step", "3"])["--ckpt-step"]
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,31 @@ def test_rates_at_the_corners_of_every_style() -> None:
     assert rate("cosine", 4, lr_warmup_iters=1) == pytest.approx(0.5), "a step is one batch of 8"
 
 
+@pytest.mark.parametrize("warmup", [0, 100])
+@pytest.mark.parametrize("final", ["linear", "cosine", "exponential", "minus_sqrt"])
+@pytest.mark.parametrize("style", ["constant", "linear", "cosine", "inverse-square-root", "WSD"])
+def test_rates_are_megatrons(style: str, final: str, warmup: int) -> None:
+    """Of core 0.15.3, written down a second time: at the end of a step, where it has them at its beginning."""
+    coefficients = {
+        "linear": lambda ratio: 1.0 - ratio,
+        "cosine": lambda ratio: 0.5 * (math.cos(math.pi * ratio) + 1.0),
+        "exponential": lambda ratio: 2.0 * math.pow(0.5, ratio) - 1.0,
+        "minus_sqrt": lambda ratio: 1.0 - math.sqrt(ratio),
+    }
+    for samples in range(0, 1200, 37):
+        expected = 0.1 if samples > 1000 and style != "constant" else 1.0
+        if warmup and samples <= warmup:
+            expected = samples / warmup
+        elif samples <= 1000 and style == "inverse-square-root":
+            expected = max(0.1, max(warmup, 1) ** 0.5 / max(samples, 1) ** 0.5)
+        elif samples <= 1000 and style == "WSD":
+            expected = 0.1 + 0.9 * (coefficients[final]((samples - 800) / 200) if samples > 800 else 1.0)
+        elif samples <= 1000 and style != "constant":
+            expected = 0.1 + 0.9 * coefficients[style]((samples - warmup) / (1000 - warmup))
+        more = {"lr_warmup_samples": warmup, "lr_wsd_decay_iters": 25, "lr_wsd_decay_style": final}
+        assert rate(style, samples, **more) == pytest.approx(expected), samples
+
+
 def test_the_batch_grows_by_its_increments_and_the_run_has_its_length() -> None:
     config = TrainingConfig(global_batch_size=32, rampup_batch_size=(8, 8, 300), train_iters=40)
     schedule = batch_size_schedule(config)

@@ -15,6 +15,7 @@ from megatron_retro.training.program import pretrain
 BASE: dict[str, Any] = {"seq_length": 3 * CHUNK, "train_iters": 2, "eval_iters": 0}  # documents are 8 chunks long
 ADAPTIVE = {"retro_gate_type": "adaptive"}
 DECAYS = {"train_iters": 3, "lr_decay_style": "cosine"}
+DECAYS_AT_LAST = {"train_iters": 3, "lr_decay_style": "WSD", "lr_wsd_decay_iters": 2}
 MATTERS: tuple[dict[str, Any], ...] = (
     {"sliding_window": 8},
     {"normalization": "RMSNorm"},
@@ -103,7 +104,10 @@ MATTERS_BESIDE: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
     (ADAPTIVE, {"lr_scale_gate": 0.5}),
     ({"train_iters": 3}, {"lr_decay_style": "cosine"}),
     ({"train_iters": 3}, {"lr_decay_style": "linear"}),
+    ({"train_iters": 3}, {"lr_decay_style": "inverse-square-root"}),
     ({"train_iters": 3}, {"lr_decay_style": "WSD", "lr_wsd_decay_samples": 8}),
+    (DECAYS_AT_LAST, {"lr_wsd_decay_iters": 3}),
+    (DECAYS_AT_LAST, {"lr_wsd_decay_style": "minus_sqrt"}),
     (DECAYS, {"min_lr": 5e-3}),
     (DECAYS, {"lr_decay_samples": 8}),
     (DECAYS, {"lr_decay_iters": 2}),
