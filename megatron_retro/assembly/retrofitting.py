@@ -20,7 +20,7 @@ from megatron_retro.checkpoint.loading import Checkpoint, Described, found_token
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.fields import field_specs
 from megatron_retro.config.model import ModelConfig, RetroConfig
-from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings, section_name
+from megatron_retro.config.settings import DEFAULT_ORIGIN, MEGATRON_ORIGIN, Settings, section_name
 from megatron_retro.data.model_text import FILE_SETTINGS
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.model.retro import Retro
@@ -53,9 +53,10 @@ def inherited_settings(
                 continue
             value = spec.converted(stored[spec.name])
             mine = getattr(settings[section], spec.name)
-            if settings.origin(spec.name) == DEFAULT_ORIGIN:
+            origin, is_dropout = settings.origin(spec.name), "dropout" in spec.name
+            if origin == DEFAULT_ORIGIN or (origin == MEGATRON_ORIGIN and not is_dropout):
                 changes[spec.name] = value
-            elif mine != value and section is ModelConfig and "dropout" not in spec.name:
+            elif mine != value and section is ModelConfig and not is_dropout:
                 wrong.append(f"{spec.flag}: {value!r} there, {mine!r} here")
     if wrong:
         raise ConfigError(

@@ -18,7 +18,7 @@ from megatron_retro.config.megatron_flags import (
     translated,
 )
 from megatron_retro.config.model import ModelConfig, RetroConfig
-from megatron_retro.config.settings import Settings, build_settings, section_name, specs_by_name
+from megatron_retro.config.settings import MEGATRON_ORIGIN, Settings, build_settings, section_name, specs_by_name
 from megatron_retro.config.toml_files import preset_names, preset_path, read_recipe
 from megatron_retro.errors import ConfigError
 
@@ -161,7 +161,7 @@ def parse_settings(
     origins: dict[str, str] = {}
     if namespace.megatron_defaults:
         values.update({name: value for name, value in MEGATRON_DEFAULTS.items() if name in known})
-        origins.update(dict.fromkeys(values, "Megatron-LM's default"))
+        origins.update(dict.fromkeys(values, MEGATRON_ORIGIN))
     for origin, path in _recipe_files(namespace):
         found = read_recipe(path, sections, all_sections, namespace.preset)
         values.update(found)

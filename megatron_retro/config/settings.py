@@ -10,6 +10,7 @@ from megatron_retro.config.fields import FieldSpec, field_specs
 
 Section = TypeVar("Section")
 DEFAULT_ORIGIN = "default"
+MEGATRON_ORIGIN = "Megatron-LM's default"
 
 
 class Settings:

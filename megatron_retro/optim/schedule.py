@@ -91,7 +91,7 @@ def _fallen(shape: str, share: float) -> float:
     if shape == "cosine":
         return 0.5 * (math.cos(math.pi * share) + 1.0)
     if shape == "exponential":
-        return 2.0 * 0.5**share - 1.0
+        return 2.0 * math.pow(0.5, share) - 1.0
     return 1.0 - math.sqrt(share) if shape == "minus_sqrt" else 1.0 - share
 
 
