@@ -214,6 +214,17 @@ no model is ever whole in memory.""",
         reads={TokenizerConfig: ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")},
     ),
     Verb(
+        "convert-project",
+        "what of a Retro project of Megatron core serves here, and the commands for the rest",
+        (),
+        "convert.retro_project:convert_project",
+        """Look at OLD, the project directory of Megatron core's Retro preprocessing (config.json, data, db, index,
+query), and say of each part whether it serves here, is not needed or is made again, with the commands that make it.
+Token files are read as they are; chunks are compared with those that would be cut here. Nothing is written, neither
+into OLD nor elsewhere. It needs h5py: pip install 'megatron-retro[projects]'.""",
+        Positional("paths", "*", "OLD"),
+    ),
+    Verb(
         "generate",
         "text from a checkpoint, with the neighbours that each chunk read",
         (
