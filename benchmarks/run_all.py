@@ -1,4 +1,4 @@
-"""Run every benchmark, print one table, refresh `benchmarks/results/` (with --quick, the table alone).
+"""Run every benchmark, print one table, missed targets first, and refresh `benchmarks/results/` (not with --quick).
 
 python benchmarks/run_all.py [--quick] [NAME ...]
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from megatron_retro.runtime.console import render_table, say
 
 FOLDER = Path(__file__).parent
+MISSED = "MISSED"
 
 
 def benchmark_names() -> list[str]:
@@ -40,7 +41,7 @@ def figure_rows(name: str, results: Path) -> list[tuple[object, ...]]:
             figure["name"],
             f"{figure['value']:.4g} {figure['unit']}",
             "" if figure["target"] is None else f"{signs[figure['better']]} {figure['target']:.4g}",
-            {True: "met", False: "MISSED", None: ""}[figure["met"]],
+            {True: "met", False: MISSED, None: ""}[figure["met"]],
         )
         for figure in figures
     ]
@@ -57,7 +58,13 @@ def main() -> int:
         results = Path(room) if arguments.quick else FOLDER / "results"
         failed = [name for name in names if not run_one(name, results, arguments.quick)]
         rows = [row for name in names if name not in failed for row in figure_rows(name, results)]
-    print(render_table(("benchmark", "figure", "value", "target", ""), rows))
+    missed = [row for row in rows if row[-1] == MISSED]
+    print(f"{len(missed)} of {sum(bool(row[3]) for row in rows)} targets missed" + (":" if missed else ""))
+    print(
+        render_table(
+            ("benchmark", "figure", "value", "target", ""), missed + [row for row in rows if row not in missed]
+        )
+    )
     if failed:
         say(f"failed to run: {', '.join(failed)}")
     return 1 if failed else 0
