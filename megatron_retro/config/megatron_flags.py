@@ -177,6 +177,7 @@ def instead_of(flag: str, here: Sequence[str], elsewhere: Sequence[str], from_ch
 def translated(arguments: Sequence[str], known: Container[str]) -> list[str]:
     """Flags of Megatron's that other words say here, for a verb that has these."""
     words = _of_one_step(arguments) if "load" in known else list(arguments)
+    words = _without_null_tokenizer(words) if "mock_data" in known else words
     if "global_batch_size" in known:  # so a loss is averaged anyway
         words = [word for word in words if word != "--calculate-per-token-loss"]
     return _with_positions(words) if "position_embedding_type" in known else words
@@ -191,6 +192,17 @@ def _of_one_step(arguments: Sequence[str]) -> list[str]:
     run, step = words[values["--load"]], int(words[values["--ckpt-step"]])
     words[values["--load"]] = f"{run.rstrip('/')}/step-{step:08}"
     del words[values["--ckpt-step"] - 1 : values["--ckpt-step"] + 1]
+    return words
+
+
+def _without_null_tokenizer(words: list[str]) -> list[str]:
+    """`--mock-data --tokenizer-type NullTokenizer --vocab-size N`: that tokenizer ends documents with the id N."""
+    values = {flag: words.index(flag) + 1 for flag in ("--tokenizer-type", "--vocab-size") if flag in words[:-1]}
+    if "--mock-data" not in words or len(values) < 2 or words[values["--tokenizer-type"]] != "NullTokenizer":
+        return words
+    if words[values["--vocab-size"]].isdigit():
+        words[values["--vocab-size"]] = str(int(words[values["--vocab-size"]]) + 1)
+        del words[values["--tokenizer-type"] - 1 : values["--tokenizer-type"] + 1]
     return words
 
 

@@ -60,6 +60,12 @@ def test_the_page_says_how_many_flags_are_taken() -> None:
     assert f"{total} flags of {len(SCRIPTS)} scripts: {total - told} accepted, {told} refused with advice" in page
 
 
+def test_megatrons_tokenizer_of_nothing_has_one_id_more() -> None:
+    flags = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "128256"]
+    assert parsed("pretrain", ["--mock-data", *flags])[ModelConfig].vocab_size == 128257
+    assert "--mock-data with --vocab-size" in refused("pretrain", flags)["--tokenizer-type"]
+
+
 def test_one_checkpoint_is_named_as_there() -> None:
     flags = ["--load", "RUN/", "--ckpt-step", "1000", "--calculate-per-token-loss"]
     assert parsed("pretrain", flags)[CheckpointConfig].load == "RUN/step-00001000"
@@ -78,7 +84,6 @@ def test_one_checkpoint_is_named_as_there() -> None:
         ("instruct_retro_generate", "--task", "evaluate TASK"),
         ("mixture_of_experts", "--num-experts", "mixtures of experts"),
         ("mixture_of_experts", "--data-args-path", "--config FILE.toml"),
-        ("llama3_8b_fp8", "--tokenizer-type", "--mock-data with --vocab-size"),
     ],
 )
 def test_advice(name: str, flag: str, advice: str) -> None:
