@@ -122,6 +122,16 @@ WRONG: list[tuple[str, int, dict[str, Any], str]] = [
         {"fp8_format": "hybrid", "pipeline_model_parallel_size": 2, "pipeline_schedule": "zero-bubble"},
         "pipeline_schedule",
     ),
+    (
+        "positions_stay_with_their_readers",
+        2,
+        {
+            "pipeline_model_parallel_size": 2,
+            "retro_core_checkpoint": True,
+            "position_embedding_type": "learned_absolute",
+        },
+        "pipeline_model_parallel_size",
+    ),
 ]
 
 
