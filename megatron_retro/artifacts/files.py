@@ -43,6 +43,8 @@ _REFUSALS: dict[int, tuple[str, str]] = {
     errno.ENFILE: ("this machine has too many open files", f"end other programs, {_AGAIN}"),
     errno.ENOMEM: ("memory ran out", f"take fewer workers or smaller batches, or end other programs, {_AGAIN}"),
 }
+# How C++, torch's allocators and the threads of Python say that memory ran out.
+_NO_MEMORY = ("bad_alloc", "can't allocate memory", "not enough memory", "can't start new thread")
 
 
 @cache
@@ -249,6 +251,8 @@ def _refusal(error: BaseException) -> tuple[int, str | None] | None:
             return errno.ENOMEM, None
         elif not isinstance(found, MegatronRetroError):
             said = next((code for code in _REFUSALS if os.strerror(code) in str(found)), None)
+            if said is None and any(words in str(found) for words in _NO_MEMORY):
+                said = errno.ENOMEM
             if said is not None:
                 return said, None
         found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)

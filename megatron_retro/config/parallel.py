@@ -32,7 +32,9 @@ class ParallelConfig:
     recompute_granularity: str = option(
         "none", "what the backward computes again beside norms and nonlinearities", choices=("none", "full")
     )
-    distributed_timeout_minutes: float = option(10.0, "a collective that takes longer ends the job", minimum=0.01)
+    distributed_timeout_minutes: float = option(
+        10.0, "a collective, or a lone process's read of data, that takes longer ends the job", minimum=0.01
+    )
     check_replicas: bool = option(False, "compare replicated parameters between ranks at every save", ours=True)
 
     def model_parallel_size(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from megatron_retro.artifacts.verified import Verification
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.microbatch import Array, Microbatch
+from megatron_retro.runtime.standstill import Standstill
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +74,7 @@ class Loader:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="loader") if num_threads else None
         self._ahead: deque[tuple[int, Future[list[Microbatch[Array]]]]] = deque()
         self.consumed_samples = 0
+        self.standstill: Standstill | None = None
 
     def global_batch_size(self, consumed_samples: int) -> int:
         """Samples of the step that begins after so many."""
@@ -92,7 +95,8 @@ class Loader:
         if self._verification is not None:
             self._verification.require_sound()
         size = self.global_batch_size(self.consumed_samples)
-        step = self._next_prepared() if self._pool else self._read_step(self.consumed_samples, size)
+        with self._bounded(f"samples {self.consumed_samples} to {self.consumed_samples + size - 1}"):
+            step = self._next_prepared() if self._pool else self._read_step(self.consumed_samples, size)
         self.consumed_samples += size
         return step
 
@@ -132,7 +136,12 @@ class Loader:
             starts.append(starts[-1] + self.global_batch_size(starts[-1]))
         starts = starts[:steps]
         read = self._pool.map if self._pool else map
-        return [batch for step in read(self._read_step, starts, map(self.global_batch_size, starts)) for batch in step]
+        with self._bounded(f"the first {steps} steps"):
+            found = read(self._read_step, starts, map(self.global_batch_size, starts))
+            return [batch for step in found for batch in step]
+
+    def _bounded(self, what: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.standstill is None else self.standstill.bounded(what)
 
     def state(self) -> dict[str, Any]:
         """Where the order stands; what was read ahead but not handed out does not count."""

@@ -47,6 +47,7 @@ from megatron_retro.runtime.process_group import agree, process_group
 from megatron_retro.runtime.run_log import CONFIG, CULPRITS, EVENTS, FLIGHT, RANKS
 from megatron_retro.runtime.run_records import RunFacts
 from megatron_retro.runtime.signals import StopRequests
+from megatron_retro.runtime.standstill import Standstill
 from megatron_retro.runtime.store_channel import open_channel
 from megatron_retro.training.checkpoints import RunCheckpoints
 from megatron_retro.training.console_lines import ConsoleLines
@@ -149,6 +150,8 @@ def train(
         heartbeat = start_heartbeat(run=None if save is None else Path(save), timeout=timeout)
         if heartbeat is not None:
             closing.callback(heartbeat.close)
+        else:
+            _watch_reads(parts, timeout, closing)
         observer = Observers(build_observers(parts, launch, heartbeat))
         closing.callback(observer.ended)
         closing.callback(parts.loader.close)
@@ -164,6 +167,16 @@ def train(
         listening = stops.listening() if settings[TrainingConfig].exit_signal_handler else nullcontext()
         with listening:
             return Trainer(parts, facts, state, checkpoints, evaluator, observer, stops, heartbeat).run()
+
+
+def _watch_reads(parts: RunParts, timeout: timedelta, closing: ExitStack) -> None:
+    """A process that is alone ends itself when its data does not come."""
+    where = ", ".join(parts.settings[DataConfig].data_path or ()) or "the data"
+    standstill = Standstill(timeout.total_seconds(), where)
+    closing.callback(standstill.close)
+    for loader in (parts.loader, parts.validation):
+        if loader is not None:
+            loader.standstill = standstill
 
 
 def finish(settings: Settings, outcome: Outcome) -> None:

@@ -146,4 +146,5 @@ def test_a_refusal_inside_an_error_of_a_library_is_named(code: int) -> None:
 def test_a_fault_of_ours_stays_one() -> None:
     assert disk_problem(ZeroDivisionError("ours")) is None
     assert disk_problem(FileNotFoundError(errno.ENOENT, "No such file or directory", "/x")) is None
-    assert "memory ran out" in str(disk_problem(MemoryError()))
+    for error in (MemoryError(), RuntimeError("std::bad_alloc"), RuntimeError("can't start new thread")):
+        assert "memory ran out" in str(disk_problem(error))

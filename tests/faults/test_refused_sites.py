@@ -39,7 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 64 --num-workers 0"
 STEPS = "--micro-batch-size 2 --global-batch-size 2 --train-iters 2 --eval-iters 0"
-ANSWER = "--tokens-to-generate 4 --max-sequence-length 60 --no-stream"
+ANSWER = "--max-new-tokens 4 --max-sequence-length 60 --no-stream"
 
 
 def words_of(verb: str, folder: Path) -> list[str]:

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_retro.data.dataset import Dataset
 from megatron_retro.reporting.run_page import write_report
 from megatron_retro.runtime.console import warn
 from megatron_retro.runtime.heartbeat import Beat, Heartbeat, Pace
@@ -25,7 +26,7 @@ from megatron_retro.runtime.launch import find_launch
 from megatron_retro.runtime.process_group import process_group
 from megatron_retro.runtime.run_log import read_rank_steps, read_run_log
 from megatron_retro.runtime.run_records import RunFacts, StepRecord
-from megatron_retro.testing.processes import run_ranks
+from megatron_retro.testing.processes import exit_code_of, run_ranks
 from megatron_retro.testing.tiny_corpus import TinyCorpus
 from megatron_retro.training import console_lines, watches
 from megatron_retro.training.clock import Clock
@@ -190,3 +191,29 @@ def test_garbage_is_collected_between_steps_alone(monkeypatch: pytest.MonkeyPatc
     assert len(collected) == 2
     observer.ended()
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_loader_that_hangs_is_named_by_a_process_that_is_alone(
+    corpus: TinyCorpus, tmp_path: Path, capfd: pytest.CaptureFixture[str], threads: int
+) -> None:
+    """With the code of a lost rank: the same command goes on."""
+    settings = corpus.settings(
+        save=str(tmp_path / "run"), train_iters=4, eval_iters=0, distributed_timeout_minutes=0.02, num_workers=threads
+    )
+
+    def hanging() -> None:
+        read = Dataset.read
+
+        def slow(self: Dataset, numbers: Any) -> Any:
+            if 9 in numbers:
+                time.sleep(60)
+            return read(self, numbers)
+
+        Dataset.read = slow  # type: ignore[method-assign]
+        pretrain(settings)
+
+    assert exit_code_of(hanging) == 76
+    said = capfd.readouterr().err
+    assert "the loader hangs: samples 8 to 11 did not come" in said and str(corpus.tokens) in said
+    assert "Traceback" not in said and exit_code_of(lambda: pretrain(settings)) == 0
