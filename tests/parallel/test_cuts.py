@@ -49,6 +49,7 @@ def test_every_parameter_matches_one_row_and_every_row_is_used() -> None:
         ):
             for name, _ in _model(**variant, **extra).named_parameters():
                 used.add(cut_of(name).pattern)
+    used |= {cut_of(name).pattern for name, _ in _model(retro_core_checkpoint=True).named_parameters()}
     for config in METHODS:
         tuned = _model(swiglu=True)
         attach(tuned, config)
