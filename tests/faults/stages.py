@@ -154,7 +154,7 @@ def conversions(folder: Path) -> list[Stage]:
         return ["convert", str(folder / "run"), str(folder / "out"), "--convert-to", "huggingface"]
 
     def convert(folder: Path) -> list[str]:
-        return ["convert", str(folder / "theirs"), str(folder / "out")]
+        return ["convert", str(folder / "theirs"), str(folder / "out"), "--tokenizer-type", "ByteTokenizer"]
 
     (folder / "convert").mkdir()
     ran(["convert", str(folder / "export/run"), str(folder / "convert/theirs"), "--convert-to", "huggingface"])
