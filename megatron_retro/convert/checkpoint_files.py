@@ -47,7 +47,7 @@ def write_checkpoint(
                 TensorSlice(MODEL + name, DTYPE_NAMES[dtype], shapes[name], (0,) * len(shapes[name])) for name in names
             ]
             path = partial / shard_name(number)
-            written = write_shard(path, specs, lambda index, names=names: load(names[index]).to(dtype))  # type: ignore[misc]
+            written = write_shard(path, specs, lambda index, names=names: load(names[index]).to(dtype))  # type: ignore[misc]  # a lambda with a default has no type
             files[path.name] = ShardFile(written.num_bytes, written.checksums)
             slices |= {stored.spec.name: (stored,) for stored in written.slices}
         sizes = {MODEL + name: shape for name, shape in shapes.items()}

@@ -17,6 +17,7 @@ from megatron_retro.convert.megatron_checkpoint import legacy_model
 from megatron_retro.convert.megatron_core import core_model, is_core, read_distributed, read_shards
 from megatron_retro.convert.megatron_files import is_distributed, iteration_folder, read_megatron
 from megatron_retro.convert.megatron_model import MegatronModel
+from megatron_retro.data.model_text import keep_text_files
 from megatron_retro.errors import ArtifactError
 
 _CORE_RETRO = (
@@ -53,7 +54,7 @@ def import_megatron(
         tensor = tensor.to(torch.float32).reshape(stored_shapes[name])
         return tensor[: model.vocab_size] if name in VOCABULARY_ROWS else tensor
 
-    settings = Settings([model, retro, tokenizer or TokenizerConfig()])
+    settings = Settings([model, retro, keep_text_files(tokenizer or TokenizerConfig(), run)])
     written = write_checkpoint(run, settings, shapes, load, theirs.fingerprint, dtype)
     say(f"{len(shapes)} parameters; skipped: {theirs.skipped}")
     _say_what_matters(theirs, vocab_size, say)

@@ -45,9 +45,8 @@ def convert_project(paths: Sequence[str]) -> None:
     corpora = _corpora(old, config)
     findings = [*_token_files(corpora), *_database(old, corpora, config), *_rest(old)]
     say(render_table(("part of the old project", "here", "why"), [(f.part, f.serves, f.reason) for f in findings]))
-    say("")
     for line in commands(corpora, config):
-        say(line)
+        print(line)  # to be piped, what is said before goes elsewhere
 
 
 def _corpora(old: Path, config: Mapping[str, Any]) -> list[Path]:

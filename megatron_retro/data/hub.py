@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
 from megatron_retro.errors import ArtifactError
@@ -18,9 +19,17 @@ MODEL_PATTERNS = (*TEXT_PATTERNS, "*.safetensors")
 
 def folder_of(name: str | Path, patterns: tuple[str, ...]) -> Path:
     """The path as it is, if there is something at it or it is no name of a model; else where the model's files lie."""
-    path, match = Path(name), _NAME.fullmatch(str(name))
-    if path.exists() or match is None or path.suffix in (".json", ".model"):
+    path = Path(name)
+    if path.exists() or _NAME.fullmatch(str(name)) is None or path.suffix in (".json", ".model"):
         return path
+    return _fetched(str(name), patterns)
+
+
+@cache
+def _fetched(name: str, patterns: tuple[str, ...]) -> Path:
+    """Asked of the hub once in a process."""
+    match = _NAME.fullmatch(name)
+    assert match is not None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

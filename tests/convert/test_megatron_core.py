@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_retro.assembly.loading import load_model
 from megatron_retro.checkpoint.loading import open_checkpoint, stored_settings
 from megatron_retro.cli.main import main
 from megatron_retro.config.command_line import parse_settings
@@ -23,6 +24,7 @@ from megatron_retro.convert.megatron_import import import_megatron
 from megatron_retro.errors import ArtifactError
 from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.retro import Retro
+from tests.data.byte_level import save_byte_level
 
 DATA = Path(__file__).parent / "data"
 WHOLE = ("llama", "gpt", "qwen", "retro", "retro_rope")
@@ -183,3 +185,11 @@ def test_the_padding_of_a_vocabulary_is_cut_off_where_asked(stored: Path, tmp_pa
     assert len(whole) == 16 and torch.equal(true, whole[:13])
     with pytest.raises(ArtifactError, match="smaller vocabulary"):
         import_megatron(stored / "qwen", tmp_path / "wrong", silent, vocab_size=17)
+
+
+def test_the_tokenizer_that_is_named_comes_along(written: Path, tmp_path: Path) -> None:
+    save_byte_level(tmp_path / "tokenizer", ["</s>"])
+    words = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path / "tokenizer")]
+    assert main(["convert", str(written / "llama"), str(tmp_path / "run"), *words]) == 0
+    shutil.rmtree(tmp_path / "tokenizer")
+    assert load_model(tmp_path / "run", device="cpu").tokenizer.vocab_size == 257

@@ -51,18 +51,20 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def said_of(old: Path, capsys: pytest.CaptureFixture[str]) -> str:
+def said_of(old: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    """What is said, and the commands."""
     assert main(["convert-project", str(old)]) == 0
-    return capsys.readouterr().err
+    captured = capsys.readouterr()
+    return captured.err, captured.out
 
 
 def test_says_what_serves_and_its_commands_run(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
-    said = said_of(old, capsys)
+    said, commands = said_of(old, capsys)
     assert "4 documents, 37 tokens: read as they are" in said
     assert "9 of 9 chunks are cut here alike" in said and "not needed" in said
     assert "7 rows of one run's shuffled samples" in said and "its vectors are of an embedder" in said
-    lines = [shlex.split(line) for line in said.splitlines() if line.startswith("megatron-retro")]
+    lines = [shlex.split(line) for line in commands.splitlines()]
     small = {"build-retrieval": "--retro-tasks train encode merge query", "pretrain": "--train-iters 1 --eval-iters 0"}
     for _, verb, *words in lines:
         assert main([verb, *words, *small[verb].split()]) == 0
@@ -72,7 +74,7 @@ def test_says_what_serves_and_its_commands_run(old: Path, capsys: pytest.Capture
 
 def test_another_grid_is_told(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (old / "config.json").write_text(json.dumps({**SETTINGS, "retro_gpt_chunk_length": 8}))
-    said = said_of(old, capsys)
+    said, _ = said_of(old, capsys)
     assert "of 9 chunks are cut here alike" in said and "not needed" not in said
 
 

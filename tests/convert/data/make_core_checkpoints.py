@@ -151,9 +151,9 @@ def iteration_folder(run: Path) -> Path:
 
 def work(rank: int, names: Sequence[str], tensor: int, pipeline: int, output: Path) -> None:
     """One process of a cut (1, 1: the whole models)."""
-    torch.cuda.synchronize = lambda *_, **__: None  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda *_, **__: None  # type: ignore[assignment]  # core asks without a GPU too
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
-    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]  # core asks without a GPU too
     size = tensor * pipeline
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="localhost", MASTER_PORT="29547")
     torch.distributed.init_process_group("gloo")
@@ -162,7 +162,7 @@ def work(rank: int, names: Sequence[str], tensor: int, pipeline: int, output: Pa
     from packaging.version import Version
 
     utils._te_version = Version("1.2")  # its Retro asks for the version of what is not there
-    CudaRNGStatesTracker.fork = lambda *_, **__: nullcontext()  # type: ignore[method-assign]
+    CudaRNGStatesTracker.fork = lambda *_, **__: nullcontext()  # type: ignore[method-assign]  # nothing is dropped
     parallel_state.initialize_model_parallel(tensor, pipeline)
     for name in names:
         if size == 1:
