@@ -31,22 +31,11 @@ if "$setup_only"; then
   exit 0
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-tests=(python -m pytest -q -rs --numprocesses "${MEGATRON_RETRO_TEST_PROCESSES:-2}" --dist worksteal "${arguments[@]}")
-if ! "$whole"; then
-  exec "${tests[@]}"
+# Tests fork their ranks, which a process that has met a GPU cannot; benchmarks/first_hour.sh runs a GPU's tests.
+export CUDA_VISIBLE_DEVICES=
+if "$whole"; then
+  echo "== the quickstart"
+  OMP_NUM_THREADS=2 ./examples/quickstart.sh --output "$(mktemp -d)/quickstart"
+  echo "== the tests"
 fi
-
-# The tests wait for processes and clocks a good part of their time, and the quickstart takes what they leave.
-folder="$(mktemp -d)"
-set -m  # a process group of its own, to end it by
-OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive nice -n 19 \
-  ./examples/quickstart.sh --output "$folder/quickstart" >"$folder/quickstart.log" 2>&1 &
-quickstart=$!
-set +m
-trap 'kill -- "-$quickstart" 2>/dev/null || true; rm -rf "$folder"' EXIT
-code=0
-"${tests[@]}" || code=$?
-echo "== the quickstart"
-wait "$quickstart" || { echo "the quickstart ended with $?"; code=1; }
-cat "$folder/quickstart.log"
-exit "$code"
+exec python -m pytest -q -rs --numprocesses "${MEGATRON_RETRO_TEST_PROCESSES:-2}" --dist worksteal "${arguments[@]}"
