@@ -21,7 +21,7 @@ from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import OptimizerConfig, PeftConfig, TrainingConfig
 from megatron_retro.model.costs import Trained
-from megatron_retro.model.initialization import initial_slice
+from megatron_retro.model.initialization import initial_slice, numbers_drawn
 from megatron_retro.model.retro import Retro
 from megatron_retro.ops.local_tensors import local
 from megatron_retro.optim.groups import part_of
@@ -64,7 +64,8 @@ def build_stage(settings: Settings, part: StagePart, mesh: ParallelMesh, cuts: S
         _multiply_in_fp8,  # this and the next change how matrices are multiplied: the settings allow one of them
         _defer_weight_gradients,
         _draw_from_streams,  # outside of recomputation, which brings the streams' states back
-        _shard_and_allocate,  # last: FSDP2 takes over the parameters, and its hooks go around all others
+        _shard,  # last: FSDP2 takes over the parameters, and its hooks go around all others
+        _allocate,
     )
     for transform in transformations:
         transform(stage, settings, mesh)
@@ -120,12 +121,15 @@ def _draw_from_streams(stage: Stage, settings: Settings, mesh: ParallelMesh) -> 
         stage.streams.attach(stage.model)
 
 
-def _shard_and_allocate(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
+def _allocate(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
+    stage.to_empty(device=mesh.device)
+
+
+def _shard(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
     if needs_fsdp(settings, mesh):
         policy = mixed_precision(compute_dtype(settings[OptimizerConfig]), torch.float32)
         for unit in (*fsdp_units(stage.model), stage):
             shard_unit(unit, mesh.devices[DATA], settings[ParallelConfig].sharding(), policy)
-    stage.to_empty(device=mesh.device)
 
 
 def compute_dtype(config: OptimizerConfig) -> torch.dtype:
@@ -205,9 +209,7 @@ def draw_first_values(stage: Stage, settings: Settings, mesh: ParallelMesh, give
     """Fill what this rank holds of every parameter but the `given` ones, and draw for nothing else."""
     model = padded_for_cut(settings[ModelConfig], mesh.size(TENSOR))
     seed, retro = settings[TrainingConfig].seed, settings[RetroConfig]
-    for name, parameter in stage.model.named_parameters():
-        if name in given:
-            continue
+    for name, parameter in _not_given(stage, given):
         for offsets, sizes in _slices_here(parameter):
             if is_added(name):
                 whole = initial_value(name, tuple(parameter.shape), seed)
@@ -215,6 +217,23 @@ def draw_first_values(stage: Stage, settings: Settings, mesh: ParallelMesh, give
             else:
                 value = initial_slice(name, parameter.shape, offsets, sizes, model, retro, seed)
             local(parameter).copy_(value)
+
+
+def numbers_drawn_at_start(settings: Settings, part: StagePart, mesh: ParallelMesh, given: Container[str] = ()) -> int:
+    """How many numbers `draw_first_values` draws on this rank for a stage, but for what is tuned beside a model."""
+    stage = stage_on_meta(settings, part, mesh)
+    _shard(stage, settings, mesh)
+    model, retro = padded_for_cut(settings[ModelConfig], mesh.size(TENSOR)), settings[RetroConfig]
+    return sum(
+        numbers_drawn(name, parameter.shape, offsets, sizes, model, retro)
+        for name, parameter in _not_given(stage, given)
+        if not is_added(name)
+        for offsets, sizes in _slices_here(parameter)
+    )
+
+
+def _not_given(stage: Stage, given: Container[str]) -> list[tuple[str, Tensor]]:
+    return [(name, parameter) for name, parameter in stage.model.named_parameters() if name not in given]
 
 
 def _slices_here(parameter: Tensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

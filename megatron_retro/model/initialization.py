@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,13 +49,32 @@ def initial_slice(
     found = torch.empty(tuple(sizes))
     columns = slice(offsets[-1], offsets[-1] + sizes[-1])
     rows = rows_of_slice(shape, offsets, sizes)
+    for number, block_rows in _blocks(shape, rows):
+        block = _normals((len(block_rows), shape[-1]), name, number, seed)
+        begin, end = torch.searchsorted(rows, torch.tensor([block_rows.start, block_rows.stop])).tolist()
+        found.view(-1, sizes[-1])[begin:end] = block[rows[begin:end] - block_rows.start, columns] * deviation
+    return found
+
+
+def numbers_drawn(
+    name: str,
+    shape: Sequence[int],
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    model: ModelConfig,
+    retro: RetroConfig,
+) -> int:
+    """How many `initial_slice` draws."""
+    if standard_deviation(name, model, retro) is None:
+        return 0
+    return sum(len(rows) for _, rows in _blocks(shape, rows_of_slice(shape, offsets, sizes))) * shape[-1]
+
+
+def _blocks(shape: Sequence[int], rows: Tensor) -> Iterator[tuple[int, range]]:
+    """The blocks of a whole tensor that some rows touch: the number of each, and its rows."""
     step = max(1, _BLOCK // (_VECTOR * shape[-1])) * _VECTOR
     for number in torch.unique(rows // step).tolist():
-        first = number * step
-        block = _normals((min(step, math.prod(shape[:-1]) - first), shape[-1]), name, number, seed)
-        begin, end = torch.searchsorted(rows, torch.tensor([first, first + step])).tolist()
-        found.view(-1, sizes[-1])[begin:end] = block[rows[begin:end] - first, columns] * deviation
-    return found
+        yield number, range(number * step, min((number + 1) * step, math.prod(shape[:-1])))
 
 
 def rows_of_slice(shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_retro.errors import DistributedError
 from megatron_retro.parallel.mesh import DATA, TENSOR, ParallelMesh
+from megatron_retro.runtime.process_group import new_group
 
 # Waiting for work is no failure: a rank that dies closes its connections, and the others hear of it at once.
 _TIMEOUT = timedelta(days=30)
@@ -24,12 +25,12 @@ class ReplicaChannel:
     """The ranks that hold one replica of the model together; made by all ranks of the mesh at once."""
 
     def __init__(self, mesh: ParallelMesh) -> None:
-        self._everyone = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        self._everyone = new_group(backend="gloo", timeout=_TIMEOUT)
         tensor, data = mesh.size(TENSOR), mesh.size(DATA)
         ranks = range(dist.get_world_size())
         for replica in range(data):
             members = [rank for rank in ranks if rank // tensor % data == replica]
-            group = dist.new_group(members, backend="gloo", timeout=_TIMEOUT)
+            group = new_group(members, backend="gloo", timeout=_TIMEOUT)
             if mesh.rank(DATA) == replica:
                 self._group, self._first = group, members[0]
         self.is_first = dist.get_rank() == self._first

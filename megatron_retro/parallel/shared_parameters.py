@@ -18,6 +18,7 @@ from megatron_retro.errors import DistributedError
 from megatron_retro.ops.local_tensors import local
 from megatron_retro.parallel.mesh import DATA, PIPELINE, TENSOR, ParallelMesh
 from megatron_retro.parallel.partition import StagePart
+from megatron_retro.runtime.process_group import new_group
 
 SHARED = "embedding.word.weight"
 _BLOCK_BYTES = 1 << 22
@@ -76,7 +77,7 @@ def _group_of_stages(mesh: ParallelMesh, holders: Sequence[int]) -> dist.Process
     mine = None
     for data in range(mesh.size(DATA)):
         for tensor in range(mesh.size(TENSOR)):
-            group = dist.new_group([int(ranks[stage, data, tensor]) for stage in holders], timeout=mesh.timeout)
+            group = new_group([int(ranks[stage, data, tensor]) for stage in holders], timeout=mesh.timeout)
             here = (mesh.rank(DATA), mesh.rank(TENSOR)) == (data, tensor)
             mine = group if here and mesh.rank(PIPELINE) in holders else mine
     return mine

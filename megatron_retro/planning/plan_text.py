@@ -173,6 +173,8 @@ def _reach_lines(reach: Reach) -> Iterator[str]:
         f"{readable_bytes(reach.evaluation_bytes)} in evaluation, on the fullest rank"
     )
     yield f"host waits    {reach.host_waits} for the device in a step"
+    yield f"sockets       {reach.sockets} per rank at most, NCCL's aside"
+    yield f"start         {readable_count(reach.numbers_drawn)} numbers drawn on the fullest rank; a resume draws none"
 
 
 def _run_lines(plan: Plan, planning: PlanningConfig) -> Iterator[str]:

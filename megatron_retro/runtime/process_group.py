@@ -12,15 +12,16 @@ peer died or hangs into an error that names rank, axis and step. What one rank r
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import traceback
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -141,6 +142,17 @@ def _initialize(launch: Launch, device: torch.device, timeout: timedelta) -> Sto
             fix="set MASTER_ADDR and MASTER_PORT to an address that every host reaches (torchrun on one host: "
             "--standalone)",
         ) from error
+
+
+def new_group(ranks: Sequence[int] | None = None, **options: Any) -> dist.ProcessGroup:
+    """A group of some ranks, or of all; every rank calls it, and only members may use it."""
+    return cast(dist.ProcessGroup, dist.new_group(ranks, **options))  # else a number of torch's for "not a member"
+
+
+def most_sockets(world_size: int) -> int:
+    """What a rank holds open at most, NCCL's aside: gloo's neighbours on a ring, one rank each way for every power of
+    two below, and to the store the default group's, the heartbeat's and the checkpoints' connections."""
+    return 2 * math.ceil(math.log2(world_size)) + 3 if world_size > 1 else 0
 
 
 def agree(facts: Mapping[str, object], what: str) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_retro.errors import DistributedError
 from megatron_retro.runtime.console import say, warn
 from megatron_retro.runtime.launch import find_launch
-from megatron_retro.runtime.process_group import process_group
+from megatron_retro.runtime.process_group import new_group, process_group
 
 _TIMEOUT_MINUTES = 2.0
 _REPEATS = 3
@@ -64,7 +64,7 @@ def _rates_of_neighbors(device: torch.device) -> list[float]:
     mine = torch.zeros(max(world_size - 1, 1), dtype=torch.float64, device=device)
     data = torch.zeros(_BYTES[device.type] // 4, device=device)
     for first in (0, 1):
-        groups = {left: dist.new_group([left, left + 1]) for left in range(first, world_size - 1, 2)}
+        groups = {left: new_group([left, left + 1]) for left in range(first, world_size - 1, 2)}
         left = rank - (rank - first) % 2
         if left in groups:
             seconds = [_seconds(data, groups[left]) for _ in range(_REPEATS)]

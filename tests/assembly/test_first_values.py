@@ -8,9 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_retro.assembly.stage_building import (
+    build_stage,
+    draw_first_values,
+    model_on_meta,
+    numbers_drawn_at_start,
+)
+from megatron_retro.config.data import DataConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.model import initialization
 from megatron_retro.model.initialization import initial_slice, initial_value
+from megatron_retro.parallel.partition import stage_parts
+from megatron_retro.planning.fake_device import fake_rank
 from megatron_retro.testing.processes import exit_code_of
 from megatron_retro.testing.tiny_corpus import TinyCorpus, differences, losses, write_tiny_corpus
 from megatron_retro.training.program import pretrain, retrofit
@@ -99,3 +109,14 @@ def test_a_damaged_checkpoint_leaves_no_trace_in_a_fresh_start(corpus: TinyCorpu
     assert exit_code_of(lambda: pretrain(settings["a"])) == 0
     assert differences(tmp_path / "a", tmp_path / "b") == []
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_a_plan_counts_what_a_start_draws(corpus: TinyCorpus, drawn: list[int]) -> None:
+    settings = corpus.settings(vocab_size=300)
+    with fake_rank(0, 1, settings[ParallelConfig]) as mesh:
+        (part,) = stage_parts(settings, settings[DataConfig].seq_length)
+        counted = numbers_drawn_at_start(settings, part, mesh)
+        draw_first_values(build_stage(settings, part, mesh), settings, mesh)
+        names = {name for name, _ in model_on_meta(settings).named_parameters()}
+        assert counted == sum(drawn) > 0
+        assert numbers_drawn_at_start(settings, part, mesh, given=names) == 0

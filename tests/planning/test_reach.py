@@ -38,6 +38,8 @@ def test_the_48b_on_1024_gpus(large: Plan) -> None:
     assert reach.gathers == 1
     assert reach.evaluation_bytes < reach.training_bytes < 60e9
     assert reach.host_waits == 1
+    assert reach.sockets <= 32
+    assert 0 < reach.numbers_drawn < large.ranks[1].total.parameters
 
 
 def test_the_48b_recomputes_what_is_best(large: Plan) -> None:
