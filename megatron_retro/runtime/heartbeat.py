@@ -27,9 +27,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from megatron_retro.runtime.run_log import CULPRITS
+from megatron_retro.runtime.store_calls import StoreCalls
 from megatron_retro.runtime.strict_json import from_plain, json_text, to_plain
 
 _STORE_TIMEOUT = timedelta(seconds=3)
+_LONGEST_CALL = 10.0  # of a store whose process may be stopped
 _BEATS_APART = 3  # between two looks at all ranks
 
 
@@ -138,6 +140,7 @@ class Heartbeat:
         """`run` is where culprits are written when this rank's step stands still for `patience` seconds."""
         self._store: Store = store.clone()  # type: ignore[attr-defined]  # a connection of its own
         self._store.set_timeout(_STORE_TIMEOUT)
+        self._call = StoreCalls(_LONGEST_CALL)
         self._rank, self._world_size, self._interval = rank, world_size, interval
         self._step, self._phase, self._count = 0, "start", 0
         self._pace = Pace()
@@ -180,11 +183,12 @@ class Heartbeat:
             "process": os.getpid(),
             "pace": to_plain(self._pace),
         }
-        self._store.set(beat_key(self._rank), json_text(beat))
+        self._call(lambda: self._store.set(beat_key(self._rank), json_text(beat)))
 
     def everyone(self) -> list[Beat]:
         """What each rank last told, in their order."""
-        told = self._store.multi_get([beat_key(rank) for rank in range(self._world_size)])
+        keys = [beat_key(rank) for rank in range(self._world_size)]
+        told = self._call(lambda: self._store.multi_get(keys))
         return [from_plain(Beat, {"rank": rank, **json.loads(text)}) for rank, text in enumerate(told)]
 
     def blame(self) -> Blame:

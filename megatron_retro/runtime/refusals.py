@@ -15,11 +15,13 @@ from datetime import timedelta
 from torch._C._distributed_c10d import Store
 
 from megatron_retro.errors import LostRank, MegatronRetroError, Requeue
+from megatron_retro.runtime.store_calls import StoreCalls
 from megatron_retro.runtime.strict_json import json_text
 
 _REFUSAL, _LEFT = "refusals/first", "refusals/left"
 _STORE_TIMEOUT = timedelta(seconds=3)
 _LONGEST_WAIT = 10.0  # of the rank that keeps the store, for peers that have not read it yet
+_LONGEST_CALL = 15.0  # that wait included, of a store whose process may be stopped
 _POLL_SECONDS = 0.02
 
 
@@ -37,20 +39,24 @@ class Refusals:
         if isinstance(error, Requeue):
             return None
         with suppress(RuntimeError):  # the store may be gone with its host
-            self._store.set_timeout(_STORE_TIMEOUT)
-            if isinstance(error, MegatronRetroError) and not isinstance(error, LostRank):
-                mine = {"rank": self._rank, "words": str(error), "code": error.exit_code}
-                self._store.compare_set(_REFUSAL, "", json_text(mine))
-            known = self._store.check([_REFUSAL])
-            first = json.loads(self._store.get(_REFUSAL)) if known else None
-            close()
-            self._store.add(_LEFT, 1)
-            if known and self._rank == 0:
-                self._wait_for_peers()
-            if first is not None and first["rank"] != self._rank:
-                refusal = MegatronRetroError(f"rank {first['rank']}: {first['words']}")
-                refusal.exit_code = first["code"]
-                return refusal
+            return StoreCalls(_LONGEST_CALL)(lambda: self._settle(error, close))
+        return None
+
+    def _settle(self, error: Exception, close: Callable[[], None]) -> MegatronRetroError | None:
+        self._store.set_timeout(_STORE_TIMEOUT)
+        if isinstance(error, MegatronRetroError) and not isinstance(error, LostRank):
+            mine = {"rank": self._rank, "words": str(error), "code": error.exit_code}
+            self._store.compare_set(_REFUSAL, "", json_text(mine))
+        known = self._store.check([_REFUSAL])
+        first = json.loads(self._store.get(_REFUSAL)) if known else None
+        close()
+        self._store.add(_LEFT, 1)
+        if known and self._rank == 0:
+            self._wait_for_peers()
+        if first is not None and first["rank"] != self._rank:
+            refusal = MegatronRetroError(f"rank {first['rank']}: {first['words']}")
+            refusal.exit_code = first["code"]
+            return refusal
         return None
 
     def _wait_for_peers(self) -> None:

@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from megatron_retro import errors
 from megatron_retro.errors import MegatronRetroError
 from megatron_retro.runtime.heartbeat import beat_key
+from megatron_retro.runtime.store_calls import StoreCalls
 from megatron_retro.runtime.strict_json import json_text
 
 _PART_BYTES = 4 << 20  # the store refuses values of 8 MiB
@@ -39,6 +40,7 @@ class StoreChannel:
         """`beat_of` gives a rank's newest heartbeat, nothing where there is none."""
         self.rank, self.size = rank, size
         self._store, self._beat_of, self._timeout = store, beat_of, timeout
+        self._call = StoreCalls(timeout.total_seconds() + _LOOKS * _LOOK.total_seconds())
         self._turn = 0
         self._told: list[str] = []  # keys that the first rank deletes when all have read them
 
@@ -123,6 +125,9 @@ class StoreChannel:
             self._told += [key, *(f"{key}/{number}" for number in range(1, len(parts)))]
 
     def _receive(self, key: str, sender: int) -> str:
+        return self._call(lambda: self._received(key, sender))
+
+    def _received(self, key: str, sender: int) -> str:
         assert self._store is not None
         self._await(key, sender)
         head = bytes(self._store.get(key))
@@ -158,7 +163,8 @@ def open_channel(name: str, group: dist.ProcessGroup | None = None, timeout: tim
         return StoreChannel()
     store = dist.distributed_c10d._get_default_store()
     place = f"channel/{name}/{'-'.join(map(str, ranks)) if len(ranks) < dist.get_world_size() else 'all'}"
-    number = store.add(f"{place}/opened/{dist.get_rank()}", 1)
+    patience = timeout or store.timeout  # type: ignore[attr-defined]
+    number = StoreCalls(patience.total_seconds())(lambda: store.add(f"{place}/opened/{dist.get_rank()}", 1))
     base = store.clone()  # type: ignore[attr-defined]
 
     def beat_of(rank: int) -> bytes:
@@ -166,7 +172,7 @@ def open_channel(name: str, group: dist.ProcessGroup | None = None, timeout: tim
         return bytes(base.get(key)) if base.check([key]) else b""
 
     own = PrefixStore(f"{place}/{number}", base)
-    return StoreChannel(own, ranks.index(dist.get_rank()), len(ranks), beat_of, timeout or store.timeout)  # type: ignore[attr-defined]
+    return StoreChannel(own, ranks.index(dist.get_rank()), len(ranks), beat_of, patience)
 
 
 def _spoken(text: str) -> str:

@@ -55,13 +55,20 @@ class Cluster:
 
     def facts(self, job: int) -> dict[str, str]:
         """What scontrol knows of a job (of an array: of its first task)."""
-        text = self.run("scontrol", "show", "job", str(job), "--oneliner").splitlines()[0]
-        return dict(re.findall(r"(\w+)=(\S*)", text))
+        return self.tasks(job)[0]
+
+    def tasks(self, job: int) -> list[dict[str, str]]:
+        """What scontrol knows of each task of an array; of a job, its facts alone."""
+        text = self.run("scontrol", "show", "job", str(job), "--oneliner")
+        return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in text.splitlines() if line]
+
+    def restarts(self, job: int) -> int:
+        """How often a job, or the tasks of an array, were started again."""
+        return sum(int(task.get("Restarts", "0")) for task in self.tasks(job))
 
     def states(self, job: int) -> set[str]:
         """The states of a job, or of all tasks of an array."""
-        text = self.run("scontrol", "show", "job", str(job), "--oneliner")
-        return set(re.findall(r"JobState=(\S+)", text))
+        return {task["JobState"] for task in self.tasks(job)}
 
     def wait(self, job: int, seconds: float = 120.0) -> dict[str, str]:
         """Until the job has ended; a requeued job's delay is skipped."""
@@ -104,10 +111,11 @@ class Cluster:
 
     def has_ended(self, job: int) -> bool:
         """Whether a job has ended; where it waits out the delay of a requeue, the delay is skipped."""
-        facts = self.facts(job)
-        if facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime" and _age(facts) > _OLD_START_SECONDS:
-            self.skip_delay(job)
-        return self.states(job) <= set(_ENDED)
+        tasks = self.tasks(job)
+        for task in tasks:
+            if task["JobState"] == "PENDING" and task["Reason"] == "BeginTime" and _age(task) > _OLD_START_SECONDS:
+                self.skip_delay(int(task["JobId"]))
+        return {task["JobState"] for task in tasks} <= set(_ENDED)
 
     def _environment(self, variables: Mapping[str, str]) -> dict[str, str]:
         # node names of the test cluster are in no hosts file, so the ranks are told where to meet

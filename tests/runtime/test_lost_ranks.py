@@ -21,13 +21,16 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d
 
 from megatron_retro.cli.main import main
-from megatron_retro.errors import ArtifactError, LostRank
+from megatron_retro.errors import EXIT_LOST_RANK, ArtifactError, LostRank
+from megatron_retro.runtime import heartbeat as heartbeat_module
+from megatron_retro.runtime import refusals as refusals_module
 from megatron_retro.runtime.flight_recorder import FILE_START, behind, read_flight, read_flights
 from megatron_retro.runtime.foreign_pickles import read_pickle
 from megatron_retro.runtime.heartbeat import Beat, blame, start_heartbeat
 from megatron_retro.runtime.launch import find_launch
 from megatron_retro.runtime.process_group import process_group
 from megatron_retro.runtime.run_log import CULPRITS, FLIGHT
+from megatron_retro.runtime.store_channel import open_channel
 from megatron_retro.testing.processes import RankFailure, fork, run_ranks, wait
 
 
@@ -82,9 +85,7 @@ def test_a_watchdog_that_aborts_the_process_leaves_the_culprit(
 ) -> None:
     """Three gloo ranks, each ended with SIGABRT from outside of Python: no handler runs, no error is raised."""
     (tmp_path / FLIGHT).mkdir()
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
 
     def one(rank: int) -> None:
         place = {"RANK": rank, "WORLD_SIZE": 3, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -102,6 +103,43 @@ def test_a_watchdog_that_aborts_the_process_leaves_the_culprit(
     told = capsys.readouterr().out
     assert "ranks 0, 2 wait in gloo:all_reduce 4x2, number 3" in told
     assert "rank 1 came only to gloo:all_reduce, number 2 (done)" in told
+
+
+@pytest.mark.parametrize("where", ["a collective", pytest.param("a message", marks=pytest.mark.full)])
+def test_a_stopped_keeper_of_the_store_holds_nobody(tmp_path: Path, where: str) -> None:
+    """It accepts questions and never answers; every wait for an answer ends, and the others leave with 76."""
+
+    def one(rank: int) -> None:
+        monkeypatch = pytest.MonkeyPatch()
+        monkeypatch.setattr(heartbeat_module, "_LONGEST_CALL", 1.0)
+        monkeypatch.setattr(refusals_module, "_LONGEST_CALL", 1.0)
+        place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()})
+        with process_group(find_launch(), timeout_minutes=0.05):
+            heartbeat = start_heartbeat(0.2, tmp_path, timedelta(seconds=3))
+            assert heartbeat is not None
+            channel = open_channel("test", timeout=timedelta(seconds=1))
+            channel.barrier()
+            if rank == 0:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            try:
+                channel.first(str) if where == "a message" else dist.all_reduce(torch.zeros(1))
+            except RuntimeError as error:
+                raise LostRank(heartbeat.blame().words) from error
+
+    port = free_port()
+    ranks = [fork(partial(one, rank)) for rank in range(2)]
+    try:
+        assert wait(ranks[1], 40) == EXIT_LOST_RANK
+    finally:
+        os.kill(ranks[0], signal.SIGKILL)
+    assert wait(ranks[0], 10) == -signal.SIGKILL
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def recorded() -> bytes:

@@ -70,6 +70,7 @@ AuthInfo=socket=$directory/munge/socket
 CryptoType=crypto/munge
 StateSaveLocation=$directory/state
 SlurmdSpoolDir=$directory/spool/%n
+TmpFS=$directory/tmp/%n
 SlurmctldPidFile=$directory/state/slurmctld.pid
 SlurmdPidFile=$directory/spool/%n.pid
 SlurmctldLogFile=$directory/log/slurmctld.log
@@ -112,7 +113,7 @@ free_ports() {
 }
 
 start_node() {
-  mkdir -p "$1/spool/$2"
+  mkdir -p "$1/spool/$2" "$1/tmp/$2"
   slurmd -N "$2" -f "$1/slurm.conf"
 }
 

@@ -1,237 +1,250 @@
 """Injects events into the tiny chain under a real SLURM, and says what became of each.
 
-    python tests/examples/slurm/inject_events.py ROOM [--chains N] [--seed S] [--table]
+    python -m tests.examples.slurm.inject_events ROOM [--chains N] [--seed S] [--results FILE] [--table]
 
-A chain runs undisturbed first; then each chain meets one event in each of its stages, at a random moment. What is
-asked: every job ends finished, or with one clear message; and the weights are bit for bit those of the undisturbed
-chain. The file `ROOM/events.json` is added to: the same command goes on where it stopped. `--table` prints it for
-docs/operations.md.
+A chain runs undisturbed first; then each chain meets events in each of its stages, one after the other, at random
+moments. What is asked: every job ends finished, or with one clear message; and the weights are bit for bit those of the
+undisturbed chain. The results are added to after each event: the same command goes on with the first chain that has
+not ended. `--table` prints them for docs/operations.md. Events that fill a disk need the right to mount one.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
 import shutil
-import signal
+import statistics
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 
 from megatron_retro.runtime.console import say
 from megatron_retro.testing.slurm import Cluster
+from tests.examples.slurm.chain import Chain, clear
+from tests.examples.slurm.events import ARRAYS, STAGES, STARTS_AGAIN, TRAINING, compile_clock, draw_events, happen
 
-ROOT = Path(__file__).resolve().parents[3]
-TRAINING = {"pretrain": "gpt-tiny", "retrofit": "retro-tiny", "instruct": "instruct-tiny"}
-ARRAYS = ("corpus", "index")
-STAGES = (*ARRAYS, *TRAINING)
-EVENTS = ("requeue", "USR1", "TERM", "USR1 to the batch script", "kill", "pause", "node death", "double start")
-ARRAY_EVENTS = ("requeue", "USR1", "TERM", "USR1 to the batch script", "kill", "pause", "node death", "lost worker")
-LONGEST_SECONDS = 400.0
+COUNTS = {"corpus": 1, "index": 2, "evaluate": 1, "report": 1, **dict.fromkeys(TRAINING, 3)}
+FINISHED, REFUSED, BY_HAND = "finished", "one message", "by hand"
 
 
 @dataclass
 class Outcome:
-    """What an event did."""
+    """What an event did. Times are None where it started nothing again; `equal` is None until the chain has ended."""
 
     chain: int
     stage: str
     event: str
     after: float
-    state: str
-    restarts: int
     hit: bool
-    message: str
-    clear: bool
-    equal: bool = True
+    starts_again: int = 0
+    seconds_to_leave: float | None = None
+    seconds_to_step: float | None = None
+    ending: str = FINISHED
+    message: str = ""
+    equal: bool | None = None
 
 
-class Chain:
-    """One run of the stages, in a directory of its own."""
+@dataclass
+class Disturbance:
+    """One stage of a chain and the events that it meets."""
 
-    def __init__(self, cluster: Cluster, room: Path) -> None:
-        self.cluster, self.room = cluster, room
-        self.variables = {
-            **{name: str(room / name.lower()) for name in ("DATA", "RUNS", "LOGS")},
-            "WORKERS": "2",
-            "HEALTH_CHECK": "off",
-            "OMP_NUM_THREADS": "1",
-            "LEAVE_SECONDS": "30",
-        }
+    chain: Chain
+    number: int
+    stage: str
+    draw: random.Random
+    usual: float
 
-    def submit(self, stage: str, **more: str) -> int:
-        script = str(ROOT / "examples/slurm/submit.sh")
-        options = (f"--chdir={self.room}", f"--output={self.room}/{stage}-%j.log")
-        return int(self.cluster.run(script, stage, "tiny", *options, **{**self.variables, **more}))
+    def run(self) -> list[Outcome]:
+        """Submit, disturb, wait; after a refusal the disk is freed, and the stage goes on."""
+        events = draw_events(self.stage, COUNTS[self.stage], self.draw)
+        found, of_job, job = list[Outcome](), list[Outcome](), self.chain.submit(self.stage)
+        for event in events:
+            of_job.append(self._event(job, event))
+            if self._has_ended(job):
+                found += self._end(job, of_job)
+                of_job = []
+                if found[-1].ending != REFUSED:
+                    return found
+                job = self.chain.submit(self.stage)
+        self._end(job, of_job)
+        return found + of_job
 
-    def finish(self, stage: str) -> None:
-        if stage in ARRAYS:
-            facts = self.cluster.wait(self.submit(stage, FINISH="on"), LONGEST_SECONDS)
-            if facts["JobState"] != "COMPLETED":
-                raise RuntimeError(f"the finishing job of {stage} in {self.room} ended {facts['JobState']}")
-
-    def weights(self) -> dict[str, str]:
-        """A checksum of the newest tensors of each run."""
-        found = {}
-        for run in TRAINING.values():
-            newest = sorted((self.room / "runs" / run).glob("step-*"))[-1]
-            content = b"".join(path.read_bytes() for path in sorted(newest.glob("*.safetensors")))
-            found[run] = hashlib.sha256(content).hexdigest()
-        return found
-
-    def last_words(self, stage: str, job: int) -> str:
-        logs = sorted(self.room.glob(f"{stage}-{job}*.log")) or sorted(self.room.glob(f"{stage}-*.log"))
-        lines = "\n".join(log.read_text(errors="replace") for log in logs).splitlines()
-        told = [line for line in lines if " logs in " in line]
-        return told[-1].split(": ", 1)[-1] if told else (lines[-1] if lines else "")
-
-
-def processes_of(job: int) -> list[int]:
-    """Python processes of the ranks of a job."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            environment = (place / "environ").read_bytes().split(b"\0")
-            words = (place / "cmdline").read_bytes().split(b"\0")
-            ours = f"SLURM_JOB_ID={job}".encode() in environment or f"SLURM_ARRAY_JOB_ID={job}".encode() in environment
-            if ours and any(word.startswith(b"SLURM_PROCID=") for word in environment) and b"-m" in words:
-                found.append(int(place.name))
-    return sorted(found)
-
-
-def inject(chain: Chain, stage: str, job: int, event: str, draw: random.Random) -> bool:
-    """Make it happen; whether there was something to hit."""
-    cluster, ranks = chain.cluster, processes_of(job)
-    if cluster.states(job) <= {"COMPLETED"}:
-        return False
-    with suppress(AssertionError):  # the job may end this moment
-        if event == "requeue":
-            cluster.run("scontrol", "requeue", str(job))
-        elif event in ("USR1", "TERM"):
-            cluster.run("scancel", f"--signal={event}", str(job))
-        elif event == "USR1 to the batch script":
-            cluster.run("scancel", "--batch", "--signal=USR1", str(job))
-        elif event == "lost worker":
-            cluster.run("scancel", f"{job}_{draw.randrange(2)}")
-        elif event == "node death":
-            node = cluster.run("scontrol", "show", "hostnames", cluster.facts(job)["NodeList"]).split()[-1]
-            cluster.kill_node(node)
-            time.sleep(5)
-            cluster.start_node(node)
-        elif event == "double start":
-            second = chain.submit(stage)
-            facts = cluster.wait(second, LONGEST_SECONDS)
-            said = chain.last_words(stage, second)
-            return facts["JobState"] == "COMPLETED" or (facts["ExitCode"] == "2:0" and "belongs to a run" in said)
-        elif ranks:
-            number = draw.choice(ranks)
-            os.kill(number, signal.SIGKILL if event == "kill" else signal.SIGSTOP)
-            if event == "pause":
-                time.sleep(3)
-                os.kill(number, signal.SIGCONT)
-        else:
-            return False
-        return True
-    return False
-
-
-def disturbed(cluster: Cluster, room: Path, number: int, seed: int, usual: dict[str, float]) -> list[Outcome]:
-    """A chain with an event in each stage; what became of them."""
-    draw = random.Random(f"{seed} {number}")
-    chain = Chain(cluster, room / f"chain-{number}")
-    shutil.rmtree(chain.room, ignore_errors=True)
-    chain.room.mkdir()
-    for name in ("text", "instructions"):
-        shutil.copytree(room / "whole/data" / name, chain.room / "data" / name)
-    found = []
-    for stage in STAGES:
-        event = draw.choice(ARRAY_EVENTS if stage in ARRAYS else EVENTS)
-        after = draw.uniform(0.1, 1.0) * usual[stage]
-        job = chain.submit(stage)
+    def _event(self, job: int, event: str) -> Outcome:
+        # of several events each has its part of the job; a job that started again is followed until its first step
+        after = self.draw.uniform(0.05, 0.9 if COUNTS[self.stage] == 1 else 0.45) * self.usual
         time.sleep(after)
-        hit = inject(chain, stage, job, event, draw)
-        facts = cluster.wait(job, LONGEST_SECONDS)
-        state, words = facts["JobState"], chain.last_words(stage, job)
-        clear = state == "COMPLETED" or " failed with code " in words or stage in ARRAYS
-        found.append(
-            Outcome(number, stage, event, round(after, 1), state, int(facts["Restarts"]), hit, words[-200:], clear)
+        before, moment = self._restarts(job), time.time()
+        hit = happen(self.chain, self.stage, job, event, self.draw)
+        outcome = Outcome(self.number, self.stage, event, round(after, 1), hit)
+        if hit and event in STARTS_AGAIN:
+            self._until_started_again(job, before, moment, outcome)
+        if event == "full disk":
+            self.chain.cluster.wait(job, self.chain.longest_seconds)
+        return outcome
+
+    def _until_started_again(self, job: int, before: int, moment: float, outcome: Outcome) -> None:
+        cluster = self.chain.cluster
+        cluster.wait_until(
+            lambda: self._has_ended(job) or self._restarts(job) > before, self.chain.longest_seconds, "a restart"
         )
-        say(f"{time.strftime('%H:%M:%S')} {found[-1]}")
-        if state != "COMPLETED" and stage in TRAINING:
-            raise RuntimeError(f"by hand: {found[-1]}")
+        outcome.starts_again = self._restarts(job) - before
+        if not outcome.starts_again:
+            return
+        outcome.seconds_to_leave = round(time.time() - moment, 1)
+        if outcome.event == "time limit":
+            cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
+        cluster.wait_until(
+            lambda: self._has_ended(job) or "RUNNING" in cluster.states(job), self.chain.longest_seconds, "a start"
+        )
+        if self.stage in TRAINING:
+            self._time_to_step(job, outcome)
+
+    def _time_to_step(self, job: int, outcome: Outcome) -> None:
+        """From SLURM's start of the job to the end of its first step; none if the job ends or starts again before."""
+        chain, restarts = self.chain, self._restarts(job)
+        start = datetime.fromisoformat(chain.cluster.facts(job)["StartTime"]).timestamp()
+        chain.cluster.wait_until(
+            lambda: (
+                bool(chain.steps_since(self.stage, start)) or self._has_ended(job) or self._restarts(job) > restarts
+            ),
+            chain.longest_seconds,
+            "a step",
+        )
+        steps = chain.steps_since(self.stage, start)
+        outcome.seconds_to_step = round(steps[0] - start, 1) if steps and self._restarts(job) == restarts else None
+
+    def _end(self, job: int, outcomes: list[Outcome]) -> list[Outcome]:
+        """What became of the job, which holds for all events that met it."""
+        chain = self.chain
+        chain.cluster.wait(job, chain.longest_seconds)
+        chain.free_disk()
+        chain.set_clock(0.0)
+        if not outcomes:
+            return outcomes
+        words, states = chain.last_words(self.stage, job), chain.cluster.states(job)
+        lost = any(outcome.event == "lost worker" for outcome in outcomes)
+        ending = BY_HAND
+        if states <= ({"COMPLETED", "CANCELLED"} if lost else {"COMPLETED"}):
+            ending = FINISHED
+        elif "failed with code 2" in words and any(outcome.event == "full disk" for outcome in outcomes):
+            ending = REFUSED
+        for outcome in outcomes:
+            outcome.ending, outcome.message = ending, words[-300:]
+        if ending == BY_HAND and self.stage not in ARRAYS:
+            say(f"by hand: {outcomes or words}")
+            chain.cluster.wait(chain.submit(self.stage), chain.longest_seconds)
+        return outcomes
+
+    def _restarts(self, job: int) -> int:
+        return self.chain.cluster.restarts(job)
+
+    def _has_ended(self, job: int) -> bool:
+        return self.chain.cluster.has_ended(job)
+
+
+def disturbed(
+    cluster: Cluster, room: Path, number: int, seed: int, usual: dict[str, float], save: Callable[[list[Outcome]], None]
+) -> None:
+    """A chain with events in each stage; what became of them is saved as it happens."""
+    draw = random.Random(f"{seed} {number}")
+    place = room / f"chain-{number}"
+    clear(place)
+    chain = Chain(cluster, place, room / "clock.so")
+    shutil.copytree(room / "data", chain.disk / "data")
+    found: list[Outcome] = []
+    for stage in STAGES:
+        found += Disturbance(chain, number, stage, draw, usual[stage]).run()
+        say(f"{time.strftime('%H:%M:%S')} {found[-COUNTS[stage] :]}")
+        save(found)
         chain.finish(stage)
     equal = chain.weights() == json.loads((room / "whole.json").read_text())["weights"]
     for outcome in found:
         outcome.equal = equal
-    if equal and all(outcome.clear for outcome in found):
-        shutil.rmtree(chain.room)
-    return found
+    save(found)
+    chain.close(keep=not equal or any(outcome.ending == BY_HAND for outcome in found))
 
 
 def undisturbed(cluster: Cluster, room: Path) -> dict[str, float]:
     """The chain to compare with; seconds of each stage."""
     path = room / "whole.json"
     if not path.exists():
-        chain = Chain(cluster, room / "whole")
-        shutil.rmtree(chain.room, ignore_errors=True)
-        chain.room.mkdir(parents=True)
-        submit_all = str(ROOT / "examples/slurm/submit_all.sh")
-        # makes the data; the stages are submitted one by one below
-        cluster.run(submit_all, "tiny", "--hold", f"--chdir={chain.room}", **{**chain.variables, "STAGES": "report"})
+        clear(room / "whole")
+        chain = Chain(cluster, room / "whole", room / "clock.so")
+        chain.make_data()
+        shutil.copytree(chain.disk / "data", room / "data", dirs_exist_ok=True)
         seconds = {}
         for stage in STAGES:
             began = time.monotonic()
-            facts = cluster.wait(chain.submit(stage), LONGEST_SECONDS)
-            seconds[stage] = time.monotonic() - began
+            facts = cluster.wait(chain.submit(stage), chain.longest_seconds)
+            seconds[stage] = round(time.monotonic() - began, 1)
             if facts["JobState"] != "COMPLETED":
                 raise RuntimeError(f"{stage} of the undisturbed chain ended {facts['JobState']}")
         path.write_text(json.dumps({"seconds": seconds, "weights": chain.weights()}))
+        chain.close(keep=True)
     return dict(json.loads(path.read_text())["seconds"])
 
 
-def table(outcomes: list[dict[str, object]]) -> str:
+def table(outcomes: list[Outcome]) -> str:
     """Events by kind, as it stands in docs/operations.md."""
-    hits = [outcome for outcome in outcomes if outcome["hit"]]
-    lines = ["| event | injected | finished | started again | by hand | weights equal |", "|---|---|---|---|---|---|"]
-    for event in sorted({str(outcome["event"]) for outcome in hits}):
-        of_event = [outcome for outcome in hits if outcome["event"] == event]
-        counts = Counter(str(outcome["state"]) for outcome in of_event)
-        finished = counts["COMPLETED"]
-        again = sum(int(str(outcome["restarts"])) for outcome in of_event)
-        hand = sum(not outcome["clear"] for outcome in of_event)
-        equal = sum(bool(outcome["equal"]) for outcome in of_event)
-        lines.append(f"| {event} | {len(of_event)} | {finished} | {again} | {hand} | {equal} of {len(of_event)} |")
+    hits = [outcome for outcome in outcomes if outcome.hit]
+    lines = ["| event | injected | finished | one message | by hand | starts again | weights equal |", "|---" * 7 + "|"]
+    for event in [*sorted({outcome.event for outcome in hits}), "all"]:
+        of_event = [outcome for outcome in hits if event in (outcome.event, "all")]
+        endings = Counter(outcome.ending for outcome in of_event)
+        counts = [str(endings[ending]) for ending in (FINISHED, REFUSED, BY_HAND)]
+        again, compared = (
+            sum(outcome.starts_again for outcome in of_event),
+            [o for o in of_event if o.equal is not None],
+        )
+        equal = f"{sum(bool(outcome.equal) for outcome in compared)} of {len(compared)}"
+        lines.append("| " + " | ".join([event, str(len(of_event)), *counts, str(again), equal]) + " |")
+    for name in ("seconds_to_leave", "seconds_to_step"):
+        values = sorted(value for outcome in hits if (value := getattr(outcome, name)) is not None)
+        if values:
+            tail = values[int(0.9 * len(values))]
+            lines.append(f"{name}: {len(values)} measured, median {statistics.median(values)}, nine tenths {tail}")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("room", type=Path)
-    parser.add_argument("--chains", type=int, default=100)
+    parser.add_argument("--chains", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path)
     parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
     room = asked.room.resolve()
-    path = room / "events.json"
-    known = json.loads(path.read_text()) if path.exists() else []
+    path = asked.results or room / "events.json"
+    known = [Outcome(**facts) for facts in json.loads(path.read_text())] if path.exists() else []
     if asked.table:
         print(table(known))
         return
     room.mkdir(parents=True, exist_ok=True)
+    compile_clock(room)
     programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     cluster = Cluster(Path(__file__).with_name("cluster.sh"), room / "slurm", {**os.environ, "PATH": programs})
     cluster.start(nodes=3)
+    done = {outcome.chain for outcome in known if outcome.equal is not None}
     try:
         usual = undisturbed(cluster, room)
-        for number in range(max([int(outcome["chain"]) + 1 for outcome in known], default=0), asked.chains):
-            known += [asdict(outcome) for outcome in disturbed(cluster, room, number, asked.seed, usual)]
-            path.write_text(json.dumps(known, indent=1))
+        for number in [number for number in range(asked.chains) if number not in done]:
+            before = [outcome for outcome in known if outcome.chain != number]
+
+            def save(found: list[Outcome], before: list[Outcome] = before) -> None:
+                known[:] = before + found
+                path.write_text(json.dumps([asdict(outcome) for outcome in known], indent=1) + "\n")
+
+            try:
+                disturbed(cluster, room, number, asked.seed, usual, save)
+            except (RuntimeError, AssertionError) as error:
+                say(f"chain {number} is given up: {error}")
     finally:
         cluster.stop()
 
