@@ -9,7 +9,6 @@ import random
 import signal
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -149,64 +148,6 @@ def test_publish_over_an_unfinished_directory(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["old"]
 
 
-def work_on_blocks(directory: Path, blocks: list[str], lease: float, pause: float) -> None:
-    claims = BlockClaims(directory / "claims", blocks, lambda block: (directory / block).exists(), lease)
-    for block in claims:
-        time.sleep(pause)
-        with (directory / "log").open("a") as log:
-            log.write(f"{block}\n")
-        files.write_file(directory / block, f"content of {block}")
-
-
-def test_killed_workers_lose_their_blocks(tmp_path: Path) -> None:
-    blocks = [f"block-{number}" for number in range(12)]
-    for seconds in (0.05, 0.08, 0.11):
-        run_until_killed(lambda: work_on_blocks(tmp_path, blocks, 5.0, 0.03), seconds)
-    children = []
-    for _ in range(3):
-        child = os.fork()
-        if child == 0:
-            work_on_blocks(tmp_path, blocks, 5.0, 0.002)
-            os._exit(0)
-        children.append(child)
-    for child in children:
-        assert os.waitpid(child, 0)[1] == 0
-    assert all((tmp_path / block).read_text() == f"content of {block}" for block in blocks)
-    assert os.listdir(tmp_path / "claims") == []
-
-
-def test_a_silent_worker_of_another_host_loses_its_lease(tmp_path: Path) -> None:
-    claims = BlockClaims(tmp_path / "claims", ["only"], lambda block: (tmp_path / block).exists(), 0.4)
-    claims.directory.mkdir()
-    (claims.directory / "only.claim").write_text("elsewhere 1 token")
-    start = time.monotonic()
-    for block in claims:
-        files.write_file(tmp_path / block, "done")
-    assert time.monotonic() - start > 0.3
-    assert (tmp_path / "only").exists()
-
-
-def test_a_clock_that_is_wrong_takes_no_block_from_a_living_worker(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nor does it keep one of a dead worker for longer."""
-    claims = BlockClaims(tmp_path / "claims", ["only"], lambda block: (tmp_path / block).exists(), 0.4)
-    claims.directory.mkdir()
-    claim = claims.directory / "only.claim"
-    claim.write_text("elsewhere 1 token")
-    begin, clock = time.monotonic(), time.time
-    for skew in (5.0, -5.0):
-        monkeypatch.setattr(time, "time", lambda skew=skew: clock() + skew)
-        for _ in range(8):
-            os.utime(claim)
-            assert not claims._expired(claim, "elsewhere 1 token")
-            time.sleep(0.1)
-    assert time.monotonic() - begin > 2 * claims.lease_seconds
-    for block in claims:
-        files.write_file(tmp_path / block, "done")
-    assert not claim.exists() and time.monotonic() - begin < 10
-
-
 def test_manifest_is_plain_json(tmp_path: Path) -> None:
     write_artifact(tmp_path / "artifact", 1, size=10)
     content = json.loads((tmp_path / "artifact" / "manifest.json").read_text())
@@ -235,23 +176,6 @@ def test_a_file_where_a_folder_should_be_is_one_sentence(tmp_path: Path) -> None
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_a_claim_on_a_full_disk_is_a_named_error_and_holds_nothing(tmp_path: Path) -> None:
-    if os.geteuid() != 0 or os.system(f"mount -t tmpfs -o size=8k tmpfs {tmp_path} 2>/dev/null") != 0:
-        pytest.skip("this process may not mount a file system")
-    try:
-        claims = BlockClaims(tmp_path / "claims", ["only"], lambda block: False)
-        claims.directory.mkdir()
-        with suppress(OSError):
-            (tmp_path / "ballast").write_bytes(bytes(100_000))
-        with pytest.raises(EnvironmentProblem, match="the disk is full"):
-            next(iter(claims))
-        assert list(claims.directory.iterdir()) == []
-        (tmp_path / "ballast").unlink()
-        assert next(iter(claims)) == "only"
-    finally:
-        os.system(f"umount {tmp_path}")
-
-
 def test_a_run_that_finds_no_room_for_a_checkpoint_does_not_begin(tmp_path: Path) -> None:
     files.require_room(tmp_path, 1)
     with pytest.raises(EnvironmentProblem, match="no room for one checkpoint"):
@@ -268,16 +192,6 @@ def test_leftovers_of_another_host_are_not_judged_by_a_local_process(tmp_path: P
     os.utime(old, (0, 0))
     assert remove_leftovers(tmp_path) == 2
     assert ours.exists() and theirs.exists() and not dead.exists() and not old.exists()
-
-
-def test_a_claim_of_another_host_ends_with_its_lease_alone(tmp_path: Path) -> None:
-    """Its process number means nothing here, however alike the hosts are named."""
-    claim = tmp_path / "a.claim"
-    claim.write_text(f"0123456789ab {1 << 22} token")
-    claims = BlockClaims(tmp_path, ["a"], lambda _: False, wait=False)
-    assert list(claims) == []
-    claim.write_text(f"{files.this_host()} {1 << 22} token")
-    assert next(iter(claims)) == "a"
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])

@@ -33,7 +33,6 @@ from megatron_retro.runtime.console import Progress, readable_bytes, say, warn
 from megatron_retro.runtime.launch import Worker, this_worker
 from megatron_retro.runtime.signals import until_stopped
 
-CLAIM_SECONDS = 4.0
 _FINISH = "finish"
 
 
@@ -74,7 +73,7 @@ class Run:
         return self._claimed([_FINISH], lambda _: is_finished(self.job, self.output), wait=True)
 
     def _claimed(self, blocks: Sequence[str], is_done: Callable[[str], bool], *, wait: bool) -> Iterator[str]:
-        claims = BlockClaims(self.directory / "claims", blocks, is_done, CLAIM_SECONDS, wait=wait)
+        claims = BlockClaims(self.directory / "claims", blocks, is_done, wait=wait)
         try:
             yield from claims
         except FileNotFoundError:

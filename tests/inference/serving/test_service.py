@@ -221,6 +221,8 @@ def test_open_requests_hear_that_the_service_ends(
     with ThreadPoolExecutor(1) as pool, socket.create_connection((address[0], int(address[1]))) as slow:
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         whole = pool.submit(post, service, prompt="x", max_tokens=500)
+        while not httpx.get(service.url + "/health").json()["active"]:
+            time.sleep(0.01)
         body = {"prompt": "x", "max_tokens": 500, "stream": True}
         with httpx.stream("POST", service.url + "/v1/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()
