@@ -1,8 +1,8 @@
 """Sixty configurations of Megatron core: each comes in and computes the same, or is refused; none differs in silence.
 
 Core builds each model that it can, writes it as `torch_dist` and computes logits in float64; `convert` reads the files.
-A configuration that core builds on a GPU alone is a checkpoint with that argument. It needs megatron-core 0.15.3 in the
-folder that MEGATRON_RETRO_PEERS names (see `benchmarks/peers/retro_models.py`).
+A configuration that core builds on a GPU alone is a checkpoint with that argument. It needs megatron-core 0.15.3 (see
+`benchmarks/peers/peer_packages.py`); without it nothing is measured.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ import torch
 from torch import Tensor
 
 from megatron_retro.checkpoint.loading import open_checkpoint, stored_settings
+from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.convert.checkpoint_files import read_parameter
 from megatron_retro.convert.megatron_import import import_megatron
 from megatron_retro.errors import MegatronRetroError
 from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.retro import Retro
+from megatron_retro.runtime.console import say
 from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
-import retro_models
+import peer_packages
 
 VOCABULARY, LENGTH, CHUNK = 16, 12, 4
 EQUAL = 1e-9
@@ -116,8 +118,6 @@ CLAIMED: dict[str, Any] = {
 
 def main_core() -> Any:
     """Core as one process without a GPU."""
-    if retro_models.peers_folder() is None:
-        raise SystemExit("MEGATRON_RETRO_PEERS names no folder with megatron-core 0.15.3")
     import megatron.core.utils as core_utils
     from packaging.version import Version
 
@@ -220,7 +220,7 @@ def outcomes(count: int) -> Iterator[tuple[str, str, float]]:
             content = {"args": run_arguments(config, keywords, run), "checkpoint_version": 3.0, "iteration": 1}
             checkpointing.save({**content, **model.sharded_state_dict()}, str(folder))
             try:
-                import_megatron(folder, Path(room) / "ours", lambda text: None)
+                import_megatron(folder, Path(room) / "ours", TokenizerConfig(), lambda text: None)
             except MegatronRetroError:
                 yield name, "refused", 0.0
                 continue
@@ -230,6 +230,9 @@ def outcomes(count: int) -> Iterator[tuple[str, str, float]]:
 
 def run(quick: bool) -> Iterator[Figure]:
     """How many of them come in, are refused, and differ."""
+    if reason := peer_packages.missing("megatron-core"):
+        say(reason)
+        return
     counts: Counter[str] = Counter()
     largest = 0.0
     for name, outcome, worst in outcomes(10 if quick else 60):

@@ -21,6 +21,7 @@ import httpx
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
+import peer_packages
 import retro_pytorch_tokens
 
 from megatron_retro.assembly.loading import load_model
@@ -135,7 +136,7 @@ def against_retro_pytorch(run: Path, width: int, rounds: int) -> list[Figure]:
     """The token after 512 others, neighbours read on both sides."""
     generator = open_generator(write_model(run / "retro", shape(width), RETRO))
     source = GivenPassages([list(b"a passage " * 20)] * 2, *generator.forward.neighbor_shape)
-    reason = retro_pytorch_tokens.missing()
+    reason = peer_packages.missing("retro-pytorch")
     candidates: dict[str, Callable[[], object]] = {
         "ours short": lambda: answer(generator, SHORT, source, 460),
         "ours long": lambda: answer(generator, LONG, source, 460),
@@ -146,7 +147,7 @@ def against_retro_pytorch(run: Path, width: int, rounds: int) -> list[Figure]:
     mine = per_token(times, "ours")
     figures = [Figure("generation with neighbours at context 512", 1 / statistics.median(mine), "tokens/CPU-s")]
     if reason is not None:
-        say(f"retro-pytorch is left out: {reason}")
+        say(reason)
         return figures
     return [
         *figures,

@@ -1,19 +1,21 @@
-"""Training steps of GPT and Retro on one CPU thread, beside two other Retro models and the bound of matrix products.
+"""Training steps of GPT and Retro on one CPU thread, beside the packages' models and the bound of matrix products.
 
 d 512, 8 layers, sequence 1024, m 64, k 2, r 128, vocabulary 20,000, cross-attention in layer 6 and in the encoder's
 first layer, no biases, forward and backward; every model has the same sizes (54.6 to 54.9M parameters). The bound is
 the time of every matrix product of the step (linear layers, and the two products of each attention, half of them where
-it is causal), forward and backward, by `torch.mm` and `torch.bmm` alone. Peers run if MEGATRON_RETRO_PEERS names the
-folder where they are installed (see `benchmarks/peers/retro_models.py`).
+it is causal), forward and backward, by `torch.mm` and `torch.bmm` alone. Peers that are not installed are skipped by
+name (see `benchmarks/peers/peer_packages.py`).
+
+In bfloat16 all are measured again, in a second run. A CPU without AVX-512 has no instructions for it, and torch's
+products are up to 80 times slower: there the second run has d 256, sequence 512 and vocabulary 4,000.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,9 +26,11 @@ from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.costs import model_costs
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.retro import Retro
+from megatron_retro.runtime.console import say
 from megatron_retro.testing.benchmarking import LOWER, Figure, Times, benchmark_main, interleave, median_ratio
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
+import peer_packages
 import retro_models
 
 SIZES = {
@@ -40,8 +44,10 @@ SIZES = {
     "neighbors": 2,
     "retrieved": 128,
 }
+SMALLER = {**SIZES, "vocabulary": 4000, "length": 512, "width": 256, "heads": 4}
 QUICK = {**SIZES, "vocabulary": 2000, "length": 256, "width": 128, "heads": 2}
-PEERS = {"retro-pytorch": retro_models.retro_pytorch, "megatron-core": retro_models.megatron_core}
+CORE = "megatron-core"
+PEERS = {"retro-pytorch": retro_models.retro_pytorch, CORE: retro_models.megatron_core}
 Step = Callable[[], float]
 
 
@@ -155,22 +161,40 @@ def check_outputs(sizes: dict[str, int]) -> None:
         raise AssertionError(f"first losses are not near {guess}: {losses}")
 
 
+def peer(name: str, sizes: dict[str, int]) -> Step:
+    """A peer's step, if it has our size."""
+    model, step = PEERS[name](sizes, *inputs(sizes))
+    size, mine = (sum(p.numel() for p in m.parameters()) for m in (model, ours(sizes, retro_config(sizes))[0]))
+    if abs(size / mine - 1) > 0.02 and sizes is SIZES:
+        raise AssertionError(f"{name} has {size} parameters, ours {mine}")
+    return step
+
+
 def candidates(sizes: dict[str, int]) -> dict[str, Step]:
-    """Everything that is timed, by name."""
+    """Everything that is timed in float32, by name."""
     found = {
         "bound": bound_step(sizes),
         "retro": ours(sizes, retro_config(sizes))[1],
         "gpt": ours(sizes, RetroConfig())[1],
         "gate 0": ours(sizes, retro_config(sizes, gate=0.0))[1],
-        "retro bf16": ours(sizes, retro_config(sizes), torch.bfloat16)[1],
     }
-    if retro_models.peers_folder() is not None:
-        for name, build in PEERS.items():
-            model, step = build(sizes, *inputs(sizes))
-            size, mine = (sum(p.numel() for p in m.parameters()) for m in (model, ours(sizes, retro_config(sizes))[0]))
-            if abs(size / mine - 1) > 0.02 and sizes is SIZES:
-                raise AssertionError(f"{name} has {size} parameters, ours {mine}")
-            found[name] = step
+    found |= {name: peer(name, sizes) for name in PEERS if peer_packages.is_here(name)}
+    if peer_packages.is_here(CORE):
+        found[f"{CORE} gpt"] = retro_models.megatron_core_gpt(sizes, inputs(sizes)[0])[1]
+    return found
+
+
+def half_candidates(sizes: dict[str, int]) -> dict[str, Step]:
+    """What is timed in bfloat16, and the Retro peers in float32 beside it."""
+    half = torch.bfloat16
+    found = {
+        "retro bf16": ours(sizes, retro_config(sizes), half)[1],
+        "gpt bf16": ours(sizes, RetroConfig(), half)[1],
+        **{f"{name} beside bf16": peer(name, sizes) for name in PEERS if peer_packages.is_here(name)},
+    }
+    if peer_packages.is_here(CORE):
+        found[f"{CORE} bf16"] = retro_models.megatron_core(sizes, *inputs(sizes), half)[1]
+        found[f"{CORE} gpt bf16"] = retro_models.megatron_core_gpt(sizes, inputs(sizes)[0], half)[1]
     return found
 
 
@@ -180,7 +204,8 @@ def print_peak(name: str, quick: bool) -> None:
     A small step comes first, so that code which is loaded at its first use does not count.
     """
     torch.set_num_threads(1)
-    retro_models.peers_folder()
+    if name in PEERS:
+        peer_packages.is_here(name)
     small = {**QUICK, "width": 64, "heads": 1}
 
     def built(sizes: dict[str, int]) -> Step:
@@ -206,48 +231,76 @@ def peak_megabytes(name: str, quick: bool) -> float:
     return float(done.stdout.split()[-1])
 
 
-def figures(sizes: dict[str, int], times: dict[str, Times], quick: bool) -> list[Figure]:
-    """Ratios are medians over rounds of paired CPU-seconds."""
+def rates(sizes: dict[str, int], times: dict[str, Times]) -> list[Figure]:
+    """Tokens per CPU-second of each candidate."""
+    length = sizes["length"]
+    return [Figure(f"{name}: tokens per CPU-second", length / found.median_cpu, "1/s") for name, found in times.items()]
 
-    def speedup(name: str, over: str) -> float:
-        return median_ratio(times[over].cpu, times[name].cpu)
 
-    rates = [
-        Figure(f"{name}: tokens per CPU-second", sizes["length"] / statistics.median(found.cpu), "1/s")
-        for name, found in times.items()
-    ]
+def speedup(times: dict[str, Times], name: str, over: str) -> float:
+    """The median over rounds of paired ratios of CPU-seconds."""
+    return median_ratio(times[over].cpu, times[name].cpu)
+
+
+def figures(sizes: dict[str, int], times: dict[str, Times]) -> list[Figure]:
+    """Our step in float32 beside the bound, our GPT, and the peers."""
     config = model_config(sizes)
     counted = [
         model_costs(config, retro, sizes["length"]).training_flops() for retro in (retro_config(sizes), RetroConfig())
     ]
-    over_gpt = median_ratio(times["retro"].cpu, times["gpt"].cpu) / (counted[0] / counted[1])
+    over_gpt = speedup(times, "gpt", "retro") / (counted[0] / counted[1])
     result = [
-        *rates,
-        Figure("retro, share of the matrix-product bound", speedup("retro", "bound"), "", 0.88),
+        *rates(sizes, times),
+        Figure("retro, share of the matrix-product bound", speedup(times, "retro", "bound"), "", 0.88),
         Figure("retro over GPT: time ratio / ratio of counted FLOPs", over_gpt, "", 1.05, LOWER),
-        Figure("gate 0 over GPT: time", speedup("gpt", "gate 0"), "", 1.01, LOWER),
+        Figure("gate 0 over GPT: time", speedup(times, "gpt", "gate 0"), "", 1.01, LOWER),
     ]
-    if "megatron-core" in times:
-        best = min(("retro-pytorch", "megatron-core"), key=lambda name: times[name].median_cpu)
-        result += [
-            Figure("speed over retro-pytorch", speedup("retro", "retro-pytorch"), "x", 1.45),
-            Figure("the matrix-product bound over retro-pytorch", speedup("bound", "retro-pytorch"), "x"),
-            Figure("speed over megatron-core", speedup("retro", "megatron-core"), "x", 1.2),
-            Figure("bf16 over the faster peer in fp32", speedup("retro bf16", best), "x", 2.0),
-        ]
-        peaks = {name: peak_megabytes(name, quick) for name in ("ours", "megatron-core")}
-        result += [Figure(f"{name}: peak memory of a step", value, "MB") for name, value in peaks.items()]
-        ratio = peaks["ours"] / peaks["megatron-core"]
-        result.append(Figure("peak memory over megatron-core's", ratio, "", 0.65, LOWER))
+    if "retro-pytorch" in times:
+        result.append(Figure("speed over retro-pytorch", speedup(times, "retro", "retro-pytorch"), "x", 1.45))
+        bound = speedup(times, "bound", "retro-pytorch")
+        result.append(Figure("the matrix-product bound over retro-pytorch", bound, "x"))
+    if CORE in times:
+        result.append(Figure(f"speed over {CORE}", speedup(times, "retro", CORE), "x", 1.2))
+        result.append(Figure(f"GPT: speed over {CORE}", speedup(times, "gpt", f"{CORE} gpt"), "x"))
     return result
 
 
-def run(quick: bool) -> list[Figure]:
+def half_figures(sizes: dict[str, int], times: dict[str, Times]) -> list[Figure]:
+    """Our step in bfloat16 beside core's in bfloat16, and the faster peer's in float32."""
+    result = rates(sizes, times)
+    peers = [name for name in times if name.endswith("beside bf16")]
+    if peers:
+        best = min(peers, key=lambda name: times[name].median_cpu)
+        ratio = speedup(times, "retro bf16", best)
+        result.append(Figure("bf16 over the faster peer in fp32", ratio, "x", 2.0 if sizes is SIZES else None))
+    if f"{CORE} bf16" in times:
+        result.append(Figure(f"bf16: speed over {CORE}", speedup(times, "retro bf16", f"{CORE} bf16"), "x", 1.3))
+        result.append(Figure(f"bf16, GPT: speed over {CORE}", speedup(times, "gpt bf16", f"{CORE} gpt bf16"), "x"))
+    return result
+
+
+def peak_figures(quick: bool) -> list[Figure]:
+    """Memory of a step of ours and of core's."""
+    peaks = {name: peak_megabytes(name, quick) for name in ("ours", CORE)}
+    ratio = peaks["ours"] / peaks[CORE]
+    return [
+        *(Figure(f"{name}: peak memory of a step", value, "MB") for name, value in peaks.items()),
+        Figure(f"peak memory over {CORE}'s", ratio, "", 0.65, LOWER),
+    ]
+
+
+def run(quick: bool) -> Iterator[Figure]:
     """One thread, candidates in turn."""
     torch.set_num_threads(1)
     sizes = QUICK if quick else SIZES
+    for reason in filter(None, map(peer_packages.missing, PEERS)):
+        say(reason)
     check_outputs(sizes)
-    return figures(sizes, interleave(candidates(sizes), rounds=3, warm_up=1), quick)
+    yield from figures(sizes, interleave(candidates(sizes), rounds=5, warm_up=1))
+    half = sizes if quick or torch.backends.cpu.get_cpu_capability() == "AVX512" else SMALLER
+    yield from half_figures(half, interleave(half_candidates(half), rounds=3, warm_up=1))
+    if peer_packages.is_here(CORE):
+        yield from peak_figures(quick)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main, i
 
 sys.path.remove(str(Path(__file__).parent))  # whose kernels.py transformers would import
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
-from gpt_layers import LayerShape, hugging_face_layer, megatron_core_is_here, megatron_core_layer
+import peer_packages
+from gpt_layers import LayerShape, hugging_face_layer, megatron_core_layer
 
 SIZES = {"823M": "retro-878m", "8.5B": "retro-9.5b", "48B": "retro-48b"}
 PARTS = (LAYER, RETRIEVAL, ENCODER, HEAD)
@@ -108,7 +109,7 @@ def peers(shape: LayerShape, settings: Settings) -> dict[str, tuple[PartTrace, O
         if tensor_ranks == 1:
             with hugging_face_layer(shape, GPU, torch.bfloat16) as (layer, call):
                 found[HUGGING_FACE] = trace_layer(layer, call, (1, shape.length, shape.hidden), 1)
-        if megatron_core_is_here():
+        if peer_packages.is_here("megatron-core"):
             with megatron_core_layer(shape, GPU, torch.bfloat16, tensor_ranks) as (layer, call):
                 found[MEGATRON_CORE] = trace_layer(layer, call, (shape.length, 1, shape.hidden), tensor_ranks)
     return found
@@ -136,7 +137,7 @@ def host_times(rounds: int) -> Iterator[Figure]:
         device, dtype = torch.device("cpu"), torch.float32
         layer, call = opened.enter_context(hugging_face_layer(SMALL, device, dtype))
         candidates |= one_and_many(HUGGING_FACE, layer, call, (1, SMALL.length, SMALL.hidden))
-        if megatron_core_is_here():
+        if peer_packages.is_here("megatron-core"):
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
             opened.callback(dist.destroy_process_group)
             layer, call = opened.enter_context(megatron_core_layer(SMALL, device, dtype, 1))

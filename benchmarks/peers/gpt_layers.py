@@ -1,15 +1,11 @@
 """One GPT layer of two other libraries, to be counted beside ours: the same widths, without data, on any device.
 
-Hugging Face's Llama comes with transformers. megatron-core is no dependency; install it apart, and name the folder in
-MEGATRON_RETRO_CORE:
-
-    pip install --no-deps --target CORE megatron-core==0.15.3
+Hugging Face's Llama comes with transformers, megatron-core is installed apart (see `peer_packages.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -61,14 +57,6 @@ def hugging_face_layer(shape: LayerShape, device: torch.device, dtype: torch.dty
         return found
 
     yield layer, call
-
-
-def megatron_core_is_here() -> bool:
-    """Puts the folder of MEGATRON_RETRO_CORE on the path, behind everything else."""
-    folder = os.environ.get("MEGATRON_RETRO_CORE")
-    if folder is not None and folder not in sys.path:
-        sys.path.append(folder)
-    return folder is not None
 
 
 @contextlib.contextmanager

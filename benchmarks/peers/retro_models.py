@@ -1,9 +1,4 @@
-"""The two Retro models of the package index as training steps on a CPU, for comparison.
-
-Neither is a dependency. Install them apart, and name the folder in MEGATRON_RETRO_PEERS:
-
-    pip install --no-deps --target PEERS retro-pytorch==0.3.9 einops megatron-core==0.11.0
-"""
+"""The two Retro models of the package index, and core's GPT, as training steps on a CPU (see `peer_packages.py`)."""
 
 from __future__ import annotations
 
@@ -18,14 +13,6 @@ import torch
 from torch import Tensor, nn
 
 Step = Callable[[], float]
-
-
-def peers_folder() -> str | None:
-    """Where the peers are, put on the path; None without them."""
-    folder = os.environ.get("MEGATRON_RETRO_PEERS")
-    if folder is not None and folder not in sys.path:
-        sys.path.insert(0, folder)
-    return folder
 
 
 def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
@@ -68,67 +55,98 @@ def _stub(name: str, **content: Any) -> types.ModuleType:
     return module
 
 
-def megatron_core(sizes: dict[str, int], tokens: Tensor, neighbors: Tensor) -> tuple[nn.Module, Step]:
-    """megatron-core 0.11's Retro on one CPU process: learned positions, LayerNorm, GELU, local layers."""
-    import megatron.core.utils as core_utils
-    from packaging.version import Version
-
-    core_utils._te_version = Version("1.2")
-    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
-    from megatron.core import parallel_state
+def megatron_core(
+    sizes: dict[str, int], tokens: Tensor, neighbors: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, Step]:
+    """megatron-core 0.15.3's Retro on one CPU process: learned positions, LayerNorm, GELU, local layers."""
+    _core_without_a_gpu()
     from megatron.core.models.retro import RetroConfig, RetroModel, get_retro_decoder_block_spec
-    from megatron.core.tensor_parallel import random
 
-    class NoTracker:
-        def fork(self, *_: Any) -> Any:
-            return contextlib.nullcontext()
-
-    tracker = NoTracker()
-    for module in [random, *(m for name, m in sys.modules.items() if name.startswith("megatron.core"))]:
-        if hasattr(module, "get_cuda_rng_tracker"):
-            module.get_cuda_rng_tracker = lambda: tracker
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
     config = RetroConfig(
-        num_layers=sizes["layers"],
-        hidden_size=sizes["width"],
-        num_attention_heads=sizes["heads"],
-        use_cpu_initialization=True,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        add_bias_linear=False,
+        **_core_settings(sizes, dtype),
         retro_chunk_length=sizes["chunk"],
         retro_encoder_hidden_dropout=0.0,
         retro_encoder_attention_dropout=0.0,
         retro_num_neighbors=sizes["neighbors"],
         retro_num_retrieved_chunks=sizes["retrieved"] // sizes["chunk"],
         retro_split_preprocessing="98,2,0",
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
     )
-    model = RetroModel(
-        config=config,
-        transformer_layer_spec=get_retro_decoder_block_spec(config, use_transformer_engine=False),
-        vocab_size=sizes["vocabulary"],
-        max_sequence_length=sizes["length"],
-        share_embeddings_and_output_weights=False,
-        position_embedding_type="learned_absolute",
-    )
-    arguments = _megatron_arguments(sizes["length"], tokens, neighbors)
+    model = RetroModel(config, get_retro_decoder_block_spec(config, False), **_core_model(sizes)).to(dtype)
+    flat = neighbors.flatten(0, 2)  # [k * chunks, r], neighbours of a chunk together
+    arguments = {
+        **_core_inputs(sizes["length"], tokens),
+        "context_input_ids": flat,
+        "context_position_ids": torch.arange(flat.shape[1])[None].expand(len(flat), -1),
+        "context_mask": torch.zeros(len(flat), 1, 1, 1).bool(),
+    }
     return model, training_step(model, lambda: model(**arguments).mean())
 
 
-def _megatron_arguments(length: int, tokens: Tensor, neighbors: Tensor) -> dict[str, Tensor]:
-    flat = neighbors.flatten(0, 2)  # [k * chunks, r], neighbours of a chunk together
+def megatron_core_gpt(
+    sizes: dict[str, int], tokens: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, Step]:
+    """The same sizes without retrieval."""
+    _core_without_a_gpu()
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(**_core_settings(sizes, dtype))
+    model = GPTModel(config, get_gpt_layer_local_spec(), **_core_model(sizes)).to(dtype)
+    arguments = _core_inputs(sizes["length"], tokens)
+    return model, training_step(model, lambda: model(**arguments).mean())
+
+
+def _core_without_a_gpu() -> None:
+    """One process; nothing is dropped, and there is no generator of a GPU to fork."""
+    if torch.distributed.is_initialized():
+        return
+    import megatron.core.utils as core_utils
+    from packaging.version import Version
+
+    core_utils._te_version = Version("1.2")  # its Retro asks for the version of what is not there
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    CudaRNGStatesTracker.fork = lambda *_, **__: contextlib.nullcontext()  # type: ignore[method-assign]
+    parallel_state.initialize_model_parallel()
+
+
+def _core_settings(sizes: dict[str, int], dtype: torch.dtype) -> dict[str, Any]:
+    for backend in ("FLASH", "FUSED", "UNFUSED"):  # core writes them, and is surprised to find them
+        os.environ.pop(f"NVTE_{backend}_ATTN", None)
+    return {
+        "num_layers": sizes["layers"],
+        "hidden_size": sizes["width"],
+        "num_attention_heads": sizes["heads"],
+        "use_cpu_initialization": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "add_bias_linear": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bf16": dtype == torch.bfloat16,
+        "params_dtype": dtype,
+    }
+
+
+def _core_model(sizes: dict[str, int]) -> dict[str, Any]:
+    return {
+        "vocab_size": sizes["vocabulary"],
+        "max_sequence_length": sizes["length"],
+        "share_embeddings_and_output_weights": False,
+        "position_embedding_type": "learned_absolute",
+    }
+
+
+def _core_inputs(length: int, tokens: Tensor) -> dict[str, Tensor]:
     return {
         "input_ids": tokens[:, :-1],
         "position_ids": torch.arange(length)[None],
         "attention_mask": torch.ones(1, 1, length, length).triu(1).bool(),
         "labels": tokens[:, 1:],
-        "context_input_ids": flat,
-        "context_position_ids": torch.arange(flat.shape[1])[None].expand(len(flat), -1),
-        "context_mask": torch.zeros(len(flat), 1, 1, 1).bool(),
     }

@@ -1,23 +1,16 @@
 """retro-pytorch 0.3.9 as a peer: seconds for one more token, which is a forward over everything before it.
 
-Optional: `pip install --no-deps retro-pytorch==0.3.9 einops`. Its import of autofaiss, which pins an old numpy and is
-not used here, is met by a stand-in.
+It is installed apart (see `peer_packages.py`). Its import of autofaiss, which pins an old numpy and is not used here,
+is met by a stand-in.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import types
 from collections.abc import Callable
 
 import torch
-
-
-def missing() -> str | None:
-    """Why the peer cannot run, or None."""
-    absent = [name for name in ("retro_pytorch", "einops") if importlib.util.find_spec(name) is None]
-    return f"not installed: {', '.join(absent)}" if absent else None
 
 
 def one_token(width: int, layers: int, heads: int, vocabulary: int, context: int) -> Callable[[], object]:

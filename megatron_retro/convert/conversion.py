@@ -63,7 +63,7 @@ def _written(config: ConvertConfig, source: Path, destination: Path, tokenizer: 
         return import_hugging_face(source, destination, tokenizer, dtype)
     if is_megatron(source):
         neutral = config.convert_neutral_arguments or ()
-        return import_megatron(source, destination, say, neutral, config.convert_vocab_size, tokenizer, dtype)
+        return import_megatron(source, destination, tokenizer, say, neutral, config.convert_vocab_size, dtype)
     raise ConfigError(
         f"{source} is no model that can be imported",
         expected=f"{CONFIG} with safetensors beside it, {ADAPTER_CONFIG}, mp_rank_XX folders, or a torch_dist folder",

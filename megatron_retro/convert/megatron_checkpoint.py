@@ -36,7 +36,7 @@ def legacy_model(checkpoint: MegatronCheckpoint, known_neutral: Collection[str] 
         {name: part.theirs for name, part in parts.items()},
         [name for name in names if not _DERIVED.match(name)],
         lambda name: parts[name].merge([shard[parts[name].theirs] for shard in shards]),
-        checkpoint.arguments.get("vocab_size"),
+        checkpoint.arguments,
         f"{', '.join(checkpoint.skipped)}; merged: {len(shards)} tensor ranks",
         checkpoint.fingerprint(),
     )

@@ -124,7 +124,7 @@ def core_model(checkpoint: CoreCheckpoint, known_neutral: Collection[str] = ()) 
         sources,
         checkpoint.names,
         lambda name: checkpoint.read(sources[name]),
-        checkpoint.arguments.get("vocab_size"),
+        checkpoint.arguments,
         checkpoint.skipped,
         checkpoint.fingerprint,
     )

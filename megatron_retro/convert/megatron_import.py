@@ -17,7 +17,7 @@ from megatron_retro.convert.megatron_checkpoint import legacy_model
 from megatron_retro.convert.megatron_core import core_model, is_core, read_distributed, read_shards
 from megatron_retro.convert.megatron_files import is_distributed, iteration_folder, read_megatron
 from megatron_retro.convert.megatron_model import MegatronModel
-from megatron_retro.data.model_text import keep_text_files
+from megatron_retro.data.model_text import FILE_SETTINGS, keep_text_files
 from megatron_retro.errors import ArtifactError
 
 _CORE_RETRO = (
@@ -30,14 +30,18 @@ _CORE_RETRO = (
 def import_megatron(
     source: Path,
     run: Path,
+    tokenizer: TokenizerConfig | None,
     say: Callable[[str], None],
     known_neutral: Collection[str] = (),
     vocab_size: int | None = None,
-    tokenizer: TokenizerConfig | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write step 0 of `run`, and say what was skipped. Without `vocab_size` the padding of the tables stays."""
+    """Write step 0 of `run`, and say what was skipped. Without `vocab_size` the padding of the tables stays.
+
+    Such a checkpoint has no tokenizer inside: without one the model is refused, bytes have to be asked for.
+    """
     theirs = _opened(iteration_folder(source), known_neutral)
+    tokenizer = _require_tokenizer(theirs, tokenizer)
     model, retro = _with_vocabulary(theirs, vocab_size), theirs.retro
     stored_shapes = parameter_shapes(theirs.model, retro)
     _require_whole(theirs, stored_shapes)
@@ -54,12 +58,10 @@ def import_megatron(
         tensor = tensor.to(torch.float32).reshape(stored_shapes[name])
         return tensor[: model.vocab_size] if name in VOCABULARY_ROWS else tensor
 
-    settings = Settings([model, retro, keep_text_files(tokenizer or TokenizerConfig(), run)])
+    settings = Settings([model, retro, keep_text_files(tokenizer, run)])
     written = write_checkpoint(run, settings, shapes, load, theirs.fingerprint, dtype)
     say(f"{len(shapes)} parameters; skipped: {theirs.skipped}")
     _say_what_matters(theirs, vocab_size, say)
-    if tokenizer is None:
-        say("no tokenizer is in such a checkpoint: give --tokenizer-type and --tokenizer-model here or when you use it")
     return written
 
 
@@ -70,6 +72,19 @@ def _opened(folder: Path, known_neutral: Collection[str]) -> MegatronModel:
     if is_core(checkpoint):
         return core_model(read_shards(checkpoint), known_neutral)
     return legacy_model(checkpoint, known_neutral)
+
+
+def _require_tokenizer(theirs: MegatronModel, tokenizer: TokenizerConfig | None) -> TokenizerConfig:
+    if tokenizer is not None:
+        return tokenizer
+    named = ("tokenizer_type", *FILE_SETTINGS)
+    told = [f"{name} {value}" for name in named if (value := theirs.arguments.get(name)) is not None]
+    raise ArtifactError(
+        f"{theirs.path} holds no tokenizer",
+        got=f"its run had {', '.join(told)}" if told else "a run that names none",
+        expected="the one that the model was trained with",
+        fix="name it: --tokenizer-type, --tokenizer-model (ByteTokenizer for a model of bytes)",
+    )
 
 
 def _with_vocabulary(theirs: MegatronModel, vocab_size: int | None) -> ModelConfig:
@@ -90,7 +105,7 @@ def _require_whole(theirs: MegatronModel, shapes: Collection[str]) -> None:
 
 
 def _say_what_matters(theirs: MegatronModel, vocab_size: int | None, say: Callable[[str], None]) -> None:
-    true, stored = theirs.true_vocabulary, theirs.model.vocab_size or 0
+    true, stored = theirs.arguments.get("vocab_size"), theirs.model.vocab_size or 0
     if vocab_size is None and true is not None and true < stored:
         say(f"{stored - true} of {stored} rows of the vocabulary fill it up: --convert-vocab-size {true} cuts them off")
     if theirs.retro.retro_core_checkpoint:

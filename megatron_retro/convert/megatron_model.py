@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from megatron_retro.config.model import ModelConfig, RetroConfig
 class MegatronModel:
     """`sources` gives the stored name of each parameter of ours, `read` its whole tensor, `names` are all stored ones.
 
-    The vocabulary of `model` is that of the stored tables, padding included.
+    `arguments` are those of its run. The vocabulary of `model` is that of the stored tables, padding included.
     """
 
     path: Path
@@ -24,6 +25,6 @@ class MegatronModel:
     sources: Mapping[str, str]
     names: Collection[str]
     read: Callable[[str], Tensor]
-    true_vocabulary: int | None
+    arguments: Mapping[str, Any]
     skipped: str
     fingerprint: Mapping[str, str]

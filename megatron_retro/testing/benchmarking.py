@@ -28,7 +28,8 @@ from megatron_retro.runtime.console import render_table, say
 from megatron_retro.runtime.strict_json import json_text
 
 HIGHER, LOWER = "higher", "lower"
-_VERSIONS = ("torch", "numpy", "sentencepiece", "tokenizers", "faiss-cpu", "transformers", "megatron-retro")
+_VERSIONS: tuple[str, ...] = ("torch", "numpy", "sentencepiece", "tokenizers", "gigatoken", "faiss-cpu")
+_VERSIONS += ("transformers", "megatron-core", "retro-pytorch", "megatron-retro")
 
 
 @dataclass(frozen=True)

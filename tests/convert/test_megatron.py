@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_retro.checkpoint.loading import open_checkpoint, stored_settings
+from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.convert.checkpoint_files import read_parameter
 from megatron_retro.convert.megatron_arguments import REFUSED, REPRESENTED, argument_problems, is_neutral
@@ -51,6 +52,7 @@ ARGUMENTS = {
 }
 LAYER = "language_model.encoder.layers"
 DATA = Path(__file__).parent / "data"
+BYTES = TokenizerConfig()
 
 
 def whole_tensors() -> dict[str, Tensor]:
@@ -134,7 +136,7 @@ def written(folder: Path, ranks: int = 2, **changes: Any) -> Path:
 
 
 def imported(folder: Path, run: Path, say: Callable[[str], None] = lambda text: None) -> Retro:
-    import_megatron(folder, run, say)
+    import_megatron(folder, run, BYTES, say)
     checkpoint = open_checkpoint(run)
     settings = stored_settings(checkpoint)
     model = Retro(settings[ModelConfig], settings[RetroConfig]).double().eval()
@@ -180,7 +182,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pyte
     path = folder / "iter_0000010" / "mp_rank_00" / "model_optim_rng.pt"
     torch.save({**torch.load(path, weights_only=False), "extra": Dangerous()}, path)
     with pytest.raises(ArtifactError, match="would run code") as raised:
-        import_megatron(folder, tmp_path / "run", lambda text: None)
+        import_megatron(folder, tmp_path / "run", BYTES, lambda text: None)
     assert "mkdir" in str(raised.value)
     assert not (tmp_path / "pwned").exists()
     assert not (tmp_path / "run").exists()
@@ -200,7 +202,7 @@ def test_damage_is_named(damage: Callable[[Path], Any], named: str, tmp_path: Pa
     folder = written(tmp_path / "theirs")
     damage(folder / "iter_0000010" / "mp_rank_00" / "model_optim_rng.pt")
     with pytest.raises(ArtifactError, match=named):
-        import_megatron(folder, tmp_path / "run", lambda text: None)
+        import_megatron(folder, tmp_path / "run", BYTES, lambda text: None)
     assert not (tmp_path / "run").exists()
 
 
@@ -217,7 +219,7 @@ def test_damage_is_named(damage: Callable[[Path], Any], named: str, tmp_path: Pa
 def test_arguments_that_do_not_fit_are_named(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
     folder = written(tmp_path / "theirs", **changes)
     with pytest.raises(MegatronRetroError, match=named):
-        import_megatron(folder, tmp_path / "run", lambda text: None)
+        import_megatron(folder, tmp_path / "run", BYTES, lambda text: None)
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
 
 
@@ -255,7 +257,7 @@ def test_a_setting_that_changes_the_function_is_refused_by_name(
 ) -> None:
     folder = written(tmp_path / "theirs", 1, **changes)
     with pytest.raises(ArtifactError, match=named):
-        import_megatron(folder, tmp_path / "run", lambda text: None)
+        import_megatron(folder, tmp_path / "run", BYTES, lambda text: None)
     assert not (tmp_path / "run").exists()
 
 
@@ -263,7 +265,7 @@ def test_a_setting_that_changes_the_function_is_refused_by_name(
 def test_positions_are_those_of_the_older_code(tmp_path: Path) -> None:
     """It stretches them, and ignores a base; an argument that is said to be neutral is passed over."""
     folder = written(tmp_path / "a", 1, rotary_base=500, rotary_seq_len_interpolation_factor=4, my_note="x")
-    import_megatron(folder, tmp_path / "run", lambda text: None, ["my_note"])
+    import_megatron(folder, tmp_path / "run", BYTES, lambda text: None, ["my_note"])
     model = stored_settings(open_checkpoint(tmp_path / "run"))[ModelConfig]
     assert (model.rotary_base, model.rope_scaling_type, model.rope_scaling_factor) == (10000.0, "linear", 4.0)
 

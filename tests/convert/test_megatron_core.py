@@ -16,6 +16,7 @@ from megatron_retro.assembly.loading import load_model
 from megatron_retro.checkpoint.loading import open_checkpoint, stored_settings
 from megatron_retro.cli.main import main
 from megatron_retro.config.command_line import parse_settings
+from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.convert.checkpoint_files import read_parameter
 from megatron_retro.convert.distributed_checkpoint import DistributedTensors
@@ -27,6 +28,8 @@ from megatron_retro.model.retro import Retro
 from tests.data.byte_level import save_byte_level
 
 DATA = Path(__file__).parent / "data"
+BYTES = TokenizerConfig()
+OF_BYTES = ["--tokenizer-type", "ByteTokenizer"]
 WHOLE = ("llama", "gpt", "qwen", "retro", "retro_rope")
 CUT = ("gpt_1_2", "gpt_2_1", "gpt_2_2", "llama_2_2", "qwen_2_1", "retro_2_1", "retro_rope_2_1")
 
@@ -80,7 +83,7 @@ def neighbors_of(expected: dict[str, Tensor], suffix: str = "") -> Neighbors[Ten
 def test_computes_what_core_computes(name: str, stored: Path, tmp_path: Path) -> None:
     """Whatever cut wrote it, and in which of core's formats; a text may have a short first chunk."""
     said: list[str] = []
-    import_megatron(stored / name, tmp_path, said.append)
+    import_megatron(stored / name, tmp_path, BYTES, said.append)
     model, expected = model_of(tmp_path), expected_of(stored, name)
     for suffix in ("", "_short"):
         logits = model(expected[f"tokens{suffix}"], neighbors_of(expected, suffix))
@@ -93,7 +96,7 @@ def test_computes_what_core_computes(name: str, stored: Path, tmp_path: Path) ->
 @torch.no_grad()
 def test_a_core_retro_generates_what_it_computes(name: str, stored: Path, tmp_path: Path) -> None:
     """With a cache, fed in pieces; a text of whole chunks has the same grid."""
-    import_megatron(stored / name, tmp_path, silent)
+    import_megatron(stored / name, tmp_path, BYTES, silent)
     model, expected = model_of(tmp_path), expected_of(stored, name)
     neighbors, cache, pieces = neighbors_of(expected), model.new_cache(1, 12), []
     assert neighbors is not None
@@ -105,7 +108,7 @@ def test_a_core_retro_generates_what_it_computes(name: str, stored: Path, tmp_pa
 
 
 def test_a_retrofit_starts_from_it(written: Path) -> None:
-    main(["convert", str(written / "llama"), str(written / "run")])
+    main(["convert", str(written / "llama"), str(written / "run"), *OF_BYTES])
     flags = ["--mock-data", "--seq-length", "8", "--retro-chunk-length", "4", "--retro-layers", "2"]
     flags += ["--train-iters", "1", "--global-batch-size", "1", "--eval-iters", "0", "--num-workers", "0"]
     assert main(["retrofit", "--load", str(written / "run"), "--save", str(written / "retro"), *flags]) == 0
@@ -121,7 +124,7 @@ def test_an_index_that_would_run_code_is_refused(written: Path, capsys: pytest.C
     folder = written / "gpt" / "iter_0000005"
     (folder / ".metadata").write_bytes(pickle.dumps(Dangerous()))
     with pytest.raises(ArtifactError, match="would run code") as raised:
-        import_megatron(folder, written / "run", silent)
+        import_megatron(folder, written / "run", BYTES, silent)
     assert "builtins.print" in str(raised.value) and "run" not in capsys.readouterr().out
 
 
@@ -130,7 +133,7 @@ def test_damage_is_named(written: Path) -> None:
     data = next(folder.glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:500])
     with pytest.raises(ArtifactError, match="cannot be read"):
-        import_megatron(folder, written / "run", silent)
+        import_megatron(folder, written / "run", BYTES, silent)
     (folder / ".metadata").write_bytes(b"\x80\x04garbage")
     with pytest.raises(ArtifactError, match="cannot be read"):
         DistributedTensors(folder)
@@ -141,7 +144,7 @@ def test_damage_is_named(written: Path) -> None:
 @torch.no_grad()
 def test_goes_out_as_core_writes_it(name: str, stored: Path, tmp_path: Path) -> None:
     """The index has core's own names and shapes, and every object that core asks for; it comes in again unchanged."""
-    import_megatron(stored / name, tmp_path / "run", silent)
+    import_megatron(stored / name, tmp_path / "run", BYTES, silent)
     assert main(["convert", str(tmp_path / "run"), str(tmp_path / "out"), "--convert-to", "megatron-core"]) == 0
     theirs = DistributedTensors(stored / name / "iter_0000005")
     ours = DistributedTensors(tmp_path / "out" / "release")
@@ -151,7 +154,7 @@ def test_goes_out_as_core_writes_it(name: str, stored: Path, tmp_path: Path) -> 
     backend = "metadata.json"
     written = [json.loads((folder / backend).read_text()) for folder in (ours.folder, theirs.folder)]
     assert written[0] == written[1]
-    import_megatron(tmp_path / "out", tmp_path / "again", silent)
+    import_megatron(tmp_path / "out", tmp_path / "again", BYTES, silent)
     model, expected = model_of(tmp_path / "again"), expected_of(stored, name)
     assert (model(expected["tokens"], neighbors_of(expected)) - expected["logits"]).abs().max() < 1e-9
 
@@ -176,15 +179,33 @@ def test_what_core_does_not_compute_does_not_go_out(flags: list[str], named: str
 
 def test_the_padding_of_a_vocabulary_is_cut_off_where_asked(stored: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    import_megatron(stored / "qwen", tmp_path / "all", said.append)
+    import_megatron(stored / "qwen", tmp_path / "all", BYTES, said.append)
     assert "3 of 16 rows of the vocabulary fill it up: --convert-vocab-size 13" in " ".join(said)
-    flags = ["--convert-vocab-size", "13"]
+    flags = ["--convert-vocab-size", "13", *OF_BYTES]
     assert main(["convert", str(stored / "qwen"), str(tmp_path / "true"), *flags]) == 0
     checkpoints = [open_checkpoint(tmp_path / name) for name in ("all", "true")]
     whole, true = (read_parameter(checkpoint, "output.weight") for checkpoint in checkpoints)
     assert len(whole) == 16 and torch.equal(true, whole[:13])
     with pytest.raises(ArtifactError, match="smaller vocabulary"):
-        import_megatron(stored / "qwen", tmp_path / "wrong", silent, vocab_size=17)
+        import_megatron(stored / "qwen", tmp_path / "wrong", BYTES, silent, vocab_size=17)
+
+
+def test_a_model_without_a_tokenizer_is_refused(
+    written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(written / "llama"), str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "holds no tokenizer" in error and "ByteTokenizer for a model of bytes" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refusal_says_which_tokenizer_the_run_had(written: Path, tmp_path: Path) -> None:
+    common = written / "gpt" / "iter_0000005" / "common.pt"
+    content = torch.load(common, weights_only=False)
+    content["args"].tokenizer_type, content["args"].tokenizer_model = "GPTSentencePieceTokenizer", "/old/text.model"
+    torch.save(content, common)
+    with pytest.raises(ArtifactError, match="tokenizer_type GPTSentencePieceTokenizer, tokenizer_model /old/text"):
+        import_megatron(written / "gpt", tmp_path / "run", None, silent)
 
 
 def test_the_tokenizer_that_is_named_comes_along(written: Path, tmp_path: Path) -> None:
