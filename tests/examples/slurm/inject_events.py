@@ -1,6 +1,6 @@
 """Injects events into the tiny chain under a real SLURM, and says what became of each.
 
-    python -m tests.examples.slurm.inject_events ROOM [--chains N] [--seed S] [--results FILE] [--table]
+    python -m tests.examples.slurm.inject_events ROOM [--first N] [--chains N] [--seed S] [--results FILE] [--table]
 
 A chain runs undisturbed first; then each chain meets events in each of its stages, one after the other, at random
 moments. What is asked: every job ends finished, or with one clear message; and the weights are bit for bit those of the
@@ -216,6 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("room", type=Path)
     parser.add_argument("--chains", type=int, default=40)
+    parser.add_argument("--first", type=int, default=0, help="number of the first chain; two rooms share the work")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path)
     parser.add_argument("--table", action="store_true")
@@ -234,7 +235,7 @@ def main() -> None:
     done = {outcome.chain for outcome in known if outcome.equal is not None}
     try:
         usual = undisturbed(cluster, room)
-        for number in [number for number in range(asked.chains) if number not in done]:
+        for number in [number for number in range(asked.first, asked.first + asked.chains) if number not in done]:
             before = [outcome for outcome in known if outcome.chain != number]
 
             def save(found: list[Outcome], before: list[Outcome] = before) -> None:
