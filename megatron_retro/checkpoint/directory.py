@@ -70,6 +70,14 @@ def point_to(run: Path, checkpoint: Path, step: int) -> None:
     write_file(run / LATEST_NAME, json_text({"checkpoint": checkpoint.name, "step": step}) + "\n")
 
 
+def point_to_newest(run: Path) -> None:
+    """The same after a kill between a checkpoint and its pointer."""
+    for newest in complete_checkpoints(run)[-1:]:
+        step = int(newest.name.rpartition("-")[2])
+        if not (run / LATEST_NAME).is_file() or f'"{newest.name}"' not in (run / LATEST_NAME).read_text():
+            point_to(run, newest, step)
+
+
 def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint; its name vanishes before its content does."""
     retired = path.with_name(f"{path.name}{RETIRED_MARK}{uuid.uuid4().hex[:8]}")

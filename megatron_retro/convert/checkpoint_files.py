@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +12,31 @@ from torch import Tensor
 
 from megatron_retro.artifacts.files import new_directory, write_file
 from megatron_retro.artifacts.manifest import file_record, write_manifest
-from megatron_retro.checkpoint.directory import KIND, STATE_NAME, VERSION, point_to, step_directory
+from megatron_retro.checkpoint.directory import (
+    KIND,
+    LATEST_NAME,
+    STATE_NAME,
+    VERSION,
+    complete_checkpoints,
+    point_to,
+    step_directory,
+)
 from megatron_retro.checkpoint.live_state import MODEL
-from megatron_retro.checkpoint.loading import Checkpoint, load_tensors, open_base, open_checkpoint, stored_settings
+from megatron_retro.checkpoint.loading import (
+    Checkpoint,
+    describe_checkpoint,
+    load_tensors,
+    open_base,
+    open_checkpoint,
+    stored_settings,
+)
 from megatron_retro.checkpoint.shard_files import DTYPE_NAMES, DTYPES, StoredSlice, TensorSlice, write_shard
 from megatron_retro.checkpoint.storage import INDEX_NAME, ShardFile, TensorIndex, shard_name
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import PeftConfig
-from megatron_retro.errors import ConfigError
+from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.model.retro import Retro
 from megatron_retro.peft.merging import merged, require_mergeable
 from megatron_retro.runtime.strict_json import json_text
@@ -39,7 +55,7 @@ def write_checkpoint(
 ) -> Path:
     """Step 0 of a run: weights only. `load` gives each tensor when it is its turn."""
     target = step_directory(run, 0)
-    with new_directory(target) as partial:
+    with new_directory(target, replace=_was_stopped(run, inputs, settings)) as partial:
         files: dict[str, ShardFile] = {}
         slices: dict[str, tuple[StoredSlice, ...]] = {}
         for number, names in enumerate(_names_by_shard(shapes)):
@@ -68,6 +84,21 @@ def write_checkpoint(
         )
     point_to(run, target, 0)
     return target
+
+
+def require_free(run: Path) -> None:
+    """Refuse to write over a run, before anything of it is touched."""
+    found = complete_checkpoints(run)
+    if found and ((run / LATEST_NAME).exists() or found != [step_directory(run, 0)]):
+        raise ArtifactError(f"{found[-1]} exists already", fix="remove it, or give another path")
+
+
+def _was_stopped(run: Path, inputs: Mapping[str, str], settings: Settings) -> bool:
+    """Whether step 0 stands there with nothing that points to it, as a kill leaves it, made from the same."""
+    if (run / LATEST_NAME).exists() or not complete_checkpoints(run):
+        return False
+    manifest = describe_checkpoint(step_directory(run, 0)).manifest
+    return manifest.inputs == dict(inputs) and manifest.config == json.loads(json_text(settings.values()))
 
 
 def parameter_shapes(model: ModelConfig, retro: RetroConfig) -> dict[str, tuple[int, ...]]:

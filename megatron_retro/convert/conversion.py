@@ -10,7 +10,7 @@ import torch
 from megatron_retro.config.conversion import ConvertConfig
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings
-from megatron_retro.convert.checkpoint_files import write_merged
+from megatron_retro.convert.checkpoint_files import require_free, write_merged
 from megatron_retro.convert.hugging_face import CONFIG, export_hugging_face, import_hugging_face
 from megatron_retro.convert.hugging_face_peft import ADAPTER_CONFIG, export_peft
 from megatron_retro.convert.megatron_export import export_megatron
@@ -53,6 +53,7 @@ def _written(config: ConvertConfig, source: Path, destination: Path, tokenizer: 
         )
     if config.convert_to == "megatron-core":
         return export_megatron(source, destination, dtype=dtype, decoder_only=decoder_only, merge=merge)
+    require_free(destination)
     if merge:
         return write_merged(source, destination, dtype)
     if config.convert_base is not None:

@@ -248,13 +248,19 @@ def encode(project: Project) -> None:
 
 
 def merge(project: Project) -> None:
-    """Merge all codes into the searchable index; workers share it by ranges of lists."""
-    layout = project.layout
-    if layout.merged.exists():
+    """Merge all codes into the searchable index, shared by ranges of lists; what the workers had beside it goes."""
+    if project.layout.merged.exists():
         check_merged(project)
-        return
-    paths, facts = tuple(project.codes_path(block) for block in project.blocks), block_facts(project)
-    key = _key(facts)
+    else:
+        _merge(project)
+    key = _key(block_facts(project))
+    for leftover in (f"checked-{key}", f"merged-ranges-{key}", f"merged-{key}"):
+        shutil.rmtree(project.layout.work(leftover), ignore_errors=True)
+
+
+def _merge(project: Project) -> None:
+    layout, facts = project.layout, block_facts(project)
+    paths, key = tuple(project.codes_path(block) for block in project.blocks), _key(facts)
     _check_blocks(project, paths, facts)
     directory = layout.work(f"merged-{key}")
 
@@ -289,8 +295,6 @@ def merge(project: Project) -> None:
     for _ in claim_blocks(layout, "merge", ["finish"], done, project.worker):
         with ignore_failure_if_done(layout.merged.exists):
             task.finish(parts, layout.merged, inputs, config)
-    for leftover in (f"checked-{key}", f"merged-ranges-{key}"):
-        shutil.rmtree(layout.work(leftover), ignore_errors=True)
 
 
 def check_merged(project: Project) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import shutil
 from collections.abc import Sequence
@@ -48,6 +49,8 @@ from megatron_retro.retrieval.search_effort import SearchEffort, choose_search_e
 from megatron_retro.retrieval.work_blocks import claim_blocks, ignore_failure_if_done, recompute, uniform_sample
 from megatron_retro.runtime.console import Progress, say
 from megatron_retro.runtime.strict_json import json_text
+
+_ANY_KEY = "[0-9a-f]" * 12
 
 
 @dataclass(frozen=True)
@@ -119,13 +122,16 @@ def query(project: Project) -> None:
     effort = choose_search_effort(project)
     write_live_settings(project, effort.nprobe, effort.ef_search)
     unfinished = [corpus for corpus in project.query_corpora if not _is_finished(project, corpus, effort)]
-    if not unfinished:
-        return
-    searches = open_searches(project, unfinished)
-    verification = Verification(list_checks(project.layout.merged, project.worker.index, project.worker.count))
-    verification.start()
-    for search in searches:
-        _fill_table(project, search, verification)
+    if unfinished:
+        searches = open_searches(project, unfinished)
+        verification = Verification(list_checks(project.layout.merged, project.worker.index, project.worker.count))
+        verification.start()
+        for search in searches:
+            _fill_table(project, search, verification)
+    for corpus in project.query_corpora:
+        for place in (project.layout.work(""), project.layout.claims("")):
+            for leftover in place.glob(f"neighbors-{glob.escape(corpus.name)}-{_ANY_KEY}"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _is_finished(project: Project, corpus: QueryCorpus, effort: SearchEffort) -> bool:
@@ -178,7 +184,6 @@ def _fill_table(project: Project, search: NeighborSearch, verification: Verifica
         make_folder(path.parent)
         with ignore_failure_if_done(path.exists):
             finish_table(directory, path, layout, inputs=inputs, config=config)
-    shutil.rmtree(project.layout.claims(name), ignore_errors=True)
 
 
 def open_searches(project: Project, corpora: Sequence[QueryCorpus]) -> list[NeighborSearch]:

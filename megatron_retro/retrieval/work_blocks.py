@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_retro.artifacts.claims import BlockClaims
+from megatron_retro.artifacts.files import fresh_name, make_folder
 from megatron_retro.errors import ArtifactError
 from megatron_retro.retrieval.layout import ProjectLayout
 from megatron_retro.runtime.console import Progress
@@ -70,6 +71,17 @@ def claim_blocks(
     return until_stopped(iter(BlockClaims(layout.claims(what), order, is_done)))
 
 
+@contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """A folder beside others that vanishes afterwards, as do those of killed workers."""
+    folder = fresh_name(path)
+    make_folder(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def uniform_sample(total: int, size: int) -> NDArray[np.int64]:
     """`size` of `total` numbers: one from each of `size` equal parts, the same ones every time."""
     within = np.random.default_rng(_SEED).random(size)
@@ -82,13 +94,13 @@ def recompute(what: str, files: Sequence[Path], share: float, write: Callable[[i
         return
     chosen = uniform_sample(len(files), max(1, round(share * len(files))))
     with (
-        TemporaryDirectory(prefix="again-", dir=files[0].parent.parent) as folder,
+        _scratch(files[0].parent.parent / "again") as folder,
         Progress(f"{what}: computing again", len(chosen), "blocks") as progress,
     ):
         for number in chosen.tolist():
             if not files[number].exists():
                 continue  # published by another worker, who computed a share again before
-            path = Path(folder) / files[number].name
+            path = folder / files[number].name
             write(number, path)
             if path.read_bytes() != files[number].read_bytes():
                 raise ArtifactError(

@@ -20,7 +20,7 @@ from megatron_retro.assembly.retrofitting import (
 )
 from megatron_retro.assembly.run_parts import RunParts, build_run_parts, resolved_settings
 from megatron_retro.assembly.stage_building import checkpoint_bytes, model_on_meta, trained_parts
-from megatron_retro.checkpoint.directory import clear_unfinished, run_lock
+from megatron_retro.checkpoint.directory import clear_unfinished, point_to_newest, run_lock
 from megatron_retro.checkpoint.loading import describe_checkpoint, open_checkpoint
 from megatron_retro.config.data import DataConfig, TokenizerConfig
 from megatron_retro.config.hardware import known_accelerator
@@ -206,6 +206,7 @@ def _owned_run(settings: Settings, launch: Launch) -> Iterator[None]:
     with run_lock(run) if launch.rank == 0 else nullcontext():
         if launch.rank == 0:
             clear_unfinished(run)
+            point_to_newest(run)
             require_room(run, checkpoint_bytes(settings))
             (run / CULPRITS).unlink(missing_ok=True)
             keep_text_files(settings[TokenizerConfig], run)

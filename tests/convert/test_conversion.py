@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_retro.artifacts.files import this_host
 from megatron_retro.cli.main import main
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
@@ -27,6 +29,7 @@ LLAMA = ModelConfig(
     untie_embeddings_and_output_weights=True,
     vocab_size=8000,
 )
+SMALL = replace(LLAMA, num_layers=1, hidden_size=8, num_attention_heads=4, vocab_size=11)
 MEASURE = """
 import sys
 from megatron_retro.cli.main import main
@@ -99,11 +102,41 @@ def test_bad_input_is_one_message(
 
 
 def test_an_existing_destination_is_kept(tmp_path: Path) -> None:
-    small = ModelConfig(
-        num_layers=1, hidden_size=8, normalization="RMSNorm", swiglu=True, disable_bias_linear=True, vocab_size=11
-    )
-    written(tmp_path / "run", small)
+    written(tmp_path / "run", SMALL)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
     assert main(["convert", str(tmp_path / "run"), str(tmp_path / "out"), "--convert-to", "huggingface"]) == 2
     assert (tmp_path / "out" / "precious").read_text() == "x"
+
+
+def test_an_import_that_was_killed_before_its_pointer_goes_on(tmp_path: Path) -> None:
+    """The same command; another model leaves what stands there as it is, its tokenizer too."""
+    for name, model in (("theirs", SMALL), ("others", replace(SMALL, hidden_size=16))):
+        written(tmp_path / name, model)
+        words = [str(tmp_path / name), str(tmp_path / f"{name}-out"), "--convert-to", "huggingface"]
+        assert main(["convert", *words]) == 0
+    words, out = ["--tokenizer-type", "ByteTokenizer"], tmp_path / "run"
+    again = ["convert", str(tmp_path / "theirs-out"), str(out), *words]
+    assert main(again) == 0
+    wanted = {path.name: path.read_bytes() for path in out.glob("step-00000000/*.safetensors")}
+    (out / "latest.json").unlink()
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitpid(child, 0)
+    (out / f"latest.json.partial-{this_host()}-{child}-12345678").write_text("{")
+    assert main(["convert", str(tmp_path / "others-out"), str(out), *words]) == 2
+    assert main(again) == 0
+    assert {path.name: path.read_bytes() for path in out.glob("step-00000000/*.safetensors")} == wanted
+    assert sorted(path.name for path in out.iterdir()) == ["latest.json", "step-00000000"]
+    assert main(again) == 2
+
+
+def test_a_run_is_refused_before_its_tokenizer_is_touched(tmp_path: Path) -> None:
+    written(tmp_path / "run", SMALL)
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "theirs"), "--convert-to", "huggingface"]) == 0
+    (tmp_path / "run/tokenizer").mkdir()
+    (tmp_path / "run/tokenizer/tokenizer.json").write_text("{}")
+    (tmp_path / "theirs/tokenizer.json").write_text('{"other": 1}')
+    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "run")]) == 2
+    assert (tmp_path / "run/tokenizer/tokenizer.json").read_text() == "{}"

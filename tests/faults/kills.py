@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
-from megatron_retro.artifacts.files import TEMPORARY_MARK
 from megatron_retro.cli.main import main
 from megatron_retro.testing.processes import wait
 
@@ -81,16 +81,21 @@ class Killer:
 
     def chains(self, numbers: Iterator[int]) -> Iterator[Chain]:
         """What the chains of these numbers come to, each in a fresh copy of the folder."""
+        wanted, names = self._undisturbed
+        for number in numbers:
+            with self._folder() as name:
+                yield self._chain(number, self._copy(name), wanted, names)
+
+    @cached_property
+    def _undisturbed(self) -> tuple[str, set[str]]:
+        """What a run that nobody kills writes, and the names."""
         with self._folder() as name:
             folder = self._copy(name)
             began = time.monotonic()
             code = self._run(folder, None)
             assert code == 0 and self.stage.result(folder), (folder / "log").read_text()
             self.seconds.append(time.monotonic() - began)
-            wanted, names = self.stage.digest(folder), _names(folder)
-        for number in numbers:
-            with self._folder() as name:
-                yield self._chain(number, self._copy(name), wanted, names)
+            return self.stage.digest(folder), _names(folder)
 
     def _folder(self) -> tempfile.TemporaryDirectory[str]:
         return tempfile.TemporaryDirectory(dir=self.room, ignore_cleanup_errors=True)
@@ -121,7 +126,7 @@ class Killer:
                     self.seconds.append(time.monotonic() - began)  # the machine is busier now, or less busy
                 break
             chain.kills += 1
-            if self.stage.once and (folder / self.stage.once).exists():
+            if self.stage.once and (folder / self.stage.once).exists() and _names(folder) == names:
                 code = 0
                 break
         if code is None:
@@ -133,10 +138,13 @@ class Killer:
             chain.faults.append("other bytes")
         elif "Traceback" in said:
             chain.faults.append(f"traceback: {said[-1000:]}")
-        chain.faults += [f"{name} was left" for name in sorted(_names(folder) - names)]
+        found = _names(folder)
+        chain.faults += [f"{name} was left" for name in sorted(found - names)]
+        chain.faults += [f"{name} is missing" for name in sorted(names - found)]
         return chain
 
 
 def _names(folder: Path) -> set[str]:
-    """Files below a folder, those of killed processes among them."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if TEMPORARY_MARK in path.name}
+    """What lies below a folder, but claims of workers and logs, which are numbered by the run."""
+    paths = [path.relative_to(folder) for path in folder.rglob("*")]
+    return {str(path) for path in paths if not {"claims", "logs"} & set(path.parts)}

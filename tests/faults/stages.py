@@ -159,6 +159,6 @@ def conversions(folder: Path) -> list[Stage]:
     (folder / "convert").mkdir()
     ran(["convert", str(folder / "export/run"), str(folder / "convert/theirs"), "--convert-to", "huggingface"])
     return [
-        Stage("convert: from Hugging Face", folder / "convert", convert, bytes_of("out/*/*"), once="out/step-00000000"),
+        Stage("convert: from Hugging Face", folder / "convert", convert, bytes_of("out/*/*"), once="out/latest.json"),
         Stage("convert: to Hugging Face", folder / "export", export, bytes_of("out/*"), once="out"),
     ]

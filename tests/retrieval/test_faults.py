@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import resource
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_retro.artifacts import claims
 from megatron_retro.cli.main import main
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import ArtifactError, ConfigError, EnvironmentProblem, MegatronRetroError
@@ -83,6 +85,32 @@ def test_a_build_whose_workers_are_killed_ends_as_the_undisturbed_one(
     for name in ("index.faiss", "lists.ivfdata"):
         left, right = (root / "index" / "merged" / name for root in (calm, stormy))
         assert left.read_bytes() == right.read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["merge", "query"])
+def test_a_stage_that_was_stopped_before_it_cleaned_up_is_cleaned_by_the_next_run(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """An error on the way out of the last claim: what the stage made is there, and all that it worked with."""
+    run_stages(settings, "train", "encode", *(["merge"] if stage == "query" else []))
+    work = tmp_path / "project/work"
+    before = sorted(path for path in work.rglob("*") if "claims" not in path.parts)
+    content, ends = claims._content, []
+
+    def fail(path: Path) -> str | None:
+        if path.name == "finish.claim" and path.exists():
+            ends.append(path)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return content(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(claims, "_content", fail)
+        with pytest.raises(OSError, match="No space"):
+            run_stages(settings, stage)
+    assert ends and first(tmp_path / "project", {"merge": "index/merged", "query": "neighbors/corpus"}[stage]).is_dir()
+    run_stages(settings, stage)
+    assert sorted(path for path in work.rglob("*") if "claims" not in path.parts) == before
+    assert not list(work.glob("claims/neighbors-*"))
 
 
 @pytest.mark.parametrize(
