@@ -265,7 +265,7 @@ workers. The table and report.html are rewritten after each run; unfinished runs
         "report",
         "one HTML page about a run: curves, retrieval health, neighbours, settings",
         (ReportConfig,),
-        "reporting.run_summary:report",
+        "inference.inspection:report",
         """Write report.html into each run's directory: curves, retrieval health, leakage, neighbours, settings.
 
 With --report-output, one page about all runs named, for someone who has never seen them, and a line for each thing

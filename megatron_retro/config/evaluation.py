@@ -94,6 +94,9 @@ class ReportConfig:
     report_retrieval: str | None = option(
         None, "its index (--retro-project-dir of build-retrieval): quality and neighbours", ours=True
     )
+    report_attention: bool = option(
+        False, "read the neighbours shown with each run's model: what it attends to, what each is worth", ours=True
+    )
     report_texts: tuple[str, ...] | None = option(
         None, "its texts, as NAME=FILE: what `generate --output` wrote, with and without retrieval say", ours=True
     )

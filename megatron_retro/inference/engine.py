@@ -69,6 +69,13 @@ class Engine:
         self._waiting.append(generation)
         return generation
 
+    def attend(self, generation: Generation) -> None:
+        """Note what a finished text's neighbours got of its attention, if that was asked for."""
+        if generation.request.attention and generation.finish_reason in ("stop", "length"):
+            size = self.forward.chunk_length
+            found = {one.query_stop // size - 1: one.found for one in generation.retrievals}
+            generation.attention = self.forward.attention(generation.tokens[:-1], found)
+
     def cancel(self, generation: Generation) -> None:
         """Stop a text; its place is free at the next step."""
         generation.finish("cancelled")
@@ -255,5 +262,11 @@ def check_request(request: GenerationRequest, limits: EngineLimits, forward: For
             fix="use the tokenizer that the model was trained with",
         )
     step = request.retrieval_step
+    if request.attention and (step is not None or not forward.shows_attention):
+        raise ConfigError(
+            "attention is shown where a whole model retrieves at each chunk's end",
+            got="a model that is cut" if step is None else f"a retrieval step of {step}",
+            fix="leave attention out, or the step",
+        )
     if step is not None and not 1 <= step <= forward.chunk_length:
         raise ConfigError("no such retrieval step", got=step, expected=f"1 to the chunk length {forward.chunk_length}")

@@ -9,11 +9,13 @@ stage broadcasts the logits, so all ranks choose the same tokens. Only the first
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_retro.config.model import ModelConfig, RetroConfig
@@ -23,6 +25,7 @@ from megatron_retro.inference.neighbor_sources import RetrievedNeighbors
 from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.cache import Cache
 from megatron_retro.model.context import SequenceContext
+from megatron_retro.model.reading import attention_to_neighbors
 from megatron_retro.model.retro import Retro
 from megatron_retro.parallel.mesh import PIPELINE, ParallelMesh
 from megatron_retro.parallel.stages import Stage
@@ -41,6 +44,7 @@ class Forward(ABC):
     neighbor_shape: tuple[int, int]
     virtual_tokens: tuple[int, ...]
     learned_positions: int | None
+    shows_attention = False
     device: torch.device
 
     def __init__(self, model: ModelConfig, retro: RetroConfig, virtual_tokens: tuple[int, ...]) -> None:
@@ -67,6 +71,10 @@ class Forward(ABC):
         neighbors = self._stacked([[] if one is None else [one] for one in found])
         return self._logits(torch.tensor(tokens_B, device=self.device)[:, None], neighbors, cache)[:, -1]
 
+    def attention(self, tokens_S: Sequence[int], found: Mapping[int, RetrievedNeighbors]) -> list[NDArray[np.float32]]:
+        """[K, R] of each chunk in `found`: the attention that neighbours' tokens get while the text is read again."""
+        raise NotImplementedError
+
     def _stacked(self, found: FoundRows) -> Neighbors[Tensor] | None:
         return stack_neighbors(found, self.neighbor_shape, self.device)
 
@@ -86,6 +94,8 @@ class Forward(ABC):
 class LocalForward(Forward):
     """A whole model in this process."""
 
+    shows_attention = True
+
     def __init__(self, model: Retro) -> None:
         super().__init__(model.model, model.retro, virtual_tokens_of(model.embedding))
         self.model = model.eval()
@@ -94,6 +104,18 @@ class LocalForward(Forward):
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """A cache of all layers."""
         return self.model.new_cache(batch_size, max_length)
+
+    def attention(self, tokens_S: Sequence[int], found: Mapping[int, RetrievedNeighbors]) -> list[NDArray[np.float32]]:
+        read = {chunk: one for chunk, one in found.items() if chunk < len(tokens_S) // self.chunk_length}
+        if not read:
+            return [np.zeros(one.mask_KR.shape, np.float32) for one in found.values()]
+        nothing = next(iter(read.values()))
+        nothing = replace(nothing, mask_KR=np.zeros_like(nothing.mask_KR))
+        chunks = [read.get(chunk, nothing) for chunk in range(max(read) + 1)]
+        neighbors = stack_neighbors([chunks], self.neighbor_shape, self.device, len(tokens_S) // self.chunk_length)
+        assert neighbors is not None
+        weights_CKR = attention_to_neighbors(self.model, torch.tensor(tokens_S, device=self.device), neighbors)
+        return list(weights_CKR.float().cpu().numpy()[list(found)])
 
     def _hidden(self, tokens_BS: Tensor, neighbors: Neighbors[Tensor] | None, cache: Cache) -> Tensor:
         model = self.model

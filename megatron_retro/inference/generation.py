@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_retro.errors import MegatronRetroError
@@ -25,6 +27,7 @@ _LONGEST_CHARACTER = 4
 class GenerationRequest:
     """What to generate. `source` None reads no neighbours; `retrieval_step` None retrieves at each chunk's end.
 
+    `attention` asks, when the text is finished, for what each neighbour's token got of it.
     `num_alternatives` asks for the log-probabilities of each sampled token and of as many others in its place;
     `score_prompt` asks for those of the prompt's tokens too.
     """
@@ -37,6 +40,7 @@ class GenerationRequest:
     retrieval_step: int | None = None
     num_alternatives: int | None = None
     score_prompt: bool = False
+    attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class Generation:
         self.logprobs: list[float] = []
         self.token_logprobs: list[TokenLogprob] = []
         self.retrievals: list[Retrieval] = []
+        self.attention: list[NDArray[np.float32]] | None = None  # [K, R] of each retrieval
         self.finish_reason: str | None = None
         self.failure: MegatronRetroError | None = None
         self.started = False

@@ -1,4 +1,5 @@
-"""`inspect-neighbors`, with a model if one is named: what it attends to, and what each neighbour is worth to it."""
+"""`inspect-neighbors` and `report`, with a model if one is asked for: what it attends to, what each neighbour is worth
+to it."""
 
 from __future__ import annotations
 
@@ -10,20 +11,36 @@ import numpy as np
 import torch
 
 from megatron_retro.assembly.loading import load_model
+from megatron_retro.config.evaluation import ReportConfig
 from megatron_retro.config.retrieval import InspectorConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import ConfigError
 from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.reading import read_neighbors
 from megatron_retro.model.retro import Retro
+from megatron_retro.reporting import run_summary
+from megatron_retro.reporting.neighbors import Mask, Read, Tokens, Weights
 from megatron_retro.retrieval import inspector
-from megatron_retro.retrieval.inspector import Mask, Reader, Tokens, Weights
+from megatron_retro.retrieval.inspector import Reader
 
 
 def inspect_neighbors(settings: Settings) -> None:
     """Write the pages."""
     path = settings[InspectorConfig].inspect_model
     inspector.inspect_neighbors(settings, None if path is None else _reader(Path(path)))
+
+
+def report(settings: Settings, names: Sequence[str]) -> None:
+    """Write the page of each run, or one of all."""
+    if settings[ReportConfig].report_attention:
+        run_summary.report(settings, names, _reader_of_run)
+    else:
+        run_summary.report(settings, names)
+
+
+def _reader_of_run(run: Path) -> Read | None:
+    model = load_model(run, device="cpu", dtype="fp32").module
+    return partial(_read, model) if model.retro.reads_neighbors() else None
 
 
 def _reader(path: Path) -> Reader:

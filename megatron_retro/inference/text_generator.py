@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_retro.artifacts.manifest import require_same
 from megatron_retro.assembly.loading import Loaded, LoadedModel
@@ -14,7 +18,7 @@ from megatron_retro.data.tokenizers import Tokenizer, begin_tokens, name_of, ref
 from megatron_retro.errors import ConfigError
 from megatron_retro.inference.engine import Engine, EngineLimits, raise_failures
 from megatron_retro.inference.forward import Forward, LocalForward
-from megatron_retro.inference.generation import Generation, GenerationRequest
+from megatron_retro.inference.generation import Generation, GenerationRequest, TextStream
 from megatron_retro.inference.large_pages import store_for_decoding
 from megatron_retro.inference.neighbor_sources import (
     ChunkSearch,
@@ -22,6 +26,7 @@ from megatron_retro.inference.neighbor_sources import (
     LiveNeighbors,
     NeighborSource,
     RandomNeighbors,
+    RetrievedNeighbors,
 )
 from megatron_retro.inference.sampling import Sampling
 
@@ -33,6 +38,7 @@ class NeighborText:
     id: int
     distance: float | None
     text: str
+    attention: tuple[tuple[str, float], ...] = ()  # of each of its tokens, if that was asked for
 
 
 @dataclass(frozen=True)
@@ -90,22 +96,34 @@ class TextGenerator:
 
     def report(self, generation: Generation) -> list[ChunkNeighbors]:
         """The chunks of a text with the neighbours that they retrieved, in order."""
-        decode = self.tokenizer.decode
+        decode, weights = self.tokenizer.decode, generation.attention
         return [
             ChunkNeighbors(
                 decode(generation.text_tokens(one.query_start, one.query_stop)),
                 one.query_start,
                 one.query_stop,
-                tuple(
-                    NeighborText(identity, distance if math.isfinite(distance) else None, decode(tokens))
-                    for identity, distance, tokens in zip(
-                        one.found.chunk_ids, one.found.distances, one.found.token_lists(), strict=True
-                    )
-                    if tokens
-                ),
+                tuple(self._neighbors(one.found, attention_KR)),
             )
-            for one in generation.retrievals
+            for one, attention_KR in zip(generation.retrievals, weights or repeat(None), strict=False)
         ]
+
+    def _neighbors(self, found: RetrievedNeighbors, attention_KR: NDArray[np.float32] | None) -> Iterator[NeighborText]:
+        for number, tokens in enumerate(found.token_lists()):
+            if not tokens:
+                continue
+            distance = found.distances[number]
+            attention: tuple[tuple[str, float], ...] = ()
+            if attention_KR is not None:
+                stream = TextStream(self.tokenizer.decode, ())
+                pieces = [stream.feed(token) for token in tokens]
+                pieces[-1] += stream.finish()
+                attention = tuple(zip(pieces, attention_KR[number][found.mask_KR[number]].tolist(), strict=True))
+            yield NeighborText(
+                found.chunk_ids[number],
+                distance if math.isfinite(distance) else None,
+                self.tokenizer.decode(tokens),
+                attention,
+            )
 
     def generate(
         self,

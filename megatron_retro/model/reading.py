@@ -34,7 +34,7 @@ def read_neighbors(model: Retro, tokens_S: Tensor, neighbors: Neighbors[Tensor])
         losses_S = model(tokens_1S, neighbors, labels_BS=labels_1S)[0]
     if not attended:
         return Reading(torch.zeros(num_chunks, number, length), torch.zeros(num_chunks, number))
-    attention_CKR = torch.unflatten(torch.stack(attended).sum((0, 2)), -1, (number, length))
+    attention_CKR = _summed(attended, number, length)
     worth_CK = torch.zeros(num_chunks, number, device=tokens_S.device)
     size = model.retro.retro_chunk_length
     for chunk, neighbor in neighbors.mask_BCKR[0].any(-1).nonzero().tolist():
@@ -44,6 +44,20 @@ def read_neighbors(model: Retro, tokens_S: Tensor, neighbors: Neighbors[Tensor])
         readers = slice((chunk + 1) * size - 1, (chunk + 2) * size - 1)
         worth_CK[chunk, neighbor] = (without_S - losses_S)[readers].sum()
     return Reading(attention_CKR, worth_CK)
+
+
+@torch.inference_mode()
+def attention_to_neighbors(model: Retro, tokens_S: Tensor, neighbors: Neighbors[Tensor]) -> Tensor:
+    """[C, K, R] as in a reading, from one forward of all these tokens."""
+    _, num_chunks, number, length = neighbors.tokens_BCKR.shape
+    with _attention_of(model) as attended:
+        model(tokens_S[None], neighbors)
+    return _summed(attended, number, length) if attended else torch.zeros(num_chunks, number, length)
+
+
+def _summed(attended: list[Tensor], number: int, length: int) -> Tensor:
+    """Over layers and heads."""
+    return torch.unflatten(torch.stack(attended).sum((0, 2)), -1, (number, length))
 
 
 @contextmanager

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_retro.config.data import DataConfig, TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
@@ -23,7 +27,12 @@ from megatron_retro.data.tokenizers import build_tokenizer
 from megatron_retro.errors import MegatronRetroError
 from megatron_retro.reporting.html import page, paragraph, section
 
-Decode = Callable[[Sequence[int]], str]
+Tokens: TypeAlias = NDArray[np.integer[Any]]
+Mask: TypeAlias = NDArray[np.bool_]
+Weights: TypeAlias = NDArray[np.floating[Any]]
+Decode: TypeAlias = Callable[[Sequence[int]], str]
+# A model that reads: neighbours [K, R] of the first chunk of a text, to what was attended to [K, R] and worth [K].
+Read: TypeAlias = Callable[[Sequence[int], Tokens, Mask], tuple[Weights, Weights]]
 _EXAMPLES = 3  # held-out samples on a run's page
 _SHORTEST_RUN = 4  # tokens that are worth a mark there
 _UNDERLINED = (
@@ -31,10 +40,12 @@ _UNDERLINED = (
     "the more. Worth: what the prediction of what follows loses without that neighbour, in nats."
 )
 _SHADES = 5  # of what was attended to; their colors stand in the style
-_STYLE = """
+ATTENTION_STYLE = """
 [class^=read-] { box-shadow: inset 0 -.28em color-mix(in srgb, var(--s1) var(--share), transparent); }
 .read-1 { --share: 20%; } .read-2 { --share: 40%; } .read-3 { --share: 60%; } .read-4 { --share: 80%; }
 .read-5 { --share: 100%; }
+"""
+_STYLE = """
 #find { position: sticky; top: 0; background: var(--paper); padding: .6rem 0; border-bottom: 1px solid var(--rule); }
 #find input { font: inherit; padding: .35rem .6rem; width: min(30rem, 70vw); border: 1px solid var(--soft);
   border-radius: .3rem; background: var(--paper); color: var(--ink); }
@@ -77,6 +88,20 @@ class QueryText:
     neighbors: Sequence[RetrievedText]
 
 
+def retrieved_texts(
+    titles: Sequence[str], text: Sequence[int], tokens_KR: Tokens, mask_KR: Mask, read: Read | None
+) -> list[RetrievedText]:
+    """A text's neighbours, with what a model attended to and what each is worth to it if one reads them."""
+    rows = zip(titles, tokens_KR, mask_KR, strict=True)
+    if read is None:
+        return [RetrievedText(title, tokens[mask].tolist()) for title, tokens, mask in rows]
+    attention_KR, worth_K = read(text, tokens_KR, mask_KR)
+    return [
+        RetrievedText(f"{title}, worth {value:+.2f} nats", tokens[mask].tolist(), weights[mask].tolist())
+        for (title, tokens, mask), weights, value in zip(rows, attention_KR, worth_K, strict=True)
+    ]
+
+
 def inspector_page(
     name: str, shown: Sequence[QueryText], num_rows: int, decode: Decode, chunk_length: int, shortest: int
 ) -> str:
@@ -92,12 +117,12 @@ def inspector_page(
         summary=f"{len(shown):,} of {num_rows:,} query chunks. Marked: runs of at least {shortest} tokens that a "
         "neighbour shares with the chunk or with what follows it. Grey: what follows."
         + (_UNDERLINED if were_read else ""),
-        style=_STYLE,
+        style=ATTENTION_STYLE + _STYLE,
         script=_SCRIPT,
     )
 
 
-def neighbor_section(recipe: Path) -> list[str]:
+def neighbor_section(recipe: Path, read: Read | None = None) -> list[str]:
     """A few held-out chunks of a run with the neighbours that it reads for them; nothing for a run that reads none."""
     try:
         sections = (ModelConfig, RetroConfig, DataConfig, TokenizerConfig, TrainingConfig)
@@ -107,27 +132,24 @@ def neighbor_section(recipe: Path) -> list[str]:
         words = paragraph(
             "Held-out chunks, what follows them (grey), and what they retrieved. Marked: runs of at least "
             f"{_SHORTEST_RUN} tokens that a neighbour shares with the chunk or with what follows it; the model has to "
-            "predict what follows."
+            "predict what follows." + (_UNDERLINED if read else "")
         )
-        return [section("Neighbours", words, *_held_out(settings, recipe.parent))]
+        return [section("Neighbours", words, *_held_out(settings, recipe.parent, read))]
     except MegatronRetroError as error:
         return [section("Neighbours", paragraph(f"not shown: {error.what}", "soft"))]
 
 
-def _held_out(settings: Settings, run: Path) -> Iterator[str]:
+def _held_out(settings: Settings, run: Path, read: Read | None) -> Iterator[str]:
     tokenizer = build_tokenizer(kept_text_files(settings[TokenizerConfig], run))
     batch = build_dataset(settings, "valid", eod=tokenizer.eod).read(range(_EXAMPLES))
-    length = settings[RetroConfig].retro_chunk_length
-    found = batch.neighbors
+    length, found = settings[RetroConfig].retro_chunk_length, batch.neighbors
     for row in range(batch.num_samples):
-        retrieved = []
+        text, retrieved = batch.tokens_BS[row, : 2 * length].tolist(), list[RetrievedText]()
         if found is not None:
-            pairs = enumerate(zip(found.tokens_BCKR[row, 0], found.mask_BCKR[row, 0], strict=True), 1)
-            retrieved = [
-                RetrievedText(f"neighbour {number}", tokens[mask].tolist()) for number, (tokens, mask) in pairs
-            ]
-        tokens = batch.tokens_BS[row, : 2 * length].tolist()
-        shown = QueryText(f"Held-out sample {row + 1}", tokens, [one for one in retrieved if one.tokens])
+            tokens_KR, mask_KR = found.tokens_BCKR[row, 0], found.mask_BCKR[row, 0]
+            titles = [f"neighbour {number}" for number in range(1, len(tokens_KR) + 1)]
+            retrieved = retrieved_texts(titles, text, tokens_KR, mask_KR, read)
+        shown = QueryText(f"Held-out sample {row + 1}", text, [one for one in retrieved if one.tokens])
         yield _article(shown, tokenizer.decode, length, _SHORTEST_RUN)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.reporting.html import facts, page, paragraph, preformatted, section, side_by_side, table
-from megatron_retro.reporting.neighbors import neighbor_section
+from megatron_retro.reporting.neighbors import ATTENTION_STYLE, Read, neighbor_section
 from megatron_retro.reporting.perplexity_page import leakage_sections
 from megatron_retro.reporting.plots import Series, bars, line_plot
 from megatron_retro.reporting.retrieval_sections import health_sections, use_sections
@@ -19,8 +19,8 @@ _POINTS = 600
 _MOST_RANKS = 16
 
 
-def write_report(run: Path) -> Path:
-    """Write the page into the run's directory."""
+def write_report(run: Path, read: Read | None = None) -> Path:
+    """Write the page into the run's directory; `read` shows what the model attends to in its neighbours."""
     log = read_run_log(run)
     parts = [
         _overview(log),
@@ -28,14 +28,14 @@ def write_report(run: Path) -> Path:
         *health_sections(log),
         *use_sections(log),
         *leakage_sections(run),
-        *neighbor_section(run / CONFIG),
+        *neighbor_section(run / CONFIG, read),
         *_ranks(run),
         _incidents(log),
         section("Configuration", preformatted(_text(run / CONFIG))),
         section("Environment", table(("part", "state"), environment_rows())),
     ]
     path = run / REPORT
-    write_file(path, page(f"Run {run.name}", parts, summary=str(run)))
+    write_file(path, page(f"Run {run.name}", parts, summary=str(run), style=ATTENTION_STYLE))
     return path
 
 

@@ -4,15 +4,16 @@ retrieval did."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
+from typing import TypeAlias
 
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.config.evaluation import ReportConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.reporting.html import facts, page, paragraph, preformatted, section, table
-from megatron_retro.reporting.neighbors import neighbor_section
+from megatron_retro.reporting.neighbors import ATTENTION_STYLE, Read, neighbor_section
 from megatron_retro.reporting.perplexity_page import leakage_sections
 from megatron_retro.reporting.plots import Series, line_plot
 from megatron_retro.reporting.retrieval_sections import health_sections
@@ -23,25 +24,29 @@ from megatron_retro.runtime.console import readable_seconds, say
 from megatron_retro.runtime.run_log import CONFIG
 from megatron_retro.runtime.statistics import Interval
 
+ReaderOf: TypeAlias = Callable[[Path], Read | None]  # the model of a run, if it is to read its neighbours
+
 _CURVE_POINTS = 60  # means of stretches: single steps are noise
 _STYLE = """
 td:first-child { overflow-wrap: anywhere; } /* names of functions in questions would push answers off the page */
 """
 
 
-def report(settings: Settings, names: Sequence[str]) -> None:
+def report(settings: Settings, names: Sequence[str], reader_of: ReaderOf = lambda run: None) -> None:
     """Write the page of each run, or with --report-output the one page of all."""
     config, runs = settings[ReportConfig], [Path(name) for name in names]
     if config.report_output is None:
         for run in runs:
-            say(f"wrote {write_report(run)}")
+            say(f"wrote {write_report(run, reader_of(run))}")
         return
-    for one in write_run_summary(runs, config, Path(config.report_output)):
+    for one in write_run_summary(runs, config, Path(config.report_output), reader_of):
         say(one.line)
     say(f"wrote {config.report_output}")
 
 
-def write_run_summary(runs: list[Path], config: ReportConfig, path: Path) -> list[Check]:
+def write_run_summary(
+    runs: list[Path], config: ReportConfig, path: Path, reader_of: ReaderOf = lambda run: None
+) -> list[Check]:
     """Write the page; returns what should be seen with what was."""
     inputs = read_summary_inputs(runs, config)
     checked = summary_checks(inputs)
@@ -50,14 +55,14 @@ def write_run_summary(runs: list[Path], config: ReportConfig, path: Path) -> lis
         _expected(checked),
         _trained(inputs),
         _curves(inputs),
-        *_of_retro(inputs),
+        *_of_retro(inputs, reader_of),
         *_quality(inputs),
         *_texts(inputs),
         *_answers(inputs),
         *_stages(inputs),
     ]
     summary = "What was trained, what retrieval did for it, and what you should see; everything here was measured here."
-    write_file(path, page("Does retrieval help?", parts, summary=summary, style=_STYLE))
+    write_file(path, page("Does retrieval help?", parts, summary=summary, style=_STYLE + ATTENTION_STYLE))
     return checked
 
 
@@ -124,11 +129,11 @@ def _curves(inputs: SummaryInputs) -> str:
     return section("Curves", line_plot(series, title="Training loss", x_label="step", y_label="nats per token"))
 
 
-def _of_retro(inputs: SummaryInputs) -> list[str]:
+def _of_retro(inputs: SummaryInputs, reader_of: ReaderOf) -> list[str]:
     if inputs.retro is None:
         return []
     run, log = inputs.retro
-    return [*health_sections(log), *leakage_sections(run), *neighbor_section(run / CONFIG)]
+    return [*health_sections(log), *leakage_sections(run), *neighbor_section(run / CONFIG, reader_of(run))]
 
 
 def _quality(inputs: SummaryInputs) -> list[str]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.config.data import TokenizerConfig
@@ -19,25 +17,21 @@ from megatron_retro.data.query_chunks import QueryChunks
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.data.tokenizers import Tokenizer, name_of, refuse_mismatch, require_tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError
-from megatron_retro.reporting.neighbors import QueryText, RetrievedText, inspector_page
+from megatron_retro.reporting.neighbors import QueryText, Read, RetrievedText, inspector_page, retrieved_texts
 from megatron_retro.retrieval.layout import ProjectLayout
 from megatron_retro.retrieval.live_index import LiveIndex
 from megatron_retro.retrieval.quality import covered_rows
 from megatron_retro.retrieval.work_blocks import uniform_sample
 
-Tokens: TypeAlias = NDArray[np.integer[Any]]
-Mask: TypeAlias = NDArray[np.bool_]
-Weights: TypeAlias = NDArray[np.floating[Any]]
-
 
 @dataclass(frozen=True)
 class Reader:
-    """A model that reads: neighbours [K, R] of the first chunk of a text, to what was attended to and worth."""
+    """A model that reads neighbours of this form."""
 
     tokenizer: Tokenizer
     num_neighbors: int
     retrieved_length: int
-    read: Callable[[Sequence[int], Tokens, Mask], tuple[Weights, Weights]]
+    read: Read
 
 
 @dataclass(frozen=True)
@@ -107,13 +101,7 @@ def _neighbors(shown: Shown, number: int, text: Sequence[int]) -> list[Retrieved
             ids, database.document_of(ids), _distances(shown, text[:length], ids), strict=True
         )
     ]
-    if reader is None or len(text) <= length:
-        return [RetrievedText(title, row[mask].tolist()) for title, row, mask in zip(facts, tokens, there, strict=True)]
-    attention, worth = reader.read(text, tokens, there)
-    return [
-        RetrievedText(f"{title}, worth {value:+.2f} nats", row[mask].tolist(), weights[mask].tolist())
-        for title, row, mask, weights, value in zip(facts, tokens, there, attention, worth, strict=True)
-    ]
+    return retrieved_texts(facts, text, tokens, there, reader.read if reader and len(text) > length else None)
 
 
 def _distances(shown: Shown, text: Sequence[int], ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> list[float]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_retro.cli.main import main
 from megatron_retro.errors import ArtifactError
 from megatron_retro.reporting.run_page import write_report
 from megatron_retro.testing.browser import Browser, missing_browser
@@ -51,8 +53,19 @@ def test_the_report_is_one_page_with_everything(corpus: TinyCorpus, tmp_path: Pa
         assert heading in page.text
     assert "seq_length = 64" in page.text and "neighbour 1" in page.text
     assert f"{losses(tmp_path / 'run')[-1]:.4g}" in page.text
+    assert "worth" not in page.text
     with pytest.raises(ArtifactError, match="is no run"):
         write_report(tmp_path)
+
+
+def test_a_report_can_show_what_the_model_reads(corpus: TinyCorpus, tmp_path: Path) -> None:
+    trained(corpus, tmp_path / "run", eval_iters=0)
+    trained(corpus, tmp_path / "gpt", eval_iters=0, retro=False)
+    assert main(["report", str(tmp_path / "run"), str(tmp_path / "gpt"), "--report-attention"]) == 0
+    page = (tmp_path / "run/report.html").read_text()
+    worths = [float(found) for found in re.findall(r"neighbour \d+, worth ([+-]\d\.\d\d) nats", page)]
+    assert 1 <= len(worths) <= 6 and 'class="read-5"' in page
+    assert "worth" not in (tmp_path / "gpt/report.html").read_text()
 
 
 @pytest.mark.skipif(missing_browser() is not None, reason=str(missing_browser()))

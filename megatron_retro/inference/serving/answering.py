@@ -68,6 +68,7 @@ class Service:
                 body.retrieval_step,
                 _alternatives(body),
                 isinstance(body, schema.CompletionRequest) and body.echo and body.logprobs is not None,
+                isinstance(body, schema.CompletionRequest) and body.attention and source is not None,
             )
             for prompt in prompts
             for number in range(body.n)
@@ -174,7 +175,12 @@ class Service:
                 query=chunk.query,
                 query_start=chunk.query_start,
                 query_stop=chunk.query_stop,
-                neighbors=[schema.Neighbor(id=one.id, distance=one.distance, text=one.text) for one in chunk.neighbors],
+                neighbors=[
+                    schema.Neighbor(
+                        id=one.id, distance=one.distance, text=one.text, attention=list(one.attention) or None
+                    )
+                    for one in chunk.neighbors
+                ],
             )
             for chunk in self.generator.report(generation)[first:]
         ]
@@ -216,7 +222,8 @@ async def whole_answers(service: Service, handles: Sequence[RequestHandle], clie
 
 @dataclass(frozen=True)
 class TextDelta:
-    """New text of one response, and the chunks that retrieved neighbours since the last delta."""
+    """New text of one response, and the chunks that retrieved neighbours since the last delta; at the end all of them,
+    if they show attention."""
 
     index: int
     text: str
@@ -246,8 +253,9 @@ async def text_deltas(service: Service, handles: Sequence[RequestHandle]) -> Asy
             generation = handles[index].generation
             if failures:
                 raise failures[0]
-            chunks = [] if generation is None else service.chunks(generation, num_sent[index])
-            num_sent[index] += len(chunks)
+            again = text is None and generation is not None and generation.attention is not None
+            chunks = [] if generation is None else service.chunks(generation, 0 if again else num_sent[index])
+            num_sent[index] = len(chunks) if again else num_sent[index] + len(chunks)
             finish_reason = generation.finish_reason if text is None and generation is not None else None
             open_texts -= text is None
             yield TextDelta(index, text or "", chunks, finish_reason)

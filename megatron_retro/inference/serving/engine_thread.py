@@ -186,8 +186,17 @@ class EngineThread:
                 self._metrics.count("megatron_retro_generated_tokens_total", len(generation.new_tokens))
                 self._metrics.count("megatron_retro_prompt_tokens_total", len(generation.request.prompt))
                 self._metrics.observe("megatron_retro_request_seconds", now - handle.asked_at)
+                self._attend(generation)
                 failed = generation.failure
                 self._end(handle, None if failed is None else RequestRefused(str(failed), 500))
+
+    def _attend(self, generation: Generation) -> None:
+        """A text that is whole already is not lost by what is shown beside it."""
+        try:
+            self._engine.attend(generation)
+        except Exception:
+            self.failures += 1
+            say(traceback.format_exc())
 
     def _end(self, handle: RequestHandle, failure: MegatronRetroError | None) -> None:
         handle.failure = failure

@@ -56,6 +56,11 @@ def test_type_stream_compare_open(service: Any, browser: Browser, room: Path) ->
         ".map((one) => one.textContent)"
     )
     assert any("quick" in text.lower() for text in marked)
+    read = browser.run(
+        "return [...document.querySelectorAll('#answer-0 details.chunk:first-child .neighbor [class^=read-]')]"
+        ".map((one) => one.className)"
+    )
+    assert "read-4" in read and browser.run("return document.querySelectorAll('#answer-1 [class^=read-]').length") == 0
     browser.screenshot(room / "compared.png")
     assert (room / "compared.png").stat().st_size > 10_000
     assert [entry for entry in browser.log() if entry["level"] == "SEVERE"] == []

@@ -163,6 +163,7 @@ def test_several_texts_and_seeds(service: Any) -> None:
         ({"prompt": "x", "model": "other"}, 404, "no model"),
         ({"prompt": ["x"] * 9, "n": 2}, 400, "more than 16"),
         ({"prompt": "x", "retrieval_step": 17}, 400, "retrieval step"),
+        ({"prompt": "x", "retrieval_step": 2, "attention": True}, 400, "a retrieval step of 2"),
         ({"prompt": "x", "logprobs": 6}, 400, "logprobs"),
         ({"prompt": "x", "logprobs": 1, "stream": True}, 400, "leave stream out"),
         ({}, 400, "prompt"),

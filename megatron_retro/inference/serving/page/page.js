@@ -3,6 +3,7 @@
 // page as text nodes, never as markup.
 
 const RUN = 3; // shared words in a row that count as overlap
+const SHADES = 4; // of attention
 const NAMES = { live: "Neighbors on", none: "Neighbors off", random: "Random neighbors" };
 const element = (id) => document.getElementById(id);
 let controller = null;
@@ -55,6 +56,7 @@ async function answer(mode, number, signal) {
   const body = {
     prompt, stream: true, retrieval: true, retrieval_mode: mode,
     max_tokens: Number(element("tokens").value), temperature: Number(element("temperature").value), seed: 0,
+    attention: element("attention").checked,
   };
   const response = await fetch("/v1/completions", {
     method: "POST", signal, body: JSON.stringify(body), headers: { "Content-Type": "application/json", ...keyHeader() },
@@ -104,14 +106,18 @@ function newView(mode, number, prompt) {
   return {
     add(choice) {
       text.append(choice.text);
-      for (const chunk of choice.retrieval || []) {
+      const found = choice.retrieval || [];
+      // with attention all of them come once more, at the end
+      const again = found.some((chunk) => chunk.neighbors.some((neighbor) => neighbor.attention));
+      if (again) boxes.forEach((box, place) => box.replace(found[place]));
+      for (const chunk of again ? found.slice(chunks.length) : found) {
         chunks.push(chunk);
         boxes.push(newChunk(section, chunk));
       }
       const whole = prompt + text.textContent;
       boxes.forEach((box, place) => {
-        const last = place === boxes.length - 1;
-        if (last || place === boxes.length - 2 || choice.finish_reason) box.show(textAfter(chunks, place, whole));
+        const last = place >= boxes.length - 2;
+        if (last || choice.finish_reason) box.show(textAfter(chunks, place, whole));
       });
       if (choice.finish_reason) {
         section.querySelector(".end").textContent = `ended: ${choice.finish_reason}`;
@@ -151,10 +157,13 @@ function newChunk(section, chunk) {
     return body;
   });
   if (bodies.length === 0) details.append("no neighbor was found");
+  let shown = chunk;
   return {
+    replace(newer) { shown = newer; },
     show(after) {
       bodies.forEach((body, number) => {
-        body.replaceChildren(...highlighted(chunk.neighbors[number].text, chunk.query, after));
+        const neighbor = shown.neighbors[number];
+        body.replaceChildren(...highlighted(neighbor.text, shown.query, after, shades(neighbor.attention || [])));
       });
     },
   };
@@ -178,8 +187,37 @@ function runsOf(text) {
   return runs;
 }
 
+// How much each token of a neighbor was attended to, from 0 to SHADES, and where it ends. The first one does not count:
+// attention rests there that finds nothing.
+function shades(attention) {
+  const most = Math.max(0, ...attention.slice(1).map(([, weight]) => weight));
+  let stop = 0;
+  return attention.map(([piece, weight], place) => {
+    stop += piece.length;
+    return { stop, weight, shade: place && most > 0 ? Math.round((SHADES * weight) / most) : 0 };
+  });
+}
+
+// A stretch of the text as nodes, tokens that were attended to underlined.
+function shaded(text, start, stop, tokens) {
+  const nodes = [];
+  let written = start;
+  for (const { stop: end, weight, shade } of tokens) {
+    if (end <= written || written >= stop) continue;
+    const piece = text.slice(written, Math.min(end, stop));
+    written += piece.length;
+    if (!shade) { nodes.push(piece); continue; }
+    const span = document.createElement("span");
+    span.className = `read-${shade}`;
+    span.title = `attention ${weight.toPrecision(3)}`;
+    span.textContent = piece;
+    nodes.push(span);
+  }
+  return written < stop ? [...nodes, text.slice(written, stop)] : nodes;
+}
+
 // The neighbor's text as nodes: words in runs that the chunk or the text after it has too are marked.
-function highlighted(text, before, after) {
+function highlighted(text, before, after, tokens) {
   const found = words(text);
   const kinds = new Array(found.length).fill("");
   for (const [kind, runs] of [["before", runsOf(before)], ["after", runsOf(after)]]) {
@@ -193,16 +231,15 @@ function highlighted(text, before, after) {
     if (!kinds[place]) continue;
     let last = place;
     while (kinds[last + 1] === kinds[place]) last += 1;
-    nodes.push(text.slice(written, found[place].start));
+    nodes.push(...shaded(text, written, found[place].start, tokens));
     const mark = document.createElement("mark");
     mark.className = kinds[place];
-    mark.textContent = text.slice(found[place].start, found[last].stop);
+    mark.append(...shaded(text, found[place].start, found[last].stop, tokens));
     nodes.push(mark);
     written = found[last].stop;
     place = last;
   }
-  nodes.push(text.slice(written));
-  return nodes;
+  return [...nodes, ...shaded(text, written, text.length, tokens)];
 }
 
 element("form").addEventListener("submit", generate);
