@@ -34,7 +34,7 @@ DOUBLING = "{% set n = namespace(t='ab') %}{% for i in range(60) %}{% set n.t = 
     ],
 )
 def test_a_template_is_bounded(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded_jinja, "SECONDS", 0.3)
+    monkeypatch.setattr(bounded_jinja, "SECONDS", 0.3 if text == LOOP else 60)
     path = tmp_path / "a.jinja"
     path.write_text(text)
     with pytest.raises(DataError, match=message):
