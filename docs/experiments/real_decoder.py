@@ -210,7 +210,12 @@ def main() -> int:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--between", action="store_true", help="windows halfway between those, one fewer")
-    parser.add_argument("--keep-fraction", type=float, default=1.0, help="of the database's documents")
+    parser.add_argument(
+        "--keep-fraction",
+        type=float,
+        default=1.0,
+        help="of the database's documents; of a part, real neighbours in cross-attention alone are measured",
+    )
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--prompted", type=int, nargs="+", default=[2, 5], help="chunks of each window, from 0")
     arguments = parser.parse_args()
@@ -222,13 +227,13 @@ def main() -> int:
     decoder = load_model(arguments.decoder, device="cpu", dtype="fp32")
     losses = {"decoder": kept.get("decoder", partial(window_losses, decoder, text, None))}
     losses |= {name: kept.get(name, partial(window_losses, model, text, None)) for name, model in trained.items()}
-    prompts = {}
-    for kind, neighbors in (("real", text.passages), ("other", text.others)):
-        prompts[f"prompt, {kind}"] = kept.get(
-            f"prompt-{kind}", partial(prompted_losses, decoder, text, neighbors, arguments.prompted)
-        ).mean(-1)
+    prompts, whole = {}, arguments.keep_fraction == 1
+    for kind, neighbors in ({"real": text.passages} | ({"other": text.others} if whole else {})).items():
         for name, model in retros.items():
             losses[f"{name}, {kind}"] = kept.get(f"{name}-{kind}", partial(window_losses, model, text, neighbors))
+        if whole:
+            prompted = partial(prompted_losses, decoder, text, neighbors, arguments.prompted)
+            prompts[f"prompt, {kind}"] = kept.get(f"prompt-{kind}", prompted).mean(-1)
     chunks = {name: by_chunk(values, text.chunk) for name, values in losses.items()}
     places = list(range(chunks["decoder"].shape[1]))
     at_prompts = {name: values[:, arguments.prompted] for name, values in chunks.items()} | prompts
@@ -238,8 +243,9 @@ def main() -> int:
         "length": arguments.length,
         "costs": {name: costs(one.settings[ModelConfig], one.retro, arguments.length) for name, one in retros.items()},
         "all tokens": summary(chunks, "decoder", text, places),
-        "chunks that were prompted": summary(at_prompts, "decoder", text, arguments.prompted),
     }
+    if whole:
+        result["chunks that were prompted"] = summary(at_prompts, "decoder", text, arguments.prompted)
     write_file(Path(arguments.json), (json_text(result, indent=1) + "\n").encode())
     say(json_text(result, indent=1))
     return 0

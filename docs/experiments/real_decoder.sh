@@ -36,6 +36,7 @@ noise=(--retro-init noise --retro-zero-init-output --retro-gate-type fixed --ret
   --no-freeze-encoder --retro-random-retrieval-probability 0.25 --micro-batch-size 1 --global-batch-size 1)
 fit=(megatron-retro retrofit --config "$here/real_decoder.toml")
 "${fit[@]}" --save mixed
+"${fit[@]}" --no-freeze-decoder --lr 1e-4 --min-lr 1e-5 --exit-interval 33 --save unfrozen
 "${fit[@]}" --retro-random-retrieval-probability 0 --train-iters 24 --save same-depth
 "${fit[@]}" --lr 1e-12 --min-lr 1e-12 --lr-warmup-iters 0 --train-iters 1 --save untrained
 last=(megatron-retro retrofit --config "$here/real_decoder_last.toml")
@@ -45,5 +46,9 @@ megatron-retro pretrain --config "$here/real_decoder_continued.toml" --finetune 
 measure=(python "$here/real_decoder.py" gpt --text corpus/held_out_text_document --database retrieval/database
   --neighbors retrieval/neighbors/held_out)
 "${measure[@]}" --retro mixed=mixed --between --work losses-between --json "$here/real_decoder_between.json"
-"${measure[@]}" --retro mixed=mixed same-depth=same-depth untrained=untrained warm=warm noise=noise \
-  --trained continued=continued --work losses --json "$here/real_decoder.json"
+"${measure[@]}" --retro mixed=mixed same-depth=same-depth untrained=untrained unfrozen=unfrozen warm=warm \
+  noise=noise --trained continued=continued --work losses --json "$here/real_decoder.json"
+for part in half=0.5 quarter=0.25 eighth=0.125; do
+  "${measure[@]}" --retro mixed=mixed --keep-fraction "${part#*=}" --work "losses-${part%=*}" \
+    --json "$here/real_decoder_${part%=*}.json"
+done
