@@ -84,6 +84,13 @@ megatron-retro build-retrieval --config "$config" --retro-project-dir retrieval 
   --retro-database-corpus corpus/train_text_document \
   --retro-query-corpus train=corpus/train_text_document held_out=corpus/held_out_text_document
 
+if [ ! -f neighbors.html ]; then
+  step "a first page: held-out chunks beside their neighbours, shared runs marked"
+  megatron-retro inspect-neighbors --retro-project-dir retrieval --inspect-output neighbors.html \
+    --retro-query-corpus held_out=corpus/held_out_text_document
+  echo "open it while the models train: $output/neighbors.html"
+fi
+
 step "a GPT"
 megatron-retro pretrain --config "$config" "${tokenizer[@]}" "${data[@]}" --train-iters 500 --save gpt
 

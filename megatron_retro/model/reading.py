@@ -38,11 +38,14 @@ def read_neighbors(model: Retro, tokens_S: Tensor, neighbors: Neighbors[Tensor])
     worth_CK = torch.zeros(num_chunks, number, device=tokens_S.device)
     size = model.retro.retro_chunk_length
     for chunk, neighbor in neighbors.mask_BCKR[0].any(-1).nonzero().tolist():
-        mask = neighbors.mask_BCKR.clone()
+        first, stop = (chunk + 1) * size - 1, (chunk + 2) * size - 1
+        so_far = neighbors.first_chunks(chunk + 1)
+        mask = so_far.mask_BCKR.clone()
         mask[0, chunk, neighbor] = False
-        without_S = model(tokens_1S, Neighbors(neighbors.tokens_BCKR, mask), labels_BS=labels_1S)[0]
-        readers = slice((chunk + 1) * size - 1, (chunk + 2) * size - 1)
-        worth_CK[chunk, neighbor] = (without_S - losses_S)[readers].sum()
+        without_S = model(
+            tokens_1S[:, :stop], Neighbors(so_far.tokens_BCKR, mask), labels_BS=labels_1S[:, :stop].contiguous()
+        )[0]
+        worth_CK[chunk, neighbor] = (without_S[first:] - losses_S[first:stop]).sum()
     return Reading(attention_CKR, worth_CK)
 
 
