@@ -8,6 +8,7 @@
 #   --dry-run              starts nothing: prints the plan (`megatron-retro plan`) of what would run
 #   --print-config         starts nothing: prints the effective settings
 #   --container-*          goes to srun (Enroot/Pyxis); so does everything in SRUN_OPTIONS
+#   CONTAINER_IMAGE        an image in which the work runs: FILE.sif by apptainer, any other by srun (Enroot/Pyxis)
 #
 # ENVIRONMENT             virtual environment to use (default: .venv of the repository, if megatron-retro is not on PATH)
 # CLUSTER                 profile of the cluster (default: cluster.env beside this file): modules, container, interfaces
@@ -30,10 +31,17 @@ if [ -x "$environment/bin/python" ] && { [ -n "${ENVIRONMENT:-}" ] || ! command 
   export PATH="$environment/bin:$PATH"
 fi
 program=(python -m megatron_retro.cli.main)
-containers=()
+containers=() # what srun is told of an image
+inside=()     # what starts a program in one that srun does not know
 if [ -n "${CONTAINER_IMAGE:-}" ]; then # the scripts and the directory of the submission are seen inside, too
-  containers=("--container-image=$CONTAINER_IMAGE"
-    "--container-mounts=${CONTAINER_MOUNTS:+$CONTAINER_MOUNTS,}$home:$home,$PWD:$PWD" "--container-workdir=$PWD")
+  mounts="${CONTAINER_MOUNTS:+$CONTAINER_MOUNTS,}$home:$home,$PWD:$PWD"
+  case "$CONTAINER_IMAGE" in
+    *.sif)
+      read -r -a inside <<<"apptainer exec ${APPTAINER_OPTIONS:---nv}"
+      inside+=(--bind "$mounts" --pwd "$PWD" "$CONTAINER_IMAGE")
+      ;;
+    *) containers=("--container-image=$CONTAINER_IMAGE" "--container-mounts=$mounts" "--container-workdir=$PWD") ;;
+  esac
 fi
 words=()
 written=() # the directory of --save
@@ -121,7 +129,7 @@ run_in_slurm() {
   if [ "${HEALTH_CHECK:-on}" != off ]; then
     # One task per node; a node that fails ends the job before anything is built.
     run_step srun "${options[@]}" --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" \
-      "$slurm/rank.sh" "$endings" "$slurm/health_check.sh" "$logs" "${written[@]}"
+      "$slurm/rank.sh" "$endings" "${inside[@]}" "$slurm/health_check.sh" "$logs" "${written[@]}"
     read_outcome "$endings" "$status" "$SLURM_JOB_NUM_NODES"
     # An unfit node is to blame, as one that leaves no word.
     grep -lsE '"code": 1\b' "$endings"/rank-*.json | xargs -r -d '\n' rm || true
@@ -135,7 +143,7 @@ run_in_slurm() {
     rm -f "$endings"/rank-*
     read_cores
     run_step srun "${options[@]}" "${cores[@]}" --open-mode=append --output="$logs/${task}rank-%t.log" \
-      "$slurm/rank.sh" "$endings" "${program[@]}" "$verb" "${words[@]}"
+      "$slurm/rank.sh" "$endings" "${inside[@]}" "${program[@]}" "$verb" "${words[@]}"
     read_outcome "$endings" "$status" "${SLURM_NTASKS:-${SLURM_JOB_NUM_NODES:-1}}"
   fi
   finish "$verb" "$outcome" "$(($(date +%s) - begin))"

@@ -135,7 +135,7 @@ class Disturbance:
         elif "failed with code 2" in words and any(outcome.event == "full disk" for outcome in outcomes):
             ending = REFUSED
         for outcome in outcomes:
-            outcome.ending, outcome.message = ending, words[-300:]
+            outcome.ending, outcome.message = ending, words.replace(str(chain.room), "ROOM")[-300:]
         if ending == BY_HAND and self.stage not in ARRAYS:
             say(f"by hand: {outcomes or words}")
             chain.cluster.wait(chain.submit(self.stage), chain.longest_seconds)
@@ -240,7 +240,8 @@ def main() -> None:
 
             def save(found: list[Outcome], before: list[Outcome] = before) -> None:
                 known[:] = before + found
-                path.write_text(json.dumps([asdict(outcome) for outcome in known], indent=1) + "\n")
+                lines = ",\n".join(json.dumps(asdict(outcome)) for outcome in known)
+                path.write_text(f"[\n{lines}\n]\n")
 
             try:
                 disturbed(cluster, room, number, asked.seed, usual, save)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_retro import __version__
 from megatron_retro.testing.slurm import Cluster
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -116,6 +118,57 @@ def test_the_profile_of_the_cluster_reaches_the_processes(tmp_path: Path) -> Non
     for line in srun_words(tmp_path, "pretrain", CLUSTER=str(profile)):
         assert "--container-image=retro.sqsh" in line and "[max_split_size_mb:64 ib0]" in line
         assert f"--container-mounts=/data:/data,{ROOT}:{ROOT},{Path.cwd()}:{Path.cwd()}" in line
+
+
+def test_an_image_of_apptainer_is_entered_by_each_task(tmp_path: Path) -> None:
+    """The check and the work run inside, the file of the rank's ending is written outside."""
+    profile = tmp_path / "cluster.env"
+    profile.write_text("CONTAINER_IMAGE=/images/retro.sif\nCONTAINER_MOUNTS=/data:/data\n")
+    check, start = srun_words(tmp_path, "pretrain", "--lr", "1", CLUSTER=str(profile))
+    mounts = f"/data:/data,{ROOT}:{ROOT},{Path.cwd()}:{Path.cwd()}"
+    entered = f"apptainer exec --nv --bind {mounts} --pwd {Path.cwd()} /images/retro.sif"
+    assert f"start-0 {entered} {ROOT}/examples/slurm/health_check.sh" in check
+    assert f"start-0 {entered} python -m megatron_retro.cli.main pretrain --lr 1" in start
+    assert "--container" not in check + start
+
+
+def test_a_node_needs_no_shared_home_and_no_shared_repository(cluster: Cluster, tmp_path: Path) -> None:
+    """Two nodes with copies of scripts and environment; what they share is where the job was submitted from."""
+    copy, home = tmp_path / "opt/megatron_retro", tmp_path / "nowhere"
+    shutil.copytree(ROOT / "examples/slurm", copy / "examples/slurm")
+    shutil.copytree(ROOT / "megatron_retro", copy / "megatron_retro", ignore=shutil.ignore_patterns("__pycache__"))
+    python = tmp_path / "opt/venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={copy} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    room = tmp_path / "submitted"
+    room.mkdir()
+    (room / "cluster.env").write_text(f"ENVIRONMENT={python.parents[1]}\nHOME={home}\nHEALTH_CHECK=off\n")
+    script = batch(room, f"exec {copy}/examples/slurm/launch.sh --version")
+    options = ("--nodes=2", "--ntasks-per-node=1", "--job-name=local")
+    job = cluster.submit(*options, *where(room), script, CLUSTER=str(room / "cluster.env"), PYTHONPATH="")
+    assert cluster.wait(job)["JobState"] == "COMPLETED", (room / "job.log").read_text()
+    said = [(room / f"logs/local-{job}/rank-{rank}.log").read_text() for rank in range(2)]
+    assert said == [f"megatron_retro {__version__}\n"] * 2
+    assert not home.exists()
+
+
+def test_both_recipes_of_an_image_install_the_same(tmp_path: Path) -> None:
+    """Neither can be built in a test: shellcheck reads their commands, and their words are compared."""
+    folder = ROOT / "examples/containers"
+    post = (folder / "megatron_retro.def").read_text().split("%post\n")[1].split("\n\n%")[0]
+    docker = (folder / "megatron_retro.Dockerfile").read_text()
+    runs = re.findall(r"^RUN (.*(?:\\\n.*)*)", docker, flags=re.MULTILINE)
+    for name, text in (("post.sh", post), ("run.sh", "\n".join(runs))):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        checker = str(Path(sys.executable).parent / "shellcheck")
+        done = subprocess.run([checker, str(tmp_path / name)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+    commands = [
+        re.findall(r"(?:apt-get install|/opt/venv/bin/p\w+|python3 -m venv) .*?(?= \\|$)", text, re.M)
+        for text in (post, docker)
+    ]
+    assert commands[0] == commands[1] and len(commands[0]) == 5
 
 
 def test_an_environment_that_the_profile_names_is_used_on_every_node(tmp_path: Path) -> None:

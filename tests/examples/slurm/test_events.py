@@ -1,0 +1,46 @@
+"""What was injected into the tiny chain (inject_events.py), and that docs/operations.md says the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.examples.slurm.events import EVENTS, FAILURES, STAGES, compile_clock, draw_events, write_clock
+from tests.examples.slurm.inject_events import BY_HAND, Outcome, table
+
+ROOT = Path(__file__).resolve().parents[3]
+OUTCOMES = [Outcome(**facts) for facts in json.loads((ROOT / "tests/results/slurm_events.json").read_text())]
+
+
+def test_the_page_has_the_table_of_the_results() -> None:
+    rows = [line for line in table(OUTCOMES).splitlines() if line.startswith("|")]
+    assert "\n".join(rows) in (ROOT / "docs/operations.md").read_text()
+
+
+def test_nothing_was_left_to_a_person_and_no_weight_differs() -> None:
+    assert [outcome for outcome in OUTCOMES if outcome.ending == BY_HAND or outcome.equal is False] == []
+    assert {(outcome.stage) for outcome in OUTCOMES if outcome.hit} == set(STAGES)
+    assert {outcome.event for outcome in OUTCOMES if outcome.hit} == {event for of in EVENTS.values() for event in of}
+
+
+def test_a_job_meets_one_failure_at_most() -> None:
+    for number in range(100):
+        drawn = draw_events("retrofit", 3, random.Random(number))
+        assert len(drawn) == 3 and sum(event in FAILURES for event in drawn) <= 1
+        assert drawn == draw_events("retrofit", 3, random.Random(number))
+
+
+def test_the_second_rank_has_a_clock_of_its_own(tmp_path: Path) -> None:
+    library, file = compile_clock(tmp_path), tmp_path / "clock"
+    write_clock(file, 3600.0)
+    times = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, "LD_PRELOAD": str(library), "CLOCK_FILE": str(file), "SLURM_PROCID": rank}
+        words = [sys.executable, "-c", "import time; print(time.time())"]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+        times.append(float(done.stdout))
+    assert 3600 <= times[1] - times[0] < 3660
