@@ -116,8 +116,11 @@ class _Waiter:
         pause = min(1.5 * self.lease_seconds, 0.1 + self.waited / 10) * random.uniform(0.75, 1.25)
         time.sleep(pause)
         self.waited += pause
-        self._now()
-        names = os.listdir(self.directory)
+        try:
+            self._now()
+            names = os.listdir(self.directory)
+        except FileNotFoundError:  # who did the last block may remove the directory
+            return set()
         claims = sorted(name for name in names if name.endswith(_CLAIM))
         waiters = max(sum(name.startswith(_WAITER) for name in names), 1)
         share = int(len(claims) / waiters + random.random())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections import Counter
@@ -55,6 +56,20 @@ def test_a_silent_worker_of_another_host_loses_its_lease(tmp_path: Path) -> None
         files.write_file(tmp_path / block, "done")
     assert time.monotonic() - start > 0.3
     assert (tmp_path / "only").exists()
+
+
+def test_a_directory_may_go_when_all_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker of the last block removes it while others wait."""
+    done, claims = list[str](), tmp_path / "claims"
+    claims.mkdir()
+    (claims / "a.claim").write_text("elsewhere 1 token")
+
+    def finish(seconds: float) -> None:
+        done.append("a")
+        shutil.rmtree(claims)
+
+    monkeypatch.setattr(claims_module.time, "sleep", finish)
+    assert list(BlockClaims(claims, ["a"], done.__contains__)) == []
 
 
 def test_no_clock_but_the_file_system_s_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
