@@ -5,6 +5,8 @@
 #   MODEL           a Hugging Face folder (the figures: SmolLM2-135M-Instruct)
 #   TEXT, HELD_OUT_TEXT, DATABASE_TEXT
 #                   JSON lines with "text", to train on, to measure on and to search in
+#   OTHER_TEXT, OTHER_DATABASE_TEXT
+#                   absolute paths, of another domain; left out if not given
 #   DATA            where everything goes (default: runs/real_decoder)
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -52,3 +54,20 @@ for part in half=0.5 quarter=0.25 eighth=0.125; do
   "${measure[@]}" --retro mixed=mixed --keep-fraction "${part#*=}" --work "losses-${part%=*}" \
     --json "$here/real_decoder_${part%=*}.json"
 done
+
+# Another database without training: OTHER_TEXT of another domain in OTHER_DATABASE_TEXT, if both are given.
+if [ -n "${OTHER_TEXT:-}" ]; then
+  mkdir -p other
+  for text in "held_out=$OTHER_TEXT" "database=${OTHER_DATABASE_TEXT:?}"; do
+    prefix="other/${text%%=*}"
+    if [ ! -e "${prefix}_text_document.manifest.json" ]; then
+      megatron-retro preprocess --input "${text#*=}" --output-prefix "$prefix" --append-eod "${tokenizer[@]}"
+    fi
+  done
+  megatron-retro build-retrieval --retro-project-dir other/retrieval --retro-chunk-length 64 --retro-index-str Flat \
+    --retro-tasks train encode merge query "${tokenizer[@]}" --retro-database-corpus other/database_text_document \
+    --retro-query-corpus held_out=other/held_out_text_document
+  python "$here/real_decoder.py" gpt --text other/held_out_text_document --database other/retrieval/database \
+    --neighbors other/retrieval/neighbors/held_out --retro mixed=mixed --work losses-other \
+    --json "$here/real_decoder_python.json"
+fi
