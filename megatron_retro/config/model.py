@@ -37,12 +37,14 @@ class ModelConfig:
         None, "every N-th layer, of the encoder too, is without rotary positions", minimum=2
     )
     rope_scaling_type: str = option(
-        "none", "rescaling of rotary frequencies", choices=("none", "linear", "llama3"), ours=True
+        "none", "rescaling of rotary frequencies", choices=("none", "linear", "llama3", "yarn"), ours=True
     )
     rope_scaling_factor: float = option(1.0, "by how much frequencies are stretched", minimum=1.0)
     rope_scaling_low_freq_factor: float = option(1.0, "llama3 scaling: low-frequency bound", ours=True)
     rope_scaling_high_freq_factor: float = option(4.0, "llama3 scaling: high-frequency bound", ours=True)
-    rope_scaling_original_max_positions: int = option(8192, "llama3 scaling: original context", ours=True)
+    rope_scaling_original_max_positions: int = option(
+        8192, "llama3 and yarn scaling: original context", minimum=1, ours=True
+    )
     sliding_window: int | None = option(None, "each token sees at most this many last tokens", minimum=1, ours=True)
     normalization: str = option("LayerNorm", "kind of norm", choices=NORMALIZATIONS)
     apply_layernorm_1p: bool = option(False, "store the norm's weight as 1 + w")

@@ -10,13 +10,9 @@ from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.toml_files import nearest
 from megatron_retro.convert.families import FAMILIES, GPT2, SMOLLM3, Family, with_multipliers
 from megatron_retro.convert.harmless_settings import leaves_the_function
+from megatron_retro.convert.rope_settings import ROPE_FIELDS, ROPE_NEEDS, written_rope, yarn_problems
 from megatron_retro.errors import ConfigError
 
-_ROPE_FIELDS = {
-    "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
-    "original_max_position_embeddings", "partial_rotary_factor",
-}  # fmt: skip
-_LLAMA3_FIELDS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _WINDOW_FIELDS = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
 _WINDOW_FAMILIES = ("mistral", "phi3", "qwen2", "qwen3")
 _EVERY_FOURTH = 4  # SmolLM3's layers without rotary positions, where a file does not say
@@ -137,14 +133,13 @@ class _Reader:
         rope = {"rope_theta": self.field("rope_theta", 10000.0), **old, **new}
         rope.setdefault("partial_rotary_factor", self.field("partial_rotary_factor", 1.0))
         kind = rope.get("rope_type", rope.get("type", "default"))
-        unknown = sorted(set(rope) - _ROPE_FIELDS)
+        unknown = sorted(set(rope) - ROPE_FIELDS)
         self.problems += [f"rope: {name} = {rope[name]!r} is not understood" for name in unknown]
-        needed = {"default": [], "linear": ["factor"], "llama3": ["factor", *_LLAMA3_FIELDS]}
-        if kind not in needed:
-            self.problems.append(f"rope type {kind!r}: expected default, linear or llama3")
+        if kind not in ROPE_NEEDS:
+            self.problems.append(f"rope type {kind!r}: expected default, linear, llama3 or yarn")
             return {}
-        numbers = {name: self._number(f"rope: {name}", rope.get(name)) for name in _ROPE_FIELDS - {"rope_type", "type"}}
-        missing = [name for name in ("rope_theta", *needed[kind]) if numbers[name] is None]
+        numbers = {name: self._number(f"rope: {name}", rope.get(name)) for name in ROPE_FIELDS - {"rope_type", "type"}}
+        missing = [name for name in ("rope_theta", *ROPE_NEEDS[kind]) if numbers[name] is None]
         self.problems += [f"rope: {name} is missing, which {kind} needs" for name in missing]
         if missing:
             return {}
@@ -158,8 +153,10 @@ class _Reader:
             values |= {
                 "rope_scaling_low_freq_factor": float(numbers["low_freq_factor"]),
                 "rope_scaling_high_freq_factor": float(numbers["high_freq_factor"]),
-                "rope_scaling_original_max_positions": int(numbers["original_max_position_embeddings"]),
             }
+        if kind in ("llama3", "yarn"):
+            values["rope_scaling_original_max_positions"] = int(numbers["original_max_position_embeddings"])
+        self.problems += yarn_problems(kind, numbers, self.config.get("original_max_position_embeddings"))
         return values
 
     def _unrotated(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -293,7 +290,7 @@ def _written_config(family: Family, model: ModelConfig) -> dict[str, Any]:
     config |= {
         "hidden_act": next(iter(family.activations)),
         "num_key_value_heads": model.num_key_value_heads(),
-        **_written_rope(family, model),
+        **written_rope(model, partial=family.model_type in _PARTLY_ROTATED_FAMILIES),
     }
     if family.model_type not in ("qwen2", "stablelm"):
         config["head_dim"] = model.head_size()
@@ -314,23 +311,3 @@ def _written_config(family: Family, model: ModelConfig) -> dict[str, Any]:
 def _rotated_layers(layers: int, freq: int | None) -> list[int]:
     """As SmolLM3 writes it: 1 for a layer with rotary positions, 0 for every N-th."""
     return [1 if freq is None else int((layer + 1) % freq != 0) for layer in range(layers)]
-
-
-def _written_rope(family: Family, model: ModelConfig) -> dict[str, Any]:
-    """Both spellings: `rope_parameters` is read by transformers 5, the others by 4."""
-    scaling: dict[str, Any] = {}
-    if model.rope_scaling_type != "none":
-        scaling = {"rope_type": model.rope_scaling_type, "factor": model.rope_scaling_factor}
-    if model.rope_scaling_type == "llama3":
-        scaling |= {
-            "low_freq_factor": model.rope_scaling_low_freq_factor,
-            "high_freq_factor": model.rope_scaling_high_freq_factor,
-            "original_max_position_embeddings": model.rope_scaling_original_max_positions,
-        }
-    rotated = {"partial_rotary_factor": model.rotary_percent}
-    partial = rotated if family.model_type in _PARTLY_ROTATED_FAMILIES else {}
-    return {
-        "rope_theta": model.rotary_base,
-        **partial,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base, **partial, **scaling},
-    } | ({"rope_scaling": scaling} if scaling else {})

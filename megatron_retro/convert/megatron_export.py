@@ -145,6 +145,8 @@ def core_problems(model: ModelConfig, retro: RetroConfig) -> Iterator[str]:
         yield f"sliding_window {model.sliding_window}"
     if model.no_rope_freq is not None:
         yield f"no_rope_freq {model.no_rope_freq}"
+    if model.rope_scaling_type == "yarn":
+        yield "rope_scaling_type yarn"
     bounds = (
         model.rope_scaling_low_freq_factor,
         model.rope_scaling_high_freq_factor,

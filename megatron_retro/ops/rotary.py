@@ -32,7 +32,13 @@ class RotaryFrequencies:
             return frequencies / self.factor
         if self.scaling == "llama3":
             return self._llama3(frequencies)
+        if self.scaling == "yarn":
+            return self._yarn(frequencies)
         return frequencies
+
+    def amplitude(self) -> float:
+        """What cosines and sines are multiplied by: YaRN sharpens attention over its longer text."""
+        return yarn_amplitude(self.factor) if self.scaling == "yarn" else 1.0
 
     def _llama3(self, frequencies: Tensor) -> Tensor:
         """Long waves are stretched, short ones kept, those between blended."""
@@ -40,6 +46,27 @@ class RotaryFrequencies:
         low, high = self.low_frequency_factor, self.high_frequency_factor
         smooth = ((self.original_max_positions / wavelengths - low) / (high - low)).clamp(0, 1)
         return (1 - smooth) * frequencies / self.factor + smooth * frequencies
+
+    def _yarn(self, frequencies: Tensor) -> Tensor:
+        """What turns often over the original text is kept, what turns seldom is stretched, what is between is mixed."""
+        fast, slow = (self._dimension_of(turns) for turns in YARN_TURNS)
+        low, high = max(math.floor(fast), 0), min(math.ceil(slow), self.rotated - 1)
+        place = torch.arange(len(frequencies), dtype=torch.float32, device=frequencies.device)
+        stretched = ((place - low) / (high - low or 0.001)).clamp(0, 1)
+        return frequencies / self.factor * stretched + frequencies * (1 - stretched)
+
+    def _dimension_of(self, turns: float) -> float:
+        """The pair of dimensions that turns so often over the original text."""
+        positions = self.original_max_positions / (turns * 2 * math.pi)
+        return self.rotated * math.log(positions) / (2 * math.log(self.base))
+
+
+YARN_TURNS = (32, 1)  # over the original text: where stretching begins, and where it is whole
+
+
+def yarn_amplitude(factor: float) -> float:
+    """YaRN's attention factor."""
+    return 0.1 * math.log(factor) + 1.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +80,10 @@ class RotaryTable:
 def rotary_table(position_ids_BS: Tensor, frequencies: RotaryFrequencies) -> RotaryTable:
     """The table of the given positions."""
     angles = position_ids_BS.float()[..., None] * frequencies.inverse(position_ids_BS.device)
-    return RotaryTable(angles.cos(), angles.sin())
+    amplitude = frequencies.amplitude()
+    if amplitude == 1.0:
+        return RotaryTable(angles.cos(), angles.sin())
+    return RotaryTable(angles.cos() * amplitude, angles.sin() * amplitude)
 
 
 def apply_rotary(

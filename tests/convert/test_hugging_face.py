@@ -36,6 +36,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 64}
 SMOL = {**SHAPE, "num_key_value_heads": 2, "pad_token_id": None}
 GPT2_SHAPE = {"vocab_size": 61, "n_embd": 16, "n_layer": 3, "n_head": 4, "n_positions": 64}
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -56,6 +57,7 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
         {**SHAPE, "num_key_value_heads": 4, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
     ),
     "qwen3": ("Qwen3", {**SHAPE, "num_key_value_heads": 2, "head_dim": 6, "tie_word_embeddings": True}),
+    "qwen3, yarn": ("Qwen3", {**SHAPE, "num_key_value_heads": 2, "head_dim": 16, "rope_parameters": YARN}),
     "mistral": ("Mistral", {**SHAPE, "num_key_value_heads": 2, "sliding_window": 5}),
     "smollm3": ("SmolLM3", {**SMOL, "num_hidden_layers": 5}),
     "smollm3, every second": ("SmolLM3", {**SMOL, "no_rope_layer_interval": 2, "tie_word_embeddings": False}),
@@ -241,7 +243,7 @@ def test_the_decoder_of_a_retro_goes_out_when_its_gate_is_shut(transformers: Any
     ("changes", "named"),
     [
         ({"unheard_of": 3}, "unheard_of = 3 is not understood"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ({"rope_parameters": {"rope_type": "default", "short_factor": [1.0]}}, "short_factor"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu': expected silu"),
         ({"model_type": "lama"}, "did you mean llama"),

@@ -159,3 +159,20 @@ def test_published_settings_come_in_as_they_are(name: str) -> None:
     twice = (model.vocab_size or 0) * model.hidden_size if untied else 0
     assert count_parameters(model, RetroConfig()) == expected + twice
     assert dataclasses.replace(model_from_hugging_face(PUBLISHED[name]), num_layers=2) == model
+
+
+@pytest.mark.parametrize(
+    ("rope", "outside", "named"),
+    [
+        ({"truncate": False}, None, "rope: truncate = False is not understood"),
+        ({"attention_factor": 1.5}, None, "rope: attention_factor = 1.5: only 1.13862"),
+        ({"beta_fast": 16}, None, "rope: beta_fast = 16: only 32"),
+        ({}, 32, "beside another in rope's fields"),
+    ],
+)
+def test_yarn_otherwise_than_published_is_named(rope: dict[str, Any], outside: int | None, named: str) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192, **rope}
+    config = {**LLAMA_31_8B, "rope_scaling": yarn, "original_max_position_embeddings": outside}
+    with pytest.raises(ConfigError) as raised:
+        model_from_hugging_face(config)
+    assert named in str(raised.value)

@@ -35,6 +35,7 @@ MATTERS: tuple[dict[str, Any], ...] = (
     {"rotary_interleaved": True},
     {"no_rope_freq": 2},
     {"rope_scaling_type": "linear", "rope_scaling_factor": 2.0},
+    {"rope_scaling_type": "yarn", "rope_scaling_factor": 8.0, "rope_scaling_original_max_positions": 64},
     {"rope_scaling_type": "llama3", "rope_scaling_factor": 8.0, "rope_scaling_original_max_positions": 32},
     {"position_embedding_type": "learned_absolute"},
     {"position_embedding_type": "relative"},

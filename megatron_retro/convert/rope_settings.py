@@ -1,0 +1,54 @@
+"""Rotary fields of a Hugging Face `config.json`: which there are, what YaRN may say, and how ours are written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_retro.config.model import ModelConfig
+from megatron_retro.ops.rotary import YARN_TURNS, yarn_amplitude
+
+ROPE_FIELDS = {
+    "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
+    "original_max_position_embeddings", "partial_rotary_factor", "attention_factor", "beta_fast", "beta_slow",
+}  # fmt: skip
+ROPE_NEEDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+
+
+def yarn_problems(kind: str, numbers: Mapping[str, Any], outside: Any) -> Iterator[str]:
+    """YaRN as it was published; transformers prefers an original length that stands `outside` of rope's fields."""
+    wanted: dict[str, float] = {}
+    if kind == "yarn":
+        wanted = dict(zip(("beta_fast", "beta_slow"), YARN_TURNS, strict=True))
+        wanted["attention_factor"] = yarn_amplitude(float(numbers["factor"]))
+        if outside not in (None, numbers["original_max_position_embeddings"]):
+            yield f"original_max_position_embeddings = {outside!r} beside another in rope's fields"
+    for name in ("attention_factor", "beta_fast", "beta_slow"):
+        value, only = numbers[name], wanted.get(name)
+        if value is not None and (only is None or abs(value - only) > 1e-6):
+            yield f"rope: {name} = {value!r}: only {only!r} is understood"
+
+
+def written_rope(model: ModelConfig, *, partial: bool) -> dict[str, Any]:
+    """Both spellings: `rope_parameters` is read by transformers 5, the others by 4."""
+    scaling: dict[str, Any] = {}
+    if model.rope_scaling_type != "none":
+        scaling = {"rope_type": model.rope_scaling_type, "factor": model.rope_scaling_factor}
+    if model.rope_scaling_type == "llama3":
+        scaling |= {
+            "low_freq_factor": model.rope_scaling_low_freq_factor,
+            "high_freq_factor": model.rope_scaling_high_freq_factor,
+        }
+    if model.rope_scaling_type in ("llama3", "yarn"):
+        scaling["original_max_position_embeddings"] = model.rope_scaling_original_max_positions
+    rotated = {"partial_rotary_factor": model.rotary_percent} if partial else {}
+    return {
+        "rope_theta": model.rotary_base,
+        **rotated,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base, **rotated, **scaling},
+    } | ({"rope_scaling": scaling} if scaling else {})
