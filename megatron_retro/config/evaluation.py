@@ -60,6 +60,12 @@ class PerplexityConfig:
     leakage_neighbors: int = option(
         10, "nearest neighbours that the leakage curve compares each chunk with; 0 = no curve", minimum=0, ours=True
     )
+    verbatim_tokens: int = option(
+        1 << 31,
+        "tokens of the database, evenly, in which held-out text is looked for word for word; 0 = not at all",
+        minimum=0,
+        ours=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,9 @@ def _results(
     count = settings[PerplexityConfig].leakage_neighbors
     if count and all(source.neighbors for source in dataset.sources):
         curve = leakage_curve(dataset, found, model.tokenizer, count)
-        result = replace(result, leakage=curve, verbatim=verbatim_share(dataset, found["real"]))
+        result = replace(result, leakage=curve)
+        if most := settings[PerplexityConfig].verbatim_tokens:
+            result = replace(result, verbatim=verbatim_share(dataset, found["real"], most))
     _write(Path(settings[EvaluationConfig].eval_output), result)
     return result
 

@@ -16,17 +16,17 @@ from megatron_retro.data.dataset import Dataset, Source
 from megatron_retro.evaluation.leakage import whole_chunks
 from megatron_retro.evaluation.perplexity import Measured
 from megatron_retro.reporting.perplexity_page import VerbatimShare
+from megatron_retro.runtime.console import Progress
 
 LENGTH = 32  # tokens, or a chunk if that is shorter
 _MOST_CHUNKS = 4096  # of a source, evenly
-_MOST_TOKENS = 1 << 31  # of a database, evenly
 _SPAN = 1 << 20
 _BASE = 0x9E3779B97F4A7C15  # odd, so that no token is lost in the powers of two
 _FILTER_BITS = 20
 
 
-def verbatim_share(dataset: Dataset, measured: Measured) -> VerbatimShare:
-    """Of all sources with neighbours, over the chunks whose every token was scored."""
+def verbatim_share(dataset: Dataset, measured: Measured, most: int) -> VerbatimShare:
+    """Of all sources with neighbours, over the chunks whose every token was scored; `most` tokens are searched."""
     found = chunks = read = tokens = 0
     length = min(LENGTH, *(source.samples.chunk_length for source in dataset.sources))
     for number, source in enumerate(dataset.sources):
@@ -36,16 +36,16 @@ def verbatim_share(dataset: Dataset, measured: Measured) -> VerbatimShare:
         some = scored[np.arange(min(_MOST_CHUNKS, len(scored))) * len(scored) // max(min(_MOST_CHUNKS, len(scored)), 1)]
         starts = _within_a_document(source, some * source.samples.chunk_length, length)
         chunks += len(starts)
-        found += int(stands_elsewhere(source, source.neighbors.database, starts, length).sum())
-        read += sum(stop - start for _, start, stop in _spans(source.neighbors.database))
+        found += int(stands_elsewhere(source, source.neighbors.database, starts, length, most).sum())
+        read += _looked_at(source.neighbors.database, most)
         tokens += _num_tokens(source.neighbors.database)
     return VerbatimShare(length, chunks, found, read, tokens)
 
 
 def stands_elsewhere(
-    source: Source, database: ChunkDatabase, starts: NDArray[np.int64], length: int
+    source: Source, database: ChunkDatabase, starts: NDArray[np.int64], length: int, most: int
 ) -> NDArray[np.bool_]:
-    """Whether the tokens from each place of a source on stand in another document of the database."""
+    """Whether the tokens from each place of a source on stand in another document of the database's `most` tokens."""
     result = np.zeros(len(starts), np.bool_)
     if not len(starts):
         return result
@@ -58,22 +58,24 @@ def stands_elsewhere(
     known = hashes[order]
     may_be = np.zeros(1 << _FILTER_BITS, np.bool_)
     may_be[known >> np.uint64(64 - _FILTER_BITS)] = True
-    for number, start, stop in _spans(database):
-        other = database.files[number]
-        stream = other.stream[start : min(stop + length - 1, other.num_tokens)]
-        windows = window_hashes(stream, length)
-        places = np.flatnonzero(may_be[windows >> np.uint64(64 - _FILTER_BITS)])
-        low, high = (np.searchsorted(known, windows[places], side=side) for side in ("left", "right"))
-        for place, begin, end in zip(places[low < high], low[low < high], high[low < high], strict=True):
-            if result[order[begin:end]].all():
-                continue
-            local = other.document_of(int(start + place))
-            owner = local - database.corpora[number].first_document + int(database.documents_before[number])
-            if int(start + place) + length > other.document_bounds(local)[1]:
-                continue
-            for one in order[begin:end]:
-                own = first[one] <= owner < last[one]
-                result[one] |= not own and bool((stream[place : place + length] == texts[one]).all())
+    with Progress("verbatim elsewhere", _looked_at(database, most), "tokens") as progress:
+        for number, start, stop in _spans(database, most):
+            other = database.files[number]
+            stream = other.stream[start : min(stop + length - 1, other.num_tokens)]
+            windows = window_hashes(stream, length)
+            places = np.flatnonzero(may_be[windows >> np.uint64(64 - _FILTER_BITS)])
+            low, high = (np.searchsorted(known, windows[places], side=side) for side in ("left", "right"))
+            for place, begin, end in zip(places[low < high], low[low < high], high[low < high], strict=True):
+                if result[order[begin:end]].all():
+                    continue
+                local = other.document_of(int(start + place))
+                owner = local - database.corpora[number].first_document + int(database.documents_before[number])
+                if int(start + place) + length > other.document_bounds(local)[1]:
+                    continue
+                for one in order[begin:end]:
+                    own = first[one] <= owner < last[one]
+                    result[one] |= not own and bool((stream[place : place + length] == texts[one]).all())
+            progress.advance(stop - start)
     return result
 
 
@@ -112,12 +114,19 @@ def _ranges(database: ChunkDatabase) -> Iterator[tuple[int, int, int]]:
         yield number, int(bounds[0]), int(bounds[1])
 
 
-def _spans(database: ChunkDatabase) -> Iterator[tuple[int, int, int]]:
-    """Stretches of the database that are looked at: all of it, or an even part."""
-    every = [
-        (number, at, min(at + _SPAN, stop))
-        for number, start, stop in _ranges(database)
-        for at in range(start, stop, _SPAN)
-    ]
-    count = min(len(every), _MOST_TOKENS // _SPAN)
-    return (every[one * len(every) // count] for one in range(count))
+def _spans(database: ChunkDatabase, most: int) -> Iterator[tuple[int, int, int]]:
+    """Stretches of the database that are looked at: all of it, or `most` tokens, evenly; none is held in memory."""
+    ranges = list(_ranges(database))
+    before = np.cumsum([0, *(-(-(stop - start) // _SPAN) for _, start, stop in ranges)])
+    every = int(before[-1])
+    count = min(every, -(-most // _SPAN))
+    for one in range(count):
+        place = one * every // count
+        which = int(np.searchsorted(before, place, side="right")) - 1
+        number, start, stop = ranges[which]
+        at = start + (place - int(before[which])) * _SPAN
+        yield number, at, min(at + _SPAN, stop)
+
+
+def _looked_at(database: ChunkDatabase, most: int) -> int:
+    return sum(stop - start for _, start, stop in _spans(database, most))

@@ -26,7 +26,9 @@ def test_equal_runs_alone_have_equal_hashes(length: int) -> None:
     assert len(window_hashes(tokens[: length - 1], length)) == 0
 
 
-def test_other_documents_are_searched_and_the_own_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_documents_are_searched_and_the_own_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two corpora, one of them cut to a part of its documents, over few ids, so that runs come back."""
     monkeypatch.setattr(verbatim, "_SPAN", 37)
     dice = np.random.default_rng(0)
@@ -42,9 +44,14 @@ def test_other_documents_are_searched_and_the_own_one_is_not(tmp_path: Path, mon
     owners = [number for number, text in enumerate(texts[0]) for _ in text]
     starts = np.array([at for at in range(len(own) - 8) if owners[at] == owners[at + 7]])
     samples = CorpusSamples(files[0], 8, 8, ((0, len(own) // 8),), len(own), False, 0)
-    found = stands_elsewhere(Source(samples), database, starts, 8)
+    whole = list(verbatim._spans(database, 1 << 31))
+    assert sum(stop - start for _, start, stop in whole) == verbatim._num_tokens(database)
+    part = list(verbatim._spans(database, 3 * 37))
+    assert len(part) == 3 and set(part) < set(whole) and not list(verbatim._spans(database, 0))
+    found = stands_elsewhere(Source(samples), database, starts, 8, 1 << 31)
     for start, seen in zip(starts, found, strict=True):
         run = own[start : start + 8]
         others = [text for number, text in enumerate(texts[0]) if number != owners[start]] + texts[1][4:20]
         assert seen == any(text[at : at + 8] == run for text in others for at in range(len(text) - 7)), start
     assert 0 < found.sum() < len(found)
+    assert f"{verbatim._num_tokens(database)} tokens" in capsys.readouterr().err
