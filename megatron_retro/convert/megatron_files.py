@@ -118,7 +118,7 @@ def _joined_stages(files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Where a pipeline rank has several parts, the first parts of all ranks come before the second ones.
     """
-    keys = sorted(key for key in files[0] if _MODEL.fullmatch(key))
+    keys = sorted((key for key in files[0] if _MODEL.fullmatch(key)), key=lambda key: int(key[len("model") :] or 0))
     joined: dict[str, Any] = {}
     before = 0
     for key in keys:

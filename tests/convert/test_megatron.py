@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_retro.checkpoint.loading import open_checkpoint, stored_settings
 from megatron_retro.config.data import TokenizerConfig
@@ -25,114 +22,39 @@ from megatron_retro.errors import ArtifactError, MegatronRetroError
 from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.retro import Retro
 from megatron_retro.testing.legacy_retro import LegacyRetro
+from tests.convert.legacy_checkpoints import ARGUMENTS, CHUNK, VOCABULARY, whole_tensors, written
 
-HEADS, HIDDEN, FFN, VOCABULARY, CHUNK = 4, 32, 24, 48, 4
-ARGUMENTS = {
-    "num_layers": 4,
-    "hidden_size": HIDDEN,
-    "ffn_hidden_size": FFN,
-    "num_attention_heads": HEADS,
-    "kv_channels": HIDDEN // HEADS,
-    "max_position_embeddings": 64,
-    "use_rotary_position_embeddings": True,
-    "position_embedding_type": "rope",
-    "rotary_percent": 0.5,
-    "normalization": "LayerNorm",
-    "apply_layernorm_1p": True,
-    "norm_epsilon": 1e-5,
-    "swiglu": True,
-    "squared_relu": False,
-    "add_bias_linear": False,
-    "untie_embeddings_and_output_weights": True,
-    "retro_gpt_chunk_length": CHUNK,
-    "retro_num_neighbors": 2,
-    "retro_num_retrieved_chunks": 2,
-    "tensor_model_parallel_size": 2,
-    "pipeline_model_parallel_size": 1,
-}
-LAYER = "language_model.encoder.layers"
 DATA = Path(__file__).parent / "data"
 BYTES = TokenizerConfig()
-
-
-def whole_tensors() -> dict[str, Tensor]:
-    """A 4-layer Retro that reads in layers 2 and 4, as Megatron names it, before the cut."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) * 0.2
-
-    tensors = {
-        "language_model.embedding.word_embeddings.weight": random(VOCABULARY, HIDDEN),
-        "language_model.output_layer.weight": random(VOCABULARY, HIDDEN),
-    }
-
-    def norm(name: str) -> None:
-        tensors.update({f"{name}.weight": random(HIDDEN), f"{name}.bias": random(HIDDEN)})
-
-    def block(name: str, reads: bool) -> None:
-        norm(f"{name}.input_norm")
-        norm(f"{name}.post_attention_norm")
-        tensors[f"{name}.self_attention.query_key_value.weight"] = random(3 * HIDDEN, HIDDEN)
-        tensors[f"{name}.self_attention.dense.weight"] = random(HIDDEN, HIDDEN)
-        if reads:
-            norm(f"{name}.post_inter_attention_norm")
-            tensors[f"{name}.inter_attention.query.weight"] = random(HIDDEN, HIDDEN)
-            tensors[f"{name}.inter_attention.key_value.weight"] = random(2 * HIDDEN, HIDDEN)
-            tensors[f"{name}.inter_attention.dense.weight"] = random(HIDDEN, HIDDEN)
-        tensors[f"{name}.mlp.dense_h_to_4h.weight"] = random(2 * FFN, HIDDEN)
-        tensors[f"{name}.mlp.dense_4h_to_h.weight"] = random(HIDDEN, FFN)
-
-    for index in range(4):
-        block(f"{LAYER}.{index}", index in (1, 3))
-    for index in range(2):
-        block(f"{LAYER}.1.retriever.layers.{index}", index == 0)
-    norm("language_model.encoder.final_norm")
-    return tensors
-
-
-def cut(name: str, tensor: Tensor, ranks: int) -> list[Tensor]:
-    """How Megatron's column and row parallel layers share a tensor."""
-    if "dense_h_to_4h" in name:
-        gate, up = tensor.chunk(2)
-        return [torch.cat(pair) for pair in zip(gate.chunk(ranks), up.chunk(ranks), strict=True)]
-    if name.endswith(("dense.weight", "dense_4h_to_h.weight")):
-        return list(tensor.chunk(ranks, 1))
-    return [tensor] * ranks if "norm" in name else list(tensor.chunk(ranks))
-
-
-def nested(flat: dict[str, Tensor]) -> dict[str, Any]:
-    """As the older code saves: dictionaries down to `encoder`, flat names below."""
-    model: dict[str, Any] = {"embedding": {"word_embeddings": {}}, "encoder": {}, "output_layer": {}}
-    for name, tensor in flat.items():
-        rest = name.removeprefix("language_model.")
-        if rest.startswith("encoder."):
-            model["encoder"][rest.removeprefix("encoder.")] = tensor.clone()
-        elif rest.startswith("embedding."):
-            model["embedding"]["word_embeddings"]["weight"] = tensor.clone()
-        else:
-            model["output_layer"]["weight"] = tensor.clone()
-    return {"language_model": model}
-
-
-def written(folder: Path, ranks: int = 2, **changes: Any) -> Path:
-    tensors = whole_tensors()
-    shards = {name: cut(name, tensor, ranks) for name, tensor in tensors.items()}
-    arguments = {**ARGUMENTS, "tensor_model_parallel_size": ranks, **changes}
-    for rank in range(ranks):
-        content = {
-            "args": argparse.Namespace(**arguments),
-            "checkpoint_version": 3.0,
-            "iteration": 10,
-            "model": nested({name: parts[rank] for name, parts in shards.items()}),
-            "optimizer": {"state": {0: torch.ones(3)}},
-            "rng_state": [{"np_rng_state": np.random.RandomState(1).get_state()}],
-        }
-        place = folder / "iter_0000010" / f"mp_rank_{rank:02}"
-        place.mkdir(parents=True)
-        torch.save(content, place / "model_optim_rng.pt")
-    (folder / "latest_checkpointed_iteration.txt").write_text("10\n")
-    return folder
+BIASED = {"swiglu": False, "add_bias_linear": True}
+# configurations of the older code that can be represented: a Retro's layers with a cross-attention, or none; arguments
+CONFIGURATIONS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "published": ((1, 3), {}),
+    "plain LayerNorm": ((1, 3), {"apply_layernorm_1p": False}),
+    "RMSNorm": ((1, 3), {"normalization": "RMSNorm", "apply_layernorm_1p": False}),
+    "epsilon": ((1,), {"norm_epsilon": 1e-3}),
+    "GELU": ((1, 3), {"swiglu": False}),
+    "squared ReLU": ((0, 2, 3), {"swiglu": False, "squared_relu": True}),
+    "rotary on all": ((1, 3), {"rotary_percent": 1.0}),
+    "stretched": ((1, 3), {"rotary_seq_len_interpolation_factor": 4}),
+    "no positions": ((1, 3), {"use_rotary_position_embeddings": False, "position_embedding_type": "none"}),
+    "tied": ((1, 3), {"untie_embeddings_and_output_weights": False}),
+    "GPT": ((), {}),
+    "GPT, groups": ((), {"group_query_attention": True, "num_query_groups": 2}),
+    "GPT, biases": ((), BIASED),
+    "GPT, biases, fused GELU": ((), {**BIASED, "bias_gelu_fusion": True}),
+    "GPT, biases, OpenAI's GELU": ((), {**BIASED, "openai_gelu": True}),
+    "GPT, biases, gated": ((), {"add_bias_linear": True}),
+    "GPT, learned positions, tied": (
+        (),
+        {
+            **BIASED,
+            "use_rotary_position_embeddings": False,
+            "position_embedding_type": "learned_absolute",
+            "untie_embeddings_and_output_weights": False,
+        },
+    ),
+}
 
 
 def imported(folder: Path, run: Path, say: Callable[[str], None] = lambda text: None) -> Retro:
@@ -146,22 +68,56 @@ def imported(folder: Path, run: Path, say: Callable[[str], None] = lambda text: 
     return model
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("length", [16, 14, 13, 3])
 @torch.no_grad()
-def test_computes_what_it_was_trained_to_compute(ranks: int, length: int, tmp_path: Path) -> None:
+def require_equal(model: Retro, slow: LegacyRetro, length: int) -> None:
+    """Logits with neighbours and without, in float64. Fused GELU writes the root of 2 / pi with 8 digits."""
+    close = 1e-8 if slow.arguments["bias_gelu_fusion"] else 1e-9
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, VOCABULARY, (length,), generator=generator)
+    if model.retro.retro_add_retriever:
+        neighbors = torch.randint(0, VOCABULARY, (-(-length // CHUNK), 2, 8), generator=generator)
+        # the mask says that half is absent; the published function has no masks
+        mask = torch.rand(neighbors.shape, generator=generator) < 0.5
+        given = Neighbors(neighbors[None], mask[None])
+        assert (model(tokens[None], given)[0] - slow.logits(tokens, neighbors)).abs().max() < close
+    assert (model(tokens[None])[0] - slow.logits(tokens, None)).abs().max() < close
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_computes_what_it_was_trained_to_compute(ranks: int, tmp_path: Path) -> None:
     model = imported(written(tmp_path / "theirs", ranks), tmp_path / "run")
     assert model.retro.retro_legacy_checkpoint
     assert model.retro.retrieval_layers(4) == (2, 4)
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, VOCABULARY, (length,), generator=generator)
-    neighbors = torch.randint(0, VOCABULARY, (-(-length // CHUNK), 2, 8), generator=generator)
     slow = LegacyRetro(whole_tensors(), ARGUMENTS)
-    # the mask says that half is absent; the published function has no masks
-    mask = torch.rand(neighbors.shape, generator=generator) < 0.5
-    given = Neighbors(neighbors.where(mask, neighbors)[None], mask[None])
-    assert torch.allclose(model(tokens[None], given)[0], slow.logits(tokens, neighbors), atol=1e-6, rtol=1e-6)
-    assert torch.allclose(model(tokens[None])[0], slow.logits(tokens, None), atol=1e-6, rtol=1e-6)
+    for length in (16, 14, 13, 3):
+        require_equal(model, slow, length)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_every_configuration_that_comes_in_computes_the_same(name: str, tmp_path: Path) -> None:
+    reading, changes = CONFIGURATIONS[name]
+    tensors = whole_tensors(reading, **changes)
+    model = imported(written(tmp_path / "theirs", 2, tensors=tensors, **changes), tmp_path / "run")
+    assert model.retro.retro_add_retriever == bool(reading)
+    require_equal(model, LegacyRetro(tensors, {**ARGUMENTS, **changes}), 14)
+
+
+@pytest.mark.parametrize(
+    ("stages", "chunks", "layers", "tied"), [(2, 1, 4, False), (4, 1, 4, True), (2, 2, 4, False), (2, 11, 22, True)]
+)
+def test_stages_and_virtual_stages_are_joined_in_their_order(
+    stages: int, chunks: int, layers: int, tied: bool, tmp_path: Path
+) -> None:
+    """Of eleven parts `model10` is the last; tied embeddings are repeated in the last stage."""
+    changes = {"num_layers": layers, "untie_embeddings_and_output_weights": not tied}
+    tensors = whole_tensors((), **changes)
+    theirs = written(tmp_path / "theirs", 1, stages, chunks, tensors, **changes)
+    require_equal(imported(theirs, tmp_path / "run"), LegacyRetro(tensors, {**ARGUMENTS, **changes}), 6)
+
+
+def test_a_retro_over_stages_is_joined(tmp_path: Path) -> None:
+    model = imported(written(tmp_path / "theirs", 2, 2, 2), tmp_path / "run")
+    require_equal(model, LegacyRetro(whole_tensors(), ARGUMENTS), 14)
 
 
 def test_says_what_it_skipped(tmp_path: Path) -> None:
@@ -275,7 +231,8 @@ def test_positions_are_those_of_the_older_code(tmp_path: Path) -> None:
     [({}, True), ({"bias_gelu_fusion": False}, False), ({"bias_gelu_fusion": False, "openai_gelu": True}, True)],
 )
 def test_which_gelu_a_run_has(changes: dict[str, Any], tanh: bool) -> None:
-    arguments = {**ARGUMENTS, "swiglu": False, "add_bias_linear": True, **changes}
+    unsaid = {name: value for name, value in ARGUMENTS.items() if name != "bias_gelu_fusion"}
+    arguments = {**unsaid, **BIASED, **changes}
     assert legacy_settings(arguments, [], VOCABULARY)[0].gelu_tanh == tanh
 
 
