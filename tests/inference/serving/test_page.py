@@ -32,6 +32,7 @@ def test_type_stream_compare_open(service: Any, browser: Browser, room: Path) ->
     browser.open(service.url)
     browser.wait_for("document.getElementById('model').textContent === 'small'")
     browser.click("#compare option[value=none]")
+    browser.click("#attention")
     browser.run(
         "window.lengths = []; new MutationObserver(() => window.lengths.push("
         "document.querySelector('#answer-0 .new')?.textContent.length || 0))"
