@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,14 @@ def test_the_pins_are_those_of_the_lock() -> None:
     versions = held(ROOT / ".ci/locks/dev.txt")
     other = [f"{name}=={pin}" for name, pin in pins if name != "torch" and pin not in versions.get(canonical(name), ())]
     assert not other, f"run .ci/lock.sh: {', '.join(other)}"
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the list is of Python 3.11's versions")
+def test_the_licence_of_every_package_is_listed() -> None:
+    """Other systems need some that are not here. Licences that bind who links are a reason to look again."""
+    program = runpy.run_path(str(ROOT / ".ci/licenses.py"))
+    listed = dict(line.split(": ", 1) for line in program["LISTED"].read_text(encoding="utf-8").splitlines())
+    other = {name: said for name, said in program["installed"]().items() if listed.get(name) != said}
+    assert not other, f"run .ci/licenses.py: {other}"
+    assert len(listed) > 0.9 * len(held(ROOT / ".ci/locks/dev.txt"))
+    assert not [said for said in listed.values() if "GPL" in said or said == "not said"]
