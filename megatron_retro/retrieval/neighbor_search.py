@@ -80,21 +80,26 @@ class NeighborSearch(QueryTexts):
         wanted = candidates if reranks or not self.searcher.by_lists else save
         vectors = self._vectors_with_progress(first, last) if advance else self.vectors(first, last)
         found = self.searcher.search(vectors, wanted, self.own_chunks(numbers), save, advance)
-        return self._rerank(found, vectors, first) if reranks else found
+        if not reranks:
+            return found
+        if advance is None:
+            return self._reranked(found, vectors, first)
+        with Progress(f"re-rank {self.corpus.name}", last - first, "chunks") as progress:
+            return self._reranked(found, vectors, first, progress.advance)
 
     def _vectors_with_progress(self, first: int, last: int) -> NDArray[np.float32]:
         with Progress(f"embed {self.corpus.name}", last - first, "chunks") as progress:
             return self.vectors(first, last, progress.advance)
 
-    def _rerank(self, found: SearchResult, vectors: NDArray[np.float32], first: int) -> SearchResult:
-        parts = [
-            self._rerank_batch(
-                SearchResult(found.distances_QK[start : start + BATCH_ROWS], found.ids_QK[start : start + BATCH_ROWS]),
-                vectors[start : start + BATCH_ROWS],
-                first + start,
-            )
-            for start in range(0, len(vectors), BATCH_ROWS)
-        ]
+    def _reranked(
+        self, found: SearchResult, vectors: NDArray[np.float32], first: int, advance: Advance = lambda count: None
+    ) -> SearchResult:
+        parts = []
+        for start in range(0, len(vectors), BATCH_ROWS):
+            some = slice(start, start + BATCH_ROWS)
+            batch = SearchResult(found.distances_QK[some], found.ids_QK[some])
+            parts.append(self._rerank_batch(batch, vectors[some], first + start))
+            advance(len(vectors[some]))
         return SearchResult.joined(parts)
 
     def _rerank_batch(self, found: SearchResult, vectors: NDArray[np.float32], first: int) -> SearchResult:

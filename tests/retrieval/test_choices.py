@@ -59,10 +59,12 @@ def test_calibration_and_queries_show_how_far_they_are(
     monkeypatch.setattr(Progress, "_show", lambda self, note, end: shown.setdefault(self.what, []).append(self.done))
     monkeypatch.setattr(console, "_LINE_SECONDS", 0.0)
     changes = {"retro_index_str": "IVF16,Flat", "retro_index_ntrain": 10_000, "retro_query_method": method}
+    changes |= {"retro_rerank": "overlap"} if method == "lists" else {}
     build_retrieval(project_settings(tmp_path / "p", [corpus], retro_tasks=TASKS, **changes))
     rows = len(ids_of(tmp_path / "p"))
     assert shown["embed corpus"][-1] == rows and shown["query corpus"][-1] == pytest.approx(rows)
     assert len(shown["query corpus"]) > 3 or method == "queries"
+    assert shown.get("re-rank corpus", [rows])[-1] == rows and ("re-rank corpus" in shown) == (method == "lists")
     assert len(shown["calibrate"]) > 10 and shown["calibrate"] == sorted(shown["calibrate"])
     assert "of 16 lists find" in capsys.readouterr().err
 
