@@ -138,7 +138,8 @@ def test_retrieval_modes(service: Any) -> None:
     assert len(set(texts.values())) == 3
     given = post(service, prompt=PROMPT, max_tokens=20, temperature=0, passages=["a given text"], retrieval=True).json()
     neighbors = [chunk["neighbors"] for chunk in given["choices"][0]["retrieval"]]
-    assert all(found == [{"id": -1, "distance": None, "text": "a given text"}] for found in neighbors)
+    expected = {"id": -1, "distance": None, "text": "a given text", "attention": None}
+    assert all(found == [expected] for found in neighbors)
 
 
 def test_several_texts_and_seeds(service: Any) -> None:
