@@ -8,7 +8,6 @@ A configuration that core builds on a GPU alone is a checkpoint with that argume
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import tempfile
 from collections import Counter
@@ -32,6 +31,7 @@ from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 import peer_packages
+import retro_models
 
 VOCABULARY, LENGTH, CHUNK = 16, 12, 4
 EQUAL = 1e-9
@@ -118,18 +118,9 @@ CLAIMED: dict[str, Any] = {
 
 def main_core() -> Any:
     """Core as one process without a GPU."""
-    import megatron.core.utils as core_utils
-    from packaging.version import Version
+    retro_models.core_without_a_gpu()
+    from megatron.core import dist_checkpointing
 
-    core_utils._te_version = Version("1.2")
-    torch.cuda.synchronize = lambda *_, **__: None  # type: ignore[assignment]  # core asks without a GPU too
-    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]  # core asks without a GPU too
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    from megatron.core import dist_checkpointing, parallel_state
-    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
-
-    CudaRNGStatesTracker.fork = lambda *_, **__: contextlib.nullcontext()  # type: ignore[method-assign]  # nothing is dropped
-    parallel_state.initialize_model_parallel(1, 1)
     return dist_checkpointing
 
 

@@ -59,7 +59,7 @@ def megatron_core(
     sizes: dict[str, int], tokens: Tensor, neighbors: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, Step]:
     """megatron-core 0.15.3's Retro on one CPU process: learned positions, LayerNorm, GELU, local layers."""
-    _core_without_a_gpu()
+    core_without_a_gpu()
     from megatron.core.models.retro import RetroConfig, RetroModel, get_retro_decoder_block_spec
 
     config = RetroConfig(
@@ -86,7 +86,7 @@ def megatron_core_gpt(
     sizes: dict[str, int], tokens: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, Step]:
     """The same sizes without retrieval."""
-    _core_without_a_gpu()
+    core_without_a_gpu()
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -97,7 +97,7 @@ def megatron_core_gpt(
     return model, training_step(model, lambda: model(**arguments).mean())
 
 
-def _core_without_a_gpu() -> None:
+def core_without_a_gpu() -> None:
     """One process; nothing is dropped, and there is no generator of a GPU to fork."""
     if torch.distributed.is_initialized():
         return
@@ -105,12 +105,14 @@ def _core_without_a_gpu() -> None:
     from packaging.version import Version
 
     core_utils._te_version = Version("1.2")  # its Retro asks for the version of what is not there
-    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
+    # what core asks a GPU for, without looking whether there is one
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]  # core puts it where a device goes
+    torch.cuda.synchronize = lambda *_, **__: None  # type: ignore[assignment]  # nothing runs beside the process
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
-    CudaRNGStatesTracker.fork = lambda *_, **__: contextlib.nullcontext()  # type: ignore[method-assign]
+    CudaRNGStatesTracker.fork = lambda *_, **__: contextlib.nullcontext()  # type: ignore[method-assign]  # no GPU's state
     parallel_state.initialize_model_parallel()
 
 

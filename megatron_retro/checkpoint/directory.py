@@ -73,9 +73,7 @@ def point_to(run: Path, checkpoint: Path, step: int) -> None:
 def point_to_newest(run: Path) -> None:
     """The same after a kill between a checkpoint and its pointer."""
     for newest in complete_checkpoints(run)[-1:]:
-        step = int(newest.name.rpartition("-")[2])
-        if not (run / LATEST_NAME).is_file() or f'"{newest.name}"' not in (run / LATEST_NAME).read_text():
-            point_to(run, newest, step)
+        point_to(run, newest, int(newest.name.rpartition("-")[2]))
 
 
 def remove_checkpoint(path: Path) -> None:

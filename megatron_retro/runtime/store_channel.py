@@ -163,9 +163,9 @@ def open_channel(name: str, group: dist.ProcessGroup | None = None, timeout: tim
         return StoreChannel()
     store = dist.distributed_c10d._get_default_store()
     place = f"channel/{name}/{'-'.join(map(str, ranks)) if len(ranks) < dist.get_world_size() else 'all'}"
-    patience = timeout or store.timeout  # type: ignore[attr-defined]
+    patience = timeout or store.timeout  # type: ignore[attr-defined]  # torch's stub leaves it out
     number = StoreCalls(patience.total_seconds())(lambda: store.add(f"{place}/opened/{dist.get_rank()}", 1))
-    base = store.clone()  # type: ignore[attr-defined]
+    base = store.clone()  # type: ignore[attr-defined]  # so does it this
 
     def beat_of(rank: int) -> bytes:
         key = beat_key(ranks[rank])
