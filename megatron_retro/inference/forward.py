@@ -106,16 +106,18 @@ class LocalForward(Forward):
         return self.model.new_cache(batch_size, max_length)
 
     def attention(self, tokens_S: Sequence[int], found: Mapping[int, RetrievedNeighbors]) -> list[NDArray[np.float32]]:
-        read = {chunk: one for chunk, one in found.items() if chunk < len(tokens_S) // self.chunk_length}
-        if not read:
-            return [np.zeros(one.mask_KR.shape, np.float32) for one in found.values()]
-        nothing = next(iter(read.values()))
-        nothing = replace(nothing, mask_KR=np.zeros_like(nothing.mask_KR))
-        chunks = [read.get(chunk, nothing) for chunk in range(max(read) + 1)]
-        neighbors = stack_neighbors([chunks], self.neighbor_shape, self.device, len(tokens_S) // self.chunk_length)
+        unread = [np.zeros(one.mask_KR.shape, np.float32) for one in found.values()]
+        count = len(tokens_S) // self.chunk_length
+        if not found or not count:
+            return unread
+        any_one = next(iter(found.values()))
+        absent = replace(any_one, mask_KR=np.zeros_like(any_one.mask_KR))
+        neighbors = self._stacked([[found.get(chunk, absent) for chunk in range(count)]])
         assert neighbors is not None
         weights_CKR = attention_to_neighbors(self.model, torch.tensor(tokens_S, device=self.device), neighbors)
-        return list(weights_CKR.float().cpu().numpy()[list(found)])
+        shown = weights_CKR.float().cpu().numpy()
+        # a text may end at the token that would have read its last neighbours first
+        return [shown[chunk] if chunk < count else none for chunk, none in zip(found, unread, strict=True)]
 
     def _hidden(self, tokens_BS: Tensor, neighbors: Neighbors[Tensor] | None, cache: Cache) -> Tensor:
         model = self.model

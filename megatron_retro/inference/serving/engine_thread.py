@@ -191,10 +191,9 @@ class EngineThread:
                 self._end(handle, None if failed is None else RequestRefused(str(failed), 500))
 
     def _attend(self, generation: Generation) -> None:
-        """A text that is whole already is not lost by what is shown beside it."""
         try:
             self._engine.attend(generation)
-        except Exception:
+        except Exception:  # the text is whole, and is not lost by what is shown beside it
             self.failures += 1
             say(traceback.format_exc())
 

@@ -36,3 +36,16 @@ def test_attention_is_what_a_lone_reading_sees(service: Any, generator: Any) -> 
     assert all(
         not chunk["neighbors"][0]["attention"] for event in events[:-1] for chunk in event["choices"][0]["retrieval"]
     )
+
+
+def test_neighbors_that_nothing_has_read_got_nothing(generator: Any) -> None:
+    """A text may end before the token that would have read the last ones."""
+    forward = generator.forward
+    (text,) = generator.engine.generate(
+        [GenerationRequest(generator.tokens_of(PROMPT), 40, source=generator.source("live"))]
+    )
+    found = {one.query_stop // forward.chunk_length - 1: one.found for one in text.retrievals}
+    last = max(found)
+    whole, cut = (forward.attention(text.tokens[:stop], found) for stop in (-1, (last + 1) * forward.chunk_length - 1))
+    assert len(whole) == len(cut) == len(found)
+    assert not cut[-1].any() and whole[-1].any() and cut[0].any()
