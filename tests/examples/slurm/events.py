@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,11 +29,12 @@ FAILURES = ("kill", "hang", "node death")  # two in a job without a checkpoint b
 STARTS_AGAIN = ("requeue", "USR1", "TERM", "USR1 to the batch script", "kill", "node death", "hang", "time limit")
 
 
-def draw_events(stage: str, count: int, draw: random.Random) -> list[str]:
-    """What happens to a job of this stage, at most one failure among it."""
+def draw_events(stage: str, count: int, draw: random.Random, preferred: Sequence[str] = ()) -> list[str]:
+    """What happens to a job of this stage, at most one failure among it; of preferred kinds where the stage has any."""
     found: list[str] = []
+    kinds = [event for event in EVENTS[stage] if event in preferred] or EVENTS[stage]
     while len(found) < count:
-        event = draw.choice(EVENTS[stage])
+        event = draw.choice(kinds)
         if event not in FAILURES or not set(found) & set(FAILURES):
             found.append(event)
     return found

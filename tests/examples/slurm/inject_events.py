@@ -1,6 +1,7 @@
 """Injects events into the tiny chain under a real SLURM, and says what became of each.
 
-    python -m tests.examples.slurm.inject_events ROOM [--first N] [--chains N] [--seed S] [--results FILE] [--table]
+    python -m tests.examples.slurm.inject_events ROOM [--first N] [--chains N] [--seed S] [--prefer EVENT...]
+                                                 [--results FILE] [--table]
 
 A chain runs undisturbed first; then each chain meets events in each of its stages, one after the other, at random
 moments. What is asked: every job ends finished, or with one clear message; and the weights are bit for bit those of the
@@ -16,10 +17,11 @@ import os
 import random
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -45,9 +47,10 @@ class Outcome:
     starts_again: int = 0
     seconds_to_leave: float | None = None
     seconds_to_step: float | None = None
-    ending: str = FINISHED
+    ending: str = ""
     message: str = ""
     equal: bool | None = None
+    commit: str = ""
 
 
 @dataclass
@@ -59,21 +62,21 @@ class Disturbance:
     stage: str
     draw: random.Random
     usual: float
+    preferred: Sequence[str] = ()
+    commit: str = ""
 
     def run(self) -> list[Outcome]:
         """Submit, disturb, wait; after a refusal the disk is freed, and the stage goes on."""
-        events = draw_events(self.stage, COUNTS[self.stage], self.draw)
-        found, of_job, job = list[Outcome](), list[Outcome](), self.chain.submit(self.stage)
+        events = draw_events(self.stage, COUNTS[self.stage], self.draw, self.preferred)
+        found, job = list[Outcome](), self.chain.submit(self.stage)
         for event in events:
-            of_job.append(self._event(job, event))
+            found.append(self._event(job, event))
             if self._has_ended(job):
-                found += self._end(job, of_job)
-                of_job = []
-                if found[-1].ending != REFUSED:
+                if self._end(job, found) != REFUSED:
                     return found
                 job = self.chain.submit(self.stage)
-        self._end(job, of_job)
-        return found + of_job
+        self._end(job, found)
+        return found
 
     def _event(self, job: int, event: str) -> Outcome:
         # of several events each has its part of the job; a job that started again is followed until its first step
@@ -81,7 +84,7 @@ class Disturbance:
         time.sleep(after)
         before, moment = self._restarts(job), time.time()
         hit = happen(self.chain, self.stage, job, event, self.draw)
-        outcome = Outcome(self.number, self.stage, event, round(after, 1), hit)
+        outcome = Outcome(self.number, self.stage, event, round(after, 1), hit, commit=self.commit)
         if hit and event in STARTS_AGAIN:
             self._until_started_again(job, before, moment, outcome)
         if event == "full disk":
@@ -97,6 +100,7 @@ class Disturbance:
         if not outcome.starts_again:
             return
         outcome.seconds_to_leave = round(time.time() - moment, 1)
+        outcome.message = self._last_words(job)
         if outcome.event == "time limit":
             cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
         cluster.wait_until(
@@ -119,27 +123,35 @@ class Disturbance:
         steps = chain.steps_since(self.stage, start)
         outcome.seconds_to_step = round(steps[0] - start, 1) if steps and self._restarts(job) == restarts else None
 
-    def _end(self, job: int, outcomes: list[Outcome]) -> list[Outcome]:
-        """What became of the job, which holds for all events that met it."""
+    def _end(self, job: int, outcomes: list[Outcome]) -> str:
+        """How the job ended; of the events that have no ending yet, those that met this end get it."""
         chain = self.chain
         chain.cluster.wait(job, chain.longest_seconds)
         chain.free_disk()
         chain.set_clock(0.0)
-        if not outcomes:
-            return outcomes
-        words, states = chain.last_words(self.stage, job), chain.cluster.states(job)
+        words, states = self._last_words(job), chain.cluster.states(job)
         lost = any(outcome.event == "lost worker" for outcome in outcomes)
-        ending = BY_HAND
+        waiting = [outcome for outcome in outcomes if not outcome.ending]
+        ending, met = BY_HAND, waiting[-1:] or outcomes[-1:]
         if states <= ({"COMPLETED", "CANCELLED"} if lost else {"COMPLETED"}):
-            ending = FINISHED
-        elif "failed with code 2" in words and any(outcome.event == "full disk" for outcome in outcomes):
-            ending = REFUSED
-        for outcome in outcomes:
-            outcome.ending, outcome.message = ending, words.replace(str(chain.room), "ROOM")[-300:]
-        if ending == BY_HAND and self.stage not in ARRAYS:
-            say(f"by hand: {outcomes or words}")
-            chain.cluster.wait(chain.submit(self.stage), chain.longest_seconds)
-        return outcomes
+            ending, met = FINISHED, waiting
+        elif "failed with code 2" in words and any(outcome.event == "full disk" for outcome in waiting):
+            # what came before the full disk was survived, and ends with the stage
+            ending, met = REFUSED, [outcome for outcome in waiting if outcome.event == "full disk"]
+        for outcome in met:
+            outcome.ending, outcome.message = ending, outcome.message or words
+            if outcome.event == "time limit" and ending == FINISHED and not outcome.starts_again:
+                outcome.hit = False  # the job was over before SLURM looked at its limit
+        if ending == BY_HAND:
+            say(f"by hand: {outcomes} {words}")
+            if self.stage not in ARRAYS:
+                chain.cluster.wait(chain.submit(self.stage), chain.longest_seconds)
+            for outcome in waiting[:-1]:
+                outcome.ending, outcome.message = FINISHED, outcome.message or words
+        return ending
+
+    def _last_words(self, job: int) -> str:
+        return self.chain.last_words(self.stage, job).replace(str(self.chain.room), "ROOM")[-300:]
 
     def _restarts(self, job: int) -> int:
         return self.chain.cluster.restarts(job)
@@ -149,18 +161,23 @@ class Disturbance:
 
 
 def disturbed(
-    cluster: Cluster, room: Path, number: int, seed: int, usual: dict[str, float], save: Callable[[list[Outcome]], None]
+    cluster: Cluster,
+    room: Path,
+    number: int,
+    asked: argparse.Namespace,
+    usual: dict[str, float],
+    save: Callable[[list[Outcome]], None],
 ) -> None:
     """A chain with events in each stage; what became of them is saved as it happens."""
-    draw = random.Random(f"{seed} {number}")
-    place = room / f"chain-{number}"
+    draw = random.Random(f"{asked.seed} {number}")
+    place, commit = room / f"chain-{number}", commit_of(Path(__file__).parent)
     clear(place)
     chain = Chain(cluster, place, room / "clock.so")
     shutil.copytree(room / "data", chain.disk / "data")
     found: list[Outcome] = []
     for stage in STAGES:
-        found += Disturbance(chain, number, stage, draw, usual[stage]).run()
-        say(f"{time.strftime('%H:%M:%S')} {found[-COUNTS[stage] :]}")
+        found += Disturbance(chain, number, stage, draw, usual[stage], asked.prefer, commit).run()
+        say(f"{time.strftime('%H:%M:%S')} {[outcome for outcome in found if outcome.stage == stage]}")
         save(found)
         chain.finish(stage)
     equal = chain.weights() == json.loads((room / "whole.json").read_text())["weights"]
@@ -168,6 +185,12 @@ def disturbed(
         outcome.equal = equal
     save(found)
     chain.close(keep=not equal or any(outcome.ending == BY_HAND for outcome in found))
+
+
+def commit_of(folder: Path) -> str:
+    """What the chain was made from; nothing where there is no git."""
+    words = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def undisturbed(cluster: Cluster, room: Path) -> dict[str, float]:
@@ -218,6 +241,7 @@ def main() -> None:
     parser.add_argument("--chains", type=int, default=40)
     parser.add_argument("--first", type=int, default=0, help="number of the first chain; two rooms share the work")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prefer", nargs="*", default=(), help="kinds that a stage meets if it can: hang, ...")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
@@ -244,7 +268,7 @@ def main() -> None:
                 path.write_text(f"[\n{lines}\n]\n")
 
             try:
-                disturbed(cluster, room, number, asked.seed, usual, save)
+                disturbed(cluster, room, number, asked, usual, save)
             except (RuntimeError, AssertionError) as error:
                 say(f"chain {number} is given up: {error}")
     finally:

@@ -8,9 +8,12 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
+from tests.examples.slurm.chain import Chain
 from tests.examples.slurm.events import EVENTS, FAILURES, STAGES, compile_clock, draw_events, write_clock
-from tests.examples.slurm.inject_events import BY_HAND, Outcome, table
+from tests.examples.slurm.inject_events import BY_HAND, FINISHED, REFUSED, Disturbance, Outcome, table
 
 ROOT = Path(__file__).resolve().parents[3]
 OUTCOMES = [Outcome(**facts) for facts in json.loads((ROOT / "tests/results/slurm_events.json").read_text())]
@@ -32,6 +35,35 @@ def test_a_job_meets_one_failure_at_most() -> None:
         drawn = draw_events("retrofit", 3, random.Random(number))
         assert len(drawn) == 3 and sum(event in FAILURES for event in drawn) <= 1
         assert drawn == draw_events("retrofit", 3, random.Random(number))
+
+
+def test_the_message_of_a_full_disk_is_no_other_events() -> None:
+    """What came before it goes on with the stage, as what came after; a limit that was never met is no event."""
+    refused, finished = "retrofit: failed with code 2 after 9 s", "retrofit: finished after 20 s"
+
+    class Stage:
+        room, longest_seconds = Path("room"), 1.0
+        states, words = iter([{"FAILED"}, {"COMPLETED"}]), iter([refused, finished])
+
+        def __init__(self) -> None:
+            self.cluster = SimpleNamespace(wait=lambda *_: None, states=lambda _: next(self.states))
+
+        def free_disk(self) -> None: ...
+
+        def set_clock(self, seconds: float) -> None: ...
+
+        def last_words(self, stage: str, job: int) -> str:
+            return next(self.words)
+
+    stage = Disturbance(cast(Chain, Stage()), 0, "retrofit", random.Random(0), 1.0)
+    events = [Outcome(0, "retrofit", event, 1.0, True) for event in ("TERM", "full disk")]
+    events[0].message = "saved, starts again"
+    assert stage._end(1, events) == REFUSED and [event.ending for event in events] == ["", REFUSED]
+    events.append(Outcome(0, "retrofit", "time limit", 1.0, True))
+    assert stage._end(2, events) == FINISHED
+    assert [event.ending for event in events] == [FINISHED, REFUSED, FINISHED]
+    assert [event.message for event in events] == ["saved, starts again", refused, finished]
+    assert [event.hit for event in events] == [True, True, False]
 
 
 def test_the_second_rank_has_a_clock_of_its_own(tmp_path: Path) -> None:
