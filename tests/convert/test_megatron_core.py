@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,19 +23,27 @@ from megatron_retro.cli.main import main
 from megatron_retro.config.command_line import parse_settings
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
-from megatron_retro.convert.checkpoint_files import read_parameter
+from megatron_retro.config.settings import Settings
+from megatron_retro.convert.checkpoint_files import read_parameter, write_checkpoint
 from megatron_retro.convert.distributed_checkpoint import DistributedTensors
 from megatron_retro.convert.megatron_export import core_problems
 from megatron_retro.convert.megatron_import import import_megatron
 from megatron_retro.errors import ArtifactError
 from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.retro import Retro
+from megatron_retro.testing.tiny_models import random_model, random_tokens, tiny_model
 from tests.data.byte_level import save_byte_level
 
 DATA = Path(__file__).parent / "data"
 BYTES = TokenizerConfig()
 OF_BYTES = ["--tokenizer-type", "ByteTokenizer"]
+LLAMA_BOUNDS = {
+    "rope_scaling_low_freq_factor": 1.0,
+    "rope_scaling_high_freq_factor": 4.0,
+    "rope_scaling_original_max_positions": 8192,
+}
 WHOLE = ("llama", "gpt", "qwen", "retro", "retro_rope")
+OURS = ("squared_relu", "rescaled", "stretched")
 CUT = ("gpt_1_2", "gpt_2_1", "gpt_2_2", "llama_2_2", "qwen_2_1", "retro_2_1", "retro_rope_2_1")
 
 
@@ -157,6 +170,63 @@ def test_goes_out_as_core_writes_it(name: str, stored: Path, tmp_path: Path) -> 
     import_megatron(tmp_path / "out", tmp_path / "again", BYTES, silent)
     model, expected = model_of(tmp_path / "again"), expected_of(stored, name)
     assert (model(expected["tokens"], neighbors_of(expected)) - expected["logits"]).abs().max() < 1e-9
+
+
+def models_of_ours() -> dict[str, ModelConfig]:
+    """What none of core's own checkpoints above has: settings that core must take from our run's arguments."""
+    shape = {"num_layers": 2, "make_vocab_size_divisible_by": 1, "untie_embeddings_and_output_weights": True}
+    plain = tiny_model(**shape, rotary_base=700.0)
+    return {
+        "squared_relu": replace(plain, squared_relu=True, kv_channels=8, rotary_percent=0.5, num_query_groups=2),
+        "rescaled": replace(plain, kv_channels=16, rope_scaling_type="llama3", rope_scaling_factor=4.0, **LLAMA_BOUNDS),
+        "stretched": replace(plain, rope_scaling_type="linear", rope_scaling_factor=4.0, norm_epsilon=1e-3),
+    }
+
+
+@pytest.fixture(scope="module")
+def read_by_core(stored: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each model: what we wrote, the logits that are expected, and what core made of it."""
+    reason = "needs megatron-core 0.15.3, installed or in the folder of MEGATRON_RETRO_PEERS"
+    path = [*sys.path, *filter(None, [os.environ.get("MEGATRON_RETRO_PEERS")])]
+    if not any(
+        found.version == "0.15.3" for found in importlib.metadata.distributions(name="megatron-core", path=path)
+    ):
+        pytest.skip(reason)
+    room = tmp_path_factory.mktemp("for_core")
+    for name in WHOLE:
+        import_megatron(stored / name, room / f"{name}_run", BYTES, silent)
+        expected = expected_of(stored, name)
+        export_for_core(room, name, {key: expected[key] for key in expected if not key.endswith("_short")})
+    for name, config in models_of_ours().items():
+        model = random_model(config, RetroConfig())
+        tensors = dict(model.named_parameters())
+        shapes = {each: tuple(tensor.shape) for each, tensor in tensors.items()}
+        settings = Settings([config, RetroConfig(), BYTES])
+        write_checkpoint(room / f"{name}_run", settings, shapes, lambda each, of=tensors: of[each].detach(), {})
+        tokens = random_tokens(1, 24)
+        with torch.no_grad():
+            export_for_core(room, name, {"tokens": tokens, "logits": model.double()(tokens)})
+    folders = [str(room / name) for name in (*WHOLE, *OURS)]
+    program = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("core_loads.py")), *folders]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return room
+
+
+def export_for_core(room: Path, name: str, given: dict[str, Tensor]) -> None:
+    main(["convert", str(room / f"{name}_run"), str(room / name), "--convert-to", "megatron-core"])
+    torch.save(given, room / name / "given.pt")
+
+
+@pytest.mark.parametrize("name", [*WHOLE, *OURS])
+def test_core_itself_loads_it_and_computes_the_same(name: str, read_by_core: Path) -> None:
+    """Core's model comes from the arguments that we wrote; it finds all it asks for, and ours holds nothing else."""
+    computed = torch.load(read_by_core / name / "computed.pt", weights_only=True)
+    given = torch.load(read_by_core / name / "given.pt", weights_only=True)
+    assert computed["absent"] == []
+    assert all(key.endswith("_extra_state") for key in computed["unasked"])  # of TransformerEngine's layers
+    assert (computed["logits"] - given["logits"]).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize(
