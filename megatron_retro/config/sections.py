@@ -33,7 +33,8 @@ from megatron_retro.config.inference import (
     SamplingConfig,
     ServeConfig,
 )
-from megatron_retro.config.model import ModelConfig, RetroConfig, model_is_possible
+from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.config.model_rules import model_is_possible
 from megatron_retro.config.parallel import PARALLEL_RULES, ParallelConfig
 from megatron_retro.config.retrieval import EmbedderConfig, InspectorConfig, RetrievalConfig
 from megatron_retro.config.settings import Settings

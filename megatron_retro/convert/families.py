@@ -282,6 +282,8 @@ FAMILIES = {
     family.model_type: family
     for family in (LLAMA, QWEN2, QWEN3, MISTRAL, SMOLLM3, PHI3, GRANITE, NEMOTRON, STABLELM, GPT2)
 }
+WINDOW_FAMILIES = ("mistral", "phi3", "qwen2", "qwen3")
+PARTLY_ROTATED_FAMILIES = ("phi3", "nemotron", "stablelm", "gpt2")
 
 
 def with_multipliers(family: Family, config: Mapping[str, Any]) -> Family:
@@ -292,3 +294,8 @@ def with_multipliers(family: Family, config: Mapping[str, Any]) -> Family:
     numbers = {name: float(value) for name, value in given.items() if isinstance(value, int | float) and value}
     found = {**family.multipliers, **numbers}
     return replace(family, rules=partial(_granite_rules, found, bool(config.get("tie_word_embeddings", False))))
+
+
+def rotated_layers(layers: int, freq: int | None) -> list[int]:
+    """As SmolLM3 writes it: 1 for a layer with rotary positions, 0 for every N-th."""
+    return [1 if freq is None else int((layer + 1) % freq != 0) for layer in range(layers)]

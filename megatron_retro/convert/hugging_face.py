@@ -17,7 +17,8 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.convert.checkpoint_files import open_stored, parameter_shapes, write_checkpoint
 from megatron_retro.convert.exported_text import export_text_files
 from megatron_retro.convert.families import GPT2, Family
-from megatron_retro.convert.hugging_face_config import family_of, hugging_face_from_model, model_from_hugging_face
+from megatron_retro.convert.hugging_face_config import family_of, model_from_hugging_face
+from megatron_retro.convert.hugging_face_settings import hugging_face_from_model
 from megatron_retro.convert.safetensors_folder import SafetensorsFolder, read_json, write_folder
 from megatron_retro.convert.tensor_rules import Rule
 from megatron_retro.data.model_text import TOKENIZER_JSON, keep_text_files

@@ -1,22 +1,27 @@
-"""`config.json` of a Hugging Face decoder <-> our settings, nothing understood by half."""
+"""`config.json` of a Hugging Face decoder -> our settings, nothing understood by half."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.toml_files import nearest
-from megatron_retro.convert.families import FAMILIES, GPT2, SMOLLM3, Family, with_multipliers
+from megatron_retro.convert.families import (
+    FAMILIES,
+    GPT2,
+    SMOLLM3,
+    WINDOW_FAMILIES,
+    Family,
+    rotated_layers,
+    with_multipliers,
+)
 from megatron_retro.convert.harmless_settings import leaves_the_function
-from megatron_retro.convert.rope_settings import ROPE_FIELDS, ROPE_NEEDS, written_rope, yarn_problems
+from megatron_retro.convert.rope_settings import ROPE_FIELDS, ROPE_NEEDS, yarn_problems
 from megatron_retro.errors import ConfigError
 
 _WINDOW_FIELDS = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
-_WINDOW_FAMILIES = ("mistral", "phi3", "qwen2", "qwen3")
 _EVERY_FOURTH = 4  # SmolLM3's layers without rotary positions, where a file does not say
-_PARTLY_ROTATED_FAMILIES = ("phi3", "nemotron", "stablelm", "gpt2")
 _BIAS_FIELDS = {"attention_bias", "mlp_bias", "use_qkv_bias"}
 
 
@@ -167,9 +172,9 @@ class _Reader:
         interval = self._number(
             "no_rope_layer_interval", self.field("no_rope_layer_interval", _EVERY_FOURTH), whole=True
         )
-        kinds = self.field("no_rope_layers") or _rotated_layers(layers, interval)
+        kinds = self.field("no_rope_layers") or rotated_layers(layers, interval)
         freq = kinds.index(0) + 1 if 0 in kinds else None
-        if kinds != _rotated_layers(layers, freq) or freq == 1:
+        if kinds != rotated_layers(layers, freq) or freq == 1:
             self.problems.append(f"no_rope_layers = {kinds!r}: only every N-th layer (N of at least 2) is understood")
             return {}
         return {"no_rope_freq": freq}
@@ -185,7 +190,7 @@ class _Reader:
             if set(kinds) - {"full_attention"}:
                 self.problems.append(f"layer_types = {kinds!r}: only full_attention is understood in this family")
             return {}
-        if self.family.model_type not in _WINDOW_FAMILIES:
+        if self.family.model_type not in WINDOW_FAMILIES:
             if self.field("sliding_window") is not None:
                 self.problems.append("sliding_window: transformers passes it over in this family; remove it")
             return {}
@@ -219,95 +224,3 @@ class _Reader:
         if biases.get("use_qkv_bias"):
             values["add_qkv_bias"] = True
         return values
-
-
-def hugging_face_from_model(model: ModelConfig) -> tuple[Family, dict[str, Any]]:
-    """The family that computes the same function, and its `config.json`; none is a refusal with every reason."""
-    reasons: dict[str, list[str]] = {}
-    for family in FAMILIES.values():
-        reasons[family.model_type] = found = not_supported_reasons(family, model)
-        if not found:
-            return family, _written_config(family, model)
-    listed = "\n".join(f"  {name}: {'; '.join(found)}" for name, found in reasons.items())
-    raise ConfigError(f"no Hugging Face family computes what this decoder computes:\n{listed}")
-
-
-def not_supported_reasons(family: Family, model: ModelConfig) -> list[str]:
-    """Why a decoder is no member of a family; empty when it is."""
-    wanted: dict[str, Any] = {"add_qkv_bias": False, "qk_layernorm": False, **family.fixed}
-    if family.model_type in ("stablelm", "gpt2"):
-        wanted.pop("add_qkv_bias")  # use_qkv_bias; GPT-2 has every bias anyway
-    if family.model_type != "nemotron":
-        wanted.pop("apply_layernorm_1p", None)  # folded into the weight
-    reasons = [
-        f"{name} is {getattr(model, name)!r}, not {value!r}"
-        for name, value in wanted.items()
-        if getattr(model, name) != value
-    ]
-    chosen = {"swiglu": model.swiglu, "squared_relu": model.squared_relu}
-    known = [
-        dict.fromkeys(chosen, False) | {k: v for k, v in act.items() if k in chosen}
-        for act in family.activations.values()
-    ]
-    if chosen not in known:
-        reasons.append("another activation")
-    reasons += _attention_reasons(family, model)
-    return reasons
-
-
-def _attention_reasons(family: Family, model: ModelConfig) -> list[str]:
-    reasons = []
-    if model.position_embedding_type == "rope" and model.rotary_interleaved:
-        reasons.append("rotary_interleaved has no counterpart")
-    if model.no_rope_freq is not None and family is not SMOLLM3:
-        reasons.append("all of its layers have rotary positions")
-    if model.rotary_percent != 1.0 and family.model_type not in _PARTLY_ROTATED_FAMILIES:
-        reasons.append(f"rotary_percent is {model.rotary_percent}, not 1.0")
-    has_window = model.sliding_window is not None
-    if has_window and family.model_type not in _WINDOW_FAMILIES:
-        reasons.append("it has no sliding window")
-    has_biases = not model.disable_bias_linear
-    if has_biases and family.model_type not in ("llama", "nemotron", "gpt2"):
-        reasons.append("it has no biases in all linear layers")
-    sized = model.kv_channels not in (None, model.hidden_size // model.num_attention_heads)
-    if sized and family.model_type in ("qwen2", "stablelm", "gpt2"):
-        reasons.append("its head size is hidden size / heads")
-    if family is GPT2 and model.num_key_value_heads() != model.num_attention_heads:
-        reasons.append("it has no grouped queries")
-    return reasons
-
-
-def _written_config(family: Family, model: ModelConfig) -> dict[str, Any]:
-    plain = dataclasses.replace(model, ffn_hidden_size=model.ffn_width())
-    config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
-    config |= {theirs: getattr(plain, ours) for ours, theirs in family.names.items()}
-    config |= {"tie_word_embeddings": not model.untie_embeddings_and_output_weights, "dtype": "float32"}
-    config |= {"attention_dropout": 0.0, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    if family is GPT2:
-        names = {False: "gelu", True: "gelu_new"}
-        config |= {"activation_function": names[model.gelu_tanh], "attn_pdrop": 0.0, "embd_pdrop": 0.0}
-        return config | {"resid_pdrop": 0.0}
-    config |= {
-        "hidden_act": next(iter(family.activations)),
-        "num_key_value_heads": model.num_key_value_heads(),
-        **written_rope(model, partial=family.model_type in _PARTLY_ROTATED_FAMILIES),
-    }
-    if family.model_type not in ("qwen2", "stablelm"):
-        config["head_dim"] = model.head_size()
-    if family.model_type in ("llama", "nemotron"):
-        config |= {"attention_bias": not model.disable_bias_linear, "mlp_bias": not model.disable_bias_linear}
-    if family is SMOLLM3:
-        config |= {"no_rope_layers": _rotated_layers(model.num_layers, model.no_rope_freq), "use_sliding_window": False}
-        config["no_rope_layer_interval"] = model.no_rope_freq or model.num_layers + 1
-    if family.model_type == "stablelm":
-        config["use_qkv_bias"] = model.add_qkv_bias
-    if family.model_type in _WINDOW_FAMILIES:
-        config["sliding_window"] = model.sliding_window
-    if family.model_type in ("qwen2", "qwen3"):
-        config |= {"use_sliding_window": model.sliding_window is not None, "max_window_layers": 0}
-    return config
-
-
-def _rotated_layers(layers: int, freq: int | None) -> list[int]:
-    """As SmolLM3 writes it: 1 for a layer with rotary positions, 0 for every N-th."""
-    return [1 if freq is None else int((layer + 1) % freq != 0) for layer in range(layers)]

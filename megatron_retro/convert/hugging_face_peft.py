@@ -23,7 +23,7 @@ from megatron_retro.config.training import PeftConfig
 from megatron_retro.convert.checkpoint_files import parameter_names, read_parameter
 from megatron_retro.convert.exported_text import export_text_files
 from megatron_retro.convert.families import GPT2, Family
-from megatron_retro.convert.hugging_face_config import hugging_face_from_model
+from megatron_retro.convert.hugging_face_settings import hugging_face_from_model
 from megatron_retro.convert.tensor_rules import Rule
 from megatron_retro.errors import ConfigError
 from megatron_retro.peft.methods import IA3, LORA

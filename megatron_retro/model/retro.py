@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_retro.config.model import ModelConfig, RetroConfig, model_violations
+from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.config.model_rules import model_violations
 from megatron_retro.errors import ConfigError
 from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.cache import Cache

@@ -13,7 +13,8 @@ from megatron_retro.assembly.parallel_model import ParallelModel
 from megatron_retro.assembly.warm_start import OPEN, start_from_decoder
 from megatron_retro.checkpoint.loading import open_checkpoint
 from megatron_retro.config.data import DataConfig, TokenizerConfig
-from megatron_retro.config.model import ModelConfig, RetroConfig, model_violations
+from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.config.model_rules import model_violations
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.convert.checkpoint_files import parameter_shapes, read_parameter, write_checkpoint

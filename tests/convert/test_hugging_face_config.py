@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megatron_retro.config.model import ModelConfig, RetroConfig
-from megatron_retro.convert.hugging_face_config import hugging_face_from_model, model_from_hugging_face
+from megatron_retro.convert.hugging_face_config import model_from_hugging_face
+from megatron_retro.convert.hugging_face_settings import hugging_face_from_model
 from megatron_retro.errors import ConfigError
 from megatron_retro.model.retro import count_parameters
 from megatron_retro.testing.tiny_models import tiny_model
