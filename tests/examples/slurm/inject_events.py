@@ -100,7 +100,7 @@ class Disturbance:
         if not outcome.starts_again:
             return
         outcome.seconds_to_leave = round(time.time() - moment, 1)
-        outcome.message = self._last_words(job)
+        outcome.message = self._last_words(job)[-300:]
         if outcome.event == "time limit":
             cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
         cluster.wait_until(
@@ -139,7 +139,7 @@ class Disturbance:
             # what came before the full disk was survived, and ends with the stage
             ending, met = REFUSED, [outcome for outcome in waiting if outcome.event == "full disk"]
         for outcome in met:
-            outcome.ending, outcome.message = ending, outcome.message or words
+            outcome.ending, outcome.message = ending, outcome.message or words[-300:]
             if outcome.event == "time limit" and ending == FINISHED and not outcome.starts_again:
                 outcome.hit = False  # the job was over before SLURM looked at its limit
         if ending == BY_HAND:
@@ -147,11 +147,11 @@ class Disturbance:
             if self.stage not in ARRAYS:
                 chain.cluster.wait(chain.submit(self.stage), chain.longest_seconds)
             for outcome in waiting[:-1]:
-                outcome.ending, outcome.message = FINISHED, outcome.message or words
+                outcome.ending, outcome.message = FINISHED, outcome.message or words[-300:]
         return ending
 
     def _last_words(self, job: int) -> str:
-        return self.chain.last_words(self.stage, job).replace(str(self.chain.room), "ROOM")[-300:]
+        return self.chain.last_words(self.stage, job).replace(str(self.chain.room), "ROOM")
 
     def _restarts(self, job: int) -> int:
         return self.chain.cluster.restarts(job)
