@@ -138,9 +138,9 @@ class Heartbeat:
         patience: float = math.inf,
     ) -> None:
         """`run` is where culprits are written when this rank's step stands still for `patience` seconds."""
-        self._store: Store = store.clone()  # type: ignore[attr-defined]  # a connection of its own
-        self._store.set_timeout(_STORE_TIMEOUT)
         self._call = StoreCalls(_LONGEST_CALL)
+        self._store: Store = self._call(store.clone)  # type: ignore[attr-defined]  # a connection of its own
+        self._store.set_timeout(_STORE_TIMEOUT)
         self._rank, self._world_size, self._interval = rank, world_size, interval
         self._step, self._phase, self._count = 0, "start", 0
         self._pace = Pace()

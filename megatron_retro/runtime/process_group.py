@@ -33,9 +33,11 @@ from megatron_retro.runtime.flight_recorder import FILE_START
 from megatron_retro.runtime.launch import Launch
 from megatron_retro.runtime.refusals import Refusals
 from megatron_retro.runtime.rendezvous import store_of
+from megatron_retro.runtime.store_calls import StoreCalls
 from megatron_retro.runtime.strict_json import json_text
 
 _RECORDED_COLLECTIVES = 2000
+_TOLD_BY_TORCH = 1.0  # seconds in which torch's own timeout, which names what it waited for, comes first
 _SIGNS_OF_LOST_PEERS = ("timed out", "timeout", "connection closed", "connection reset", "broken pipe", "aborted")
 
 
@@ -129,10 +131,15 @@ def _initialize(launch: Launch, device: torch.device, timeout: timedelta) -> Sto
     if launch.alone:
         dist.init_process_group(backend, store=HashStore(), **place)
         return None
-    try:
-        store = store_of(launch, timeout)
+
+    def meet() -> None:
         dist.init_process_group(backend, store=store, **place)
         dist.all_reduce(torch.zeros(1))  # a first rank that leaves at once takes the store from nobody still connecting
+
+    call = StoreCalls(timeout.total_seconds() + _TOLD_BY_TORCH)
+    try:
+        store = call(lambda: store_of(launch, timeout))
+        call(meet)
         return store
     except (RuntimeError, ValueError) as error:
         raise LostRank(

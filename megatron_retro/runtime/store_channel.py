@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -152,7 +153,7 @@ class StoreChannel:
     def _forget(self) -> None:
         assert self._store is not None
         for key in self._told:
-            self._store.delete_key(key)
+            self._call(partial(self._store.delete_key, key))
         self._told.clear()
 
 
@@ -164,8 +165,9 @@ def open_channel(name: str, group: dist.ProcessGroup | None = None, timeout: tim
     store = dist.distributed_c10d._get_default_store()
     place = f"channel/{name}/{'-'.join(map(str, ranks)) if len(ranks) < dist.get_world_size() else 'all'}"
     patience = timeout or store.timeout  # type: ignore[attr-defined]  # torch's stub leaves it out
-    number = StoreCalls(patience.total_seconds())(lambda: store.add(f"{place}/opened/{dist.get_rank()}", 1))
-    base = store.clone()  # type: ignore[attr-defined]  # so does it this
+    call = StoreCalls(patience.total_seconds())
+    number = call(lambda: store.add(f"{place}/opened/{dist.get_rank()}", 1))
+    base = call(store.clone)  # type: ignore[attr-defined]  # so does it this
 
     def beat_of(rank: int) -> bytes:
         key = beat_key(ranks[rank])

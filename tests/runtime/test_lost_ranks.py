@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -19,15 +20,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d
+from torch._C._distributed_c10d import TCPStore
 
 from megatron_retro.cli.main import main
 from megatron_retro.errors import EXIT_LOST_RANK, ArtifactError, LostRank
 from megatron_retro.runtime import heartbeat as heartbeat_module
+from megatron_retro.runtime import process_group as group_module
 from megatron_retro.runtime import refusals as refusals_module
 from megatron_retro.runtime.flight_recorder import FILE_START, behind, read_flight, read_flights
 from megatron_retro.runtime.foreign_pickles import read_pickle
 from megatron_retro.runtime.heartbeat import Beat, blame, start_heartbeat
-from megatron_retro.runtime.launch import find_launch
+from megatron_retro.runtime.launch import Launch, find_launch
 from megatron_retro.runtime.process_group import process_group
 from megatron_retro.runtime.run_log import CULPRITS, FLIGHT
 from megatron_retro.runtime.store_channel import open_channel
@@ -134,6 +137,63 @@ def test_a_stopped_keeper_of_the_store_holds_nobody(tmp_path: Path, where: str) 
     finally:
         os.kill(ranks[0], signal.SIGKILL)
     assert wait(ranks[0], 10) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    "when", ["before they met", "while they meet", pytest.param("in the agent", marks=pytest.mark.full)]
+)
+def test_a_stopped_keeper_of_the_store_lets_nobody_wait_at_the_start(when: str) -> None:
+    """The store's process is stopped before a rank reaches it, or between store and group; the others leave with 76."""
+
+    def place(rank: int) -> None:
+        names = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in names.items()})
+        if when == "in the agent":
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        elif when == "while they meet" and rank == 0:
+            store_of = group_module.store_of
+            stop = partial(os.kill, os.getpid(), signal.SIGSTOP)
+            pytest.MonkeyPatch().setattr(group_module, "store_of", lambda *words: (store_of(*words), stop())[0])
+
+    def keeper() -> None:
+        place(0)
+        if when == "in the agent":
+            store = TCPStore("127.0.0.1", port, 2, is_master=True, wait_for_workers=False)
+            time.sleep(100)
+            del store
+        with process_group(find_launch(), timeout_minutes=1):
+            pass
+
+    def peer() -> None:
+        place(1)
+        with process_group(
+            Launch("torchrun" if when == "in the agent" else "srun", 1, 2, 1, 2, "127.0.0.1", port),
+            timeout_minutes=0.02,
+        ):
+            pass
+
+    port = free_port()
+    first = fork(keeper)
+    try:
+        if when != "while they meet":
+            until_listening(port)
+            os.kill(first, signal.SIGSTOP)
+        other = fork(peer)
+        left = wait(other, 20)
+        if left is None:
+            os.kill(other, signal.SIGKILL)
+        assert left == EXIT_LOST_RANK
+    finally:
+        os.kill(first, signal.SIGKILL)
+    assert wait(first, 10) == -signal.SIGKILL
+
+
+def until_listening(port: int) -> None:
+    for _ in range(200):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"nobody listens at port {port}")
 
 
 def free_port() -> int:
