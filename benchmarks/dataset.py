@@ -1,12 +1,15 @@
 """Samples per second with and without neighbours, time to the first one, start-up at 10M documents.
 
-Equality is asserted first: the C++ gathers against NumPy, the order against itself read alone.
+Equality is asserted first: the C++ gathers against NumPy, the order against itself read alone. The peer is
+megatron-core's Retro dataset over the same token file, chunks and neighbours, read in turn with ours; where it is not
+installed it is skipped by name (see `benchmarks/peers/peer_packages.py`).
 """
 
 from __future__ import annotations
 
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,15 +24,19 @@ from megatron_retro.config.training import TrainingConfig
 from megatron_retro.data.builders import build_dataset
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.dataset import Dataset
-from megatron_retro.data.neighbor_table import TableLayout, finish_table, write_block
+from megatron_retro.data.neighbor_table import NeighborTable, TableLayout, finish_table, write_block
 from megatron_retro.data.order import permuted
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.data.token_writer import TokenFileWriter
 from megatron_retro.runtime.console import say
-from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main
+from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main, median_ratio
+
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+import core_retro_samples
+import peer_packages
 
 EOD, CHUNK, LENGTH, BATCH = 50256, 64, 2048, 8
-PEER_TOKENS_PER_SECOND = 150e3
+CORE = "megatron-core"
 
 
 def write_corpus(prefix: Path, documents: int, mean: int) -> TokenFile:
@@ -87,6 +94,30 @@ def rate(dataset: Dataset, batches: int) -> float:
     return batches * BATCH * LENGTH / (time.process_time() - began)
 
 
+def core_rate(dataset: Any, first: int, samples: int) -> float:
+    """The same of core's dataset, which reads one sample at a time."""
+    began = time.process_time()
+    for number in range(first, first + samples):
+        assert dataset[number]["neighbor_tokens"].shape == (LENGTH // CHUNK, 2, 2 * CHUNK)
+    return samples * LENGTH / (time.process_time() - began)
+
+
+def core_dataset(folder: Path, file: TokenFile, database: ChunkDatabase) -> Any:
+    """Core's dataset over the same files; its chunks are the same, and so are a neighbour's own tokens."""
+    starts = file.document_starts(np.arange(file.num_documents))
+    chunks = core_retro_samples.document_chunks(np.diff(starts, append=file.num_tokens), CHUNK)
+    assert len(chunks) == database.num_chunks
+    rows = NeighborTable.open(folder / "table").rows(0, file.num_tokens // CHUNK)
+    core_retro_samples.write_neighbors(folder / "core_neighbors", rows)
+    samples = file.num_tokens // LENGTH - 1
+    sizes = {"samples": samples, "length": LENGTH, "chunk": CHUNK, "eod": EOD}
+    dataset = core_retro_samples.core_dataset(file.prefix, chunks, folder / "core_neighbors", **sizes)
+    found = dataset[0]["neighbor_tokens"].reshape(-1, 2 * CHUNK)[:, :CHUNK]
+    tokens, mask = database.gather(rows[: LENGTH // CHUNK, :2].reshape(-1), CHUNK)
+    assert (found[mask] == tokens[mask]).all()
+    return dataset
+
+
 def first_sample(folder: Path, retro: bool) -> float:
     """Seconds from nothing open to the first batch."""
     began = time.perf_counter()
@@ -133,19 +164,35 @@ def throughput(folder: Path, quick: bool) -> list[Figure]:
         build_dataset(settings(folder, with_neighbors), "train", eod=EOD) for with_neighbors in (True, False)
     )
     require_equal(retro)
-    batches = 40 if quick else 200
+    core = None if peer_packages.missing(CORE) else core_dataset(folder, file, database)
+    batches, samples, rounds = (40, 20, 3) if quick else (200, 100, 7)
     rate(retro, batches)
-    pairs = [(rate(retro, batches), rate(plain, batches)) for _ in range(3 if quick else 7)]
-    with_neighbors, without = (statistics.median(values) for values in zip(*pairs, strict=True))
-    del retro, plain, file, database
+    ours, without, theirs = list[float](), list[float](), list[float]()
+    for number in range(rounds):
+        ours.append(rate(retro, batches))
+        without.append(rate(plain, batches))
+        if core is not None:
+            theirs.append(core_rate(core, number * samples, samples))
+    del retro, plain, core, file, database
     return [
-        Figure("tokens with 2 neighbours", with_neighbors / 1e6, "M decoder tokens/CPU-s", 15.0),
-        Figure("against the peer's 150k", with_neighbors / PEER_TOKENS_PER_SECOND, "x", 100.0),
-        Figure("tokens without neighbours", without / 1e6, "M decoder tokens/CPU-s"),
+        Figure("tokens with 2 neighbours", statistics.median(ours) / 1e6, "M decoder tokens/CPU-s", 15.0),
+        *over_core(ours, theirs),
+        Figure("tokens without neighbours", statistics.median(without) / 1e6, "M decoder tokens/CPU-s"),
         Figure("first batch with neighbours", 1e3 * first_sample(folder, True), "ms", 200.0, LOWER),
         Figure("first batch without", 1e3 * first_sample(folder, False), "ms", 200.0, LOWER),
         *cold(folder, True, batches),
         *cold(folder, False, batches),
+    ]
+
+
+def over_core(ours: list[float], theirs: list[float]) -> list[Figure]:
+    """Our rate in pairs with core's, or why there is none."""
+    if reason := peer_packages.missing(CORE):
+        say(reason)
+        return []
+    return [
+        Figure(f"{CORE}: tokens with 2 neighbours", statistics.median(theirs) / 1e6, "M decoder tokens/CPU-s"),
+        Figure(f"rate over {CORE}", median_ratio(ours, theirs), "x", 100.0),
     ]
 
 
@@ -156,11 +203,15 @@ def resident_mb() -> float:
 
 
 def start_up(folder: Path, quick: bool) -> list[Figure]:
-    """Opening very many documents, and the order of 19 billion samples."""
+    """Opening very many documents, and the order of 19 billion samples.
+
+    Eight tokens a document: like any corpus of so many, the file is larger than those that are verified whole when
+    they are opened (64 MB, which takes 0.1 s).
+    """
     documents = 1_000_000 if quick else 10_000_000
     ones = np.ones(documents, np.int32)
     with TokenFileWriter(folder / "many", "uint16") as writer:
-        writer.add_documents(np.zeros(3 * documents, np.uint16), 3 * ones, ones.astype(np.int64))
+        writer.add_documents(np.zeros(8 * documents, np.uint16), 8 * ones, ones.astype(np.int64))
         writer.finalize()
     del ones
     before, began = resident_mb(), time.perf_counter()

@@ -204,8 +204,6 @@ def print_peak(name: str, quick: bool) -> None:
     A small step comes first, so that code which is loaded at its first use does not count.
     """
     torch.set_num_threads(1)
-    if name in PEERS:
-        peer_packages.is_here(name)
     small = {**QUICK, "width": 64, "heads": 1}
 
     def built(sizes: dict[str, int]) -> Step:

@@ -1,7 +1,6 @@
 """Tokens per CPU-second of the whole preprocessing command against Megatron-LM's algorithms, outputs equal.
 
-Text: the standard library of this machine's Python, or the JSON lines in $MEGATRON_RETRO_BENCHMARK_TEXT. The corpora
-whose peak memory is measured have the megabytes of $MEGATRON_RETRO_BENCHMARK_SIZES.
+The text is the standard library of this machine's Python, repeated where more is needed.
 The peers are Megatron's old algorithm (`benchmarks/peers/megatron_preprocess.py`), its fast one on gigatoken
 (`benchmarks/peers/gigatoken_preprocess.py`), and gigatoken alone as the bound. All run with one worker, in turn.
 """
@@ -15,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_retro.config.data import InputConfig, TrainTokenizerConfig
@@ -30,16 +30,12 @@ ROOT = Path(__file__).resolve().parents[1]
 OLD_TARGETS = {"sentencepiece BPE": 5.0, "byte-level BPE": 5.0, "sentencepiece unigram": 1.0}
 ON_GIGATOKEN = ("sentencepiece BPE", "byte-level BPE")
 _SCALING_BYTES = 600_000_000
-TEXT = os.environ.get("MEGATRON_RETRO_BENCHMARK_TEXT")
-SIZES_MB = [int(size) for size in os.environ.get("MEGATRON_RETRO_BENCHMARK_SIZES", "100,1000,4000").split(",")]
+_SIZES_MB = (100, 1000, 4000)  # corpora whose peak memory is measured
 
 
 def write_text(path: Path, characters: int) -> Path:
     """JSON lines of about so much text."""
-    if TEXT is not None:
-        lines = Path(TEXT).read_text(encoding="utf-8").splitlines(keepends=True)
-    else:
-        lines = [json.dumps({"text": document.text}) + "\n" for document in standard_library_documents()]
+    lines = [json.dumps({"text": document.text}) + "\n" for document in standard_library_documents()]
     with path.open("w", encoding="utf-8") as stream:
         left = characters
         for line in lines:
@@ -196,7 +192,7 @@ def peak_memory_mb(words: list[str]) -> float:
     return peak
 
 
-def memory(folder: Path, source: Path, flags: list[str], sizes_mb: list[int]) -> list[Figure]:
+def memory(folder: Path, source: Path, flags: list[str], sizes_mb: Iterable[int]) -> list[Figure]:
     """Peak memory of two workers over growing corpora."""
     figures = []
     large, content = folder / "large.jsonl", source.read_bytes()
@@ -227,7 +223,7 @@ def run(quick: bool) -> list[Figure]:
                     stream.write(source.read_bytes())
             figures += scaling(folder, folder / "long.jsonl", bpe, 2)
         figures += start_up(folder, bpe)
-        return figures + memory(folder, source, bpe, [20] if quick else SIZES_MB)
+        return figures + memory(folder, source, bpe, [20] if quick else _SIZES_MB)
 
 
 if __name__ == "__main__":

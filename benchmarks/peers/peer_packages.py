@@ -13,11 +13,12 @@ VARIABLE = "MEGATRON_RETRO_PEERS"
 MODULES = {"megatron-core": ("megatron",), "retro-pytorch": ("retro_pytorch", "einops")}
 
 
+if os.environ.get(VARIABLE) is not None and os.environ[VARIABLE] not in sys.path:
+    sys.path.append(os.environ[VARIABLE])  # behind everything else, and before anyone asks for versions
+
+
 def is_here(peer: str) -> bool:
-    """Whether a peer can be imported; the folder is put on the path, behind everything else."""
-    folder = os.environ.get(VARIABLE)
-    if folder is not None and folder not in sys.path:
-        sys.path.append(folder)
+    """Whether a peer can be imported."""
     return all(importlib.util.find_spec(module) is not None for module in MODULES[peer])
 
 
