@@ -12,7 +12,7 @@ from megatron_retro.errors import ConfigError, Violation
 KEPT_AS_ONE = ("document", "chunk")
 TOKENIZERS = (
     "ByteTokenizer", "SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer",
-    "GPTSentencePieceTokenizer", "MegatronSentencePieceTokenizer",
+    "GPTSentencePieceTokenizer", "MegatronSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer",
 )  # fmt: skip
 VERIFICATIONS = ("off", "background", "before")
 CONTEXT_PLACES = ("prompt", "encoder", "split", "none")
@@ -28,6 +28,9 @@ class TokenizerConfig:
     tokenizer_model: str | None = option(None, "sentencepiece model, tokenizer.json, or name of a model on the hub")
     vocab_file: str | None = option(None, "GPT-2 vocabulary (json)")
     merge_file: str | None = option(None, "GPT-2 merges")
+    tiktoken_pattern: str = option("v2", "TikTokenizer: where texts are cut into words", choices=("v1", "v2"))
+    tiktoken_num_special_tokens: int = option(1000, "TikTokenizer: ids before the vocabulary's", minimum=7)
+    tiktoken_special_tokens: tuple[str, ...] | None = option(None, "TikTokenizer: names of the first of these ids")
     allow_tokenizer_mismatch: bool = option(
         False, "go on where a corpus, an index or a model was made with another tokenizer", ours=True
     )

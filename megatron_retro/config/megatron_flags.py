@@ -43,7 +43,6 @@ _INSTEAD = {
     "--decoupled-lr": "there is one rate for a decoder; --lr-scale-decoder is its factor in a Retro",
     "--decoupled-min-lr": "there is one least rate, --min-lr",
     "--grad-reduce-in-bf16": "gradients are reduced in float32, leave it out",
-    "--tiktoken-pattern": "a tiktoken vocabulary comes as tokenizer.json, by --tokenizer-type HuggingFaceTokenizer",
     "--ckpt-step": "beside --load RUN it names one checkpoint, as --load RUN/step-NNNNNNNN does",
     "--data-folder": "--instruction-data names conversation files, with weights",
     "--answer-loss-only": "the loss is on the last reply anyway, leave it out",
@@ -122,8 +121,6 @@ _EXPERTS = ("--num-experts", "--expert-", "--moe-")
 _STAGE = "--retro-tasks takes plan, train, encode, merge, query and verify; leave it out for all of them"
 # what to give in place of a value of Megatron's that is no choice here
 BY_VALUE = {
-    "Llama2Tokenizer": "GPTSentencePieceTokenizer reads its token files; it puts no begin id before a document",
-    "TikTokenizer": "HuggingFaceTokenizer with the same vocabulary as tokenizer.json",
     "NullTokenizer": "leave it out: --mock-data with --vocab-size needs no tokenizer",
     "BertWordPieceLowerCase": "the embedder has its own; give the corpus's tokenizer",
     "BertWordPieceCase": "the embedder has its own; give the corpus's tokenizer",

@@ -23,9 +23,10 @@ from megatron_retro.data.tokenizers import build_tokenizer, end_tokens
 from megatron_retro.runtime.strict_json import json_text
 
 # kind of tokenizer: the names of its files in a Hugging Face folder, by setting, and the class that reads them
-_CUSTOMARY: dict[str, tuple[dict[str, str], str]] = {
+_CUSTOMARY: dict[str, tuple[dict[str, str], str | None]] = {
     "HuggingFaceTokenizer": ({"tokenizer_model": TOKENIZER_JSON}, "PreTrainedTokenizerFast"),
     "GPT2BPETokenizer": ({"vocab_file": "vocab.json", "merge_file": "merges.txt"}, "GPT2Tokenizer"),
+    "TikTokenizer": ({}, None),  # transformers has no class that reads it
 }
 _SENTENCEPIECE = ({"tokenizer_model": "tokenizer.model"}, "LlamaTokenizer")
 
@@ -44,7 +45,7 @@ def export_text_files(checkpoint: Path, config: TokenizerConfig, partial: Path) 
             files[name] = path
     for name, path in files.items():
         write_file(partial / name, read_text_file(path))
-    if not (partial / TOKENIZER_SETTINGS).is_file():
+    if reader is not None and not (partial / TOKENIZER_SETTINGS).is_file():
         _write_json(partial / TOKENIZER_SETTINGS, {"tokenizer_class": reader})
     ends = sorted(end_tokens(build_tokenizer(config)))
     _write_json(

@@ -1,7 +1,8 @@
-"""Megatron-LM's own `SentencePieceTokenizer`: a sentencepiece model and, after its pieces, tokens that it has not.
+"""What Megatron-LM makes of sentencepiece models beside their own ids: tokens behind them, or one before a text.
 
-Its documents end with `<EOD>`, an id beyond the model. Here it is called `MegatronSentencePieceTokenizer`, because
-`SentencePieceTokenizer` has always meant the model alone (Megatron's `GPTSentencePieceTokenizer`) in files of ours.
+Documents of its own `SentencePieceTokenizer` end with `<EOD>`, an id beyond the model. Here it is called
+`MegatronSentencePieceTokenizer`, because `SentencePieceTokenizer` has always meant the model alone (Megatron's
+`GPTSentencePieceTokenizer`) in files of ours.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_retro.data.tokenizers import SentencePieceTokenizer, utf8
+from megatron_retro.errors import ArtifactError
 
 _ADDED = ("<CLS>", "<SEP>", "<EOD>", "<MASK>")
 _ROLES = {"pad_id": "<PAD>", "bos_id": "<BOS>", "eos_id": "<EOS>"}
@@ -59,3 +61,19 @@ class MegatronSentencePieceTokenizer:
             else:
                 run.append(token)
         return text + self._pieces.decode(run)
+
+
+class Llama2Tokenizer(SentencePieceTokenizer):
+    """The model alone; every document of a token file begins with the begin-of-sentence piece, and so does a prompt."""
+
+    def __init__(self, model: Path) -> None:
+        super().__init__(model)
+        begin = int(self.processor.bos_id())
+        if begin < 0 or self.processor.eos_id() < 0:
+            raise ArtifactError(
+                f"{model} has no begin-of-sentence or no end-of-sentence piece",
+                got=f"ids {begin} and {self.processor.eos_id()}",
+                fix="use --tokenizer-type GPTSentencePieceTokenizer",
+            )
+        self.begins = (begin,)
+        self.fingerprint = hashlib.sha256(b"Llama2" + self.model_bytes).hexdigest()

@@ -258,10 +258,14 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     model = _required(config.tokenizer_model, kind, "tokenizer_model")
     if kind in ("SentencePieceTokenizer", "GPTSentencePieceTokenizer"):
         return SentencePieceTokenizer(model)
-    if kind == "MegatronSentencePieceTokenizer":
-        from megatron_retro.data.megatron_tokenizer import MegatronSentencePieceTokenizer
+    if kind in ("MegatronSentencePieceTokenizer", "Llama2Tokenizer"):
+        from megatron_retro.data.megatron_tokenizer import Llama2Tokenizer, MegatronSentencePieceTokenizer
 
-        return MegatronSentencePieceTokenizer(model)
+        return Llama2Tokenizer(model) if kind == "Llama2Tokenizer" else MegatronSentencePieceTokenizer(model)
+    if kind == "TikTokenizer":
+        from megatron_retro.data.tiktoken_tokenizer import TikTokenizer
+
+        return TikTokenizer(model, config)
     return HuggingFaceTokenizer(folder_of(model, TEXT_PATTERNS))
 
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +29,7 @@ from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.retro import Retro
 from megatron_retro.testing.tiny_models import random_model, random_tokens, tiny_model
 from tests.data.byte_level import save_byte_level
+from tests.peer_core import require_core, run_beside_core
 
 DATA = Path(__file__).parent / "data"
 BYTES = TokenizerConfig()
@@ -186,12 +183,7 @@ def models_of_ours() -> dict[str, ModelConfig]:
 @pytest.fixture(scope="module")
 def read_by_core(stored: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for each model: what we wrote, the logits that are expected, and what core made of it."""
-    reason = "needs megatron-core 0.15.3, installed or in the folder of MEGATRON_RETRO_PEERS"
-    path = [*sys.path, *filter(None, [os.environ.get("MEGATRON_RETRO_PEERS")])]
-    if not any(
-        found.version == "0.15.3" for found in importlib.metadata.distributions(name="megatron-core", path=path)
-    ):
-        pytest.skip(reason)
+    require_core()
     room = tmp_path_factory.mktemp("for_core")
     for name in WHOLE:
         import_megatron(stored / name, room / f"{name}_run", BYTES, silent)
@@ -207,10 +199,7 @@ def read_by_core(stored: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         with torch.no_grad():
             export_for_core(room, name, {"tokens": tokens, "logits": model.double()(tokens)})
     folders = [str(room / name) for name in (*WHOLE, *OURS)]
-    program = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("core_loads.py")), *folders]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_beside_core(Path(__file__).with_name("core_loads.py"), *folders)
     return room
 
 

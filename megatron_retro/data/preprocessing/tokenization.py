@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_retro.data.megatron_tokenizer import MegatronSentencePieceTokenizer
+from megatron_retro.data.megatron_tokenizer import Llama2Tokenizer
 from megatron_retro.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, Tokenizer, utf8
 
 CACHE_BYTES = 256 << 20
@@ -64,6 +64,18 @@ class PlainEncoder:
 
 
 @dataclass(frozen=True)
+class BeginningEncoder:
+    """Another encoder's tokens, each text behind an id that begins it."""
+
+    encoder: TextEncoder
+    begin: int
+
+    def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        tokens, lengths = self.encoder.encode(texts)
+        return np.insert(tokens, np.cumsum(lengths) - lengths, self.begin), lengths + 1
+
+
+@dataclass(frozen=True)
 class ByteEncoder:
     """Bytes are tokens already."""
 
@@ -107,8 +119,13 @@ def build_encoder(tokenizer: Tokenizer, dtype: np.dtype[Any]) -> TextEncoder:
     """The fastest encoder that gives exactly the tokenizer's ids."""
     if isinstance(tokenizer, ByteTokenizer):
         return ByteEncoder(dtype)
+    encoder = _without_begin(tokenizer, dtype)
+    return BeginningEncoder(encoder, tokenizer.begins[0]) if isinstance(tokenizer, Llama2Tokenizer) else encoder
+
+
+def _without_begin(tokenizer: Tokenizer, dtype: np.dtype[Any]) -> TextEncoder:
     plain = PlainEncoder(tokenizer, dtype)
-    if isinstance(tokenizer, MegatronSentencePieceTokenizer):
+    if not isinstance(tokenizer, SentencePieceTokenizer) and not hasattr(tokenizer, "backend"):
         return plain
     try:
         fast = GigatokenEncoder(plain)
