@@ -194,7 +194,12 @@ read_cores() {
 finish() {
   local verb="$1" code="$2" seconds="$3" words line again=false reason="" failures="$logs/endings/${task}failures"
   case "$code" in
-    0) words=finished ;;
+    0)
+      words=finished
+      if is_past_its_limit; then
+        words="finished after its time limit, starts again" again=true
+      fi
+      ;;
     "$exit_requeue") words="saved, starts again" again=true ;;
     *) words="failed with code $code" ;;
   esac

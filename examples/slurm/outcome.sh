@@ -99,6 +99,14 @@ was_cancelled() {
   [[ "$state" == *JobState=COMPLETING* || "$state" == *JobState=CANCELLED* ]] && [[ "$state" != *Reason=TimeLimit* ]]
 }
 
+# SLURM calls a job that ends after its limit TIMEOUT, even with code 0, and no other job may depend on that.
+is_past_its_limit() {
+  local end
+  end="$(scontrol show job "$SLURM_JOB_ID" --oneliner 2>/dev/null | grep -o ' EndTime=[^ ]*' | cut -d = -f 2 || true)"
+  end="$(date -d "${end:-unknown}" +%s 2>/dev/null || true)"
+  [ -n "$end" ] && [ "$(date +%s)" -ge "$((end - 1))" ]
+}
+
 # Queued again, without the nodes that failed twice.
 requeue() { # file of the failures
   local nodes known

@@ -90,7 +90,8 @@ def _hit_the_job(chain: Chain, stage: str, job: int, event: str, draw: random.Ra
     elif event == "lost worker":
         cluster.run("scancel", f"{job}_{draw.randrange(2)}")
     elif event == "time limit":  # SLURM sends the warning that the job asked for when it looks at limits next
-        cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=2")
+        hours, minutes, _ = cluster.facts(job)["RunTime"].split(":")
+        cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * int(hours) + int(minutes) + 2}")
     elif event == "node death":
         node = draw.choice(cluster.run("scontrol", "show", "hostnames", cluster.facts(job)["NodeList"]).split())
         cluster.kill_node(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -128,6 +129,19 @@ def test_every_way_to_ask_for_a_stop(
             job.signal(*options)
     cluster.wait_all([job.number for job in told], 200)
     assert [job.ended() for job in told] == [("COMPLETED", "0:0", "1")] * 3, [job.log() for job in told]
+
+
+@pytest.mark.parametrize("end", ["1 minute", "-2 seconds", "unknown"])
+def test_what_finishes_after_its_time_limit_starts_again(end: str) -> None:
+    """For SLURM it timed out whatever its code, and the jobs that wait for it would never start."""
+    stub = f'scontrol() {{ echo "JobId=7 EndTime=$(date -d "{end}" +%FT%T 2>/dev/null || echo Unknown) A=b"; }}'
+    words = f"set -euo pipefail; source {LAUNCH.with_name('outcome.sh')}; {stub}; SLURM_JOB_ID=7; is_past_its_limit"
+    assert (subprocess.run(["bash", "-c", words], check=False).returncode == 0) == end.startswith("-")
+
+
+def test_without_an_answer_of_slurm_no_limit_is_past() -> None:
+    words = f"set -euo pipefail; source {LAUNCH.with_name('outcome.sh')}; scontrol() {{ false; }}; is_past_its_limit"
+    assert subprocess.run(["bash", "-c", words], env={"SLURM_JOB_ID": "7"}, check=False).returncode == 1
 
 
 def test_what_is_refused_fails_and_what_fails_is_tried_again(jobs: dict[str, Job]) -> None:
