@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from megatron_retro.config.fields import option
 
 NORMALIZATIONS = ("LayerNorm", "RMSNorm")
+NORM_PLACEMENTS = ("before", "after", "both")
+QK_NORM_SCOPES = ("head", "projection")
 POSITIONS = ("rope", "learned_absolute", "relative", "none")
 GATES = ("fixed", "scalar", "heads", "adaptive")
 ENCODER_READS = ("last", "same-depth")
@@ -45,8 +47,21 @@ class ModelConfig:
     sliding_window: int | None = option(None, "each token sees at most this many last tokens", minimum=1, ours=True)
     normalization: str = option("LayerNorm", "kind of norm", choices=NORMALIZATIONS)
     apply_layernorm_1p: bool = option(False, "store the norm's weight as 1 + w")
+    norm_placement: str = option(
+        "before",
+        "where a layer's norms stand: before attention and MLP, after them (their sum with the stream is not normed), "
+        "or both",
+        choices=NORM_PLACEMENTS,
+        ours=True,
+    )
     norm_epsilon: float = option(1e-5, "added to the variance")
-    qk_layernorm: bool = option(False, "norm of queries and keys per head")
+    qk_layernorm: bool = option(False, "norm of queries and keys")
+    qk_norm_scope: str = option(
+        "head",
+        "what one norm of queries or keys covers: a head, or all heads of the projection",
+        choices=QK_NORM_SCOPES,
+        ours=True,
+    )
     swiglu: bool = option(False, "gated MLP with SiLU")
     squared_relu: bool = option(False, "squared ReLU in the MLP")
     disable_bias_linear: bool = option(False, "no bias in linear layers")
@@ -58,6 +73,14 @@ class ModelConfig:
     hidden_dropout: float = option(0.0, "dropout before each residual add", minimum=0.0, maximum=1.0)
     attention_dropout: float = option(0.0, "dropout of attention weights", minimum=0.0, maximum=1.0)
     init_method_std: float = option(0.02, "standard deviation of initial weights", minimum=0.0)
+
+    def norms_before(self) -> bool:
+        """Whether attention and MLP read the normed stream."""
+        return self.norm_placement != "after"
+
+    def norms_after(self) -> bool:
+        """Whether what attention and MLP give is normed before it is added."""
+        return self.norm_placement != "before"
 
     def ffn_width(self) -> int:
         """Width of the MLP."""

@@ -20,6 +20,8 @@ def _decoder(model: ModelConfig) -> Iterator[Violation]:
         yield Violation("vocab_size", model.vocab_size, "a whole number of at least 1", "give it, or a tokenizer")
     if model.swiglu and model.squared_relu:
         yield Violation("squared_relu", True, "one activation", "drop --swiglu or --squared-relu")
+    if model.qk_norm_scope == "projection" and not (model.qk_layernorm and model.normalization == "RMSNorm"):
+        yield Violation("qk_norm_scope", "projection", "--qk-layernorm with RMSNorm", "set both, or leave it at head")
     if model.no_rope_freq and model.position_embedding_type != "rope":
         yield Violation("no_rope_freq", model.no_rope_freq, "rotary positions", "use --position-embedding-type rope")
     if model.normalization == "RMSNorm" and model.apply_layernorm_1p:
@@ -100,6 +102,9 @@ def _warm_start(model: ModelConfig, retro: RetroConfig) -> Iterator[Violation]:
     if retro.retro_encoder_layers > model.num_layers:
         yield Violation("retro_encoder_layers", retro.retro_encoder_layers, f"at most {model.num_layers}", fix)
     yield from _open_heads(model, retro)
+    if model.norms_after():
+        expected = "noise, since cross-attention has a norm before it and none after it"
+        yield Violation("retro_init", "decoder", expected, "use --retro-init noise")
     if model.qk_layernorm:
         yield Violation("retro_init", "decoder", "noise, since cross-attention has no norms of queries and keys", fix)
 

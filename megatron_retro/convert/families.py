@@ -13,6 +13,7 @@ from typing import Any
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.convert.tensor_rules import (
     Rule,
+    by_head,
     fused_query_key_value,
     gated,
     norm_weight,
@@ -56,6 +57,15 @@ class Family:
         return rules
 
 
+_LAYER_NORMS = {
+    "before": {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "after": {
+        "post_attention_norm": "post_attention_layernorm",
+        "post_mlp_norm": "post_feedforward_layernorm",
+    },
+}
+
+
 def _llama_rules(model: ModelConfig) -> list[Rule]:
     """Llama's names, shared by all families but GPT-2."""
     layer, attention, mlp = "model.layers.{i}", "model.layers.{i}.self_attn", "model.layers.{i}.mlp"
@@ -64,11 +74,8 @@ def _llama_rules(model: ModelConfig) -> list[Rule]:
     kinds = ["weight"] if model.normalization == "RMSNorm" else ["weight", "bias"]
     # Nemotron stores 1 + w as ours does; the others store the weight as applied
     weight_rule = same if model.squared_relu else norm_weight
-    for ours, theirs in (
-        ("layers.{i}.input_norm", f"{layer}.input_layernorm"),
-        ("layers.{i}.mlp_norm", f"{layer}.post_attention_layernorm"),
-        ("final_norm", "model.norm"),
-    ):
+    norms = {f"layers.{{i}}.{ours}": f"{layer}.{theirs}" for ours, theirs in _LAYER_NORMS[model.norm_placement].items()}
+    for ours, theirs in {**norms, "final_norm": "model.norm"}.items():
         rules += [(weight_rule if kind == "weight" else same)(f"{ours}.{kind}", f"{theirs}.{kind}") for kind in kinds]
     biased = not model.disable_bias_linear
     for kind in ("weight", "bias"):
@@ -82,8 +89,9 @@ def _llama_rules(model: ModelConfig) -> list[Rule]:
             rules.append(gated(up, both) if model.swiglu else same(up, both[1]))
             rules.append(same(f"layers.{{i}}.mlp.down.{kind}", f"{mlp}.down_proj.{kind}"))
     if model.qk_layernorm:
-        rules.append(same("layers.{i}.attention.query_norm.weight", f"{attention}.q_norm.weight"))
-        rules.append(same("layers.{i}.attention.key_norm.weight", f"{attention}.k_norm.weight"))
+        rule, leaf = (same, "weight") if model.qk_norm_scope == "head" else (by_head, "heads")
+        rules.append(rule(f"layers.{{i}}.attention.query_norm.{leaf}", f"{attention}.q_norm.weight"))
+        rules.append(rule(f"layers.{{i}}.attention.key_norm.{leaf}", f"{attention}.k_norm.weight"))
     if model.untie_embeddings_and_output_weights:
         rules.append(same("output.weight", "lm_head.weight"))
     return rules
@@ -224,6 +232,16 @@ PHI3 = Family(
     {"attention_bias": False},
     _phi3_rules,
 )
+OLMO2 = Family(
+    "olmo2",
+    "Olmo2ForCausalLM",
+    _RMS_NAMES,
+    {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
+    SILU,
+    {**_RMS, **_ROPE, "norm_placement": "after", "qk_layernorm": True, "qk_norm_scope": "projection"},
+    {"attention_bias": False},
+    _llama_rules,
+)
 GRANITE = Family(
     "granite",
     "GraniteForCausalLM",
@@ -280,7 +298,7 @@ GPT2 = Family(
 )
 FAMILIES = {
     family.model_type: family
-    for family in (LLAMA, QWEN2, QWEN3, MISTRAL, SMOLLM3, PHI3, GRANITE, NEMOTRON, STABLELM, GPT2)
+    for family in (LLAMA, QWEN2, QWEN3, MISTRAL, SMOLLM3, PHI3, OLMO2, GRANITE, NEMOTRON, STABLELM, GPT2)
 }
 WINDOW_FAMILIES = ("mistral", "phi3", "qwen2", "qwen3")
 PARTLY_ROTATED_FAMILIES = ("phi3", "nemotron", "stablelm", "gpt2")

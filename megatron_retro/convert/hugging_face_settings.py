@@ -32,7 +32,8 @@ def hugging_face_from_model(model: ModelConfig) -> tuple[Family, dict[str, Any]]
 
 def not_supported_reasons(family: Family, model: ModelConfig) -> list[str]:
     """Why a decoder is no member of a family; empty when it is."""
-    wanted: dict[str, Any] = {"add_qkv_bias": False, "qk_layernorm": False, **family.fixed}
+    plain = {"add_qkv_bias": False, "qk_layernorm": False, "norm_placement": "before", "qk_norm_scope": "head"}
+    wanted: dict[str, Any] = {**plain, **family.fixed}
     if family.model_type in ("stablelm", "gpt2"):
         wanted.pop("add_qkv_bias")  # use_qkv_bias; GPT-2 has every bias anyway
     if family.model_type != "nemotron":

@@ -141,6 +141,10 @@ def core_problems(model: ModelConfig, retro: RetroConfig) -> Iterator[str]:
         yield f"retro_gate_type {retro.retro_gate_type}"
     if model.position_embedding_type not in ("rope", "learned_absolute", "none"):
         yield f"position_embedding_type {model.position_embedding_type}"
+    if model.norm_placement != "before":
+        yield f"norm_placement {model.norm_placement}"
+    if model.qk_norm_scope != "head":
+        yield f"qk_norm_scope {model.qk_norm_scope}"
     if model.sliding_window is not None:
         yield f"sliding_window {model.sliding_window}"
     if model.no_rope_freq is not None:

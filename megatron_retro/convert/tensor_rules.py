@@ -34,6 +34,16 @@ def same(ours: str, theirs: str) -> Rule:
     return Rule(ours, (theirs,), lambda parts, _: parts[0], lambda whole, _: [whole])
 
 
+def by_head(ours: str, theirs: str) -> Rule:
+    """A vector over all heads into one for each."""
+    return Rule(
+        ours,
+        (theirs,),
+        lambda parts, config: parts[0].reshape(-1, config.head_size()),
+        lambda whole, _: [whole.flatten()],
+    )
+
+
 def transposed(ours: str, theirs: str) -> Rule:
     """GPT-2 stores its matrices input first."""
     return Rule(ours, (theirs,), lambda parts, _: parts[0].T, lambda whole, _: [whole.T])

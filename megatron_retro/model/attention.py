@@ -15,7 +15,7 @@ from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.model.cache import CacheSlice, LayerCache
 from megatron_retro.model.context import NeighborContext
 from megatron_retro.model.gates import AdaptiveGate, HeadGate, ScalarGate
-from megatron_retro.model.leaves import AttendingBias, HeadsToHidden, Linear, Norm, RelativePositions
+from megatron_retro.model.leaves import AttendingBias, HeadsToHidden, Linear, RelativePositions, norm_of_heads
 from megatron_retro.ops.attention import AttentionPattern, attention
 from megatron_retro.ops.chunked_cross_attention import chunked_cross_attention
 from megatron_retro.ops.chunking import attending_spans, spread_over_queries
@@ -34,8 +34,8 @@ class SelfAttention(nn.Module):
         bias = not config.disable_bias_linear
         rows = (heads // groups + 2) * head_size
         self.query_key_value = Linear(config.hidden_size, (groups, rows), bias=bias or config.add_qkv_bias)
-        self.query_norm = Norm(config, head_size) if config.qk_layernorm else None
-        self.key_norm = Norm(config, head_size) if config.qk_layernorm else None
+        self.query_norm = norm_of_heads(config, heads) if config.qk_layernorm else None
+        self.key_norm = norm_of_heads(config, groups) if config.qk_layernorm else None
         self.relative = RelativePositions(config) if config.position_embedding_type == "relative" else None
         self.output = HeadsToHidden(heads, head_size, config.hidden_size, bias=bias)
 

@@ -44,7 +44,7 @@ def initial_slice(
     """A slice of the same, for which no more is drawn than the blocks that it touches."""
     deviation = standard_deviation(name, model, retro)
     if deviation is None:
-        is_norm_weight = name.endswith("norm.weight") and not model.apply_layernorm_1p
+        is_norm_weight = name.endswith(("norm.weight", "norm.heads")) and not model.apply_layernorm_1p
         return torch.full(tuple(sizes), 1.0 if is_norm_weight else 0.0)
     found = torch.empty(tuple(sizes))
     columns = slice(offsets[-1], offsets[-1] + sizes[-1])

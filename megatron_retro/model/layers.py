@@ -13,7 +13,7 @@ from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.model.attention import ChunkedCrossAttention, EncoderCrossAttention, SelfAttention
 from megatron_retro.model.cache import Cache
 from megatron_retro.model.context import EncoderContext, SequenceContext
-from megatron_retro.model.leaves import Linear, Norm
+from megatron_retro.model.leaves import Linear, NoNorm, Norm
 from megatron_retro.ops.activation import GELU, GELU_TANH, SQUARED_RELU, SWIGLU, activate
 from megatron_retro.ops.recomputation import recomputed
 
@@ -21,20 +21,26 @@ EncodeNeighbors = Callable[[Tensor], Tensor | None]
 
 
 class DecoderLayer(nn.Module):
-    """FFW(CCA(ATTN(H), E)), without CCA in a plain layer; every part is pre-norm and residual."""
+    """FFW(CCA(ATTN(H), E)), without CCA in a plain layer; every part is residual.
+
+    Norms stand before attention and MLP, after them, or both. CCA's stands before it always: one after it would undo
+    its gate.
+    """
 
     def __init__(self, config: ModelConfig, retro: RetroConfig, index: int, encoder_size: int | None) -> None:
         super().__init__()
         self.index, self.rotates = index, config.rotates(index + 1)
         self.dropout = config.hidden_dropout
-        self.input_norm = Norm(config, config.hidden_size)
+        self.input_norm = _norm_if(config.norms_before(), config)
         self.attention = SelfAttention(config)
+        self.post_attention_norm = _norm_if(config.norms_after(), config)
         retrieves = encoder_size is not None
         self.cross_norm = Norm(config, config.hidden_size) if retrieves else None
         self.cross_attention = ChunkedCrossAttention(config, retro, encoder_size) if encoder_size is not None else None
         self.state_read = _state_read(config, retro, index) if retrieves else None
-        self.mlp_norm = Norm(config, config.hidden_size)
+        self.mlp_norm = _norm_if(config.norms_before(), config)
         self.mlp = MLP(config)
+        self.post_mlp_norm = _norm_if(config.norms_after(), config)
 
     def forward(
         self,
@@ -50,7 +56,7 @@ class DecoderLayer(nn.Module):
         with self.input_norm.recomputed(normed_BSH, hidden_BSH):
             rotary = context.rotary if self.rotates else None
             attended = self.attention(normed_BSH, context.pattern, rotary, context.cache_slice, layer_cache)
-        added = self._dropped(attended)
+        added = self._dropped(self.post_attention_norm(attended))
         retrieval = context.retrieval
         if retrieval is not None and not self.rotates:
             retrieval = retrieval.without_rotary()
@@ -66,11 +72,15 @@ class DecoderLayer(nn.Module):
                 hidden_BSH, added = summed_BSH, self._dropped(found)
         normed_BSH, hidden_BSH = self.mlp_norm(hidden_BSH, added)
         with self.mlp_norm.recomputed_from_sum(normed_BSH, hidden_BSH):
-            hidden_BSH = hidden_BSH + self._dropped(self.mlp(normed_BSH))
+            hidden_BSH = hidden_BSH + self._dropped(self.post_mlp_norm(self.mlp(normed_BSH)))
         return hidden_BSH, encoded_neighbors
 
     def _dropped(self, hidden: Tensor) -> Tensor:
         return functional.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
+
+
+def _norm_if(there: bool, config: ModelConfig) -> Norm | NoNorm:
+    return Norm(config, config.hidden_size) if there else NoNorm()
 
 
 def _state_read(config: ModelConfig, retro: RetroConfig, index: int) -> slice | None:
@@ -91,14 +101,16 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.rotates = config.rotates(index + 1)
         self.dropout = config.hidden_dropout
-        self.input_norm = Norm(config, config.hidden_size)
+        self.input_norm = _norm_if(config.norms_before(), config)
         self.attention = SelfAttention(config)
+        self.post_attention_norm = _norm_if(config.norms_after(), config)
         conditioned = decoder_size is not None
         self.cross_norm = Norm(config, config.hidden_size) if conditioned else None
         self.cross_attention = EncoderCrossAttention(config, retro, decoder_size) if decoder_size is not None else None
         self.adds_to_normed = retro.retro_core_checkpoint
-        self.mlp_norm = Norm(config, config.hidden_size)
+        self.mlp_norm = _norm_if(config.norms_before(), config)
         self.mlp = MLP(config)
+        self.post_mlp_norm = _norm_if(config.norms_after(), config)
 
     def forward(self, hidden_XKRH: Tensor, chunk_XMH: Tensor, context: EncoderContext) -> Tensor:
         """[X, K, R, H] for X chunks."""
@@ -107,7 +119,7 @@ class EncoderLayer(nn.Module):
         with self.input_norm.recomputed(normed, hidden_XKRH):
             rotary = context.rotary if self.rotates else None
             attended = self.attention(normed.flatten(0, 1), context.pattern, rotary)
-        added = self._dropped(torch.unflatten(attended, 0, shape))
+        added = self._dropped(torch.unflatten(self.post_attention_norm(attended), 0, shape))
         if self.cross_attention is not None and self.cross_norm is not None:
             normed, hidden_XKRH = self.cross_norm(hidden_XKRH, added)
             kept = self.adds_to_normed
@@ -119,7 +131,7 @@ class EncoderLayer(nn.Module):
             added = self._dropped(found)
         normed, hidden_XKRH = self.mlp_norm(hidden_XKRH, added)
         with self.mlp_norm.recomputed_from_sum(normed, hidden_XKRH):
-            return hidden_XKRH + self._dropped(self.mlp(normed))
+            return hidden_XKRH + self._dropped(self.post_mlp_norm(self.mlp(normed)))
 
     def _dropped(self, hidden: Tensor) -> Tensor:
         return functional.dropout(hidden, self.dropout, self.training) if self.dropout else hidden

@@ -106,6 +106,46 @@ class Norm(nn.Module):
         return local(self.weight), None if self.bias is None else local(self.bias)
 
 
+class NoNorm(nn.Module):
+    """In the place of a norm that a layer does not have."""
+
+    def forward(self, hidden: Tensor, added: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The same, or the sum, as a norm and the sum would be."""
+        if added is None:
+            return hidden
+        summed = hidden + added
+        return summed, summed
+
+    def recomputed(self, normed: Tensor, hidden: Tensor) -> AbstractContextManager[Any]:
+        """There is nothing to compute again."""
+        return nullcontext()
+
+    recomputed_from_sum = recomputed
+
+
+class HeadsNorm(nn.Module):
+    """One RMSNorm over all heads of a projection together."""
+
+    def __init__(self, config: ModelConfig, num_heads: int, head_size: int) -> None:
+        super().__init__()
+        self.heads = nn.Parameter(torch.empty(num_heads, head_size))
+        self.width = num_heads * head_size
+        self.epsilon = config.norm_epsilon
+        self.weight_plus_one = config.apply_layernorm_1p
+
+    def forward(self, heads_BSND: Tensor) -> Tensor:
+        """Same shape."""
+        weight = local(self.heads).flatten()
+        normed = rms_norm(heads_BSND.flatten(-2), weight, epsilon=self.epsilon, weight_plus_one=self.weight_plus_one)
+        return normed.view(heads_BSND.shape)
+
+
+def norm_of_heads(config: ModelConfig, num_heads: int) -> Norm | HeadsNorm:
+    """The configured norm of queries, or of keys."""
+    size = config.head_size()
+    return Norm(config, size) if config.qk_norm_scope == "head" else HeadsNorm(config, num_heads, size)
+
+
 class Embedding(nn.Module):
     """A table of vectors: tokens or positions."""
 

@@ -130,6 +130,10 @@ class TensorAxis:
         """Parts of a row-parallel product -> residual (reduce-scatter / all-gather, or all-reduce / identity)."""
         return _applied(_Scatter if self.sequence_parallel else _Reduce, partial, self.group)
 
+    def total(self, partial: Tensor) -> Tensor:
+        """Gathered parts of a sum -> that sum, gathered (all-reduce / all-reduce)."""
+        return self.gather(self.reduce(partial))
+
     def split(self, gathered: Tensor) -> Tensor:
         """A gathered tensor, the same on all ranks -> residual, without communication."""
         if not self.sequence_parallel:

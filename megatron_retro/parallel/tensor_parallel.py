@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.nn import functional
 
-from megatron_retro.model.leaves import Embedding, HeadsToHidden, Linear, Output
+from megatron_retro.model.leaves import Embedding, HeadsNorm, HeadsToHidden, Linear, Output
 from megatron_retro.model.retro import Retro
 from megatron_retro.ops.linear import linear
 from megatron_retro.ops.linear_cross_entropy import gradients, statistics
@@ -44,6 +44,9 @@ def cut_model(model: Retro, mesh: DeviceMesh, axis: TensorAxis, cuts: Sequence[C
             _cut_embedding(table.word, axis)
             if table.position is not None:
                 table.position.register_forward_hook(partial(_own_positions, axis))
+    for module in modules.values():
+        if isinstance(module, HeadsNorm):
+            replace_forward(module, partial(_norm_of_cut_heads, module, axis))
     if model.output is not None:
         replace_forward(model.output, partial(_parallel_output, model.output, axis))
     if model.encoder is not None:
@@ -116,6 +119,15 @@ def _product(linear: Linear, hidden: Tensor) -> Tensor:
     if isinstance(linear, HeadsToHidden):
         hidden = hidden.flatten(-2)
     return linear.multiply(hidden, local(linear.weight), None)
+
+
+def _norm_of_cut_heads(norm: HeadsNorm, axis: TensorAxis, heads_BSND: Tensor) -> Tensor:
+    """Each rank norms its own heads by the mean square of all."""
+    wide_BSND = heads_BSND.to(torch.promote_types(heads_BSND.dtype, torch.float32))
+    squares_BS1 = wide_BSND.square().sum((-2, -1))[..., None]
+    scale_BS1 = torch.rsqrt(axis.total(squares_BS1) / norm.width + norm.epsilon)
+    weight_ND = local(norm.heads) + 1 if norm.weight_plus_one else local(norm.heads)
+    return (wide_BSND * scale_BS1[..., None] * weight_ND).to(heads_BSND.dtype)
 
 
 def _cut_embedding(word: Embedding, axis: TensorAxis) -> None:

@@ -50,6 +50,13 @@ LIKE_LLAMA: dict[str, Any] = {
     "untie_embeddings_and_output_weights": True,
 }
 
+LIKE_OLMO2: dict[str, Any] = {
+    **LIKE_LLAMA,
+    "norm_placement": "after",
+    "qk_layernorm": True,
+    "qk_norm_scope": "projection",
+}
+
 
 def tiny_settings(**changes: Any) -> Settings:
     """A Retro of four layers that every layout up to 4 x 4 can cut."""

@@ -35,8 +35,9 @@ class SlowRetro:
         encoded: list[Array] | None = None
         for index in range(self.model.num_layers):
             name = f"layers.{index}"
-            normed = [self.norm(f"{name}.input_norm", vector) for vector in hidden]
-            hidden = self._added(hidden, self._self_attention(f"{name}.attention", normed, self.model))
+            normed = self._normed(f"{name}.input_norm", hidden)
+            attended = self._self_attention(f"{name}.attention", normed, self.model)
+            hidden = self._added(hidden, self._normed(f"{name}.post_attention_norm", attended))
             if index in retrieval_layers and neighbors is not None:
                 normed = [self.norm(f"{name}.cross_norm", vector) for vector in hidden]
                 if encoded is None:
@@ -45,14 +46,33 @@ class SlowRetro:
                 depth = self.retro.encoder_depths(self.model.num_layers)[index + 1]
                 states = [[neighbor[depth] for neighbor in chunk] for chunk in encoded]
                 hidden = self._added(hidden, self._chunked(f"{name}.cross_attention", normed, states, mask))
-            normed = [self.norm(f"{name}.mlp_norm", vector) for vector in hidden]
-            hidden = self._added(hidden, [self._mlp(f"{name}.mlp", vector) for vector in normed])
+            hidden = self._after_mlp(name, hidden)
         output = self.weights.get("output.weight", table)[: self.model.vocab_size]
         return np.stack([output @ self.norm("final_norm", vector) for vector in hidden])
 
     @staticmethod
     def _added(first: list[Array], second: list[Array]) -> list[Array]:
         return [a + b for a, b in zip(first, second, strict=True)]
+
+    def _normed(self, name: str, vectors: list[Array]) -> list[Array]:
+        """Each of them, or as they are where the norm stands elsewhere."""
+        before = not name.split(".")[-1].startswith("post_")
+        there = self.model.norm_placement in ("both", "before" if before else "after")
+        return [self.norm(name, vector) for vector in vectors] if there else vectors
+
+    def _after_mlp(self, name: str, hidden: list[Array]) -> list[Array]:
+        given = [self._mlp(f"{name}.mlp", vector) for vector in self._normed(f"{name}.mlp_norm", hidden)]
+        return self._added(hidden, self._normed(f"{name}.post_mlp_norm", given))
+
+    def _norm_of_heads(self, name: str, heads: list[Array]) -> list[Array]:
+        if self.model.qk_norm_scope == "head":
+            return [self.norm(name, head) for head in heads]
+        mean_square = float(np.mean(np.concatenate(heads) ** 2))
+        weight = self.weights[f"{name}.heads"] + (1.0 if self.model.apply_layernorm_1p else 0.0)
+        return [
+            head / math.sqrt(mean_square + self.model.norm_epsilon) * own
+            for head, own in zip(heads, weight, strict=True)
+        ]
 
     def norm(self, name: str, vector: Array) -> Array:
         """The configured norm of one vector."""
@@ -124,8 +144,8 @@ class SlowRetro:
             query = [parts[head // shared, head % shared] for head in range(heads)]
             key = [parts[group, shared] for group in range(groups)]
             if config.qk_layernorm:
-                query = [self.norm(f"{name}.query_norm", part) for part in query]
-                key = [self.norm(f"{name}.key_norm", part) for part in key]
+                query = self._norm_of_heads(f"{name}.query_norm", query)
+                key = self._norm_of_heads(f"{name}.key_norm", key)
             if rotary:
                 query = [self._rotated(part, position) for part in query]
                 key = [self._rotated(part, position) for part in key]
@@ -205,9 +225,9 @@ class SlowRetro:
             states = [hidden]
             for index in range(self.retro.retro_encoder_layers):
                 name = f"encoder.layers.{index}"
-                normed = [self.norm(f"{name}.input_norm", vector) for vector in hidden]
+                normed = self._normed(f"{name}.input_norm", hidden)
                 attended = self._self_attention(f"{name}.attention", normed, config, list(exists))
-                hidden = self._added(hidden, attended)
+                hidden = self._added(hidden, self._normed(f"{name}.post_attention_norm", attended))
                 if index == 0:
                     read = [
                         self._cross(
@@ -221,8 +241,7 @@ class SlowRetro:
                         for position, vector in enumerate(hidden)
                     ]
                     hidden = self._added(hidden, read)
-                normed = [self.norm(f"{name}.mlp_norm", vector) for vector in hidden]
-                hidden = self._added(hidden, [self._mlp(f"{name}.mlp", vector) for vector in normed])
+                hidden = self._after_mlp(name, hidden)
                 states.append(hidden)
             if self.retro.retro_encoder_final_norm:
                 states = [[self.norm("encoder.final_norm", vector) for vector in hidden] for hidden in states]

@@ -40,7 +40,7 @@ def random_model(model: ModelConfig, retro: RetroConfig, seed: int = 0, dtype: t
     with torch.no_grad():
         for name, parameter in built.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            is_norm_weight = "norm" in name and name.endswith("weight") and not model.apply_layernorm_1p
+            is_norm_weight = "norm" in name and name.endswith(("weight", "heads")) and not model.apply_layernorm_1p
             parameter.copy_(noise * 0.3 + (1.0 if is_norm_weight else 0.0))
     return built
 

@@ -13,6 +13,7 @@ import pytest
 from megatron_retro.parallel.cuts import CUTS, Cut, Style
 from megatron_retro.testing.layout_grid import Case, drawn_part, tolerance, whole_grid, worst_of_case
 from megatron_retro.testing.layouts import (
+    LIKE_OLMO2,
     random_batches,
     reference_outcome,
     run_layout,
@@ -44,9 +45,17 @@ CORES = (
     Case(4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, _CORE),
     Case(2, {"data_parallel_sharding": "full"}, {**_CORE, "recompute_granularity": "full"}),
 )
+FAMILIES = (
+    Case(2, {"tensor_model_parallel_size": 2}, LIKE_OLMO2),
+    Case(
+        4,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2},
+        {**LIKE_OLMO2, "norm_placement": "both", "recompute_granularity": "full"},
+    ),
+)
 
 
-@pytest.mark.parametrize("case", [TRAP, *CORES, *drawn_part(SEED)], ids=str)
+@pytest.mark.parametrize("case", [TRAP, *CORES, *FAMILIES, *drawn_part(SEED)], ids=str)
 def test_layout_equals_one_process(case: Case) -> None:
     worst = worst_of_case(case)
     assert {name: error for name, error in worst.items() if not error < tolerance(case)} == {}

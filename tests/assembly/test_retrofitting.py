@@ -17,17 +17,20 @@ from megatron_retro.convert.checkpoint_files import parameter_shapes, read_param
 from megatron_retro.convert.hugging_face import export_hugging_face, import_hugging_face
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.retro import Retro
+from megatron_retro.testing.layouts import LIKE_OLMO2
 from megatron_retro.testing.tiny_models import random_model, random_neighbors, random_tokens, tiny_model, tiny_retro
 
 LLAMA = tiny_model(normalization="RMSNorm", swiglu=True, disable_bias_linear=True)
+OLMO2 = tiny_model(**LIKE_OLMO2)
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> tuple[Retro, Path]:
+@pytest.fixture(params=[LLAMA, OLMO2], ids=["llama", "olmo2"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Retro, Path]:
     """A GPT that went out to Hugging Face's format and came in again."""
-    gpt = random_model(LLAMA, RetroConfig())
-    state, shapes = gpt.state_dict(), parameter_shapes(LLAMA, RetroConfig())
-    settings = Settings([LLAMA, RetroConfig(), TokenizerConfig()])
+    model: ModelConfig = request.param
+    gpt = random_model(model, RetroConfig())
+    state, shapes = gpt.state_dict(), parameter_shapes(model, RetroConfig())
+    settings = Settings([model, RetroConfig(), TokenizerConfig()])
     write_checkpoint(tmp_path / "run", settings, shapes, lambda name: state[name][: shapes[name][0]], {})
     export_hugging_face(tmp_path / "run", tmp_path / "theirs")
     import_hugging_face(tmp_path / "theirs", tmp_path / "imported", TokenizerConfig())

@@ -169,6 +169,7 @@ def _warm_parameters(settings: Settings, path: Path) -> dict[str, Tensor]:
     ("decoder", "retriever", "named"),
     [
         ({"qk_layernorm": True}, {}, "retro_init"),
+        ({"norm_placement": "after"}, {}, "retro_init"),
         ({}, {"retro_encoder_layers": 7}, "retro_encoder_layers"),
         ({}, {"retro_encoder_hidden_size": 12, "retro_encoder_own_embedding": True}, "retro_encoder_hidden_size"),
         ({}, {"retro_encoder_ffn_hidden_size": 12}, "retro_encoder_ffn_hidden_size"),

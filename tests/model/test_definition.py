@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_retro.testing.layouts import LIKE_OLMO2
 from megatron_retro.testing.slow_retro import SlowRetro
 from megatron_retro.testing.tiny_models import random_model, random_neighbors, random_tokens, tiny_model, tiny_retro
 
@@ -19,6 +20,8 @@ DECODERS: dict[str, dict[str, Any]] = {
     "qwen": {"normalization": "RMSNorm", "swiglu": True, "qk_layernorm": True, "kv_channels": 6},
     "mistral": {"sliding_window": 5, "untie_embeddings_and_output_weights": True, "rotary_interleaved": True},
     "smollm3": {"normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True, "no_rope_freq": 2},
+    "olmo2": LIKE_OLMO2,
+    "norms before and after": {"norm_placement": "both"},
     "retro": {"position_embedding_type": "relative", "normalization": "RMSNorm"},
 }
 RETRIEVERS: dict[str, dict[str, Any]] = {

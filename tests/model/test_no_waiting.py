@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_retro.microbatch import Microbatch
-from megatron_retro.testing.layouts import LIKE_LLAMA, random_batches, tiny_settings
+from megatron_retro.testing.layouts import LIKE_LLAMA, LIKE_OLMO2, random_batches, tiny_settings
 from megatron_retro.testing.single_process import one_process
 
 
@@ -17,6 +17,7 @@ from megatron_retro.testing.single_process import one_process
     [
         {},
         LIKE_LLAMA,
+        LIKE_OLMO2,
         {"retro_add_retriever": False},
         {"position_embedding_type": "learned_absolute"},
         {"position_embedding_type": "relative"},

@@ -126,6 +126,7 @@ def test_numbers_of_low_precision_stay_near(dtype: torch.dtype) -> None:
         ({"vocab_size": None}, {}, "vocab-size"),
         ({"swiglu": True, "squared_relu": True}, {}, "squared-relu"),
         ({"normalization": "RMSNorm", "apply_layernorm_1p": True}, {}, "apply-layernorm-1p"),
+        ({"qk_norm_scope": "projection"}, {}, "qk-norm-scope"),
         ({"num_attention_heads": 3}, {}, "num-attention-heads"),
         ({"group_query_attention": True, "num_query_groups": 3}, {}, "num-query-groups"),
         ({}, {"retro_layers": (2, 7)}, "retro-layers"),

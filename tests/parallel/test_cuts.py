@@ -16,7 +16,7 @@ from megatron_retro.parallel.cuts import CUTS, Style, cut_of, matches, regions_o
 from megatron_retro.parallel.mesh import TENSOR, build_mesh
 from megatron_retro.parallel.tensor_parallel import cut_model, partial_parameters
 from megatron_retro.peft.attach import attach
-from megatron_retro.testing.layouts import tiny_settings
+from megatron_retro.testing.layouts import LIKE_OLMO2, tiny_settings
 from megatron_retro.testing.processes import run_ranks
 
 CHOICES: dict[str, tuple[object, ...]] = {
@@ -50,6 +50,7 @@ def test_every_parameter_matches_one_row_and_every_row_is_used() -> None:
             for name, _ in _model(**variant, **extra).named_parameters():
                 used.add(cut_of(name).pattern)
     used |= {cut_of(name).pattern for name, _ in _model(retro_core_checkpoint=True).named_parameters()}
+    used |= {cut_of(name).pattern for name, _ in _model(**LIKE_OLMO2).named_parameters()}
     for config in METHODS:
         tuned = _model(swiglu=True)
         attach(tuned, config)

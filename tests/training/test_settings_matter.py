@@ -21,6 +21,7 @@ MATTERS: tuple[dict[str, Any], ...] = (
     {"normalization": "RMSNorm"},
     {"apply_layernorm_1p": True},
     {"norm_epsilon": 1e-2},
+    {"norm_placement": "after"},
     {"qk_layernorm": True},
     {"swiglu": True},
     {"squared_relu": True},
@@ -97,6 +98,7 @@ MATTERS: tuple[dict[str, Any], ...] = (
     {"rampup_batch_size": [2, 2, 4], "train_iters": None, "train_samples": 8},
 )
 MATTERS_BESIDE: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+    ({"qk_layernorm": True, "normalization": "RMSNorm"}, {"qk_norm_scope": "projection"}),
     ({"disable_bias_linear": True}, {"add_qkv_bias": True}),
     ({"database_keep_fraction": 0.3}, {"database_keep_by": "chunk"}),
     (ADAPTIVE, {"retro_gate_target_rate": 0.1}),

@@ -1,0 +1,116 @@
+"""Hugging Face folders that are damaged, or not understood as a whole, are refused before anything is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.convert.hugging_face import import_hugging_face, imported_tokenizer
+from megatron_retro.errors import ArtifactError, ConfigError
+from tests.convert.foreign_decoders import made
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"unheard_of": 3}, "unheard_of = 3 is not understood"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "default", "short_factor": [1.0]}}, "short_factor"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu': expected silu"),
+        ({"model_type": "lama"}, "did you mean llama"),
+        ({"attention_bias": True}, "only both or none"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"pretraining_tp": 2}, "pretraining_tp"),
+        ({"sliding_window": 4}, "sliding_window: transformers passes it over in this family"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "beside rope_parameters"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope: factor is missing"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "rope: low_freq_factor is missing"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "big"}}, "rope: rope_theta = 'big'"),
+        ({"rope_parameters": "none"}, "rope_parameters = 'none': expected an object"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0: expected a whole number above 0"),
+        ({"hidden_size": "16"}, "hidden_size = '16'"),
+        ({"num_key_value_heads": 1.5}, "num_key_value_heads = 1.5"),
+    ],
+)
+def test_what_is_not_understood_is_named(
+    transformers: Any, changes: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    made(transformers, "llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ConfigError) as raised:
+        import_hugging_face(tmp_path, tmp_path / "run", TokenizerConfig())
+    assert named in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_windows_of_some_layers_are_refused(transformers: Any, tmp_path: Path) -> None:
+    made(transformers, "qwen2 windowed", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["layer_types"] = ["full_attention", "sliding_attention", "sliding_attention"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="some layers have a sliding window"):
+        import_hugging_face(tmp_path, tmp_path / "run", TokenizerConfig())
+
+
+def test_a_tied_model_whose_output_matrix_is_another_is_refused(transformers: Any, tmp_path: Path) -> None:
+    """Which of the two transformers uses depends on its version."""
+    made(transformers, "llama", tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs/config.json").read_text())
+    (tmp_path / "theirs/config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(ArtifactError, match="ties its embeddings, and yet its output matrix is another"):
+        import_hugging_face(tmp_path / "theirs", tmp_path / "run", TokenizerConfig())
+
+
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [
+        (("tokenizer.model",), "SentencePieceTokenizer"),
+        (("vocab.json", "merges.txt"), "GPT2BPETokenizer"),
+        (("tokenizer.json", "tokenizer.model"), "HuggingFaceTokenizer"),
+    ],
+)
+def test_the_tokenizer_of_a_folder_is_found(files: tuple[str, ...], kind: str, tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    assert imported_tokenizer(tmp_path).tokenizer_type == kind
+
+
+def test_damaged_and_foreign_folders_are_refused(transformers: Any, tmp_path: Path) -> None:
+    made(transformers, "llama", tmp_path)
+    shard = min(tmp_path.glob("model-*.safetensors"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ArtifactError, match="no intact safetensors"):
+        import_hugging_face(tmp_path, tmp_path / "run", TokenizerConfig())
+    shard.unlink()
+    with pytest.raises(ArtifactError, match="lacks shards"):
+        import_hugging_face(tmp_path, tmp_path / "run", TokenizerConfig())
+    shard.write_bytes(content)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for changes, named in (
+        ({"num_hidden_layers": 2}, "not understood"),
+        ({"num_hidden_layers": 4}, "lacks tensors"),
+        ({"intermediate_size": 20}, "another shape"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+        with pytest.raises(ArtifactError, match=named):
+            import_hugging_face(tmp_path, tmp_path / "run", TokenizerConfig())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "..", "sub/one.safetensors", "", 3, None])
+def test_a_weight_index_that_leads_out_of_its_folder_is_refused(tmp_path: Path, file: Any) -> None:
+    from megatron_retro.convert.safetensors_folder import INDEX, SafetensorsFolder
+
+    (tmp_path / "secret.safetensors").write_bytes(b"")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(ArtifactError, match="does not name files beside it"):
+        SafetensorsFolder(folder)
