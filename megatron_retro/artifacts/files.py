@@ -178,7 +178,7 @@ def publish_directory(finished: Path, path: Path) -> None:
             retired = path.with_name(path.name + RETIRED_MARK + uuid.uuid4().hex[:8])
             os.rename(path, retired)
             os.rename(finished, path)
-            shutil.rmtree(retired)
+    _remove_retired(path.parent, glob.escape(path.name))
     flush_directory(path.parent)
 
 
@@ -264,11 +264,11 @@ def _belongs_to(named: str, path: Path) -> bool:
 
 
 def remove_leftovers(directory: Path, pattern: str = "*") -> int:
-    """Delete temporary files that killed processes left in a directory; returns how many.
+    """Delete what killed processes left in a directory, temporary or replaced; returns how many.
 
     The number of a process says something on its own host only; what another host left must be a day old.
     """
-    removed = 0
+    removed = _remove_retired(directory, pattern)
     for path in directory.glob(f"{pattern}{TEMPORARY_MARK}*"):
         host, process, *_ = [*path.name.rsplit(TEMPORARY_MARK, 1)[1].split("-"), "", ""]
         if host == this_host() and process.isdigit():
@@ -277,6 +277,16 @@ def remove_leftovers(directory: Path, pattern: str = "*") -> int:
             is_left = time.time() - _changed_at(path) > _ABANDONED_SECONDS
         if is_left:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            removed += 1
+    return removed
+
+
+def _remove_retired(directory: Path, pattern: str) -> int:
+    """Delete directories that others have replaced: between two renames, the old one may still be wanted."""
+    removed = 0
+    for path in directory.glob(f"{pattern}{RETIRED_MARK}*"):
+        if path.with_name(path.name.rpartition(RETIRED_MARK)[0]).exists():
+            shutil.rmtree(path, ignore_errors=True)
             removed += 1
     return removed
 

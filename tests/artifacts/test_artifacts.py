@@ -68,7 +68,40 @@ def test_a_kill_leaves_the_old_or_the_new(
         last = manifest.counts["generation"]
         remove_leftovers(tmp_path)
     assert last > 0
-    assert [entry.name for entry in tmp_path.iterdir() if files.TEMPORARY_MARK in entry.name] == []
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+@pytest.mark.parametrize("goes_on", ["writes", "cleans"])
+def test_the_next_run_removes_the_old_directory(
+    tmp_path: Path, renames: int, goes_on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an exchange, a kill after either of the two renames leaves the old directory under another name."""
+    path = tmp_path / "artifact"
+    write_artifact(path, 1, size=10)
+    monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+    child = os.fork()
+    if child == 0:
+        renamed, done = os.rename, []
+
+        def rename(source: Path, target: Path) -> None:
+            if len(done) == renames + 1:  # the first fails: the name is taken
+                os._exit(0)
+            done.append(target)
+            renamed(source, target)
+
+        monkeypatch.setattr(os, "rename", rename)
+        monkeypatch.setattr(files.shutil, "rmtree", lambda *_, **__: os._exit(0))
+        write_artifact(path, 2, size=10)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert any(files.RETIRED_MARK in entry.name for entry in tmp_path.iterdir())
+    if goes_on == "writes":
+        write_artifact(path, 3, size=10)
+    else:
+        read_manifest(path, kind=KIND, version=1)
+        remove_leftovers(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
 def test_any_changed_byte_is_noticed(tmp_path: Path) -> None:
