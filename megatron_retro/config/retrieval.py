@@ -51,7 +51,7 @@ class RetrievalConfig:
         ours=True,
     )
     retro_query_rows: tuple[str, ...] | None = option(
-        None, "row ranges FIRST:LAST of every query corpus; all when not set", ours=True
+        None, "row ranges to query, FIRST:LAST of each corpus or NAME=FIRST:LAST; all when not set", ours=True
     )
     retro_block_size: int = option(100_000, "chunks of one block of work", minimum=1)
     retro_memory_gb: float = option(4.0, "memory that one worker may use", minimum=0.1, ours=True)

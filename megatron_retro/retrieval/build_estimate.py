@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 
 from megatron_retro.data.neighbor_table import ID_BYTES
-from megatron_retro.data.query_chunks import QueryChunks
-from megatron_retro.data.token_file import TokenFile
 from megatron_retro.retrieval.chunk_encoding import BATCH_CHUNKS
 from megatron_retro.retrieval.faiss_index import InvertedParts, faiss_module, inverted_parts, new_index, searched_index
 from megatron_retro.retrieval.index_building import LISTS_FILE, SEGMENT_BYTES
 from megatron_retro.retrieval.index_training import TRANSFORM_CHUNKS, training_device
 from megatron_retro.retrieval.neighbor_search import table_layout
-from megatron_retro.retrieval.project import Project
+from megatron_retro.retrieval.project import Project, QueryCorpus
+from megatron_retro.retrieval.query_texts import query_chunks
 from megatron_retro.retrieval.reranking import BATCH_ROWS
 from megatron_retro.retrieval.search_device import DeviceChoice, OperationSeconds, choose_device, measure_operations
 from megatron_retro.retrieval.search_effort import can_calibrate
@@ -75,7 +74,7 @@ def estimate_build(project: Project) -> BuildEstimate:
     index = new_index(project.choice.index_str, project.embedder.dimension)
     parts = inverted_parts(index)
     chunks = sum(block.size for block in project.blocks)
-    rows = {corpus.name: _rows(project, corpus.prefix) for corpus in project.query_corpora}
+    rows = {corpus.name: _rows(project, corpus) for corpus in project.query_corpora}
     width = parts.dimension if parts else project.embedder.dimension
     speeds = measure_operations(project.database, project.embedder, width)
     choice, config = project.choice, project.config
@@ -96,8 +95,8 @@ def estimate_build(project: Project) -> BuildEstimate:
     )
 
 
-def _rows(project: Project, prefix: str) -> int:
-    return table_layout(project, QueryChunks(TokenFile(prefix), project.database.chunk_length)).num_rows
+def _rows(project: Project, corpus: QueryCorpus) -> int:
+    return table_layout(project, corpus, query_chunks(project, corpus)).num_rows
 
 
 def _nprobe(project: Project) -> int:

@@ -33,7 +33,7 @@ from megatron_retro.retrieval.gpu_index import copy_to_gpus, num_gpus
 from megatron_retro.retrieval.index_building import KIND, VERSION, list_checks, open_merged
 from megatron_retro.retrieval.index_search import Advance, Searcher, SearchResult
 from megatron_retro.retrieval.live_index import write_live_settings
-from megatron_retro.retrieval.project import Project, QueryCorpus, parsed_range
+from megatron_retro.retrieval.project import Project, QueryCorpus
 from megatron_retro.retrieval.query_texts import QueryTexts, query_chunks
 from megatron_retro.retrieval.reranking import (
     BATCH_ROWS,
@@ -144,13 +144,13 @@ def _is_finished(project: Project, corpus: QueryCorpus, effort: SearchEffort) ->
     path, chunks = project.layout.neighbors(corpus.name), query_chunks(project, corpus)
     if path.exists():
         settings = table_settings(project, effort.nprobe, effort.ef_search)
-        check_table(path, table_inputs(project, chunks.file), settings, table_layout(project, chunks))
+        check_table(path, table_inputs(project, chunks.file), settings, table_layout(project, corpus, chunks))
     return path.exists()
 
 
 def _fill_table(project: Project, search: NeighborSearch, verification: Verification) -> None:
     corpus, searcher = search.corpus, search.searcher
-    path, layout = project.layout.neighbors(corpus.name), table_layout(project, search.chunks)
+    path, layout = project.layout.neighbors(corpus.name), table_layout(project, corpus, search.chunks)
     inputs = table_inputs(project, search.chunks.file)
     settings = table_settings(project, searcher.nprobe, searcher.ef_search)
     # Search methods differ in rounding and ties, so all blocks of one table are searched with the same method.
@@ -194,8 +194,9 @@ def _fill_table(project: Project, search: NeighborSearch, verification: Verifica
 def open_searches(project: Project, corpora: Sequence[QueryCorpus]) -> list[NeighborSearch]:
     """A search for each query corpus, all in the project's index, which is opened once."""
     chunks = [query_chunks(project, corpus) for corpus in corpora]
-    searcher = _open_searcher(project, sum(table_layout(project, one).num_rows for one in chunks))
-    return [NeighborSearch(project, corpus, one, searcher) for corpus, one in zip(corpora, chunks, strict=True)]
+    pairs = list(zip(corpora, chunks, strict=True))
+    searcher = _open_searcher(project, sum(table_layout(project, *pair).num_rows for pair in pairs))
+    return [NeighborSearch(project, *pair, searcher) for pair in pairs]
 
 
 def _open_searcher(project: Project, rows: int) -> Searcher:
@@ -211,18 +212,18 @@ def _open_searcher(project: Project, rows: int) -> Searcher:
     return Searcher(index, effort.nprobe, effort.ef_search, False, project.memory_bytes, copy)
 
 
-def table_layout(project: Project, chunks: QueryChunks) -> TableLayout:
+def table_layout(project: Project, corpus: QueryCorpus, chunks: QueryChunks) -> TableLayout:
     """The rows that a corpus gets, and how they are cut into blocks."""
     if chunks.num_chunks == 0:
         raise ConfigError(f"{chunks.file.prefix} holds no whole chunk", got=f"{chunks.file.num_tokens} tokens")
     ranges: tuple[tuple[int, int], ...] = ((0, chunks.num_chunks),)
-    if project.config.retro_query_rows is not None:
-        asked = sorted(parsed_range(text, "--retro-query-rows") for text in project.config.retro_query_rows)
+    asked = project.query_rows.get(corpus.name)
+    if asked is not None:
         ranges = tuple(part for span in asked for part in covered(ranges, *span))
         if sum(last - first for first, last in ranges) < sum(last - first for first, last in asked):
             raise ConfigError(
                 "--retro-query-rows names rows that the corpus does not have",
-                got=", ".join(project.config.retro_query_rows),
+                got=", ".join(f"{first}:{last}" for first, last in asked),
                 expected=f"within 0:{chunks.num_chunks} ({chunks.file.prefix})",
             )
     return TableLayout(project.config.retro_query_num_neighbors_save, ranges, project.config.retro_block_size)

@@ -136,6 +136,21 @@ class Project:
         return corpora
 
     @cached_property
+    def query_rows(self) -> dict[str, list[tuple[int, int]]]:
+        """The row ranges of corpora that do not get all of theirs, by the names of their tables."""
+        names = [corpus.name for corpus in self.query_corpora]
+        ranges: dict[str, list[tuple[int, int]]] = {}
+        for text in self.config.retro_query_rows or ():
+            name, separator, span = text.rpartition("=")
+            if separator and name not in names:
+                raise ConfigError(
+                    f"--retro-query-rows {text!r} names no query corpus", expected=f"FIRST:LAST, or {names[0]}={span}"
+                )
+            for one in [name] if separator else names:
+                ranges.setdefault(one, []).append(parsed_range(span, "--retro-query-rows"))
+        return {name: sorted(spans) for name, spans in ranges.items()}
+
+    @cached_property
     def choice(self) -> IndexChoice:
         """The index to build."""
         config = self.config

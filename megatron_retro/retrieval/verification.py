@@ -105,7 +105,7 @@ def _measured(project: Project) -> QualityReport:
     searches = open_searches(project, project.query_corpora)
     for search in searches:
         path = project.layout.neighbors(search.corpus.name)
-        layout = table_layout(project, search.chunks)
+        layout = table_layout(project, search.corpus, search.chunks)
         settings = table_settings(project, search.searcher.nprobe, search.searcher.ef_search)
         table = check_table(path, table_inputs(project, search.chunks.file), settings, layout)
         tables[search.corpus.name] = _table_quality(search, table)

@@ -13,6 +13,7 @@ import pytest
 from megatron_retro.config.settings import Settings
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.neighbor_table import NeighborTable
+from megatron_retro.errors import ConfigError
 from megatron_retro.retrieval import index_search
 from megatron_retro.retrieval.embedders import HashedEmbedder
 from megatron_retro.retrieval.index_building import open_merged
@@ -262,6 +263,17 @@ def test_rows_of_ranges_are_those_of_the_whole_table(tmp_path: Path) -> None:
     )
     assert table.row_ranges == ((3, 17), (40, 90))
     assert (part == np.concatenate([whole[3:17], whole[40:90]])).all()
+
+
+def test_rows_of_one_corpus_leave_the_others_whole(tmp_path: Path) -> None:
+    prefixes = [write_corpus(tmp_path / name, echoing_documents(seed, 20)) for seed, name in enumerate("ab", 1)]
+    settings = project_settings(tmp_path / "project", prefixes, retro_tasks=TASKS, retro_query_rows=["b=3:17"])
+    root = build(settings)
+    (whole, _), (part, _) = table_of(root, "a"), table_of(root, "b")
+    assert (len(whole.row_ranges), whole.row_ranges[0][0], part.row_ranges) == (1, 0, ((3, 17),))
+    assert whole.layout.num_rows > 14
+    with pytest.raises(ConfigError, match="'c=0:3' names no query corpus"):
+        build(settings.replace(retro_query_rows=["c=0:3"]))
 
 
 def test_several_corpora_make_one_database(tmp_path: Path) -> None:
