@@ -36,8 +36,9 @@ class ModelConfig:
         None, "every N-th layer, of the encoder too, is without rotary positions", minimum=2
     )
     rope_scaling_type: str = option(
-        "none", "rescaling of rotary frequencies", choices=("none", "linear", "llama3", "yarn"), ours=True
-    )
+        "none", "rescaling of rotary frequencies; interpolated: of positions, as Megatron-LM rounds",
+        choices=("none", "linear", "interpolated", "llama3", "yarn"), ours=True,
+    )  # fmt: skip
     rope_scaling_factor: float = option(1.0, "by how much frequencies are stretched", minimum=1.0)
     rope_scaling_low_freq_factor: float = option(1.0, "llama3 scaling: low-frequency bound", ours=True)
     rope_scaling_high_freq_factor: float = option(4.0, "llama3 scaling: high-frequency bound", ours=True)

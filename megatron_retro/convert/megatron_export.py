@@ -20,6 +20,7 @@ from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.convert.checkpoint_files import StoredModel, open_stored, parameter_shapes
 from megatron_retro.convert.core_names import LAYERS, core_name
 from megatron_retro.convert.megatron_files import COMMON, LATEST
+from megatron_retro.convert.rope_settings import warn_of_rounding
 from megatron_retro.errors import ConfigError
 from megatron_retro.runtime.strict_json import json_text
 
@@ -37,6 +38,7 @@ _WITH_STATE = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
+_STRETCHED = ("linear", "interpolated")
 _CROSS_WITH_STATE = tuple(f"cross_attention.attn.{name}" for name in ("linear_q", "linear_kv", "linear_proj"))
 
 
@@ -49,6 +51,8 @@ def export_megatron(source: Path, destination: Path, *, dtype: torch.dtype, deco
         raise ConfigError(
             f"{stored.path} computes what Megatron core does not", got="; ".join(problems), fix="export it otherwise"
         )
+    if model.rope_scaling_type == "linear":
+        warn_of_rounding(model, "interpolated", "Megatron core")
     with new_directory(destination) as partial:
         folder = partial / "release"
         folder.mkdir()
@@ -180,7 +184,7 @@ def core_arguments(model: ModelConfig, retro: RetroConfig) -> argparse.Namespace
         "rotary_percent": model.rotary_percent,
         "rotary_base": model.rotary_base,
         "rotary_interleaved": model.rotary_interleaved,
-        "rotary_seq_len_interpolation_factor": model.rope_scaling_factor if scaled == "linear" else None,
+        "rotary_seq_len_interpolation_factor": model.rope_scaling_factor if scaled in _STRETCHED else None,
         "use_rope_scaling": scaled == "llama3",
         "rope_scaling_factor": model.rope_scaling_factor if scaled == "llama3" else 8.0,
         "normalization": model.normalization,

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.convert.megatron_arguments import argument_problems
+from megatron_retro.convert.rope_settings import stretching
 from megatron_retro.errors import ArtifactError
 
 DECODER = "language_model.encoder.layers."
@@ -66,7 +67,7 @@ def decoder_settings(given: Arguments, vocabulary: int, *, legacy: bool) -> Mode
         rotary_percent=float(given("rotary_percent", 1.0)),
         rotary_base=_ROTARY_BASE if legacy else float(given("rotary_base", _ROTARY_BASE)),
         rotary_interleaved=bool(given("rotary_interleaved", False)),
-        rope_scaling_type="llama3" if scaled else "linear" if stretched not in (None, 1) else "none",
+        rope_scaling_type="llama3" if scaled else stretching(float(stretched or 1.0)),
         rope_scaling_factor=float(given("rope_scaling_factor", 8.0) if scaled else stretched or 1.0),
         normalization=given("normalization", "LayerNorm"),
         apply_layernorm_1p=bool(given("apply_layernorm_1p", False)),

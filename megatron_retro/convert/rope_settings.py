@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.ops.rotary import YARN_TURNS, yarn_amplitude
+from megatron_retro.runtime.console import warn
 
 ROPE_FIELDS = {
     "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
@@ -37,8 +39,11 @@ def yarn_problems(kind: str, numbers: Mapping[str, Any], outside: Any) -> Iterat
 def written_rope(model: ModelConfig, *, partial: bool) -> dict[str, Any]:
     """Both spellings: `rope_parameters` is read by transformers 5, the others by 4."""
     scaling: dict[str, Any] = {}
+    if model.rope_scaling_type == "interpolated":
+        warn_of_rounding(model, "linear", "transformers")
     if model.rope_scaling_type != "none":
-        scaling = {"rope_type": model.rope_scaling_type, "factor": model.rope_scaling_factor}
+        kind = "linear" if model.rope_scaling_type == "interpolated" else model.rope_scaling_type
+        scaling = {"rope_type": kind, "factor": model.rope_scaling_factor}
     if model.rope_scaling_type == "llama3":
         scaling |= {
             "low_freq_factor": model.rope_scaling_low_freq_factor,
@@ -52,3 +57,19 @@ def written_rope(model: ModelConfig, *, partial: bool) -> dict[str, Any]:
         **rotated,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base, **rotated, **scaling},
     } | ({"rope_scaling": scaling} if scaling else {})
+
+
+def stretching(factor: float) -> str:
+    """Megatron divides positions; by a power of two that is the same as dividing frequencies, rounding included."""
+    if factor == 1:
+        return "none"
+    return "linear" if math.frexp(factor)[0] == 0.5 else "interpolated"
+
+
+def warn_of_rounding(model: ModelConfig, theirs: str, where: str) -> None:
+    """A model of one kind of stretching goes where there is the other alone."""
+    if stretching(model.rope_scaling_factor) != "linear":
+        warn(
+            f"positions are {theirs} by {model.rope_scaling_factor:g} in {where}, {model.rope_scaling_type} here: the "
+            "same angles, rounded otherwise in float32 (logits differ by some 1e-8 in short texts, more in long ones)"
+        )

@@ -79,7 +79,10 @@ class RotaryTable:
 
 def rotary_table(position_ids_BS: Tensor, frequencies: RotaryFrequencies) -> RotaryTable:
     """The table of the given positions."""
-    angles = position_ids_BS.float()[..., None] * frequencies.inverse(position_ids_BS.device)
+    positions_BS = position_ids_BS.float()
+    if frequencies.scaling == "interpolated":  # positions, not frequencies: float32 rounds otherwise
+        positions_BS = positions_BS * (1 / frequencies.factor)
+    angles = positions_BS[..., None] * frequencies.inverse(position_ids_BS.device)
     amplitude = frequencies.amplitude()
     if amplitude == 1.0:
         return RotaryTable(angles.cos(), angles.sin())

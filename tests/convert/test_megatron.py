@@ -37,6 +37,7 @@ CONFIGURATIONS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "squared ReLU": ((0, 2, 3), {"swiglu": False, "squared_relu": True}),
     "rotary on all": ((1, 3), {"rotary_percent": 1.0}),
     "stretched": ((1, 3), {"rotary_seq_len_interpolation_factor": 4}),
+    "stretched by no power of two": ((1, 3), {"rotary_seq_len_interpolation_factor": 3}),
     "no positions": ((1, 3), {"use_rotary_position_embeddings": False, "position_embedding_type": "none"}),
     "tied": ((1, 3), {"untie_embeddings_and_output_weights": False}),
     "GPT": ((), {}),

@@ -176,7 +176,7 @@ def models_of_ours() -> dict[str, ModelConfig]:
     return {
         "squared_relu": replace(plain, squared_relu=True, kv_channels=8, rotary_percent=0.5, num_query_groups=2),
         "rescaled": replace(plain, kv_channels=16, rope_scaling_type="llama3", rope_scaling_factor=4.0, **LLAMA_BOUNDS),
-        "stretched": replace(plain, rope_scaling_type="linear", rope_scaling_factor=4.0, norm_epsilon=1e-3),
+        "stretched": replace(plain, rope_scaling_type="interpolated", rope_scaling_factor=3.0, norm_epsilon=1e-3),
     }
 
 
