@@ -5,7 +5,7 @@
 
 Windows spread evenly over held-out text are scored by the decoder alone, by each Retro with its real neighbours and
 with those of another window, and by decoders that were trained on without retrieval; the chunks that follow some of
-each window's chunks also by the decoder with the passages in its prompt. Every part's losses are kept in DIR, so a
+each window's chunks also by the decoders with the passages in their prompts. Every part's losses are kept in DIR, so a
 run that was stopped goes on.
 """
 
@@ -231,9 +231,10 @@ def main() -> int:
     for kind, neighbors in ({"real": text.passages} | ({"other": text.others} if whole else {})).items():
         for name, model in retros.items():
             losses[f"{name}, {kind}"] = kept.get(f"{name}-{kind}", partial(window_losses, model, text, neighbors))
-        if whole:
-            prompted = partial(prompted_losses, decoder, text, neighbors, arguments.prompted)
-            prompts[f"prompt, {kind}"] = kept.get(f"prompt-{kind}", prompted).mean(-1)
+        for name, model in ({"prompt": decoder} | {f"prompt of {name}": one for name, one in trained.items()}).items():
+            if whole:
+                prompted = partial(prompted_losses, model, text, neighbors, arguments.prompted)
+                prompts[f"{name}, {kind}"] = kept.get(f"{name.replace(' ', '-')}-{kind}", prompted).mean(-1)
     chunks = {name: by_chunk(values, text.chunk) for name, values in losses.items()}
     places = list(range(chunks["decoder"].shape[1]))
     at_prompts = {name: values[:, arguments.prompted] for name, values in chunks.items()} | prompts

@@ -44,12 +44,18 @@ fit=(megatron-retro retrofit --config "$here/real_decoder.toml")
 last=(megatron-retro retrofit --config "$here/real_decoder_last.toml")
 "${last[@]}" --save warm
 "${last[@]}" "${noise[@]}" --train-iters 33 --save noise
-megatron-retro pretrain --config "$here/real_decoder_continued.toml" --finetune "${tokenizer[@]}" --save continued
+on=(megatron-retro pretrain --config "$here/real_decoder_continued.toml" --finetune "${tokenizer[@]}")
+"${on[@]}" --save continued
+if [ ! -e corpus/prompted.manifest.json ]; then
+  python "$here/prompted_text.py" corpus/train_text_document --database retrieval/database \
+    --neighbors retrieval/neighbors/train --output corpus/prompted
+fi
+"${on[@]}" --data-path corpus/prompted --seq-length 704 --save prompted
 measure=(python "$here/real_decoder.py" gpt --text corpus/held_out_text_document --database retrieval/database
   --neighbors retrieval/neighbors/held_out)
 "${measure[@]}" --retro mixed=mixed --between --work losses-between --json "$here/real_decoder_between.json"
 "${measure[@]}" --retro mixed=mixed same-depth=same-depth untrained=untrained unfrozen=unfrozen warm=warm \
-  noise=noise --trained continued=continued --work losses --json "$here/real_decoder.json"
+  noise=noise --trained continued=continued prompted=prompted --work losses --json "$here/real_decoder.json"
 for part in half=0.5 quarter=0.25 eighth=0.125; do
   "${measure[@]}" --retro mixed=mixed --keep-fraction "${part#*=}" --work "losses-${part%=*}" \
     --json "$here/real_decoder_${part%=*}.json"
