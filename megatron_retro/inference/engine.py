@@ -70,11 +70,11 @@ class Engine:
         return generation
 
     def attend(self, generation: Generation) -> None:
-        """Note what a finished text's neighbours got of its attention, if that was asked for."""
+        """Note what a finished text's neighbours got of its attention and are worth, if that was asked for."""
         if generation.request.attention and generation.finish_reason in ("stop", "length"):
             size = self.forward.chunk_length
             found = {one.query_stop // size - 1: one.found for one in generation.retrievals}
-            generation.attention = self.forward.attention(generation.tokens[:-1], found)
+            generation.readings = self.forward.reading(generation.tokens, found)
 
     def cancel(self, generation: Generation) -> None:
         """Stop a text; its place is free at the next step."""
@@ -262,7 +262,7 @@ def check_request(request: GenerationRequest, limits: EngineLimits, forward: For
             fix="use the tokenizer that the model was trained with",
         )
     step = request.retrieval_step
-    if request.attention and (step is not None or not forward.shows_attention):
+    if request.attention and (step is not None or not forward.can_show_reading):
         raise ConfigError(
             "attention is shown where a whole model retrieves at each chunk's end",
             got="a model that is cut" if step is None else f"a retrieval step of {step}",

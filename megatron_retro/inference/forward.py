@@ -15,17 +15,16 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import PeftConfig
-from megatron_retro.inference.neighbor_sources import RetrievedNeighbors
+from megatron_retro.inference.neighbor_sources import ChunkReading, RetrievedNeighbors
 from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.cache import Cache
 from megatron_retro.model.context import SequenceContext
-from megatron_retro.model.reading import attention_to_neighbors
+from megatron_retro.model.reading import read_neighbors
 from megatron_retro.model.retro import Retro
 from megatron_retro.parallel.mesh import PIPELINE, ParallelMesh
 from megatron_retro.parallel.stages import Stage
@@ -44,7 +43,7 @@ class Forward(ABC):
     neighbor_shape: tuple[int, int]
     virtual_tokens: tuple[int, ...]
     learned_positions: int | None
-    shows_attention = False
+    can_show_reading = False
     device: torch.device
 
     def __init__(self, model: ModelConfig, retro: RetroConfig, virtual_tokens: tuple[int, ...]) -> None:
@@ -71,8 +70,8 @@ class Forward(ABC):
         neighbors = self._stacked([[] if one is None else [one] for one in found])
         return self._logits(torch.tensor(tokens_B, device=self.device)[:, None], neighbors, cache)[:, -1]
 
-    def attention(self, tokens_S: Sequence[int], found: Mapping[int, RetrievedNeighbors]) -> list[NDArray[np.float32]]:
-        """[K, R] of each chunk in `found`: the attention that neighbours' tokens get while the text is read again."""
+    def reading(self, tokens_S: Sequence[int], found: Mapping[int, RetrievedNeighbors]) -> list[ChunkReading]:
+        """Of each chunk in `found`: what its neighbours get, and are worth, when the text is read again."""
         raise NotImplementedError
 
     def _stacked(self, found: FoundRows) -> Neighbors[Tensor] | None:
@@ -94,7 +93,7 @@ class Forward(ABC):
 class LocalForward(Forward):
     """A whole model in this process."""
 
-    shows_attention = True
+    can_show_reading = True
 
     def __init__(self, model: Retro) -> None:
         super().__init__(model.model, model.retro, virtual_tokens_of(model.embedding))
@@ -105,19 +104,23 @@ class LocalForward(Forward):
         """A cache of all layers."""
         return self.model.new_cache(batch_size, max_length)
 
-    def attention(self, tokens_S: Sequence[int], found: Mapping[int, RetrievedNeighbors]) -> list[NDArray[np.float32]]:
-        unread = [np.zeros(one.mask_KR.shape, np.float32) for one in found.values()]
-        count = len(tokens_S) // self.chunk_length
+    def reading(self, tokens_S: Sequence[int], found: Mapping[int, RetrievedNeighbors]) -> list[ChunkReading]:
+        empty = [np.zeros(one.mask_KR.shape, np.float32) for one in found.values()]
+        unread = [ChunkReading(attention_KR, attention_KR[:, 0]) for attention_KR in empty]
+        count = (len(tokens_S) - 1) // self.chunk_length
         if not found or not count:
             return unread
         any_one = next(iter(found.values()))
         absent = replace(any_one, mask_KR=np.zeros_like(any_one.mask_KR))
         neighbors = self._stacked([[found.get(chunk, absent) for chunk in range(count)]])
         assert neighbors is not None
-        weights_CKR = attention_to_neighbors(self.model, torch.tensor(tokens_S, device=self.device), neighbors)
-        shown = weights_CKR.float().cpu().numpy()
+        reading = read_neighbors(self.model, torch.tensor(tokens_S, device=self.device), neighbors)
+        attention_CKR, worth_CK = (part.float().cpu().numpy() for part in (reading.attention_CKR, reading.worth_CK))
         # a text may end at the token that would have read its last neighbours first
-        return [shown[chunk] if chunk < count else none for chunk, none in zip(found, unread, strict=True)]
+        return [
+            ChunkReading(attention_CKR[chunk], worth_CK[chunk]) if chunk < count else none
+            for chunk, none in zip(found, unread, strict=True)
+        ]
 
     def _hidden(self, tokens_BS: Tensor, neighbors: Neighbors[Tensor] | None, cache: Cache) -> Tensor:
         model = self.model

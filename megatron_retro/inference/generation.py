@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_retro.errors import MegatronRetroError
-from megatron_retro.inference.neighbor_sources import NeighborSource, RetrievedNeighbors
+from megatron_retro.inference.neighbor_sources import ChunkReading, NeighborSource, RetrievedNeighbors
 from megatron_retro.inference.sampling import SampledToken, Sampler, Sampling
 
 _ROWS_AT_ONCE = 32
@@ -27,7 +25,7 @@ _LONGEST_CHARACTER = 4
 class GenerationRequest:
     """What to generate. `source` None reads no neighbours; `retrieval_step` None retrieves at each chunk's end.
 
-    `attention` asks, when the text is finished, for what each neighbour's token got of it.
+    `attention` asks, when the text is finished, for what each neighbour's token got of it and each neighbour is worth.
     `num_alternatives` asks for the log-probabilities of each sampled token and of as many others in its place;
     `score_prompt` asks for those of the prompt's tokens too.
     """
@@ -89,7 +87,7 @@ class Generation:
         self.logprobs: list[float] = []
         self.token_logprobs: list[TokenLogprob] = []
         self.retrievals: list[Retrieval] = []
-        self.attention: list[NDArray[np.float32]] | None = None  # [K, R] of each retrieval
+        self.readings: list[ChunkReading] | None = None  # one of each retrieval
         self.finish_reason: str | None = None
         self.failure: MegatronRetroError | None = None
         self.started = False

@@ -31,6 +31,15 @@ class RetrievedNeighbors:
         return [tokens[mask].tolist() for tokens, mask in zip(self.tokens_KR, self.mask_KR, strict=True)]
 
 
+@dataclass(frozen=True)
+class ChunkReading:
+    """What a finished text made of one chunk's neighbours: the attention that each of their tokens got, and the nats
+    that it loses without each of them."""
+
+    attention_KR: NDArray[np.float32]
+    worth_K: NDArray[np.float32]
+
+
 class NeighborSource(Protocol):
     """Finds neighbours. A chunk has no virtual tokens: one that held nothing else is empty."""
 

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from megatron_retro.artifacts.manifest import require_same
 from megatron_retro.assembly.loading import Loaded, LoadedModel
 from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig
@@ -21,6 +18,7 @@ from megatron_retro.inference.forward import Forward, LocalForward
 from megatron_retro.inference.generation import Generation, GenerationRequest, TextStream
 from megatron_retro.inference.large_pages import store_for_decoding
 from megatron_retro.inference.neighbor_sources import (
+    ChunkReading,
     ChunkSearch,
     GivenPassages,
     LiveNeighbors,
@@ -39,6 +37,7 @@ class NeighborText:
     distance: float | None
     text: str
     attention: tuple[tuple[str, float], ...] = ()  # of each of its tokens, if that was asked for
+    worth: float | None = None  # nats, with it
 
 
 @dataclass(frozen=True)
@@ -96,33 +95,36 @@ class TextGenerator:
 
     def report(self, generation: Generation) -> list[ChunkNeighbors]:
         """The chunks of a text with the neighbours that they retrieved, in order."""
-        decode, weights = self.tokenizer.decode, generation.attention
+        decode, readings = self.tokenizer.decode, generation.readings
         return [
             ChunkNeighbors(
                 decode(generation.text_tokens(one.query_start, one.query_stop)),
                 one.query_start,
                 one.query_stop,
-                tuple(self._neighbors(one.found, attention_KR)),
+                tuple(self._neighbors(one.found, reading)),
             )
-            for one, attention_KR in zip(generation.retrievals, weights or repeat(None), strict=False)
+            for one, reading in zip(generation.retrievals, readings or repeat(None), strict=False)
         ]
 
-    def _neighbors(self, found: RetrievedNeighbors, attention_KR: NDArray[np.float32] | None) -> Iterator[NeighborText]:
+    def _neighbors(self, found: RetrievedNeighbors, reading: ChunkReading | None) -> Iterator[NeighborText]:
         for number, tokens in enumerate(found.token_lists()):
             if not tokens:
                 continue
             distance = found.distances[number]
             attention: tuple[tuple[str, float], ...] = ()
-            if attention_KR is not None:
+            if reading is not None:
                 stream = TextStream(self.tokenizer.decode, ())
                 pieces = [stream.feed(token) for token in tokens]
                 pieces[-1] += stream.finish()
-                attention = tuple(zip(pieces, attention_KR[number][found.mask_KR[number]].tolist(), strict=True))
+                attention = tuple(
+                    zip(pieces, reading.attention_KR[number][found.mask_KR[number]].tolist(), strict=True)
+                )
             yield NeighborText(
                 found.chunk_ids[number],
                 distance if math.isfinite(distance) else None,
                 self.tokenizer.decode(tokens),
                 attention,
+                None if reading is None else float(reading.worth_K[number]),
             )
 
     def generate(

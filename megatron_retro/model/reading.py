@@ -18,7 +18,8 @@ from megatron_retro.model.retro import Retro
 @dataclass(frozen=True)
 class Reading:
     """Of one text: attention [C, K, R] to neighbours' tokens, scaled by gates and summed over readers, heads and
-    layers; and worth [C, K], the nats that a chunk's readers lose in all when one of its neighbours is taken away."""
+    layers; and worth [C, K], the nats that a chunk's readers lose in all when one of its neighbours is taken away.
+    Virtual tokens are read but not predicted."""
 
     attention_CKR: Tensor
     worth_CK: Tensor
@@ -29,12 +30,12 @@ def read_neighbors(model: Retro, tokens_S: Tensor, neighbors: Neighbors[Tensor])
     """`tokens_S` holds one token more than is read, the last to be predicted; neighbours are those [1, C, K, R] of the
     chunks that are read whole."""
     _, num_chunks, number, length = neighbors.tokens_BCKR.shape
-    tokens_1S, labels_1S = tokens_S[None, :-1], tokens_S[None, 1:]
+    tokens_1S, labels_1S, counted_S = tokens_S[None, :-1], tokens_S[None, 1:].clamp(min=0), tokens_S[1:] >= 0
     with _attention_of(model) as attended:
         losses_S = model(tokens_1S, neighbors, labels_BS=labels_1S)[0]
     if not attended:
         return Reading(torch.zeros(num_chunks, number, length), torch.zeros(num_chunks, number))
-    attention_CKR = _summed(attended, number, length)
+    attention_CKR = torch.unflatten(torch.stack(attended).sum((0, 2)), -1, (number, length))
     worth_CK = torch.zeros(num_chunks, number, device=tokens_S.device)
     size = model.retro.retro_chunk_length
     for chunk, neighbor in neighbors.mask_BCKR[0].any(-1).nonzero().tolist():
@@ -45,22 +46,8 @@ def read_neighbors(model: Retro, tokens_S: Tensor, neighbors: Neighbors[Tensor])
         without_S = model(
             tokens_1S[:, :stop], Neighbors(so_far.tokens_BCKR, mask), labels_BS=labels_1S[:, :stop].contiguous()
         )[0]
-        worth_CK[chunk, neighbor] = (without_S[first:] - losses_S[first:stop]).sum()
+        worth_CK[chunk, neighbor] = ((without_S[first:] - losses_S[first:stop]) * counted_S[first:stop]).sum()
     return Reading(attention_CKR, worth_CK)
-
-
-@torch.inference_mode()
-def attention_to_neighbors(model: Retro, tokens_S: Tensor, neighbors: Neighbors[Tensor]) -> Tensor:
-    """[C, K, R] as in a reading, from one forward of all these tokens."""
-    _, num_chunks, number, length = neighbors.tokens_BCKR.shape
-    with _attention_of(model) as attended:
-        model(tokens_S[None], neighbors)
-    return _summed(attended, number, length) if attended else torch.zeros(num_chunks, number, length)
-
-
-def _summed(attended: list[Tensor], number: int, length: int) -> Tensor:
-    """Over layers and heads."""
-    return torch.unflatten(torch.stack(attended).sum((0, 2)), -1, (number, length))
 
 
 @contextmanager

@@ -177,7 +177,11 @@ class Service:
                 query_stop=chunk.query_stop,
                 neighbors=[
                     schema.Neighbor(
-                        id=one.id, distance=one.distance, text=one.text, attention=list(one.attention) or None
+                        id=one.id,
+                        distance=one.distance,
+                        text=one.text,
+                        attention=list(one.attention) or None,
+                        worth=one.worth,
                     )
                     for one in chunk.neighbors
                 ],
@@ -253,7 +257,7 @@ async def text_deltas(service: Service, handles: Sequence[RequestHandle]) -> Asy
             generation = handles[index].generation
             if failures:
                 raise failures[0]
-            again = text is None and generation is not None and generation.attention is not None
+            again = text is None and generation is not None and generation.readings is not None
             chunks = [] if generation is None else service.chunks(generation, 0 if again else num_sent[index])
             num_sent[index] = len(chunks) if again else num_sent[index] + len(chunks)
             finish_reason = generation.finish_reason if text is None and generation is not None else None

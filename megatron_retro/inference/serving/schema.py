@@ -74,7 +74,7 @@ class CompletionRequest(SharedRequest):
     )
     max_tokens: int = Field(16, ge=1, le=1 << 20)
     echo: bool = False
-    attention: bool = Field(False, description="what neighbours' tokens got of it, with the last event or the answer")
+    attention: bool = Field(False, description="what neighbours' tokens got and what each is worth, at the end")
     logprobs: int | None = Field(None, ge=0, le=5, description="log-probabilities of a token and of this many others")
 
     @model_validator(mode="after")
@@ -136,12 +136,14 @@ class ChatRequest(SharedRequest):
 
 
 class Neighbor(BaseModel):
-    """A neighbour; id -1 is a passage that was given, and has no distance. `attention`: of its tokens, in order."""
+    """A neighbour; id -1 is a passage that was given, and has no distance. `attention`: of its tokens, in order;
+    `worth`: nats that the text loses without it."""
 
     id: int
     distance: float | None
     text: str
     attention: list[tuple[str, float]] | None = None
+    worth: float | None = None
 
 
 class Chunk(BaseModel):

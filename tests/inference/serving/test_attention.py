@@ -1,4 +1,4 @@
-"""What the service says a text's neighbours got of its attention is what a lone reading of the text sees."""
+"""What the service says a text's neighbours got and are worth is what a lone reading of the text sees."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ def test_attention_is_what_a_lone_reading_sees(service: Any, generator: Any) -> 
     read, shape = alone.tokens[:-1], generator.forward.neighbor_shape
     found = [one.found for one in alone.retrievals]
     neighbors = stack_neighbors([found], shape, torch.device("cpu"))
-    expected = read_neighbors(generator.forward.model, torch.tensor(alone.tokens), neighbors).attention_CKR
+    expected = read_neighbors(generator.forward.model, torch.tensor(alone.tokens), neighbors)
     assert len(chunks) == len(found) == len(read) // 16
-    for chunk, one, weights_KR in zip(chunks, found, expected, strict=True):
-        for neighbor, mask, weights in zip(chunk["neighbors"], one.mask_KR, weights_KR, strict=True):
+    assert expected.worth_CK.any()
+    for chunk, one, weights_KR, worth_K in zip(chunks, found, expected.attention_CKR, expected.worth_CK, strict=True):
+        for neighbor, mask, weights, worth in zip(chunk["neighbors"], one.mask_KR, weights_KR, worth_K, strict=True):
+            assert abs(neighbor["worth"] - float(worth)) < 1e-3
             pieces, shown = zip(*neighbor["attention"], strict=True)
             assert "".join(pieces) == neighbor["text"]
             assert torch.allclose(torch.tensor(shown), weights[torch.from_numpy(mask)], atol=1e-4)
@@ -46,6 +48,7 @@ def test_neighbors_that_nothing_has_read_got_nothing(generator: Any) -> None:
     )
     found = {one.query_stop // forward.chunk_length - 1: one.found for one in text.retrievals}
     last = max(found)
-    whole, cut = (forward.attention(text.tokens[:stop], found) for stop in (-1, (last + 1) * forward.chunk_length - 1))
+    whole, cut = (forward.reading(text.tokens[:stop], found) for stop in (None, (last + 1) * forward.chunk_length))
     assert len(whole) == len(cut) == len(found)
-    assert not cut[-1].any() and whole[-1].any() and cut[0].any()
+    assert not cut[-1].attention_KR.any() and not cut[-1].worth_K.any()
+    assert whole[-1].attention_KR.any() and whole[-1].worth_K.any() and cut[0].attention_KR.any()

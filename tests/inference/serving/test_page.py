@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def test_type_stream_compare_open(service: Any, browser: Browser, room: Path) ->
     browser.click("#answer-0 details.chunk summary")
     assert browser.run("return document.querySelector('#answer-0 .neighbor').checkVisibility()")
     shown = browser.text("#answer-0 details.chunk")
-    assert "quick brown fox" in shown and "distance" in shown
+    assert "quick brown fox" in shown and "distance" in shown and re.search("worth [+−][0-9.]+ nats", shown)
     marked = browser.run(
         "return [...document.querySelectorAll('#answer-0 details.chunk:first-child mark')]"
         ".map((one) => one.textContent)"

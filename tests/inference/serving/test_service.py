@@ -138,7 +138,7 @@ def test_retrieval_modes(service: Any) -> None:
     assert len(set(texts.values())) == 3
     given = post(service, prompt=PROMPT, max_tokens=20, temperature=0, passages=["a given text"], retrieval=True).json()
     neighbors = [chunk["neighbors"] for chunk in given["choices"][0]["retrieval"]]
-    expected = {"id": -1, "distance": None, "text": "a given text", "attention": None}
+    expected = {"id": -1, "distance": None, "text": "a given text", "attention": None, "worth": None}
     assert all(found == [expected] for found in neighbors)
 
 

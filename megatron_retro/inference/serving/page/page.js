@@ -154,19 +154,24 @@ function newChunk(section, chunk) {
     const body = document.createElement("span");
     box.append(id, body);
     details.append(box);
-    return body;
+    return { id, body, title: id.textContent };
   });
   if (bodies.length === 0) details.append("no neighbor was found");
   let shown = chunk;
   return {
     replace(newer) { shown = newer; },
     show(after) {
-      bodies.forEach((body, number) => {
+      bodies.forEach(({ id, body, title }, number) => {
         const neighbor = shown.neighbors[number];
+        if (neighbor.worth !== null) id.textContent = `${title}, worth ${signed(neighbor.worth)} nats`;
         body.replaceChildren(...highlighted(neighbor.text, shown.query, after, shades(neighbor.attention || [])));
       });
     },
   };
+}
+
+function signed(value) {
+  return `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`;
 }
 
 function shortened(text) {
