@@ -42,6 +42,7 @@ _REFUSALS: dict[int, tuple[str, str]] = {
     errno.EMFILE: ("this process has too many open files", f"raise the limit (`ulimit -n`), {_AGAIN}"),
     errno.ENFILE: ("this machine has too many open files", f"end other programs, {_AGAIN}"),
     errno.ENOMEM: ("memory ran out", f"take fewer workers or smaller batches, or end other programs, {_AGAIN}"),
+    errno.EAGAIN: ("no thread or process may start", f"raise the limits (`ulimit -u`, `ulimit -v`), {_AGAIN}"),
 }
 # How C++, torch's allocators and the threads of Python say that memory ran out.
 _NO_MEMORY = ("bad_alloc", "can't allocate memory", "not enough memory", "can't start new thread")
@@ -235,6 +236,8 @@ def disk_problem(error: BaseException, path: Path | None = None) -> EnvironmentP
         what = f"{path} {what}"
     elif named is not None:
         what = f"{named} cannot be {'opened' if code in _CLOSED else 'read or written'}"
+    elif code in (errno.ENOMEM, errno.EAGAIN):
+        what, reason = reason, ""
     else:
         what = "a file could not be read or written"
     return EnvironmentProblem(f"{reason}: {what}" if reason else what, got=os.strerror(code), fix=fix)

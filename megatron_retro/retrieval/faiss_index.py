@@ -26,6 +26,7 @@ from megatron_retro.errors import ArtifactError, ConfigError, DamagedArtifact
 from megatron_retro.runtime.environment import require
 
 _BLOCKABLE = ("IndexIVFFlat", "IndexIVFPQ", "IndexIVFScalarQuantizer", "IndexIVFRaBitQ")
+_CHILD = "import faiss, sys; faiss.read_index(sys.argv[1], int(sys.argv[2]))"
 
 
 @cache
@@ -167,8 +168,7 @@ def read_index(artifact: Path, manifest: Manifest, name: str, *, fix: str, flags
 
 
 def _read_by_a_child(path: Path, flags: int) -> None:
-    program = "import faiss, sys; faiss.read_index(sys.argv[1], int(sys.argv[2]))"
-    done = subprocess.run([sys.executable, "-c", program, str(path), str(flags)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", _CHILD, str(path), str(flags)], capture_output=True, text=True)
     if done.returncode:
         raise ArtifactError(
             f"{path} was made by another user and is no index that faiss can read",

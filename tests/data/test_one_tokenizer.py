@@ -80,6 +80,12 @@ def test_a_verb_refuses_a_corpus_of_another_tokenizer(
     assert "another tokenizer" in told and "ByteTokenizer" in told and "GPT2BPETokenizer" in told
     assert "--allow-tokenizer-mismatch" in told
     assert main([*words, "--allow-tokenizer-mismatch"]) == 0
+    if verb == "pretrain":
+        capsys.readouterr()
+        words = ["evaluate", "perplexity", "--load", str(tmp_path / "run"), "--data-path", prefix(room, "bytes")]
+        assert main([*words, "--split", "0,1,0", "--eval-output", str(tmp_path / "eval")]) == 2
+        told = capsys.readouterr().err
+        assert "another tokenizer" in told and "ByteTokenizer" in told and "GPT2BPETokenizer" in told
 
 
 def test_merged_files_keep_their_tokenizer_or_are_refused(

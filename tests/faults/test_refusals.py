@@ -148,3 +148,4 @@ def test_a_fault_of_ours_stays_one() -> None:
     assert disk_problem(FileNotFoundError(errno.ENOENT, "No such file or directory", "/x")) is None
     for error in (MemoryError(), RuntimeError("std::bad_alloc"), RuntimeError("can't start new thread")):
         assert "memory ran out" in str(disk_problem(error))
+    assert "may start" in str(disk_problem(RuntimeError("Resource temporarily unavailable")))  # gloo's, for a thread

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +25,7 @@ from megatron_retro.runtime.events import EventLog, read_events
 from megatron_retro.runtime.statistics import Interval
 from megatron_retro.testing.browser import Browser, missing_browser
 from megatron_retro.testing.tiny_corpus import write_tiny_corpus
+from tests.faults.injection import KINDS, damaged
 
 
 def records(path: Path, *lines: dict[str, Any]) -> str:
@@ -137,6 +141,28 @@ def test_the_verb_says_what_was_seen(run: Path, tmp_path: Path, capsys: pytest.C
     assert main(["report", str(run), "--report-output", str(tmp_path / "page.html")]) == 0
     printed = capsys.readouterr().err
     assert printed.count("than with") == 2 and "seen" in printed.lower() and (tmp_path / "page.html").is_file()
+
+
+def test_damaged_logs_and_results_end_in_a_sentence(
+    run: Path, tmp_path: Path, count: Callable[[int, int], int]
+) -> None:
+    """Each file of a run and of an evaluation that a report reads, damaged at random: a page or one named error."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    measure = ["evaluate", "perplexity", "--load", str(folder), "--eval-output", str(folder / "evaluation")]
+    assert main(measure) == 0
+    words = ["report", str(folder), "--report-output", str(tmp_path / "page.html")]
+    assert main(words) == 0
+    files = sorted(path for path in folder.rglob("*.json*") if path.is_file())
+    dice = random.Random(18)
+    for _ in range(count(12, 300)):
+        path, kind = dice.choice(files), dice.choice(KINDS)
+        content = path.read_bytes()
+        after = damaged(content, kind, dice)
+        path.unlink() if after is None else path.write_bytes(after)
+        code = main(words)
+        path.write_bytes(content)
+        assert code in (0, 2), (path, kind, after)
 
 
 def test_files_of_other_prompts_are_refused(run: Path, tmp_path: Path) -> None:

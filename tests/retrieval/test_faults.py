@@ -17,9 +17,12 @@ from pathlib import Path
 import pytest
 
 from megatron_retro.artifacts import claims
+from megatron_retro.artifacts.manifest import write_manifest
 from megatron_retro.cli.main import main
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import ArtifactError, ConfigError, EnvironmentProblem, MegatronRetroError
+from megatron_retro.retrieval import faiss_index
+from megatron_retro.retrieval.faiss_index import faiss_module, read_index, write_index
 from megatron_retro.retrieval.stages import build_retrieval
 from megatron_retro.testing.retrieval_projects import CHUNK, echoing_documents, project_settings, write_corpus
 
@@ -155,6 +158,19 @@ def test_a_damaged_block_is_made_again_alone(settings: Settings, tmp_path: Path)
     assert blocks[1].read_bytes() == whole
     changed = [now.stat().st_mtime_ns != before for now, before in zip(blocks, times, strict=True)]
     assert changed == [False, True, *[False] * (len(blocks) - 2)]
+
+
+def test_an_index_of_another_user_is_read_by_a_child_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its manifest fits it, so nothing but faiss can tell; what ends a process ends the child."""
+    made = tmp_path / "made"
+    made.mkdir()
+    write_index(faiss_module().index_factory(8, "Flat"), made / "index.faiss")
+    monkeypatch.setattr(os, "getuid", lambda: made.stat().st_uid + 1)
+    manifest = write_manifest(made, kind="index", version=1)
+    assert read_index(made, manifest, "index.faiss", fix="build it").ntotal == 0
+    monkeypatch.setattr(faiss_index, "_CHILD", "import os; os.abort()  #")
+    with pytest.raises(ArtifactError, match=r"made by another user.*\n.*exit status -6"):
+        read_index(made, manifest, "index.faiss", fix="build it")
 
 
 def test_damaged_kept_vectors_are_named(settings: Settings, tmp_path: Path) -> None:

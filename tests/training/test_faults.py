@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import threading
 import time
@@ -16,7 +17,9 @@ import torch
 
 from megatron_retro.assembly.parallel_model import ParallelModel, StepResult, build_parallel_model
 from megatron_retro.assembly.run_parts import resolved_settings
+from megatron_retro.cli.main import main
 from megatron_retro.config.settings import Settings
+from megatron_retro.config.toml_files import render_toml
 from megatron_retro.data.loader import Loader
 from megatron_retro.data.tokenizers import ByteTokenizer
 from megatron_retro.errors import DataError
@@ -133,6 +136,25 @@ def test_a_stopped_rank_ends_the_job_and_is_named(
     with pytest.raises(RankFailure, match=r"rank 1 \(process \d+ on .*\) is dead or stopped since step \d+"):
         run_ranks(stopped, 2, initialize=False, timeout=60)
     assert "lost rank" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("megabytes", [0, 4])
+def test_a_limit_of_memory_is_a_message(
+    corpus: TinyCorpus, tmp_path: Path, capfd: pytest.CaptureFixture[str], megabytes: int
+) -> None:
+    """Less than the stack of a thread is left: no hang, no traceback."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(render_toml(corpus.settings(save=str(tmp_path / "run"), train_iters=2, eval_iters=0)))
+
+    def limited() -> None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20),) * 2)
+        os._exit(main(["pretrain", "--config", str(recipe)]))
+
+    assert exit_code_of(limited) == 2
+    said = capfd.readouterr().err
+    assert "Traceback" not in said and said.count("error:") == 1 and "fix:" in said
+    assert "memory ran out" in said or "no thread or process may start" in said
 
 
 def test_gradients_are_means_over_all_tokens(corpus: TinyCorpus) -> None:
