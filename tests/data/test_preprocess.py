@@ -75,25 +75,6 @@ def test_several_keys_and_several_inputs(tmp_path: Path) -> None:
         assert files(tmp_path / "o", key) == wanted == files(tmp_path / "p", key)
 
 
-def parquet(path: Path, found: Sequence[dict[str, Any]]) -> Path:
-    pyarrow = pytest.importorskip("pyarrow")
-    storage = pytest.importorskip("pyarrow.parquet")
-    table = pyarrow.table({"text": [record["text"] for record in found], "id": [record["id"] for record in found]})
-    storage.write_table(table, path, row_group_size=7)
-    return path
-
-
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("ending", [".json.gz", ".jsonl.gz", ".jsonl.zst", ".parquet"])
-def test_every_format_gives_the_same_tokens(tmp_path: Path, ending: str) -> None:
-    found = [record for record in records(3, 40) if isinstance(record["text"], str)]
-    lines = write_json_lines(tmp_path / "a.jsonl", found).read_bytes()
-    path = tmp_path / f"b{ending}"
-    parquet(path, found) if ending == ".parquet" else compressed(path, lines)
-    assert preprocess(tmp_path / "o", [path], "--append-eod", "--workers", "2") == 0
-    assert files(tmp_path / "o") == expected(tmp_path, found, ByteTokenizer().encode, 256)
-
-
 @pytest.mark.usefixtures("small_blocks")
 def test_plain_text_is_a_document_per_file_or_per_line(tmp_path: Path) -> None:
     folder = tmp_path / "in"

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_retro.data.preprocessing.job import parquet_module
 from megatron_retro.data.preprocessing.records import BROKEN, COMPRESSED, opened
+from megatron_retro.data.preprocessing.tables import whole_table
 from megatron_retro.errors import DataError
 
 ROLES = ("system", "user", "assistant")
@@ -84,8 +84,8 @@ def read_records(path: Path) -> list[tuple[dict[str, Any], Conversation]]:
 def _placed_records(path: Path) -> Iterator[tuple[int, Any]]:
     """Records with their line (of an array or a table, their number); a `_Fault` in place of a line that is no JSON."""
     try:
-        if path.suffix == ".parquet":
-            yield from enumerate(parquet_module().read_table(path).to_pylist(), 1)
+        if path.suffix in (".parquet", ".arrow"):
+            yield from enumerate(whole_table(str(path)), 1)
             return
         with opened(path) as stream:
             if path.name.removesuffix(path.suffix if path.suffix in COMPRESSED else "").endswith(".json"):
@@ -98,7 +98,7 @@ def _placed_records(path: Path) -> Iterator[tuple[int, Any]]:
         raise DataError(f"there is no file {path}", fix="give the path of a JSON lines file") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8", got=error) from None
-    except (*BROKEN, ValueError) as error:  # the last of a Parquet file
+    except (*BROKEN, ValueError) as error:  # the last of a table
         raise DataError(f"{path} is cut or damaged", got=error, fix="fetch it again") from None
 
 

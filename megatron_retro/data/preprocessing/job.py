@@ -1,6 +1,7 @@
 """A preprocessing job: its input files, cut into blocks of work that do not depend on the workers.
 
-A block is one or more input ranges: bytes of a plain file, a row group of a Parquet file, or a whole compressed file.
+A block is one or more input ranges: bytes of a plain file, a row group of a Parquet file, a batch of an Arrow file, or
+a whole file of another kind.
 The job's fingerprint says whether unfinished work on disk belongs to it. Its file is called `plan.json`.
 """
 
@@ -18,28 +19,37 @@ from typing import Any
 
 import numpy as np
 
+from megatron_retro.data.preprocessing.tables import num_batches, num_row_groups
 from megatron_retro.data.token_file import map_file
-from megatron_retro.errors import ConfigError, DataError, EnvironmentProblem
+from megatron_retro.errors import ConfigError, DataError
+from megatron_retro.runtime.console import say
 from megatron_retro.runtime.strict_json import json_text
 
 SMALLEST_BLOCK = 8 << 20
 MOST_BLOCKS = 4096
 LINES, TEXT, GZIP, ZSTD, PARQUET = "lines", "text", "gzip", "zstd", "parquet"
+ARROW, CSV, ARRAY = "arrow", "csv", "array"
+BY_PART = {PARQUET: "row group", ARROW: "batch"}
 _ENDINGS = {
     ".jsonl.gz": GZIP,
     ".json.gz": GZIP,
     ".jsonl.zst": ZSTD,
     ".json.zst": ZSTD,
     ".parquet": PARQUET,
+    ".arrow": ARROW,
+    ".csv": CSV,
+    ".tsv": CSV,
     ".jsonl": LINES,
     ".json": LINES,
     ".ndjson": LINES,
 }
+# What Hugging Face's datasets writes beside its Arrow files.
+_FACTS_OF_DATASETS = ("dataset_info.json", "dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file of the input as it was when the job was defined."""
+    """A file of the input as it was when the job was defined; `row_groups` counts an Arrow file's batches, too."""
 
     path: str
     format: str
@@ -50,7 +60,7 @@ class InputFile:
 
 @dataclass(frozen=True)
 class InputRange:
-    """A range of one input file: bytes [start, stop), or row group `start` of a Parquet file."""
+    """A range of one input file: bytes [start, stop), or row group or batch `start`."""
 
     file: int
     start: int
@@ -109,11 +119,11 @@ class PreprocessingJob:
     def blocks(self) -> tuple[tuple[InputRange, ...], ...]:
         """The input in order, cut into blocks."""
         size = max(SMALLEST_BLOCK, -(-self.num_bytes // MOST_BLOCKS))
-        return tuple(_packed(self._ranges(size), size))
+        return tuple(_packed(((span, self.range_bytes(span)) for span in self._ranges(size)), size))
 
     def _ranges(self, size: int) -> Iterator[InputRange]:
         for number, file in enumerate(self.files):
-            if file.format == PARQUET:
+            if file.format in BY_PART:
                 yield from (InputRange(number, group, group + 1) for group in range(file.row_groups))
             elif file.format == LINES or (file.format == TEXT and self.reading.text_documents == "line"):
                 starts = range(0, file.bytes, size)
@@ -124,7 +134,7 @@ class PreprocessingJob:
     def range_bytes(self, span: InputRange) -> int:
         """The stored bytes of a range, for the progress bar."""
         file = self.files[span.file]
-        return file.bytes // max(file.row_groups, 1) if file.format == PARQUET else span.stop - span.start
+        return file.bytes // max(file.row_groups, 1) if file.format in BY_PART else span.stop - span.start
 
     def describe(self, block: int) -> str:
         """The input range of a block, for messages."""
@@ -132,17 +142,16 @@ class PreprocessingJob:
         path = self.files[first.file].path
         if len(self.blocks[block]) > 1:
             return f"files {path} to {self.files[last.file].path}"
-        if self.files[first.file].format == PARQUET:
-            return f"row group {first.start} of {path}"
+        if part := BY_PART.get(self.files[first.file].format):
+            return f"{part} {first.start} of {path}"
         return f"bytes {first.start} to {first.stop} of {path}"
 
 
-def _packed(ranges: Iterable[InputRange], size: int) -> Iterator[tuple[InputRange, ...]]:
+def _packed(ranges: Iterable[tuple[InputRange, int]], size: int) -> Iterator[tuple[InputRange, ...]]:
     """Put small neighbouring ranges into one block."""
     block: list[InputRange] = []
     room = size
-    for span in ranges:
-        amount = span.stop - span.start
+    for span, amount in ranges:
         if block and amount > room:
             yield tuple(block)
             block, room = [], size
@@ -164,7 +173,7 @@ def find_inputs(words: Sequence[str]) -> tuple[InputFile, ...]:
 def _expanded(word: str) -> list[str]:
     path = Path(word)
     if path.is_dir():
-        found = sorted(str(file) for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+        found = _of_folder(path)
     elif path.is_file():
         found = [word]
     else:
@@ -172,6 +181,18 @@ def _expanded(word: str) -> list[str]:
     if not found:
         raise ConfigError(f"--input {word}: there is no such file", fix="check the path; quote a glob or let it match")
     return found
+
+
+def _of_folder(folder: Path) -> list[str]:
+    """All visible files; where some hold records, a README beside them is no document."""
+    files = sorted(str(file) for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    facts = [name for name in files if Path(name).name in _FACTS_OF_DATASETS]
+    if any(format_of(name) == ARROW for name in files):
+        files = [name for name in files if name not in facts]
+    records = [name for name in files if format_of(name) != TEXT]
+    if records and len(records) < len(files):
+        say(f"--input {folder}: {len(files) - len(records)} file(s) of text beside records left out")
+    return records or files
 
 
 def format_of(path: str) -> str:
@@ -189,8 +210,10 @@ def _described(path: str) -> InputFile:
                 fix="rename it if it is that, or decompress it",
             )
     content = map_file(Path(path))
-    groups = _row_groups(path) if kind == PARQUET else 0
-    return InputFile(path, kind, len(content), _sampled_hash(content), groups)
+    if kind == LINES and content[: 1 << 12].tobytes().lstrip().startswith(b"["):
+        kind = ARRAY
+    count = {PARQUET: num_row_groups, ARROW: num_batches}.get(kind)
+    return InputFile(path, kind, len(content), _sampled_hash(content), count(path) if count else 0)
 
 
 def _sampled_hash(content: np.ndarray[Any, np.dtype[np.uint8]]) -> str:
@@ -200,20 +223,3 @@ def _sampled_hash(content: np.ndarray[Any, np.dtype[np.uint8]]) -> str:
         start = max(0, len(content) - 1024) * number // 63
         digest.update(content[start : start + 1024].tobytes())
     return digest.hexdigest()[:32]
-
-
-def _row_groups(path: str) -> int:
-    parquet = parquet_module()
-    try:
-        return int(parquet.ParquetFile(path).metadata.num_row_groups)
-    except Exception as error:  # pyarrow raises many kinds
-        raise DataError(f"{path} is no readable Parquet file", got=error) from None
-
-
-def parquet_module() -> Any:
-    """pyarrow.parquet, or an error that names the extra."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise EnvironmentProblem("reading Parquet needs pyarrow", fix="pip install 'megatron-retro[formats]'") from None
-    return pyarrow.parquet

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_retro.data.preprocessing.job import (
+    ARRAY,
+    ARROW,
+    CSV,
     GZIP,
     LINES,
     PARQUET,
@@ -22,8 +25,8 @@ from megatron_retro.data.preprocessing.job import (
     ZSTD,
     InputRange,
     PreprocessingJob,
-    parquet_module,
 )
+from megatron_retro.data.preprocessing.tables import array_items, arrow_rows, csv_rows, parquet_rows
 from megatron_retro.errors import DataError, EnvironmentProblem
 
 COMPRESSED = {".gz": GZIP, ".zst": ZSTD}
@@ -39,7 +42,7 @@ class RecordRefused(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """A record and where it lies. `content` is bytes, or a Parquet row; None when it is longer than allowed.
+    """A record and where it lies. `content` is bytes, or a row of a table; None when it is longer than allowed.
 
     `is_plain` says that it is text as such, not JSON.
     """
@@ -59,9 +62,16 @@ class Record:
 
 def read_range(job: PreprocessingJob, span: InputRange) -> Iterator[Record]:
     """The records that begin in a range."""
-    file, limit = job.files[span.file], job.reading.max_document_bytes
-    if file.format == PARQUET:
-        yield from _rows(file.path, span.start, job.reading.json_keys)
+    file, limit, keys = job.files[span.file], job.reading.max_document_bytes, job.reading.json_keys
+    if file.format in (PARQUET, ARROW):
+        read = parquet_rows if file.format == PARQUET else arrow_rows
+        yield from (Record(file.path, row, 1, content, "row") for row, content in read(file.path, span.start, keys))
+    elif file.format == CSV:
+        yield from (Record(file.path, row, 1, content, "row") for row, content in csv_rows(file.path, keys, limit))
+    elif file.format == ARRAY:
+        for number, item in array_items(file.path, limit):
+            content = item.encode("utf-8", "surrogatepass")
+            yield Record(file.path, number, len(content), content if len(content) <= limit else None, "element")
     elif file.format == LINES or (file.format == TEXT and job.reading.text_documents == "line"):
         with open(file.path, "rb", buffering=_READ_BYTES) as stream:
             for record in _lines_between(stream, file.path, span.start, span.stop, limit):
@@ -110,20 +120,6 @@ def _whole_file(path: str, size: int, limit: int) -> Record:
     with open(path, "rb") as stream:
         content = stream.read(limit + 1)
     return Record(path, 0, len(content), content if len(content) <= limit else None, is_plain=True)
-
-
-def _rows(path: str, group: int, keys: tuple[str, ...]) -> Iterator[Record]:
-    source = parquet_module().ParquetFile(path)
-    absent = [key for key in keys if key not in source.schema_arrow.names]
-    if absent:
-        raise DataError(f"{path} has no column {absent[0]!r}", expected=", ".join(source.schema_arrow.names))
-    row = sum(source.metadata.row_group(number).num_rows for number in range(group))
-    for batch in source.iter_batches(batch_size=64, row_groups=[group], columns=list(keys), use_threads=False):
-        columns = {name: batch.column(name) for name in keys}
-        for place in range(batch.num_rows):
-            content = {name: column[place].as_py() for name, column in columns.items()}
-            yield Record(path, row, 1, content, unit="row")
-            row += 1
 
 
 def _decompressed(path: str, kind: str) -> BinaryIO:
