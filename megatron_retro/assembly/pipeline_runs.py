@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.microbatch import Microbatch
 from megatron_retro.parallel.mesh import PIPELINE, TENSOR, ParallelMesh
-from megatron_retro.parallel.schedules import Boundary, build_schedule
 from megatron_retro.parallel.stages import Stage
+
+if TYPE_CHECKING:
+    from megatron_retro.parallel.schedules import Boundary  # imported where it is used: it brings torch's compiler
 
 # Microbatches of an evaluation that are under way together, per stage: enough to fill the pipeline twice.
 EVALUATED_AT_ONCE = 2
@@ -44,6 +46,8 @@ class PipelineRuns:
         return losses if last.last else None
 
     def _schedule(self, microbatches: Sequence[Microbatch[Tensor]], *, training: bool) -> Any:
+        from megatron_retro.parallel.schedules import build_schedule
+
         boundary = self._boundary(microbatches[0])
         key = (len(microbatches), boundary, training)
         if key not in self._schedules:
@@ -60,6 +64,8 @@ class PipelineRuns:
         return self._schedules[key]
 
     def _boundary(self, batch: Microbatch[Tensor]) -> Boundary:
+        from megatron_retro.parallel.schedules import Boundary
+
         model, retro = self._stages[0].model.model, self._settings[RetroConfig]
         cut = self._mesh.size(TENSOR) if self._settings[ParallelConfig].sequence_parallel else 1
         size, length = batch.tokens_BS.shape

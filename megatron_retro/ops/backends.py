@@ -80,13 +80,19 @@ class Choice:
     reason: str
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def constant_when_compiled(function: Formula) -> Formula:
+    """As torch.compiler.assume_constant_result, which imports the compiler: a second and more of every start."""
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
+@constant_when_compiled
 def uses_native(operator: str, device: str, dtype: torch.dtype | None = None) -> bool:
     """Whether our compiled kernel serves `operator` on tensors of this type of device."""
     return choice(operator, device, _precision(dtype)).backend == NATIVE
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def backend_of(operator: str, device: str, dtype: torch.dtype | None = None) -> str:
     """The name of what serves; an error with all reasons where nothing does."""
     found = choice(operator, device, _precision(dtype))

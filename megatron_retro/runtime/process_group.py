@@ -15,6 +15,7 @@ import contextlib
 import math
 import os
 import socket
+import sys
 import traceback
 import warnings
 import zlib
@@ -109,11 +110,12 @@ def end_process_group() -> None:
 
     Meshes are equal when they name the same ranks, so a later group would get tensors that point to this one's groups.
     """
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-
     if dist.is_initialized():
         dist.destroy_process_group()
-    _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    if "torch.distributed.tensor" in sys.modules:  # a check of the network needs none, and would import it to leave
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 def _drop_connections() -> None:

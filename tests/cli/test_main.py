@@ -33,6 +33,17 @@ def test_help_of_every_verb_needs_no_torch(verb: str) -> None:
     assert f"megatron-retro {verb}" in done.stdout
 
 
+def test_a_start_imports_nothing_that_it_does_not_use() -> None:
+    """The check of the network no distributed tensors, and what only runs a model no compiler."""
+    code = (
+        "import sys; from megatron_retro.cli.main import main\n"
+        "assert main(['reach']) == 0 and 'torch.distributed.tensor' not in sys.modules\n"
+        "import megatron_retro.assembly.loading\n"
+        "assert not {'torch._dynamo', 'torch.distributed.pipelining', 'transformers', 'faiss'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
 def test_every_verb_names_a_function_that_takes_what_it_is_given(verb: Verb) -> None:
     module, function = verb.program.split(":")

@@ -112,6 +112,14 @@ def test_the_faster_serves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @COMPILED_CSRC
+def test_the_compiler_is_told_what_is_constant_as_torch_tells_it() -> None:
+    def of_torch() -> None: ...
+
+    torch.compiler.assume_constant_result(of_torch)
+    assert vars(of_torch) == vars(backends.constant_when_compiled(lambda: None)) != {}
+    assert vars(of_torch).items() <= vars(backends.uses_native).items()
+
+
 def test_a_compiler_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Any:
         raise RuntimeError("no compiler here\nand more")
