@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from megatron_retro.config.fields import option
 
+GLOBAL, LOCAL = "global", "local"  # rotary frequencies
 NORMALIZATIONS = ("LayerNorm", "RMSNorm")
 NORM_PLACEMENTS = ("before", "after", "both")
 QK_NORM_SCOPES = ("head", "projection")
@@ -31,6 +32,12 @@ class ModelConfig:
     position_embedding_type: str = option("rope", "positions of the decoder", choices=POSITIONS)
     rotary_percent: float = option(1.0, "share of a head that rotary positions rotate", minimum=0.0, maximum=1.0)
     rotary_base: float = option(10000.0, "base of the rotary frequencies", minimum=1.0)
+    rotary_base_local: float | None = option(
+        None,
+        "another base, not rescaled, in layers with a sliding window and in the encoder's layers of the same number",
+        minimum=1.0,
+        ours=True,
+    )
     rotary_interleaved: bool = option(False, "turn neighbouring pairs instead of halves")
     no_rope_freq: int | None = option(
         None, "every N-th layer, of the encoder too, is without rotary positions", minimum=2
@@ -46,6 +53,9 @@ class ModelConfig:
         8192, "llama3 and yarn scaling: original context", minimum=1, ours=True
     )
     sliding_window: int | None = option(None, "each token sees at most this many last tokens", minimum=1, ours=True)
+    full_attention_layers: tuple[int, ...] | None = option(
+        None, "decoder layers, from 1, that see everything in spite of --sliding-window", minimum=1, ours=True
+    )
     normalization: str = option("LayerNorm", "kind of norm", choices=NORMALIZATIONS)
     apply_layernorm_1p: bool = option(False, "store the norm's weight as 1 + w")
     norm_placement: str = option(
@@ -91,9 +101,20 @@ class ModelConfig:
             return max(64, int(self.hidden_size * 8 / 3 / 64) * 64)
         return 4 * self.hidden_size
 
-    def rotates(self, layer: int) -> bool:
-        """Whether this layer, from 1, is not one of those without rotary positions."""
-        return self.no_rope_freq is None or layer % self.no_rope_freq != 0
+    def window(self, layer: int) -> int | None:
+        """How many last tokens this layer, from 1, sees; None where it sees all."""
+        return None if layer in (self.full_attention_layers or ()) else self.sliding_window
+
+    def windows(self) -> set[int | None]:
+        """Those of all layers."""
+        return {self.window(layer) for layer in range(1, self.num_layers + 1)}
+
+    def rotation(self, layer: int) -> str | None:
+        """Which rotary frequencies this layer, from 1, has, of the decoder or of the encoder; None without."""
+        if self.no_rope_freq is not None and layer % self.no_rope_freq == 0:
+            return None
+        local = self.rotary_base_local is not None and layer not in (self.full_attention_layers or ())
+        return LOCAL if local else GLOBAL
 
     def learned_positions(self) -> int | None:
         """How long a text can be; None where positions do not end."""

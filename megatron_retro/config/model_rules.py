@@ -12,7 +12,12 @@ from megatron_retro.errors import Violation
 
 def model_violations(model: ModelConfig, retro: RetroConfig) -> list[Violation]:
     """Every broken rule of decoder and retriever."""
-    return [*_decoder(model), *_heads(model), *(_retriever(model, retro) if retro.retro_add_retriever else ())]
+    return [
+        *_decoder(model),
+        *_layers(model),
+        *_heads(model),
+        *(_retriever(model, retro) if retro.retro_add_retriever else ()),
+    ]
 
 
 def _decoder(model: ModelConfig) -> Iterator[Violation]:
@@ -36,6 +41,19 @@ def _decoder(model: ModelConfig) -> Iterator[Violation]:
             f"more than the low factor {model.rope_scaling_low_freq_factor}",
             "raise it",
         )
+
+
+def _layers(model: ModelConfig) -> Iterator[Violation]:
+    """What differs by layer."""
+    full, fix = model.full_attention_layers, "set --sliding-window, or leave it out"
+    if full is not None and model.sliding_window is None:
+        yield Violation("full_attention_layers", full, "a sliding window in the other layers", fix)
+    if full is not None and (list(full) != sorted(set(full)) or not full or full[-1] > model.num_layers):
+        expected = f"rising numbers from 1 to {model.num_layers}"
+        yield Violation("full_attention_layers", full, expected, "name each such layer once")
+    local = model.rotary_base_local
+    if local is not None and (model.sliding_window is None or model.position_embedding_type != "rope"):
+        yield Violation("rotary_base_local", local, "a sliding window and rotary positions", fix)
 
 
 def _heads(model: ModelConfig) -> Iterator[Violation]:

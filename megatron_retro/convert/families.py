@@ -47,6 +47,7 @@ class Family:
     must_be: Mapping[str, Any]
     rules: Callable[[ModelConfig], list[Rule]]
     multipliers: Mapping[str, float] = field(default_factory=dict)  # of activations; ours go into the weights
+    full_every: int | None = None  # windows and rotary bases by layer: every N-th is full where a file does not say
 
     def tensor_rules(self, model: ModelConfig) -> list[Rule]:
         """One rule for each tensor of the model."""
@@ -242,6 +243,17 @@ OLMO2 = Family(
     {"attention_bias": False},
     _llama_rules,
 )
+OLMO3 = Family(
+    "olmo3",
+    "Olmo3ForCausalLM",
+    _RMS_NAMES,
+    {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "sliding_window": 4096, "rope_theta": None},
+    SILU,
+    OLMO2.fixed,
+    {"attention_bias": False},
+    _llama_rules,
+    full_every=4,
+)
 GRANITE = Family(
     "granite",
     "GraniteForCausalLM",
@@ -298,9 +310,9 @@ GPT2 = Family(
 )
 FAMILIES = {
     family.model_type: family
-    for family in (LLAMA, QWEN2, QWEN3, MISTRAL, SMOLLM3, PHI3, OLMO2, GRANITE, NEMOTRON, STABLELM, GPT2)
+    for family in (LLAMA, QWEN2, QWEN3, MISTRAL, SMOLLM3, PHI3, OLMO2, OLMO3, GRANITE, NEMOTRON, STABLELM, GPT2)
 }
-WINDOW_FAMILIES = ("mistral", "phi3", "qwen2", "qwen3")
+WINDOW_FAMILIES = ("mistral", "phi3", "qwen2", "qwen3", "olmo3")
 PARTLY_ROTATED_FAMILIES = ("phi3", "nemotron", "stablelm", "gpt2")
 
 

@@ -10,6 +10,7 @@ from megatron_retro.config.toml_files import nearest
 from megatron_retro.convert.families import (
     FAMILIES,
     GPT2,
+    OLMO3,
     SMOLLM3,
     WINDOW_FAMILIES,
     Family,
@@ -20,7 +21,8 @@ from megatron_retro.convert.harmless_settings import leaves_the_function
 from megatron_retro.convert.rope_settings import ROPE_FIELDS, ROPE_NEEDS, yarn_problems
 from megatron_retro.errors import ConfigError
 
-_WINDOW_FIELDS = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_OLMO3_BASE = 500000.0
 _EVERY_FOURTH = 4  # SmolLM3's layers without rotary positions, where a file does not say
 _BIAS_FIELDS = {"attention_bias", "mlp_bias", "use_qkv_bias"}
 
@@ -133,9 +135,34 @@ class _Reader:
         if self.family is GPT2:
             return {}
         old, new = self._table("rope_scaling"), self._table("rope_parameters")
+        if self.family.full_every is not None:
+            return self._ropes_by_layer(old, new)
         if old and new and old != new:
             self.problems.append(f"rope_scaling = {old!r} beside rope_parameters = {new!r}: give one of them")
-        rope = {"rope_theta": self.field("rope_theta", 10000.0), **old, **new}
+        return self._rope_of({"rope_theta": self.field("rope_theta", 10000.0), **old, **new})
+
+    def _ropes_by_layer(self, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+        """Full layers have the rescaled positions; the base of windowed ones is another, or the same as it is."""
+        theta = self.field("rope_theta")
+        local_theta = self.field("rope_local_base_freq", theta)
+        wrong = sorted(set(new) - {_FULL, _SLIDING})
+        if wrong:
+            self.problems.append(f"rope_parameters: {', '.join(wrong)}: expected {_FULL} and {_SLIDING}")
+        given = [dict(new.get(kind) or {}) for kind in (_FULL, _SLIDING)]
+        full, local = {"rope_theta": theta, **given[0], **old}, {"rope_theta": local_theta, **given[1]}
+        if self.family is OLMO3 and theta != _OLMO3_BASE and not all("rope_theta" in rope for rope in given):
+            self.problems.append(
+                f"rope_theta = {theta!r}: which base windowed layers get depends on transformers' version unless it is "
+                f"{_OLMO3_BASE}; give rope_parameters for {_FULL} and {_SLIDING}"
+            )
+        values, others = self._rope_of(full), self._rope_of(local)
+        if others == values or self.problems:
+            return values
+        if others["rope_scaling_type"] != "none":
+            self.problems.append(f"rope: {_SLIDING} is rescaled otherwise than {_FULL}: only as it is, or alike")
+        return {**values, "rotary_base_local": others["rotary_base"]}
+
+    def _rope_of(self, rope: dict[str, Any]) -> dict[str, Any]:
         rope.setdefault("partial_rotary_factor", self.field("partial_rotary_factor", 1.0))
         kind = rope.get("rope_type", rope.get("type", "default"))
         unknown = sorted(set(rope) - ROPE_FIELDS)
@@ -194,24 +221,31 @@ class _Reader:
             if self.field("sliding_window") is not None:
                 self.problems.append("sliding_window: transformers passes it over in this family; remove it")
             return {}
-        fields = {name: self.field(name) for name in _WINDOW_FIELDS}
-        window = self._number("sliding_window", fields["sliding_window"], whole=True)
-        if fields["use_sliding_window"] is False:
-            window = None
-        layers, kinds = values["num_layers"], fields["layer_types"]
-        if kinds is None and window is not None and fields["max_window_layers"] is not None:
-            first = fields["max_window_layers"]
-            kinds = ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
-        if kinds is not None and window is not None:
-            if len(set(kinds)) > 1:
-                self.problems.append(
-                    "some layers have a sliding window and some do not: only all or none is understood"
-                )
-            elif set(kinds) == {"full_attention"}:
-                window = None
-        if kinds is not None and set(kinds) - {"full_attention", "sliding_attention"}:
-            self.problems.append(f"layer_types = {kinds!r}: expected full_attention or sliding_attention")
-        return {"sliding_window": window}
+        layers, used = values["num_layers"], self.field("use_sliding_window") is not False
+        window = self._number("sliding_window", self.field("sliding_window"), whole=True)
+        kinds = self._kinds_of_layers(layers)
+        if any(kind not in (_FULL, _SLIDING) for kind in kinds) or len(kinds) != layers:
+            self.problems.append(f"layer_types = {kinds!r}: expected {_FULL} or {_SLIDING} for each of {layers} layers")
+        full = tuple(number for number, kind in enumerate(kinds, 1) if kind == _FULL)
+        if len(full) < layers and self.family.full_every is not None and window is None:
+            self.problems.append("sliding_window is missing, which layers have")
+        if window is None or not used or len(full) == layers:
+            return {"sliding_window": None, "rotary_base_local": None}
+        return {"sliding_window": window, "full_attention_layers": full or None}
+
+    def _kinds_of_layers(self, layers: int) -> list[Any]:
+        """As the file lists them, or as its family has them."""
+        listed, first = self.field("layer_types"), self.field("max_window_layers")
+        if isinstance(listed, list):
+            return listed
+        every = self.family.full_every
+        if every is not None:
+            return [_SLIDING if number % every else _FULL for number in range(1, layers + 1)]
+        if first is not None and (not isinstance(first, int) or first < 0):
+            self.problems.append(f"max_window_layers = {first!r}: expected a whole number")
+            return [_FULL] * layers
+        num_full = min(first or 0, layers)
+        return [_FULL] * num_full + [_SLIDING] * (layers - num_full)
 
     def _biases(self) -> dict[str, Any]:
         if self.family is GPT2:

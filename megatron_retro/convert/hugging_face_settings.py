@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from megatron_retro.config.model import ModelConfig
@@ -10,12 +11,14 @@ from megatron_retro.convert.families import (
     FAMILIES,
     GPT2,
     PARTLY_ROTATED_FAMILIES,
+    QWEN2,
+    QWEN3,
     SMOLLM3,
     WINDOW_FAMILIES,
     Family,
     rotated_layers,
 )
-from megatron_retro.convert.rope_settings import written_rope
+from megatron_retro.convert.rope_settings import written_rope, written_ropes_by_layer
 from megatron_retro.errors import ConfigError
 
 
@@ -65,6 +68,7 @@ def _attention_reasons(family: Family, model: ModelConfig) -> list[str]:
     has_window = model.sliding_window is not None
     if has_window and family.model_type not in WINDOW_FAMILIES:
         reasons.append("it has no sliding window")
+    reasons += _reasons_by_layer(family, model)
     has_biases = not model.disable_bias_linear
     if has_biases and family.model_type not in ("llama", "nemotron", "gpt2"):
         reasons.append("it has no biases in all linear layers")
@@ -74,6 +78,21 @@ def _attention_reasons(family: Family, model: ModelConfig) -> list[str]:
     if family is GPT2 and model.num_key_value_heads() != model.num_attention_heads:
         reasons.append("it has no grouped queries")
     return reasons
+
+
+def _reasons_by_layer(family: Family, model: ModelConfig) -> Iterator[str]:
+    """Why layers that differ in windows and rotary bases cannot be those of a family."""
+    if family.full_every is not None:
+        if model.sliding_window is None:
+            yield "it has a sliding window"
+        return
+    if model.rotary_base_local is not None:
+        yield "all of its layers have one rotary base"
+    full = model.full_attention_layers or ()
+    if full and family not in (QWEN2, QWEN3):
+        yield "it has a sliding window in all layers, or in none"
+    elif full != tuple(range(1, len(full) + 1)):
+        yield "its layers with a sliding window are its last ones"
 
 
 def _written_config(family: Family, model: ModelConfig) -> dict[str, Any]:
@@ -89,7 +108,7 @@ def _written_config(family: Family, model: ModelConfig) -> dict[str, Any]:
     config |= {
         "hidden_act": next(iter(family.activations)),
         "num_key_value_heads": model.num_key_value_heads(),
-        **written_rope(model, partial=family.model_type in PARTLY_ROTATED_FAMILIES),
+        **_written_positions(family, model),
     }
     if family.model_type not in ("qwen2", "stablelm"):
         config["head_dim"] = model.head_size()
@@ -103,5 +122,17 @@ def _written_config(family: Family, model: ModelConfig) -> dict[str, Any]:
     if family.model_type in WINDOW_FAMILIES:
         config["sliding_window"] = model.sliding_window
     if family.model_type in ("qwen2", "qwen3"):
-        config |= {"use_sliding_window": model.sliding_window is not None, "max_window_layers": 0}
+        num_full = len(model.full_attention_layers or ())
+        config |= {"use_sliding_window": model.sliding_window is not None, "max_window_layers": num_full}
+    if family.full_every is not None or model.full_attention_layers:
+        layers = range(1, model.num_layers + 1)
+        config["layer_types"] = [
+            "full_attention" if model.window(layer) is None else "sliding_attention" for layer in layers
+        ]
     return config
+
+
+def _written_positions(family: Family, model: ModelConfig) -> dict[str, Any]:
+    if family.full_every is not None:
+        return written_ropes_by_layer(model, local_base=False)
+    return written_rope(model, partial=family.model_type in PARTLY_ROTATED_FAMILIES)

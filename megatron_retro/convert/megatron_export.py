@@ -151,6 +151,8 @@ def core_problems(model: ModelConfig, retro: RetroConfig) -> Iterator[str]:
         yield f"qk_norm_scope {model.qk_norm_scope}"
     if model.sliding_window is not None:
         yield f"sliding_window {model.sliding_window}"
+    if model.rotary_base_local is not None:
+        yield f"rotary_base_local {model.rotary_base_local}"
     if model.no_rope_freq is not None:
         yield f"no_rope_freq {model.no_rope_freq}"
     if model.rope_scaling_type == "yarn":

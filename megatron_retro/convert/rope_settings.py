@@ -73,3 +73,19 @@ def warn_of_rounding(model: ModelConfig, theirs: str, where: str) -> None:
             f"positions are {theirs} by {model.rope_scaling_factor:g} in {where}, {model.rope_scaling_type} here: the "
             "same angles, rounded otherwise in float32 (logits differ by some 1e-8 in short texts, more in long ones)"
         )
+
+
+def written_ropes_by_layer(model: ModelConfig, *, local_base: bool) -> dict[str, Any]:
+    """The same of a family whose windowed layers may have a base of their own (for transformers 4: `local_base`)."""
+    full = written_rope(model, partial=False)
+    plain = model.rotary_base_local if model.rotary_base_local is not None else model.rotary_base
+    local = {"rope_type": "default", "rope_theta": plain}
+    for_4 = {"rope_local_base_freq": plain} if local_base else {}
+    alike = model.rotary_base_local is None and model.rope_scaling_type != "none"
+    by_layer = {
+        "full_attention": full["rope_parameters"],
+        "sliding_attention": full["rope_parameters"] if alike else local,
+    }
+    if alike or (plain != model.rotary_base and not local_base):
+        return {"rope_parameters": by_layer}
+    return {**full, "rope_parameters": by_layer, **for_4}

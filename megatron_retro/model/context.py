@@ -4,19 +4,24 @@ grid lies. Computed once, before the first layer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.config.model import GLOBAL, LOCAL, ModelConfig, RetroConfig
 from megatron_retro.errors import DataError
 from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.cache import Cache, CacheSlice
 from megatron_retro.ops.attention import AttentionPattern, Documents
 from megatron_retro.ops.chunking import num_complete_chunks, query_positions
 from megatron_retro.ops.rotary import RotaryFrequencies, RotaryTable, rotary_table
+
+# by what a layer's `rotation` is; a layer without rotary positions finds none
+Frequencies = Mapping[str | None, RotaryFrequencies]
+RotaryTables = Mapping[str | None, RotaryTable]
 
 
 @dataclass(frozen=True)
@@ -32,13 +37,15 @@ class NeighborContext:
     mask_BCE: Tensor | None
     chunk_mask_XM: Tensor | None
     query_positions_BS: Tensor
+    query_tables: RotaryTables
+    key_tables: RotaryTables
+    first_position: int
     query_rotary: RotaryTable | None
     key_rotary: RotaryTable | None
-    first_position: int
 
-    def without_rotary(self) -> NeighborContext:
-        """For a layer that has no rotary positions."""
-        return replace(self, query_rotary=None, key_rotary=None)
+    def of_layer(self, rotation: str | None) -> NeighborContext:
+        """With the rotary tables of one layer."""
+        return replace(self, query_rotary=self.query_tables.get(rotation), key_rotary=self.key_tables.get(rotation))
 
     def of_row(self, row: int) -> NeighborContext:
         """What concerns one row's queries."""
@@ -50,25 +57,28 @@ class NeighborContext:
 
 @dataclass(frozen=True)
 class SequenceContext:
-    """Handed to every layer."""
+    """Handed to every layer, which picks the pattern of its window and the table of its rotation."""
 
-    pattern: AttentionPattern
-    rotary: RotaryTable | None
+    patterns: Mapping[int | None, AttentionPattern]
+    rotary: RotaryTables
     position_ids_BS: Tensor
     retrieval: NeighborContext | None
     cache_slice: CacheSlice | None
 
 
-def decoder_frequencies(config: ModelConfig) -> RotaryFrequencies | None:
-    """The rotary frequencies of the decoder's heads; None with other positions."""
-    return rotary_frequencies(config) if config.position_embedding_type == "rope" else None
+def frequencies_by_rotation(config: ModelConfig, there: bool) -> Frequencies:
+    """All that the layers of one model have; none where positions are of another kind."""
+    found = {rotation: rotary_frequencies(config, rotation) for rotation in (GLOBAL, LOCAL)} if there else {}
+    return {rotation: frequencies for rotation, frequencies in found.items() if frequencies is not None}
 
 
-def rotary_frequencies(config: ModelConfig) -> RotaryFrequencies | None:
-    """The configured frequencies of a head; None when no dimension is rotated."""
+def rotary_frequencies(config: ModelConfig, rotation: str = GLOBAL) -> RotaryFrequencies | None:
+    """The configured frequencies of a head; None when no dimension is rotated, or no layer is so."""
     rotated = int(config.head_size() * config.rotary_percent) // 2 * 2
     if rotated == 0:
         return None
+    if rotation == LOCAL:
+        return None if config.rotary_base_local is None else RotaryFrequencies(rotated, config.rotary_base_local)
     return RotaryFrequencies(
         rotated,
         config.rotary_base,
@@ -85,19 +95,19 @@ def neighbor_token_positions(num_neighbors: int, retrieved_length: int, device: 
     return torch.arange(retrieved_length, device=device).repeat(num_neighbors)
 
 
-def table_or_none(positions_S: Tensor, frequencies: RotaryFrequencies | None) -> RotaryTable | None:
-    """The table of positions shared by the batch."""
-    return None if frequencies is None else rotary_table(positions_S[None], frequencies)
+def rotary_tables(positions_BS: Tensor, frequencies: Frequencies) -> RotaryTables:
+    """The tables of the given positions."""
+    return {rotation: rotary_table(positions_BS, each) for rotation, each in frequencies.items()}
 
 
 def sequence_pattern(
-    config: ModelConfig, documents: Documents | None, padding_mask_BS: Tensor | None
+    window: int | None, documents: Documents | None, padding_mask_BS: Tensor | None
 ) -> AttentionPattern:
     """Who sees whom in a whole sequence: the past, inside the window, the own document, real tokens."""
     real_BST: Tensor | None = None
     if padding_mask_BS is not None:
         real_BST = padding_mask_BS[:, None, :].expand(-1, padding_mask_BS.shape[1], -1)
-    return AttentionPattern(causal=True, window=config.sliding_window, allowed_BST=real_BST, documents=documents)
+    return AttentionPattern(causal=True, window=window, allowed_BST=real_BST, documents=documents)
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,7 @@ class EncoderContext:
     """What every layer of the neighbour encoder needs to know; X = chunks, their neighbours' masks flattened."""
 
     pattern: AttentionPattern
-    rotary: RotaryTable | None
+    rotary: RotaryTables
     chunk_mask_XM: Tensor | None
     query_rotary: RotaryTable | None
     chunk_rotary: RotaryTable | None
@@ -118,8 +128,9 @@ class ContextBuilder:
         self.config, self.retro = model, retro
         self.chunk_length = retro.retro_chunk_length
         self.reads = retro.reads_neighbors()
-        self.frequencies = decoder_frequencies(model)
-        self.neighbor_frequencies = rotary_frequencies(model) if retro.rotates_neighbors() else None
+        self.windows = model.windows()
+        self.frequencies = frequencies_by_rotation(model, model.position_embedding_type == "rope")
+        self.neighbor_frequencies = frequencies_by_rotation(model, retro.rotates_neighbors())
 
     def whole_sequence(
         self,
@@ -137,8 +148,8 @@ class ContextBuilder:
                 position_ids_BS = (padding_mask_BS.long().cumsum(1) - 1).clamp(min=0)
         self._require_learned(position_ids_BS, length)
         return SequenceContext(
-            sequence_pattern(self.config, documents, padding_mask_BS),
-            None if self.frequencies is None else rotary_table(position_ids_BS, self.frequencies),
+            {window: sequence_pattern(window, documents, padding_mask_BS) for window in self.windows},
+            rotary_tables(position_ids_BS, self.frequencies),
             position_ids_BS,
             self._retrieval(length, device, neighbors, padding_mask_BS),
             None,
@@ -203,15 +214,19 @@ class ContextBuilder:
         num_neighbors, retrieved_length = neighbor_shape
         frequencies = self.neighbor_frequencies
         keys_E = neighbor_token_positions(num_neighbors, retrieved_length, positions_BS.device)
+        query_tables = rotary_tables(positions_BS + self.retro.chunk_start(), frequencies)
+        key_tables = rotary_tables(keys_E[None], frequencies)
         return NeighborContext(
             neighbors,
             retrieved_length,
             mask_BCE,
             chunk_mask_XM,
             positions_BS,
-            None if frequencies is None else rotary_table(positions_BS + self.retro.chunk_start(), frequencies),
-            table_or_none(keys_E, frequencies),
+            query_tables,
+            key_tables,
             first_position,
+            query_tables.get(GLOBAL),
+            key_tables.get(GLOBAL),
         )
 
     def cached_sequence(
@@ -243,16 +258,18 @@ class ContextBuilder:
             )
         self._require_learned(position_ids_BS, cache_slice.longest)
         return SequenceContext(
-            self._cached_pattern(cache_slice, real_BT, slots_BS),
-            None if self.frequencies is None else rotary_table(position_ids_BS, self.frequencies),
+            {window: self._cached_pattern(window, cache_slice, real_BT, slots_BS) for window in self.windows},
+            rotary_tables(position_ids_BS, self.frequencies),
             position_ids_BS,
             self._cached_retrieval(cache_slice, real_BT, neighbors, cache, device) if self.reads else None,
             cache_slice,
         )
 
-    def _cached_pattern(self, cache_slice: CacheSlice, real_BT: Tensor | None, slots_BS: Tensor) -> AttentionPattern:
+    @staticmethod
+    def _cached_pattern(
+        window: int | None, cache_slice: CacheSlice, real_BT: Tensor | None, slots_BS: Tensor
+    ) -> AttentionPattern:
         """The last token of a uniform slice stands at the last slot: plain causal. Others are spelled out."""
-        window = self.config.sliding_window
         if cache_slice.uniform:
             return AttentionPattern(True, window, None if real_BT is None else real_BT[:, None])
         distance_BST = slots_BS[:, :, None] - torch.arange(cache_slice.longest, device=slots_BS.device)

@@ -119,13 +119,13 @@ class ModelCosts:
 def model_costs(model: ModelConfig, retro: RetroConfig, seq_length: int) -> ModelCosts:
     """Of every part, for sequences of this length; the vocabulary's padding costs nothing."""
     retrieval, units = set(retro.retrieval_layers(model.num_layers)), []
-    window = min(seq_length, model.sliding_window or seq_length)
-    keys = window - window**2 / (2 * seq_length)  # that a token sees, on average
     for layer in range(1, model.num_layers + 1):
         if retrieval and layer == min(retrieval):
             units.append(_encoder_cost(model, retro))
         added = _if_read(retro, _cross_attention(model, retro)) if layer in retrieval else _NOTHING
-        units.append(UnitCost(f"layers.{layer - 1}", Work(_mlp(model)), _causal_attention(model, keys), added))
+        units.append(
+            UnitCost(f"layers.{layer - 1}", Work(_mlp(model)), _causal_attention(model, layer, seq_length), added)
+        )
     return ModelCosts((*units, UnitCost(HEAD, Work((model.vocab_size or 0) * model.hidden_size))))
 
 
@@ -163,7 +163,9 @@ def _mlp(model: ModelConfig) -> int:
     return (3 if model.swiglu else 2) * model.hidden_size * model.ffn_width()
 
 
-def _causal_attention(model: ModelConfig, keys: float) -> Work:
+def _causal_attention(model: ModelConfig, layer: int, seq_length: int) -> Work:
+    window = min(seq_length, model.window(layer) or seq_length)
+    keys = window - window**2 / (2 * seq_length)  # that a token sees, on average
     return Work(_self_attention(model), 2 * _heads_width(model) * keys)
 
 

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron_retro.config.model import ModelConfig, RetroConfig
-from megatron_retro.model.context import EncoderContext, neighbor_token_positions, rotary_frequencies, table_or_none
+from megatron_retro.model.context import (
+    EncoderContext,
+    frequencies_by_rotation,
+    neighbor_token_positions,
+    rotary_tables,
+)
 from megatron_retro.model.layers import EncoderLayer
 from megatron_retro.model.leaves import Norm, TokenEmbedding
 from megatron_retro.ops.attention import AttentionPattern
@@ -18,7 +23,8 @@ class NeighborEncoder(nn.Module):
     def __init__(self, model: ModelConfig, retro: RetroConfig) -> None:
         super().__init__()
         config = retro.encoder_model(model)
-        self.frequencies = rotary_frequencies(config) if retro.rotates_neighbors() else None
+        self.frequencies = frequencies_by_rotation(config, retro.rotates_neighbors())
+        self.first_rotation = config.rotation(1)
         self.depths_read = sorted(set(retro.encoder_depths(model.num_layers).values()))
         self.causal, self.chunk_start = retro.retro_encoder_causal, retro.chunk_start()
         self.embedding = TokenEmbedding(config) if retro.retro_encoder_own_embedding else None
@@ -73,10 +79,14 @@ class NeighborEncoder(nn.Module):
     ) -> EncoderContext:
         num_neighbors, retrieved_length = shape
         own_positions = torch.arange(retrieved_length, device=device)
+        query_positions = neighbor_token_positions(num_neighbors, retrieved_length, device)
+        chunk_positions = torch.arange(chunk_length, device=device) + self.chunk_start
         return EncoderContext(
             AttentionPattern(self.causal, allowed_BST=None if mask_XKR is None else mask_XKR.flatten(0, 1)[:, None]),
-            table_or_none(own_positions, self.frequencies),
+            rotary_tables(own_positions[None], self.frequencies),
             chunk_mask_XM,
-            table_or_none(neighbor_token_positions(num_neighbors, retrieved_length, device), self.frequencies),
-            table_or_none(torch.arange(chunk_length, device=device) + self.chunk_start, self.frequencies),
+            *(
+                rotary_tables(positions[None], self.frequencies).get(self.first_rotation)
+                for positions in (query_positions, chunk_positions)
+            ),
         )

@@ -29,7 +29,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, retro: RetroConfig, index: int, encoder_size: int | None) -> None:
         super().__init__()
-        self.index, self.rotates = index, config.rotates(index + 1)
+        self.index, self.window, self.rotation = index, config.window(index + 1), config.rotation(index + 1)
         self.dropout = config.hidden_dropout
         self.input_norm = _norm_if(config.norms_before(), config)
         self.attention = SelfAttention(config)
@@ -54,13 +54,11 @@ class DecoderLayer(nn.Module):
         layer_cache = None if cache is None else cache.layer(self.index)
         normed_BSH = self.input_norm(hidden_BSH)
         with self.input_norm.recomputed(normed_BSH, hidden_BSH):
-            rotary = context.rotary if self.rotates else None
-            attended = self.attention(normed_BSH, context.pattern, rotary, context.cache_slice, layer_cache)
+            pattern, rotary = context.patterns[self.window], context.rotary.get(self.rotation)
+            attended = self.attention(normed_BSH, pattern, rotary, context.cache_slice, layer_cache)
         added = self._dropped(self.post_attention_norm(attended))
-        retrieval = context.retrieval
-        if retrieval is not None and not self.rotates:
-            retrieval = retrieval.without_rotary()
-        if self.cross_attention is not None and self.cross_norm is not None and retrieval is not None:
+        if self.cross_attention is not None and self.cross_norm is not None and context.retrieval is not None:
+            retrieval = context.retrieval.of_layer(self.rotation)
             normed_BSH, summed_BSH = self.cross_norm(hidden_BSH, added)
             if encode is not None:
                 encoded_neighbors = encode(normed_BSH)
@@ -99,7 +97,7 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, retro: RetroConfig, index: int, decoder_size: int | None) -> None:
         super().__init__()
-        self.rotates = config.rotates(index + 1)
+        self.rotation = config.rotation(index + 1)
         self.dropout = config.hidden_dropout
         self.input_norm = _norm_if(config.norms_before(), config)
         self.attention = SelfAttention(config)
@@ -117,7 +115,7 @@ class EncoderLayer(nn.Module):
         shape = hidden_XKRH.shape[:2]
         normed = self.input_norm(hidden_XKRH)
         with self.input_norm.recomputed(normed, hidden_XKRH):
-            rotary = context.rotary if self.rotates else None
+            rotary = context.rotary.get(self.rotation)
             attended = self.attention(normed.flatten(0, 1), context.pattern, rotary)
         added = self._dropped(torch.unflatten(self.post_attention_norm(attended), 0, shape))
         if self.cross_attention is not None and self.cross_norm is not None:

@@ -98,13 +98,13 @@ class SlowRetro:
     def _bias(self, name: str) -> Any:
         return self.weights.get(name, 0.0)
 
-    def _rotated(self, vector: Array, position: int) -> Array:
-        """One head rotated by its position."""
+    def _rotated(self, name: str, vector: Array, position: int) -> Array:
+        """One head rotated by its position, as the layer of a part has it."""
         size = len(vector)
         rotated = int(size * self.model.rotary_percent) // 2 * 2
         result = vector.copy()
         for pair in range(rotated // 2):
-            angle = position * self._frequency(pair, rotated)
+            angle = position * self._base(name) ** (-2 * pair / rotated)
             first, second = (2 * pair, 2 * pair + 1) if self.model.rotary_interleaved else (pair, pair + rotated // 2)
             result[first] = vector[first] * math.cos(angle) - vector[second] * math.sin(angle)
             result[second] = vector[second] * math.cos(angle) + vector[first] * math.sin(angle)
@@ -112,11 +112,11 @@ class SlowRetro:
 
     def _rotates(self, name: str) -> bool:
         """Whether the layer of a part, `layers.3.attention` say, has rotary positions."""
-        number = int(name.split("layers.")[1].split(".")[0]) + 1
-        return self.model.no_rope_freq is None or number % self.model.no_rope_freq != 0
+        return self.model.no_rope_freq is None or _number(name) % self.model.no_rope_freq != 0
 
-    def _frequency(self, pair: int, rotated: int) -> float:
-        return float(self.model.rotary_base ** (-2 * pair / rotated))
+    def _base(self, name: str) -> float:
+        full, local = self.model.full_attention_layers or (), self.model.rotary_base_local
+        return self.model.rotary_base if local is None or _number(name) in full else local
 
     def _relative_score(self, name: str, query: Array, head: int, distance: int) -> float:
         projection = self.weights[f"{name}.relative.projection.weight"][head]
@@ -147,14 +147,14 @@ class SlowRetro:
                 query = self._norm_of_heads(f"{name}.query_norm", query)
                 key = self._norm_of_heads(f"{name}.key_norm", key)
             if rotary:
-                query = [self._rotated(part, position) for part in query]
-                key = [self._rotated(part, position) for part in key]
+                query = [self._rotated(name, part, position) for part in query]
+                key = [self._rotated(name, part, position) for part in key]
             queries.append(query)
             keys.append(key)
             values.append([parts[group, shared + 1] for group in range(groups)])
         results = []
         for position in range(len(normed)):
-            seen = [other for other in range(len(normed)) if self._sees(position, other, config, exists)]
+            seen = [other for other in range(len(normed)) if self._sees(name, position, other, exists)]
             joined = []
             for head in range(heads):
                 query_head = queries[position][head]
@@ -168,10 +168,12 @@ class SlowRetro:
             results.append(output + self._bias(f"{name}.output.bias"))
         return results
 
-    def _sees(self, position: int, other: int, config: ModelConfig, exists: Sequence[bool] | None) -> bool:
+    def _sees(self, name: str, position: int, other: int, exists: Sequence[bool] | None) -> bool:
         if exists is not None:
             return bool(exists[other]) and (other <= position or not self.retro.retro_encoder_causal)
-        window = config.sliding_window
+        window = self.model.sliding_window
+        if _number(name) in (self.model.full_attention_layers or ()):
+            window = None
         return other <= position and (window is None or position - other < window)
 
     @staticmethod
@@ -201,12 +203,12 @@ class SlowRetro:
             both = self.weights[f"{name}.key_value.weight"][group]
             plain_query = query_head
             if rotary:
-                query_head = self._rotated(query_head, query_position)
+                query_head = self._rotated(name, query_head, query_position)
             scores, values = [], []
             for vector, position in zip(source, positions, strict=True):
                 key = both[:size] @ vector
                 if rotary:
-                    key = self._rotated(key, position)
+                    key = self._rotated(name, key, position)
                 score = float(query_head @ key) / math.sqrt(size)
                 if style == "relative":
                     score += self._relative_score(name, plain_query, head, query_position - position)
@@ -279,3 +281,8 @@ class SlowRetro:
             score = float(state @ self.weights[f"{name}.gate.weight"]) + self.weights[f"{name}.gate.bias"].item()
             return 1 / (1 + math.exp(-score))
         return self.retro.retro_attention_gate if kind == "fixed" else 1.0
+
+
+def _number(name: str) -> int:
+    """Of the layer of a part, from 1: 4 of `layers.3.attention`."""
+    return int(name.split("layers.")[1].split(".")[0]) + 1

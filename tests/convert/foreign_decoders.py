@@ -24,6 +24,9 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 64}
+YARN16 = {**YARN, "original_max_position_embeddings": 16}
+SLIDING = "sliding_attention"
+PLAIN = {SLIDING: {"rope_type": "default", "rope_theta": 50.0}}
 SMOL = {**SHAPE, "num_key_value_heads": 2, "pad_token_id": None}
 GPT2_SHAPE = {"vocab_size": 61, "n_embd": 16, "n_layer": 3, "n_head": 4, "n_positions": 64}
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -43,6 +46,10 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2",
         {**SHAPE, "num_key_value_heads": 4, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
     ),
+    "qwen2 windowed in part": (
+        "Qwen2",
+        {**SHAPE, "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
     "qwen3": ("Qwen3", {**SHAPE, "num_key_value_heads": 2, "head_dim": 6, "tie_word_embeddings": True}),
     "qwen3, yarn": ("Qwen3", {**SHAPE, "num_key_value_heads": 2, "head_dim": 16, "rope_parameters": YARN}),
     "mistral": ("Mistral", {**SHAPE, "num_key_value_heads": 2, "sliding_window": 5}),
@@ -59,6 +66,11 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmo2": ("Olmo2", {**SHAPE, "num_key_value_heads": 2, "pad_token_id": None}),
+    "olmo3": (
+        "Olmo3",
+        {**SMOL, "num_hidden_layers": 5, "sliding_window": 5, "rope_parameters": {"full_attention": YARN16, **PLAIN}},
+    ),
+    "olmo3, listed": ("Olmo3", {**SMOL, "sliding_window": 5, "layer_types": [SLIDING, "full_attention", SLIDING]}),
     "nemotron": ("Nemotron", {**SHAPE, "num_key_value_heads": 2}),
     "nemotron biased": ("Nemotron", {**SHAPE, "num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}),
     "stablelm": ("StableLm", {**SHAPE, "hidden_size": 32, "num_key_value_heads": 4}),

@@ -17,6 +17,7 @@ from megatron_retro.errors import ConfigError
 from megatron_retro.model.retro import count_parameters
 from megatron_retro.testing.tiny_models import tiny_model
 
+PUBLISHED = json.loads((Path(__file__).parent / "data/published_configs.json").read_text())
 LLAMA_31_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -99,6 +100,32 @@ def test_out_and_in_is_the_same_function(changes: dict[str, Any]) -> None:
     assert told <= {"make_vocab_size_divisible_by"}
 
 
+def test_windows_and_bases_are_those_of_each_layer() -> None:
+    olmo = model_from_hugging_face(PUBLISHED["Olmo-3-7B"])
+    assert olmo.full_attention_layers == (4, 8, 12, 16, 20, 24, 28, 32)
+    assert (olmo.window(3), olmo.window(4), olmo.rotation(3), olmo.rotation(4)) == (4096, None, "local", "global")
+    assert (olmo.rotary_base, olmo.rotary_base_local, olmo.rope_scaling_type) == (5e5, 5e5, "yarn")
+    qwen = PUBLISHED["Qwen2-7B"] | {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 26}
+    assert model_from_hugging_face(qwen).full_attention_layers == tuple(range(1, 27))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"sliding_window": None}, "sliding_window is missing"),
+        ({"layer_types": ["full_attention"]}, "for each of 32 layers"),
+        ({"layer_types": ["chunked_attention"] * 32}, "for each of 32 layers"),
+        ({"rope_theta": 1e4}, "which base windowed layers get depends on transformers' version"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters: rope_type: expected full_attention"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+    ],
+)
+def test_layers_that_are_not_understood_are_named(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        model_from_hugging_face({**PUBLISHED["Olmo-3-7B"], **changes})
+    assert named in str(raised.value)
+
+
 # keys of published files and of what people make of them
 HARMLESS: dict[str, Any] = {
     "_name_or_path": "HuggingFaceTB/SmolLM2-135M",
@@ -142,9 +169,6 @@ def test_what_changes_the_function_is_refused_by_name(name: str, value: Any) -> 
         model_from_hugging_face({**LLAMA_31_8B, name: value})
 
 
-PUBLISHED = json.loads((Path(__file__).parent / "data/published_configs.json").read_text())
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_settings_come_in_as_they_are(name: str) -> None:
     """Two layers of each have as many parameters as transformers gives them."""
@@ -152,6 +176,8 @@ def test_published_settings_come_in_as_they_are(name: str) -> None:
     layers = "n_layer" if PUBLISHED[name]["model_type"] == "gpt2" else "num_hidden_layers"
     config = {**PUBLISHED[name], layers: 2}
     config.pop("max_window_layers", None)
+    if config.get("layer_types"):
+        config["layer_types"] = config["layer_types"][:2]
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
     expected = sum(parameter.numel() for parameter in theirs.parameters())
@@ -159,7 +185,8 @@ def test_published_settings_come_in_as_they_are(name: str) -> None:
     untied = model.untie_embeddings_and_output_weights and config.get("tie_word_embeddings")  # multipliers of Granite
     twice = (model.vocab_size or 0) * model.hidden_size if untied else 0
     assert count_parameters(model, RetroConfig()) == expected + twice
-    assert dataclasses.replace(model_from_hugging_face(PUBLISHED[name]), num_layers=2) == model
+    whole = model_from_hugging_face(PUBLISHED[name])
+    assert dataclasses.replace(whole, num_layers=2, full_attention_layers=model.full_attention_layers) == model
 
 
 @pytest.mark.parametrize(

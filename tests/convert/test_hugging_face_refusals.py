@@ -49,15 +49,6 @@ def test_what_is_not_understood_is_named(
     assert not (tmp_path / "run").exists()
 
 
-def test_windows_of_some_layers_are_refused(transformers: Any, tmp_path: Path) -> None:
-    made(transformers, "qwen2 windowed", tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["layer_types"] = ["full_attention", "sliding_attention", "sliding_attention"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="some layers have a sliding window"):
-        import_hugging_face(tmp_path, tmp_path / "run", TokenizerConfig())
-
-
 def test_a_tied_model_whose_output_matrix_is_another_is_refused(transformers: Any, tmp_path: Path) -> None:
     """Which of the two transformers uses depends on its version."""
     made(transformers, "llama", tmp_path / "theirs")

@@ -106,7 +106,8 @@ def stepwise_reference(model: Retro, generation: Generation) -> Tensor:
     hidden = model.embed(tokens_BS, context)
     windows: list[tuple[int, Any, Tensor | None]] = []
     for name, layer in model.layers.items():
-        hidden = hidden + layer.attention(layer.input_norm(hidden), context.pattern, context.rotary)
+        pattern, rotary = context.patterns[layer.window], context.rotary[layer.rotation]
+        hidden = hidden + layer.attention(layer.input_norm(hidden), pattern, rotary)
         if layer.cross_attention is not None:
             normed = layer.cross_norm(hidden)
             if int(name) == model.first_retrieval_layer:

@@ -19,7 +19,10 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "relative": ({"position_embedding_type": "relative"}, {"retro_neighbor_positions": "relative"}),
     "learned": ({"position_embedding_type": "learned_absolute"}, {"retro_gate_type": "scalar"}),
-    "window": ({"sliding_window": 5}, {"retro_gate_type": "adaptive"}),
+    "window": (
+        {"sliding_window": 5, "full_attention_layers": (2,), "rotary_base_local": 50.0},
+        {"retro_gate_type": "adaptive"},
+    ),
     "like the decoder": (
         {},
         {

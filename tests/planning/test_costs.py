@@ -167,6 +167,9 @@ def test_a_window_is_counted_as_far_as_it_reaches() -> None:
     unseen = (length - window) ** 2 / 2 / length
     assert plain == wide
     assert plain - narrow == pytest.approx(SMALL.num_layers * 2 * SMALL.hidden_size * unseen)
+    some = replace(SMALL, sliding_window=window, full_attention_layers=(1, 2))
+    partly = model_costs(some, RetroConfig(), length).forward_flops / 2
+    assert plain - partly == pytest.approx((SMALL.num_layers - 2) * 2 * SMALL.hidden_size * unseen)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ DECAYS = {"train_iters": 3, "lr_decay_style": "cosine"}
 DECAYS_AT_LAST = {"train_iters": 3, "lr_decay_style": "WSD", "lr_wsd_decay_iters": 2}
 MATTERS: tuple[dict[str, Any], ...] = (
     {"sliding_window": 8},
+    {"sliding_window": 8, "full_attention_layers": [2]},
+    {"sliding_window": 8, "rotary_base_local": 100.0},
     {"normalization": "RMSNorm"},
     {"apply_layernorm_1p": True},
     {"norm_epsilon": 1e-2},
