@@ -25,6 +25,7 @@ from megatron_retro.errors import ArtifactError
 from megatron_retro.retrieval.embedders import Embedder
 from megatron_retro.retrieval.faiss_index import InvertedParts, inverted_parts
 from megatron_retro.retrieval.work_blocks import WorkBlock
+from megatron_retro.runtime.console import Advance, unseen
 from megatron_retro.runtime.strict_json import json_text
 
 BATCH_CHUNKS = 8192
@@ -39,16 +40,16 @@ class ChunkEncoder:
     trained: Any
     facts: dict[str, Any]
 
-    def vectors(self, block: WorkBlock) -> Iterator[NDArray[np.float32]]:
+    def vectors(self, block: WorkBlock, advance: Advance = unseen) -> Iterator[NDArray[np.float32]]:
         """Vectors of a block's chunks, a batch at a time."""
-        return database_vectors(self.database, self.embedder, block)
+        return database_vectors(self.database, self.embedder, block, advance)
 
-    def write_block(self, block: WorkBlock, path: Path, kept: KeptVectors | None) -> None:
+    def write_block(self, block: WorkBlock, path: Path, kept: KeptVectors | None, advance: Advance = unseen) -> None:
         """Encode a block; its codes are written last, so that their presence means all of it is there."""
         parts = inverted_parts(self.trained)
         encoded: list[dict[str, NDArray[Any]]] = []
         first, checksum = block.first, 0
-        for vectors in self.vectors(block):
+        for vectors in self.vectors(block, advance):
             encoded.append(_encoded(parts, vectors))
             if kept is not None:
                 checksum = checksum_of(kept.write(first, vectors), checksum)
@@ -60,11 +61,13 @@ class ChunkEncoder:
         write_arrays(path, _by_list(joined, block) if parts else joined, facts)
 
 
-def database_vectors(database: ChunkDatabase, embedder: Embedder, block: WorkBlock) -> Iterator[NDArray[np.float32]]:
+def database_vectors(
+    database: ChunkDatabase, embedder: Embedder, block: WorkBlock, advance: Advance = unseen
+) -> Iterator[NDArray[np.float32]]:
     """Vectors of the chunks of a block, a batch at a time."""
     for first in range(block.first, block.last, BATCH_CHUNKS):
         ids = np.arange(first, min(first + BATCH_CHUNKS, block.last))
-        yield embedder.embed(*database.gather(ids, database.chunk_length))
+        yield embedder.embed(*database.gather(ids, database.chunk_length), advance)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from megatron_retro.data.tokenizers import Tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.retrieval.native import embed_hashed
 from megatron_retro.retrieval.static_embedder import build_static_embedder
+from megatron_retro.runtime.console import Advance, unseen
 from megatron_retro.runtime.environment import require
 
 NGRAM_WEIGHTS = (3, 2, 1)
@@ -41,8 +42,11 @@ class Embedder(Protocol):
     def fingerprint(self) -> str:
         """Changes whenever the vectors can."""
 
-    def embed(self, tokens_NM: NDArray[Any], present_NM: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """Vectors [N, dimension]; positions that are not present are no text."""
+    def embed(
+        self, tokens_NM: NDArray[Any], present_NM: NDArray[np.bool_], advance: Advance = unseen
+    ) -> NDArray[np.float32]:
+        """Vectors [N, dimension]; positions that are not present are no text. `advance` is told of chunks as they are
+        done."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,13 @@ class HashedEmbedder:
         """Version and width."""
         return f"hashed n-grams 1, {self.dimension} wide"
 
-    def embed(self, tokens_NM: NDArray[Any], present_NM: NDArray[np.bool_]) -> NDArray[np.float32]:
+    def embed(
+        self, tokens_NM: NDArray[Any], present_NM: NDArray[np.bool_], advance: Advance = unseen
+    ) -> NDArray[np.float32]:
         """Vectors of length one."""
-        return embed_hashed(tokens_NM, present_NM, NGRAM_WEIGHTS, self.dimension)
+        vectors = embed_hashed(tokens_NM, present_NM, NGRAM_WEIGHTS, self.dimension)
+        advance(len(vectors))
+        return vectors
 
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -121,13 +129,15 @@ class TextEmbedder:
         model = AutoModel.from_pretrained(self.folder, local_files_only=True).to(self.precision)
         return model.eval().requires_grad_(False).to(self.device)
 
-    def embed(self, tokens_NM: NDArray[Any], present_NM: NDArray[np.bool_]) -> NDArray[np.float32]:
+    def embed(
+        self, tokens_NM: NDArray[Any], present_NM: NDArray[np.bool_], advance: Advance = unseen
+    ) -> NDArray[np.float32]:
         """Vectors of the chunks' texts."""
         texts = [self.tokenizer.decode(row[mask].tolist()) for row, mask in zip(tokens_NM, present_NM, strict=True)]
-        return self.embed_texts(texts)
+        return self.embed_texts(texts, advance)
 
     @torch.inference_mode()
-    def embed_texts(self, texts: list[str]) -> NDArray[np.float32]:
+    def embed_texts(self, texts: list[str], advance: Advance = unseen) -> NDArray[np.float32]:
         """Vectors of texts, in their order."""
         vectors = np.zeros((len(texts), self.dimension), np.float32)
         if not texts:
@@ -138,6 +148,7 @@ class TextEmbedder:
             chosen = order[start : start + self.batch_size]
             batch = self._reader.pad({"input_ids": [ids[number] for number in chosen]}, return_tensors="pt")
             vectors[chosen] = self._vectors(batch["input_ids"], batch["attention_mask"]).cpu().numpy()
+            advance(len(chosen))
         return vectors
 
     def _vectors(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:

@@ -240,8 +240,7 @@ def encode(project: Project) -> None:
 
         progress.advance(sum(block.size for name, block in named.items() if is_done(name)))
         for name in claim_blocks(layout, "encode", list(named), is_done, project.worker):
-            encoder.write_block(named[name], project.codes_path(named[name]), kept)
-            progress.advance(named[name].size)
+            encoder.write_block(named[name], project.codes_path(named[name]), kept, progress.advance)
     files = [project.codes_path(block) for block in project.blocks]
     share = project.config.retro_task_validate
     recompute("encode", files, share, lambda number, path: encoder.write_block(project.blocks[number], path, kept))

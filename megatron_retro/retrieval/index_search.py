@@ -8,7 +8,7 @@ be among the best are computed again, exactly. A query's own documents are an in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from megatron_retro.retrieval.faiss_index import InvertedParts, inverted_parts, list_content, set_search_effort
 from megatron_retro.retrieval.gpu_index import MOST_SELECTED, GpuIndex
 from megatron_retro.retrieval.native import Candidates, keep_other_documents, native_module, top_candidates
+from megatron_retro.runtime.console import Advance
 from megatron_retro.runtime.environment import processor_flags
 
 _TILE_VECTORS = 1024
 _TILE_SCORES = 1 << 18
 _SIZE_STEP = 64
 _SCORES_PER_KEPT = 100
-Advance = Callable[[float], None]
 SEARCHABLE_BY_LISTS = ("IndexIVFFlat", "IndexIVFPQ", "IndexIVFScalarQuantizer")
 
 

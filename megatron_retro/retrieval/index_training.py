@@ -78,9 +78,8 @@ def sampled_vectors(
     with Progress("vectors of a sample", len(sample), "chunks") as progress:
         for first in range(0, len(sample), BATCH_CHUNKS):
             ids = sample[first : first + BATCH_CHUNKS]
-            batch = embedder.embed(*database.gather(ids, database.chunk_length))
+            batch = embedder.embed(*database.gather(ids, database.chunk_length), progress.advance)
             vectors[first : first + len(ids)] = transform_for.transformed(batch) if transform_for else batch
-            progress.advance(len(ids))
     return vectors
 
 

@@ -31,7 +31,7 @@ from megatron_retro.errors import ConfigError, DamagedArtifact
 from megatron_retro.retrieval.faiss_index import set_search_effort
 from megatron_retro.retrieval.gpu_index import copy_to_gpus, num_gpus
 from megatron_retro.retrieval.index_building import KIND, VERSION, list_checks, open_merged
-from megatron_retro.retrieval.index_search import Advance, Searcher, SearchResult
+from megatron_retro.retrieval.index_search import Searcher, SearchResult
 from megatron_retro.retrieval.live_index import write_live_settings
 from megatron_retro.retrieval.project import Project, QueryCorpus
 from megatron_retro.retrieval.query_texts import QueryTexts, query_chunks
@@ -47,7 +47,7 @@ from megatron_retro.retrieval.reranking import (
 from megatron_retro.retrieval.search_device import choose_device
 from megatron_retro.retrieval.search_effort import SearchEffort, choose_search_effort
 from megatron_retro.retrieval.work_blocks import claim_blocks, ignore_failure_if_done, recompute, uniform_sample
-from megatron_retro.runtime.console import Progress, say
+from megatron_retro.runtime.console import Advance, Progress, say, unseen
 from megatron_retro.runtime.strict_json import json_text
 
 _ANY_KEY = "[0-9a-f]" * 12
@@ -92,7 +92,7 @@ class NeighborSearch(QueryTexts):
             return self.vectors(first, last, progress.advance)
 
     def _reranked(
-        self, found: SearchResult, vectors: NDArray[np.float32], first: int, advance: Advance = lambda count: None
+        self, found: SearchResult, vectors: NDArray[np.float32], first: int, advance: Advance = unseen
     ) -> SearchResult:
         parts = []
         for start in range(0, len(vectors), BATCH_ROWS):

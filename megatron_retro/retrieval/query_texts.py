@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from megatron_retro.data.query_chunks import QueryChunks
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.retrieval.chunk_encoding import BATCH_CHUNKS
-from megatron_retro.retrieval.index_search import Advance, ExcludedIds
+from megatron_retro.retrieval.index_search import ExcludedIds
 from megatron_retro.retrieval.project import Project, QueryCorpus
 from megatron_retro.retrieval.reranking import MaskedTokens
+from megatron_retro.runtime.console import Advance, unseen
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,14 @@ class QueryTexts:
     corpus: QueryCorpus
     chunks: QueryChunks
 
-    def vectors(self, first: int, last: int, advance: Advance | None = None) -> NDArray[np.float32]:
+    def vectors(self, first: int, last: int, advance: Advance = unseen) -> NDArray[np.float32]:
         """Vectors of query chunks; the end-of-document id is no text. `advance` is told of chunks that are done."""
         vectors = np.empty((last - first, self.project.embedder.dimension), np.float32)
         for start in range(first, last, BATCH_CHUNKS):
             stop = min(start + BATCH_CHUNKS, last)
             texts = self.texts(start, stop)
-            vectors[start - first : stop - first] = self.project.embedder.embed(texts.tokens_NM, texts.present_NM)
-            if advance is not None:
-                advance(stop - start)
+            found = self.project.embedder.embed(texts.tokens_NM, texts.present_NM, advance)
+            vectors[start - first : stop - first] = found
         return vectors
 
     def texts(self, first: int, last: int) -> MaskedTokens:

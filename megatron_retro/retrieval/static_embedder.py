@@ -19,6 +19,7 @@ from megatron_retro.artifacts.manifest import file_record
 from megatron_retro.config.retrieval import EmbedderConfig
 from megatron_retro.data.tokenizers import Tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.runtime.console import Advance, unseen
 from megatron_retro.runtime.environment import require
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
@@ -50,12 +51,15 @@ class StaticEmbedder:
 
         return StaticModel.from_pretrained(self.folder, force_download=False)
 
-    def embed(self, tokens_NM: NDArray[Any], present_NM: NDArray[np.bool_]) -> NDArray[np.float32]:
+    def embed(
+        self, tokens_NM: NDArray[Any], present_NM: NDArray[np.bool_], advance: Advance = unseen
+    ) -> NDArray[np.float32]:
         """Vectors of length one; nothing for a chunk without text."""
         if not len(tokens_NM):
             return np.zeros((0, self.dimension), np.float32)
         texts = [self.tokenizer.decode(row[mask].tolist()) for row, mask in zip(tokens_NM, present_NM, strict=True)]
         vectors = self._model.encode(texts, normalize=True, max_length=None, use_multiprocessing=False)
+        advance(len(texts))
         return np.asarray(vectors, np.float32)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from megatron_retro.errors import MegatronRetroError, Requeue
@@ -75,6 +75,13 @@ def readable_seconds(value: float) -> str:
     if seconds >= 60:
         return f"{seconds // 60}m{seconds % 60:02d}s"
     return f"{value:.1f}s" if value < 10 else f"{seconds}s"
+
+
+Advance = Callable[[float], None]
+
+
+def unseen(amount: float) -> None:
+    """What is done while nobody is shown it."""
 
 
 class Progress:

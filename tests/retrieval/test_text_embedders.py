@@ -62,7 +62,10 @@ def embedder(folder: Path, **changes: object):
 @pytest.mark.parametrize("pooling", ["auto", "mean", "cls"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_batch_gives_what_each_text_gives_alone(folder: Path, pooling: str, batch: int) -> None:
-    vectors = embedder(folder, retro_embedder_pooling=pooling, retro_bert_batch_size=batch).embed(*chunks_of(TEXTS))
+    done: list[float] = []
+    encoder = embedder(folder, retro_embedder_pooling=pooling, retro_bert_batch_size=batch)
+    vectors = encoder.embed(*chunks_of(TEXTS), done.append)
+    assert sum(done) == len(TEXTS) and max(done) <= batch, "a slow encoder shows what it has done"
     for vector, text in zip(vectors, TEXTS, strict=True):
         hidden = hidden_states(folder, text)
         expected = hidden[0] if pooling == "cls" else hidden.mean(0)
