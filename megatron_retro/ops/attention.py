@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_retro.ops.cpu_products import is_slow
+
 _VARIABLE_LENGTH = "torch.nn.attention.varlen"
 _FLASH_CAPABILITY = (8, 0)
 _WIDEST_HEAD = 256
@@ -88,6 +90,10 @@ def attention(
     dropout: float = 0.0,
 ) -> Tensor:
     """[B, S, N, D]: softmax(QK / sqrt(D)) V; N query heads share G key/value heads in order."""
+    if is_slow(query_BSND) and pattern.bias_BNST is None and not torch.is_inference_mode_enabled():
+        # the backward is what is slow
+        wide = attention(query_BSND.float(), key_BTGD.float(), value_BTGD.float(), pattern, dropout=dropout)
+        return wide.to(query_BSND.dtype)
     kernel = _kernel_of_documents(query_BSND, key_BTGD, pattern, dropout)
     if kernel is not None:
         return kernel(query_BSND, key_BTGD, value_BTGD)

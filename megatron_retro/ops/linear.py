@@ -21,6 +21,7 @@ from torch.nn.functional import ScalingType
 
 from megatron_retro.ops.backend_names import REFERENCE, TRANSFORMER_ENGINE
 from megatron_retro.ops.backends import backend_of, uses_native
+from megatron_retro.ops.cpu_products import linear_product
 from megatron_retro.ops.engines import transformer_engine_linear
 
 # Up to so many rows the GEMV is faster than PyTorch's product: docs/kernels.md.
@@ -30,7 +31,7 @@ MAX_GEMV_ROWS = {torch.float32: 16, torch.bfloat16: 8}
 def linear(hidden: Tensor, weight_YX: Tensor, bias_Y: Tensor | None = None) -> Tensor:
     """[..., X] -> [..., Y]."""
     if not (torch.is_inference_mode_enabled() and _is_small_batch(hidden, weight_YX)):
-        return functional.linear(hidden, weight_YX, bias_Y)
+        return linear_product(hidden, weight_YX, bias_Y)
     rows_TX = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1]).contiguous()
     bias_Y = None if bias_Y is None else bias_Y.contiguous()
     product_TY: Tensor = torch.ops.megatron_retro.small_batch_gemv(rows_TX, weight_YX, bias_Y)

@@ -28,6 +28,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from megatron_retro.ops.backends import uses_native
+from megatron_retro.ops.cpu_products import product, product_into
 
 _ROWS = 1024
 BLOCK_BYTES = 1 << 27
@@ -93,7 +94,7 @@ class _PositionBlocks(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
         weight_grad: Tensor | None = None
         for rows in blocks(len(counting), weight_VH.shape[0] * weight_VH.element_size()):
-            logits = hidden[rows] @ weight_VH.T
+            logits = product(hidden[rows], weight_VH.T)
             found = statistics_of(logits, labels[rows])
             normalizers[rows] = found.log_normalizer()
             losses[rows] = normalizers[rows] - found.label_logit_T
@@ -101,7 +102,7 @@ class _PositionBlocks(torch.autograd.Function):
                 continue
             logits_to_gradients_(logits, labels[rows], normalizers[rows], ones[rows])
             if hidden_grad is not None:
-                torch.mm(logits, weight_VH, out=hidden_grad[rows])
+                product_into(logits, weight_VH, hidden_grad[rows])
             if wants_weight:
                 weight_grad = _with_product(weight_grad, logits, hidden[rows], last=rows.stop == len(counting))
         if wants_weight and not len(counting):
@@ -129,11 +130,11 @@ class _PositionBlocks(torch.autograd.Function):
 def _with_product(total_VH: Tensor | None, grad_TV: Tensor, hidden_TH: Tensor, last: bool) -> Tensor:
     """`total` (in float32 between blocks) plus grad.T @ hidden, in the dtype of `hidden` after the last block."""
     if total_VH is None:
-        product = grad_TV.T @ hidden_TH
-        return product if last else product.float()
+        first = product(grad_TV.T, hidden_TH)
+        return first if last else first.float()
     if grad_TV.dtype == torch.float32:
         return total_VH.addmm_(grad_TV.T, hidden_TH)
-    total_VH += grad_TV.T @ hidden_TH
+    total_VH += product(grad_TV.T, hidden_TH)
     return total_VH.to(grad_TV.dtype) if last else total_VH
 
 
@@ -154,7 +155,7 @@ def statistics(hidden_TH: Tensor, rows_VH: Tensor, labels_T: Tensor, first_label
     """Over these rows of the vocabulary; a label that is not among them contributes a logit of zero."""
     whole = _new_statistics(hidden_TH)
     for columns in blocks(rows_VH.shape[0], hidden_TH.shape[0] * hidden_TH.element_size()):
-        logits = hidden_TH @ rows_VH[columns].T
+        logits = product(hidden_TH, rows_VH[columns].T)
         part = statistics_of(logits, labels_T, first_label + columns.start)
         whole = _merged(whole, part)
     return whole
@@ -178,14 +179,14 @@ def gradients(
     hidden_grad = torch.zeros_like(hidden_TH, dtype=torch.float32) if wanted[0] else None
     rows_grad = torch.empty_like(rows_VH) if wanted[1] else None
     for columns in blocks(rows_VH.shape[0], hidden_TH.shape[0] * hidden_TH.element_size()):
-        logits = hidden_TH @ rows_VH[columns].T
+        logits = product(hidden_TH, rows_VH[columns].T)
         logits_to_gradients_(logits, labels_T, log_normalizer_T, scale_T, first_label + columns.start)
         if hidden_grad is not None and exact:
             hidden_grad.addmm_(logits, rows_VH[columns])
         elif hidden_grad is not None:
-            hidden_grad += logits @ rows_VH[columns]
+            hidden_grad += product(logits, rows_VH[columns])
         if rows_grad is not None:
-            torch.mm(logits.T, hidden_TH, out=rows_grad[columns])
+            product_into(logits.T, hidden_TH, rows_grad[columns])
     return None if hidden_grad is None else hidden_grad.to(hidden_TH.dtype), rows_grad
 
 

@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from megatron_retro.model.leaves import Linear
 from megatron_retro.model.retro import Retro
 from megatron_retro.ops.backends import backend_of
+from megatron_retro.ops.cpu_products import linear_product, product
 from megatron_retro.ops.linear import fp8_linear
 from megatron_retro.parallel.randomness import has_dropout
 
@@ -80,9 +80,9 @@ class DeferredWeightGradients:
     def multiply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`functional.linear`, whose backward defers the weight's gradient."""
         if not (torch.is_grad_enabled() and weight.requires_grad):
-            return functional.linear(hidden, weight, bias)
-        product: Tensor = _Product.apply(hidden, weight, self)  # type: ignore[no-untyped-call]
-        return product if bias is None else product + bias
+            return linear_product(hidden, weight, bias)
+        result: Tensor = _Product.apply(hidden, weight, self)  # type: ignore[no-untyped-call]
+        return result if bias is None else result + bias
 
     def defer(self, weight: Tensor, hidden: Tensor, gradient: Tensor) -> None:
         """Keep what one weight's gradient is computed from."""
@@ -94,8 +94,8 @@ class DeferredWeightGradients:
 
         def compute() -> None:
             for weight, hidden, gradient in deferred:
-                product = gradient.flatten(0, -2).T @ hidden.flatten(0, -2)
-                torch.autograd.backward(weight, product.to(weight.dtype))
+                weight_gradient = product(gradient.flatten(0, -2).T, hidden.flatten(0, -2))
+                torch.autograd.backward(weight, weight_gradient.to(weight.dtype))
             deferred.clear()
             self._after()
 
@@ -107,10 +107,10 @@ class _Product(torch.autograd.Function):
     def forward(context: Any, hidden: Tensor, weight: Tensor, owner: DeferredWeightGradients) -> Tensor:
         context.save_for_backward(hidden)
         context.weight, context.owner = weight, owner
-        return functional.linear(hidden, weight)
+        return linear_product(hidden, weight)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
         (hidden,) = context.saved_tensors
         context.owner.defer(context.weight, hidden, gradient)
-        return gradient @ context.weight if context.needs_input_grad[0] else None, None, None
+        return product(gradient, context.weight) if context.needs_input_grad[0] else None, None, None
