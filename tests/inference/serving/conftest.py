@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +30,10 @@ from megatron_retro.model.cache import Cache
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.retro import Retro
 from megatron_retro.testing.corpora import write_documents
+from tests.faults.injection import ROOT, commit
 
 CHUNK = 16
+RESULTS = ROOT / "tests/results/server.json"
 FORM = ChatFormat(InstructRetroTemplate())
 TEXTS = [
     "The quick brown fox jumps over the lazy dog and then goes home to sleep.",
@@ -135,6 +138,19 @@ def service(generator: TextGenerator) -> Iterator[Running]:
     running.server.should_exit = True
     thread.join(timeout=20)
     assert not thread.is_alive()
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Callable[[str, dict[str, Any]], None]:
+    """Write down what a count came to, under `--full`."""
+
+    def write(name: str, facts: dict[str, Any]) -> None:
+        if request.config.getoption("--full"):
+            known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+            known[name] = {**facts, "date": time.strftime("%Y-%m-%d"), "commit": commit()}
+            RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+    return write
 
 
 @pytest.fixture

@@ -70,6 +70,29 @@ def test_more_slow_clients_than_connections_do_not_keep_others_out(service_with:
         assert all(is_closed(client) for client in clients[:180])
 
 
+def p99_of_health(service: Any) -> float:
+    """Seconds until `/health` answers, of 200 on connections of their own."""
+    seconds = []
+    for _ in range(200):
+        begun = time.monotonic()
+        assert httpx.get(service.url + "/health", timeout=30).status_code == 200
+        seconds.append(time.monotonic() - begun)
+    return sorted(seconds)[197]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("places", [256, 600], ids=["fewer places than clients", "a place for each"])
+def test_500_slow_clients_do_not_hold_up_health(service_with: Callable[..., Any], record: Any, places: int) -> None:
+    service = service_with(receive_seconds=600.0, max_connections=places)
+    alone = p99_of_health(service)
+    with slow_clients(service, 500):
+        beside = p99_of_health(service)
+        held = len(service.server.server_state.connections)
+    facts = {"places": places, "held": held, "p99 of /health": round(beside, 3), "without them": round(alone, 3)}
+    record(f"500 slow clients, {places} places", facts)
+    assert held >= min(places, 500) - 1 and beside < alone + 1.0, facts
+
+
 def test_a_byte_now_and_then_does_not_move_the_deadline(service_with: Callable[..., Any]) -> None:
     service = service_with(receive_seconds=1.0)
     for start in (HALF_HEAD, HALF_BODY):
