@@ -164,7 +164,7 @@ def instead_of(flag: str, here: Sequence[str], elsewhere: Sequence[str], from_ch
     if flag.startswith(_EXPERTS):
         return f": {_NO_EXPERTS}"
     if flag in elsewhere:
-        return "; other verbs read it"
+        return "; other verbs read it, leave it out"
     if not flag.startswith(_RETRO_GPT):
         return nearest(flag, here)
     general = flag.replace(_RETRO_GPT, "--")

@@ -27,7 +27,13 @@ from megatron_retro.convert.megatron_settings import (
 )
 from megatron_retro.errors import ArtifactError
 
-_NOT_OF_THE_MODEL = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler")
+# what lies beside the model: how its names begin
+_BESIDE = {
+    "optimizer": ("optimizer.", "chained_"),
+    "random states": ("rng_state", "rerun_state_machine"),
+    "schedule": ("opt_param_scheduler",),
+}
+_NOT_OF_THE_MODEL = tuple(begin for begins in _BESIDE.values() for begin in begins)
 _READS = re.compile(re.escape(LAYERS) + r"(\d+)\.cross_attention\.attn\.")
 _ENCODER_LAYER = re.compile(r"\.cross_attention\.encoder\.layers\.(\d+)\.")
 _ROWS = re.compile(r".*linear_(qkv|q|kv)\.(weight|bias)|embedding\.word_embeddings\.weight|output_layer\.weight")
@@ -56,14 +62,15 @@ def read_distributed(folder: Path) -> CoreCheckpoint:
     names = layer_names(shapes, LAYERS)
     if EMBEDDING not in names:
         raise ArtifactError(f"{folder} is no model of Megatron core", expected=EMBEDDING)
-    others = len(tensors.shapes) - len(shapes) + len(tensors.others)
+    stored = (*tensors.shapes, *tensors.others)
+    skipped = [kind for kind, begins in _BESIDE.items() if any(name.startswith(begins) for name in stored)]
     return CoreCheckpoint(
         folder,
         vars(common["args"]),
         names,
         shapes[EMBEDDING][0],
         lambda name: tensors.read(*names[name]),
-        f"{others} entries of the optimizer, random states and the like",
+        ", ".join(skipped) or "nothing",
         {INDEX: file_record(folder / INDEX).sha256},
     )
 

@@ -108,5 +108,7 @@ def _say_what_matters(theirs: MegatronModel, vocab_size: int | None, say: Callab
     true, stored = theirs.arguments.get("vocab_size"), theirs.model.vocab_size or 0
     if vocab_size is None and true is not None and true < stored:
         say(f"{stored - true} of {stored} rows of the vocabulary fill it up: --convert-vocab-size {true} cuts them off")
+    if "optimizer" in theirs.skipped:
+        say("the optimizer's state stays behind: go on with --finetune, or retrofit, which begin with a fresh one")
     if theirs.retro.retro_core_checkpoint:
         say(f"warning: {_CORE_RETRO}")

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_retro.assembly.loading import load_model
 from megatron_retro.checkpoint.loading import open_checkpoint, stored_settings
@@ -21,7 +23,9 @@ from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.convert.checkpoint_files import read_parameter, write_checkpoint
+from megatron_retro.convert.core_names import EMBEDDING
 from megatron_retro.convert.distributed_checkpoint import DistributedTensors
+from megatron_retro.convert.megatron_core import read_distributed
 from megatron_retro.convert.megatron_export import core_problems
 from megatron_retro.convert.megatron_import import import_megatron
 from megatron_retro.errors import ArtifactError
@@ -100,6 +104,22 @@ def test_computes_what_core_computes(name: str, stored: Path, tmp_path: Path) ->
         assert (logits - expected[f"logits{suffix}"]).abs().max() < 1e-9
     assert ("retro_core_checkpoint" in " ".join(said)) == name.startswith("retro") == model.retro.retro_core_checkpoint
     assert len(said) <= 4 and "_extra_state" not in " ".join(said)
+
+
+def test_what_lies_beside_the_model_is_named_and_stays_behind(stored: Path, tmp_path: Path) -> None:
+    """By kind, however many entries there are; extra states of layers are not worth a word."""
+    folder = tmp_path / "iter_0000005"
+    names = ("optimizer.state.exp_avg.w", "chained_0.optimizer.state.exp_avg.w", "decoder.x._extra_state", EMBEDDING)
+    state = {name: torch.zeros(16, 8) for name in names}
+    save(state, storage_writer=FileSystemWriter(str(folder)), no_dist=True)
+    for name in ("common.pt", "metadata.json"):
+        shutil.copy(stored / "gpt" / "iter_0000005" / name, folder / name)
+    assert read_distributed(folder).skipped == "optimizer"
+    said: list[str] = []
+    import_megatron(stored / "gpt_2_1_torch", tmp_path / "run", BYTES, said.append)
+    assert "the optimizer's state stays behind" in " ".join(said)
+    import_megatron(stored / "gpt", tmp_path / "another", BYTES, said.append)
+    assert "skipped: nothing" in said[-1]
 
 
 @pytest.mark.parametrize("name", ["retro", "retro_rope"])
