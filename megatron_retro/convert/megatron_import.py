@@ -26,6 +26,8 @@ _CORE_RETRO = (
     "positions, where the model has any. It is marked retro_core_checkpoint and stays that function"
 )
 
+_PIECES = "SentencePieceTokenizer"
+
 
 def import_megatron(
     source: Path,
@@ -62,6 +64,8 @@ def import_megatron(
     written = write_checkpoint(run, settings, shapes, load, theirs.fingerprint, dtype)
     say(f"{len(shapes)} parameters; skipped: {theirs.skipped}")
     _say_what_matters(theirs, vocab_size, say)
+    if theirs.arguments.get("tokenizer_type") == _PIECES and tokenizer.tokenizer_type in (_PIECES, f"GPT{_PIECES}"):
+        say(f"warning: documents of the run's {_PIECES} end beyond the model's ids: here that is Megatron{_PIECES}")
     return written
 
 

@@ -287,6 +287,17 @@ def test_a_refusal_says_which_tokenizer_the_run_had(written: Path, tmp_path: Pat
         import_megatron(written / "gpt", tmp_path / "run", None, silent)
 
 
+@pytest.mark.parametrize(("kind", "warned"), [("SentencePieceTokenizer", True), ("Llama2Tokenizer", False)])
+def test_a_name_that_means_another_tokenizer_here_is_warned_of(kind: str, warned: bool, written: Path) -> None:
+    common = written / "gpt" / "iter_0000005" / "common.pt"
+    content = torch.load(common, weights_only=False)
+    content["args"].tokenizer_type = "SentencePieceTokenizer"
+    torch.save(content, common)
+    said: list[str] = []
+    import_megatron(written / "gpt", written / "run", TokenizerConfig(tokenizer_type=kind), said.append)
+    assert ("here that is MegatronSentencePieceTokenizer" in " ".join(said)) == warned
+
+
 def test_the_tokenizer_that_is_named_comes_along(written: Path, tmp_path: Path) -> None:
     save_byte_level(tmp_path / "tokenizer", ["</s>"])
     words = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path / "tokenizer")]
