@@ -45,6 +45,7 @@ if [ -n "${CONTAINER_IMAGE:-}" ]; then # the scripts and the directory of the su
 fi
 words=()
 written=() # the directory of --save
+outputs=() # other directories that the verb writes
 cores=()
 declare -A told_before=() # bytes of each rank's log that earlier starts wrote
 dry_run=false
@@ -53,11 +54,18 @@ step="" steps=-1 # srun's process, and the number of its step
 outcome=0
 
 main() {
-  local verb="${1:?usage: launch.sh VERB [flags]}" word before=""
+  local verb="${1:?usage: launch.sh VERB [flags]}" word setting before=""
   shift
   for word in "$@"; do
-    [ "$before" != --save ] || written=("$word")
-    before="$word"
+    setting="$before=$word"
+    [[ "$word" != --*=* ]] || setting="$word"
+    case "$setting" in
+      --save=*) written=("${setting#*=}") ;;
+      --retro-project-dir=* | --eval-output=*) outputs+=("${setting#*=}") ;;
+      --output-prefix=*) outputs+=("$(dirname "${setting#*=}")") ;;
+    esac
+    before="${word%%=*}"
+    [ "$before" = "$word" ] || before=""
     case "$word" in
       --dry-run) dry_run=true ;;
       --print-config) LAUNCHER=none; words+=("$word") ;;
@@ -129,7 +137,7 @@ run_in_slurm() {
   if [ "${HEALTH_CHECK:-on}" != off ]; then
     # One task per node; a node that fails ends the job before anything is built.
     run_step srun "${options[@]}" --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" \
-      "$slurm/rank.sh" "$endings" "${inside[@]}" "$slurm/health_check.sh" "$logs" "${written[@]}"
+      "$slurm/rank.sh" "$endings" "${inside[@]}" "$slurm/health_check.sh" "$logs" "${written[@]}" "${outputs[@]}"
     read_outcome "$endings" "$status" "$SLURM_JOB_NUM_NODES"
     # An unfit node is to blame, as one that leaves no word.
     grep -lsE '"code": 1\b' "$endings"/rank-*.json | xargs -r -d '\n' rm || true

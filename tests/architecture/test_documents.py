@@ -25,7 +25,7 @@ NO_SETTINGS = {
     *("--dry-run", "--nodes", "--partition", "--container-image", "--container-mounts"),  # recipes, as given to SLURM
     *("--full", "--setup-only", "--json", "--inplace"),  # tests/run.sh, benchmarks, setup.py
     *("--nproc-per-node", "--standalone", "--max-restarts", "--master-port"),  # torchrun
-    *("--signal", "--batch", "--exclude", "--mpi", "--nv"),  # scancel, sbatch, srun and apptainer
+    *("--signal", "--batch", "--exclude", "--mpi", "--task-prolog", "--nv"),  # scancel, sbatch, srun and apptainer
     *("--model", "--model_args", "--tasks"),  # lm-eval
     "--megatron-defaults",
     *("--no-build-isolation", "--config-settings", "--build-option", "--cpp_ext", "--cuda_ext"),  # pip

@@ -132,25 +132,32 @@ def test_an_image_of_apptainer_is_entered_by_each_task(tmp_path: Path) -> None:
     assert "--container" not in check + start
 
 
-def test_a_node_needs_no_shared_home_and_no_shared_repository(cluster: Cluster, tmp_path: Path) -> None:
-    """Two nodes with copies of scripts and environment; what they share is where the job was submitted from."""
-    copy, home = tmp_path / "opt/megatron_retro", tmp_path / "nowhere"
+def test_a_node_needs_no_shared_home_repository_or_path(cluster: Cluster, tmp_path: Path) -> None:
+    """Each node has an environment and a home of its own, which a prolog names; submission and scripts are shared."""
+    copy, room = tmp_path / "opt/megatron_retro", tmp_path / "submitted"
     shutil.copytree(ROOT / "examples/slurm", copy / "examples/slurm")
     shutil.copytree(ROOT / "megatron_retro", copy / "megatron_retro", ignore=shutil.ignore_patterns("__pycache__"))
-    python = tmp_path / "opt/venv/bin/python"
-    python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={copy} exec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    room = tmp_path / "submitted"
+    for node in ("batch", "n0", "n1", "n2"):
+        python = tmp_path / node / "venv/bin/python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f'#!/bin/sh\necho {node} $HOME\nPYTHONPATH={copy} exec {sys.executable} "$@"\n')
+        python.chmod(0o755)
     room.mkdir()
-    (room / "cluster.env").write_text(f"ENVIRONMENT={python.parents[1]}\nHOME={home}\nHEALTH_CHECK=off\n")
+    prolog = room / "prolog.sh"
+    prolog.write_text(f"""#!/usr/bin/env bash
+echo "export PATH={tmp_path}/$SLURMD_NODENAME/venv/bin:$PATH"
+echo "export HOME=/nowhere/$SLURMD_NODENAME"
+""")
+    prolog.chmod(0o755)
+    (room / "cluster.env").write_text(
+        f"ENVIRONMENT={tmp_path}/batch/venv\nHEALTH_CHECK=off\nSRUN_OPTIONS=--task-prolog={prolog}\n"
+    )
     script = batch(room, f"exec {copy}/examples/slurm/launch.sh --version")
-    options = ("--nodes=2", "--ntasks-per-node=1", "--job-name=local")
+    options = ("--nodes=2", "--nodelist=n0,n1", "--ntasks-per-node=1", "--job-name=local")
     job = cluster.submit(*options, *where(room), script, CLUSTER=str(room / "cluster.env"), PYTHONPATH="")
     assert cluster.wait(job)["JobState"] == "COMPLETED", (room / "job.log").read_text()
     said = [(room / f"logs/local-{job}/rank-{rank}.log").read_text() for rank in range(2)]
-    assert said == [f"megatron_retro {__version__}\n"] * 2
-    assert not home.exists()
+    assert said == [f"n{rank} /nowhere/n{rank}\nmegatron_retro {__version__}\n" for rank in range(2)]
 
 
 def test_both_recipes_of_an_image_install_the_same(tmp_path: Path) -> None:
@@ -204,9 +211,18 @@ def test_a_profile_that_cannot_be_used_is_named(variables: dict[str, str], messa
     assert done.returncode == 2 and message in done.stderr
 
 
-def test_the_directory_of_a_run_is_checked_too(tmp_path: Path) -> None:
-    check, _ = srun_words(tmp_path, "pretrain", "--save", str(tmp_path / "runs/x"))
-    assert f"health_check.sh {tmp_path}/logs/job-7 {tmp_path}/runs/x" in check
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["pretrain", "--save", "{}/out"],
+        ["pretrain", "--save={}/out", "--lr", "1"],
+        ["preprocess", "--output-prefix", "{}/out/corpus"],
+        ["build-retrieval", "--retro-project-dir", "{}/out"],
+    ],
+)
+def test_the_directory_that_is_written_is_checked_too(words: list[str], tmp_path: Path) -> None:
+    check, _ = srun_words(tmp_path, *(word.format(tmp_path) for word in words))
+    assert f"health_check.sh {tmp_path}/logs/job-7 {tmp_path}/out [" in check
 
 
 def health(directory: Path, **variables: str) -> str:
