@@ -1,6 +1,8 @@
 """Tokens per CPU-second of the whole preprocessing command against Megatron-LM's algorithms, outputs equal.
 
-The text is the standard library of this machine's Python, repeated where more is needed.
+The text is the standard library of this machine's Python, repeated where more is needed, less the documents that name a
+control piece: gigatoken takes `<s>` in a text for a token, to sentencepiece, Megatron's old algorithm and ours it is
+text.
 The peers are Megatron's old algorithm (`benchmarks/peers/megatron_preprocess.py`), its fast one on gigatoken
 (`benchmarks/peers/gigatoken_preprocess.py`), and gigatoken alone as the bound. All run with one worker, in turn.
 """
@@ -30,12 +32,14 @@ ROOT = Path(__file__).resolve().parents[1]
 OLD_TARGETS = {"sentencepiece BPE": 5.0, "byte-level BPE": 5.0, "sentencepiece unigram": 1.0}
 ON_GIGATOKEN = ("sentencepiece BPE", "byte-level BPE")
 _SCALING_BYTES = 600_000_000
+_CONTROLS = ("<s>", "</s>", "<unk>")
 _SIZES_MB = (100, 1000, 4000)  # corpora whose peak memory is measured
 
 
 def write_text(path: Path, characters: int) -> Path:
     """JSON lines of about so much text."""
-    lines = [json.dumps({"text": document.text}) + "\n" for document in standard_library_documents()]
+    texts = [document.text for document in standard_library_documents()]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts if not any(name in text for name in _CONTROLS)]
     with path.open("w", encoding="utf-8") as stream:
         left = characters
         for line in lines:
