@@ -74,11 +74,13 @@ class ModelConfig:
         ours=True,
     )
     swiglu: bool = option(False, "gated MLP with SiLU")
+    geglu: bool = option(False, "gated MLP with GELU, in the form that --gelu-tanh says", ours=True)
     squared_relu: bool = option(False, "squared ReLU in the MLP")
     disable_bias_linear: bool = option(False, "no bias in linear layers")
     add_qkv_bias: bool = option(False, "bias of queries, keys and values even under --disable-bias-linear")
     untie_embeddings_and_output_weights: bool = option(False, "an output matrix of its own")
     gelu_tanh: bool = option(False, "the tanh form of GELU (GPT-2's)", ours=True)
+    scale_embedding: bool = option(False, "multiply word vectors by the square root of the width", ours=True)
     vocab_size: int | None = option(None, "true vocabulary; the tokenizer's when not set", minimum=1)
     make_vocab_size_divisible_by: int = option(128, "pad the vocabulary to a multiple of this", minimum=1)
     hidden_dropout: float = option(0.0, "dropout before each residual add", minimum=0.0, maximum=1.0)
@@ -93,11 +95,15 @@ class ModelConfig:
         """Whether what attention and MLP give is normed before it is added."""
         return self.norm_placement != "before"
 
+    def gated(self) -> bool:
+        """Whether the MLP has two matrices up, of which one opens the other."""
+        return self.swiglu or self.geglu
+
     def ffn_width(self) -> int:
         """Width of the MLP."""
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
-        if self.swiglu:
+        if self.gated():
             return max(64, int(self.hidden_size * 8 / 3 / 64) * 64)
         return 4 * self.hidden_size
 

@@ -25,12 +25,12 @@ def _decoder(model: ModelConfig) -> Iterator[Violation]:
         yield Violation("vocab_size", model.vocab_size, "a whole number of at least 1", "give it, or a tokenizer")
     if model.swiglu and model.squared_relu:
         yield Violation("squared_relu", True, "one activation", "drop --swiglu or --squared-relu")
+    if model.geglu and (model.swiglu or model.squared_relu):
+        yield Violation("geglu", True, "one activation", "drop --geglu, --swiglu or --squared-relu")
     if model.qk_norm_scope == "projection" and not (model.qk_layernorm and model.normalization == "RMSNorm"):
         yield Violation("qk_norm_scope", "projection", "--qk-layernorm with RMSNorm", "set both, or leave it at head")
     if model.no_rope_freq and model.position_embedding_type != "rope":
         yield Violation("no_rope_freq", model.no_rope_freq, "rotary positions", "use --position-embedding-type rope")
-    if model.normalization == "RMSNorm" and model.apply_layernorm_1p:
-        yield Violation("apply_layernorm_1p", True, "LayerNorm", "use --normalization LayerNorm")
     if (
         model.rope_scaling_type == "llama3"
         and model.rope_scaling_high_freq_factor <= model.rope_scaling_low_freq_factor

@@ -11,19 +11,8 @@ from functools import partial
 from typing import Any
 
 from megatron_retro.config.model import ModelConfig
-from megatron_retro.convert.tensor_rules import (
-    Rule,
-    by_head,
-    fused_query_key_value,
-    gated,
-    norm_weight,
-    query_key_value,
-    same,
-    scaled,
-    stacked_gated,
-    stacked_query_key_value,
-    transposed,
-)
+from megatron_retro.convert.family_rules import gemma_rules, gpt2_rules, granite_rules, llama_rules, phi3_rules
+from megatron_retro.convert.tensor_rules import Rule
 
 SILU = {"silu": {"swiglu": True}}
 RELU2 = {"relu2": {"squared_relu": True}}
@@ -58,101 +47,6 @@ class Family:
         return rules
 
 
-_LAYER_NORMS = {
-    "before": {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
-    "after": {
-        "post_attention_norm": "post_attention_layernorm",
-        "post_mlp_norm": "post_feedforward_layernorm",
-    },
-}
-
-
-def _llama_rules(model: ModelConfig) -> list[Rule]:
-    """Llama's names, shared by all families but GPT-2."""
-    layer, attention, mlp = "model.layers.{i}", "model.layers.{i}.self_attn", "model.layers.{i}.mlp"
-    projections = (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj")
-    rules = [same("embedding.word.weight", "model.embed_tokens.weight")]
-    kinds = ["weight"] if model.normalization == "RMSNorm" else ["weight", "bias"]
-    # Nemotron stores 1 + w as ours does; the others store the weight as applied
-    weight_rule = same if model.squared_relu else norm_weight
-    norms = {f"layers.{{i}}.{ours}": f"{layer}.{theirs}" for ours, theirs in _LAYER_NORMS[model.norm_placement].items()}
-    for ours, theirs in {**norms, "final_norm": "model.norm"}.items():
-        rules += [(weight_rule if kind == "weight" else same)(f"{ours}.{kind}", f"{theirs}.{kind}") for kind in kinds]
-    biased = not model.disable_bias_linear
-    for kind in ("weight", "bias"):
-        if kind == "weight" or biased or model.add_qkv_bias:
-            names = (f"{projections[0]}.{kind}", f"{projections[1]}.{kind}", f"{projections[2]}.{kind}")
-            rules.append(query_key_value(f"layers.{{i}}.attention.query_key_value.{kind}", names))
-        if kind == "weight" or biased:
-            rules.append(same(f"layers.{{i}}.attention.output.{kind}", f"{attention}.o_proj.{kind}"))
-            up = f"layers.{{i}}.mlp.up.{kind}"
-            both = (f"{mlp}.gate_proj.{kind}", f"{mlp}.up_proj.{kind}")
-            rules.append(gated(up, both) if model.swiglu else same(up, both[1]))
-            rules.append(same(f"layers.{{i}}.mlp.down.{kind}", f"{mlp}.down_proj.{kind}"))
-    if model.qk_layernorm:
-        rule, leaf = (same, "weight") if model.qk_norm_scope == "head" else (by_head, "heads")
-        rules.append(rule(f"layers.{{i}}.attention.query_norm.{leaf}", f"{attention}.q_norm.weight"))
-        rules.append(rule(f"layers.{{i}}.attention.key_norm.{leaf}", f"{attention}.k_norm.weight"))
-    if model.untie_embeddings_and_output_weights:
-        rules.append(same("output.weight", "lm_head.weight"))
-    return rules
-
-
-def _phi3_rules(model: ModelConfig) -> list[Rule]:
-    """Llama's function from two stacked matrices."""
-    attention, mlp = "model.layers.{i}.self_attn", "model.layers.{i}.mlp"
-    stacked = [
-        stacked_query_key_value("layers.{i}.attention.query_key_value.weight", f"{attention}.qkv_proj.weight"),
-        stacked_gated("layers.{i}.mlp.up.weight", f"{mlp}.gate_up_proj.weight"),
-    ]
-    ours = {rule.ours for rule in stacked}
-    return [rule for rule in _llama_rules(model) if rule.ours not in ours] + stacked
-
-
-def _granite_rules(multipliers: Mapping[str, float], tied: bool, model: ModelConfig) -> list[Rule]:
-    """Llama's function with multiplied activations, which are multiplied weights. A tied embedding is multiplied as the
-    output otherwise than as the input, so it becomes two."""
-    residual = multipliers["residual_multiplier"]
-    query = multipliers["attention_multiplier"] * model.head_size() ** 0.5
-    rules = []
-    for rule in _llama_rules(model):
-        if rule.ours == "embedding.word.weight":
-            rule = scaled(rule, multipliers["embedding_multiplier"])
-        elif rule.ours == "output.weight":
-            theirs = same("output.weight", "model.embed_tokens.weight") if tied else rule
-            rule = scaled(theirs, 1.0 / multipliers["logits_scaling"])
-        elif ".query_key_value." in rule.ours:
-            rule = scaled(rule, query, part=0)
-        elif ".attention.output." in rule.ours or ".mlp.down." in rule.ours:
-            rule = scaled(rule, residual)
-        rules.append(rule)
-    return rules
-
-
-def _gpt2_rules(model: ModelConfig) -> list[Rule]:
-    layer = "transformer.h.{i}"
-    rules = [
-        same("embedding.word.weight", "transformer.wte.weight"),
-        same("embedding.position.weight", "transformer.wpe.weight"),
-    ]
-    for ours, theirs in (
-        ("layers.{i}.input_norm", f"{layer}.ln_1"),
-        ("layers.{i}.mlp_norm", f"{layer}.ln_2"),
-        ("final_norm", "transformer.ln_f"),
-    ):
-        rules += [norm_weight(f"{ours}.weight", f"{theirs}.weight"), same(f"{ours}.bias", f"{theirs}.bias")]
-    for kind, rule in (("weight", transposed), ("bias", same)):
-        rules.append(
-            fused_query_key_value(f"layers.{{i}}.attention.query_key_value.{kind}", f"{layer}.attn.c_attn.{kind}")
-        )
-        rules.append(rule(f"layers.{{i}}.attention.output.{kind}", f"{layer}.attn.c_proj.{kind}"))
-        rules.append(rule(f"layers.{{i}}.mlp.up.{kind}", f"{layer}.mlp.c_fc.{kind}"))
-        rules.append(rule(f"layers.{{i}}.mlp.down.{kind}", f"{layer}.mlp.c_proj.{kind}"))
-    if model.untie_embeddings_and_output_weights:
-        rules.append(same("output.weight", "lm_head.weight"))
-    return rules
-
-
 _NAMES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -175,7 +69,7 @@ LLAMA = Family(
     SILU,
     {**_RMS, **_ROPE},
     {"pretraining_tp": 1},
-    _llama_rules,
+    llama_rules,
 )
 QWEN2 = Family(
     "qwen2",
@@ -185,7 +79,7 @@ QWEN2 = Family(
     SILU,
     {**_RMS, **_ROPE, "add_qkv_bias": True},
     {},
-    _llama_rules,
+    llama_rules,
 )
 QWEN3 = Family(
     "qwen3",
@@ -195,7 +89,7 @@ QWEN3 = Family(
     SILU,
     {**_RMS, **_ROPE, "qk_layernorm": True},
     {"attention_bias": False},
-    _llama_rules,
+    llama_rules,
 )
 MISTRAL = Family(
     "mistral",
@@ -205,7 +99,7 @@ MISTRAL = Family(
     SILU,
     {**_RMS, **_ROPE},
     {},
-    _llama_rules,
+    llama_rules,
 )
 SMOLLM3 = Family(
     "smollm3",
@@ -221,7 +115,7 @@ SMOLLM3 = Family(
     SILU,
     {**_RMS, **_ROPE},
     {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False},
-    _llama_rules,
+    llama_rules,
 )
 PHI3 = Family(
     "phi3",
@@ -231,7 +125,7 @@ PHI3 = Family(
     SILU,
     {**_RMS, **_ROPE},
     {"attention_bias": False},
-    _phi3_rules,
+    phi3_rules,
 )
 OLMO2 = Family(
     "olmo2",
@@ -241,7 +135,7 @@ OLMO2 = Family(
     SILU,
     {**_RMS, **_ROPE, "norm_placement": "after", "qk_layernorm": True, "qk_norm_scope": "projection"},
     {"attention_bias": False},
-    _llama_rules,
+    llama_rules,
 )
 OLMO3 = Family(
     "olmo3",
@@ -251,8 +145,44 @@ OLMO3 = Family(
     SILU,
     OLMO2.fixed,
     {"attention_bias": False},
-    _llama_rules,
+    llama_rules,
     full_every=4,
+)
+GEMMA3 = Family(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    _RMS_NAMES,
+    {
+        "vocab_size": 262208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window_pattern": 6,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "tie_word_embeddings": True,
+    },
+    {"gelu_pytorch_tanh": {"geglu": True, "gelu_tanh": True}},
+    {
+        **_RMS,
+        **_ROPE,
+        "apply_layernorm_1p": True,
+        "norm_placement": "both",
+        "qk_layernorm": True,
+        "scale_embedding": True,
+    },
+    {
+        "attention_bias": False,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "use_bidirectional_attention": False,
+    },
+    llama_rules,
+    full_every=6,
 )
 GRANITE = Family(
     "granite",
@@ -262,7 +192,7 @@ GRANITE = Family(
     SILU,
     {**_RMS, **_ROPE},
     {},
-    _llama_rules,
+    llama_rules,
     dict.fromkeys(("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"), 1.0),
 )
 NEMOTRON = Family(
@@ -273,7 +203,7 @@ NEMOTRON = Family(
     RELU2,
     {**_LAYER_NORM, **_ROPE, "apply_layernorm_1p": True},
     {},
-    _llama_rules,
+    llama_rules,
 )
 STABLELM = Family(
     "stablelm",
@@ -283,7 +213,7 @@ STABLELM = Family(
     SILU,
     {**_LAYER_NORM, **_ROPE},
     {"qk_layernorm": False, "use_parallel_residual": False},
-    _llama_rules,
+    llama_rules,
 )
 GPT2 = Family(
     "gpt2",
@@ -306,26 +236,35 @@ GPT2 = Family(
         "add_cross_attention": False,
         "reorder_and_upcast_attn": False,
     },
-    _gpt2_rules,
+    gpt2_rules,
 )
 FAMILIES = {
     family.model_type: family
-    for family in (LLAMA, QWEN2, QWEN3, MISTRAL, SMOLLM3, PHI3, OLMO2, OLMO3, GRANITE, NEMOTRON, STABLELM, GPT2)
+    for family in (LLAMA, QWEN2, QWEN3, MISTRAL, SMOLLM3, PHI3, OLMO2, OLMO3, GEMMA3, GRANITE, NEMOTRON, STABLELM, GPT2)
 }
-WINDOW_FAMILIES = ("mistral", "phi3", "qwen2", "qwen3", "olmo3")
+WINDOW_FAMILIES = ("mistral", "phi3", "qwen2", "qwen3", "olmo3", "gemma3_text")
 PARTLY_ROTATED_FAMILIES = ("phi3", "nemotron", "stablelm", "gpt2")
 
 
 def with_multipliers(family: Family, config: Mapping[str, Any]) -> Family:
     """The family whose rules multiply weights by what this `config.json` multiplies activations by."""
+    if family is GEMMA3:
+        scalar = config.get("query_pre_attn_scalar", GEMMA3.defaults["query_pre_attn_scalar"])
+        known = isinstance(scalar, int | float) and scalar > 0
+        return replace(family, rules=partial(gemma_rules, float(scalar))) if known else family
     if not family.multipliers:
         return family
     given = {name: config.get(name) for name in family.multipliers}
     numbers = {name: float(value) for name, value in given.items() if isinstance(value, int | float) and value}
     found = {**family.multipliers, **numbers}
-    return replace(family, rules=partial(_granite_rules, found, bool(config.get("tie_word_embeddings", False))))
+    return replace(family, rules=partial(granite_rules, found, bool(config.get("tie_word_embeddings", False))))
 
 
 def rotated_layers(layers: int, freq: int | None) -> list[int]:
     """As SmolLM3 writes it: 1 for a layer with rotary positions, 0 for every N-th."""
     return [1 if freq is None else int((layer + 1) % freq != 0) for layer in range(layers)]
+
+
+def activation_field(family: Family) -> str:
+    """What a `config.json` calls the activation."""
+    return {"gpt2": "activation_function", "gemma3_text": "hidden_activation"}.get(family.model_type, "hidden_act")

@@ -19,7 +19,7 @@ _HARMLESS_NAMES = """
     max_seq_len max_seq_length model_max_length original_max_position_embeddings n_ctx n_inner_ctx
     attention_dropout hidden_dropout attn_pdrop embd_pdrop resid_pdrop embedding_dropout residual_dropout
     attention_probs_dropout_prob hidden_dropout_prob attn_dropout resid_dropout dropout
-    gradient_checkpointing use_reentrant use_bfloat16 bf16 fp16 fp32 torchscript tf_legacy_loss
+    cache_implementation gradient_checkpointing use_reentrant use_bfloat16 bf16 fp16 fp32 torchscript tf_legacy_loss
     attn_implementation use_flash_attn use_flash_attention use_flash_attention_2 flash_attention
     chunk_size_feed_forward output_attentions output_hidden_states output_past output_scores return_dict
     return_dict_in_generate unsloth_fixed is_llama_config is_decoder num_ctx

@@ -14,6 +14,7 @@ from megatron_retro.convert.families import (
     SMOLLM3,
     WINDOW_FAMILIES,
     Family,
+    activation_field,
     rotated_layers,
     with_multipliers,
 )
@@ -113,6 +114,8 @@ class _Reader:
 
     def _heads(self, values: Mapping[str, Any]) -> dict[str, Any]:
         heads, width = values["num_attention_heads"], values["hidden_size"]
+        if "query_pre_attn_scalar" in self.family.defaults:  # which the tensors' rules read
+            self._number("query_pre_attn_scalar", self.field("query_pre_attn_scalar"))
         names = ("head_dim", "num_key_value_heads") if self.family is not GPT2 else ()
         size, groups = [self._number(name, self.field(name), whole=True) for name in names] or (None, None)
         groups = heads if groups is None else groups
@@ -123,7 +126,7 @@ class _Reader:
         }
 
     def _activation(self) -> dict[str, Any]:
-        field = "activation_function" if self.family is GPT2 else "hidden_act"
+        field = activation_field(self.family)
         default = next(iter(self.family.activations))
         name = self.field(field, default)
         if name not in self.family.activations:
@@ -144,11 +147,12 @@ class _Reader:
     def _ropes_by_layer(self, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         """Full layers have the rescaled positions; the base of windowed ones is another, or the same as it is."""
         theta = self.field("rope_theta")
-        local_theta = self.field("rope_local_base_freq", theta)
-        wrong = sorted(set(new) - {_FULL, _SLIDING})
+        local_theta = self.field("rope_local_base_freq") if "rope_local_base_freq" in self.family.defaults else theta
+        wrong = sorted(kind for kind in new if kind not in (_FULL, _SLIDING) or not isinstance(new[kind], Mapping))
         if wrong:
-            self.problems.append(f"rope_parameters: {', '.join(wrong)}: expected {_FULL} and {_SLIDING}")
-        given = [dict(new.get(kind) or {}) for kind in (_FULL, _SLIDING)]
+            self.problems.append(f"rope_parameters: {', '.join(wrong)}: expected objects {_FULL} and {_SLIDING}")
+            return {}
+        given = [dict(new.get(kind, {})) for kind in (_FULL, _SLIDING)]
         full, local = {"rope_theta": theta, **given[0], **old}, {"rope_theta": local_theta, **given[1]}
         if self.family is OLMO3 and theta != _OLMO3_BASE and not all("rope_theta" in rope for rope in given):
             self.problems.append(
@@ -235,10 +239,11 @@ class _Reader:
 
     def _kinds_of_layers(self, layers: int) -> list[Any]:
         """As the file lists them, or as its family has them."""
-        listed, first = self.field("layer_types"), self.field("max_window_layers")
+        listed, first, every = self.field("layer_types"), self.field("max_window_layers"), self.family.full_every
+        if "sliding_window_pattern" in self.family.defaults:
+            every = self._number("sliding_window_pattern", self.field("sliding_window_pattern"), whole=True)
         if isinstance(listed, list):
             return listed
-        every = self.family.full_every
         if every is not None:
             return [_SLIDING if number % every else _FULL for number in range(1, layers + 1)]
         if first is not None and (not isinstance(first, int) or first < 0):

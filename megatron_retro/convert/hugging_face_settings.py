@@ -9,6 +9,7 @@ from typing import Any
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.convert.families import (
     FAMILIES,
+    GEMMA3,
     GPT2,
     PARTLY_ROTATED_FAMILIES,
     QWEN2,
@@ -16,6 +17,7 @@ from megatron_retro.convert.families import (
     SMOLLM3,
     WINDOW_FAMILIES,
     Family,
+    activation_field,
     rotated_layers,
 )
 from megatron_retro.convert.rope_settings import written_rope, written_ropes_by_layer
@@ -36,22 +38,22 @@ def hugging_face_from_model(model: ModelConfig) -> tuple[Family, dict[str, Any]]
 def not_supported_reasons(family: Family, model: ModelConfig) -> list[str]:
     """Why a decoder is no member of a family; empty when it is."""
     plain = {"add_qkv_bias": False, "qk_layernorm": False, "norm_placement": "before", "qk_norm_scope": "head"}
+    plain |= {"apply_layernorm_1p": False, "scale_embedding": False}
     wanted: dict[str, Any] = {**plain, **family.fixed}
     if family.model_type in ("stablelm", "gpt2"):
         wanted.pop("add_qkv_bias")  # use_qkv_bias; GPT-2 has every bias anyway
-    if family.model_type != "nemotron":
-        wanted.pop("apply_layernorm_1p", None)  # folded into the weight
+        wanted.pop("apply_layernorm_1p")  # folded into the weight
     reasons = [
         f"{name} is {getattr(model, name)!r}, not {value!r}"
         for name, value in wanted.items()
         if getattr(model, name) != value
     ]
-    chosen = {"swiglu": model.swiglu, "squared_relu": model.squared_relu}
+    chosen = {"swiglu": model.swiglu, "squared_relu": model.squared_relu, "geglu": model.geglu}
     known = [
         dict.fromkeys(chosen, False) | {k: v for k, v in act.items() if k in chosen}
         for act in family.activations.values()
     ]
-    if chosen not in known:
+    if chosen not in known or (model.geglu and not model.gelu_tanh):
         reasons.append("another activation")
     reasons += _attention_reasons(family, model)
     return reasons
@@ -106,7 +108,7 @@ def _written_config(family: Family, model: ModelConfig) -> dict[str, Any]:
         config |= {"activation_function": names[model.gelu_tanh], "attn_pdrop": 0.0, "embd_pdrop": 0.0}
         return config | {"resid_pdrop": 0.0}
     config |= {
-        "hidden_act": next(iter(family.activations)),
+        activation_field(family): next(iter(family.activations)),
         "num_key_value_heads": model.num_key_value_heads(),
         **_written_positions(family, model),
     }
@@ -117,6 +119,8 @@ def _written_config(family: Family, model: ModelConfig) -> dict[str, Any]:
     if family is SMOLLM3:
         config |= {"no_rope_layers": rotated_layers(model.num_layers, model.no_rope_freq), "use_sliding_window": False}
         config["no_rope_layer_interval"] = model.no_rope_freq or model.num_layers + 1
+    if family is GEMMA3:
+        config["query_pre_attn_scalar"] = model.head_size()
     if family.model_type == "stablelm":
         config["use_qkv_bias"] = model.add_qkv_bias
     if family.model_type in WINDOW_FAMILIES:
@@ -134,5 +138,5 @@ def _written_config(family: Family, model: ModelConfig) -> dict[str, Any]:
 
 def _written_positions(family: Family, model: ModelConfig) -> dict[str, Any]:
     if family.full_every is not None:
-        return written_ropes_by_layer(model, local_base=False)
+        return written_ropes_by_layer(model, local_base=family is GEMMA3)
     return written_rope(model, partial=family.model_type in PARTLY_ROTATED_FAMILIES)

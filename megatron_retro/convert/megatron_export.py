@@ -145,6 +145,8 @@ def core_problems(model: ModelConfig, retro: RetroConfig) -> Iterator[str]:
         yield f"retro_gate_type {retro.retro_gate_type}"
     if model.position_embedding_type not in ("rope", "learned_absolute", "none"):
         yield f"position_embedding_type {model.position_embedding_type}"
+    if model.geglu or model.scale_embedding:
+        yield "geglu" if model.geglu else "scale_embedding"
     if model.norm_placement != "before":
         yield f"norm_placement {model.norm_placement}"
     if model.qk_norm_scope != "head":

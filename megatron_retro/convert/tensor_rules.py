@@ -82,6 +82,16 @@ def scaled(rule: Rule, factor: float, part: int | None = None) -> Rule:
     return Rule(rule.ours, rule.theirs, join, split)
 
 
+def scaled_plus_one(rule: Rule, factor: float) -> Rule:
+    """The same of a norm's weight that is stored less one."""
+    return Rule(
+        rule.ours,
+        rule.theirs,
+        lambda parts, config: rule.join([(one + 1) * factor - 1 for one in parts], config),
+        lambda whole, config: [(one + 1) / factor - 1 for one in rule.split(whole, config)],
+    )
+
+
 def join_heads(parts: Sequence[Tensor], config: ModelConfig) -> Tensor:
     """query [N*D, ...], key [G*D, ...], value -> [G, (N/G + 2) * D, ...]."""
     groups = config.num_key_value_heads()

@@ -160,7 +160,7 @@ def _self_attention(model: ModelConfig) -> int:
 
 def _mlp(model: ModelConfig) -> int:
     """Entries of the matrices of an MLP."""
-    return (3 if model.swiglu else 2) * model.hidden_size * model.ffn_width()
+    return (3 if model.gated() else 2) * model.hidden_size * model.ffn_width()
 
 
 def _causal_attention(model: ModelConfig, layer: int, seq_length: int) -> Work:

@@ -14,7 +14,7 @@ from megatron_retro.model.attention import ChunkedCrossAttention, EncoderCrossAt
 from megatron_retro.model.cache import Cache
 from megatron_retro.model.context import EncoderContext, SequenceContext
 from megatron_retro.model.leaves import Linear, NoNorm, Norm
-from megatron_retro.ops.activation import GELU, GELU_TANH, SQUARED_RELU, SWIGLU, activate
+from megatron_retro.ops.activation import GEGLU, GEGLU_TANH, GELU, GELU_TANH, SQUARED_RELU, SWIGLU, activate
 from megatron_retro.ops.recomputation import recomputed
 
 EncodeNeighbors = Callable[[Tensor], Tensor | None]
@@ -139,6 +139,8 @@ def activation_kind(config: ModelConfig) -> str:
     """The configured nonlinearity."""
     if config.swiglu:
         return SWIGLU
+    if config.geglu:
+        return GEGLU_TANH if config.gelu_tanh else GEGLU
     if config.squared_relu:
         return SQUARED_RELU
     return GELU_TANH if config.gelu_tanh else GELU
@@ -151,7 +153,7 @@ class MLP(nn.Module):
         super().__init__()
         width, bias = config.ffn_width(), not config.disable_bias_linear
         self.kind = activation_kind(config)
-        self.up = Linear(config.hidden_size, (2, width) if config.swiglu else (width,), bias=bias)
+        self.up = Linear(config.hidden_size, (2, width) if config.gated() else (width,), bias=bias)
         self.down = Linear(width, (config.hidden_size,), bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -147,15 +147,22 @@ def norm_of_heads(config: ModelConfig, num_heads: int) -> Norm | HeadsNorm:
 
 
 class Embedding(nn.Module):
-    """A table of vectors: tokens or positions."""
+    """A table of vectors: tokens or positions. `scale` multiplies them, rounded to their type as it was trained."""
 
-    def __init__(self, num_rows: int, width: int) -> None:
+    def __init__(self, num_rows: int, width: int, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         self.weight = nn.Parameter(torch.empty(num_rows, width))
 
     def forward(self, ids: Tensor) -> Tensor:
         """[...] -> [..., H]."""
-        return functional.embedding(ids, local(self.weight))
+        return self.scaled(functional.embedding(ids, local(self.weight)))
+
+    def scaled(self, vectors: Tensor) -> Tensor:
+        """What rows of the table are as hidden states."""
+        if self.scale == 1.0:
+            return vectors
+        return vectors * torch.full((), self.scale, dtype=vectors.dtype, device=vectors.device)
 
 
 class Output(nn.Module):
@@ -227,7 +234,8 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         learned = config.position_embedding_type == "learned_absolute"
         self.dropout = config.hidden_dropout
-        self.word = Embedding(config.padded_vocab_size(), config.hidden_size)
+        scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
+        self.word = Embedding(config.padded_vocab_size(), config.hidden_size, scale)
         self.position = Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
 
     def forward(self, tokens_BS: Tensor, position_ids_BS: Tensor) -> Tensor:

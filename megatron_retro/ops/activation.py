@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -10,9 +12,10 @@ from megatron_retro.ops.backend_names import NATIVE
 from megatron_retro.ops.backends import backend_of, formula_of
 from megatron_retro.ops.recomputation import recomputed
 
-GELU, GELU_TANH, SQUARED_RELU, SWIGLU, GEGLU = "gelu", "gelu_tanh", "squared_relu", "swiglu", "geglu"
-GATED = (SWIGLU, GEGLU)
-_CODES = {SWIGLU: 0, GELU: 1, GEGLU: 1, GELU_TANH: 2, SQUARED_RELU: 3}
+GELU, GELU_TANH, SQUARED_RELU = "gelu", "gelu_tanh", "squared_relu"
+SWIGLU, GEGLU, GEGLU_TANH = "swiglu", "geglu", "geglu_tanh"
+GATED = (SWIGLU, GEGLU, GEGLU_TANH)
+_CODES = {SWIGLU: 0, GELU: 1, GEGLU: 1, GELU_TANH: 2, GEGLU_TANH: 2, SQUARED_RELU: 3}
 
 
 def activate(projected: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
@@ -32,10 +35,15 @@ def _reference(projected: Tensor, kind: str, bias: Tensor | None) -> Tensor:
     projected = projected if bias is None else projected + bias
     if kind in GATED:
         gate, up = projected.unbind(-2)
-        open_gate = functional.silu if kind == SWIGLU else functional.gelu
+        open_gate = functional.silu if kind == SWIGLU else partial(functional.gelu, approximate=_approximation(kind))
         opened = open_gate(gate)
         with recomputed(opened, lambda: open_gate(gate.detach())):
             return opened * up
     if kind == SQUARED_RELU:
         return functional.relu(projected).square()
-    return functional.gelu(projected, approximate="tanh" if kind == GELU_TANH else "none")
+    return functional.gelu(projected, approximate=_approximation(kind))
+
+
+def _approximation(kind: str) -> str:
+    """Which form of GELU."""
+    return "tanh" if kind in (GELU_TANH, GEGLU_TANH) else "none"

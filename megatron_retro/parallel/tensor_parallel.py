@@ -133,7 +133,7 @@ def _norm_of_cut_heads(norm: HeadsNorm, axis: TensorAxis, heads_BSND: Tensor) ->
 def _cut_embedding(word: Embedding, axis: TensorAxis) -> None:
     def forward(ids: Tensor) -> Tensor:
         rows = local(word.weight)
-        return axis.reduce(partial_embedding(ids, rows, axis.rank * rows.shape[0]))
+        return word.scaled(axis.reduce(partial_embedding(ids, rows, axis.rank * rows.shape[0])))
 
     replace_forward(word, forward)
 

@@ -57,6 +57,22 @@ LIKE_OLMO2: dict[str, Any] = {
     "qk_norm_scope": "projection",
 }
 
+LIKE_GEMMA3: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "apply_layernorm_1p": True,
+    "norm_placement": "both",
+    "qk_layernorm": True,
+    "geglu": True,
+    "gelu_tanh": True,
+    "disable_bias_linear": True,
+    "scale_embedding": True,
+    "sliding_window": 5,
+    "full_attention_layers": (2,),
+    "rotary_base_local": 50.0,
+    "group_query_attention": True,
+    "num_query_groups": 2,
+}
+
 
 def tiny_settings(**changes: Any) -> Settings:
     """A Retro of four layers that every layout up to 4 x 4 can cut."""

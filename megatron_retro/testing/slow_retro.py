@@ -27,7 +27,8 @@ class SlowRetro:
     def logits(self, tokens: Sequence[int], neighbors: Any = None, mask: Any = None) -> Array:
         """[S, V]. `neighbors[u][j]` are the tokens of neighbour j of chunk u, `mask` says which exist."""
         table = self.weights["embedding.word.weight"]
-        hidden = [table[token].copy() for token in tokens]
+        scale = math.sqrt(self.model.hidden_size) if self.model.scale_embedding else 1.0
+        hidden = [table[token] * scale for token in tokens]
         if self.model.position_embedding_type == "learned_absolute":
             hidden = [vector + self.weights["embedding.position.weight"][p] for p, vector in enumerate(hidden)]
         retrieval_layers = [number - 1 for number in self.retro.retrieval_layers(self.model.num_layers)]
@@ -89,11 +90,16 @@ class SlowRetro:
             inner = up[0] / (1 + np.exp(-up[0])) * up[1]
         elif self.model.squared_relu:
             inner = np.maximum(up, 0) ** 2
-        elif self.model.gelu_tanh:
-            inner = 0.5 * up * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
+        elif self.model.geglu:
+            inner = self._gelu(up[0]) * up[1]
         else:
-            inner = np.array([0.5 * x * (1 + math.erf(x / math.sqrt(2))) for x in up])
+            inner = self._gelu(up)
         return self.weights[f"{name}.down.weight"] @ inner + self._bias(f"{name}.down.bias")
+
+    def _gelu(self, up: Array) -> Array:
+        if self.model.gelu_tanh:
+            return 0.5 * up * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
+        return np.array([0.5 * x * (1 + math.erf(x / math.sqrt(2))) for x in up])
 
     def _bias(self, name: str) -> Any:
         return self.weights.get(name, 0.0)
@@ -221,9 +227,9 @@ class SlowRetro:
         """[K][depth][R] encoded vectors of one chunk's neighbours."""
         config = self.retro.encoder_model(self.model)
         table = self.weights.get("encoder.embedding.word.weight", self.weights["embedding.word.weight"])
-        encoded = []
+        encoded, scale = [], math.sqrt(config.hidden_size) if self.model.scale_embedding else 1.0
         for tokens, exists in zip(neighbors, mask, strict=True):
-            hidden = [table[int(token) if there else 0].copy() for token, there in zip(tokens, exists, strict=True)]
+            hidden = [table[int(token) if there else 0] * scale for token, there in zip(tokens, exists, strict=True)]
             states = [hidden]
             for index in range(self.retro.retro_encoder_layers):
                 name = f"encoder.layers.{index}"

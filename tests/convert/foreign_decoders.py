@@ -28,6 +28,14 @@ YARN16 = {**YARN, "original_max_position_embeddings": 16}
 SLIDING = "sliding_attention"
 PLAIN = {SLIDING: {"rope_type": "default", "rope_theta": 50.0}}
 SMOL = {**SHAPE, "num_key_value_heads": 2, "pad_token_id": None}
+GEMMA = {
+    **SHAPE,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "sliding_window": 5,
+    "pad_token_id": None,
+    "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}, **PLAIN},
+}
 GPT2_SHAPE = {"vocab_size": 61, "n_embd": 16, "n_layer": 3, "n_head": 4, "n_positions": 64}
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {**SHAPE, "num_key_value_heads": 2, "rope_parameters": LLAMA3}),
@@ -71,6 +79,7 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
         {**SMOL, "num_hidden_layers": 5, "sliding_window": 5, "rope_parameters": {"full_attention": YARN16, **PLAIN}},
     ),
     "olmo3, listed": ("Olmo3", {**SMOL, "sliding_window": 5, "layer_types": [SLIDING, "full_attention", SLIDING]}),
+    "gemma3": ("Gemma3Text", {**GEMMA, "query_pre_attn_scalar": 8, "num_hidden_layers": 7}),
     "nemotron": ("Nemotron", {**SHAPE, "num_key_value_heads": 2}),
     "nemotron biased": ("Nemotron", {**SHAPE, "num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}),
     "stablelm": ("StableLm", {**SHAPE, "hidden_size": 32, "num_key_value_heads": 4}),
@@ -80,6 +89,7 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.7, "logits_scaling": 2.5}
 BIASED = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
+GEMMA_27B = ("Gemma3Text", {**GEMMA, "query_pre_attn_scalar": 5, "layer_types": [SLIDING, "full_attention", SLIDING]})
 FOLDED: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("Granite", {**SHAPE, **GRANITE, "num_key_value_heads": 2}),
     "granite biased, tied": ("Granite", {**SHAPE, **GRANITE, **BIASED}),
@@ -88,7 +98,7 @@ FOLDED: dict[str, tuple[str, dict[str, Any]]] = {
 
 def made(transformers: Any, kind: str, folder: Path) -> Any:
     """A random model of theirs, with random norms and biases too, saved in many shards."""
-    name, arguments = (THEIRS | FOLDED)[kind]
+    name, arguments = (THEIRS | FOLDED | {"gemma3, 27b": GEMMA_27B})[kind]
     config = getattr(transformers, f"{name}Config")(**arguments, bos_token_id=None, eos_token_id=None)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     torch.manual_seed(0)

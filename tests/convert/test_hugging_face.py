@@ -99,6 +99,18 @@ def test_what_is_multiplied_comes_in_and_goes_out_as_llama(transformers: Any, ki
         assert torch.allclose(again(tokens).logits, expected, atol=5e-5, rtol=5e-5)
 
 
+def test_another_scale_of_scores_goes_into_the_norm_of_queries(transformers: Any, tmp_path: Path) -> None:
+    original = made(transformers, "gemma3, 27b", tmp_path / "theirs")
+    import_hugging_face(tmp_path / "theirs", tmp_path / "run", TokenizerConfig())
+    export_hugging_face(tmp_path / "run", tmp_path / "back")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
+    tokens = random_tokens(2, 21)
+    with torch.no_grad():
+        expected = original(tokens).logits
+        for model in (loaded(tmp_path / "run"), lambda tokens: again(tokens).logits):
+            assert torch.allclose(model(tokens), expected, atol=5e-5, rtol=5e-5)
+
+
 @pytest.mark.parametrize("kind", THEIRS)
 def test_theirs_comes_in_and_goes_back(transformers: Any, kind: str, tmp_path: Path) -> None:
     original = made(transformers, kind, tmp_path / "theirs")

@@ -116,8 +116,10 @@ def test_windows_and_bases_are_those_of_each_layer() -> None:
         ({"layer_types": ["full_attention"]}, "for each of 32 layers"),
         ({"layer_types": ["chunked_attention"] * 32}, "for each of 32 layers"),
         ({"rope_theta": 1e4}, "which base windowed layers get depends on transformers' version"),
-        ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters: rope_type: expected full_attention"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters: rope_type: expected objects full_attention"),
+        ({"rope_parameters": {"full_attention": "none"}}, "rope_parameters: full_attention: expected objects"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+        ({"rope_local_base_freq": 1e4}, "rope_local_base_freq = 10000.0 is not understood"),
     ],
 )
 def test_layers_that_are_not_understood_are_named(changes: dict[str, Any], named: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_retro.testing.layouts import LIKE_OLMO2
+from megatron_retro.testing.layouts import LIKE_GEMMA3, LIKE_OLMO2
 from megatron_retro.testing.slow_retro import SlowRetro
 from megatron_retro.testing.tiny_models import random_model, random_neighbors, random_tokens, tiny_model, tiny_retro
 
@@ -21,6 +21,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 5, "untie_embeddings_and_output_weights": True, "rotary_interleaved": True},
     "smollm3": {"normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True, "no_rope_freq": 2},
     "olmo2": LIKE_OLMO2,
+    "gemma3": LIKE_GEMMA3,
     "windows by layer": {"sliding_window": 3, "full_attention_layers": (3, 5), "rotary_base_local": 50.0},
     "norms before and after": {"norm_placement": "both"},
     "retro": {"position_embedding_type": "relative", "normalization": "RMSNorm"},

@@ -125,7 +125,7 @@ def test_numbers_of_low_precision_stay_near(dtype: torch.dtype) -> None:
     [
         ({"vocab_size": None}, {}, "vocab-size"),
         ({"swiglu": True, "squared_relu": True}, {}, "squared-relu"),
-        ({"normalization": "RMSNorm", "apply_layernorm_1p": True}, {}, "apply-layernorm-1p"),
+        ({"swiglu": True, "geglu": True}, {}, "geglu"),
         ({"qk_norm_scope": "projection"}, {}, "qk-norm-scope"),
         ({"full_attention_layers": (2,)}, {}, "full-attention-layers"),
         ({"sliding_window": 4, "full_attention_layers": (7,)}, {}, "full-attention-layers"),
