@@ -33,14 +33,19 @@ INDEX_STAGES = {
 
 
 def write_stages(folder: Path) -> list[Stage]:
-    """Every stage, with what the stages before it wrote; the forks find all modules imported."""
-    for verb in VERBS:
-        if verb.name in ("preprocess", "build-retrieval", "pretrain", "retrofit", "convert"):
-            importlib.import_module("megatron_retro." + verb.program.split(":")[0])
+    """Every stage, with what the stages before it wrote."""
+    import_verbs("preprocess", "build-retrieval", "pretrain", "retrofit", "convert")
     stages = [preprocessing(folder / "preprocess")]
     stages += build(folder / "build")
     stages += training(folder / "training", folder / "build/query/ready")
     return [*stages, *conversions(folder / "convert")]
+
+
+def import_verbs(*names: str) -> None:
+    """Import what these verbs need, so that forks find it."""
+    for verb in VERBS:
+        if verb.name in names:
+            importlib.import_module("megatron_retro." + verb.program.split(":")[0])
 
 
 def bytes_of(*patterns: str) -> Callable[[Path], bytes]:
@@ -114,24 +119,27 @@ def training(folder: Path, project: Path) -> list[Stage]:
     folder.mkdir()
     shutil.copytree(project, folder / "pretrain")
 
-    def data(folder: Path) -> list[str]:
-        paths = ["--data-path", str(folder / "corpus"), "--neighbor-path", str(folder / "project/neighbors/corpus")]
-        paths += ["--database-path", str(folder / "project/database"), "--save", str(folder / "run")]
-        return [*paths, "--retro-add-retriever", "--retro-layers", "2", "--retro-chunk-length", str(CHUNK)]
-
-    def pretrain(folder: Path) -> list[str]:
-        return ["pretrain", *data(folder), *_MODEL.split(), *_STEPS.split(), "--hidden-dropout", "0.1"]
-
     def retrofit(folder: Path) -> list[str]:
         shape = _MODEL.split()[6:]
-        return ["retrofit", "--load", str(folder / "gpt"), *data(folder), *shape, *_STEPS.split()]
+        return ["retrofit", "--load", str(folder / "gpt"), *_data_words(folder), *shape, *_STEPS.split()]
 
     shutil.copytree(project, folder / "retrofit")
     write_model(folder / "retrofit/gpt", RetroConfig())
     return [
-        Stage("pretrain", folder / "pretrain", pretrain, state),
+        Stage("pretrain", folder / "pretrain", training_words, state),
         Stage("retrofit", folder / "retrofit", retrofit, state),
     ]
+
+
+def training_words(folder: Path) -> list[str]:
+    """A Retro on the corpus and the project of a folder."""
+    return ["pretrain", *_data_words(folder), *_MODEL.split(), *_STEPS.split(), "--hidden-dropout", "0.1"]
+
+
+def _data_words(folder: Path) -> list[str]:
+    paths = ["--data-path", str(folder / "corpus"), "--neighbor-path", str(folder / "project/neighbors/corpus")]
+    paths += ["--database-path", str(folder / "project/database"), "--save", str(folder / "run")]
+    return [*paths, "--retro-add-retriever", "--retro-layers", "2", "--retro-chunk-length", str(CHUNK)]
 
 
 def write_model(run: Path, retro: RetroConfig, **shape: int) -> None:

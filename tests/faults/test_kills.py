@@ -1,7 +1,7 @@
 """Kills of every stage that writes, at any moment: started again, it ends with the same bytes and leaves nothing else.
 
-`pytest --full tests/faults/test_kills.py` kills each stage 200 times and writes `tests/results/kills.json`; a run that
-was stopped goes on. By default the conversions are killed a few times.
+`pytest --full tests/faults/test_kills.py` kills each stage 200 times, what uses a model 40 times, and writes
+`tests/results/kills.json`; a run that was stopped goes on. By default the conversions are killed a few times.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import pytest
 from megatron_retro.artifacts import files
 from megatron_retro.data.preprocessing import job
 from tests.faults.injection import ROOT, commit, kept_lines, seconds_since
-from tests.faults.kills import Chain, Killer
+from tests.faults.kills import Chain, Killer, Stage
+from tests.faults.later_stages import write_later_stages
 from tests.faults.stages import conversions, write_stages
 
-SEED, ROUND = 18, 20
+SEED, ROUND, LATER = 18, 20, 40
 RESULTS = ROOT / "tests/results/kills.json"
 
 
@@ -57,9 +58,12 @@ def test_a_killed_stage_ends_as_the_undisturbed_one(
     wanted = count(4, 200)
     kept = ROOT / "build/kills.jsonl" if wanted == 200 else None
     start, chains = time.monotonic(), [Chain(**json.loads(line)) for line in kept_lines(kept)]
-    killers = [Killer(stage, SEED, tmp_path) for stage in (write_stages if kept else conversions)(tmp_path)]
+    stages, later = (write_stages if kept else conversions)(tmp_path), list[Stage]()
+    if kept:
+        later = write_later_stages(tmp_path, tmp_path / "build/query/ready")
+    killers = [Killer(stage, SEED, tmp_path) for stage in [*later, *stages]]
     for goal in range(min(ROUND, wanted), wanted + 1, ROUND):
-        for killer in killers:
+        for killer in killers[len(later) if goal > LATER else 0 :]:
             known = [chain for chain in chains if chain.stage == killer.stage.name]
             for chain in chains_until(killer, goal, known):
                 chains.append(chain)
