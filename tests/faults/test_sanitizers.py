@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
+import sysconfig
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-BUILD = """
-import sys
-from pathlib import Path
-sys.path.insert(0, "csrc")
-from build_host import SANITIZED, SOURCES, build_host
-for name, sources in (("data", SOURCES), ("retrieval", SOURCES / "retrieval")):
-    build_host(Path(sys.argv[1]) / name / "_native.so", sources, SANITIZED)
-"""
+from tests.faults.fuzz_seeds import seeds
+from tests.faults.fuzzing import LIBRARIES, Target, build, compiler
+from tests.faults.injection import ROOT
+
+BELIEVED = "pointer > num_tokens * item_bytes"  # in chunk_database.cpp: where a sequence of an .idx begins
+
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(not shutil.which(compiler()[0]), reason="no C++ compiler"),
+    pytest.mark.skipif(not sysconfig.get_config_var("Py_ENABLE_SHARED"), reason="no shared library of Python"),
+]
 
 
-@pytest.mark.full
-def test_no_number_leads_outside(tmp_path: Path, count: Callable[[int, int], int]) -> None:
-    """gcc's sanitizers and a seeded fuzzer: clang, which libFuzzer needs, is no part of the set-up."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++")
-    subprocess.run([sys.executable, "-c", BUILD, str(tmp_path)], cwd=ROOT, check=True)
-    names = ("libasan.so", "libubsan.so", "libstdc++.so")
-    found = [subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip() for name in names]
-    options = "detect_leaks=0:allocator_may_return_null=1"
-    environment = {**os.environ, "LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": options}
-    fuzzer, cases = str(Path(__file__).with_name("host_fuzzer.py")), str(count(200, 20_000))
-    for name, wanted in (("data", "gather: DamagedFile"), ("retrieval", "bm25: answered")):
-        words = [sys.executable, fuzzer, name, str(tmp_path / name / "_native.so"), "1", cases]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True)
-        print(done.stdout)
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory: pytest.TempPathFactory) -> list[Target]:
+    return build(tmp_path_factory.mktemp("fuzz"))
+
+
+def test_committed_inputs_are_answered_or_refused(targets: list[Target], tmp_path: Path) -> None:
+    for target in targets:
+        done = target.run(*target.inputs(tmp_path / target.name))
         assert done.returncode == 0, done.stderr[-4000:]
-        assert wanted in done.stdout
+
+
+def test_some_seconds_find_nothing(targets: list[Target], tmp_path: Path) -> None:
+    if not compiler()[1]:
+        pytest.skip("libFuzzer needs clang")
+    first = seeds(tmp_path / "seeds")
+    assert set(first) == {target.name for target in targets}
+    for target in targets:
+        folder = tmp_path / f"inputs-{target.name}/corpus"
+        target.inputs(folder)
+        (folder / "seed").write_bytes(first[target.name])
+        row = target.fuzz(folder, seconds=3)
+        assert row["findings"] == 0 and row["executions"], row
+
+
+def test_a_number_that_is_believed_is_found(tmp_path: Path) -> None:
+    """The planted fault: committed inputs lead outside where one check is missing."""
+    for folder in ("csrc/host", "tests/faults/fuzz"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    source = tmp_path / "csrc/host/chunk_database.cpp"
+    text = source.read_text(encoding="utf-8")
+    assert BELIEVED in text
+    source.write_text(text.replace(BELIEVED, "false"), encoding="utf-8")
+    (gather,) = (target for target in build(tmp_path, tmp_path, {"data": LIBRARIES["data"]}) if target.name == "gather")
+    done = gather.run(*gather.inputs(tmp_path / "inputs"))
+    assert done.returncode != 0 and "AddressSanitizer" in done.stderr
