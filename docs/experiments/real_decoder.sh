@@ -46,6 +46,7 @@ last=(megatron-retro retrofit --config "$here/real_decoder_last.toml")
 "${last[@]}" "${noise[@]}" --train-iters 33 --save noise
 on=(megatron-retro pretrain --config "$here/real_decoder_continued.toml" --finetune "${tokenizer[@]}")
 "${on[@]}" --save continued
+"${on[@]}" --train-iters 39 --save longer
 if [ ! -e corpus/prompted.manifest.json ]; then
   python "$here/prompted_text.py" corpus/train_text_document --database retrieval/database \
     --neighbors retrieval/neighbors/train --output corpus/prompted
@@ -55,7 +56,9 @@ measure=(python "$here/real_decoder.py" gpt --text corpus/held_out_text_document
   --neighbors retrieval/neighbors/held_out)
 "${measure[@]}" --retro mixed=mixed --between --work losses-between --json "$here/real_decoder_between.json"
 "${measure[@]}" --retro mixed=mixed same-depth=same-depth untrained=untrained unfrozen=unfrozen warm=warm \
-  noise=noise --trained continued=continued prompted=prompted --work losses --json "$here/real_decoder.json"
+  noise=noise --trained continued=continued longer=longer prompted=prompted --work losses --json "$here/real_decoder.json"
+python "$here/generation_cost.py" gpt mixed --text corpus/held_out_text_document --database retrieval/database \
+  --neighbors retrieval/neighbors/held_out --json "$here/real_decoder_seconds.json"
 for part in half=0.5 quarter=0.25 eighth=0.125; do
   "${measure[@]}" --retro mixed=mixed --keep-fraction "${part#*=}" --work "losses-${part%=*}" \
     --json "$here/real_decoder_${part%=*}.json"
