@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,8 +21,9 @@ from megatron_retro.artifacts import claims
 from megatron_retro.artifacts.manifest import write_manifest
 from megatron_retro.cli.main import main
 from megatron_retro.config.settings import Settings
-from megatron_retro.errors import ArtifactError, ConfigError, EnvironmentProblem, MegatronRetroError
+from megatron_retro.errors import ArtifactError, ConfigError, EnvironmentProblem, MegatronRetroError, Requeue
 from megatron_retro.retrieval import faiss_index
+from megatron_retro.retrieval.chunk_encoding import ChunkEncoder
 from megatron_retro.retrieval.faiss_index import faiss_module, read_index, write_index
 from megatron_retro.retrieval.stages import build_retrieval
 from megatron_retro.testing.retrieval_projects import CHUNK, echoing_documents, project_settings, write_corpus
@@ -53,6 +55,32 @@ def run_stages(settings: Settings, *stages: str) -> None:
 
 def table_bytes(project: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted((project / "neighbors" / "corpus").glob("*.ids"))]
+
+
+def test_a_signal_is_heard_at_a_block_s_end(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block in work is kept, the code asks for a new start, and that goes on to the undisturbed bytes."""
+    stages = ("train", "encode", "merge", "query")
+    run_stages(settings.replace(retro_project_dir=str(tmp_path / "whole")), *stages)
+    run_stages(settings, "train")
+    write = ChunkEncoder.write_block
+
+    def interrupted(self: ChunkEncoder, *arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        write(self, *arguments)
+
+    monkeypatch.setattr(ChunkEncoder, "write_block", interrupted)
+    with pytest.raises(Requeue, match="finished blocks are kept"):
+        run_stages(settings, "encode")
+    monkeypatch.setattr(ChunkEncoder, "write_block", write)
+    codes = tmp_path / "project/index/codes"
+    kept = {path.name: path.read_bytes() for path in codes.iterdir()}
+    assert len(kept) == 1
+    run_stages(settings, *stages)
+    assert len(list(codes.iterdir())) > 1
+    assert all((codes / name).read_bytes() == content for name, content in kept.items())
+    assert table_bytes(tmp_path / "project") == table_bytes(tmp_path / "whole")
 
 
 def test_a_build_whose_workers_are_killed_ends_as_the_undisturbed_one(
