@@ -34,7 +34,7 @@ def copying_scores(module: Any, model: ModelConfig, length: int, seed: int) -> T
     frequencies = rotary_frequencies(model)
     assert frequencies is not None
     table = rotary_table(torch.arange(2 * length)[None], frequencies)
-    tables = [table if model.rotates(layer) else None for layer in range(1, model.num_layers + 1)]
+    tables = [table if model.rotation(layer) else None for layer in range(1, model.num_layers + 1)]
     return torch.stack([_scores(one, model, each, length) for one, each in zip(projected, tables, strict=True)])
 
 
