@@ -13,6 +13,7 @@ STAGES = ("plan", "train", "encode", "merge", "query", "verify")
 QUERY_METHODS = ("auto", "lists", "queries")
 FAISS_DEVICES = ("auto", "cpu", "gpu")
 RERANKS = ("none", "overlap", "bm25")
+CANDIDATES = ("index", "bm25")
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,9 @@ class RetrievalConfig:
         ours=True,
     )
     retro_query_method: str = option("auto", "search list by list, or query by query", choices=QUERY_METHODS, ours=True)
+    retro_candidates: str = option(
+        "index", "what finds neighbours: the index, or BM25 over all chunks", choices=CANDIDATES, ours=True
+    )
     retro_refine: bool = option(
         False, "order candidates by their vectors, kept or embedded again, instead of their codes", ours=True
     )

@@ -28,6 +28,7 @@ from megatron_retro.data.neighbor_table import (
 from megatron_retro.data.query_chunks import QueryChunks
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.errors import ConfigError, DamagedArtifact
+from megatron_retro.retrieval.bm25_search import Bm25Search
 from megatron_retro.retrieval.faiss_index import set_search_effort
 from megatron_retro.retrieval.gpu_index import copy_to_gpus, num_gpus
 from megatron_retro.retrieval.index_building import KIND, VERSION, list_checks, open_merged
@@ -51,6 +52,7 @@ from megatron_retro.runtime.console import Advance, Progress, say, unseen
 from megatron_retro.runtime.strict_json import json_text
 
 _ANY_KEY = "[0-9a-f]" * 12
+_FORMER_SETTINGS = {"found_by": "index"}  # of tables that do not say
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ class NeighborSearch(QueryTexts):
         database = self.project.database
         return statistics_of(database, uniform_sample(database.num_chunks, min(database.num_chunks, 200_000)))
 
+    @cached_property
+    def bm25(self) -> Bm25Search:
+        """All chunks, for BM25 in place of the index."""
+        return Bm25Search.of(self.project.database, self.project.memory_bytes)
+
     def rows(self, first: int, last: int, advance: Advance | None = None) -> NDArray[np.int64]:
         """Neighbours of the query chunks [first, last), -1 for none; `advance` is told of chunks that are done."""
         config = self.project.config
@@ -78,8 +85,12 @@ class NeighborSearch(QueryTexts):
         reranks = config.retro_refine or config.retro_rerank != "none" or config.retro_drop_overlap is not None
         candidates = max(save, config.retro_query_num_neighbors_query)
         wanted = candidates if reranks or not self.searcher.by_lists else save
-        vectors = self._vectors_with_progress(first, last) if advance else self.vectors(first, last)
-        found = self.searcher.search(vectors, wanted, self.own_chunks(numbers), save, advance)
+        if config.retro_candidates == "bm25":
+            vectors = np.zeros((last - first, 0), np.float32)  # which nothing reads
+            found = self.bm25.search(self.texts(first, last), wanted, self.own_chunks(numbers), advance or unseen)
+        else:
+            vectors = self._vectors_with_progress(first, last) if advance else self.vectors(first, last)
+            found = self.searcher.search(vectors, wanted, self.own_chunks(numbers), save, advance)
         if not reranks:
             return found
         if advance is None:
@@ -236,7 +247,7 @@ def check_table(path: Path, inputs: dict[str, str], config: dict[str, Any], layo
     for name, value in inputs.items():
         require_same(path, name, table.manifest.inputs.get(name), value, again)
     for name, value in config.items():
-        require_same(path, name, table.manifest.config.get(name), value, again)
+        require_same(path, name, table.manifest.config.get(name, _FORMER_SETTINGS.get(name)), value, again)
     require_same(path, "the rows", table.layout.row_ranges, layout.row_ranges, again)
     require_same(path, "--retro-query-num-neighbors-save", table.num_saved, layout.saved, again)
     return table
@@ -261,6 +272,7 @@ def table_settings(project: Project, nprobe: int, ef_search: int) -> dict[str, A
         "nprobe": nprobe,
         "ef_search": ef_search,
         "candidates": config.retro_query_num_neighbors_query,
+        "found_by": config.retro_candidates,
         "refine": config.retro_refine,
         "rerank": config.retro_rerank,
         "drop_overlap": config.retro_drop_overlap,

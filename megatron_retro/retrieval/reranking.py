@@ -18,7 +18,7 @@ from megatron_retro.retrieval.native import bm25_scores, candidate_distances, lo
 BATCH_ROWS = 4096
 _SAMPLED_CHUNKS = 200_000
 _HALF_BYTES = 2
-_K1, _B = 1.2, 0.75
+K1, B = 1.2, 0.75
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def rerank(
     else:
         weights = statistics.inverse_frequencies
         mean = float(database.chunk_length)
-        scores = bm25_scores(texts.tokens_NM, texts.present_NM, tokens, there, weights, k1=_K1, b=_B, mean_length=mean)
+        scores = bm25_scores(texts.tokens_NM, texts.present_NM, tokens, there, weights, k1=K1, b=B, mean_length=mean)
     return found.sorted_by(np.where(found.ids_QK >= 0, -scores, np.inf))
 
 

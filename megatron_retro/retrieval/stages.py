@@ -72,6 +72,11 @@ def check_settings(project: Project) -> None:
             f"{project.choice.train_chunks} chunks",
             fix="raise the fraction",
         )
+    if config.retro_candidates == "bm25" and config.retro_refine:
+        raise ConfigError(
+            "--retro-refine orders candidates by their vectors, which those of BM25 do not have",
+            fix="leave it out, or --retro-candidates bm25",
+        )
     if config.retro_query_num_neighbors_query < config.retro_query_num_neighbors_save:
         raise ConfigError(
             "--retro-query-num-neighbors-query is smaller than --retro-query-num-neighbors-save",

@@ -121,7 +121,8 @@ def _measured(project: Project) -> QualityReport:
 def _table_quality(search: NeighborSearch, table: NeighborTable) -> TableQuality:
     config = search.project.config
     rows = sampled_rows(search, table, config.retro_verify_queries)
-    chosen = config.retro_rerank != "none" or config.retro_drop_overlap is not None
+    bm25 = config.retro_candidates == "bm25"
+    chosen = bm25 or config.retro_rerank != "none" or config.retro_drop_overlap is not None
     ids = rows.ids_QK
     if chosen:
         saved = config.retro_query_num_neighbors_save
@@ -130,13 +131,19 @@ def _table_quality(search: NeighborSearch, table: NeighborTable) -> TableQuality
         rows=table.layout.num_rows,
         saved=table.num_saved,
         sampled=len(rows.numbers),
-        recall_of="the search before re-ranking and dropping" if chosen else "the rows of the table",
+        recall_of=_recall_of(bm25, chosen),
         recall=recalls(rows, ids, search),
         audit=audit(search, table, config.retro_verify_rows),
         closeness=closeness(search, rows),
         sweep=effort_sweep(search, rows, _efforts(search)),
     )
     return replace(quality, problems=_problems(quality, config.retro_recall_floor))
+
+
+def _recall_of(bm25: bool, chosen: bool) -> str:
+    if bm25:
+        return "the index, by which no row of the table was found"
+    return "the search before re-ranking and dropping" if chosen else "the rows of the table"
 
 
 def _problems(quality: TableQuality, floor: float | None) -> list[str]:

@@ -13,6 +13,7 @@ from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.neighbor_table import CHECKSUMS_FILE, NeighborTable
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.retrieval import index_building, neighbor_search, verification
+from megatron_retro.retrieval.bm25_search import Bm25Search
 from megatron_retro.retrieval.build_estimate import estimate_build, index_file_bytes
 from megatron_retro.retrieval.faiss_index import faiss_module, inverted_parts, new_index
 from megatron_retro.retrieval.index_choice import automatic_index, choose_index, number_of_lists
@@ -82,6 +83,35 @@ def test_bm25_prefers_rare_shared_tokens(tmp_path: Path) -> None:
     database = ChunkDatabase.open(tmp_path / "p" / "database")
     first = ids_of(tmp_path / "p")[0, 0]
     assert database.document_of(np.array([first]))[0] == 2
+
+
+def test_bm25_finds_the_best_of_all_chunks(tmp_path: Path) -> None:
+    """Against the formula in float64 over every chunk that is not of the query's own documents."""
+    corpus = write_corpus(tmp_path / "corpus", echoing_documents(3, 60))
+    settings = project_settings(tmp_path / "p", [corpus], retro_tasks=(*TASKS, "verify"), retro_candidates="bm25")
+    build_retrieval(settings)
+    ids, database, stream = ids_of(tmp_path / "p"), ChunkDatabase.open(tmp_path / "p" / "database"), stream_of(corpus)
+    tokens, there = database.gather(np.arange(database.num_chunks), CHUNK)
+    held = np.stack([np.bincount(row[mask], minlength=EOD + 1) for row, mask in zip(tokens, there, strict=True)])
+    rare = np.log1p((len(held) - (held > 0).sum(0) + 0.5) / ((held > 0).sum(0) + 0.5))
+    long = held.sum(1, keepdims=True)
+    weights = rare * held / (held + 1.2 * (0.25 + 0.75 * long / long.mean()))
+    owners = database.document_of(np.arange(len(held)))
+    own = np.searchsorted(np.flatnonzero(stream == EOD), np.arange(len(ids) * CHUNK + CHUNK))
+    for row in range(len(ids)):
+        query = stream[row * CHUNK : (row + 1) * CHUNK]
+        scores = weights[:, query[query != EOD]].sum(1)
+        span = own[row * CHUNK : (row + 2) * CHUNK + 1]
+        scores[(owners >= span[0]) & (owners <= span[-1])] = 0
+        best = np.sort(scores)[::-1][: ids.shape[1]]
+        found = np.where(ids[row] >= 0, scores[ids[row]], 0)
+        assert np.allclose(found, best, rtol=1e-4), row
+    with pytest.raises(ConfigError, match="holds the whole database in memory"):
+        Bm25Search.of(database, 1e3)
+    with pytest.raises(ConfigError, match="which those of BM25 do not have"):
+        build_retrieval(settings.replace(retro_refine=True))
+    with pytest.raises(ArtifactError, match="found_by"):
+        build_retrieval(settings.replace(retro_candidates="index"))
 
 
 def test_neighbors_that_hold_what_follows_are_dropped(corpus: str, tmp_path: Path) -> None:
