@@ -90,13 +90,13 @@ def attention(
     dropout: float = 0.0,
 ) -> Tensor:
     """[B, S, N, D]: softmax(QK / sqrt(D)) V; N query heads share G key/value heads in order."""
+    kernel = _kernel_of_documents(query_BSND, key_BTGD, pattern, dropout)
+    if kernel is not None:
+        return kernel(query_BSND, key_BTGD, value_BTGD)
     if is_slow(query_BSND) and pattern.bias_BNST is None and not torch.is_inference_mode_enabled():
         # the backward is what is slow
         wide = attention(query_BSND.float(), key_BTGD.float(), value_BTGD.float(), pattern, dropout=dropout)
         return wide.to(query_BSND.dtype)
-    kernel = _kernel_of_documents(query_BSND, key_BTGD, pattern, dropout)
-    if kernel is not None:
-        return kernel(query_BSND, key_BTGD, value_BTGD)
     num_queries, num_keys = query_BSND.shape[1], key_BTGD.shape[1]
     query, key, value = query_BSND.transpose(1, 2), key_BTGD.transpose(1, 2), value_BTGD.transpose(1, 2)
     grouped = query_BSND.shape[2] != key_BTGD.shape[2]
