@@ -33,7 +33,7 @@ SMALL = replace(LLAMA, num_layers=1, hidden_size=8, num_attention_heads=4, vocab
 MEASURE = """
 import sys
 from megatron_retro.cli.main import main
-import megatron_retro.convert.conversion, safetensors.torch, torch
+import megatron_retro.convert.conversion, safetensors.torch, torch, torch._dynamo  # shapes on meta load the last
 
 def kilobytes(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field + ":"))
