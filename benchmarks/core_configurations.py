@@ -28,10 +28,10 @@ from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.retro import Retro
 from megatron_retro.runtime.console import say
 from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main
+from megatron_retro.testing.core_process import core_without_a_gpu
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 import peer_packages
-import retro_models
 
 VOCABULARY, LENGTH, CHUNK = 16, 12, 4
 EQUAL = 1e-9
@@ -118,7 +118,7 @@ CLAIMED: dict[str, Any] = {
 
 def main_core() -> Any:
     """Core as one process without a GPU."""
-    retro_models.core_without_a_gpu()
+    core_without_a_gpu()
     from megatron.core import dist_checkpointing
 
     return dist_checkpointing

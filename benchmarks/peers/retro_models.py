@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import types
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from megatron_retro.testing.core_process import core_without_a_gpu
 
 Step = Callable[[], float]
 
@@ -95,25 +96,6 @@ def megatron_core_gpt(
     model = GPTModel(config, get_gpt_layer_local_spec(), **_core_model(sizes)).to(dtype)
     arguments = _core_inputs(sizes["length"], tokens)
     return model, training_step(model, lambda: model(**arguments).mean())
-
-
-def core_without_a_gpu() -> None:
-    """One process; nothing is dropped, and there is no generator of a GPU to fork."""
-    if torch.distributed.is_initialized():
-        return
-    import megatron.core.utils as core_utils
-    from packaging.version import Version
-
-    core_utils._te_version = Version("1.2")  # its Retro asks for the version of what is not there
-    # what core asks a GPU for, without looking whether there is one
-    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]  # core puts it where a device goes
-    torch.cuda.synchronize = lambda *_, **__: None  # type: ignore[assignment]  # nothing runs beside the process
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
-
-    CudaRNGStatesTracker.fork = lambda *_, **__: contextlib.nullcontext()  # type: ignore[method-assign]  # no GPU's state
-    parallel_state.initialize_model_parallel()
 
 
 def _core_settings(sizes: dict[str, int], dtype: torch.dtype) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class DeferredWeightGradients:
         """`functional.linear`, whose backward defers the weight's gradient."""
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return linear_product(hidden, weight, bias)
-        result: Tensor = _Product.apply(hidden, weight, self)  # type: ignore[no-untyped-call]
+        result: Tensor = _Product.apply(hidden, weight, self)  # type: ignore[no-untyped-call]  # torch has no type for it
         return result if bias is None else result + bias
 
     def defer(self, weight: Tensor, hidden: Tensor, gradient: Tensor) -> None:

@@ -28,7 +28,6 @@ from megatron_retro.data.neighbor_table import (
 from megatron_retro.data.query_chunks import QueryChunks
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.errors import ConfigError, DamagedArtifact
-from megatron_retro.retrieval.bm25_search import Bm25Search
 from megatron_retro.retrieval.faiss_index import set_search_effort
 from megatron_retro.retrieval.gpu_index import copy_to_gpus, num_gpus
 from megatron_retro.retrieval.index_building import KIND, VERSION, list_checks, open_merged
@@ -67,11 +66,6 @@ class NeighborSearch(QueryTexts):
         database = self.project.database
         return statistics_of(database, uniform_sample(database.num_chunks, min(database.num_chunks, 200_000)))
 
-    @cached_property
-    def bm25(self) -> Bm25Search:
-        """All chunks, for BM25 in place of the index."""
-        return Bm25Search.of(self.project.database, self.project.memory_bytes)
-
     def rows(self, first: int, last: int, advance: Advance | None = None) -> NDArray[np.int64]:
         """Neighbours of the query chunks [first, last), -1 for none; `advance` is told of chunks that are done."""
         config = self.project.config
@@ -87,7 +81,9 @@ class NeighborSearch(QueryTexts):
         wanted = candidates if reranks or not self.searcher.by_lists else save
         if config.retro_candidates == "bm25":
             vectors = np.zeros((last - first, 0), np.float32)  # which nothing reads
-            found = self.bm25.search(self.texts(first, last), wanted, self.own_chunks(numbers), advance or unseen)
+            found = self.project.bm25.search(
+                self.texts(first, last), wanted, self.own_chunks(numbers), advance or unseen
+            )
         else:
             vectors = self._vectors_with_progress(first, last) if advance else self.vectors(first, last)
             found = self.searcher.search(vectors, wanted, self.own_chunks(numbers), save, advance)

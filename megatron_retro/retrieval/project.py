@@ -17,6 +17,7 @@ from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer, require_tokenizer
 from megatron_retro.errors import ConfigError
+from megatron_retro.retrieval.bm25_search import Bm25Search
 from megatron_retro.retrieval.chunk_encoding import KeptVectors
 from megatron_retro.retrieval.embedders import Embedder, build_embedder
 from megatron_retro.retrieval.faiss_index import inverted_parts, new_index
@@ -149,6 +150,11 @@ class Project:
             for one in [name] if separator else names:
                 ranges.setdefault(one, []).append(parsed_range(span, "--retro-query-rows"))
         return {name: sorted(spans) for name, spans in ranges.items()}
+
+    @cached_property
+    def bm25(self) -> Bm25Search:
+        """All chunks, for BM25 in place of the index."""
+        return Bm25Search.of(self.database, self.memory_bytes)
 
     @cached_property
     def choice(self) -> IndexChoice:

@@ -13,12 +13,13 @@ import argparse
 import dataclasses
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_retro.testing.core_process import core_without_a_gpu
 
 
 def settings_of(arguments: argparse.Namespace, fields: set[str]) -> dict[str, Any]:
@@ -102,20 +103,6 @@ def logits(model: Any, given: dict[str, Tensor]) -> Tensor:
     mask = torch.ones(1, 1, length, length).triu(1).bool()
     found: Tensor = model.double().eval()(tokens, torch.arange(length)[None], mask, **more)
     return found
-
-
-def core_without_a_gpu() -> None:
-    """One process; what core asks a GPU for, without looking whether there is one, is given something else."""
-    torch.cuda.synchronize = lambda *_, **__: None  # type: ignore[assignment]
-    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    from megatron.core import parallel_state, utils
-    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
-    from packaging.version import Version
-
-    utils._te_version = Version("1.2")  # its Retro asks for the version of what is not there
-    CudaRNGStatesTracker.fork = lambda *_, **__: nullcontext()  # type: ignore[method-assign]  # nothing is dropped
-    parallel_state.initialize_model_parallel()
 
 
 def main(folders: list[Path]) -> None:

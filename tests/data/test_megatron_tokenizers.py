@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import random
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,8 +62,9 @@ def vocabulary(folder: Path) -> Path:
     return path
 
 
-def tiktoken(folder: Path, **settings: object) -> Tokenizer:
-    return build_tokenizer(TokenizerConfig("TikTokenizer", tokenizer_model=str(vocabulary(folder)), **settings))  # type: ignore[arg-type]
+def tiktoken(folder: Path, **settings: Any) -> Tokenizer:
+    config = TokenizerConfig("TikTokenizer", tokenizer_model=str(vocabulary(folder)))
+    return build_tokenizer(dataclasses.replace(config, **settings))
 
 
 def slow_ids(words: list[str], shift: int) -> list[int]:

@@ -28,12 +28,6 @@ from megatron_retro.testing.preprocessing_runs import compressed, files, preproc
 Run = Callable[..., int]
 
 
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of a few records, so that small inputs make many."""
-    monkeypatch.setattr(job_module, "SMALLEST_BLOCK", 2000)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "a.model"

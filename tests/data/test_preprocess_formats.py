@@ -11,18 +11,11 @@ from typing import Any
 
 import pytest
 
-from megatron_retro.data.preprocessing import job as job_module
 from megatron_retro.data.preprocessing.job import PreprocessingJob, ReadOptions, find_inputs
 from megatron_retro.data.tokenizers import ByteTokenizer
 from megatron_retro.testing.corpora import write_json_lines
 from megatron_retro.testing.preprocessing_runs import compressed, files, preprocess, records
 from tests.data.test_preprocess import expected
-
-
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of a few records, so that small inputs make many."""
-    monkeypatch.setattr(job_module, "SMALLEST_BLOCK", 2000)
 
 
 def parquet(path: Path, found: Sequence[dict[str, Any]]) -> Path:

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -151,7 +152,8 @@ class Disturbance:
         return ending
 
     def _last_words(self, job: int) -> str:
-        return self.chain.last_words(self.stage, job).replace(str(self.chain.room), "ROOM")
+        words, room = self.chain.last_words(self.stage, job), re.escape(str(self.chain.room))
+        return re.sub(room + r"/(?:[^\s;]*/)?(?=[^\s;/])", "ROOM/", words)  # a file's name says enough
 
     def _restarts(self, job: int) -> int:
         return self.chain.cluster.restarts(job)
