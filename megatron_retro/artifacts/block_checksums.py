@@ -37,24 +37,31 @@ class RunningBlocks:
 
     def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
         self.size, self._block_bytes = 0, block_bytes
-        self._finished: list[int] = []
-        self._current = 0
+        self.finished: list[int] = []
+        self.current = 0  # of the block that is not full
+
+    @classmethod
+    def after(cls, size: int, finished: list[int], current: int) -> RunningBlocks:
+        """Going on behind `size` bytes whose full blocks have these checksums."""
+        running = cls()
+        running.size, running.finished, running.current = size, finished, current
+        return running
 
     def feed(self, data: memoryview) -> None:
         """Add the next bytes."""
         start = 0
         while start < len(data):
             piece = data[start : start + self._block_bytes - self.size % self._block_bytes]
-            self._current = checksum_of(piece, self._current)
+            self.current = checksum_of(piece, self.current)
             self.size += len(piece)
             start += len(piece)
             if self.size % self._block_bytes == 0:
-                self._finished.append(self._current)
-                self._current = 0
+                self.finished.append(self.current)
+                self.current = 0
 
     def checksums(self) -> list[int]:
         """One checksum per block so far, the last one perhaps of a short block."""
-        return [*self._finished, self._current] if self.size % self._block_bytes else list(self._finished)
+        return [*self.finished, self.current] if self.size % self._block_bytes else list(self.finished)
 
 
 def blocks_digest(checksums: Sequence[int]) -> str:

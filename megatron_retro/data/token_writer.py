@@ -1,26 +1,30 @@
 """Writing token files: documents, or whole files joined; then checks of what was written.
 
 Lengths and boundaries go to disk as they come, so memory does not grow with the corpus. The `.bin` and `.idx` take
-their names when both are whole, the manifest last.
+their names when both are whole, the manifest last. What is written into a folder of its own outlives its writer:
+another goes on from the `Extent` that the first one saved.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from megatron_retro.artifacts.block_checksums import ChecksumList, RunningBlocks, checksums_of
+from megatron_retro.artifacts.block_checksums import (
+    BLOCK_BYTES,
+    ChecksumList,
+    RunningBlocks,
+    blocks_digest,
+    checksums_of,
+)
 from megatron_retro.artifacts.files import (
     flush_directory,
-    flush_file,
     fresh_name,
     make_folder,
     named_disk_errors,
@@ -45,121 +49,128 @@ from megatron_retro.data.token_file import (
     header,
     idx_path,
 )
+from megatron_retro.data.unfinished_files import HashedFile, Spool, UnfinishedFile
 from megatron_retro.errors import ArtifactError, DataError
 
 _SPAN = 1 << 20
 
 
-class _HashedFile:
-    """A file under a temporary name that knows the checksums of what went through it."""
+@dataclass(frozen=True)
+class Extent:
+    """How far an unfinished token file has come: what a writer needs to go on from there."""
 
-    def __init__(self, path: Path) -> None:
-        make_folder(path.parent)
-        self.path, self.partial = path, fresh_name(path)
-        self.stream: BinaryIO = self.partial.open("wb")
-        self._digest, self.blocks, self.size = hashlib.sha256(), RunningBlocks(), 0
-
-    def write(self, content: bytes | memoryview) -> None:
-        self.stream.write(content)
-        self._digest.update(content)
-        self.blocks.feed(memoryview(content).cast("B"))
-        self.size += memoryview(content).nbytes
-
-    def record(self) -> FileRecord:
-        return FileRecord(self.size, self._digest.hexdigest())
-
-    def publish(self) -> None:
-        self.stream.close()
-        flush_file(self.partial)
-        os.replace(self.partial, self.path)
-
-    def discard(self) -> None:
-        with suppress(OSError):  # what is buffered has no room on a full disk
-            self.stream.close()
-        self.partial.unlink(missing_ok=True)
-
-
-class _Spool:
-    """Numbers kept on disk until the header that precedes them is known."""
-
-    def __init__(self, path: Path, dtype: str) -> None:
-        self.partial, self.dtype, self.count = fresh_name(path), np.dtype(dtype), 0
-        self._stream = self.partial.open("wb+")
-
-    def extend(self, values: ArrayLike) -> None:
-        array = np.ascontiguousarray(values, self.dtype)
-        self._stream.write(array.data)
-        self.count += array.size
-
-    def spans(self) -> Iterable[NDArray[Any]]:
-        self._stream.seek(0)
-        while content := self._stream.read(_SPAN * self.dtype.itemsize):
-            yield np.frombuffer(content, self.dtype)
-
-    def discard(self) -> None:
-        with suppress(OSError):
-            self._stream.close()
-        self.partial.unlink(missing_ok=True)
+    num_bytes: int = 0
+    sequences: int = 0
+    documents: int = 0
+    last_checksum: int = 0  # of the block of the `.bin` that is not full
+    lengths_checksum: int = 0
+    bounds_checksum: int = 0
+    sums_checksum: int = 0
 
 
 class TokenFileWriter:
-    """Collects documents into `PREFIX.bin` and `.idx`. As a context manager it drops what was not finalized."""
+    """Collects documents into `PREFIX.bin` and `.idx`. As a context manager it drops what was not finalized.
 
-    def __init__(self, prefix: str | Path, dtype: DTypeLike) -> None:
-        self.prefix, self.dtype = Path(prefix), np.dtype(dtype)
+    With a `folder`, what is unfinished lies and stays there: `save` says how far it came, for a writer to go on.
+    """
+
+    def __init__(
+        self, prefix: str | Path, dtype: DTypeLike, folder: Path | None = None, extent: Extent | None = None
+    ) -> None:
+        self.prefix, self.dtype, self._folder = Path(prefix), np.dtype(dtype), folder
         header(self.dtype, 0, 0)
-        with named_disk_errors(bin_path(prefix)):
-            self._bin = _HashedFile(bin_path(prefix))
-            self._idx = _HashedFile(idx_path(prefix))
-            self._lengths = _Spool(Path(f"{prefix}.lengths"), "<i4")
-            self._bounds = _Spool(Path(f"{prefix}.bounds"), "<i8")
-        self._bounds.extend([0])
-        self.num_tokens = 0
+        make_folder(self.prefix.parent)
+        at = extent or Extent()
+        self._path, kept = bin_path(prefix), folder is not None
+        boundaries, sums = at.documents + 1 if at.documents else 0, at.num_bytes // BLOCK_BYTES
+        with named_disk_errors(self._path):
+            self._bin = UnfinishedFile(self._unfinished_bin(at.num_bytes), at.num_bytes, is_kept=kept)
+            self._lengths = self._spool("lengths", "<i4", at.sequences, at.lengths_checksum)
+            self._bounds = self._spool("bounds", "<i8", boundaries, at.bounds_checksum if boundaries else 0)
+            self._sums = self._spool("sums", "<u4", sums, at.sums_checksum)
+            finished = [value for span in self._sums.spans() for value in span.tolist()]
+        self._blocks = RunningBlocks.after(at.num_bytes, finished, at.last_checksum)
+        if not boundaries:
+            self._bounds.extend([0])
+
+    def _spool(self, kind: str, dtype: str, count: int, checksum: int) -> Spool:
+        return Spool(self._unfinished(kind), dtype, count, checksum, is_kept=self._folder is not None)
+
+    def _unfinished(self, kind: str) -> Path:
+        name = f"{self.prefix.name}.{kind}"
+        return fresh_name(self.prefix.with_name(name)) if self._folder is None else self._folder / name
+
+    def _unfinished_bin(self, num_bytes: int) -> Path:
+        """Where the tokens are; a kill may have come when they had their final name and no manifest."""
+        path = self._unfinished("bin")
+        return self._path if num_bytes and not path.exists() else path
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far."""
+        return self._bin.size // self.dtype.itemsize
+
+    def save(self) -> Extent:
+        """Force all that was added to the disk; another writer may go on from here."""
+        with named_disk_errors(self._path):
+            self._sums.extend(self._blocks.finished[self._sums.count :])
+            for part in (self._bin, self._lengths, self._bounds, self._sums):
+                part.flush()
+        return Extent(
+            num_bytes=self._bin.size,
+            sequences=self._lengths.count,
+            documents=self._bounds.count - 1,
+            last_checksum=self._blocks.current,
+            lengths_checksum=self._lengths.checksum,
+            bounds_checksum=self._bounds.checksum,
+            sums_checksum=self._sums.checksum,
+        )
+
+    def _add_bytes(self, content: bytes | memoryview) -> None:
+        self._bin.write(content)
+        self._blocks.feed(memoryview(content))
 
     def add_documents(
         self, tokens: NDArray[Any], lengths: NDArray[np.int32], sequences_per_document: NDArray[np.int64]
     ) -> None:
         """Append documents: all their tokens, the length of each sequence, the number of sequences of each document."""
         stored = np.ascontiguousarray(_checked_tokens(tokens, self.dtype))
-        with named_disk_errors(self._bin.path):
-            self._bin.write(stored.data.cast("B") if stored.size else b"")
+        with named_disk_errors(self._path):
+            self._add_bytes(stored.data.cast("B") if stored.size else b"")
             before = self._lengths.count
             self._lengths.extend(lengths)
             self._bounds.extend(np.cumsum(sequences_per_document) + before)
-        self.num_tokens += tokens.size
 
     def add_file(self, prefix: str | Path) -> None:
         """Append every document of another token file."""
         other = TokenFile(prefix)
         if other.dtype != self.dtype:
             raise DataError(f"{prefix} holds another type of tokens", got=other.dtype, expected=self.dtype)
-        with named_disk_errors(self._bin.path):
+        with named_disk_errors(self._path):
             for start in range(0, other.num_tokens, _SPAN):
-                self._bin.write(other.stream[start : start + _SPAN].tobytes())
+                self._add_bytes(other.stream[start : start + _SPAN].tobytes())
             before = self._lengths.count
             for start in range(0, other.index.num_sequences, _SPAN):
                 self._lengths.extend(other.index.lengths[start : start + _SPAN])
             for start in range(1, other.num_documents + 1, _SPAN):
                 self._bounds.extend(other.index.documents[start : start + _SPAN] + before)
-        self.num_tokens += other.num_tokens
 
     def finalize(self, *, inputs: Mapping[str, str] | None = None, config: Mapping[str, Any] | None = None) -> Manifest:
         """Write the index and the manifest and give the files their names."""
-        with named_disk_errors(self._idx.path):
-            self._write_index()
-            manifest_path(self.prefix).unlink(missing_ok=True)
-            self._bin.publish()
-            self._idx.publish()
-            flush_directory(self._bin.path.parent)
-            checksums = _write_checksums(self.prefix, ChecksumList.of(self._bin.blocks))
         counts = {
             "documents": self._bounds.count - 1,
             "sequences": self._lengths.count,
             "tokens": self.num_tokens,
             "dtype": str(self.dtype),
         }
-        self._lengths.discard()
-        self._bounds.discard()
+        with named_disk_errors(idx_path(self.prefix)):
+            index = self._written_index()
+            manifest_path(self.prefix).unlink(missing_ok=True)
+            self._bin.publish(self._path)
+            index.publish(idx_path(self.prefix))
+            flush_directory(self._path.parent)
+            checksums = _write_checksums(self.prefix, ChecksumList.of(self._blocks))
+        tokens = FileRecord(self._bin.size, blocks_digest(self._blocks.checksums()))
         return write_manifest(
             self.prefix,
             kind=KIND,
@@ -167,22 +178,29 @@ class TokenFileWriter:
             inputs=inputs,
             config=config,
             counts=counts,
-            files={**{file.path.name: file.record() for file in (self._bin, self._idx)}, **checksums},
+            files={self._path.name: tokens, idx_path(self.prefix).name: index.record(), **checksums},
         )
 
-    def _write_index(self) -> None:
-        self._idx.write(header(self.dtype, self._lengths.count, self._bounds.count))
-        for lengths in self._lengths.spans():
-            self._idx.write(lengths.data)
-        end = 0
-        for lengths in self._lengths.spans():
-            end = _write_pointers(self._idx, lengths, self.dtype.itemsize, end)
-        for bounds in self._bounds.spans():
-            self._idx.write(bounds.data)
+    def _written_index(self) -> HashedFile:
+        index = HashedFile(idx_path(self.prefix))
+        try:
+            index.write(header(self.dtype, self._lengths.count, self._bounds.count))
+            for lengths in self._lengths.spans():
+                index.write(lengths.data)
+            end = 0
+            for lengths in self._lengths.spans():
+                end = _write_pointers(index, lengths, self.dtype.itemsize, end)
+            for bounds in self._bounds.spans():
+                index.write(bounds.data)
+            index.flush()
+        except BaseException:
+            index.discard()
+            raise
+        return index
 
     def discard(self) -> None:
-        """Drop what was written."""
-        for part in (self._bin, self._idx, self._lengths, self._bounds):
+        """Drop what was written, or, in a folder, close it."""
+        for part in (self._bin, self._lengths, self._bounds, self._sums):
             part.discard()
 
     def __enter__(self) -> TokenFileWriter:
@@ -194,7 +212,7 @@ class TokenFileWriter:
         self.discard()
 
 
-def _write_pointers(stream: _HashedFile, lengths: NDArray[np.int32], itemsize: int, start: int) -> int:
+def _write_pointers(stream: HashedFile, lengths: NDArray[np.int32], itemsize: int, start: int) -> int:
     """Write the byte offsets of a run of sequences that begins at byte `start`; returns where it ends."""
     ends = np.cumsum(lengths, dtype=np.int64) * itemsize + start
     if not len(ends):

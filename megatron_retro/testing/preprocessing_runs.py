@@ -15,8 +15,8 @@ from megatron_retro.testing.corpora import random_text
 
 SCRIPT = """
 import sys
-from megatron_retro.data.preprocessing import job
-job.SMALLEST_BLOCK = 30000
+from megatron_retro.data.preprocessing import appending, job
+job.SMALLEST_BLOCK, appending.APPENDED_BYTES = 30000, 30000
 from megatron_retro.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """

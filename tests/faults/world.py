@@ -73,11 +73,12 @@ def stop_before_joining(folder: Path, source: Path) -> None:
     def stop(*_: object) -> None:
         raise DataError("stopped")
 
-    join_blocks, run.join_blocks = run.join_blocks, stop  # type: ignore[assignment]
+    functions = run.append_blocks, run.join_blocks
+    run.append_blocks = run.join_blocks = stop  # type: ignore[assignment]
     try:
         assert preprocess(folder / "stopped", [source], "--append-eod") == 2
     finally:
-        run.join_blocks = join_blocks
+        run.append_blocks, run.join_blocks = functions
 
 
 def training_settings(folder: Path) -> Settings:

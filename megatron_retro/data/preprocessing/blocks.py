@@ -24,6 +24,7 @@ from megatron_retro.errors import ArtifactError, DamagedArtifact, DataError
 from megatron_retro.runtime.strict_json import json_text
 
 TOKENS, LENGTHS, DOCUMENTS = "tokens", "lengths", "documents"
+REFUSED, REASONS = ".refused", ".reasons"
 PLAIN_FORMATS = (LINES, TEXT)
 _BATCH_CHARACTERS = 1 << 20
 _COPY_BYTES = 1 << 20
@@ -41,6 +42,11 @@ class BlockCounts:
     piece_bytes: dict[str, int] = field(default_factory=dict)
     piece_crc32: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def token_pieces(self) -> list[str]:
+        """The part files but those of refused records, which are joined last."""
+        return [name for name in self.piece_bytes if not name.endswith((REFUSED, REASONS))]
+
 
 def part_path(directory: Path, block: int, key: int, kind: str) -> Path:
     """A part file: the tokens, sequence lengths (i4) or sequences per document (i4) of one key."""
@@ -49,12 +55,12 @@ def part_path(directory: Path, block: int, key: int, kind: str) -> Path:
 
 def refused_path(directory: Path, block: int) -> Path:
     """The refused records of a block, as they were read."""
-    return directory / f"{block:06d}.refused"
+    return directory / f"{block:06d}{REFUSED}"
 
 
 def reasons_path(directory: Path, block: int) -> Path:
     """The reasons for refusing them, one line each."""
-    return directory / f"{block:06d}.reasons"
+    return directory / f"{block:06d}{REASONS}"
 
 
 def counts_path(directory: Path, block: int) -> Path:
@@ -198,19 +204,24 @@ class BlockTokenizer:
 
 
 def require_parts(directory: Path, block: int) -> None:
-    """Refuse part files that have changed since they were written; the block is then made again by the next run."""
-    counts = read_counts(directory, block)
-    for name, expected in (counts or BlockCounts()).piece_crc32.items():
+    """Refuse part files that have changed since they were written."""
+    counts = read_counts(directory, block) or BlockCounts()
+    for name in counts.piece_crc32:
         found = 0
         with (directory / name).open("rb") as stream:
             while content := stream.read(_COPY_BYTES):
                 found = checksum_of(content, found)
-        if found != expected:
-            counts_path(directory, block).unlink(missing_ok=True)
-            raise DamagedArtifact(
-                f"{directory / name} has changed since it was written: its checksum is wrong",
-                fix="run the same command again: its block is made anew, and nothing else",
-            )
+        require_unchanged(directory / name, block, counts, found)
+
+
+def require_unchanged(path: Path, block: int, counts: BlockCounts, found: int) -> None:
+    """Refuse a part file whose checksum is another; the next run then makes its block again."""
+    if found != counts.piece_crc32.get(path.name, found):
+        counts_path(path.parent, block).unlink(missing_ok=True)
+        raise DamagedArtifact(
+            f"{path} has changed since it was written: its checksum is wrong",
+            fix="run the same command again: its block is made anew, and nothing else",
+        )
 
 
 def _raw(record: Record) -> Iterator[bytes]:

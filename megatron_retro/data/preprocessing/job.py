@@ -115,10 +115,15 @@ class PreprocessingJob:
         """Bytes of all inputs as stored."""
         return sum(file.bytes for file in self.files)
 
+    @property
+    def block_bytes(self) -> int:
+        """Stored bytes of a block, where the input can be cut."""
+        return max(SMALLEST_BLOCK, -(-self.num_bytes // MOST_BLOCKS))
+
     @cached_property
     def blocks(self) -> tuple[tuple[InputRange, ...], ...]:
         """The input in order, cut into blocks."""
-        size = max(SMALLEST_BLOCK, -(-self.num_bytes // MOST_BLOCKS))
+        size = self.block_bytes
         return tuple(_packed(((span, self.range_bytes(span)) for span in self._ranges(size)), size))
 
     def _ranges(self, size: int) -> Iterator[InputRange]:

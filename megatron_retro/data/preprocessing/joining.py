@@ -1,6 +1,8 @@
 """Part files of all blocks joined to token files, in the order of the input or shuffled.
 
-One pass in bounded memory; only the manifest, written last, makes a target finished.
+One token file in the order of the input grows while blocks are made (`appending.py`); shards and a shuffled order want
+to know how many documents there are, so they are joined in one pass at the end. Only the manifest, written last, makes
+a target finished.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from megatron_retro.artifacts.files import new_file
 from megatron_retro.artifacts.manifest import manifest_path, read_manifest
 from megatron_retro.data.order import key_of, permuted
+from megatron_retro.data.preprocessing.appending import Joined, append_finished
 from megatron_retro.data.preprocessing.blocks import (
     DOCUMENTS,
     LENGTHS,
@@ -45,6 +48,11 @@ class Output:
     shuffle_seed: int | None
     tokenizer_facts: dict[str, Any]
 
+    @property
+    def grows(self) -> bool:
+        """Whether blocks are appended while others are made."""
+        return self.shards == 1 and self.shuffle_seed is None
+
     def target(self, key: str, shard: int) -> str:
         """The prefix of one token file."""
         part = f"_{shard:05d}-of-{self.shards:05d}" if self.shards > 1 else ""
@@ -69,43 +77,62 @@ class Output:
 
 def is_finished(job: PreprocessingJob, output: Output) -> bool:
     """Whether every target is there, written by this job."""
-    for key, shard, target in output.targets(job):
-        if not manifest_path(Path(target)).exists():
-            return False
-        try:
-            manifest = read_manifest(Path(target), kind=KIND, version=MANIFEST_VERSION)
-        except ArtifactError:
-            return False
-        if manifest.config != output.config_of(job, key, shard):
-            return False
-        sizes = {name: record.bytes for name, record in manifest.files.items()}
-        paths = {name: Path(target).with_name(name) for name in sizes}
-        if any(not path.is_file() or path.stat().st_size != sizes[name] for name, path in paths.items()):
-            return False
-    return True
+    return all(_is_written(target, output.config_of(job, key, shard)) for key, shard, target in output.targets(job))
 
 
-def join_blocks(job: PreprocessingJob, directory: Path, output: Output) -> None:
-    """Write the refused records, and every target: the last manifest says that all is there."""
-    documents = np.array([require_counts(job, directory, block).documents for block in range(len(job.blocks))])
-    before = np.cumsum([0, *documents], dtype=np.int64)
-    if before[-1] == 0:
+def _is_written(target: str, config: dict[str, Any]) -> bool:
+    if not manifest_path(Path(target)).exists():
+        return False
+    try:
+        manifest = read_manifest(Path(target), kind=KIND, version=MANIFEST_VERSION)
+    except ArtifactError:
+        return False
+    if manifest.config != config:
+        return False
+    sizes = {name: record.bytes for name, record in manifest.files.items()}
+    paths = {name: Path(target).with_name(name) for name in sizes}
+    return all(path.is_file() and path.stat().st_size == sizes[name] for name, path in paths.items())
+
+
+def append_blocks(job: PreprocessingJob, directory: Path, output: Output) -> Joined:
+    """Append the finished blocks that are next in order to an output that grows."""
+    return append_finished(job, directory, [target for _, _, target in output.targets(job)])
+
+
+def join_blocks(job: PreprocessingJob, directory: Path, output: Output) -> Joined:
+    """Write the refused records, and every target: the last manifest says that all is there. Returns the counts."""
+    numbers = range(len(job.blocks))
+    joined = append_blocks(job, directory, output) if output.grows else Joined()
+    documents = [0]
+    for block in numbers[joined.blocks :]:
+        joined = joined.with_block(require_counts(job, directory, block))
+        documents.append(joined.documents)
+    if joined.documents == 0:
         raise DataError(f"the input holds no documents ({len(job.files)} files, {job.num_bytes} bytes)")
-    if before[-1] < output.shards:
-        raise DataError("fewer documents than --shards", got=before[-1], expected=f"{output.shards} or more")
+    if joined.documents < output.shards:
+        raise DataError("fewer documents than --shards", got=joined.documents, expected=f"{output.shards} or more")
     for suffix, part in ((".refused.jsonl", refused_path), (".refused.txt", reasons_path)):
-        _concatenate(Path(output.prefix + suffix), [part(directory, block) for block in range(len(job.blocks))])
+        _concatenate(Path(output.prefix + suffix), [part(directory, block) for block in numbers])
     for key, shard, target in output.targets(job):
-        first, last = (int(before[-1]) * part // output.shards for part in (shard, shard + 1))
-        with TokenFileWriter(target, job.dtype) as writer:
-            if output.shuffle_seed is None:
-                _append_in_order(writer, directory, key, before, first, last)
-            else:
-                _append_shuffled(writer, directory, key, before, (first, last), output.shuffle_seed)
-            writer.finalize(
-                inputs={"text": job.fingerprint, "tokenizer": job.tokenizer},
-                config=output.config_of(job, key, shard),
-            )
+        config = output.config_of(job, key, shard)
+        if _is_written(target, config):
+            continue
+        place = (directory, joined.extents[key]) if output.grows else ()
+        with TokenFileWriter(target, job.dtype, *place) as writer:
+            if not output.grows:
+                _append_shard(writer, directory, key, np.array(documents), shard, output)
+            writer.finalize(inputs={"text": job.fingerprint, "tokenizer": job.tokenizer}, config=config)
+    return joined
+
+
+def _append_shard(
+    writer: TokenFileWriter, directory: Path, key: int, before: NDArray[np.int64], shard: int, output: Output
+) -> None:
+    first, last = (int(before[-1]) * part // output.shards for part in (shard, shard + 1))
+    if output.shuffle_seed is None:
+        _append_in_order(writer, directory, key, before, first, last)
+    else:
+        _append_shuffled(writer, directory, key, before, (first, last), output.shuffle_seed)
 
 
 def _append_in_order(

@@ -1,6 +1,7 @@
 """A preprocessing run from settings to finished token files, alone or as one of many workers on a shared directory.
 
-The work directory `PREFIX.unfinished` holds the job, claims and finished part files; the same command goes on from it.
+The work directory `PREFIX.unfinished` holds the job, claims, the output so far and finished part files that are not in
+it; the same command goes on from it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,9 +22,10 @@ from megatron_retro.artifacts.manifest import load_manifest, manifest_path, read
 from megatron_retro.config.data import InputConfig, PreprocessConfig, TokenizerConfig, WorkersConfig
 from megatron_retro.config.settings import DEFAULT_ORIGIN, Settings
 from megatron_retro.config.training import ObservabilityConfig
-from megatron_retro.data.preprocessing.blocks import BlockCounts, BlockTokenizer, read_counts
+from megatron_retro.data.preprocessing.appending import Joined, are_ready, blocks_at_a_time, count_joined
+from megatron_retro.data.preprocessing.blocks import BlockTokenizer, read_counts
 from megatron_retro.data.preprocessing.job import PreprocessingJob, ReadOptions, find_inputs
-from megatron_retro.data.preprocessing.joining import Output, is_finished, join_blocks
+from megatron_retro.data.preprocessing.joining import Output, append_blocks, is_finished, join_blocks
 from megatron_retro.data.preprocessing.pool import Send, WorkerPool
 from megatron_retro.data.preprocessing.tokenization import build_encoder
 from megatron_retro.data.token_file import bin_path, idx_path, token_dtype
@@ -33,7 +36,7 @@ from megatron_retro.runtime.console import Progress, readable_bytes, say, warn
 from megatron_retro.runtime.launch import Worker, this_worker
 from megatron_retro.runtime.signals import until_stopped
 
-_FINISH = "finish"
+_JOIN = "join"
 
 
 @dataclass(frozen=True)
@@ -52,25 +55,48 @@ class Run:
 
     def is_done(self, block: str) -> bool:
         """Whether a block's part files, or the whole output, are in place."""
-        return read_counts(self.directory, int(block)) is not None or is_finished(self.job, self.output)
+        return self._is_made(int(block)) or is_finished(self.job, self.output)
+
+    def _is_made(self, block: int) -> bool:
+        made = read_counts(self.directory, block) is not None
+        return made or (self.output.grows and block < count_joined(self.directory))
 
     def remaining(self) -> list[int]:
         """Blocks that are not finished."""
-        return [block for block in range(len(self.job.blocks)) if read_counts(self.directory, block) is None]
+        return [block for block in range(len(self.job.blocks)) if not self._is_made(block)]
 
     def claims(self, number: int, workers: int, *, wait: bool) -> Iterator[int]:
-        """Unfinished blocks, each under a claim; worker `number` of this machine begins at its own place.
+        """Unfinished blocks, each under a claim, about in order; worker `number` of this machine begins at its own.
 
         A signal ends it with `Requeue` after the block in work.
         """
-        total = len(self.job.blocks)
-        start = total * (self.worker.index * workers + number) // (self.worker.count * workers)
-        order = [f"{block % total:06d}" for block in range(start, start + total)]
-        return (int(block) for block in until_stopped(self._claimed(order, self.is_done, wait=wait)))
+        workers, number = self.worker.count * workers, self.worker.index * workers + number
+        numbers = sorted(range(len(self.job.blocks)), key=lambda b: (b // workers, (b - number) % workers))
+        order = [f"{block:06d}" for block in numbers]
+        return until_stopped(self._with_late_ones(self._claimed(order, self.is_done, wait=wait), workers))
+
+    def _with_late_ones(self, claimed: Iterator[str], workers: int) -> Iterator[int]:
+        """Each block, then the one that the output waits for, if it is far behind and its worker is dead."""
+        for name in claimed:
+            yield int(name)
+            joined = count_joined(self.directory) if self.output.grows else int(name)
+            if int(name) - joined > 4 * workers + blocks_at_a_time(self.job):
+                late = next((block for block in range(joined, int(name)) if not self._is_made(block)), None)
+                if late is not None:
+                    yield from map(int, self._claimed([f"{late:06d}"], self.is_done, wait=False))
 
     def finish_claim(self) -> Iterator[str]:
-        """One claim, for the worker that joins the blocks; the others wait for it."""
-        return self._claimed([_FINISH], lambda _: is_finished(self.job, self.output), wait=True)
+        """One claim, for the worker that joins the last blocks; the others wait for it."""
+        return self._claimed([_JOIN], lambda _: is_finished(self.job, self.output), wait=True)
+
+    def append(self) -> None:
+        """Append finished blocks to the output if enough are ready and no other worker is at it."""
+        if not self.output.grows or not are_ready(self.job, self.directory):
+            return
+        joined = count_joined(self.directory)
+        for _ in self._claimed([_JOIN], lambda _: not are_ready(self.job, self.directory), wait=False):
+            with self._overtaken(lambda: count_joined(self.directory) > joined):
+                append_blocks(self.job, self.directory, self.output)
 
     def _claimed(self, blocks: Sequence[str], is_done: Callable[[str], bool], *, wait: bool) -> Iterator[str]:
         claims = BlockClaims(self.directory / "claims", blocks, is_done, wait=wait)
@@ -81,28 +107,25 @@ class Run:
             if not is_finished(self.job, self.output):
                 raise
 
-    def tokenize(self, blocks: BlockTokenizer, block: int, report: Callable[[int, int, int], None]) -> None:
-        """One block; fails in silence where another worker has finished everything, whose files are the same."""
+    @contextmanager
+    def _overtaken(self, is_done: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Work that may fail in silence where another worker has done it, whose files are the same."""
         try:
-            blocks.tokenize(block, report)
+            yield
         except (OSError, ArtifactError, EnvironmentProblem):
-            if not is_finished(self.job, self.output):
+            if not is_done() and not is_finished(self.job, self.output):
                 raise
+
+    def tokenize(self, blocks: BlockTokenizer, block: int, report: Callable[[int, int, int], None]) -> None:
+        """Make one block, and append what is ready."""
+        with self._overtaken():
+            blocks.tokenize(block, report)
+        self.append()
 
     def block_tokenizer(self) -> BlockTokenizer:
         """The tokenizer of blocks in this process."""
         encoder = build_encoder(self.tokenizer, np.dtype(self.job.dtype))
         return BlockTokenizer(self.job, self.directory, encoder, self.tokenizer.eod)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Counts of a finished run."""
-
-    documents: int
-    tokens: int
-    refused: int
-    blank: int
 
 
 def preprocess(settings: Settings) -> None:
@@ -259,15 +282,13 @@ def _tokenize_here(run: Run, log: _Log) -> None:
         run.tokenize(blocks, block, lambda *facts: log(facts))
 
 
-def _finish(run: Run) -> Summary | None:
-    """Join the blocks in one worker; the others wait for it. None where another worker did it."""
-    summary = None
+def _finish(run: Run) -> Joined | None:
+    """Join the last blocks in one worker; the others wait for it. None where another worker did it."""
+    joined = None
     for _ in run.finish_claim():
-        counts = [read_counts(run.directory, block) or BlockCounts() for block in range(len(run.job.blocks))]
-        summary = Summary(*(sum(getattr(c, name) for c in counts) for name in Summary.__dataclass_fields__))
-        join_blocks(run.job, run.directory, run.output)
+        joined = join_blocks(run.job, run.directory, run.output)
     shutil.rmtree(run.directory, ignore_errors=True)
-    return summary
+    return joined
 
 
 def verify(run: Run) -> None:
@@ -283,7 +304,7 @@ def _verify_file(prefix: str, vocab_size: int | None = None) -> None:
     say(f"{prefix}: verified")
 
 
-def _print_summary(run: Run, summary: Summary | None) -> None:
+def _print_summary(run: Run, summary: Joined | None) -> None:
     if summary is None:
         say(f"{run.output.prefix}: finished by another worker")
         return
