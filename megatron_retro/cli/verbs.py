@@ -31,7 +31,7 @@ from megatron_retro.config.inference import (
 )
 from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
-from megatron_retro.config.retrieval import EmbedderConfig, InspectorConfig, RetrievalConfig
+from megatron_retro.config.retrieval import DuplicatesConfig, EmbedderConfig, InspectorConfig, RetrievalConfig
 from megatron_retro.config.sections import (
     ALL_SECTIONS,
     EVALUATION_SECTIONS,
@@ -78,6 +78,7 @@ _OF_A_FINISHED_MODEL: Reads = {
 }
 # A verb that finds its tokenizer in an index asks only whether another one may do.
 _OF_ANOTHERS_TOKENIZER: Reads = {TokenizerConfig: ("allow_tokenizer_mismatch",)}
+_OF_A_DATABASE = ("retro_database_corpus", "retro_database_documents", "retro_database_eod", "retro_memory_gb")
 VERBS: tuple[Verb, ...] = (
     Verb(
         "collect-text",
@@ -116,6 +117,16 @@ about the same files with answers and passages, made from their docstrings, to t
 Every stage is cut into blocks that any number of workers share (start the same command many times, by hand, in a
 SLURM array or under mpirun), and can be stopped and run again at any moment.""",
         reads={RetroConfig: ("retro_chunk_length", "retro_num_retrieved_chunks")},
+    ),
+    Verb(
+        "find-duplicates",
+        "documents of a database that come back, in it or in evaluation sets",
+        (RetrievalConfig, DuplicatesConfig, TokenizerConfig, WorkersConfig),
+        "retrieval.duplicates:find_duplicates",
+        """Name every document near an earlier one, or near one of --duplicates-held-out, before a database is made.
+
+PROJECT/duplicates has a page to look at; build-retrieval --retro-drop-duplicates leaves these documents out.""",
+        reads={RetrievalConfig: ("retro_project_dir", *_OF_A_DATABASE)},
     ),
     Verb(
         "distill-embedder",
@@ -322,6 +333,7 @@ _OTHER_NAMES = {
     "preprocess": ("preprocess-data", "tokenize"),
     "preprocess --merge-token-files": ("merge-datasets",),
     "build-retrieval": ("preprocess-retro", "retro-preprocess", "build-db", "build-index", "build-neighbors", "query"),
+    "find-duplicates": ("dedup", "deduplicate", "fuzzy-dedup", "minhash", "decontaminate"),
     "pretrain": ("train", "pretrain-gpt", "pretrain-retro"),
     "finetune": ("sft", "instruct"),
     "generate": ("text-generation", "generate-samples-gpt"),

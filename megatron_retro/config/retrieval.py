@@ -14,6 +14,7 @@ QUERY_METHODS = ("auto", "lists", "queries")
 FAISS_DEVICES = ("auto", "cpu", "gpu")
 RERANKS = ("none", "overlap", "bm25")
 CANDIDATES = ("index", "bm25")
+DUPLICATES = ("held-out", "within", "all")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,12 @@ class RetrievalConfig:
         None, "documents FIRST:LAST of each of them, to leave out a validation split", ours=True
     )
     retro_database_eod: bool = option(True, "documents end with an end-of-document id, which no chunk has", ours=True)
+    retro_drop_duplicates: str | None = option(
+        None,
+        "leave documents out of the database that find-duplicates found: near held-out ones, near earlier ones, or all",
+        choices=DUPLICATES,
+        ours=True,
+    )
     retro_query_corpus: tuple[str, ...] | None = option(
         None,
         "token file prefixes to find neighbours for, as PREFIX or NAME=PREFIX; the database's when not set",
@@ -110,3 +117,25 @@ class InspectorConfig:
         None, "a run: show what it attends to in each neighbour, and what each is worth to it", ours=True
     )
     inspect_run: int = option(4, "shared runs of this many tokens are marked", minimum=1, ours=True)
+
+
+@dataclass(frozen=True)
+class DuplicatesConfig:
+    """Documents of the database that come back"""
+
+    duplicates_held_out: tuple[str, ...] | None = option(
+        None, "token file prefixes of evaluation sets that the database should not hold", ours=True
+    )
+    duplicates_held_out_documents: tuple[str, ...] | None = option(
+        None, "documents FIRST:LAST of each of them", ours=True
+    )
+    duplicates_jaccard: float = option(
+        0.8,
+        "documents that share this part of all their n-grams are near duplicates",
+        minimum=0.1,
+        maximum=1.0,
+        ours=True,
+    )
+    duplicates_ngram: int = option(5, "tokens of an n-gram", minimum=1, ours=True)
+    duplicates_block_size: int = option(50_000, "documents of one block of work", minimum=1, ours=True)
+    duplicates_shown: int = option(200, "pairs on the page", minimum=0, ours=True)

@@ -36,7 +36,7 @@ from megatron_retro.config.inference import (
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.model_rules import model_is_possible
 from megatron_retro.config.parallel import PARALLEL_RULES, ParallelConfig
-from megatron_retro.config.retrieval import EmbedderConfig, InspectorConfig, RetrievalConfig
+from megatron_retro.config.retrieval import DuplicatesConfig, EmbedderConfig, InspectorConfig, RetrievalConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import (
     TRAINING_RULES,
@@ -69,6 +69,7 @@ ALL_SECTIONS: tuple[type, ...] = (
     EmbedderConfig,
     RetrievalConfig,
     InspectorConfig,
+    DuplicatesConfig,
     WorkersConfig,
     PlanningConfig,
     SamplingConfig,

@@ -55,6 +55,7 @@ class ChunkDatabase:
         self.path, self.manifest = path, manifest
         self.chunk_length: int = manifest.config["chunk_length"]
         self.eod: int | None = manifest.config["eod"]
+        self.left_out: str | None = manifest.config.get("left_out")
         self.corpora = tuple(Corpus(**corpus) for corpus in manifest.config["corpora"])
         self.files = tuple(_open_corpus(path, corpus) for corpus in self.corpora)
         self.chunks_before: NDArray[np.int64] = map_file(path / COUNTS_FILE).view("<i8")
@@ -81,9 +82,13 @@ class ChunkDatabase:
         *,
         eod: int | None,
         document_ranges: Sequence[tuple[int, int]] | None = None,
+        left_out: NDArray[np.int64] | None = None,
         replace: bool = False,
     ) -> ChunkDatabase:
-        """Count the chunks of each document. `eod=None` says that documents end without an end-of-document id."""
+        """Count the chunks of each document. `eod=None` says that documents end without an end-of-document id.
+
+        The documents `left_out`, global numbers in ascending order, have no chunks.
+        """
         where = Path(path)
         files = [TokenFile(prefix) for prefix in token_prefixes]
         ranges = list(document_ranges or [(0, file.num_documents) for file in files])
@@ -93,13 +98,19 @@ class ChunkDatabase:
                 Corpus(os.path.relpath(file.prefix, where), file.fingerprint, first, last)
                 for file, (first, last) in zip(files, ranges, strict=True)
             ]
-            chunks = _write_counts(directory / COUNTS_FILE, files, ranges, chunk_length, eod)
+            chunks = _write_counts(directory / COUNTS_FILE, files, ranges, chunk_length, eod, left_out)
+            without = {} if left_out is None else {"left_out": digest_of(left_out)}
             write_manifest(
                 directory,
                 kind=KIND,
                 version=VERSION,
                 inputs={f"corpus {number}": corpus.fingerprint for number, corpus in enumerate(corpora)},
-                config={"chunk_length": chunk_length, "eod": eod, "corpora": [asdict(corpus) for corpus in corpora]},
+                config={
+                    "chunk_length": chunk_length,
+                    "eod": eod,
+                    "corpora": [asdict(corpus) for corpus in corpora],
+                    **without,
+                },
                 counts={"chunks": chunks, "documents": sum(corpus.num_documents for corpus in corpora)},
             )
         return cls.open(where)
@@ -123,7 +134,9 @@ class ChunkDatabase:
     def fingerprint(self) -> str:
         """Identity of the ids and their tokens, wherever the files lie."""
         corpora = [{**asdict(corpus), "prefix": ""} for corpus in self.corpora]
-        content = {"chunk_length": self.chunk_length, "eod": self.eod, "corpora": corpora}
+        content: dict[str, Any] = {"chunk_length": self.chunk_length, "eod": self.eod, "corpora": corpora}
+        if self.left_out is not None:
+            content["left_out"] = self.left_out
         return hashlib.sha256(json_text(content, sort_keys=True).encode()).hexdigest()
 
     def document_of(self, chunk_ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -204,7 +217,7 @@ class ChunkDatabase:
         for number, (file, owner) in enumerate(zip(self.files, self.corpora, strict=True)):
             chosen = corpus == number
             local = documents[chosen] - self.documents_before[number] + owner.first_document
-            begin, stop[chosen] = _document_text(file, local, self.eod)
+            begin, stop[chosen] = document_text(file, local, self.eod)
             # Every chunk of a document has a token, so its number within the document is smaller than that is long.
             wrong = (within[chosen] < 0) | (within[chosen] >= stop[chosen] - begin)
             start[chosen] = begin + np.where(wrong, 0, within[chosen]) * self.chunk_length
@@ -229,7 +242,7 @@ class ChunkDatabase:
             )
 
 
-def _document_text(
+def document_text(
     file: TokenFile, documents: NDArray[np.int64], eod: int | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Where the documents start and end in the stream, a trailing eod left out."""
@@ -237,6 +250,11 @@ def _document_text(
     if eod is not None and file.num_tokens:
         stop = stop - ((stop > start) & (file.stream[np.maximum(stop - 1, 0)] == eod))
     return start, stop
+
+
+def digest_of(documents: NDArray[np.int64]) -> str:
+    """What tells one list of documents from another."""
+    return hashlib.sha256(documents.astype("<i8").tobytes()).hexdigest()
 
 
 def _open_corpus(path: Path, corpus: Corpus) -> TokenFile:
@@ -272,18 +290,28 @@ def _check_creation(
 
 
 def _write_counts(
-    path: Path, files: Sequence[TokenFile], ranges: Sequence[tuple[int, int]], chunk_length: int, eod: int | None
+    path: Path,
+    files: Sequence[TokenFile],
+    ranges: Sequence[tuple[int, int]],
+    chunk_length: int,
+    eod: int | None,
+    left_out: NDArray[np.int64] | None,
 ) -> int:
-    total = 0
+    total = seen = 0
     with path.open("wb") as stream:
         stream.write(np.zeros(1, "<i8").tobytes())
         for file, (first, last) in zip(files, ranges, strict=True):
             ended = 0
             for start in range(first, last, _SPAN):
                 documents = np.arange(start, min(start + _SPAN, last))
-                begin, end = _document_text(file, documents, eod)
+                begin, end = document_text(file, documents, eod)
                 ended += int((file.document_starts(documents + 1) > end).sum())
-                before = np.cumsum(-(-(end - begin) // chunk_length), dtype=np.int64) + total
+                chunks = -(-(end - begin) // chunk_length)
+                if left_out is not None:
+                    low, high = np.searchsorted(left_out, [seen, seen + len(chunks)])
+                    chunks[left_out[low:high] - seen] = 0
+                seen += len(chunks)
+                before = np.cumsum(chunks, dtype=np.int64) + total
                 stream.write(before.astype("<i8").tobytes())
                 total = int(before[-1])
             if eod is not None and not ended and last > first:

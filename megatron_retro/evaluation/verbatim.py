@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.dataset import Dataset, Source
+from megatron_retro.data.window_hashes import window_hashes
 from megatron_retro.evaluation.leakage import whole_chunks
 from megatron_retro.evaluation.perplexity import Measured
 from megatron_retro.reporting.perplexity_page import VerbatimShare
@@ -21,7 +22,6 @@ from megatron_retro.runtime.console import Progress
 LENGTH = 32  # tokens, or a chunk if that is shorter
 _MOST_CHUNKS = 4096  # of a source, evenly
 _SPAN = 1 << 20
-_BASE = 0x9E3779B97F4A7C15  # odd, so that no token is lost in the powers of two
 _FILTER_BITS = 20
 
 
@@ -76,24 +76,6 @@ def stands_elsewhere(
                     own = first[one] <= owner < last[one]
                     result[one] |= not own and bool((stream[place : place + length] == texts[one]).all())
             progress.advance(stop - start)
-    return result
-
-
-def window_hashes(tokens: NDArray[np.generic], length: int) -> NDArray[np.uint64]:
-    """A polynomial hash of each run of `length` tokens, modulo 2^64, from those of runs half as long."""
-    count = len(tokens) - length + 1
-    if count <= 0:
-        return np.zeros(0, np.uint64)
-    unit, size = (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9), 1
-    unit ^= unit >> np.uint64(29)
-    result, covered = np.zeros(count, np.uint64), 0
-    while covered < length:
-        if length & size:
-            result = result * np.uint64(pow(_BASE, size, 1 << 64)) + unit[covered : covered + count]
-            covered += size
-        unit = unit[:-size] * np.uint64(pow(_BASE, size, 1 << 64)) + unit[size:]
-        size *= 2
-    result ^= (result >> np.uint64(31)) * np.uint64(_BASE)
     return result
 
 

@@ -113,7 +113,7 @@ def inspector_page(
     )
     return page(
         f"Neighbours of {name}",
-        [find, *(_article(one, decode, chunk_length, shortest, heading="h2") for one in shown)],
+        [find, *(article(one, decode, chunk_length, shortest, heading="h2") for one in shown)],
         summary=f"{len(shown):,} of {num_rows:,} query chunks. Marked: runs of at least {shortest} tokens that a "
         "neighbour shares with the chunk or with what follows it. Grey: what follows."
         + (_UNDERLINED if were_read else ""),
@@ -150,10 +150,11 @@ def _held_out(settings: Settings, run: Path, read: Read | None) -> Iterator[str]
             titles = [f"neighbour {number}" for number in range(1, len(tokens_KR) + 1)]
             retrieved = retrieved_texts(titles, text, tokens_KR, mask_KR, read)
         shown = QueryText(f"Held-out sample {row + 1}", text, [one for one in retrieved if one.tokens])
-        yield _article(shown, tokenizer.decode, length, _SHORTEST_RUN)
+        yield article(shown, tokenizer.decode, length, _SHORTEST_RUN)
 
 
-def _article(shown: QueryText, decode: Decode, chunk_length: int, shortest: int, heading: str = "h3") -> str:
+def article(shown: QueryText, decode: Decode, chunk_length: int, shortest: int, heading: str = "h3") -> str:
+    """A text and what is beside it, with what they share marked."""
     items = [
         f'<li><div class="soft">{escape(one.title)}</div>'
         + marked_text(decode, one.tokens, shared_runs(shown.tokens, one.tokens, shortest), chunk_length, one.attention)

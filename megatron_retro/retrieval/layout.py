@@ -8,6 +8,7 @@ index/embeddings/    kept vectors, one file per block (--retro-keep-embeddings)
 index/merged/        the searchable index
 neighbors/NAME/      one neighbour table per query corpus
 report/              quality.json and quality.html
+duplicates/          documents that come back, by find-duplicates
 work/                claims of workers, unfinished tables
 """
 
@@ -62,6 +63,11 @@ class ProjectLayout:
     def report(self) -> Path:
         """Quality as JSON and as a page."""
         return self.root / "report"
+
+    @property
+    def duplicates(self) -> Path:
+        """Documents of the database that come back, in it or in held-out sets."""
+        return self.root / "duplicates"
 
     def neighbors(self, name: str) -> Path:
         """The neighbour table of a query corpus."""

@@ -8,17 +8,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_retro.artifacts.manifest import read_sealed_json, require_same, write_sealed_json
 from megatron_retro.config.data import TokenizerConfig, WorkersConfig
 from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.retrieval import EmbedderConfig, RetrievalConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.data.chunk_database import ChunkDatabase
+from megatron_retro.data.chunk_database import ChunkDatabase, digest_of
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer, require_tokenizer
 from megatron_retro.errors import ConfigError
 from megatron_retro.retrieval.bm25_search import Bm25Search
 from megatron_retro.retrieval.chunk_encoding import KeptVectors
+from megatron_retro.retrieval.document_spans import DocumentSpans
+from megatron_retro.retrieval.duplicate_report import documents_to_drop
 from megatron_retro.retrieval.embedders import Embedder, build_embedder
 from megatron_retro.retrieval.faiss_index import inverted_parts, new_index
 from megatron_retro.retrieval.index_choice import IndexChoice, choose_index
@@ -81,9 +86,12 @@ class Project:
         """The chunk database, created when it is not there yet."""
         layout, length = self.layout, self.settings[RetroConfig].retro_chunk_length
         for _ in claim_blocks(layout, "database", ["database"], lambda _: layout.database.exists(), self.worker):
-            corpora, ranges = self._database_corpora(), self._document_ranges()
+            corpora, ranges = self.database_corpora, self.document_ranges
             with ignore_failure_if_done(layout.database.exists):
-                ChunkDatabase.create(layout.database, corpora, length, eod=self.eod, document_ranges=ranges)
+                left_out = self._left_out(corpora, ranges)
+                ChunkDatabase.create(
+                    layout.database, corpora, length, eod=self.eod, document_ranges=ranges, left_out=left_out
+                )
         database = ChunkDatabase.open(layout.database)
         again = f"remove {layout.root} or give another --retro-project-dir"
         require_same(layout.database, "--retro-chunk-length", database.chunk_length, length, again)
@@ -92,12 +100,24 @@ class Project:
             given = [TokenFile(prefix).fingerprint for prefix in self.config.retro_database_corpus]
             found = [corpus.fingerprint for corpus in database.corpora]
             require_same(layout.database, "--retro-database-corpus", found, given, again)
-        ranges = self._document_ranges()
+        ranges = self.document_ranges
         if ranges is not None:
             held = [(corpus.first_document, corpus.last_document) for corpus in database.corpora]
             require_same(layout.database, "--retro-database-documents", held, ranges, again)
+        left_out = self._left_out([file.prefix for file in database.files], ranges)
+        if left_out is not None:
+            require_same(layout.database, "--retro-drop-duplicates", database.left_out, digest_of(left_out), again)
         self._require_tokenizer(database.files)
         return database
+
+    def _left_out(self, corpora: Sequence[str], ranges: Sequence[tuple[int, int]] | None) -> NDArray[np.int64] | None:
+        """The documents that --retro-drop-duplicates names, by the report of `find-duplicates`."""
+        kind = self.config.retro_drop_duplicates
+        if kind is None:
+            return None
+        return documents_to_drop(
+            self.layout.duplicates, kind, DocumentSpans.of(corpora, ranges, self.eod, "--retro-database-documents")
+        )
 
     def _require_tokenizer(self, files: Sequence[TokenFile]) -> None:
         require_tokenizer(files, self.tokenizer, allow_mismatch=self.settings[TokenizerConfig].allow_tokenizer_mismatch)
@@ -107,7 +127,9 @@ class Project:
         """The id that ends a document, or None if documents have none."""
         return self.tokenizer.eod if self.config.retro_database_eod else None
 
-    def _database_corpora(self) -> tuple[str, ...]:
+    @property
+    def database_corpora(self) -> tuple[str, ...]:
+        """The token files of the database."""
         if self.config.retro_database_corpus is None:
             raise ConfigError(
                 f"{self.layout.database} is not there yet",
@@ -115,7 +137,9 @@ class Project:
             )
         return self.config.retro_database_corpus
 
-    def _document_ranges(self) -> list[tuple[int, int]] | None:
+    @property
+    def document_ranges(self) -> list[tuple[int, int]] | None:
+        """The documents of each of them, or None for all."""
         ranges = self.config.retro_database_documents
         return None if ranges is None else [parsed_range(text, "--retro-database-documents") for text in ranges]
 

