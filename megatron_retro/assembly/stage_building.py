@@ -17,24 +17,31 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from megatron_retro.config.model import ModelConfig, RetroConfig
-from megatron_retro.config.parallel import ParallelConfig
+from megatron_retro.config.parallel import ParallelConfig, against_compiling
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import OptimizerConfig, PeftConfig, TrainingConfig
 from megatron_retro.model.costs import Trained
 from megatron_retro.model.initialization import initial_slice, numbers_drawn
 from megatron_retro.model.retro import Retro
+from megatron_retro.ops.compilation import compiler_problems
 from megatron_retro.ops.local_tensors import local
 from megatron_retro.optim.groups import part_of
 from megatron_retro.parallel.collectives import TensorAxis
 from megatron_retro.parallel.cuts import CUTS, Cut
 from megatron_retro.parallel.data_parallel import accumulate_in_reduce_dtype, fsdp_units, mixed_precision, shard_unit
-from megatron_retro.parallel.layer_transforms import DeferredWeightGradients, multiply_in_fp8, recompute_layers
+from megatron_retro.parallel.layer_transforms import (
+    DeferredWeightGradients,
+    compile_layers,
+    multiply_in_fp8,
+    recompute_layers,
+)
 from megatron_retro.parallel.mesh import DATA, TENSOR, ParallelMesh
 from megatron_retro.parallel.partition import StagePart
 from megatron_retro.parallel.randomness import RandomStreams, has_dropout
 from megatron_retro.parallel.stages import Stage
 from megatron_retro.parallel.tensor_parallel import cut_model, cut_prompt
 from megatron_retro.peft.attach import attach, connect, initial_value, is_added
+from megatron_retro.runtime.console import warn
 
 Transformation = Callable[[Stage, Settings, ParallelMesh], None]
 
@@ -61,6 +68,7 @@ def build_stage(settings: Settings, part: StagePart, mesh: ParallelMesh, cuts: S
     """One stage in this rank's memory, without values: `draw_first_values` or a checkpoint gives them."""
     stage = stage_on_meta(settings, part, mesh, cuts)
     transformations: tuple[Transformation, ...] = (
+        _compile,  # acts inside of recomputation and of the layers' own hooks, when a layer first runs
         _multiply_in_fp8,  # this and the next change how matrices are multiplied: the settings allow one of them
         _defer_weight_gradients,
         _draw_from_streams,  # outside of recomputation, which brings the streams' states back
@@ -98,6 +106,22 @@ def _connect_peft(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
 
 def _freeze(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
     freeze(stage.model, trained_parts(settings))
+
+
+def _compile(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
+    if compiles(settings, mesh.device):
+        compile_layers(stage.model)
+
+
+def compiles(settings: Settings, device: torch.device) -> bool:
+    """Whether layers are compiled: as it is asked for, or on GPUs where nothing speaks against it."""
+    wanted = settings[ParallelConfig].compile
+    if wanted is None:
+        wanted = device.type == "cuda" and not any(against_compiling(settings))
+    problems = compiler_problems(device.type) if wanted else ()
+    if problems:
+        warn(f"layers are not compiled: {'; '.join(problems)}")
+    return wanted and not problems
 
 
 def _recompute(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:

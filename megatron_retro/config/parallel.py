@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_retro.config.data import DataConfig
+from megatron_retro.config.data import DataConfig, InstructionConfig
 from megatron_retro.config.fields import option
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
-from megatron_retro.config.training import OptimizerConfig, TrainingConfig
+from megatron_retro.config.training import OptimizerConfig, PeftConfig, TrainingConfig
 from megatron_retro.errors import Violation
 
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero-bubble")
@@ -32,6 +32,7 @@ class ParallelConfig:
     recompute_granularity: str = option(
         "none", "what the backward computes again beside norms and nonlinearities", choices=("none", "full")
     )
+    compile: bool | None = option(None, "compile each layer by torch.compile; not set: on GPUs", ours=True)
     distributed_timeout_minutes: float = option(
         10.0, "a collective, or a lone process's read of data, that takes longer ends the job", minimum=0.01
     )
@@ -289,6 +290,36 @@ def _in_fp8(settings: Settings) -> bool:
     return sections and settings[OptimizerConfig].fp8_format != "none"
 
 
+def layers_can_be_compiled(settings: Settings, world_size: int) -> Iterator[Violation]:
+    """What a compiler cannot take is refused where it is asked for; where it is not, layers run as they are."""
+    if ParallelConfig in settings and settings[ParallelConfig].compile:
+        for field, value, why in against_compiling(settings):
+            yield Violation(field, value, f"another one with --compile: {why}", "change it, or leave --compile out")
+
+
+def against_compiling(settings: Settings) -> Iterator[tuple[str, object, str]]:
+    """Fields, their values, and why layers cannot be compiled with them."""
+    parallel = settings[ParallelConfig]
+    if parallel.pipeline_schedule == "zero-bubble" and parallel.pipeline_model_parallel_size > 1:
+        yield "pipeline_schedule", "zero-bubble", "a compiled backward does not put weight gradients off"
+    for section, name in _DROPOUT:
+        chance = getattr(settings[section], name) if section in settings else 0.0
+        if chance > 0.0:
+            yield name, chance, "a compiler does not draw masks from the streams of layers"
+    if RetroConfig in settings and settings[RetroConfig].retro_gate_type == "adaptive":
+        yield "retro_gate_type", "adaptive", "the gate records its budget in the backward"
+    if InstructionConfig in settings and settings[InstructionConfig].bucket_by_length:
+        yield "bucket_by_length", True, "every length would be compiled for itself"
+
+
+_DROPOUT: tuple[tuple[type, str], ...] = (
+    (ModelConfig, "hidden_dropout"),
+    (ModelConfig, "attention_dropout"),
+    (RetroConfig, "retro_encoder_hidden_dropout"),
+    (RetroConfig, "retro_encoder_attention_dropout"),
+    (PeftConfig, "lora_dropout"),
+)
+
 PARALLEL_RULES = (
     world_size_fits,
     heads_divide,
@@ -303,4 +334,5 @@ PARALLEL_RULES = (
     no_context_parallelism,
     positions_stay_with_their_readers,
     fp8_gradients_are_not_deferred,
+    layers_can_be_compiled,
 )

@@ -50,28 +50,68 @@ class DecoderLayer(nn.Module):
         encode: EncodeNeighbors | None = None,
         cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The new hidden state and the encoded neighbours; `encode` makes these, in the first retrieval layer."""
+        """The new hidden state and the encoded neighbours; `encode` makes these, in the first retrieval layer.
+
+        What stands on either side of `encode` is a method, as the whole is without it: each may be compiled.
+        """
+        if encode is None:
+            return self.whole(hidden_BSH, encoded_neighbors, context, cache), encoded_neighbors
+        normed_BSH, summed_BSH, added = self.before_encoding(hidden_BSH, context, cache)
+        encoded_neighbors = encode(normed_BSH)
+        states = (hidden_BSH, normed_BSH, summed_BSH, added)
+        return self.behind_encoding(*states, encoded_neighbors, context, cache), encoded_neighbors
+
+    def whole(
+        self, hidden_BSH: Tensor, encoded_neighbors: Tensor | None, context: SequenceContext, cache: Cache | None
+    ) -> Tensor:
+        """[B, S, H], of a layer that encodes nothing."""
+        if self.cross_attention is None or context.retrieval is None:
+            return self._end(hidden_BSH, self._attended(hidden_BSH, context, cache))
+        normed_BSH, summed_BSH, added = self.before_encoding(hidden_BSH, context, cache)
+        return self.behind_encoding(hidden_BSH, normed_BSH, summed_BSH, added, encoded_neighbors, context, cache)
+
+    def before_encoding(
+        self, hidden_BSH: Tensor, context: SequenceContext, cache: Cache | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What cross-attention reads, the stream behind self-attention, and what that adds."""
+        assert self.cross_norm is not None
+        added = self._attended(hidden_BSH, context, cache)
+        normed_BSH, summed_BSH = self.cross_norm(hidden_BSH, added)
+        return normed_BSH, summed_BSH, added
+
+    def behind_encoding(
+        self,
+        hidden_BSH: Tensor,
+        normed_BSH: Tensor,
+        summed_BSH: Tensor,
+        added: Tensor,
+        encoded_neighbors: Tensor | None,
+        context: SequenceContext,
+        cache: Cache | None,
+    ) -> Tensor:
+        """[B, S, H]: cross-attention, where neighbours are or were, and MLP."""
+        assert self.cross_attention is not None and context.retrieval is not None
+        retrieval = context.retrieval.of_layer(self.rotation)
+        if encoded_neighbors is not None or retrieval.mask_BCE is not None:
+            if encoded_neighbors is not None and self.state_read is not None:
+                encoded_neighbors = encoded_neighbors[..., self.state_read]
+            layer_cache = None if cache is None else cache.layer(self.index)
+            found = self.cross_attention(normed_BSH, encoded_neighbors, retrieval, context.cache_slice, layer_cache)
+            hidden_BSH, added = summed_BSH, self._dropped(found)
+        return self._end(hidden_BSH, added)
+
+    def _attended(self, hidden_BSH: Tensor, context: SequenceContext, cache: Cache | None) -> Tensor:
         layer_cache = None if cache is None else cache.layer(self.index)
         normed_BSH = self.input_norm(hidden_BSH)
         with self.input_norm.recomputed(normed_BSH, hidden_BSH):
             pattern, rotary = context.patterns[self.window], context.rotary.get(self.rotation)
             attended = self.attention(normed_BSH, pattern, rotary, context.cache_slice, layer_cache)
-        added = self._dropped(self.post_attention_norm(attended))
-        if self.cross_attention is not None and self.cross_norm is not None and context.retrieval is not None:
-            retrieval = context.retrieval.of_layer(self.rotation)
-            normed_BSH, summed_BSH = self.cross_norm(hidden_BSH, added)
-            if encode is not None:
-                encoded_neighbors = encode(normed_BSH)
-            if encoded_neighbors is not None or retrieval.mask_BCE is not None:
-                states = encoded_neighbors
-                if states is not None and self.state_read is not None:
-                    states = states[..., self.state_read]
-                found = self.cross_attention(normed_BSH, states, retrieval, context.cache_slice, layer_cache)
-                hidden_BSH, added = summed_BSH, self._dropped(found)
+        return self._dropped(self.post_attention_norm(attended))
+
+    def _end(self, hidden_BSH: Tensor, added: Tensor) -> Tensor:
         normed_BSH, hidden_BSH = self.mlp_norm(hidden_BSH, added)
         with self.mlp_norm.recomputed_from_sum(normed_BSH, hidden_BSH):
-            hidden_BSH = hidden_BSH + self._dropped(self.post_mlp_norm(self.mlp(normed_BSH)))
-        return hidden_BSH, encoded_neighbors
+            return hidden_BSH + self._dropped(self.post_mlp_norm(self.mlp(normed_BSH)))
 
     def _dropped(self, hidden: Tensor) -> Tensor:
         return functional.dropout(hidden, self.dropout, self.training) if self.dropout else hidden

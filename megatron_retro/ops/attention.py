@@ -93,7 +93,7 @@ def attention(
     kernel = _kernel_of_documents(query_BSND, key_BTGD, pattern, dropout)
     if kernel is not None:
         return kernel(query_BSND, key_BTGD, value_BTGD)
-    if is_slow(query_BSND) and pattern.bias_BNST is None and not torch.is_inference_mode_enabled():
+    if is_slow(query_BSND) and pattern.bias_BNST is None and _may_train():
         # the backward is what is slow
         wide = attention(query_BSND.float(), key_BTGD.float(), value_BTGD.float(), pattern, dropout=dropout)
         return wide.to(query_BSND.dtype)
@@ -122,9 +122,14 @@ def attention(
         query, key, value, attn_mask=safe_BNST, dropout_p=dropout, enable_gqa=grouped
     )
     out_BSND = out_BNSD.transpose(1, 2)
-    if sees_any_BS.device.type == "cpu" and bool(sees_any_BS.all()):
+    looks = sees_any_BS.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks and bool(sees_any_BS.all()):
         return out_BSND  # the same bits, without a second copy that a backward pass keeps
     return torch.where(sees_any_BS[:, :, None, None], out_BSND, 0.0)
+
+
+def _may_train() -> bool:
+    return torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()
 
 
 def _kernel_of_documents(

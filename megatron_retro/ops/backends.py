@@ -9,7 +9,6 @@ a silent fallback.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from megatron_retro.ops.backend_names import (
     TORCH,
     TRANSFORMER_ENGINE,
 )
+from megatron_retro.ops.compilation import compiler_problems
 from megatron_retro.ops.engines import (
     apex_problems,
     fp8_problems,
@@ -137,7 +137,7 @@ def problems(backend: str, operator: str, device: str) -> Sequence[str]:
     if backend == APEX:
         return apex_problems(device)
     if backend == COMPILED:
-        return _not_compiled(device)
+        return compiler_problems(device)
     if backend == TORCH:
         return fp8_problems() if device == CUDA else scaled_product_problems(device)
     return ()
@@ -218,12 +218,6 @@ def _traces() -> bool:
 @cache
 def _compiled(formula: Callable[..., Any]) -> Any:
     return torch.compile(formula)
-
-
-def _not_compiled(device: str) -> Sequence[str]:
-    if device == CUDA and importlib.util.find_spec("triton") is None:
-        return ("torch.compile needs triton on a GPU, which is not installed",)
-    return ()
 
 
 def _not_native(operator: str, device: str) -> Sequence[str]:

@@ -30,7 +30,8 @@ MAX_GEMV_ROWS = {torch.float32: 16, torch.bfloat16: 8}
 
 def linear(hidden: Tensor, weight_YX: Tensor, bias_Y: Tensor | None = None) -> Tensor:
     """[..., X] -> [..., Y]."""
-    if not (torch.is_inference_mode_enabled() and _is_small_batch(hidden, weight_YX)):
+    generates = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    if not (generates and _is_small_batch(hidden, weight_YX)):
         return linear_product(hidden, weight_YX, bias_Y)
     rows_TX = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1]).contiguous()
     bias_Y = None if bias_Y is None else bias_Y.contiguous()

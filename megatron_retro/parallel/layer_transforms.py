@@ -5,6 +5,10 @@ matrix products and attention gave, and norms and nonlinearities compute theirs 
 keeps a layer's inputs only: cross-attention is covered, and the neighbour encoder as part of the first retrieval layer,
 whose call encodes; a layer's collectives of the tensor axis are repeated.
 
+**Compilation**: torch.compile makes kernels of each layer's code, collectives of the tensor axis included: one graph
+for all layers of a kind. Where a layer calls the encoder, what stands before and behind it is compiled. Hooks of the
+layer itself (FSDP2's, random streams) stay outside, as recomputation does, which runs the compiled layer again.
+
 **FP8**: the matrices of all layers are multiplied in eight bits.
 
 **Deferred weight gradients** let zero-bubble schedules fill their bubbles: a linear layer's backward computes the
@@ -23,9 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_retro.model.layers import DecoderLayer
 from megatron_retro.model.leaves import Linear
 from megatron_retro.model.retro import Retro
 from megatron_retro.ops.backends import backend_of
+from megatron_retro.ops.compilation import LayerCompiler
 from megatron_retro.ops.cpu_products import linear_product, product
 from megatron_retro.ops.linear import fp8_linear
 from megatron_retro.parallel.randomness import has_dropout
@@ -34,6 +40,17 @@ from megatron_retro.parallel.randomness import has_dropout
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     """Compute a module by another function. Its parameters, hooks and name stay."""
     vars(module)["forward"] = forward
+
+
+def compile_layers(model: Retro) -> None:
+    """Let every layer of decoder and encoder run as it is compiled."""
+    compiler = LayerCompiler()
+    for layer in model.layers.values():
+        assert isinstance(layer, DecoderLayer)
+        for part in (layer.whole, layer.before_encoding, layer.behind_encoding):
+            vars(layer)[part.__name__] = compiler.compiled(part)
+    for layer in () if model.encoder is None else model.encoder.layers.values():
+        replace_forward(layer, compiler.compiled(layer.forward))
 
 
 def recompute_layers(model: Retro, granularity: str) -> None:

@@ -181,7 +181,15 @@ def run_layout(
     cuts: Sequence[Cut] = CUTS,
 ) -> list[StepOutcome]:
     """The outcome on every rank."""
-    return run_ranks(layout_outcome, world_size, settings, batches, steps, cuts, timeout=120.0)
+    return run_ranks(
+        layout_outcome,
+        world_size,
+        settings,
+        batches,
+        steps,
+        cuts,
+        timeout=600.0 if settings[ParallelConfig].compile else 120.0,
+    )
 
 
 def worst_differences(reference: StepOutcome, outcomes: Sequence[StepOutcome]) -> dict[str, float]:

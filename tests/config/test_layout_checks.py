@@ -122,6 +122,16 @@ WRONG: list[tuple[str, int, dict[str, Any], str]] = [
         {"fp8_format": "hybrid", "pipeline_model_parallel_size": 2, "pipeline_schedule": "zero-bubble"},
         "pipeline_schedule",
     ),
+    *(
+        ("layers_can_be_compiled", 2, {"compile": True, **changes}, next(reversed(changes)))
+        for changes in (
+            {"pipeline_model_parallel_size": 2, "pipeline_schedule": "zero-bubble"},
+            {"hidden_dropout": 0.1},
+            {"retro_encoder_attention_dropout": 0.1},
+            {"peft_method": "lora", "lora_dropout": 0.1},
+            {"retro_gate_type": "adaptive"},
+        )
+    ),
     (
         "positions_stay_with_their_readers",
         2,

@@ -1,0 +1,78 @@
+"""A function of tensors as one compiled graph, by torch.compile, whose failures are named.
+
+What keeps no gradient (evaluation, generation) runs as it stands: lengths vary there, and each would be compiled for
+itself. So do, in training, shapes beyond the first few.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_retro.errors import EnvironmentProblem
+from megatron_retro.ops.backend_names import CUDA
+from megatron_retro.runtime.console import warn
+
+BACKEND = "inductor"
+MOST_SHAPES = 6
+_MOST_GRAPHS = 64  # of one function: kinds of layers, and what of them is frozen, times shapes
+_FIX = "go without: --no-compile (TORCHDYNAMO_VERBOSE=1 shows where in the code)"
+
+
+def compiler_problems(device: str) -> Sequence[str]:
+    """Why torch.compile cannot serve on this type of device; empty where it can."""
+    if device == CUDA and importlib.util.find_spec("triton") is None:
+        return ("torch.compile needs triton on a GPU, which is not installed",)
+    wanted, names = ("CC", ("gcc", "clang", "cc")) if device == CUDA else ("CXX", ("g++", "clang++"))
+    found = os.environ.get(wanted) or next(filter(shutil.which, names), None)
+    if found is None or shutil.which(found.split()[0]) is None:
+        return (f"torch.compile needs a compiler ({' or '.join(names)}, or {wanted})",)
+    return ()
+
+
+class LayerCompiler:
+    """Makes graphs of the functions of a model. Those of one code share them: layers of a kind are compiled once."""
+
+    def __init__(self) -> None:
+        import torch._dynamo as dynamo
+
+        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _MOST_GRAPHS)
+        self._failures = (dynamo.exc.TorchDynamoException, dynamo.exc.FailOnRecompileLimitHit)
+        self._shapes: set[torch.Size] = set()
+        self._told = False
+
+    def compiled(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, which runs as one graph in training."""
+        graph = torch.compile(plain, backend=BACKEND, fullgraph=True, dynamic=False)
+
+        def run(*arguments: Any) -> Any:
+            if not torch.is_grad_enabled() or not self._has_graph(arguments):
+                return plain(*arguments)
+            try:
+                return graph(*arguments)
+            except self._failures as error:
+                raise EnvironmentProblem(
+                    "a layer cannot be compiled as one graph", got=_first_lines(error), fix=_FIX
+                ) from error
+
+        return run
+
+    def _has_graph(self, arguments: Sequence[Any]) -> bool:
+        """Whether there is, or may still be made, a graph for such a first tensor: all others follow from it."""
+        first = next(each for each in arguments if isinstance(each, Tensor))
+        if first.shape not in self._shapes and len(self._shapes) < MOST_SHAPES:
+            self._shapes.add(first.shape)
+        elif first.shape not in self._shapes and not self._told:
+            self._told = True
+            warn(f"layers were compiled for {len(self._shapes)} shapes of microbatches; those of others run eagerly")
+        return first.shape in self._shapes
+
+
+def _first_lines(error: BaseException) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines()[:3] if line.strip())
