@@ -15,16 +15,17 @@ from megatron_retro.data.neighbor_table import ID_BYTES
 from megatron_retro.retrieval.chunk_encoding import BATCH_CHUNKS
 from megatron_retro.retrieval.faiss_index import InvertedParts, faiss_module, inverted_parts, new_index, searched_index
 from megatron_retro.retrieval.index_building import LISTS_FILE, SEGMENT_BYTES
-from megatron_retro.retrieval.index_training import TRANSFORM_CHUNKS, training_device
+from megatron_retro.retrieval.index_choice import is_clustered_in_parts, training_bytes
+from megatron_retro.retrieval.index_training import TRANSFORM_CHUNKS, training_place
 from megatron_retro.retrieval.neighbor_search import table_layout
 from megatron_retro.retrieval.project import Project, QueryCorpus
 from megatron_retro.retrieval.query_texts import query_chunks
 from megatron_retro.retrieval.reranking import BATCH_ROWS
+from megatron_retro.retrieval.sample_clustering import ROUNDS
 from megatron_retro.retrieval.search_device import DeviceChoice, OperationSeconds, choose_device, measure_operations
 from megatron_retro.retrieval.search_effort import can_calibrate
 from megatron_retro.runtime.console import readable_bytes, readable_count, readable_seconds, render_table
 
-_KMEANS_ROUNDS = 10
 _KMEANS_POINTS = 256
 _EXACT_UP_TO_BYTES = 1 << 29
 _WRITE_BYTES_PER_SECOND = 4e8
@@ -77,7 +78,7 @@ def estimate_build(project: Project) -> BuildEstimate:
     rows = {corpus.name: _rows(project, corpus) for corpus in project.query_corpora}
     width = parts.dimension if parts else project.embedder.dimension
     speeds = measure_operations(project.database, project.embedder, width)
-    choice, config = project.choice, project.config
+    choice = project.choice
     device = choose_device(project, index, _nprobe(project), sum(rows.values()), speeds.score)
     facts = {
         "database": f"{project.database.num_chunks:,} chunks of {project.database.chunk_length}, "
@@ -87,7 +88,7 @@ def estimate_build(project: Project) -> BuildEstimate:
         "blocks": f"{len(project.blocks):,} of {project.config.retro_block_size:,} chunks",
         "queries": ", ".join(f"{name}: {readable_count(count)} rows" for name, count in rows.items()),
         "lists searched": _lists_searched(project, parts, chunks),
-        "training": training_device(config.retro_faiss_device),
+        "training": training_place(project, parts),
         "searching": str(device),
     }
     return BuildEstimate(
@@ -212,10 +213,10 @@ def _costs(
     sample, dimension = int(project.index_spec["train_chunks"]), project.embedder.dimension
     width, lists = (parts.dimension, parts.num_lists) if parts else (dimension, 1)
     code = parts.code_size if parts else 4 * dimension
-    points = min(sample, _KMEANS_POINTS * lists)
+    points = sample if is_clustered_in_parts(lists, sample) else min(sample, _KMEANS_POINTS * lists)
     assign = _assign_seconds(project.choice.index_str, lists, width, speeds)
     quantize = 256 * width * speeds.multiply_add if "PQ" in project.choice.index_str else 0.0
-    train = sample * speeds.embed_chunk + _KMEANS_ROUNDS * points * lists * width * speeds.multiply_add
+    train = sample * speeds.embed_chunk + ROUNDS * points * lists * width * speeds.multiply_add
     written = chunks * (code + 8) / _WRITE_BYTES_PER_SECOND
     score = device.speeds.score if device.on_gpus and device.speeds else speeds.score
     per_query = speeds.embed_chunk + assign + min(_nprobe(project), lists) * chunks / lists * score
@@ -227,7 +228,7 @@ def _costs(
     queried, checked = sum(rows.values()), min(project.config.retro_verify_queries, max(rows.values())) * len(rows)
     verify = len(rows) * chunks * speeds.embed_chunk + checked * (chunks * speeds.score + 8 * per_query)
     block = project.config.retro_block_size
-    learning = 1.5 * sample * width * 4 + (TRANSFORM_CHUNKS * dimension * 8 if width < dimension else 0)
+    learning = training_bytes(lists, sample, width) + (TRANSFORM_CHUNKS * dimension * 8 if width < dimension else 0)
     return (
         StageCost("train", train, learning),
         StageCost("encode", chunks * (speeds.embed_chunk + assign + quantize) + written, block * (2 * code + 48)),

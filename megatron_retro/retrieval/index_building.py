@@ -8,7 +8,6 @@ the same.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -38,9 +37,8 @@ from megatron_retro.retrieval.chunk_encoding import ChunkEncoder, facts_of, map_
 from megatron_retro.retrieval.faiss_index import InvertedParts, faiss_module, inverted_parts, read_index, write_index
 from megatron_retro.retrieval.index_training import open_trained, trained_fingerprint
 from megatron_retro.retrieval.project import Project
-from megatron_retro.retrieval.work_blocks import claim_blocks, ignore_failure_if_done, recompute
+from megatron_retro.retrieval.work_blocks import claim_blocks, ignore_failure_if_done, key_of, recompute
 from megatron_retro.runtime.console import Progress
-from megatron_retro.runtime.strict_json import json_text
 
 KIND = "retrieval-index"
 VERSION = 1
@@ -252,14 +250,14 @@ def merge(project: Project) -> None:
         check_merged(project)
     else:
         _merge(project)
-    key = _key(block_facts(project))
+    key = key_of(block_facts(project))
     for leftover in (f"checked-{key}", f"merged-ranges-{key}", f"merged-{key}"):
         shutil.rmtree(project.layout.work(leftover), ignore_errors=True)
 
 
 def _merge(project: Project) -> None:
     layout, facts = project.layout, block_facts(project)
-    paths, key = tuple(project.codes_path(block) for block in project.blocks), _key(facts)
+    paths, key = tuple(project.codes_path(block) for block in project.blocks), key_of(facts)
     _check_blocks(project, paths, facts)
     directory = layout.work(f"merged-{key}")
 
@@ -318,7 +316,7 @@ def _merged_inputs(project: Project) -> dict[str, str]:
 
 def _check_blocks(project: Project, paths: tuple[Path, ...], facts: dict[str, Any]) -> None:
     """Verify every byte of every block, each once, shared among workers."""
-    marks = project.layout.work(f"checked-{_key(facts)}")
+    marks = project.layout.work(f"checked-{key_of(facts)}")
     by_name = {path.name: path for path in paths}
 
     def is_done(name: str) -> bool:
@@ -329,8 +327,3 @@ def _check_blocks(project: Project, paths: tuple[Path, ...], facts: dict[str, An
         if project.kept_vectors is not None:
             project.kept_vectors.verify(facts_of(by_name[name]))
         write_file(marks / name, "")
-
-
-def _key(facts: dict[str, Any]) -> str:
-    """A name for unfinished work, which must never be taken for that on other codes."""
-    return hashlib.sha256(json_text(facts, sort_keys=True).encode()).hexdigest()[:12]

@@ -20,7 +20,7 @@ POINTS_PER_LIST = 39
 _COMFORTABLE_POINTS_PER_LIST = 64
 _QUANTIZER_CHUNKS = 100_000
 _ID_BYTES = 8
-_TRAINING_BYTES = 6
+_PART_CHUNKS = 65_536
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ def choose_index(
     index_str = "IVF1,Flat" if asked == "Flat" else asked
     if asked == "auto":
         index_str = automatic_index(num_chunks, dimension, memory_bytes)
-        index_str = _trainable_within(index_str, memory_bytes / (_TRAINING_BYTES * dimension_in_lists(index_str)))
+        index_str = _trainable_within(index_str, dimension_in_lists(index_str), memory_bytes)
     lists = number_of_lists(index_str)
     quantizer_chunks = _QUANTIZER_CHUNKS if re.search(r"PQ|SQ|PCA|RaBitQ|RQ", index_str) else 1024
     wanted = train_chunks or max(_COMFORTABLE_POINTS_PER_LIST * lists, quantizer_chunks)
     sample = min(wanted, num_chunks)
     _refuse_too_few(index_str, lists, sample, num_chunks)
-    _refuse_too_large(index_str, sample, dimension_in_lists(index_str), memory_bytes)
+    _refuse_too_large(index_str, lists, sample, dimension_in_lists(index_str), memory_bytes)
     return IndexChoice(index_str, sample, nprobe=max(1, min(lists, lists // 16 + 8)), ef_search=64)
 
 
@@ -68,10 +68,26 @@ def automatic_index(num_chunks: int, dimension: int, memory_bytes: float) -> str
     return f"OPQ{parts}_{2 * parts if dimension >= 2 * parts else parts},IVF{lists}_HNSW32,PQ{parts}"
 
 
-def _trainable_within(index_str: str, most_chunks: float) -> str:
-    """The same index with as many lists as that many chunks can train comfortably."""
+def chunks_of_part(lists: int) -> int:
+    """Chunks of a sample that a worker clusters at a time: enough that sums of lists are smaller than vectors."""
+    return max(_PART_CHUNKS, 2 * lists)
+
+
+def is_clustered_in_parts(lists: int, sample: int) -> bool:
+    """Whether workers share the training of so many lists; a smaller sample one of them holds and trains alone."""
+    return lists > 1 and sample > chunks_of_part(lists)
+
+
+def training_bytes(lists: int, sample: int, width: int) -> int:
+    """The most that one worker holds: vectors in lists, half as much again to work with, and centroids and sums."""
+    held = chunks_of_part(lists) if is_clustered_in_parts(lists, sample) else sample
+    return 6 * held * width + (8 * lists * width if lists > 1 else 0)
+
+
+def _trainable_within(index_str: str, width: int, memory_bytes: float) -> str:
+    """The same index with as many lists as a worker can train comfortably in its memory."""
     lists = number_of_lists(index_str)
-    while lists > 1 and lists * _COMFORTABLE_POINTS_PER_LIST > most_chunks:
+    while lists > 1 and training_bytes(lists, lists * _COMFORTABLE_POINTS_PER_LIST, width) > memory_bytes:
         lists //= 2
     return re.sub(r"IVF\d+", f"IVF{lists}", index_str)
 
@@ -109,13 +125,16 @@ def _refuse_too_few(index_str: str, lists: int, sample: int, num_chunks: int) ->
     )
 
 
-def _refuse_too_large(index_str: str, sample: int, width: int, memory_bytes: float) -> None:
-    needed, fitting = _TRAINING_BYTES * sample * width, int(memory_bytes / (_TRAINING_BYTES * width))
+def _refuse_too_large(index_str: str, lists: int, sample: int, width: int, memory_bytes: float) -> None:
+    needed = training_bytes(lists, sample, width)
     if needed <= memory_bytes:
         return
+    fix = "fewer lists, or more memory"
+    if not is_clustered_in_parts(lists, sample):
+        fix = f"--retro-index-ntrain {int(sample * memory_bytes / needed)} or less, {fix}"
     raise ConfigError(
         f"training {index_str} on {sample} chunks does not fit the memory allowed",
         got=f"{needed / 1e9:.2f} GB",
         expected=f"at most {memory_bytes / 1e9:.2f} GB (--retro-memory-gb)",
-        fix=f"give --retro-index-ntrain {fitting} or less, fewer lists, or more memory",
+        fix=f"give {fix}",
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,7 @@ from megatron_retro.retrieval.layout import ProjectLayout
 from megatron_retro.runtime.console import Progress
 from megatron_retro.runtime.launch import Worker
 from megatron_retro.runtime.signals import until_stopped
+from megatron_retro.runtime.strict_json import json_text
 
 _SEED = 1234
 
@@ -86,6 +89,11 @@ def uniform_sample(total: int, size: int) -> NDArray[np.int64]:
     """`size` of `total` numbers: one from each of `size` equal parts, the same ones every time."""
     within = np.random.default_rng(_SEED).random(size)
     return np.minimum(((np.arange(size) + within) * (total / size)).astype(np.int64), total - 1)
+
+
+def key_of(facts: dict[str, Any]) -> str:
+    """A name for unfinished work, which must never be taken for that from other inputs."""
+    return hashlib.sha256(json_text(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def recompute(what: str, files: Sequence[Path], share: float, write: Callable[[int, Path], None]) -> None:

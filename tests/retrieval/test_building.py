@@ -14,7 +14,7 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.neighbor_table import NeighborTable
 from megatron_retro.errors import ConfigError
-from megatron_retro.retrieval import index_search
+from megatron_retro.retrieval import index_choice, index_search
 from megatron_retro.retrieval.embedders import HashedEmbedder
 from megatron_retro.retrieval.index_building import open_merged
 from megatron_retro.retrieval.stages import build_retrieval
@@ -216,8 +216,14 @@ def files_under(root: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("index_str", ["IVF8,Flat", "OPQ8_32,IVF4_HNSW32,PQ8x4"])
-def test_any_number_of_workers_in_any_order_write_the_same_bytes(tmp_path: Path, index_str: str) -> None:
+@pytest.mark.parametrize(
+    ("index_str", "part"), [("IVF8,Flat", 65_536), ("IVF8,Flat", 300), ("OPQ8_32,IVF4_HNSW32,PQ8x4", 300)]
+)
+def test_any_number_of_workers_in_any_order_write_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index_str: str, part: int
+) -> None:
+    """Where the sample is larger than a part, all workers cluster it."""
+    monkeypatch.setattr(index_choice, "_PART_CHUNKS", part)
     documents = echoing_documents(8, 200)
     results = []
     for shards in (1, 2, 7):

@@ -197,7 +197,10 @@ def test_an_automatic_index_can_always_be_trained() -> None:
 
 def test_what_does_not_fit_says_what_would() -> None:
     with pytest.raises(ConfigError, match=r"retro-index-ntrain 166666 or less"):
-        choose_index("IVF64,Flat", 10**9, 1000, 1e9, 10**6, lambda _: 1000)
+        choose_index("HNSW32", 10**9, 1000, 1e9, 10**6, lambda _: 1000)
+    with pytest.raises(ConfigError, match=r"got: +20\.97 GB\n.*at most 1\.00 GB.*\n.*fewer lists, or more memory"):
+        choose_index("IVF1048576,Flat", 10**9, 1000, 1e9, 10**8, lambda _: 1000)
+    assert choose_index("IVF64,Flat", 10**9, 1000, 1e9, 10**6, lambda _: 1000).train_chunks == 10**6
     with pytest.raises(ConfigError, match="at most IVF256 without PQ"):
         choose_index("IVF4096,Flat", 10_000, 64, 1e9, None, lambda _: 64)
 
