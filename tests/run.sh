@@ -38,4 +38,6 @@ if "$whole"; then
   OMP_NUM_THREADS=2 ./examples/quickstart.sh --output "$(mktemp -d)/quickstart"
   echo "== the tests"
 fi
-exec python -m pytest -q -rs --numprocesses "${MEGATRON_RETRO_TEST_PROCESSES:-2}" --dist worksteal "${arguments[@]}"
+# Many tests wait for others, so that two cores are busy with three of them.
+exec python -m pytest -q -rs --numprocesses "${MEGATRON_RETRO_TEST_PROCESSES:-$(($(nproc) + 1))}" --dist worksteal \
+  "${arguments[@]}"

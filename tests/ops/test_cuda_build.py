@@ -16,9 +16,12 @@ CSRC = Path(__file__).parents[2] / "csrc"
 
 
 @pytest.fixture
-def resources() -> Iterator[list[tuple[str, str, int, int]]]:
-    if not library.compiled_architectures() or not CSRC.exists():
+def resources(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str, int, int]]]:
+    """Of the kernels as they were compiled here: for other architectures nvcc would begin again."""
+    made = library.compiled_architectures()
+    if not made or not CSRC.exists():
         pytest.skip("csrc was compiled without nvcc")
+    monkeypatch.setenv("MEGATRON_RETRO_CUDA_ARCHITECTURES", ";".join(arch for arch in made if arch.isdigit()))
     sys.path.insert(0, str(CSRC))
     try:
         from build_operators import cuda_resources
