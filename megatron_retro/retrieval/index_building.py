@@ -96,9 +96,11 @@ class ListMerge:
         return (self.marks / segment).exists()
 
     def is_prepared(self) -> bool:
-        """Whether the file has its full size."""
-        path = self.directory / LISTS_FILE
-        return path.is_file() and path.stat().st_size == self.offsets[-1]
+        """Whether the file has its full size; it may be published by another worker at this moment."""
+        try:
+            return bool((self.directory / LISTS_FILE).stat().st_size == self.offsets[-1])
+        except FileNotFoundError:
+            return False
 
     def prepare(self) -> None:
         """Make the file in its full size."""
