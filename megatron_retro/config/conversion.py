@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron_retro.config.fields import option
 
 CONVERSIONS = ("checkpoint", "huggingface", "remote-code", "peft", "megatron-core")
+OPTIMIZER_STATES = ("auto", "none", "required")
 EXPORT_TYPES = ("float32", "bfloat16", "float16")
 
 
@@ -28,6 +29,12 @@ class ConvertConfig:
         None,
         "true vocabulary of a Megatron-LM checkpoint: the rows behind it, which fill its tables up, are cut off",
         minimum=1,
+        ours=True,
+    )
+    convert_optimizer: str = option(
+        "auto",
+        "state of a Megatron-LM checkpoint's Adam: taken where it can be, never, or else an error",
+        choices=OPTIMIZER_STATES,
         ours=True,
     )
     convert_decoder_only: bool = option(

@@ -12,6 +12,7 @@ _OWN_VOCABULARY = "--retro-embedder-path names a folder that holds its vocabular
 _KERNELS = "the fastest kernel that serves is chosen at start (`megatron-retro environment`), leave it out"
 _OVERLAP = "communication overlaps where it can, leave it out"
 _SCHEDULE = "the schedule is always that of the command, and what changed is told; leave it out"
+_CONSTANT_DECAY = "--weight-decay, which stays what it is"
 _OWN_FORMAT = "checkpoints have one format, which loads on any layout; leave it out"
 _ONE_CODE = "there is one model code, leave it out"
 _ORDER = "the order of samples is drawn from --seed, leave it out"
@@ -90,7 +91,11 @@ _ALIKE = {
         "--no-async-tensor-model-parallel-allreduce", "--no-overlap-p2p-communication", "--ddp-bucket-size",
     ),
     _SCHEDULE: ("--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"),
-    _OWN_FORMAT: ("--ckpt-format", "--dist-ckpt-format", "--use-dist-ckpt", "--auto-detect-ckpt-format"),
+    _OWN_FORMAT: (
+        "--ckpt-format", "--dist-ckpt-format", "--use-dist-ckpt", "--auto-detect-ckpt-format",
+        "--dist-ckpt-optim-fully-reshardable", "--ckpt-fully-parallel-save", "--ckpt-fully-parallel-load",
+    ),
+    _CONSTANT_DECAY: ("--start-weight-decay", "--end-weight-decay", "--weight-decay-incr-style"),
     _ONE_CODE: ("--use-mcore-models", "--spec", "--no-initialization"),
     _ORDER: ("--dataloader-type", "--num-dataset-builder-threads", "--no-data-sharding", "--data-sharding"),
     _LOGGED: (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from megatron_retro.checkpoint.directory import (
     point_to,
     step_directory,
 )
-from megatron_retro.checkpoint.live_state import MODEL
+from megatron_retro.checkpoint.live_state import MODEL, OPTIMIZER
 from megatron_retro.checkpoint.loading import (
     Checkpoint,
     describe_checkpoint,
@@ -30,12 +31,21 @@ from megatron_retro.checkpoint.loading import (
     open_checkpoint,
     stored_settings,
 )
-from megatron_retro.checkpoint.shard_files import DTYPE_NAMES, DTYPES, StoredSlice, TensorSlice, write_shard
+from megatron_retro.checkpoint.shard_files import (
+    DTYPE_NAMES,
+    DTYPES,
+    StoredSlice,
+    TensorSlice,
+    WrittenShard,
+    write_shard,
+)
 from megatron_retro.checkpoint.storage import INDEX_NAME, ShardFile, TensorIndex, shard_name
+from megatron_retro.checkpoint.training_state import TrainingState
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import PeftConfig
+from megatron_retro.convert.progress import Progress
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.model.retro import Retro
 from megatron_retro.peft.merging import merged, require_mergeable
@@ -45,6 +55,15 @@ _SHARD_BYTES = 4 << 30
 VOCABULARY_ROWS = frozenset({"embedding.word.weight", "output.weight", "encoder.embedding.word.weight"})
 
 
+@dataclass(frozen=True)
+class _Unwritten:
+    """A tensor that is to be written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+
 def write_checkpoint(
     run: Path,
     settings: Settings,
@@ -52,29 +71,32 @@ def write_checkpoint(
     load: Callable[[str], Tensor],
     inputs: Mapping[str, str],
     dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
 ) -> Path:
-    """Step 0 of a run: weights only. `load` gives each tensor when it is its turn."""
-    target = step_directory(run, 0)
-    with new_directory(target, replace=_was_stopped(run, inputs, settings)) as partial:
+    """Step 0 of a run, weights only, or the step of `progress`. `load` gives each tensor when it is its turn."""
+    tensors = {MODEL + name: _Unwritten(shape, dtype, partial(load, name)) for name, shape in shapes.items()}
+    for name, read in progress.tensors(shapes).items() if progress else ():
+        shape = shapes.get(name.removeprefix(OPTIMIZER).rpartition(".")[0], ()) if not name.endswith(".step") else ()
+        tensors[name] = _Unwritten(shape, torch.float32, read)
+    training = progress.training if progress else TrainingState()
+    target = step_directory(run, training.step)
+    with new_directory(target, replace=_was_stopped(target, inputs, settings)) as partial_target:
         files: dict[str, ShardFile] = {}
         slices: dict[str, tuple[StoredSlice, ...]] = {}
-        for number, names in enumerate(_names_by_shard(shapes)):
-            specs = [
-                TensorSlice(MODEL + name, DTYPE_NAMES[dtype], shapes[name], (0,) * len(shapes[name])) for name in names
-            ]
-            path = partial / shard_name(number)
-            written = write_shard(path, specs, lambda index, names=names: load(names[index]).to(dtype))  # type: ignore[misc]  # a lambda with a default has no type
+        for number, names in enumerate(_names_by_shard(tensors)):
+            path = partial_target / shard_name(number)
+            written = _write_shard(path, {name: tensors[name] for name in names})
             files[path.name] = ShardFile(written.num_bytes, written.checksums)
             slices |= {stored.spec.name: (stored,) for stored in written.slices}
-        sizes = {MODEL + name: shape for name, shape in shapes.items()}
-        index = TensorIndex(sizes, dict.fromkeys(sizes, DTYPE_NAMES[dtype]), slices, files)
-        write_file(partial / INDEX_NAME, index.to_json())
-        write_file(partial / STATE_NAME, json_text({}) + "\n")
+        sizes = {name: tensor.shape for name, tensor in tensors.items()}
+        dtypes = {name: DTYPE_NAMES[tensor.dtype] for name, tensor in tensors.items()}
+        write_file(partial_target / INDEX_NAME, TensorIndex(sizes, dtypes, slices, files).to_json())
+        write_file(partial_target / STATE_NAME, json_text(progress.state() if progress else {}) + "\n")
         records = {name: file.record() for name, file in files.items()}
-        records |= {name: file_record(partial / name) for name in (STATE_NAME, INDEX_NAME)}
-        counts = {"step": 0, "samples": 0, "tokens": 0, "processes": 1}
+        records |= {name: file_record(partial_target / name) for name in (STATE_NAME, INDEX_NAME)}
+        counts = {"step": training.step, "samples": training.samples, "tokens": training.tokens, "processes": 1}
         write_manifest(
-            partial,
+            partial_target,
             kind=KIND,
             version=VERSION,
             inputs=inputs,
@@ -82,22 +104,34 @@ def write_checkpoint(
             counts=counts,
             files=records,
         )
-    point_to(run, target, 0)
+    point_to(run, target, training.step)
     return target
+
+
+def _write_shard(path: Path, tensors: Mapping[str, _Unwritten]) -> WrittenShard:
+    specs = [
+        TensorSlice(name, DTYPE_NAMES[tensor.dtype], tensor.shape, (0,) * len(tensor.shape))
+        for name, tensor in tensors.items()
+    ]
+    unwritten = list(tensors.values())
+    return write_shard(path, specs, lambda index: unwritten[index].load().to(unwritten[index].dtype))
 
 
 def require_free(run: Path) -> None:
     """Refuse to write over a run, before anything of it is touched."""
     found = complete_checkpoints(run)
-    if found and ((run / LATEST_NAME).exists() or found != [step_directory(run, 0)]):
+    if found and ((run / LATEST_NAME).exists() or len(found) > 1):
         raise ArtifactError(f"{found[-1]} exists already", fix="remove it, or give another path")
 
 
-def _was_stopped(run: Path, inputs: Mapping[str, str], settings: Settings) -> bool:
-    """Whether step 0 stands there with nothing that points to it, as a kill leaves it, made from the same."""
-    if (run / LATEST_NAME).exists() or not complete_checkpoints(run):
+def _was_stopped(target: Path, inputs: Mapping[str, str], settings: Settings) -> bool:
+    """Whether it stands there with nothing that points to it, as a kill leaves it, made from the same."""
+    found = complete_checkpoints(target.parent)
+    if (target.parent / LATEST_NAME).exists() or not found:
         return False
-    manifest = describe_checkpoint(step_directory(run, 0)).manifest
+    if found != [target]:
+        raise ArtifactError(f"{found[-1]} exists already", expected=target, fix="remove it, or give another path")
+    manifest = describe_checkpoint(target).manifest
     return manifest.inputs == dict(inputs) and manifest.config == json.loads(json_text(settings.values()))
 
 
@@ -110,12 +144,12 @@ def parameter_shapes(model: ModelConfig, retro: RetroConfig) -> dict[str, tuple[
     return {name: (rows, *shape[1:]) if name in VOCABULARY_ROWS else shape for name, shape in shapes.items()}
 
 
-def _names_by_shard(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
+def _names_by_shard(tensors: Mapping[str, _Unwritten]) -> list[list[str]]:
     """The names of each shard, in order; a new shard begins where one would grow too large."""
     shards: list[list[str]] = [[]]
     size = 0
-    for name, shape in shapes.items():
-        num_bytes = 4 * torch.Size(shape).numel()
+    for name, tensor in tensors.items():
+        num_bytes = 4 * torch.Size(tensor.shape).numel()
         if shards[-1] and size + num_bytes > _SHARD_BYTES:
             shards.append([])
             size = 0

@@ -64,7 +64,8 @@ def _written(config: ConvertConfig, source: Path, destination: Path, tokenizer: 
         return import_hugging_face(source, destination, tokenizer, dtype)
     if is_megatron(source):
         neutral = config.convert_neutral_arguments or ()
-        return import_megatron(source, destination, tokenizer, say, neutral, config.convert_vocab_size, dtype)
+        vocab_size, optimizer = config.convert_vocab_size, config.convert_optimizer
+        return import_megatron(source, destination, tokenizer, say, neutral, vocab_size, dtype, optimizer)
     raise ConfigError(
         f"{source} is no model that can be imported",
         expected=f"{CONFIG} with safetensors beside it, {ADAPTER_CONFIG}, mp_rank_XX folders, or a torch_dist folder",
@@ -80,5 +81,9 @@ def _require_fitting(config: ConvertConfig, source: Path) -> None:
         raise ConfigError(f"{source} is an adapter", fix="give --convert-base, the checkpoint that it belongs to")
     if config.convert_base is not None and not is_adapter:
         raise ConfigError(f"{source} holds no {ADAPTER_CONFIG}", got="--convert-base", expected="a folder of peft")
+    if config.convert_optimizer == "required" and not is_megatron(source):
+        raise ConfigError(
+            f"{source} is no checkpoint of Megatron-LM", got="--convert-optimizer required", fix="leave it out"
+        )
     if config.convert_merge and config.convert_to == "peft":
         raise ConfigError("--convert-merge and --convert-to peft exclude each other", fix="give one of them")

@@ -19,6 +19,7 @@ from megatron_retro.runtime.foreign_pickles import read_pickle
 
 INDEX = ".metadata"
 _MOST_BYTES = 1 << 30
+_SHAPE = "nd_reformulated_orig_global_shape"
 _RECORDS = (
     "torch.distributed.checkpoint.metadata",
     "torch.distributed.checkpoint.filesystem",
@@ -82,6 +83,10 @@ class DistributedTensors:
             self.shapes: dict[str, tuple[int, ...]] = {
                 name: tuple(record.size) for name, record in index.state_dict_metadata.items() if "size" in vars(record)
             }
+            described = vars(index).get("mcore_data") or {}
+            self._flattened: dict[str, tuple[int, ...]] = {
+                name: tuple(facts[_SHAPE]) for name, facts in described.items() if _SHAPE in facts
+            }
             self.others = tuple(name for name in index.state_dict_metadata if name not in self.shapes)
             self._parts: dict[str, list[_StoredPart]] = {name: [] for name in self.shapes}
             for key, place in index.storage_data.items():
@@ -115,6 +120,9 @@ class DistributedTensors:
             raise ArtifactError(
                 f"{self.folder}: {name} is not complete", got=f"{filled} numbers", expected=torch.Size(wanted).numel()
             )
+        if name in self._flattened:
+            rows, *rest = self._flattened[name]
+            whole = _unflattened(whole, (rows if layer is None else rows // shape[0], *rest))
         return whole if layer is None else whole[0]
 
     def _part(self, stored: _StoredPart, name: str) -> Tensor:
@@ -131,6 +139,16 @@ class DistributedTensors:
         ):
             raise ArtifactError(f"{path}: a part of {name} does not fit", expected=shape)
         return part.detach()
+
+
+def _unflattened(blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor that is stored as a grid of blocks, each of them flat in the last dimension."""
+    counts = blocks.shape[:-1]
+    if len(counts) != len(shape) or any(size % count for size, count in zip(shape, counts, strict=True)):
+        raise ArtifactError("a tensor in flat blocks does not fit", got=tuple(blocks.shape), expected=shape)
+    sizes = [size // count for size, count in zip(shape, counts, strict=True)]
+    order = [axis for pair in zip(range(len(shape)), range(len(shape), 2 * len(shape)), strict=True) for axis in pair]
+    return blocks.reshape(*counts, *sizes).permute(order).reshape(shape)
 
 
 def _stored_part(key: Any, place: Any, dimensions: int) -> _StoredPart:

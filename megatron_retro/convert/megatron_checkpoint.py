@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.convert.megatron_adam import StoredAdam
 from megatron_retro.convert.megatron_files import MegatronCheckpoint
 from megatron_retro.convert.megatron_merges import Merge, columns, gated_rows, grouped, replica, rows
 from megatron_retro.convert.megatron_model import MegatronModel
@@ -37,9 +39,27 @@ def legacy_model(checkpoint: MegatronCheckpoint, known_neutral: Collection[str] 
         [name for name in names if not _DERIVED.match(name)],
         lambda name: parts[name].merge([shard[parts[name].theirs] for shard in shards]),
         checkpoint.arguments,
-        f"{', '.join(checkpoint.skipped)}; merged: {len(shards)} tensor ranks",
+        _adam(checkpoint, parts),
+        checkpoint.skipped,
+        len(shards),
         checkpoint.fingerprint(),
     )
+
+
+def _adam(checkpoint: MegatronCheckpoint, parts: Mapping[str, TensorSource]) -> StoredAdam:
+    """Moments are merged as their weights are."""
+    if checkpoint.no_moments:
+        return StoredAdam(problem=checkpoint.no_moments)
+    moments = {kind: [_modern(shard) for shard in shards] for kind, shards in checkpoint.moments.items()}
+
+    def read(kind: str, part: TensorSource) -> Tensor:
+        return part.merge([shard[part.theirs] for shard in moments[kind]])
+
+    tensors = {
+        kind: {part.theirs: partial(read, kind, part) for part in parts.values() if part.theirs in shards[0]}
+        for kind, shards in moments.items()
+    }
+    return StoredAdam(tensors, checkpoint.content).renamed({name: part.theirs for name, part in parts.items()})
 
 
 def _modern(shard: Mapping[str, Tensor]) -> dict[str, Tensor]:

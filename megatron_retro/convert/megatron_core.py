@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.convert.checkpoint_files import parameter_shapes
 from megatron_retro.convert.core_names import EMBEDDING, LAYERS, OUTPUT, core_name
 from megatron_retro.convert.distributed_checkpoint import INDEX, DistributedTensors, layer_names
+from megatron_retro.convert.megatron_adam import StoredAdam, distributed_adam
 from megatron_retro.convert.megatron_files import MegatronCheckpoint, read_common
 from megatron_retro.convert.megatron_merges import Merge, columns, gated_rows, replica, rows
 from megatron_retro.convert.megatron_model import MegatronModel
@@ -50,7 +52,9 @@ class CoreCheckpoint:
     names: Collection[str]
     vocabulary: int
     read: Callable[[str], Tensor]
-    skipped: str
+    adam: StoredAdam
+    skipped: tuple[str, ...]
+    tensor_ranks: int
     fingerprint: Mapping[str, str]
 
 
@@ -70,7 +74,9 @@ def read_distributed(folder: Path) -> CoreCheckpoint:
         names,
         shapes[EMBEDDING][0],
         lambda name: tensors.read(*names[name]),
-        ", ".join(skipped) or "nothing",
+        distributed_adam(tensors, common, LAYERS),
+        tuple(skipped),
+        1,
         {INDEX: file_record(folder / INDEX).sha256},
     )
 
@@ -82,12 +88,17 @@ def is_core(checkpoint: MegatronCheckpoint) -> bool:
 
 def read_shards(checkpoint: MegatronCheckpoint) -> CoreCheckpoint:
     """The model of `mp_rank_XX_YYY` folders, tensor ranks merged."""
-    shards = [{_with_norms_inside(name): tensor for name, tensor in shard.items()} for shard in checkpoint.shards]
+    shards = [_with_norms_inside(shard) for shard in checkpoint.shards]
     gated = bool(checkpoint.arguments.get("swiglu"))
 
-    def read(name: str) -> Tensor:
+    def merged(shards: Sequence[Mapping[str, Tensor]], name: str) -> Tensor:
         return _merge_of(name, gated)([shard[name] for shard in shards])
 
+    def read(name: str) -> Tensor:
+        return merged(shards, name)
+
+    moments = {kind: [_with_norms_inside(shard) for shard in found] for kind, found in checkpoint.moments.items()}
+    tensors = {kind: {name: partial(merged, found, name) for name in found[0]} for kind, found in moments.items()}
     repeated = {OUTPUT} if not checkpoint.arguments.get("untie_embeddings_and_output_weights") else set()
     if OUTPUT in repeated.intersection(shards[0]) and not torch.equal(read(OUTPUT), read(EMBEDDING)):
         raise ArtifactError(f"{checkpoint.path}: {OUTPUT} is not the embedding to which its arguments tie it")
@@ -97,12 +108,18 @@ def read_shards(checkpoint: MegatronCheckpoint) -> CoreCheckpoint:
         [name for name in shards[0] if name not in repeated and not name.endswith("_extra_state")],
         sum(len(shard[EMBEDDING]) for shard in shards),
         read,
-        f"{', '.join(checkpoint.skipped)}; merged: {len(shards)} tensor ranks",
+        StoredAdam(tensors, checkpoint.content, checkpoint.no_moments),
+        checkpoint.skipped,
+        len(shards),
         checkpoint.fingerprint(),
     )
 
 
-def _with_norms_inside(name: str) -> str:
+def _with_norms_inside(shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {_name_inside(name): tensor for name, tensor in shard.items()}
+
+
+def _name_inside(name: str) -> str:
     """Core's local layers keep norms beside the linear layers that follow; `torch_dist` has them inside."""
     if ".pre_mlp_layernorm.norm." in name:
         return name
@@ -132,7 +149,9 @@ def core_model(checkpoint: CoreCheckpoint, known_neutral: Collection[str] = ()) 
         checkpoint.names,
         lambda name: checkpoint.read(sources[name]),
         checkpoint.arguments,
+        checkpoint.adam.renamed(sources),
         checkpoint.skipped,
+        checkpoint.tensor_ranks,
         checkpoint.fingerprint,
     )
 

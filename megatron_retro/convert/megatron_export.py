@@ -126,15 +126,19 @@ def _write_tensors(folder: Path, tensors: _Tensors) -> None:
             name = index.fqn
             return tensors.load(name) if name in tensors.shapes else super().lookup_object(index)
 
+    class Writer(FileSystemWriter):
+        """Leaves the folder's path and a random name out of the index."""
+
+        def storage_meta(self) -> None:
+            return None
+
     state: dict[str, Any] = {
         name: torch.empty(shape, dtype=tensors.dtype, device="meta") for name, shape in tensors.shapes.items()
     }
     state |= {name: [None] for name in tensors.extra_states()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        save(
-            state, storage_writer=FileSystemWriter(str(folder)), planner=Planner(flatten_state_dict=False), no_dist=True
-        )
+        save(state, storage_writer=Writer(str(folder)), planner=Planner(flatten_state_dict=False), no_dist=True)
 
 
 def core_problems(model: ModelConfig, retro: RetroConfig) -> Iterator[str]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_retro.artifacts.manifest import file_record
+from megatron_retro.convert.megatron_adam import KINDS, NONE, listed_moments
 from megatron_retro.errors import ArtifactError
 
 FILE = "model_optim_rng.pt"
@@ -43,11 +44,18 @@ class Placeholder:
 
 @dataclass(frozen=True)
 class MegatronCheckpoint:
-    """The model's tensors of every tensor-parallel rank, pipeline stages joined, and the arguments of the run."""
+    """The model's tensors of every tensor-parallel rank, pipeline stages joined, and the arguments of the run.
+
+    `moments` holds Adam's state in the same way, for each kind; where there is none, `no_moments` says why.
+    `content` is the first rank's file.
+    """
 
     path: Path
     arguments: Mapping[str, Any]
     shards: tuple[Mapping[str, Tensor], ...]
+    moments: Mapping[str, tuple[Mapping[str, Tensor], ...]]
+    no_moments: str
+    content: Mapping[str, Any]
     skipped: tuple[str, ...]
 
     def fingerprint(self) -> dict[str, str]:
@@ -90,7 +98,30 @@ def read_megatron(path: Path) -> MegatronCheckpoint:
     skipped = [key for key in first if not _MODEL.fullmatch(key) and key != "args"]
     others = len(shards[0]) - len(tensors[0])
     skipped += [f"{others} entries of the model that are no tensors"] if others else []
-    return MegatronCheckpoint(folder, arguments, tensors, tuple(skipped))
+    moments, no_moments = _moments(files)
+    return MegatronCheckpoint(folder, arguments, tensors, moments, no_moments, first, tuple(skipped))
+
+
+def _moments(
+    files: Sequence[Sequence[Mapping[str, Any]]],
+) -> tuple[dict[str, tuple[Mapping[str, Tensor], ...]], str]:
+    """Adam's state of each tensor rank, joined as its model is; or why there is none."""
+    listed = [
+        [listed_moments(file, [(key, _flattened(file[key])) for key in _model_keys(file)]) for file in stages]
+        for stages in files
+    ]
+    problems = {problem for stages in listed for _, problem in stages if problem}
+    if problems:
+        return {}, "; ".join(sorted(problems - {NONE.problem}) or problems)
+    return {
+        kind: tuple(_joined_stages([found[kind] for found, _ in stages]) for stages in listed) for kind in KINDS
+    }, ""
+
+
+def _model_keys(file: Mapping[str, Any]) -> list[str]:
+    """The parts of a model, in order."""
+    keys = (key for key in file if _MODEL.fullmatch(key))
+    return sorted(keys, key=lambda key: int(key[len("model") :] or 0))
 
 
 def _grid(folder: Path) -> list[list[Path]]:
@@ -118,10 +149,9 @@ def _joined_stages(files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Where a pipeline rank has several parts, the first parts of all ranks come before the second ones.
     """
-    keys = sorted((key for key in files[0] if _MODEL.fullmatch(key)), key=lambda key: int(key[len("model") :] or 0))
     joined: dict[str, Any] = {}
     before = 0
-    for key in keys:
+    for key in _model_keys(files[0]):
         for file in files:
             numbers = [0]
             for name, value in _flattened(file.get(key, {})).items():

@@ -10,13 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.convert.megatron_adam import StoredAdam
 
 
 @dataclass(frozen=True)
 class MegatronModel:
     """`sources` gives the stored name of each parameter of ours, `read` its whole tensor, `names` are all stored ones.
 
-    `arguments` are those of its run. The vocabulary of `model` is that of the stored tables, padding included.
+    `arguments` are those of its run, `adam` is its optimizer's state by names of ours. The vocabulary of `model` is
+    that of the stored tables, padding included.
     """
 
     path: Path
@@ -26,5 +28,7 @@ class MegatronModel:
     names: Collection[str]
     read: Callable[[str], Tensor]
     arguments: Mapping[str, Any]
-    skipped: str
+    adam: StoredAdam
+    skipped: tuple[str, ...]
+    tensor_ranks: int
     fingerprint: Mapping[str, str]

@@ -33,6 +33,7 @@ from megatron_retro.checkpoint.loading import (
     require_tensors,
 )
 from megatron_retro.checkpoint.saver import Saver, Snapshot
+from megatron_retro.checkpoint.training_state import TrainingState
 from megatron_retro.config.data import DataConfig, InstructionConfig, TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
@@ -41,7 +42,6 @@ from megatron_retro.config.training import CheckpointConfig, OptimizerConfig, Pe
 from megatron_retro.errors import ArtifactError, ConfigError, DamagedArtifact
 from megatron_retro.runtime.seeds import derived_seed, random_states, restore_random_states, seed_everything
 from megatron_retro.runtime.store_channel import StoreChannel
-from megatron_retro.training.state import TrainingState
 
 # settings that may differ between the run that saved and the run that loads
 FREE_MODEL_SETTINGS = (
@@ -287,6 +287,9 @@ class RunCheckpoints:
         loader, saved = self._parts.loader, checkpoint.state["loader"]
         if saved["order"] == loader.dataset.fingerprint:
             loader.load_state(saved)
+            return
+        if saved["order"] is None:  # another program's run: its samples were drawn in an order of its own
+            loader.seek(int(saved["consumed_samples"]))
             return
         if not self._config.allow_data_change:
             changed = changed_settings(checkpoint, self._sections(_ORDER_SECTIONS), _NOT_OF_THE_ORDER)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_retro.assembly.parallel_model import StepResult
 from megatron_retro.assembly.run_parts import RunParts
+from megatron_retro.checkpoint.training_state import TrainingState
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import CheckpointConfig, TrainingConfig
 from megatron_retro.errors import DataError, DistributedError
@@ -31,7 +32,6 @@ from megatron_retro.training.checkpoints import RunCheckpoints
 from megatron_retro.training.clock import Clock
 from megatron_retro.training.evaluator import Evaluator
 from megatron_retro.training.observers import Observer
-from megatron_retro.training.state import TrainingState
 
 
 class Ending(Enum):

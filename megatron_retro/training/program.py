@@ -22,6 +22,7 @@ from megatron_retro.assembly.run_parts import RunParts, build_run_parts, resolve
 from megatron_retro.assembly.stage_building import checkpoint_bytes, model_on_meta, trained_parts
 from megatron_retro.checkpoint.directory import clear_unfinished, point_to_newest, run_lock
 from megatron_retro.checkpoint.loading import describe_checkpoint, open_checkpoint
+from megatron_retro.checkpoint.training_state import TrainingState
 from megatron_retro.config.data import DataConfig, TokenizerConfig
 from megatron_retro.config.hardware import known_accelerator
 from megatron_retro.config.model import ModelConfig, RetroConfig
@@ -61,7 +62,6 @@ from megatron_retro.training.observers import (
     ProfilerWindow,
     RankLines,
 )
-from megatron_retro.training.state import TrainingState
 from megatron_retro.training.trackers import build_trackers
 from megatron_retro.training.watches import FallingThroughput, PaceOfRank, SlowRanks
 

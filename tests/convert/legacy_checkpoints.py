@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,15 +134,41 @@ def part(flat: Mapping[str, Tensor], layers: range, *, first: bool, last: bool) 
     return model
 
 
+def lists(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The state of Adam after 10 steps: parameters without decay are a group, the others another one."""
+    state: dict[int, Any] = {}
+    groups: list[dict[str, Any]] = [{"wd_mult": decay, "params": []} for decay in (1.0, 0.0)]
+    leaves = [tensor for tree in parts for tensor in in_order(tree)]
+    for group in groups:
+        for tensor in leaves:
+            if (tensor.ndim > 1) == bool(group["wd_mult"]):
+                group["params"].append(len(state))
+                state[len(state)] = {"step": 10, "exp_avg": tensor * 2, "exp_avg_sq": tensor * tensor}
+    return {"optimizer": {"state": state, "param_groups": groups}, "grad_scaler": {"scale": torch.tensor([512.0])}}
+
+
+def in_order(tree: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The tensors of nested dictionaries."""
+    for value in tree.values():
+        if isinstance(value, Tensor):
+            yield value
+        else:
+            yield from in_order(value)
+
+
 def written(
     folder: Path,
     ranks: int = 2,
     stages: int = 1,
     chunks: int = 1,
     tensors: Mapping[str, Tensor] | None = None,
+    trained: bool = False,
     **changes: Any,
 ) -> Path:
-    """A run's folder. With several chunks the stages hold layers in turn, `model0` of each before `model1`."""
+    """A run's folder. With several chunks the stages hold layers in turn, `model0` of each before `model1`.
+
+    One that was trained has moments: twice each weight, and its square.
+    """
     cuts = {"tensor_model_parallel_size": ranks, "pipeline_model_parallel_size": stages}
     arguments = {**ARGUMENTS, **cuts, **changes}
     tensors, gated = tensors or whole_tensors(), bool(arguments["swiglu"])
@@ -163,6 +189,8 @@ def written(
                 layers = range(place * each, (place + 1) * each)
                 held = part(flat, layers, first=place == 0, last=place == stages * chunks - 1)
                 content[f"model{chunk}" if chunks > 1 else "model"] = held
+            if trained:
+                content["optimizer"] = lists([content[key] for key in content if key.startswith("model")])
             name = f"mp_rank_{rank:02}" if stages == 1 else f"mp_rank_{rank:02}_{stage:03}"
             (folder / "iter_0000010" / name).mkdir(parents=True)
             torch.save(content, folder / "iter_0000010" / name / "model_optim_rng.pt")

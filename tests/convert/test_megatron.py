@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_retro.checkpoint.loading import open_checkpoint, stored_settings
+from megatron_retro.checkpoint.loading import load_tensors, open_checkpoint, stored_settings
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
-from megatron_retro.convert.checkpoint_files import read_parameter
+from megatron_retro.convert.checkpoint_files import parameter_names, read_parameter
 from megatron_retro.convert.megatron_arguments import REFUSED, REPRESENTED, argument_problems, is_neutral
 from megatron_retro.convert.megatron_import import import_megatron
 from megatron_retro.convert.megatron_settings import legacy_settings
@@ -26,6 +26,7 @@ from tests.convert.legacy_checkpoints import ARGUMENTS, CHUNK, VOCABULARY, whole
 
 DATA = Path(__file__).parent / "data"
 BYTES = TokenizerConfig()
+TRAINED: dict[str, Any] = {"iteration": 10, "consumed_train_samples": 60, "seq_length": 16}
 BIASED = {"swiglu": False, "add_bias_linear": True}
 # configurations of the older code that can be represented: a Retro's layers with a cross-attention, or none; arguments
 CONFIGURATIONS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
@@ -126,6 +127,23 @@ def test_says_what_it_skipped(tmp_path: Path) -> None:
     imported(written(tmp_path / "theirs"), tmp_path / "run", said.append)
     assert "merged: 2 tensor ranks" in said[0]
     assert all(word in said[0] for word in ("optimizer", "rng_state", "iteration"))
+
+
+def test_moments_go_the_way_of_their_weights(tmp_path: Path) -> None:
+    """Through parts of tensors and of pipelines; in lists of the older code, as in core's, by the model's order."""
+    said: list[str] = []
+    import_megatron(
+        written(tmp_path / "theirs", 2, 2, 2, trained=True, **TRAINED), tmp_path / "run", BYTES, said.append
+    )
+    checkpoint = open_checkpoint(tmp_path / "run")
+    for name in parameter_names(checkpoint):
+        weight = read_parameter(checkpoint, name)
+        moments = {moment: torch.empty_like(weight) for moment in ("exp_avg", "exp_avg_sq")}
+        load_tensors(checkpoint, {f"optimizer.{name}.{moment}": tensor for moment, tensor in moments.items()})
+        assert torch.equal(moments["exp_avg"], weight * 2) and torch.equal(moments["exp_avg_sq"], weight * weight)
+    assert (checkpoint.step, checkpoint.manifest.counts["samples"]) == (10, 60)
+    assert checkpoint.state["optimizer"] == {"loss_scale": {"scale": 512.0, "good_steps": 0}}
+    assert "optimizer" not in said[0] and "iteration 10, 60 samples, step 10 of Adam" in said[1]
 
 
 class Dangerous:

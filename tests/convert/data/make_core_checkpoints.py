@@ -141,11 +141,11 @@ def cut(name: str, tensor: int, pipeline: int, output: Path) -> None:
     torch.save({**kept, "model": model.state_dict_for_save_checkpoint(), **states}, place / "model_optim_rng.pt")
 
 
-def iteration_folder(run: Path) -> Path:
-    """The folder of iteration 5 of a run."""
-    folder = run / "iter_0000005"
+def iteration_folder(run: Path, iteration: int = 5) -> Path:
+    """The folder of an iteration of a run, the latest."""
+    folder = run / f"iter_{iteration:07}"
     folder.mkdir(parents=True, exist_ok=True)
-    (run / "latest_checkpointed_iteration.txt").write_text("5")
+    (run / "latest_checkpointed_iteration.txt").write_text(str(iteration))
     return folder
 
 
