@@ -119,7 +119,12 @@ class HuggingFaceTokenizer:
         self.eod: int = _hugging_face_eod(self.backend, path)
         self.ends = frozenset({self.eod, *end_ids(path.parent)})
         self.begins = _put_before(self.backend)
+        self.beginning = self._id_of(special_tokens(path.parent).get("bos_token"))
         self.fingerprint = hashlib.sha256(b"HuggingFace" + content).hexdigest()
+
+    def _id_of(self, token: str | None) -> int | None:
+        found: int | None = None if token is None else self.backend.token_to_id(token)
+        return found
 
     def encode(self, text: str) -> list[int]:
         """The ids of the text; no begin or end token is added."""

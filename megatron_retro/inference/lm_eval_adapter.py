@@ -6,18 +6,23 @@ lm-eval finds models by a table of its own, so the program is started through th
         --model_args load=RUN,retro_index=PROJECT,retrieval=live --tasks hellaswag
 
 `model_args`: load (checkpoint or run), retro_index, retrieval (live, none, random), max_length, batch_size,
-max_gen_toks, device, dtype, allow_tokenizer_mismatch.
+max_gen_toks, device, dtype, allow_tokenizer_mismatch, add_bos.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_retro.assembly.loading import load_model
 from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig
+from megatron_retro.data.instructions.conversations import Turn
+from megatron_retro.data.tokenizers import begin_tokens
 from megatron_retro.errors import ConfigError
+from megatron_retro.inference.chat_format import ChatFormat, load_chat_format
 from megatron_retro.inference.sampling import Sampling
 from megatron_retro.inference.scoring import rolling_windows, score_continuations
 from megatron_retro.inference.text_generator import build_text_generator
@@ -32,7 +37,10 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 NAME = "megatron_retro"
-_SAMPLING_KEYS = ("until", "max_gen_toks", "max_tokens", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")
+_SAMPLING_KEYS = ("until", *_LENGTHS, "do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+# What transformers' generation takes and tasks write down although it changes nothing.
+_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "early_stopping": False, "use_cache": True}
 
 
 @register_model(NAME)
@@ -50,25 +58,40 @@ class MegatronRetroLM(TemplateLM):  # type: ignore[misc]
         device: str | None = None,
         dtype: str = "auto",
         allow_tokenizer_mismatch: bool = False,
+        add_bos: bool = True,
         **unknown: object,
     ) -> None:
         super().__init__()
         refused = sorted(set(unknown) - {"max_batch_size"})
         if refused:
             raise ConfigError(f"no such model argument: {', '.join(refused)}", fix="see the head of this module")
-        engine = EngineConfig(max_sequence_length=int(max_length), device=_device(device), dtype=dtype)
-        loaded = load_model(Path(load), device=engine.device, dtype=dtype)
+        self.batch_size = int(batch_size) if str(batch_size).isdigit() else 8
+        engine = EngineConfig(
+            max_batch_size=self.batch_size,
+            max_sequence_length=int(max_length),
+            device=_device(device),
+            dtype=dtype,
+            add_bos=add_bos,
+        )
+        self.checkpoint = Path(load)
+        loaded = load_model(self.checkpoint, device=engine.device, dtype=dtype)
         self.module = loaded.module
         live, allowed = LiveRetrievalConfig(retro_index=retro_index), bool(allow_tokenizer_mismatch)
         self.generator = build_text_generator(loaded, engine, live, allow_tokenizer_mismatch=allowed)
         self.source = self.generator.source("none" if retro_index is None else retrieval)
         self.max_length, self.max_gen_toks = int(max_length), int(max_gen_toks)
-        self.batch_size = int(batch_size) if str(batch_size).isdigit() else 8
+        self.chats = False
 
     @property
     def eot_token_id(self) -> int:
-        """The end of a document, which stands before a text without context too."""
+        """The end of a document."""
         return self.generator.tokenizer.eod
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context: what begins a text, if the tokenizer has it."""
+        beginning = getattr(self.generator.tokenizer, "beginning", None)
+        return self.eot_token_id if beginning is None else int(beginning)
 
     @property
     def tokenizer_name(self) -> str:
@@ -76,8 +99,22 @@ class MegatronRetroLM(TemplateLM):  # type: ignore[misc]
         return self.generator.tokenizer.fingerprint
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
-        """Tokens; nothing is added."""
-        return self.generator.tokenizer.encode(string)
+        """Tokens, behind what the tokenizer's own rules put before a text unless that is there or not wanted."""
+        tokens = self.generator.tokenizer.encode(string)
+        if add_special_tokens is False or not self.generator.add_bos:
+            return tokens
+        return [*begin_tokens(self.generator.tokenizer, tokens), *tokens]
+
+    @cached_property
+    def _chat(self) -> ChatFormat:
+        return load_chat_format(self.checkpoint)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The prompt of a conversation by the model's own template; without the generation prompt it ends open."""
+        self.chats = True
+        turns = [Turn(message["role"], message["content"]) for message in chat_history]
+        opened = "" if add_generation_prompt else turns.pop().text
+        return self._chat.write(turns)[0] + opened
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: object
@@ -96,47 +133,57 @@ class MegatronRetroLM(TemplateLM):  # type: ignore[misc]
         return [answers[number] for number in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of whole texts, window by window."""
+        """The log-probability of whole texts, window by window; what begins a text is predicted too, as in HFLM."""
         totals = []
         for request in requests:
             (text,) = request.args
-            windows = rolling_windows(self.tok_encode(text), self.eot_token_id, self.max_length)
+            windows = rolling_windows(self.tok_encode(text), self.prefix_token_id, self.max_length)
             parts = self._loglikelihood_tokens([(None, *window) for window in windows if window[1]])
             totals.append(sum(value for value, _ in parts))
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers up to a stop string; greedy unless sampling is asked for."""
-        answers: list[str] = []
-        for request in requests:
-            context, options = request.args
-            answers.append(self._answer(context, dict(options)))
-            self.cache_hook.add_partial("generate_until", (context, options), answers[-1])
-        return answers
+        """Answers up to a stop string, greedy unless sampling is asked for; requests of like options go together."""
+        answers: dict[int, str] = {}
+        for options, numbers in _by_options(requests):
+            contexts = [requests[number].args[0] for number in numbers]
+            for number, answer in zip(numbers, self._answers(contexts, options), strict=True):
+                answers[number] = answer
+                self.cache_hook.add_partial("generate_until", requests[number].args, answer)
+        return [answers[number] for number in range(len(requests))]
 
-    def _answer(self, context: str, options: dict[str, Any]) -> str:
-        refused = sorted(set(options) - set(_SAMPLING_KEYS))
+    def _answers(self, contexts: list[str], options: dict[str, Any]) -> list[str]:
+        refused = sorted(name for name in options if name not in _SAMPLING_KEYS and options[name] != _NEUTRAL.get(name))
         if refused:
             raise ConfigError(f"generation arguments that are not supported: {', '.join(refused)}")
-        wanted = [options[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if options.get(name)]
-        length = min(int(wanted[0]) if wanted else self.max_gen_toks, self.max_length - 1)
+        wanted = next((int(options[name]) for name in _LENGTHS if options.get(name)), self.max_gen_toks)
+        length = min(wanted, self.max_length - 1)
         until = options.get("until") or []
+        stops = [until] if isinstance(until, str) else list(until)
         sampled = bool(options.get("do_sample", False))
         sampling = Sampling(
             float(options.get("temperature", 1.0)) if sampled else 0.0,
             int(options.get("top_k", 0)) if sampled else 0,
             float(options.get("top_p", 1.0)) if sampled else 1.0,
+            float(options.get("repetition_penalty", 1.0)),
         )
-        tokenizer = self.generator.tokenizer
-        tokens = tokenizer.encode(context)[-(self.max_length - length) :]
-        (generation,) = self.generator.generate(
-            [tokenizer.decode(tokens)] if len(tokens) < len(tokenizer.encode(context)) else [context],
+        generations = self.generator.generate(
+            [tuple(self.tok_encode(context)[length - self.max_length :]) for context in contexts],
             max_new_tokens=length,
             sampling=sampling,
-            stop_strings=[until] if isinstance(until, str) else until,
-            sources=[self.source],
+            stop_strings=[*stops, *(self._chat.stops if self.chats else ())],
+            sources=[self.source] * len(contexts),
         )
-        return generation.text
+        return [generation.text for generation in generations]
+
+
+def _by_options(requests: list[Instance]) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """The numbers of requests with the same options."""
+    groups: dict[str, list[int]] = {}
+    for number, request in enumerate(requests):
+        groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
+    for numbers in groups.values():
+        yield dict(requests[numbers[0]].args[1]), numbers
 
 
 def _device(wish: str | None) -> str:

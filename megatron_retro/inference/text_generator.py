@@ -129,7 +129,7 @@ class TextGenerator:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | tuple[int, ...]],
         *,
         max_new_tokens: int,
         sampling: Sampling,
@@ -138,11 +138,11 @@ class TextGenerator:
         retrieval_step: int | None = None,
         listener: Callable[[str], None] | None = None,
     ) -> list[Generation]:
-        """Generate one text per prompt. `sources` has one entry per prompt, or none."""
+        """Generate one text per prompt, a text or tokens. `sources` has one entry per prompt, or none."""
         generations = [
             self.engine.submit(
                 GenerationRequest(
-                    self.tokens_of(prompt),
+                    self.tokens_of(prompt) if isinstance(prompt, str) else prompt,
                     max_new_tokens,
                     sampling,
                     tuple(stop_strings),

@@ -1,4 +1,4 @@
-"""Scores of continuations equal a plain forward, window by window; lm-eval's own machinery gets the same."""
+"""Scores of continuations equal a plain forward, window by window."""
 
 from __future__ import annotations
 
@@ -59,40 +59,3 @@ def test_rolling_windows_predict_each_token_once(length: int) -> None:
         assert len(context) + len(continuation) <= 5
     if length > 4:
         assert len(windows[-1][0]) + len(windows[-1][1]) == 5
-
-
-def test_lm_eval_reads_the_adapter(
-    small_model: Callable[..., Retro], hashed: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("lm_eval")
-    from lm_eval.api.instance import Instance
-    from lm_eval.api.registry import get_model
-
-    from megatron_retro.data.tokenizers import ByteTokenizer
-    from megatron_retro.inference import lm_eval_adapter
-    from megatron_retro.inference.engine import EngineLimits
-    from megatron_retro.inference.text_generator import TextGenerator
-
-    model = small_model()
-    generator = TextGenerator(LocalForward(model), ByteTokenizer(), EngineLimits(1, 64))
-    monkeypatch.setattr(lm_eval_adapter, "load_model", lambda *_, **__: type("Loaded", (), {"module": model}))
-    monkeypatch.setattr(lm_eval_adapter, "build_text_generator", lambda *_: generator)
-    adapter = get_model("megatron_retro")(load="anything", max_length=64, batch_size=2)
-    adapter.source = hashed
-    ask = [
-        Instance("loglikelihood", {}, ("The cat sat", text), number)
-        for number, text in enumerate((" on", " x", " mat."))
-    ]
-    for request, (value, _) in zip(ask, adapter.loglikelihood(ask), strict=True):
-        context, continuation = request.args
-        tokens = list((context + continuation).encode())
-        assert value == pytest.approx(plain(model, tokens, len(continuation), hashed)[0], abs=1e-3)
-    text = "a text that is longer than one window of the model, so that it is cut in two of them, or three"
-    (rolled,) = adapter.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
-    windows = rolling_windows(list(text.encode()), 256, 64)
-    assert len(windows) == 2
-    assert rolled == pytest.approx(sum(plain(model, [*a, *b], len(b), hashed)[0] for a, b in windows), abs=1e-3)
-    (answer,) = adapter.generate_until(
-        [Instance("generate_until", {}, ("Once", {"until": ["zz"], "max_gen_toks": 9}), 0)]
-    )
-    assert isinstance(answer, str)
