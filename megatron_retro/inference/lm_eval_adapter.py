@@ -11,7 +11,6 @@ max_gen_toks, device, dtype, allow_tokenizer_mismatch, add_bos.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -181,7 +180,7 @@ def _by_options(requests: list[Instance]) -> Iterator[tuple[dict[str, Any], list
     """The numbers of requests with the same options."""
     groups: dict[str, list[int]] = {}
     for number, request in enumerate(requests):
-        groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
+        groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
     for numbers in groups.values():
         yield dict(requests[numbers[0]].args[1]), numbers
 

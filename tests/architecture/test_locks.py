@@ -13,6 +13,7 @@ import tomlkit
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomlkit.parse((ROOT / "pyproject.toml").read_text(encoding="utf-8")).unwrap()["project"]
 LOCKS = sorted((ROOT / ".ci/locks").glob("*.txt"))
+LOOKED_AT = {"chardet": "LGPL, loaded unchanged by what writes lm-eval's tables; nothing of ours imports it"}
 
 
 def asked(extras: list[str]) -> set[str]:
@@ -60,4 +61,5 @@ def test_the_licence_of_every_package_is_listed() -> None:
     other = {name: said for name, said in program["installed"]().items() if listed.get(name) != said}
     assert not other, f"run .ci/licenses.py: {other}"
     assert len(listed) > 0.9 * len(held(ROOT / ".ci/locks/dev.txt"))
-    assert not [said for said in listed.values() if "GPL" in said or said == "not said"]
+    bound = {name for name, said in listed.items() if "GPL" in said or said == "not said"}
+    assert bound == LOOKED_AT.keys()
