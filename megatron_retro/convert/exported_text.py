@@ -8,6 +8,7 @@ from typing import Any
 from megatron_retro.artifacts.files import write_file
 from megatron_retro.checkpoint.loading import describe_checkpoint, found_tokenizer, resolved_from, stored_instructions
 from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.convert.tokenizer_json import tokenizer_json
 from megatron_retro.data.instructions.templates import AUTO, INSTRUCT_RETRO, INSTRUCT_RETRO_JINJA
 from megatron_retro.data.model_text import (
     CHAT_TEMPLATE,
@@ -20,15 +21,14 @@ from megatron_retro.data.model_text import (
     text_files,
 )
 from megatron_retro.data.tokenizers import build_tokenizer, end_tokens
+from megatron_retro.runtime.console import warn
 from megatron_retro.runtime.strict_json import json_text
 
 # kind of tokenizer: the names of its files in a Hugging Face folder, by setting, and the class that reads them
-_CUSTOMARY: dict[str, tuple[dict[str, str], str | None]] = {
+_CUSTOMARY: dict[str, tuple[dict[str, str], str]] = {
     "HuggingFaceTokenizer": ({"tokenizer_model": TOKENIZER_JSON}, "PreTrainedTokenizerFast"),
     "GPT2BPETokenizer": ({"vocab_file": "vocab.json", "merge_file": "merges.txt"}, "GPT2Tokenizer"),
-    "TikTokenizer": ({}, None),  # transformers has no class that reads it
 }
-_SENTENCEPIECE = ({"tokenizer_model": "tokenizer.model"}, "LlamaTokenizer")
 
 
 def export_text_files(checkpoint: Path, config: TokenizerConfig, partial: Path) -> None:
@@ -37,7 +37,7 @@ def export_text_files(checkpoint: Path, config: TokenizerConfig, partial: Path) 
     if config.tokenizer_type == "ByteTokenizer":
         return
     files = text_files(config)
-    customary, reader = _CUSTOMARY.get(config.tokenizer_type, _SENTENCEPIECE)
+    customary, reader = _CUSTOMARY.get(config.tokenizer_type, ({"tokenizer_model": "tokenizer.model"}, None))
     for setting, name in customary.items():
         path = Path(getattr(config, setting))
         if path.is_file():
@@ -45,7 +45,9 @@ def export_text_files(checkpoint: Path, config: TokenizerConfig, partial: Path) 
             files[name] = path
     for name, path in files.items():
         write_file(partial / name, read_text_file(path))
-    if reader is not None and not (partial / TOKENIZER_SETTINGS).is_file():
+    if reader is None:
+        _write_tokenizer_json(config, partial)
+    elif not (partial / TOKENIZER_SETTINGS).is_file():
         _write_json(partial / TOKENIZER_SETTINGS, {"tokenizer_class": reader})
     ends = sorted(end_tokens(build_tokenizer(config)))
     _write_json(
@@ -54,6 +56,22 @@ def export_text_files(checkpoint: Path, config: TokenizerConfig, partial: Path) 
     template = _tuned_template(checkpoint, partial)
     if template is not None:
         write_file(partial / CHAT_TEMPLATE, template)
+
+
+def _write_tokenizer_json(config: TokenizerConfig, partial: Path) -> None:
+    """The file that transformers reads without a class of its own, where it gives the tokenizer's ids."""
+    try:
+        built = tokenizer_json(config)
+    except ImportError as missing:
+        built = f"(not compared: {missing}; pip install protobuf)"
+    if isinstance(built, str):
+        (partial / TOKENIZER_JSON).unlink(missing_ok=True)
+        kind = config.tokenizer_type
+        warn(f"transformers would not read the ids of this {kind}: encode texts here. It differs in {built[:60]!r}")
+        return
+    text, settings = built
+    write_file(partial / TOKENIZER_JSON, text)
+    _write_json(partial / TOKENIZER_SETTINGS, read_settings(partial / TOKENIZER_SETTINGS) | settings)
 
 
 def _tuned_template(checkpoint: Path, partial: Path) -> str | None:

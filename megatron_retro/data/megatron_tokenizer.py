@@ -27,13 +27,13 @@ class MegatronSentencePieceTokenizer:
         count = self._pieces.vocab_size
         processor = self._pieces.processor
         ids = {processor.id_to_piece(token): token for token in range(count)}
-        self._specials: dict[str, int] = {}
+        self.specials: dict[str, int] = {}
         for name in (*_ADDED, *self._role_names(count)):
-            self._specials[name] = ids.setdefault(name, len(ids))
-        self._names = {token: name for name, token in self._specials.items()}
-        self._split = re.compile("(" + "|".join(map(re.escape, sorted(self._specials, key=len, reverse=True))) + ")")
+            self.specials[name] = ids.setdefault(name, len(ids))
+        self._names = {token: name for name, token in self.specials.items()}
+        self._split = re.compile("(" + "|".join(map(re.escape, sorted(self.specials, key=len, reverse=True))) + ")")
         self.vocab_size = len(ids)
-        self.eod = self._specials["<EOD>"]
+        self.eod = self.specials["<EOD>"]
         self.fingerprint = hashlib.sha256(b"MegatronSentencePiece" + self._pieces.model_bytes).hexdigest()
 
     def _role_names(self, count: int) -> Iterator[str]:
@@ -47,7 +47,7 @@ class MegatronSentencePieceTokenizer:
         utf8(text)
         ids: list[int] = []
         for place, part in enumerate(self._split.split(text)):
-            ids += [self._specials[part]] if place % 2 else self._pieces.encode(part)
+            ids += [self.specials[part]] if place % 2 else self._pieces.encode(part)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

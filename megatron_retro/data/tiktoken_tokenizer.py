@@ -46,9 +46,11 @@ class TikTokenizer:
         merges = _ranks(model, content, len(specials))
         self.vocab_size = len(specials) + len(merges)
         self.eod = specials.index("</s>")
-        ids = {name: number for number, name in enumerate(specials)}
-        pattern = _PATTERNS[config.tiktoken_pattern]
-        self._encoding: Any = Encoding(model.name, pat_str=pattern, mergeable_ranks=merges, special_tokens=ids)
+        self.specials = {name: number for number, name in enumerate(specials)}
+        self.pattern = _PATTERNS[config.tiktoken_pattern]
+        self._encoding: Any = Encoding(
+            model.name, pat_str=self.pattern, mergeable_ranks=merges, special_tokens=self.specials
+        )
         rules = json_text([config.tiktoken_pattern, specials]).encode("utf-8")
         self.fingerprint = hashlib.sha256(b"TikTokenizer" + rules + content).hexdigest()
 
