@@ -171,7 +171,7 @@ def test_a_full_disk_in_the_middle_is_named_and_resumed_from(
 def test_compressed_files_that_are_finished_are_not_read_again(
     tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Work on compressed input is resumed file by file."""
+    """Work on compressed input is resumed file by file, or frame by frame: these have two each."""
     monkeypatch.setattr(job_module, "SMALLEST_BLOCK", 1)
     lines = [write_json_lines(tmp_path / "a.jsonl", records(number, 30)).read_bytes() for number in range(4)]
     sources = [compressed(tmp_path / f"{number}{ending}", content) for number, content in enumerate(lines)]
@@ -190,7 +190,7 @@ def test_compressed_files_that_are_finished_are_not_read_again(
         BlockTokenizer, "tokenize", lambda self, block, report: (make(self, block, report), made.append(block))
     )
     assert preprocess(tmp_path / "o", sources) == 0
-    assert sorted(made) == [0, 1, 2, 3]
+    assert sorted(made) == list(range(8 if ending.endswith("zst") else 4))
     assert files(tmp_path / "o") == files(tmp_path / "whole")
 
 

@@ -1,7 +1,7 @@
 """A preprocessing job: its input files, cut into blocks of work that do not depend on the workers.
 
 A block is one or more input ranges: bytes of a plain file, a row group of a Parquet file, a batch of an Arrow file, or
-a whole file of another kind.
+frames of a compressed file, or a whole file of another kind.
 The job's fingerprint says whether unfinished work on disk belongs to it. Its file is called `plan.json`.
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_retro.data.preprocessing.frames import bgzf_members, cuts_of, zstd_frames
 from megatron_retro.data.preprocessing.tables import num_batches, num_row_groups
 from megatron_retro.data.token_file import map_file
 from megatron_retro.errors import ConfigError, DataError
@@ -49,13 +50,17 @@ _FACTS_OF_DATASETS = ("dataset_info.json", "dataset_dict.json", "state.json")
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file of the input as it was when the job was defined; `row_groups` counts an Arrow file's batches, too."""
+    """A file of the input as it was when the job was defined.
+
+    `row_groups` counts an Arrow file's batches, too; a compressed file may be cut at `cuts`, where frames begin.
+    """
 
     path: str
     format: str
     bytes: int
     content: str
     row_groups: int = 0
+    cuts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,8 @@ class PreprocessingJob:
         del facts["reading"]["on_error"]  # blocks that are finished held no fault, or set it aside
         for file in facts["files"]:
             file["path"] = Path(file["path"]).name
+            if not file["cuts"]:
+                del file["cuts"]
         return hashlib.sha256(json_text(facts, sort_keys=True).encode()).hexdigest()
 
     def differences(self, stored: Mapping[str, Any]) -> list[str]:
@@ -134,7 +141,12 @@ class PreprocessingJob:
                 starts = range(0, file.bytes, size)
                 yield from (InputRange(number, start, min(start + size, file.bytes)) for start in starts)
             else:
-                yield InputRange(number, 0, file.bytes)
+                start = 0
+                for cut in file.cuts:
+                    if cut - start >= size:
+                        yield InputRange(number, start, cut)
+                        start = cut
+                yield InputRange(number, start, file.bytes)
 
     def range_bytes(self, span: InputRange) -> int:
         """The stored bytes of a range, for the progress bar."""
@@ -218,7 +230,10 @@ def _described(path: str) -> InputFile:
     if kind == LINES and content[: 1 << 12].tobytes().lstrip().startswith(b"["):
         kind = ARRAY
     count = {PARQUET: num_row_groups, ARROW: num_batches}.get(kind)
-    return InputFile(path, kind, len(content), _sampled_hash(content), count(path) if count else 0)
+    frames = {GZIP: bgzf_members, ZSTD: zstd_frames}.get(kind)
+    large = len(content) >= 2 * SMALLEST_BLOCK
+    cuts = cuts_of(frames(content), len(content), SMALLEST_BLOCK) if frames and large else ()
+    return InputFile(path, kind, len(content), _sampled_hash(content), count(path) if count else 0, cuts)
 
 
 def _sampled_hash(content: np.ndarray[Any, np.dtype[np.uint8]]) -> str:

@@ -9,11 +9,12 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_retro.data.preprocessing.frames import gzip_stream, zstd_stream
 from megatron_retro.data.preprocessing.job import (
     ARRAY,
     ARROW,
@@ -27,7 +28,7 @@ from megatron_retro.data.preprocessing.job import (
     PreprocessingJob,
 )
 from megatron_retro.data.preprocessing.tables import array_items, arrow_rows, csv_rows, parquet_rows
-from megatron_retro.errors import DataError, EnvironmentProblem
+from megatron_retro.errors import DataError
 
 COMPRESSED = {".gz": GZIP, ".zst": ZSTD}
 BROKEN = (EOFError, zlib.error, gzip.BadGzipFile)  # what a compressed file that is cut or damaged raises
@@ -78,9 +79,11 @@ def read_range(job: PreprocessingJob, span: InputRange) -> Iterator[Record]:
                 yield replace(record, is_plain=True) if file.format == TEXT else record
     elif file.format == TEXT:
         yield _whole_file(file.path, file.bytes, limit)
-    else:
+    elif (span.start, span.stop) == (0, file.bytes):
         with _decompressed(file.path, file.format) as stream:
             yield from _with_named_errors(_lines(stream, file.path, 0, limit), file.path)
+    else:
+        yield from _with_named_errors(_lines_of_frames(file.path, file.format, span, limit), file.path)
 
 
 def _lines_between(stream: BinaryIO, path: str, start: int, stop: int, limit: int) -> Iterator[Record]:
@@ -99,6 +102,25 @@ def _lines_between(stream: BinaryIO, path: str, start: int, stop: int, limit: in
         if record.offset >= stop:
             return
         yield record
+
+
+def _lines_of_frames(path: str, kind: str, span: InputRange, limit: int) -> Iterator[Record]:
+    """Lines that begin behind the first byte of some frames, up to the first byte behind them; offsets count from them.
+
+    What the frames before ended with is not known without reading them, so they go on to the end of a line that
+    begins in these.
+    """
+    frames = gzip_stream(path, span.start, span.stop) if kind == GZIP else zstd_stream(path, span.start, span.stop)
+    unit, offset = (f"compressed byte {span.start}, byte", 0) if span.start else ("byte", 0)
+    with io.BufferedReader(frames, _READ_BYTES) as stream:
+        while span.start and (line := stream.readline(_READ_BYTES)):
+            offset += len(line)
+            if line.endswith(b"\n"):
+                break
+        for record in _lines(stream, path, offset, limit):
+            if frames.before_stop is not None and record.offset > frames.before_stop:
+                return
+            yield replace(record, unit=unit)
 
 
 def _lines(stream: BinaryIO, path: str, offset: int, limit: int) -> Iterator[Record]:
@@ -125,63 +147,13 @@ def _whole_file(path: str, size: int, limit: int) -> Record:
 def _decompressed(path: str, kind: str) -> BinaryIO:
     if kind == GZIP:
         return io.BufferedReader(gzip.open(path, "rb"), _READ_BYTES)
-    return io.BufferedReader(_ZstdStream(path), _READ_BYTES)
+    return io.BufferedReader(zstd_stream(path), _READ_BYTES)
 
 
 def opened(path: Path) -> BinaryIO:
     """A file's bytes, decompressed where its name says so."""
     kind = COMPRESSED.get(path.suffix)
     return path.open("rb") if kind is None else _decompressed(str(path), kind)
-
-
-class _ZstdStream(io.RawIOBase):
-    """Frames of a .zst one after another; an unfinished one at the end of the file is an error."""
-
-    def __init__(self, path: str) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise EnvironmentProblem(
-                "reading .zst needs zstandard", fix="pip install 'megatron-retro[formats]'"
-            ) from None
-        self._new_frame: Callable[[], Any] = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
-        self._error = zstandard.ZstdError
-        self._frame: Any = None
-        self._stream = open(path, "rb")  # noqa: SIM115 - closed by close()
-        self._pending = b""
-        self._compressed = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._pending:
-            if not self._compressed:
-                self._compressed = self._stream.read(1 << 15)
-            if not self._compressed:
-                if self._frame is not None:
-                    raise EOFError("the last frame is not complete")
-                return 0
-            self._decompress()
-        amount = min(len(buffer), len(self._pending))
-        buffer[:amount] = self._pending[:amount]
-        self._pending = self._pending[amount:]
-        return amount
-
-    def _decompress(self) -> None:
-        if self._frame is None:
-            self._frame = self._new_frame()
-        try:
-            self._pending = self._frame.decompress(self._compressed)
-        except self._error as error:
-            raise EOFError(str(error)) from None
-        self._compressed = b""
-        if self._frame.eof:
-            self._compressed, self._frame = self._frame.unused_data, None
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()
 
 
 def _with_named_errors(records: Iterator[Record], path: str) -> Iterator[Record]:
