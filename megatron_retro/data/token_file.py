@@ -45,6 +45,7 @@ KIND = "tokens"
 MANIFEST_VERSION = 1
 _SAMPLED_WINDOWS = 256
 _WINDOW_BYTES = 4096
+_STORES, _MOUNT = ("s3", "gs", "http", "https"), "mount the store and give the path there: docs/corpus.md says how"
 _REPLACED = (
     "put back what was written or write it again; if you replaced it, describe what is there now: "
     "`megatron-retro preprocess --checksum-token-files PREFIX`"
@@ -271,7 +272,9 @@ def map_file(path: Path) -> NDArray[np.uint8]:
     except FileNotFoundError:
         raise ArtifactError(
             f"there is no file {path}",
-            fix="give the prefix without .bin and .idx, or make the file with `megatron-retro preprocess`",
+            fix=_MOUNT
+            if str(path).partition(":/")[0] in _STORES
+            else "give the prefix without .bin and .idx, or make the file with `megatron-retro preprocess`",
         ) from None
 
 

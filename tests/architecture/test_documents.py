@@ -28,6 +28,7 @@ NO_SETTINGS = {
     *("--signal", "--batch", "--exclude", "--mpi", "--task-prolog", "--nv"),  # scancel, sbatch, srun and apptainer
     *("--model", "--model_args", "--tasks"),  # lm-eval
     "--megatron-defaults",
+    *("--read-only", "--vfs-cache-mode", "--vfs-cache-max-size", "--vfs-read-chunk-size", "--cache-dir"),  # rclone
     *("--no-build-isolation", "--config-settings", "--build-option", "--cpp_ext", "--cuda_ext"),  # pip
 }
 LABELS = ["Question", "Choice", "Measured", "Would change it"]
