@@ -33,7 +33,6 @@ from megatron_retro.retrieval.faiss_index import (
     faiss_module,
     inverted_parts,
     new_index,
-    read_index,
     search_one_by_one,
     write_index,
 )
@@ -42,7 +41,7 @@ from megatron_retro.retrieval.index_search import SearchResult, search_by_lists
 from megatron_retro.retrieval.native import keep_other_documents
 from megatron_retro.retrieval.reranking import refine_by_embedding, refine_with_kept
 from megatron_retro.retrieval.work_blocks import cut_blocks
-from megatron_retro.runtime.console import say
+from megatron_retro.runtime.console import Advance, say, unseen
 from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main, interleave, median_ratio
 from megatron_retro.testing.embedded_text import build_standard_library, minilm_vectors, synthetic_vectors
 
@@ -182,8 +181,9 @@ class StoredVectors:
         """The ids stand for the tokens."""
         return ids[:, None], np.ones((len(ids), 1), np.bool_)
 
-    def embed(self, tokens: NDArray[np.int64], present: NDArray[np.bool_]) -> Vectors:
+    def embed(self, tokens: NDArray[np.int64], present: NDArray[np.bool_], advance: Advance = unseen) -> Vectors:
         """The rows."""
+        advance(len(tokens))
         return self.vectors[tokens[:, 0]]
 
 
@@ -194,16 +194,16 @@ def building_figures(vectors: Vectors, lists: int, rounds: int) -> Iterator[Figu
         write_index(trained(f"IVF{lists},SQ8", vectors), folder / "trained")
 
         def bare() -> None:
-            index = read_index(folder / "trained")
+            index = faiss_module().read_index(str(folder / "trained"))
             for start in range(0, len(vectors), 8192):
                 index.add(vectors[start : start + 8192])
             write_index(index, folder / "bare")
 
         def ours() -> None:
-            build_in_blocks(folder, read_index(folder / "trained"), vectors)
+            build_in_blocks(folder, faiss_module().read_index(str(folder / "trained")), vectors)
 
         times = interleave({"ours": ours, "bare": bare}, rounds, warm_up=1)
-        merged, whole = open_merged(folder / "merged"), read_index(folder / "bare")
+        merged, whole = open_merged(folder / "merged"), faiss_module().read_index(str(folder / "bare"))
         if not (merged.search(vectors[:200], KEEP)[1] == whole.search(vectors[:200], KEEP)[1]).all():
             raise RuntimeError("the two indexes answer differently")
     ratio = median_ratio(times["ours"].cpu, times["bare"].cpu)

@@ -39,7 +39,7 @@ def hugging_face_layer(shape: LayerShape, device: torch.device, dtype: torch.dty
     from transformers.models.llama.configuration_llama import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    config = LlamaConfig(
+    config = LlamaConfig(  # type: ignore[call-arg]  # it takes keywords that its base class names
         hidden_size=shape.hidden,
         intermediate_size=shape.ffn,
         num_attention_heads=shape.heads,
