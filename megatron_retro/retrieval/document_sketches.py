@@ -26,6 +26,7 @@ _VALUES = 128  # of a MinHash
 _LEAST_RECALL = 0.98  # of pairs that are as similar as asked
 _SEED = 1
 _EMPTY = 0
+_KEY_BYTES = 8
 _SORT_BYTES = 40  # of a key while it is sorted
 
 
@@ -95,6 +96,11 @@ def _band_keys(values: NDArray[np.uint64], bands: Bands) -> NDArray[np.uint64]:
 def write_sketches(path: Path, keys: NDArray[np.uint64]) -> None:
     """Write the sketches of a block."""
     write_file(path, keys.astype("<u8").tobytes())
+
+
+def is_whole(path: Path, num_documents: int, bands: Bands) -> bool:
+    """Whether the sketches of a block are there, all of them."""
+    return path.is_file() and path.stat().st_size == num_documents * (1 + bands.count) * _KEY_BYTES
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import hashlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.data.tokenizers import require_tokenizer
 from megatron_retro.data.window_hashes import window_hashes
 from megatron_retro.errors import ConfigError
-from megatron_retro.retrieval.document_sketches import Bands, Sketches, buckets, sketch, write_sketches
+from megatron_retro.retrieval.document_sketches import Bands, Sketches, buckets, is_whole, sketch, write_sketches
 from megatron_retro.retrieval.document_spans import DocumentSpans
 from megatron_retro.retrieval.duplicate_report import Copies, open_report, write_report
 from megatron_retro.retrieval.project import Project, parsed_range
@@ -96,15 +97,17 @@ def _search(project: Project, config: DuplicatesConfig, search: Search) -> None:
     blocks = {block.name: block for block in cut_blocks(search.spans.num_documents, config.duplicates_block_size)}
     bands = Bands.of(config.duplicates_jaccard)
     paths = {name: folder / f"{name}.keys" for name in blocks}
+    found = layout.duplicates
+
+    def is_done(one: str) -> bool:
+        return is_whole(paths[one], blocks[one].size, bands) or found.exists()
+
     with Progress("find-duplicates: reading", search.spans.num_documents, "documents") as progress:
-        for one in claim_blocks(
-            layout, f"{name}/blocks", list(blocks), lambda one: paths[one].exists(), project.worker
-        ):
+        for one in claim_blocks(layout, f"{name}/blocks", list(blocks), is_done, project.worker):
             keys = sketch(search.spans, blocks[one], config.duplicates_ngram, bands)
-            with ignore_failure_if_done(paths[one].exists):
+            with ignore_failure_if_done(partial(is_done, one)):
                 write_sketches(paths[one], keys)
             progress.advance(blocks[one].size)
-    found = layout.duplicates
     for _ in claim_blocks(layout, f"{name}/pairs", ["pairs"], lambda _: found.exists(), project.worker):
         copies = find_copies(search, Sketches(list(paths.values()), bands), project.memory_bytes)
         with ignore_failure_if_done(found.exists):

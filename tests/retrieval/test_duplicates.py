@@ -108,6 +108,26 @@ def test_blocks_and_memory_change_nothing(room: Path, monkeypatch: pytest.Monkey
     assert whole == {tuple(bucket) for bucket in buckets(keys, np.arange(1000), 5000)} and len(whole) > 200
 
 
+def test_a_search_goes_on_where_it_stopped(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that were read stay, one that is cut is read again, and the report is the same."""
+    plain, read = duplicates.sketch, list[int]()
+
+    def stopping(spans: DocumentSpans, block: WorkBlock, ngram: int, bands: Bands) -> object:
+        if len(read) == 4:
+            raise KeyboardInterrupt
+        read.append(block.first)
+        return plain(spans, block, ngram, bands)
+
+    monkeypatch.setattr(duplicates, "sketch", stopping)
+    flags = words(room, "stopped", "--duplicates-block-size", "40")
+    assert main(flags) != 0 and len(read) == 4
+    first, second = sorted((room / "stopped" / "work").glob("duplicates-*/*.keys"))[:2]
+    first.write_bytes(first.read_bytes()[:-8])
+    monkeypatch.setattr(duplicates, "sketch", lambda spans, block, *more: read.append(1) or plain(spans, block, *more))
+    assert second.exists() and main(flags) == 0
+    assert len(read) == 4 + 1 + 2 and lines(room / "stopped") == lines(room / "project")
+
+
 def test_a_database_is_made_without_them(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, database = corpora()
     files = [str(room / "one"), str(room / "two")]
