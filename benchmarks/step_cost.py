@@ -4,8 +4,9 @@ A plain layer, a retrieval layer, the encoder and the head of the published size
 sequence parallelism, forward and backward of one sequence in bfloat16, on torch's `meta` device as a plan traces them
 (`docs/decisions.md`, "A plan traces the model's code"): eager, operators as they choose themselves where none has
 proved itself on a device. Beside the plain layer Hugging Face's Llama layer and megatron-core's GPT layer of the same
-widths, counted by the same rules. "Least" is every operand of our products read once and every result written once,
-and one pass over the residual stream (read and written, forward and backward).
+widths, counted by the same rules; what is left of our own parts when they are compiled, by `testing.compiled_counts`.
+"Least" is every operand of our products read once and every result written once, and one pass over the residual stream
+(read and written, forward and backward).
 
 Host time is CPU-seconds of one thread for layers so small that nothing but dispatch is left, interleaved, the least of
 all rounds: of nine layers less one, forward and backward, divided by eight.
@@ -30,11 +31,13 @@ from megatron_retro.config.settings import Settings, build_settings
 from megatron_retro.config.toml_files import preset_path, read_recipe
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.retro import Retro
+from megatron_retro.parallel.layer_transforms import compile_layers
 from megatron_retro.planning.fake_device import GPU, fake_rank, without_memory
 from megatron_retro.planning.operator_counts import OperatorCounter, OperatorCounts
 from megatron_retro.planning.recorder import PartTrace
 from megatron_retro.planning.trace import ENCODER, HEAD, LAYER, RETRIEVAL, trace_parts
 from megatron_retro.testing.benchmarking import LOWER, Figure, benchmark_main, interleave
+from megatron_retro.testing.compiled_counts import CompiledCounts, compiled_counts
 
 sys.path.remove(str(Path(__file__).parent))  # whose kernels.py transformers would import
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
@@ -46,6 +49,7 @@ PARTS = (LAYER, RETRIEVAL, ENCODER, HEAD)
 HUGGING_FACE, MEGATRON_CORE = "Hugging Face Llama layer", "megatron-core layer"
 SMALL = LayerShape(hidden=64, heads=4, ffn=128, length=32)
 DEEP = 8
+MOST_KERNELS = 49  # of a compiled layer: 60 % of megatron-core's 83 in its local spec
 
 
 def run(quick: bool) -> Iterator[Figure]:
@@ -74,11 +78,14 @@ def counted(size: str, settings: Settings) -> Iterator[Figure]:
 
     trace, length = trace_parts(settings, make_recorder=make), settings[DataConfig].seq_length
     counts = made[-1].counts
+    compiled = compiled_counts(settings)
     stream, prefix = 4.0 * trace.hidden_bytes, f"{size}, tensor {tensor_ranks}"
     encoders = 4.0 * trace.encoded_bytes / tensor_ranks * settings[RetroConfig].retro_encoder_layers
     for name in PARTS:
         least = counts[name].product_bytes + (encoders if name == ENCODER else stream)
         yield from figures(f"{prefix}: {name}", trace.part(name), counts[name], least, length)
+        if name in compiled:
+            yield from compiled_figures(f"{prefix}: {name}", compiled[name], least, length)
     shape = LayerShape(model.hidden_size, model.num_attention_heads, model.ffn_width(), length)
     least = counts[LAYER].product_bytes + stream
     for name, (traced, count) in peers(shape, settings).items():
@@ -98,6 +105,19 @@ def figures(name: str, traced: PartTrace, counts: OperatorCounts, least: float, 
         ("collectives", counts.collectives, ""),
         ("sent", traced.sent_bytes / length / 1e3, "kB/token"),
         ("waits for the device", traced.host_waits, ""),
+    ):
+        yield Figure(f"{name}: {what}", float(value), unit, better=LOWER)
+
+
+def compiled_figures(name: str, counts: CompiledCounts, least: float, length: int) -> Iterator[Figure]:
+    """Of one compiled part, forward and backward."""
+    is_layer = name.endswith(f": {LAYER}")
+    yield Figure(f"{name}: kernels, compiled", counts.kernels, "", MOST_KERNELS if is_layer else None, LOWER)
+    for what, value, unit in (
+        ("read and written, compiled", counts.moved_bytes / length / 1e6, "MB/token"),
+        ("over the least possible, compiled", counts.moved_bytes / least, "x"),
+        ("kept for the backward, compiled", counts.kept_bytes / length / 1e3, "kB/token"),
+        ("collectives, compiled", counts.collectives, ""),
     ):
         yield Figure(f"{name}: {what}", float(value), unit, better=LOWER)
 
@@ -134,6 +154,8 @@ def host_times(rounds: int) -> Iterator[Figure]:
     """CPU time that one layer costs the host, whatever its size."""
     with ExitStack() as opened:
         candidates = {"GPT layer": ours(layers=1), "GPT layers": ours(layers=1 + DEEP)}
+        candidates["compiled GPT layer"] = ours(layers=1, compiled=True)
+        candidates["compiled GPT layers"] = ours(layers=1 + DEEP, compiled=True)
         device, dtype = torch.device("cpu"), torch.float32
         layer, call = opened.enter_context(hugging_face_layer(SMALL, device, dtype))
         candidates |= one_and_many(HUGGING_FACE, layer, call, (1, SMALL.length, SMALL.hidden))
@@ -148,7 +170,7 @@ def host_times(rounds: int) -> Iterator[Figure]:
         yield Figure(f"host: {name}", cost * 1e6, "CPU us", better=LOWER)
 
 
-def ours(layers: int) -> Callable[[], object]:
+def ours(layers: int, *, compiled: bool = False) -> Callable[[], object]:
     """A GPT of so many layers, by the references, as on a GPU on which nothing has proved itself."""
     model = ModelConfig(
         num_layers=layers,
@@ -161,6 +183,8 @@ def ours(layers: int) -> Callable[[], object]:
     )
     gpt = Retro(model, RetroConfig())
     initialize(gpt, model, RetroConfig(), seed=0)
+    if compiled:
+        compile_layers(gpt)
     tokens = torch.zeros(1, SMALL.length, dtype=torch.long)
 
     def step() -> None:

@@ -68,3 +68,14 @@ def test_the_loss_reads_and_writes_twenty_blocks_of_logits() -> None:
     traced = trace_parts(vocabulary, make_recorder=make).part(HEAD)
     block = VALUE * 2**16 * tokens
     assert 19 * block < traced.moved_bytes < 21 * block
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_compiled_parts_launch_no_more_than_they_did(tensor: int) -> None:
+    from megatron_retro.testing.compiled_counts import compiled_counts  # brings torch's compiler
+
+    counts = compiled_counts(recipe(tensor_model_parallel_size=tensor, sequence_parallel=tensor > 1))
+    most = {LAYER: 29, RETRIEVAL: 55, ENCODER: 127}
+    assert all(0 < counts[name].kernels <= most[name] for name in most), counts
+    assert counts[LAYER].collectives == (0 if tensor == 1 else 8)
