@@ -208,22 +208,17 @@ class Retro(nn.Module):
         assert self.encoder is not None
         table = self.encoder.embedding or self.embedding
         assert table is not None
+        tokens_XKR, mask_XKR = neighbors.tokens_BCKR.flatten(0, 1), neighbors.mask_BCKR.flatten(0, 1)
         # whatever stands where nothing exists, the table can be asked for token 0
-        embedded_BCKRH = table.word(neighbors.tokens_BCKR.masked_fill(~neighbors.mask_BCKR, 0).long())
+        embedded_XKRH = table.word(tokens_XKR.masked_fill(~mask_XKR, 0).long())
+        length = tokens_XKR.shape[-1]
         if self.retro.learned_neighbor_positions(self.model):
             assert self.embedding is not None and self.embedding.position is not None
-            positions_R = torch.arange(neighbors.tokens_BCKR.shape[-1], device=embedded_BCKRH.device)
-            embedded_BCKRH = embedded_BCKRH + self.embedding.position(positions_R)
+            embedded_XKRH = embedded_XKRH + self.embedding.position(torch.arange(length, device=embedded_XKRH.device))
         dropout = self.retro.retro_encoder_hidden_dropout
         if dropout:
-            embedded_BCKRH = functional.dropout(embedded_BCKRH, dropout, self.training)
-        encoded = self.encoder(
-            embedded_BCKRH.flatten(0, 1),
-            neighbors.mask_BCKR.flatten(0, 1),
-            chunks_BCMH.flatten(0, 1),
-            chunk_mask_XM,
-            neighbors.tokens_BCKR.shape[-1],
-        )
+            embedded_XKRH = functional.dropout(embedded_XKRH, dropout, self.training)
+        encoded = self.encoder(embedded_XKRH, mask_XKR, chunks_BCMH.flatten(0, 1), chunk_mask_XM, length)
         return torch.unflatten(encoded, 0, neighbors.tokens_BCKR.shape[:2])
 
 

@@ -41,8 +41,11 @@ class LayerCompiler:
 
     def __init__(self) -> None:
         import torch._dynamo as dynamo
+        from torch._functorch import config as partition
 
         dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _MOST_GRAPHS)
+        # nonlinearities and norms are computed again, as eager layers do: else a third more is kept
+        partition.ban_recompute_materialized_backward = False
         self._failures = (dynamo.exc.TorchDynamoException, dynamo.exc.FailOnRecompileLimitHit)
         self._shapes: set[torch.Size] = set()
         self._told = False

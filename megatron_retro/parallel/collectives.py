@@ -1,9 +1,9 @@
 """Collectives of the tensor axis that gradients pass through. The group is an argument; every rank of it must call.
 
 A tensor in the RESIDUAL form is the same on all tensor ranks, or under sequence parallelism sharded along its sequence
-dimension (the last but one). Inside attention, cross-attention, MLP, encoder and output a tensor is GATHERED: whole,
-and its gradient is this rank's part of a sum. `gather` and `reduce` cross that border, and each is the other's
-transpose.
+dimension (the last but one; neighbours along their chunks, where these divide). Inside attention, cross-attention, MLP,
+encoder and output a tensor is GATHERED: whole, and its gradient is this rank's part of a sum. `gather` and `reduce`
+cross that border, and each is the other's transpose.
 """
 
 from __future__ import annotations
@@ -69,24 +69,24 @@ class _Reduce(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-        context.group = group
-        return all_gather(tensor, SEQUENCE_DIM, group)
+    def forward(context: Any, tensor: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+        context.group, context.dim = group, dim
+        return all_gather(tensor, dim, group)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter(gradient, SEQUENCE_DIM, context.group), None
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return reduce_scatter(gradient, context.dim, context.group), None, None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-        context.group = group
-        return reduce_scatter(tensor, SEQUENCE_DIM, group)
+    def forward(context: Any, tensor: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+        context.group, context.dim = group, dim
+        return reduce_scatter(tensor, dim, group)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return all_gather(gradient, SEQUENCE_DIM, context.group), None
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return all_gather(gradient, context.dim, context.group), None, None
 
 
 class _CountOnce(torch.autograd.Function):
@@ -102,9 +102,16 @@ class _CountOnce(torch.autograd.Function):
         return gradient if context.first else torch.zeros_like(gradient), None
 
 
-def _applied(function: type[torch.autograd.Function], tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    result: Tensor = function.apply(tensor, group)  # type: ignore[no-untyped-call]
+def _applied(function: type[torch.autograd.Function], tensor: Tensor, *more: Any) -> Tensor:
+    result: Tensor = function.apply(tensor, *more)  # type: ignore[no-untyped-call]
     return result
+
+
+@dataclass
+class StreamCut:
+    """Along which dimension a residual tensor is cut under sequence parallelism."""
+
+    dim: int = SEQUENCE_DIM
 
 
 @dataclass(frozen=True)
@@ -122,13 +129,17 @@ class TensorAxis:
     def size(self) -> int:
         return dist.get_world_size(self.group)
 
-    def gather(self, residual: Tensor) -> Tensor:
+    def gather(self, residual: Tensor, dim: int = SEQUENCE_DIM) -> Tensor:
         """Residual -> gathered (all-gather / reduce-scatter, or identity / all-reduce)."""
-        return _applied(_Gather if self.sequence_parallel else _Copy, residual, self.group)
+        if self.sequence_parallel:
+            return _applied(_Gather, residual, self.group, dim)
+        return _applied(_Copy, residual, self.group)
 
-    def reduce(self, partial: Tensor) -> Tensor:
+    def reduce(self, partial: Tensor, dim: int = SEQUENCE_DIM) -> Tensor:
         """Parts of a row-parallel product -> residual (reduce-scatter / all-gather, or all-reduce / identity)."""
-        return _applied(_Scatter if self.sequence_parallel else _Reduce, partial, self.group)
+        if self.sequence_parallel:
+            return _applied(_Scatter, partial, self.group, dim)
+        return _applied(_Reduce, partial, self.group)
 
     def total(self, partial: Tensor) -> Tensor:
         """Gathered parts of a sum -> that sum, gathered (all-reduce / all-reduce)."""

@@ -27,7 +27,7 @@ from megatron_retro.model.retro import Retro
 from megatron_retro.ops.linear import linear
 from megatron_retro.ops.linear_cross_entropy import gradients, statistics
 from megatron_retro.ops.local_tensors import local
-from megatron_retro.parallel.collectives import TensorAxis, all_gather
+from megatron_retro.parallel.collectives import SEQUENCE_DIM, StreamCut, TensorAxis, all_gather
 from megatron_retro.parallel.cuts import CUTS, Cut, Region, cut_of, regions_of
 from megatron_retro.parallel.layer_transforms import replace_forward
 
@@ -37,20 +37,21 @@ def cut_model(model: Retro, mesh: DeviceMesh, axis: TensorAxis, cuts: Sequence[C
     for name, parameter in list(model.named_parameters()):
         _replace_parameter(model, name, _as_dtensor(parameter, placement_of(cut_of(name, cuts), parameter.dim()), mesh))
     modules = dict(model.named_modules())
+    stream, neighbors = StreamCut(), StreamCut()
     for path, region in regions_of(modules).items():
-        _open_region(modules[path], region, axis)
+        _open_region(modules[path], region, axis, neighbors if path.startswith("encoder.") else stream)
     for table in (model.embedding, model.encoder.embedding if model.encoder is not None else None):
         if table is not None:
-            _cut_embedding(table.word, axis)
+            _cut_embedding(table.word, axis, neighbors)
             if table.position is not None:
-                table.position.register_forward_hook(partial(_own_positions, axis))
+                table.position.register_forward_hook(partial(_own_positions, axis, neighbors))
     for module in modules.values():
         if isinstance(module, HeadsNorm):
             replace_forward(module, partial(_norm_of_cut_heads, module, axis))
     if model.output is not None:
         replace_forward(model.output, partial(_parallel_output, model.output, axis))
     if model.encoder is not None:
-        model.encoder.register_forward_hook(lambda module, arguments, encoded: axis.gather(encoded))
+        model.encoder.register_forward_hook(lambda module, arguments, encoded: axis.gather(encoded, neighbors.dim))
     for layer in model.layers.values():
         layer.register_forward_pre_hook(partial(_gather_for_encoder, axis), with_kwargs=True)
 
@@ -100,15 +101,15 @@ def _replace_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> 
     setattr(model.get_submodule(path), leaf, parameter)
 
 
-def _open_region(module: nn.Module, region: Region, axis: TensorAxis) -> None:
+def _open_region(module: nn.Module, region: Region, axis: TensorAxis, cut: StreamCut) -> None:
     """Gather the first argument; reduce the result, and add the closing bias once, after the sum."""
     closing = module.get_submodule(region.closing)
     assert isinstance(closing, Linear)
     replace_forward(closing, partial(_product, closing))
-    module.register_forward_pre_hook(lambda _, arguments: (axis.gather(arguments[0]), *arguments[1:]))
+    module.register_forward_pre_hook(lambda _, arguments: (axis.gather(arguments[0], cut.dim), *arguments[1:]))
 
     def reduce(_: nn.Module, arguments: Any, result: Tensor) -> Tensor:
-        residual = axis.reduce(result)
+        residual = axis.reduce(result, cut.dim)
         return residual if closing.bias is None else residual + local(closing.bias)
 
     module.register_forward_hook(reduce)
@@ -130,17 +131,23 @@ def _norm_of_cut_heads(norm: HeadsNorm, axis: TensorAxis, heads_BSND: Tensor) ->
     return (wide_BSND * scale_BS1[..., None] * weight_ND).to(heads_BSND.dtype)
 
 
-def _cut_embedding(word: Embedding, axis: TensorAxis) -> None:
+def _cut_embedding(word: Embedding, axis: TensorAxis, neighbors: StreamCut) -> None:
+    """Neighbours [X, K, R] are cut by whole chunks where these divide: collectives then copy nothing."""
+
     def forward(ids: Tensor) -> Tensor:
-        rows = local(word.weight)
-        return word.scaled(axis.reduce(partial_embedding(ids, rows, axis.rank * rows.shape[0])))
+        rows, dim = local(word.weight), SEQUENCE_DIM
+        if ids.dim() == 3:
+            dim = neighbors.dim = 0 if len(ids) % axis.size == 0 else SEQUENCE_DIM
+        return word.scaled(axis.reduce(partial_embedding(ids, rows, axis.rank * rows.shape[0]), dim))
 
     replace_forward(word, forward)
 
 
-def _own_positions(axis: TensorAxis, module: nn.Module, arguments: Any, vectors: Tensor) -> Tensor:
-    """Learned positions of this rank's part of the sequence."""
-    if not axis.sequence_parallel:
+def _own_positions(
+    axis: TensorAxis, neighbors: StreamCut, module: nn.Module, arguments: Any, vectors: Tensor
+) -> Tensor:
+    """Learned positions [B, S, H] of this rank's part of the sequence, or [R, H] of its part of each neighbour."""
+    if not axis.sequence_parallel or (vectors.dim() == 2 and neighbors.dim == 0):
         return vectors
     length = axis.local_length(vectors.shape[-2])
     return vectors.narrow(-2, axis.rank * length, length)

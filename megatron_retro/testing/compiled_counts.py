@@ -64,8 +64,10 @@ def compiled_counts(settings: Settings) -> dict[str, CompiledCounts]:
         with without_memory(CPU):
             hold_plainly(model, shapes, CPU, compute_dtype(settings[OptimizerConfig]))
             _count_layers(model, counts)
-            tokens_BS = torch.zeros(1, settings[DataConfig].seq_length, dtype=torch.long)
-            model.train()(tokens_BS, full_neighbors(settings, CPU), labels_BS=tokens_BS)
+            length = settings[DataConfig].seq_length
+            tokens_BS = torch.zeros(1, length, dtype=torch.long)
+            context = model.train().prepare(1, length, CPU, neighbors=full_neighbors(settings, CPU))
+            model.run_layers(model.embed(tokens_BS, context), None, context)
     return counts
 
 
