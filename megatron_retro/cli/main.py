@@ -11,7 +11,7 @@ from megatron_retro import __version__
 from megatron_retro.artifacts.files import disk_problem
 from megatron_retro.cli.verbs import VERBS, Verb, other_name
 from megatron_retro.config.command_line import parse_settings
-from megatron_retro.config.data import require_tokenizer_type
+from megatron_retro.config.data import LOCAL, ExecutorConfig, require_tokenizer_type
 from megatron_retro.config.sections import ALL_SECTIONS
 from megatron_retro.config.toml_files import nearest, render_toml
 from megatron_retro.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, ConfigError, MegatronRetroError
@@ -80,6 +80,10 @@ def run_words(words: Sequence[str]) -> int:
         print(render_toml(settings))
         return 0
     require_tokenizer_type(settings)
+    if ExecutorConfig in verb.sections and settings[ExecutorConfig].executor != LOCAL:
+        from megatron_retro.cli.executors.job import run_elsewhere
+
+        return run_elsewhere(words, settings)
     return verb.run(settings, getattr(namespace, verb.positional.name) if verb.positional else ())
 
 

@@ -14,6 +14,7 @@ from megatron_retro.config.conversion import ConvertConfig
 from megatron_retro.config.data import (
     CollectConfig,
     ContextsConfig,
+    ExecutorConfig,
     InputConfig,
     PreprocessConfig,
     TokenizerConfig,
@@ -93,11 +94,10 @@ about the same files with answers and passages, made from their docstrings, to t
     Verb(
         "preprocess",
         "text files -> token files (.bin/.idx), resumable, by any number of workers",
-        (InputConfig, PreprocessConfig, TokenizerConfig, WorkersConfig, ObservabilityConfig),
+        (InputConfig, PreprocessConfig, TokenizerConfig, WorkersConfig, ExecutorConfig, ObservabilityConfig),
         "data.preprocessing.run:preprocess",
-        "Tokenize text into Megatron's .bin/.idx files. Workers of one machine (--workers) and of many (--shard i/N, a "
-        "SLURM array or job, mpirun) share the work; the result is the same byte for byte. The same command goes on "
-        "after a kill.",
+        "Tokenize text into Megatron's .bin/.idx files. Workers of one machine (--workers) and of many (--shard i/N, "
+        "mpirun, --executor) share the work; the bytes are the same. The same command goes on after a kill.",
         reads={ObservabilityConfig: ("log_interval",)},
     ),
     Verb(

@@ -14,6 +14,7 @@ TOKENIZERS = (
     "ByteTokenizer", "SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer",
     "GPTSentencePieceTokenizer", "MegatronSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer",
 )  # fmt: skip
+LOCAL = "local"
 VERIFICATIONS = ("off", "background", "before")
 CONTEXT_PLACES = ("prompt", "encoder", "split", "none")
 
@@ -210,3 +211,24 @@ class WorkersConfig:
     """Workers of a job that many share"""
 
     shard: str | None = option(None, "this worker as i/N, from 0; read from SLURM or MPI when not set", ours=True)
+
+
+@dataclass(frozen=True)
+class ExecutorConfig:
+    """Who starts the workers"""
+
+    executor: str = option(
+        LOCAL,
+        "who starts workers: this process itself, an array of SLURM, or a Ray cluster",
+        choices=(LOCAL, "slurm", "ray"),
+        ours=True,
+    )
+    executor_workers: int | None = option(
+        None, "workers to start; 16 by SLURM, one per CPU of the Ray cluster when not set", minimum=1, ours=True
+    )
+    sbatch_options: str | None = option(
+        None, "words for sbatch of --executor slurm, as '--partition=cpu --cpus-per-task=8'", ours=True
+    )
+    ray_address: str | None = option(
+        None, "the Ray cluster, as HOST:6379; that of RAY_ADDRESS, or this machine alone, when not set", ours=True
+    )

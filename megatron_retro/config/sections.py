@@ -9,6 +9,7 @@ from megatron_retro.config.data import (
     CollectConfig,
     ContextsConfig,
     DataConfig,
+    ExecutorConfig,
     InputConfig,
     InstructionConfig,
     PreprocessConfig,
@@ -71,6 +72,7 @@ ALL_SECTIONS: tuple[type, ...] = (
     InspectorConfig,
     DuplicatesConfig,
     WorkersConfig,
+    ExecutorConfig,
     PlanningConfig,
     SamplingConfig,
     LiveRetrievalConfig,
@@ -107,7 +109,14 @@ EVALUATION_SECTIONS: tuple[type, ...] = (
     WorkersConfig,
     ParallelConfig,
 )
-INDEX_SECTIONS: tuple[type, ...] = (TokenizerConfig, RetroConfig, EmbedderConfig, RetrievalConfig, WorkersConfig)
+INDEX_SECTIONS: tuple[type, ...] = (
+    TokenizerConfig,
+    RetroConfig,
+    EmbedderConfig,
+    RetrievalConfig,
+    WorkersConfig,
+    ExecutorConfig,
+)
 # What the runs of a study can be told. The workers are those of the study: a run of it is whole.
 STUDIED_SECTIONS: dict[str, tuple[type, ...]] = {
     "pretrain": TRAINING_SECTIONS,

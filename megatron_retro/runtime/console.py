@@ -87,9 +87,11 @@ def unseen(amount: float) -> None:
 class Progress:
     """What is done of how much, at which rate, for how much longer."""
 
-    def __init__(self, what: str, total: float | None, unit: str, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, what: str, total: float | None, unit: str, stream: TextIO | None = None, *, done: float = 0.0
+    ) -> None:
         self.what, self.total, self.unit = what, total, unit
-        self.done = 0.0
+        self.done = self._before = done
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
         self._start = self._last = time.monotonic()
@@ -114,7 +116,7 @@ class Progress:
     def facts(self) -> str:
         """Amount, rate and remaining time as text."""
         elapsed = max(time.monotonic() - self._start, 1e-9)
-        rate = self.done / elapsed
+        rate = (self.done - self._before) / elapsed
         of_total = f"/{readable_count(self.total)}" if self.total else ""
         text = f"{readable_count(self.done)}{of_total} {self.unit}  {readable_count(rate)}/s"
         if self.total and rate and self.done < self.total:

@@ -17,7 +17,7 @@ from megatron_retro.errors import Requeue
 from megatron_retro.runtime.strict_json import json_text
 
 FOLDER_VARIABLE = "MEGATRON_RETRO_ENDINGS"
-_RANK_VARIABLE = "MEGATRON_RETRO_ENDING_RANK"
+RANK_VARIABLE = "MEGATRON_RETRO_ENDING_RANK"
 _STOP = "stop"
 
 
@@ -47,7 +47,7 @@ def end_on_signals() -> None:
 
 def write_ending(code: int, why: str) -> None:
     """Tell the launcher, if there is one, with which code this rank ends and why."""
-    folder, rank = os.environ.get(FOLDER_VARIABLE), os.environ.get(_RANK_VARIABLE)
+    folder, rank = os.environ.get(FOLDER_VARIABLE), os.environ.get(RANK_VARIABLE)
     if folder is None or rank is None:
         return
     facts = {

@@ -31,6 +31,7 @@ OPTIONAL_PACKAGES: Mapping[str, tuple[str, str]] = {
     "mlflow": ("mlflow", "pip install 'megatron-retro[tracking]'"),
     "rouge_score": ("rouge-score", "pip install 'megatron-retro[eval]'"),
     "lm_eval": ("lm-eval", "pip install 'megatron-retro[eval]'"),
+    "ray": ("ray", "pip install 'megatron-retro[ray]'"),
     "mpi4py": ("mpi4py", "pip install 'megatron-retro[mpi]' and an MPI library"),
     "transformer_engine": ("transformer-engine", "pip install 'megatron-retro[gpu]' on a machine with a GPU"),
     "apex": ("NVIDIA Apex, built from source", "see docs/installation.md"),

@@ -6,6 +6,7 @@ stood, a launcher has kept in a file (`runtime.endings`).
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from megatron_retro.errors import Requeue
 from megatron_retro.runtime.endings import early_stop
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_LIBRARY = ctypes.CDLL(None, use_errno=True)
 Block = TypeVar("Block")
 _Handler = Callable[[int, FrameType | None], object] | int | None
 
@@ -88,3 +90,9 @@ def stopped_between_blocks(stops: StopRequests) -> Requeue:
     return Requeue(
         f"stopped early: {stops.reason()}; finished blocks are kept", fix="run the same command again to go on"
     )
+
+
+def die_with_parent() -> None:
+    """Linux: be killed when the parent is, so that no worker goes on alone."""
+    if hasattr(_LIBRARY, "prctl"):
+        _LIBRARY.prctl(1, signal.SIGKILL)

@@ -43,7 +43,7 @@ class Cluster:
     def run(self, *command: str, **variables: str) -> str:
         """Run a command as a user of the cluster; its standard output."""
         done = subprocess.run(
-            command, env=self._environment(variables), capture_output=True, text=True, check=False, timeout=120
+            command, env=self.shell_environment(variables), capture_output=True, text=True, check=False, timeout=120
         )
         if done.returncode:
             raise AssertionError(f"{' '.join(command)} gave {done.returncode}:\n{done.stdout}{done.stderr}")
@@ -99,7 +99,7 @@ class Cluster:
         """SLURM holds a requeued job for two minutes; start it now."""
         subprocess.run(
             ["scontrol", "update", f"JobId={job}", "StartTime=now"],
-            env=self._environment({}),
+            env=self.shell_environment({}),
             capture_output=True,
             check=False,
         )
@@ -117,7 +117,8 @@ class Cluster:
                 self.skip_delay(int(task["JobId"]))
         return {task["JobState"] for task in tasks} <= set(_ENDED)
 
-    def _environment(self, variables: Mapping[str, str]) -> dict[str, str]:
+    def shell_environment(self, variables: Mapping[str, str]) -> dict[str, str]:
+        """The environment of a user of the cluster."""
         # node names of the test cluster are in no hosts file, so the ranks are told where to meet
         own = {"SLURM_CONF": str(self.directory / "slurm.conf"), "MASTER_ADDR": "127.0.0.1"}
         return {**self.environment, **own, **variables}

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_retro.errors import EnvironmentProblem, MegatronRetroError, Requeue
 from megatron_retro.runtime.console import warn
-from megatron_retro.runtime.signals import StopRequests, stopped_between_blocks
+from megatron_retro.runtime.signals import StopRequests, die_with_parent, stopped_between_blocks
 
 MOST_DEATHS_PER_BLOCK = 3
 _LONGEST_SILENCE = 0.5  # seconds without a look at whether to stop
@@ -130,7 +130,7 @@ class WorkerPool:
 def _main(work: Callable[[int, Send], None], number: int, channel: Connection) -> None:
     """The main function of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _die_with_parent()
+    die_with_parent()
 
     def send(kind: str, content: Any) -> None:
         channel.send((kind, content))
@@ -145,12 +145,3 @@ def _main(work: Callable[[int, Send], None], number: int, channel: Connection) -
     except BaseException as error:
         error.add_note("in a worker process") if hasattr(error, "add_note") else None
         send("error", error)
-
-
-def _die_with_parent() -> None:
-    """Linux: be killed when the parent is, so that no worker goes on alone."""
-    import ctypes
-
-    library = ctypes.CDLL(None, use_errno=True)
-    if hasattr(library, "prctl"):
-        library.prctl(1, signal.SIGKILL)

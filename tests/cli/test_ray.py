@@ -1,0 +1,116 @@
+"""`--executor ray` on a real Ray of several nodes on this machine; whoever dies, the bytes are those of one process."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_retro.cli.executors import job, workers
+from megatron_retro.cli.main import main
+from megatron_retro.data.preprocessing import job as preprocessing
+from megatron_retro.runtime import environment
+from megatron_retro.testing.corpora import random_text, write_json_lines
+from megatron_retro.testing.preprocessing_runs import SCRIPT, files, start
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="no Ray; pip install ray")
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A head without CPUs, and two nodes."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            started.add_node(num_cpus=1)
+        yield started
+    finally:
+        ray.shutdown()
+        started.shutdown()
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Text of many small blocks."""
+    monkeypatch.setattr(workers, "PROGRAM", (sys.executable, "-c", SCRIPT))
+    monkeypatch.setattr(preprocessing, "SMALLEST_BLOCK", 30000)
+    monkeypatch.setattr(job, "POLL_SECONDS", 0.3)
+    generator = random.Random(1)
+    return write_json_lines(tmp_path / "a.jsonl", [{"text": random_text(generator, 150)} for _ in range(600)])
+
+
+def on_each_look(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    """Do something while the workers are watched."""
+    monkeypatch.setattr(job, "time", SimpleNamespace(sleep=lambda seconds: (act(), time.sleep(seconds))))
+
+
+def worker_processes(prefix: Path) -> list[int]:
+    """Those of a run."""
+    found = subprocess.run(["pgrep", "-f", f"output-prefix {prefix} .*--shard"], capture_output=True, text=True)
+    return [int(word) for word in found.stdout.split() if int(word) != os.getpid()]
+
+
+def preprocess(source: Path, prefix: Path, address: str) -> int:
+    words = ["preprocess", "--input", str(source), "--output-prefix", str(prefix), "--append-eod"]
+    return main([*words, "--executor", "ray", "--ray-address", address])
+
+
+@needs_ray
+def test_a_worker_and_a_node_are_killed(
+    cluster: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prefix, victims = tmp_path / "o", list[str]()
+
+    def kill() -> None:
+        if not victims and (running := worker_processes(prefix)) and list(tmp_path.glob("o.unfinished/joined/*")):
+            os.kill(running[0], signal.SIGKILL)
+            victims.append("worker")
+        elif len(victims) == 1:
+            cluster.remove_node(sorted(cluster.worker_nodes, key=id)[0], allow_graceful=False)
+            victims.append("node")
+
+    on_each_look(monkeypatch, kill)
+    assert preprocess(source, prefix, cluster.address) == 0, capfd.readouterr().err
+    assert victims == ["worker", "node"]
+    assert start(tmp_path / "whole", source, "--workers", "1").wait() == 0
+    assert files(prefix) == files(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.glob("o.*")) == [] and worker_processes(prefix) == []
+
+
+@needs_ray
+@pytest.mark.full
+def test_the_head_is_killed(cluster: Any, source: Path, tmp_path: Path) -> None:
+    """No worker outlives it for long, and the same command goes on elsewhere."""
+    words = ["--executor", "ray", "--ray-address", cluster.address]
+    run = start(tmp_path / "o", source, *words)
+    while not list(tmp_path.glob("o.unfinished/joined/*")):
+        assert run.poll() is None, run.communicate()
+    cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+    for node in list(cluster.worker_nodes):
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+    run.kill()
+    run.wait()
+    assert start(tmp_path / "o", source, "--workers", "1").wait() == 0
+    assert start(tmp_path / "whole", source, "--workers", "1").wait() == 0
+    assert files(tmp_path / "o") == files(tmp_path / "whole")
+
+
+def test_without_ray_one_message_names_the_extra(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda _: None)
+    assert preprocess(source, tmp_path / "o", "127.0.0.1:1") == 2
+    assert "pip install 'megatron-retro[ray]'" in capfd.readouterr().err
