@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -18,6 +19,7 @@ from megatron_retro.data.tokenizers import Tokenizer, end_tokens
 from megatron_retro.errors import ConfigError, DataError
 from megatron_retro.inference.forward import Forward
 from megatron_retro.inference.generation import Generation, GenerationRequest, Retrieval
+from megatron_retro.inference.grammars import Grammars
 from megatron_retro.inference.neighbor_sources import NeighborSource, RetrievedNeighbors
 from megatron_retro.inference.sampling import fetch_samples
 from megatron_retro.model.cache import Cache
@@ -52,6 +54,11 @@ class Engine:
         self._rows: list[Generation | None] = []
         self._cache: Cache | None = None
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What makes answers JSON; refused without the library that it needs."""
+        return Grammars(self.tokenizer)
+
     @property
     def num_active(self) -> int:
         """Texts in the batch or being prefilled."""
@@ -65,7 +72,8 @@ class Engine:
     def submit(self, request: GenerationRequest, listener: Callable[[str], None] | None = None) -> Generation:
         """Queue a request; refused if it can never fit."""
         check_request(request, self.limits, self.forward)
-        generation = Generation(request, self.tokenizer.decode, listener, self.forward.virtual_tokens)
+        constraint = None if request.grammar is None else self.grammars.begin(request.grammar)
+        generation = Generation(request, self.tokenizer.decode, listener, self.forward.virtual_tokens, constraint)
         self._waiting.append(generation)
         return generation
 

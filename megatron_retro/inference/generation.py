@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_retro.errors import MegatronRetroError
+from megatron_retro.inference.grammars import Constraint
 from megatron_retro.inference.neighbor_sources import ChunkReading, NeighborSource, RetrievedNeighbors
 from megatron_retro.inference.sampling import SampledToken, Sampler, Sampling
 
@@ -27,7 +28,7 @@ class GenerationRequest:
 
     `attention` asks, when the text is finished, for what each neighbour's token got of it and each neighbour is worth.
     `num_alternatives` asks for the log-probabilities of each sampled token and of as many others in its place;
-    `score_prompt` asks for those of the prompt's tokens too.
+    `score_prompt` asks for those of the prompt's tokens too. `grammar` is what the answer is held to.
     """
 
     prompt: tuple[int, ...]
@@ -39,6 +40,7 @@ class GenerationRequest:
     num_alternatives: int | None = None
     score_prompt: bool = False
     attention: bool = False
+    grammar: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Generation:
         decode: Callable[[Sequence[int]], str],
         listener: Callable[[str], None] | None = None,
         virtual_tokens: tuple[int, ...] = (),
+        constraint: Constraint | None = None,
     ) -> None:
         self.request = request
         self.tokens = [*virtual_tokens, *request.prompt]
@@ -92,6 +95,7 @@ class Generation:
         self.failure: MegatronRetroError | None = None
         self.started = False
         self._sampler = Sampler(request.sampling)
+        self._constraint = constraint
         self._stream = TextStream(decode, request.prompt, request.stop_strings)
         self._listener = listener
 
@@ -116,12 +120,15 @@ class Generation:
 
     def draw(self, logits_V: Tensor) -> Tensor:
         """The next token from the logits of the last position, as `Sampler.draw` gives it."""
-        return self._sampler.draw(logits_V, self.tokens[self.num_virtual :], self.new_tokens)
+        allowed_V = self._constraint.allowed(len(logits_V)) if self._constraint is not None else None
+        return self._sampler.draw(logits_V, self.tokens[self.num_virtual :], self.new_tokens, allowed_V)
 
     def append(self, sampled: SampledToken, logits_V: Tensor, ends: Container[int]) -> None:
         """Append the token that was sampled from these logits, or finish."""
         try:
             sampled.require_finite()
+            if self._constraint is not None:
+                self._constraint.consume(sampled.token)
         except MegatronRetroError as error:
             self.failure = error
             self.finish("error")

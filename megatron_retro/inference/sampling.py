@@ -65,13 +65,23 @@ class Sampler:
         self.settings = settings
         self._generator = generator(settings.seed, "sampling")
 
-    def draw(self, logits_V: Tensor, seen: Collection[int], written: Sequence[int] = ()) -> Tensor:
+    def draw(
+        self,
+        logits_V: Tensor,
+        seen: Collection[int],
+        written: Sequence[int] = (),
+        allowed_V: Tensor | None = None,
+    ) -> Tensor:
         """[3], on the logits' device: the fields of a `SampledToken`, for `fetch_samples`.
 
-        `seen` are the tokens of prompt and answer, `written` those of the answer.
+        `seen` are the tokens of prompt and answer, `written` those of the answer; where there is `allowed_V`, no other
+        token is drawn.
         """
         logits_V = logits_V.double()
-        token_1 = self._token(self._biased(logits_V, written), seen)
+        biased_V = self._biased(logits_V, written)
+        if allowed_V is not None:
+            biased_V = biased_V.masked_fill(~allowed_V.to(biased_V.device, non_blocking=True), -torch.inf)
+        token_1 = self._token(biased_V, seen)
         log_probability_1 = logits_V.gather(0, token_1) - torch.logsumexp(logits_V, -1)
         return torch.cat((token_1.double(), log_probability_1, logits_V.amax(-1, keepdim=True)))
 

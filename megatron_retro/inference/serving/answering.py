@@ -58,6 +58,9 @@ class Service:
         stops += self.chat_format.stops if isinstance(body, schema.ChatRequest) else ()
         source = self.generator.source(self._mode(body.retrieval_mode), passages)
         seed = secrets.randbits(62) if body.seed is None else body.seed
+        wanted = body.response_format if isinstance(body, schema.ChatRequest) else None
+        schema_of_answer = wanted.schema_of_answer() if wanted is not None else None
+        grammar = None if schema_of_answer is None else self.generator.engine.grammars.require(schema_of_answer)
         return [
             GenerationRequest(
                 prompt,
@@ -69,6 +72,7 @@ class Service:
                 _alternatives(body),
                 isinstance(body, schema.CompletionRequest) and body.echo and body.logprobs is not None,
                 isinstance(body, schema.CompletionRequest) and body.attention and source is not None,
+                grammar,
             )
             for prompt in prompts
             for number in range(body.n)

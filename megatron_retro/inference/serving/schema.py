@@ -5,7 +5,7 @@ Unknown fields are refused, so that a misspelled or unsupported one is not silen
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -103,10 +103,32 @@ class Message(StrictModel):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ResponseFormat(StrictModel):
-    """OpenAI's field for what an answer has to be; here it is text."""
+class JsonSchema(StrictModel):
+    """OpenAI's schema with a name; every one is followed strictly."""
 
-    type: Literal["text"] = Field(description="text: answers are not held to a grammar here")
+    name: str
+    description: str | None = None
+    strict: bool = True
+    content: dict[str, Any] = Field({}, alias="schema")
+
+
+class ResponseFormat(StrictModel):
+    """OpenAI's field for what an answer has to be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to the type json_schema")
+        return self
+
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """What the answer is held to."""
+        if self.json_schema is not None:
+            return self.json_schema.content
+        return {"type": "object"} if self.type == "json_object" else None
 
 
 class ChatRequest(SharedRequest):

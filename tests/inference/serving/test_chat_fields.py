@@ -29,7 +29,8 @@ def test_openai_client_chat_logprobs_and_biases(service: Any) -> None:
     ("extra", "words"),
     [
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "no functions are called here"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "json_schema belongs to the type"),
         ({"logprobs": True, "stream": True}, "leave stream out"),
         ({"top_logprobs": 3}, "top_logprobs needs logprobs"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
