@@ -93,7 +93,7 @@ def test_a_worker_and_a_node_are_killed(
 @needs_ray
 @pytest.mark.full
 def test_the_head_is_killed(cluster: Any, source: Path, tmp_path: Path) -> None:
-    """No worker outlives it for long, and the same command goes on elsewhere."""
+    """With all nodes and whoever watched; the same command goes on without Ray."""
     words = ["--executor", "ray", "--ray-address", cluster.address]
     run = start(tmp_path / "o", source, *words)
     while not list(tmp_path.glob("o.unfinished/joined/*")):
