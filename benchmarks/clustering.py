@@ -33,7 +33,7 @@ def train(folder: Path, corpus: str, lists: int, processes: int) -> tuple[float,
     """CPU-seconds of all processes, and the most bytes that one of them held."""
     command = [
         *(sys.executable, "-m", "megatron_retro.cli.main", "build-retrieval", "--retro-project-dir", str(folder)),
-        *("--retro-database-corpus", corpus, "--no-retro-database-eod", "--allow-tokenizer-mismatch"),
+        *("--retro-database-corpus", corpus, "--no-retro-database-eod"),
         *("--retro-index-str", f"IVF{lists},Flat", "--retro-memory-gb", str(MEMORY_GB), "--retro-tasks", "train"),
         *("--retro-embedder-dimension", str(WIDTH)),
     ]

@@ -64,7 +64,7 @@ def words(folder: Path, corpus: str, chunks: int) -> list[str]:
     lists = 2 ** round(np.log2(2 * chunks**0.5))
     return [
         *("--retro-project-dir", str(folder / "project"), "--retro-database-corpus", corpus),
-        *("--no-retro-database-eod", "--allow-tokenizer-mismatch"),
+        *("--no-retro-database-eod"),
         *("--retro-embedder-dimension", "128", "--retro-index-str", f"IVF{lists},Flat", "--retro-query-nprobe", "16"),
         *("--retro-memory-gb", "1", "--retro-query-rows", f"0:{min(QUERIED, chunks // 2)}"),
         *("--retro-verify-queries", "200", "--retro-verify-rows", "1000000"),

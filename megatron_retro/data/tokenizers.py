@@ -191,12 +191,18 @@ def name_of(tokenizer: Tokenizer) -> str:
     return tokenizer_name(type(tokenizer).__name__, tokenizer.vocab_size, tokenizer.fingerprint)
 
 
-def require_tokenizer(files: Iterable[TokenFile], tokenizer: Tokenizer, *, allow_mismatch: bool = False) -> None:
-    """Refuse token files that another tokenizer made, as they say or their documents' ends show; or warn of them."""
+def require_tokenizer(
+    files: Iterable[TokenFile], tokenizer: Tokenizer, *, allow_mismatch: bool = False, ends: bool = True
+) -> None:
+    """Refuse token files that another tokenizer made, as they say or their documents' ends show; or warn of them.
+
+    Without `ends` documents are known to have none.
+    """
     for file in {file.prefix: file for file in files}.values():
         stored = file.tokenizer
         if stored is None:
-            _require_ends(file, tokenizer, allow_mismatch)
+            if ends:
+                _require_ends(file, tokenizer, allow_mismatch)
         elif stored.fingerprint != tokenizer.fingerprint:
             made_with = tokenizer_name(stored.kind, stored.vocab_size, stored.fingerprint)
             refuse_mismatch(f"{file.prefix} was made with another tokenizer", made_with, tokenizer, allow_mismatch)

@@ -120,7 +120,8 @@ class Project:
         )
 
     def _require_tokenizer(self, files: Sequence[TokenFile]) -> None:
-        require_tokenizer(files, self.tokenizer, allow_mismatch=self.settings[TokenizerConfig].allow_tokenizer_mismatch)
+        allowed = self.settings[TokenizerConfig].allow_tokenizer_mismatch
+        require_tokenizer(files, self.tokenizer, allow_mismatch=allowed, ends=self.config.retro_database_eod)
 
     @property
     def eod(self) -> int | None:

@@ -21,11 +21,12 @@ from megatron_retro.artifacts import claims
 from megatron_retro.artifacts.manifest import write_manifest
 from megatron_retro.cli.main import main
 from megatron_retro.config.settings import Settings
-from megatron_retro.errors import ArtifactError, ConfigError, EnvironmentProblem, MegatronRetroError, Requeue
+from megatron_retro.errors import ArtifactError, ConfigError, DataError, EnvironmentProblem, MegatronRetroError, Requeue
 from megatron_retro.retrieval import faiss_index
 from megatron_retro.retrieval.chunk_encoding import ChunkEncoder
 from megatron_retro.retrieval.faiss_index import faiss_module, read_index, write_index
 from megatron_retro.retrieval.stages import build_retrieval
+from megatron_retro.testing.corpora import write_documents
 from megatron_retro.testing.retrieval_projects import CHUNK, echoing_documents, project_settings, write_corpus
 
 FLAGS = ["--retro-chunk-length", str(CHUNK), "--retro-embedder-dimension", "64", "--retro-block-size", "97"]
@@ -276,6 +277,16 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(
     with pytest.raises(kind, match=message):
         run_stages(settings.replace(**changes), "plan", "train", "encode", "merge", "query")
     assert not (tmp_path / "project/index/trained").exists()
+
+
+def test_documents_that_have_no_end_are_not_asked_for_it(settings: Settings, tmp_path: Path) -> None:
+    """All end with one id, as texts with a full stop do: it is no other tokenizer's end where the user knows."""
+    prefix = tmp_path / "without"
+    write_documents(prefix, ([number, 7, 46] * 8 for number in range(40)))
+    there = settings.replace(retro_database_corpus=[str(prefix)])
+    with pytest.raises(DataError, match="or say --no-retro-database-eod"):
+        run_stages(there, "train")
+    run_stages(there.replace(retro_database_eod=False), "train")
 
 
 def test_rows_beyond_the_corpus_are_refused(settings: Settings) -> None:
