@@ -46,6 +46,7 @@ class LayerCompiler:
         dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _MOST_GRAPHS)
         # nonlinearities and norms are computed again, as eager layers do: else a third more is kept
         partition.ban_recompute_materialized_backward = False
+        partition.force_non_lazy_backward_lowering = True  # so that its failures are met, and named, here too
         self._failures = (dynamo.exc.TorchDynamoException, dynamo.exc.FailOnRecompileLimitHit)
         self._shapes: set[torch.Size] = set()
         self._told = False
