@@ -28,7 +28,7 @@ class ModelConfig:
     group_query_attention: bool = option(False, "share keys and values between groups of heads")
     num_query_groups: int | None = option(None, "key/value heads under --group-query-attention", minimum=1)
     kv_channels: int | None = option(None, "size of one head; hidden size / heads when not set", minimum=1)
-    max_position_embeddings: int = option(4096, "longest sequence of learned positions", minimum=1)
+    max_position_embeddings: int = option(4096, "longest sequence of learned positions, and of dynamic rope", minimum=1)
     position_embedding_type: str = option("rope", "positions of the decoder", choices=POSITIONS)
     rotary_percent: float = option(1.0, "share of a head that rotary positions rotate", minimum=0.0, maximum=1.0)
     rotary_base: float = option(10000.0, "base of the rotary frequencies", minimum=1.0)
@@ -43,8 +43,10 @@ class ModelConfig:
         None, "every N-th layer, of the encoder too, is without rotary positions", minimum=2
     )
     rope_scaling_type: str = option(
-        "none", "rescaling of rotary frequencies; interpolated: of positions, as Megatron-LM rounds",
-        choices=("none", "linear", "interpolated", "llama3", "yarn"), ours=True,
+        "none",
+        "rescaling of rotary frequencies; interpolated: of positions, as Megatron-LM rounds; dynamic: beyond "
+        "max_position_embeddings only, where no text may reach",
+        choices=("none", "linear", "interpolated", "llama3", "yarn", "dynamic"), ours=True,
     )  # fmt: skip
     rope_scaling_factor: float = option(1.0, "by how much frequencies are stretched", minimum=1.0)
     rope_scaling_low_freq_factor: float = option(1.0, "llama3 scaling: low-frequency bound", ours=True)
@@ -122,9 +124,11 @@ class ModelConfig:
         local = self.rotary_base_local is not None and layer not in (self.full_attention_layers or ())
         return LOCAL if local else GLOBAL
 
-    def learned_positions(self) -> int | None:
-        """How long a text can be; None where positions do not end."""
-        return self.max_position_embeddings if self.position_embedding_type == "learned_absolute" else None
+    def position_limit(self) -> int | None:
+        """How long a text can be; None where positions do not end. Dynamic rope is another function from there on."""
+        dynamic = self.position_embedding_type == "rope" and self.rope_scaling_type == "dynamic"
+        ends = dynamic or self.position_embedding_type == "learned_absolute"
+        return self.max_position_embeddings if ends else None
 
     def head_size(self) -> int:
         """Width of one head."""

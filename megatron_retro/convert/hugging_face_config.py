@@ -19,11 +19,12 @@ from megatron_retro.convert.families import (
     with_multipliers,
 )
 from megatron_retro.convert.harmless_settings import leaves_the_function
-from megatron_retro.convert.rope_settings import ROPE_FIELDS, ROPE_NEEDS, yarn_problems
+from megatron_retro.convert.rope_settings import ROPE_FIELDS, ROPE_NEEDS, dynamic_problems, yarn_problems
 from megatron_retro.errors import ConfigError
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _OLMO3_BASE = 500000.0
+_ORIGINAL = "original_max_position_embeddings"
 _EVERY_FOURTH = 4  # SmolLM3's layers without rotary positions, where a file does not say
 _BIAS_FIELDS = {"attention_bias", "mlp_bias", "use_qkv_bias"}
 
@@ -172,7 +173,7 @@ class _Reader:
         unknown = sorted(set(rope) - ROPE_FIELDS)
         self.problems += [f"rope: {name} = {rope[name]!r} is not understood" for name in unknown]
         if kind not in ROPE_NEEDS:
-            self.problems.append(f"rope type {kind!r}: expected default, linear, llama3 or yarn")
+            self.problems.append(f"rope type {kind!r}: expected {', '.join(ROPE_NEEDS)}")
             return {}
         numbers = {name: self._number(f"rope: {name}", rope.get(name)) for name in ROPE_FIELDS - {"rope_type", "type"}}
         missing = [name for name in ("rope_theta", *ROPE_NEEDS[kind]) if numbers[name] is None]
@@ -191,8 +192,10 @@ class _Reader:
                 "rope_scaling_high_freq_factor": float(numbers["high_freq_factor"]),
             }
         if kind in ("llama3", "yarn"):
-            values["rope_scaling_original_max_positions"] = int(numbers["original_max_position_embeddings"])
-        self.problems += yarn_problems(kind, numbers, self.config.get("original_max_position_embeddings"))
+            values["rope_scaling_original_max_positions"] = int(numbers[_ORIGINAL])
+        inside, outside = (table.get(_ORIGINAL) for table in (numbers, self.config))
+        self.problems += yarn_problems(kind, numbers, outside)
+        self.problems += dynamic_problems(kind, (inside, outside), self.field("max_position_embeddings"))
         return values
 
     def _unrotated(self, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -161,8 +161,8 @@ def core_problems(model: ModelConfig, retro: RetroConfig) -> Iterator[str]:
         yield f"rotary_base_local {model.rotary_base_local}"
     if model.no_rope_freq is not None:
         yield f"no_rope_freq {model.no_rope_freq}"
-    if model.rope_scaling_type == "yarn":
-        yield "rope_scaling_type yarn"
+    if model.rope_scaling_type in ("yarn", "dynamic"):
+        yield f"rope_scaling_type {model.rope_scaling_type}"
     bounds = (
         model.rope_scaling_low_freq_factor,
         model.rope_scaling_high_freq_factor,

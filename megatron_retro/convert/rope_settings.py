@@ -1,9 +1,9 @@
-"""Rotary fields of a Hugging Face `config.json`: which there are, what YaRN may say, and how ours are written."""
+"""Rotary fields of a Hugging Face `config.json`: which there are, what some kinds may say, and how ours are written."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_retro.config.model import ModelConfig
@@ -19,6 +19,7 @@ ROPE_NEEDS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
+    "dynamic": ("factor",),
 }
 
 
@@ -34,6 +35,13 @@ def yarn_problems(kind: str, numbers: Mapping[str, Any], outside: Any) -> Iterat
         value, only = numbers[name], wanted.get(name)
         if value is not None and (only is None or abs(value - only) > 1e-6):
             yield f"rope: {name} = {value!r}: only {only!r} is understood"
+
+
+def dynamic_problems(kind: str, originals: Sequence[Any], longest: int) -> Iterator[str]:
+    """Dynamic rope is plain up to `longest` positions, where texts end here; from another length it would not be."""
+    for original in originals if kind == "dynamic" else ():
+        if original not in (None, longest):
+            yield f"original_max_position_embeddings = {original!r}: only {longest} is understood in dynamic rope"
 
 
 def written_rope(model: ModelConfig, *, partial: bool) -> dict[str, Any]:

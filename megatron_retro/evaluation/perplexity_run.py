@@ -98,7 +98,7 @@ def _lead(model: Loaded) -> tuple[int, ...]:
 
 def _require_room_for_lead(model: Loaded, dataset: Dataset) -> None:
     """Virtual tokens may move windows by whole chunks only: a chunk's neighbours come from a table, found for it."""
-    count, room = len(_lead(model)), model.settings[ModelConfig].learned_positions()
+    count, room = len(_lead(model)), model.settings[ModelConfig].position_limit()
     reads = model.retro.reads_neighbors() and any(source.neighbors for source in dataset.sources)
     if reads and count % model.retro.retro_chunk_length:
         raise ConfigError(
@@ -109,7 +109,7 @@ def _require_room_for_lead(model: Loaded, dataset: Dataset) -> None:
         )
     if room is not None and count + dataset.seq_length > room:
         raise ConfigError(
-            "windows behind virtual tokens are longer than the model's learned positions",
+            "windows behind virtual tokens are longer than the model's positions",
             got=f"{count} + {dataset.seq_length} tokens",
             expected=f"at most {room}",
             fix="give a shorter --seq-length",

@@ -251,10 +251,10 @@ def check_request(request: GenerationRequest, limits: EngineLimits, forward: For
             expected=f"at most {limits.max_sequence_length} together",
             fix="shorten the prompt, ask for fewer tokens, or raise --max-sequence-length",
         )
-    room = forward.learned_positions
+    room = forward.position_limit
     if room is not None and total + len(forward.virtual_tokens) > room:
         raise DataError(
-            "prompt and answer are longer than the model's learned positions",
+            "prompt and answer are longer than the model's positions",
             got=f"{len(forward.virtual_tokens)} virtual + {total} tokens"
             if forward.virtual_tokens
             else f"{total} tokens",

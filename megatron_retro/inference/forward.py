@@ -42,7 +42,7 @@ class Forward(ABC):
     reads_neighbors: bool
     neighbor_shape: tuple[int, int]
     virtual_tokens: tuple[int, ...]
-    learned_positions: int | None
+    position_limit: int | None
     can_show_reading = False
     device: torch.device
 
@@ -52,7 +52,7 @@ class Forward(ABC):
         self.reads_neighbors = retro.reads_neighbors()
         self.neighbor_shape = (max(1, retro.retro_num_neighbors), retro.retrieved_length())
         self.virtual_tokens = virtual_tokens
-        self.learned_positions = model.learned_positions()
+        self.position_limit = model.position_limit()
 
     @torch.inference_mode()
     def prefill(self, tokens_BS: TokenRows, found: FoundRows, cache: Cache) -> None:

@@ -146,7 +146,7 @@ class ContextBuilder:
             position_ids_BS = torch.arange(length, device=device)[None]
             if padding_mask_BS is not None:
                 position_ids_BS = (padding_mask_BS.long().cumsum(1) - 1).clamp(min=0)
-        self._require_learned(position_ids_BS, length)
+        self._require_room(position_ids_BS, length)
         return SequenceContext(
             {window: sequence_pattern(window, documents, padding_mask_BS) for window in self.windows},
             rotary_tables(position_ids_BS, self.frequencies),
@@ -155,18 +155,18 @@ class ContextBuilder:
             None,
         )
 
-    def _require_learned(self, position_ids_BS: Tensor, longest: int) -> None:
-        """A table of learned positions ends; padding may let a longer row fit, so then the positions are looked at."""
-        room = self.config.learned_positions()
+    def _require_room(self, position_ids_BS: Tensor, longest: int) -> None:
+        """Positions may end; padding may let a longer row fit, so then the positions are looked at."""
+        room = self.config.position_limit()
         if room is None or longest <= room or not position_ids_BS.numel():
             return
         highest = int(position_ids_BS.max())
         if highest >= room:
             raise DataError(
-                "a text is longer than the model's learned positions",
+                "a text is longer than the model's positions",
                 got=f"a token at position {highest}, counted from 0",
                 expected=f"at most {room} tokens (max_position_embeddings)",
-                fix="shorten the text or what is to be generated, or use a model with rotary positions",
+                fix="shorten the text or what is to be generated, or use a model whose positions do not end",
             )
 
     def chunks(self, states_BSX: Tensor, num_chunks: int) -> Tensor:
@@ -256,7 +256,7 @@ class ContextBuilder:
             position_ids_BS = (
                 slots_BS if real_BT is None else (real_BT.long().cumsum(1) - 1).clamp(min=0).gather(1, slots_BS)
             )
-        self._require_learned(position_ids_BS, cache_slice.longest)
+        self._require_room(position_ids_BS, cache_slice.longest)
         return SequenceContext(
             {window: self._cached_pattern(window, cache_slice, real_BT, slots_BS) for window in self.windows},
             rotary_tables(position_ids_BS, self.frequencies),

@@ -49,6 +49,10 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
         },
     ),
+    "llama, dynamic": (
+        "Llama",
+        {**SHAPE, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.7}},
+    ),
     "qwen2": ("Qwen2", {**SHAPE, "num_key_value_heads": 2}),
     "qwen2 windowed": (
         "Qwen2",

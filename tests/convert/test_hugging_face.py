@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.convert.checkpoint_files import parameter_shapes, read_parameter, write_checkpoint
 from megatron_retro.convert.hugging_face import export_hugging_face, import_hugging_face
-from megatron_retro.errors import ConfigError
+from megatron_retro.errors import ConfigError, DataError
 from megatron_retro.model.retro import Retro
 from megatron_retro.testing.tiny_models import random_model, random_tokens, tiny_model, tiny_retro
 from tests.convert.foreign_decoders import FOLDED, THEIRS, made
@@ -126,6 +127,22 @@ def test_theirs_comes_in_and_goes_back(transformers: Any, kind: str, tmp_path: P
     assert type(again) is type(original)
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, expected)
+
+
+def test_dynamic_rope_ends_where_its_base_would_change(transformers: Any, tmp_path: Path) -> None:
+    """To its last position it is transformers' function; what transformers computes beyond is another, so refused."""
+    original = made(transformers, "llama, dynamic", tmp_path / "theirs")
+    import_hugging_face(tmp_path / "theirs", tmp_path / "run", TokenizerConfig())
+    ours, tokens = loaded(tmp_path / "run"), random_tokens(1, 65)
+    with torch.no_grad():
+        whole = ours(tokens[:, :64])
+        assert torch.allclose(whole, original(tokens[:, :64]).logits, atol=2e-5, rtol=2e-5)
+        assert not torch.allclose(whole, original(tokens).logits[:, :64], atol=1e-3)
+        with pytest.raises(DataError, match="at most 64 tokens"):
+            ours(tokens)
+    export_hugging_face(tmp_path / "run", tmp_path / "back")
+    written = json.loads((tmp_path / "back/config.json").read_text())
+    assert written["rope_scaling"] == {"rope_type": "dynamic", "factor": 2.7}
 
 
 @pytest.mark.parametrize("kind", OURS)

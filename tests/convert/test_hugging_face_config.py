@@ -118,7 +118,7 @@ def test_windows_and_bases_are_those_of_each_layer() -> None:
         ({"rope_theta": 1e4}, "which base windowed layers get depends on transformers' version"),
         ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters: rope_type: expected objects full_attention"),
         ({"rope_parameters": {"full_attention": "none"}}, "rope_parameters: full_attention: expected objects"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope type 'longrope'"),
         ({"rope_local_base_freq": 1e4}, "rope_local_base_freq = 10000.0 is not understood"),
     ],
 )

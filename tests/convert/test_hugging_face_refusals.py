@@ -18,7 +18,11 @@ from tests.convert.foreign_decoders import made
     ("changes", "named"),
     [
         ({"unheard_of": 3}, "unheard_of = 3 is not understood"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope type 'longrope'"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 32}},
+            "original_max_position_embeddings = 32: only 64 is understood in dynamic rope",
+        ),
         ({"rope_parameters": {"rope_type": "default", "short_factor": [1.0]}}, "short_factor"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu': expected silu"),
         ({"model_type": "lama"}, "did you mean llama"),

@@ -249,7 +249,7 @@ def test_virtual_tokens_that_move_the_grid_of_neighbors_are_refused(setting: Set
     learned = {"position_embedding_type": "learned_absolute", "max_position_embeddings": 4 * CHUNK}
     pretrain(setting.corpus.settings(save=str(tmp_path / "learned"), train_iters=1, eval_iters=0, **learned))
     long = p_tuned(setting, tmp_path / "long", CHUNK, tmp_path / "learned", **learned)
-    with pytest.raises(ConfigError, match="learned positions"):
+    with pytest.raises(ConfigError, match="model's positions"):
         evaluated(setting, tmp_path / "out", load=str(long))
 
 

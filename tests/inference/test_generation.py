@@ -220,7 +220,7 @@ def test_refused_requests(small_model: Callable[..., Retro]) -> None:
         engine.submit(GenerationRequest((3,), 0))
     learned = small_model(position_embedding_type="learned_absolute", max_position_embeddings=24)
     engine = Engine(LocalForward(learned), NeverEnds(), EngineLimits(2, 32))
-    with pytest.raises(DataError, match="learned positions"):
+    with pytest.raises(DataError, match="model's positions"):
         engine.submit(GenerationRequest((1,) * 20, 5))
     engine.submit(GenerationRequest((1,) * 20, 4))
     while engine.step():

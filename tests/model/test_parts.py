@@ -158,7 +158,7 @@ def test_a_text_beyond_the_learned_positions_is_named() -> None:
         tiny_model(position_embedding_type="learned_absolute", max_position_embeddings=8), RetroConfig()
     )
     tokens = torch.arange(1, 10)[None]
-    with pytest.raises(DataError, match="learned positions"):
+    with pytest.raises(DataError, match="model's positions"):
         model(tokens)
     cache = model.new_cache(1, 16)
     model(tokens[:, :6], cache=cache)
