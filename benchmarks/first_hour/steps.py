@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,27 @@ def timings(stage: Stage) -> Mapping[str, Any]:
 
 
 def training_step(stage: Stage) -> Mapping[str, Any]:
-    """Steps of one Retro: memory planned and measured, tokens per second, where the time goes."""
+    """Steps of one Retro, as written: memory planned and measured, tokens per second, where the time goes."""
+    return train(stage, "--no-compile")
+
+
+def compiled_step(stage: Stage) -> Mapping[str, Any]:
+    """The same steps with compiled layers: the same losses but for rounding, and how much faster."""
+    if not stage.gpu:
+        raise Skip("layers are compiled on GPUs")
+    eager, compiled = (
+        train(replace(stage, folder=stage.folder / flag.strip("-")), flag) for flag in ("--no-compile", "--compile")
+    )
+    apart = max(abs(one - other) for one, other in zip(eager["losses"], compiled["losses"], strict=False))
+    if apart > 0.05:
+        raise Failure(f"the losses differ: {eager['losses']} as written, {compiled['losses']} compiled")
+    rates = [run["tokens_per_second"] for run in (eager, compiled)]
+    return {**compiled, "losses_apart": apart, "times_as_fast": rates[1] / rates[0]}
+
+
+def train(stage: Stage, how: str) -> Mapping[str, Any]:
+    """A run that is ended after its profiled step, and what it tells."""
+    stage.folder.mkdir(exist_ok=True)
     model = STEP_OF_A_GPU if stage.gpu else TINY
     steps, plan, run = 12 if stage.gpu else 4, stage.folder / "plan.json", stage.folder / "run"
     shape = (*model, *RUN, "--train-iters", "100")  # ended before, so that nothing is saved
@@ -137,7 +158,7 @@ def training_step(stage: Stage) -> Mapping[str, Any]:
     train_until(
         stage,
         lambda: trace.exists() and len(steps_of(run)) >= steps,
-        *("pretrain", *shape, *profiled, "--save", str(run)),
+        *("pretrain", *shape, *profiled, how, "--save", str(run)),
     )
     log = read_run_log(run)
     planned = json.loads(plan.read_text(encoding="utf-8"))["ranks"][0]["memory_total"] if plan.exists() else None
@@ -245,6 +266,7 @@ STEPS = (
     Step("sanitizer", 60.0, sanitizer),
     Step("proof", 150.0, proof),
     Step("training_step", 120.0, training_step),
+    Step("compiled_step", 180.0, compiled_step),
     Step("resume", 90.0, resume),
     Step("search", 40.0, search),
     Step("timings", 120.0, timings),

@@ -22,7 +22,10 @@ from megatron_retro.runtime.console import warn
 BACKEND = "inductor"
 MOST_SHAPES = 6
 _MOST_GRAPHS = 64  # of one function: kinds of layers, and what of them is frozen, times shapes
-_FIX = "go without: --no-compile (TORCHDYNAMO_VERBOSE=1 shows where in the code)"
+_FIX = (
+    "go without: --no-compile (TORCHDYNAMO_VERBOSE=1 shows where in the code); where an earlier run was killed while "
+    "it compiled, remove what it left in {}"
+)
 
 
 def compiler_problems(device: str) -> Sequence[str]:
@@ -62,7 +65,9 @@ class LayerCompiler:
                 return graph(*arguments)
             except self._failures as error:
                 raise EnvironmentProblem(
-                    "a layer cannot be compiled as one graph", got=_first_lines(error), fix=_FIX
+                    "a layer cannot be compiled as one graph",
+                    got=_first_lines(error),
+                    fix=_FIX.format(torch._inductor.runtime.cache_dir_utils.cache_dir()),
                 ) from error
 
         return run
