@@ -20,7 +20,10 @@ class ConvertConfig:
     convert_shard_megabytes: int = option(4096, "size of an exported file", minimum=1, ours=True)
     convert_merge: bool = option(False, "write what was tuned beside a model into its weights (LoRA, (IA)3)", ours=True)
     convert_base: str | None = option(
-        None, "the checkpoint that an adapter in the format of Hugging Face's peft belongs to", ours=True
+        None,
+        "the checkpoint that an adapter in the format of Hugging Face's peft belongs to; with --convert-to peft, the "
+        "folder or hub name of the base that the adapter names, where the run does not know it",
+        ours=True,
     )
     convert_neutral_arguments: tuple[str, ...] | None = option(
         None, "arguments of a Megatron-LM run that are not known here and leave its model's function alone", ours=True

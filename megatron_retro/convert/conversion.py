@@ -18,7 +18,7 @@ from megatron_retro.convert.megatron_files import is_megatron
 from megatron_retro.convert.megatron_import import import_megatron
 from megatron_retro.convert.peft_import import import_peft
 from megatron_retro.convert.remote_code import export_remote_code, import_remote_code, is_remote_code
-from megatron_retro.data.hub import MODEL_PATTERNS, folder_of
+from megatron_retro.data.hub import MODEL_PATTERNS, folder_of, lasting_name
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.runtime.console import say
 
@@ -37,13 +37,16 @@ def convert(settings: Settings, paths: Sequence[str]) -> None:
         raise ConfigError(
             "--tokenizer-type is read with a model of Hugging Face or Megatron-LM alone", fix="leave it out"
         )
-    say(f"wrote {_written(config, source, destination, settings[TokenizerConfig] if named else None)}")
+    tokenizer = settings[TokenizerConfig] if named else None
+    say(f"wrote {_written(config, source, destination, tokenizer, lasting_name(paths[0], source))}")
 
 
-def _written(config: ConvertConfig, source: Path, destination: Path, tokenizer: TokenizerConfig | None) -> Path:
+def _written(
+    config: ConvertConfig, source: Path, destination: Path, tokenizer: TokenizerConfig | None, origin: str
+) -> Path:
     dtype, decoder_only = getattr(torch, config.convert_dtype), config.convert_decoder_only
     if config.convert_to == "peft":
-        return export_peft(source, destination, dtype=dtype, decoder_only=decoder_only)
+        return export_peft(source, destination, dtype=dtype, decoder_only=decoder_only, base=config.convert_base)
     shard_bytes, merge = config.convert_shard_megabytes << 20, config.convert_merge
     if config.convert_to == "remote-code":
         return export_remote_code(source, destination, dtype=dtype, shard_bytes=shard_bytes, merge=merge)
@@ -61,7 +64,7 @@ def _written(config: ConvertConfig, source: Path, destination: Path, tokenizer: 
     if is_remote_code(source):
         return import_remote_code(source, destination, tokenizer, dtype)
     if (source / CONFIG).is_file():
-        return import_hugging_face(source, destination, tokenizer, dtype)
+        return import_hugging_face(source, destination, tokenizer, dtype, origin)
     if is_megatron(source):
         neutral = config.convert_neutral_arguments or ()
         vocab_size, optimizer = config.convert_vocab_size, config.convert_optimizer
@@ -79,7 +82,7 @@ def _require_fitting(config: ConvertConfig, source: Path) -> None:
     is_adapter = (source / ADAPTER_CONFIG).is_file()
     if is_adapter and config.convert_base is None:
         raise ConfigError(f"{source} is an adapter", fix="give --convert-base, the checkpoint that it belongs to")
-    if config.convert_base is not None and not is_adapter:
+    if config.convert_base is not None and not is_adapter and config.convert_to != "peft":
         raise ConfigError(f"{source} holds no {ADAPTER_CONFIG}", got="--convert-base", expected="a folder of peft")
     if config.convert_optimizer == "required" and not is_megatron(source):
         raise ConfigError(

@@ -18,7 +18,7 @@ from megatron_retro.convert.checkpoint_files import open_stored, parameter_shape
 from megatron_retro.convert.exported_text import export_text_files
 from megatron_retro.convert.families import GPT2, Family
 from megatron_retro.convert.hugging_face_config import family_of, model_from_hugging_face
-from megatron_retro.convert.hugging_face_settings import hugging_face_from_model
+from megatron_retro.convert.hugging_face_settings import first_family, hugging_face_from_model
 from megatron_retro.convert.safetensors_folder import SafetensorsFolder, read_json, write_folder
 from megatron_retro.convert.tensor_rules import Rule
 from megatron_retro.data.model_text import TOKENIZER_JSON, keep_text_files
@@ -30,12 +30,19 @@ CONFIG = "config.json"
 _DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
 
 
+ORIGIN = "hugging_face"  # of a checkpoint's inputs: which model it is, as peft would name it
+
+
 def import_hugging_face(
-    source: Path, run: Path, tokenizer: TokenizerConfig | None = None, dtype: torch.dtype = torch.float32
+    source: Path,
+    run: Path,
+    tokenizer: TokenizerConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    origin: str | None = None,
 ) -> Path:
     """Write step 0 of `run` from the folder; tensor by tensor, every name and shape checked first.
 
-    The tokenizer that lies beside the model comes along, unless another is given.
+    The tokenizer that lies beside the model comes along, unless another is given. `origin` is the model's lasting name.
     """
     config = read_json(source / CONFIG)
     model, family = model_from_hugging_face(config), family_of(config)
@@ -53,7 +60,12 @@ def import_hugging_face(
 
     kept = keep_text_files(tokenizer or imported_tokenizer(source), run)
     settings = Settings([model, RetroConfig(), kept])
-    return write_checkpoint(run, settings, shapes, load, {"config.json": file_record(source / CONFIG).sha256}, dtype)
+    inputs = {CONFIG: file_record(source / CONFIG).sha256}
+    # An export of another family (Granite's becomes Llama) has other names and weights than its origin.
+    first = first_family(model)
+    if origin is not None and first is not None and first.model_type == family.model_type:
+        inputs[ORIGIN] = origin
+    return write_checkpoint(run, settings, shapes, load, inputs, dtype)
 
 
 def imported_tokenizer(source: Path) -> TokenizerConfig:

@@ -7,6 +7,7 @@ theirs. Virtual tokens go out as their vectors (prompt tuning); the network that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,14 @@ import torch
 from torch import Tensor
 
 from megatron_retro.artifacts.files import new_directory, write_file
-from megatron_retro.checkpoint.loading import Checkpoint, open_base, open_checkpoint, stored_settings
+from megatron_retro.checkpoint.loading import (
+    Checkpoint,
+    base_path,
+    describe_checkpoint,
+    open_base,
+    open_checkpoint,
+    stored_settings,
+)
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.settings import Settings
@@ -23,9 +31,11 @@ from megatron_retro.config.training import PeftConfig
 from megatron_retro.convert.checkpoint_files import parameter_names, read_parameter
 from megatron_retro.convert.exported_text import export_text_files
 from megatron_retro.convert.families import GPT2, Family
+from megatron_retro.convert.hugging_face import ORIGIN
 from megatron_retro.convert.hugging_face_settings import hugging_face_from_model
 from megatron_retro.convert.tensor_rules import Rule
-from megatron_retro.errors import ConfigError
+from megatron_retro.data.hub import name_and_revision
+from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.peft.methods import IA3, LORA
 from megatron_retro.peft.prompts import PROMPT, PromptEncoder
 from megatron_retro.runtime.strict_json import json_text
@@ -72,8 +82,13 @@ def linear_names(model: ModelConfig) -> tuple[Family, list[LinearNames]]:
     return family, found
 
 
-def export_peft(source: Path, destination: Path, *, dtype: torch.dtype, decoder_only: bool = False) -> Path:
-    """Write a PEFT run as a folder that `PeftModel.from_pretrained(base, folder)` loads."""
+def export_peft(
+    source: Path, destination: Path, *, dtype: torch.dtype, decoder_only: bool = False, base: str | None = None
+) -> Path:
+    """Write a PEFT run as a folder that `PeftModel.from_pretrained(base, folder)` loads.
+
+    It names its base: as given, else as the run knows where it came from, so that peft finds it alone.
+    """
     from safetensors.torch import save_file
 
     checkpoint = open_checkpoint(source)
@@ -96,7 +111,7 @@ def export_peft(source: Path, destination: Path, *, dtype: torch.dtype, decoder_
         )
     family, linears = linear_names(model)
     tensors = dict(_WRITERS[method](checkpoint, settings, linears))
-    config = {"task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": None}
+    config = {"task_type": "CAUSAL_LM", "inference_mode": True, **_named_base(checkpoint, base)}
     config |= _config(settings, tensors, family)
     with new_directory(destination) as partial:
         stored = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
@@ -104,6 +119,17 @@ def export_peft(source: Path, destination: Path, *, dtype: torch.dtype, decoder_
         write_file(partial / ADAPTER_CONFIG, json_text(config, indent=2) + "\n")
         export_text_files(checkpoint.path, settings[TokenizerConfig], partial)
     return destination
+
+
+def _named_base(checkpoint: Checkpoint, given: str | None) -> dict[str, str | None]:
+    """The model that was imported and tuned beside; nothing where it is one of ours, or its import is gone."""
+    if given is None:
+        with suppress(ArtifactError):
+            given = describe_checkpoint(base_path(checkpoint)).manifest.inputs.get(ORIGIN)
+    elif Path(given).exists():
+        given = str(Path(given).absolute())
+    name, revision = (None, None) if given is None else name_and_revision(given)
+    return {"base_model_name_or_path": name, "revision": revision}
 
 
 def _config(settings: Settings, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Any]:

@@ -35,6 +35,11 @@ def hugging_face_from_model(model: ModelConfig) -> tuple[Family, dict[str, Any]]
     raise ConfigError(f"no Hugging Face family computes what this decoder computes:\n{listed}")
 
 
+def first_family(model: ModelConfig) -> Family | None:
+    """The family that a decoder goes out as."""
+    return next((family for family in FAMILIES.values() if not not_supported_reasons(family, model)), None)
+
+
 def not_supported_reasons(family: Family, model: ModelConfig) -> list[str]:
     """Why a decoder is no member of a family; empty when it is."""
     plain = {"add_qkv_bias": False, "qk_layernorm": False, "norm_placement": "before", "qk_norm_scope": "head"}

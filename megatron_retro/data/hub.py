@@ -25,6 +25,19 @@ def folder_of(name: str | Path, patterns: tuple[str, ...]) -> Path:
     return _fetched(str(name), patterns)
 
 
+def name_and_revision(name: str) -> tuple[str, str | None]:
+    """`owner/model@revision` in its two parts; anything else, a folder's path too, is all name."""
+    match = _NAME.fullmatch(name)
+    return (name, None) if match is None or Path(name).exists() else (match[1], match[2])
+
+
+def lasting_name(name: str, folder: Path) -> str:
+    """How to name later what `folder_of` found: the model at its commit, or the folder's whole path."""
+    if folder == Path(name):
+        return str(folder.absolute())
+    return f"{name_and_revision(name)[0]}@{folder.name}"
+
+
 @cache
 def _fetched(name: str, patterns: tuple[str, ...]) -> Path:
     """Asked of the hub once in a process."""

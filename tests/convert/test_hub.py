@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_retro.checkpoint.loading import describe_checkpoint
 from tests.data.byte_level import save_byte_level
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -80,6 +81,8 @@ def test_a_model_comes_in_by_name_and_again_without_the_hub(endpoint: str, tmp_p
         run = told(["convert", "team/model", str(tmp_path / name)], endpoint, tmp_path / "home", offline=offline)
         assert run.returncode == 0, run.stderr
         assert (tmp_path / name / "tokenizer/tokenizer.json").is_file()
+        origin = describe_checkpoint(tmp_path / name).manifest.inputs["hugging_face"]
+        assert origin == f"team/model@{COMMIT}"
     assert not list((tmp_path / "home").rglob("pytorch_model.bin"))
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "some text"}\n')

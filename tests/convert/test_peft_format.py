@@ -18,6 +18,7 @@ from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import CheckpointConfig, PeftConfig
 from megatron_retro.convert.checkpoint_files import parameter_shapes, write_checkpoint
+from megatron_retro.convert.hugging_face import import_hugging_face
 from megatron_retro.model.retro import Retro
 from megatron_retro.peft.attach import added_parameters, attach, connect, part_modules
 from megatron_retro.peft.merging import merge
@@ -121,6 +122,37 @@ def test_peft_computes_what_ours_does_and_it_comes_back(peft: Any, tmp_path: Pat
     again = load_model(tmp_path / "again", device="cpu")
     require_close(logits_of(again.module, tokens), expected)
     assert again.settings[PeftConfig].lora_rank == (3 if method == "lora" else PeftConfig().lora_rank)
+
+
+def test_the_adapter_names_the_model_that_was_imported(peft: Any, tmp_path: Path) -> None:
+    """So `peft` finds its base alone; a model of the hub is named with its revision, and a flag names any other."""
+    module, config = random_model(config_of("llama"), RetroConfig()), METHODS["lora"]
+    saved(module, tmp_path / "ours")
+    converted(tmp_path / "ours", tmp_path / "theirs", "--convert-to", "huggingface")
+    converted(tmp_path / "theirs", tmp_path / "imported", "--tokenizer-type", "ByteTokenizer")
+    tuned_run(tmp_path, module, config)
+    values = {name: value.detach() for name, value in added_parameters(module).items()}
+    shapes = {name: tuple(value.shape) for name, value in values.items()}
+
+    def named(base: Path | str, *words: object) -> tuple[Path, list[Any]]:
+        settings = Settings([module.model, module.retro, TokenizerConfig(), config, CheckpointConfig(load=str(base))])
+        out = tmp_path / f"tuned {Path(base).name} {len(words)}"
+        write_checkpoint(out, settings, shapes, values.__getitem__, {})
+        adapter = tmp_path / f"adapter {out.name}"
+        converted(out, adapter, "--convert-to", "peft", *words)
+        written = json.loads((adapter / "adapter_config.json").read_text())
+        return adapter, [written["base_model_name_or_path"], written["revision"]]
+
+    adapter, found = named(tmp_path / "imported")
+    assert found == [str(tmp_path / "theirs"), None]
+    tokens = random_tokens(2, 17)
+    tuned = peft.AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
+    with torch.no_grad():
+        require_close(tuned(input_ids=tokens).logits, logits_of(module, tokens))
+    import_hugging_face(tmp_path / "theirs", tmp_path / "hub", TokenizerConfig(), origin="team/model@0123abc")
+    assert named(tmp_path / "hub")[1] == ["team/model", "0123abc"]
+    assert named(tmp_path / "ours")[1] == named(tmp_path / "gone")[1] == [None, None]
+    assert named(tmp_path / "ours", "--convert-base", tmp_path / "theirs")[1] == [str(tmp_path / "theirs"), None]
 
 
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
