@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,12 @@ from torch import Tensor
 
 from megatron_retro.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, Tokenizer, end_tokens
 from megatron_retro.errors import ConfigError, DataError
+from megatron_retro.runtime.strict_json import json_text
 
 _COMPACT = {"whitespace_flexible": False}  # spaces without end are JSON, too
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+_KEPT_GRAMMARS = 32
+_LARGEST_SCHEMA = 128 << 10
 
 
 class Constraint:
@@ -49,24 +53,36 @@ class Grammars:
         except ImportError:
             raise ConfigError("response_format needs llguidance", fix="pip install 'megatron-retro[serve]'") from None
         self._matcher: Any = llguidance.LLMatcher
+        self._compiled = lru_cache(_KEPT_GRAMMARS)(self._compile)
         ends, backend = sorted(end_tokens(tokenizer)), getattr(tokenizer, "backend", None)
         given = backend.to_str() if backend is not None else llguidance.TokenizerWrapper(_described(tokenizer))
         self._tokenizer: Any = llguidance.LLTokenizer(given, n_vocab=tokenizer.vocab_size, eos_token=ends)
 
     def require(self, schema: Mapping[str, Any]) -> str:
-        """The grammar of a JSON schema; refused in words."""
+        """The grammar of a JSON schema, refused in words: a large one takes half a second, in any thread."""
+        size = len(json_text(schema))
+        if size > _LARGEST_SCHEMA:
+            raise ConfigError(
+                "response_format has a schema that is too large",
+                got=f"{size:,} characters",
+                expected=f"at most {_LARGEST_SCHEMA:,}",
+            )
         try:
             grammar: str = self._matcher.grammar_from_json_schema(dict(schema), overrides=_COMPACT)
         except ValueError as error:
             raise ConfigError("response_format holds no JSON schema", got=error) from None
-        is_wrong, problems = self._matcher.validate_grammar_with_warnings(grammar, self._tokenizer)
-        if is_wrong:
-            raise ConfigError("response_format has a schema that is not followed here", got="; ".join(problems))
+        self._compiled(grammar)
         return grammar
 
     def begin(self, grammar: str) -> Constraint:
         """Follow a new answer."""
-        return Constraint(self._matcher(self._tokenizer, grammar, log_level=0))
+        return Constraint(self._compiled(grammar).deep_copy())
+
+    def _compile(self, grammar: str) -> Any:
+        matcher = self._matcher(self._tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise ConfigError("response_format has a schema that is not followed here", got=matcher.get_error())
+        return matcher
 
 
 def _described(tokenizer: Any) -> SimpleNamespace:

@@ -113,6 +113,7 @@ def test_a_cut_model_is_served(room: Path, tmp_path: Path, tensor: int, pipeline
     expected = json.loads((tmp_path / "one").read_text())
     assert answers["texts"] == [expected["text"]] * 3
     assert [chunk["query_stop"] for chunk in answers["chunks"]] == [one["query_stop"] for one in expected["chunks"]]
+    assert json.loads(answers["held"]) in ({"color": "red"}, {"color": "blue"})
     assert answers["status"] == "ok"
 
 
@@ -131,6 +132,12 @@ def conversation(port: int) -> dict[str, Any]:
         next(leaving.iter_lines())
     answer = client.completions.create(**body, n=2, extra_body={"retrieval": True})
     again = client.completions.create(**body)
+    messages: Any = [{"role": "user", "content": "Hi"}]
+    content = {"type": "object", "properties": {"color": {"enum": ["red", "blue"]}}, "required": ["color"]}
+    content["additionalProperties"] = False
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "c", "schema": content}}
+    held = client.chat.completions.create(model="retro", messages=messages, response_format=wanted, max_tokens=30)
     chunks = answer.choices[0].retrieval  # type: ignore[attr-defined]
     texts = [choice.text for choice in (*answer.choices, *again.choices)]
-    return {"texts": texts, "chunks": chunks, "status": httpx.get(url + "/health").json()["status"]}
+    status = httpx.get(url + "/health").json()["status"]
+    return {"texts": texts, "chunks": chunks, "held": held.choices[0].message.content, "status": status}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
 
@@ -37,6 +37,7 @@ class Service:
     chat_format: ChatFormat
     model_name: str
     created: int
+    _compiling: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def retrieval_modes(self) -> list[schema.RetrievalMode]:
@@ -46,11 +47,8 @@ class Service:
         return ["none"]
 
     def requests_of(self, body: schema.CompletionRequest | schema.ChatRequest) -> list[GenerationRequest]:
-        """The texts to generate, n for each prompt in turn."""
-        if body.model is not None and body.model != self.model_name:
-            raise RequestRefused(
-                f"there is no model {body.model!r} here", 404, f"use {self.model_name!r}, or leave it out"
-            )
+        """The texts to generate, n for each prompt in turn, held to nothing yet."""
+        self.require_model(body.model)
         prompts, passages = self._prompts(body)
         if len(prompts) * body.n > schema.MAX_TEXTS:
             raise RequestRefused(f"more than {schema.MAX_TEXTS} texts in one request", 400)
@@ -58,9 +56,6 @@ class Service:
         stops += self.chat_format.stops if isinstance(body, schema.ChatRequest) else ()
         source = self.generator.source(self._mode(body.retrieval_mode), passages)
         seed = secrets.randbits(62) if body.seed is None else body.seed
-        wanted = body.response_format if isinstance(body, schema.ChatRequest) else None
-        schema_of_answer = wanted.schema_of_answer() if wanted is not None else None
-        grammar = None if schema_of_answer is None else self.generator.engine.grammars.require(schema_of_answer)
         return [
             GenerationRequest(
                 prompt,
@@ -72,11 +67,24 @@ class Service:
                 _alternatives(body),
                 isinstance(body, schema.CompletionRequest) and body.echo and body.logprobs is not None,
                 isinstance(body, schema.CompletionRequest) and body.attention and source is not None,
-                grammar,
             )
             for prompt in prompts
             for number in range(body.n)
         ]
+
+    def require_model(self, name: str | None) -> None:
+        """Refuse a name that is not the model's."""
+        if name is not None and name != self.model_name:
+            raise RequestRefused(f"there is no model {name!r} here", 404, f"use {self.model_name!r}, or leave it out")
+
+    async def grammar_of(self, body: schema.CompletionRequest | schema.ChatRequest) -> str | None:
+        """What the answers are held to. One schema at a time is compiled, in a thread, for a large one takes long."""
+        wanted = body.response_format if isinstance(body, schema.ChatRequest) else None
+        content = wanted.schema_of_answer() if wanted is not None else None
+        if content is None:
+            return None
+        async with self._compiling:
+            return await asyncio.to_thread(lambda: self.generator.engine.grammars.require(content))
 
     def _mode(self, mode: schema.RetrievalMode | None) -> str:
         modes = self.retrieval_modes
@@ -94,20 +102,7 @@ class Service:
             turns = [Turn(roles.get(one.role, one.role), one.text()) for one in body.messages]
             text, to_encoder = self.chat_format.write(turns, passages)
             return [self.generator.tokens_of(text)], to_encoder
-        return self._completion_prompts(body.prompt), passages
-
-    def _completion_prompts(self, prompt: str | list[str] | list[int] | list[list[int]]) -> list[tuple[int, ...]]:
-        tokens_of = self.generator.tokens_of
-        if isinstance(prompt, str):
-            return [tokens_of(prompt)]
-        found: list[tuple[int, ...]] = []
-        numbers: list[int] = []
-        for one in prompt:
-            if isinstance(one, int):
-                numbers.append(one)
-            else:
-                found.append(tokens_of(one) if isinstance(one, str) else tuple(one))
-        return found or [tuple(numbers)]
+        return token_lists(body.prompt, self.generator.tokens_of), passages
 
     def _max_tokens(self, body: schema.CompletionRequest | schema.ChatRequest, prompt_length: int) -> int:
         if isinstance(body, schema.CompletionRequest):
@@ -192,6 +187,22 @@ class Service:
             )
             for chunk in self.generator.report(generation)[first:]
         ]
+
+
+def token_lists(
+    given: str | list[str] | list[int] | list[list[int]], tokens_of: Callable[[str], Sequence[int]]
+) -> list[tuple[int, ...]]:
+    """The tokens of a text or of several, which a client may send as tokens, too."""
+    if isinstance(given, str):
+        return [tuple(tokens_of(given))]
+    found: list[tuple[int, ...]] = []
+    numbers: list[int] = []
+    for one in given:
+        if isinstance(one, int):
+            numbers.append(one)
+        else:
+            found.append(tuple(tokens_of(one) if isinstance(one, str) else one))
+    return found or [tuple(numbers)]
 
 
 def _sampling(body: schema.SharedRequest, seed: int) -> Sampling:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
@@ -152,17 +153,19 @@ def _card(service: answering.Service) -> schema.ModelCard:
     return schema.ModelCard(id=service.model_name, created=service.created, retrieval_modes=service.retrieval_modes)
 
 
-def _submit(
+async def _submit(
     service: answering.Service, metrics: Metrics, body: schema.CompletionRequest | schema.ChatRequest
 ) -> list[RequestHandle]:
     metrics.count("megatron_retro_requests_total", kind=type(body).__name__)
-    return service.engine.submit(service.requests_of(body), asyncio.get_running_loop())
+    requests, grammar = service.requests_of(body), await service.grammar_of(body)
+    held = [replace(one, grammar=grammar) for one in requests]
+    return service.engine.submit(held, asyncio.get_running_loop())
 
 
 def _add_completions(application: FastAPI, service: answering.Service, metrics: Metrics) -> None:
     @application.post("/v1/completions", response_model=schema.Completion, responses=_STREAM)
     async def completions(body: schema.CompletionRequest, request: Request) -> Response:
-        handles = _submit(service, metrics, body)
+        handles = await _submit(service, metrics, body)
         head = schema.Completion(
             id=answering.new_id("cmpl"), created=answering.now(), model=service.model_name, choices=[]
         )
@@ -205,7 +208,7 @@ async def _completion_events(
 def _add_chat(application: FastAPI, service: answering.Service, metrics: Metrics) -> None:
     @application.post("/v1/chat/completions", response_model=schema.ChatCompletion, responses=_STREAM)
     async def chat(body: schema.ChatRequest, request: Request) -> Response:
-        handles = _submit(service, metrics, body)
+        handles = await _submit(service, metrics, body)
         name, created = answering.new_id("chatcmpl"), answering.now()
         if body.stream:
             head = schema.ChatCompletionChunk(id=name, created=created, model=service.model_name, choices=[])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -13,6 +15,7 @@ import pytest
 from megatron_retro.config.inference import ServeConfig
 from megatron_retro.inference.engine import EngineLimits
 from megatron_retro.inference.forward import LocalForward
+from megatron_retro.inference.grammars import Grammars
 from megatron_retro.inference.text_generator import TextGenerator
 from tests.inference.serving.conftest import random_model, start
 
@@ -41,6 +44,12 @@ def chat(url: str, **more: Any) -> Any:
     return client.chat.completions.create(model="small", messages=messages, max_tokens=60, **more)
 
 
+def asked_for(url: str, content: dict[str, Any]) -> httpx.Response:
+    wanted = {"type": "json_schema", "json_schema": {"name": "thing", "schema": content}}
+    body = {"messages": [{"role": "user", "content": "Hi"}], "response_format": wanted, "max_tokens": 1}
+    return httpx.post(url + "/v1/chat/completions", json=body, timeout=60)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 def test_an_answer_follows_its_schema(temperature: float, url: str) -> None:
     wanted = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True}}
@@ -60,7 +69,25 @@ def test_an_object_begins_and_texts_beside_it_are_free(url: str) -> None:
 
 
 def test_a_schema_that_is_none_is_refused(url: str) -> None:
-    wanted = {"type": "json_schema", "json_schema": {"name": "thing", "schema": {"type": "objekt"}}}
-    body = {"messages": [{"role": "user", "content": "Hi"}], "response_format": wanted}
-    answer = httpx.post(url + "/v1/chat/completions", json=body, timeout=60)
+    answer = asked_for(url, {"type": "objekt"})
     assert answer.status_code == 400 and "response_format has a schema" in answer.json()["error"]["message"]
+
+
+def test_large_schemas_hold_nobody_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others are answered while a schema is compiled."""
+    begun, answered, require = threading.Event(), threading.Event(), Grammars.require
+
+    def slowly(grammars: Grammars, content: dict[str, Any]) -> str:
+        begun.set()
+        assert answered.wait(30), "the service waits for the schema"
+        return require(grammars, content)
+
+    monkeypatch.setattr(Grammars, "require", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(asked_for, url, SCHEMA)
+        assert begun.wait(30)
+        assert httpx.get(url + "/health", timeout=20).json()["status"] == "ok"
+        answered.set()
+        assert answer.result().status_code == 200
+    refused = asked_for(url, {"enum": [f"{number:>9}" for number in range(12_000)]})
+    assert refused.status_code == 400 and "too large" in refused.json()["error"]["message"]
