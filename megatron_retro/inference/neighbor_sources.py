@@ -55,6 +55,9 @@ class ChunkSearch(Protocol):
     def search(self, chunks: Sequence[Sequence[int]], num_neighbors: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Ids [n, k], -1 for none, and squared distances."""
 
+    def embed(self, chunks: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """The vectors that are searched for."""
+
 
 class LiveNeighbors:
     """The nearest chunks of a database, searched during generation."""

@@ -76,7 +76,7 @@ class LiveIndex:
         self._verification.start()
         search_one_by_one(self._index)
         set_search_effort(self._index, nprobe or settings["nprobe"], settings["ef_search"])
-        self._limit, self._lock = cached_chunks, threading.Lock()
+        self._limit, self._lock, self._embedding = cached_chunks, threading.Lock(), threading.Lock()
         self._cache: OrderedDict[tuple[tuple[int, ...], int], tuple[NDArray[Any], NDArray[Any]]] = OrderedDict()
 
     def search(
@@ -96,9 +96,8 @@ class LiveIndex:
             ids[row], distances[row] = known[key]
         return ids, distances
 
-    def _answers(
-        self, chunks: Sequence[tuple[int, ...]], num_neighbors: int
-    ) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+    def embed(self, chunks: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """The vectors of chunks, as they are searched for; one thread at a time."""
         length = max(1, *(len(chunk) for chunk in chunks))
         tokens, present = np.zeros((len(chunks), length), np.int64), np.zeros((len(chunks), length), np.bool_)
         for row, chunk in enumerate(chunks):
@@ -106,7 +105,13 @@ class LiveIndex:
             present[row, : len(chunk)] = True
         if self._eod is not None:
             present &= tokens != self._eod
-        distances, ids = self._index.search(self.embedder.embed(tokens, present), num_neighbors)
+        with self._embedding:
+            return self.embedder.embed(tokens, present)
+
+    def _answers(
+        self, chunks: Sequence[tuple[int, ...]], num_neighbors: int
+    ) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+        distances, ids = self._index.search(self.embed(chunks), num_neighbors)
         return list(zip(ids, np.where(ids >= 0, distances, np.inf), strict=True))
 
     def _cached(self, key: tuple[tuple[int, ...], int]) -> tuple[NDArray[Any], NDArray[Any]] | None:

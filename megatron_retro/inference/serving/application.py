@@ -1,4 +1,4 @@
-"""The routes of the service: completions, chat, models, health, metrics and the page."""
+"""The routes of the service: completions, chat, embeddings, models, health, metrics and the page."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from megatron_retro import __version__
 from megatron_retro.config.inference import ServeConfig
 from megatron_retro.errors import MegatronRetroError
 from megatron_retro.inference.serving import answering, schema
+from megatron_retro.inference.serving.embeddings import add_embeddings
 from megatron_retro.inference.serving.engine_thread import RequestHandle, RequestRefused
 from megatron_retro.inference.serving.guards import Guards
 from megatron_retro.inference.serving.metrics import Metrics
@@ -59,6 +60,7 @@ def build_application(
     _add_status(application, service, metrics)
     _add_completions(application, service, metrics)
     _add_chat(application, service, metrics)
+    add_embeddings(application, service, metrics)
     return Guards(application, config, api_keys)
 
 

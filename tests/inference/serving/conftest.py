@@ -55,6 +55,11 @@ class OverlapSearch:
         ids = np.argsort(-shared, axis=1, kind="stable")[:, :num_neighbors]
         return ids, 1.0 / (1 + np.take_along_axis(shared, ids, 1))
 
+    def embed(self, chunks: Sequence[Sequence[int]]) -> Any:
+        """The number of each byte's occurrences, of length one."""
+        counts = np.stack([np.bincount(list(chunk), minlength=257) for chunk in chunks]).astype(np.float32)
+        return counts / np.linalg.norm(counts, axis=1, keepdims=True)
+
 
 def trigrams(tokens: Sequence[int]) -> set[tuple[int, ...]]:
     return set(zip(tokens, tokens[1:], tokens[2:], strict=False))
