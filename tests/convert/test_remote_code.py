@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,98 @@ def test_transformers_computes_what_ours_does(
         with torch.no_grad():
             expected = torch.cat((expected, ours(expected)[:, -1:].argmax(-1)), 1)
     assert torch.equal(written, expected)
-    with pytest.raises(ValueError, match="padded on the left"):
-        theirs(tokens, attention_mask=torch.tensor([[0] + [1] * 15] * 2))
     theirs.save_pretrained(tmp_path / "again")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True).eval()
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, plain)
-    assert theirs.get_input_embeddings().weight is theirs.retro.embedding.word.weight
     words = ["convert", str(tmp_path / "again"), str(tmp_path / "back"), "--tokenizer-type", "ByteTokenizer"]
     assert main(words) == 0
     back = load_model(tmp_path / "back", device="cpu").module
     with torch.no_grad():
         assert torch.equal(back(tokens, neighbors), read)
+
+
+@pytest.fixture
+def theirs() -> Any:
+    """A Retro under transformers' interface, without a folder."""
+    from megatron_retro.convert.modeling_megatron_retro import MegatronRetroConfig, MegatronRetroForCausalLM
+
+    def made(**changes: Any) -> Any:
+        ours = random_model(tiny_model(untie_embeddings_and_output_weights=True), tiny_retro(**changes))
+        model = dataclasses.replace(ours.model, make_vocab_size_divisible_by=1)
+        config = MegatronRetroConfig(dataclasses.asdict(model), dataclasses.asdict(ours.retro), use_cache=False)
+        made = MegatronRetroForCausalLM(config).eval()
+        with torch.no_grad():
+            for name, parameter in made.retro.named_parameters():
+                parameter.copy_(ours.get_parameter(name)[: len(parameter)])
+        return made
+
+    return made
+
+
+def test_rows_that_are_padded_on_the_left_are_the_unpadded_ones(theirs: Any) -> None:
+    """Their logits, with the mask alone and with positions too, and what is written; with neighbours it is refused."""
+    model, tokens = theirs(), random_tokens(2, 12)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :5] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        alone, whole = model(tokens[:1, 5:]).logits[0], model(tokens[1:]).logits[0]
+        for more in ({}, {"position_ids": positions}):
+            found = model(tokens, attention_mask=mask, **more).logits
+            torch.testing.assert_close(found[0, 5:], alone, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(found[1], whole, atol=1e-5, rtol=1e-5)
+    asked = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    written = model.generate(tokens, attention_mask=mask, **asked)
+    single = model.generate(tokens[:1, 5:], attention_mask=mask[:1, 5:], **asked)
+    assert torch.equal(written[0, 5:], single[0])
+    neighbors = random_neighbors(2, 3)
+    with pytest.raises(ValueError, match="padded on the left"):
+        model(tokens, neighbors.tokens_BCKR, neighbors.mask_BCKR, attention_mask=mask)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_layers_give_the_same_gradients(theirs: Any, reentrant: bool) -> None:
+    model, tokens, neighbors = theirs().train(), random_tokens(2, 16), random_neighbors(2, 4)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(tokens, neighbors.tokens_BCKR, neighbors.mask_BCKR, labels=tokens).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    entered = []
+    model.retro.layers["0"].mlp.register_forward_pre_hook(lambda *_: entered.append(1))
+    expected = gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    found = gradients()
+    assert len(entered) == 3
+    torch.testing.assert_close(found, expected)
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+
+
+def test_tables_of_tokens_are_set_and_resized(theirs: Any, tmp_path: Path) -> None:
+    model, tokens = theirs(retro_encoder_own_embedding=True), random_tokens(2, 16)
+    given = (tokens, random_neighbors(2, 4).tokens_BCKR)
+    with torch.no_grad():
+        expected = model(*given).logits
+        vocabulary = expected.shape[-1]
+        assert model.resize_token_embeddings(vocabulary + 3).weight.shape[0] == vocabulary + 3
+        longer = model(*given).logits
+    assert torch.equal(longer[..., :vocabulary], expected)
+    torch.testing.assert_close(longer[..., vocabulary], expected.mean(-1), atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(*given).logits, longer)
+        again.resize_token_embeddings(vocabulary)
+        assert torch.equal(again(*given).logits, expected)
+    other = torch.nn.Embedding.from_pretrained(again.get_input_embeddings().weight.detach() * 2)
+    again.set_input_embeddings(other)
+    again.set_output_embeddings(other)
+    assert again.get_input_embeddings().weight is again.get_output_embeddings().weight is other.weight
+    with pytest.raises(ValueError, match="resize_token_embeddings changes"):
+        again.set_input_embeddings(torch.nn.Embedding(3, other.weight.shape[1]))
+    with pytest.raises(ValueError, match="has no bias"):
+        again.set_output_embeddings(torch.nn.Linear(*other.weight.shape))
