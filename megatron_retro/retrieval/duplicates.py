@@ -61,10 +61,15 @@ def find_duplicates(settings: Settings) -> None:
     found = project.layout.duplicates
     if not found.exists():
         _search(project, config, Search(held_out.followed_by(database), held_out.num_documents, config, spec))
-    for name, value in open_report(found).config.items():
+    report = open_report(found)
+    for name, value in report.config.items():
         again = f"remove {found} to search again, or give another --retro-project-dir"
         require_same(found, name, value, spec[name], again)
-    say(f"{found}/duplicates.html, duplicates.json, documents.jsonl")
+    counts = report.counts
+    say(
+        f"of {counts['documents']:,} documents {counts['near_earlier']:,} are near an earlier one, "
+        f"{counts['near_held_out']:,} near one of {counts['held_out_documents']:,} held out: {found}/duplicates.html"
+    )
 
 
 def _held_out(config: DuplicatesConfig, eod: int | None) -> DocumentSpans:

@@ -98,8 +98,10 @@ def test_what_is_found_is_what_exact_comparison_finds(room: Path) -> None:
         assert found[name] <= exact_set and len(found[name]) >= 0.98 * len(exact_set), name
 
 
-def test_blocks_and_memory_change_nothing(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_and_memory_change_nothing(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words(room, "again", "--duplicates-block-size", "17", "--retro-memory-gb", "0.1")) == 0
+    told, whys = "".join(capsys.readouterr()), [line["why"] for line in lines(room / "again")]
+    assert f"{whys.count('within')} are near an earlier one, {whys.count('held-out')} near one of" in told
     assert lines(room / "again") == lines(room / "project")
     assert not list((room / "again" / "work").glob("duplicates-*/*.keys"))
     random = np.random.default_rng(0)
