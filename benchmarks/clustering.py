@@ -19,6 +19,7 @@ import numpy as np
 from retrieval_scale import anonymous_bytes, write_corpus
 
 from megatron_retro.data.chunk_database import ChunkDatabase
+from megatron_retro.retrieval.chunk_vectors import EmbeddedChunks
 from megatron_retro.retrieval.embedders import HashedEmbedder
 from megatron_retro.retrieval.index_training import TRAINED_FILE, sampled_vectors
 from megatron_retro.retrieval.work_blocks import uniform_sample
@@ -82,7 +83,8 @@ def run(quick: bool) -> Sequence[Figure]:
         database = ChunkDatabase.open(folder / "1" / "database")
         sample = uniform_sample(database.num_chunks, POINTS * lists)
         others = np.setdiff1d(np.random.default_rng(0).integers(0, database.num_chunks, CHECKED), sample)
-        vectors, checked = (sampled_vectors(database, HashedEmbedder(WIDTH), ids) for ids in (sample, others))
+        embedded = EmbeddedChunks(database, HashedEmbedder(WIDTH))
+        vectors, checked = (sampled_vectors(embedded, ids) for ids in (sample, others))
         start = time.process_time()
         whole = faiss.Kmeans(WIDTH, lists, niter=ROUNDS)
         whole.train(vectors)

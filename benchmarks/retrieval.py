@@ -27,6 +27,7 @@ from megatron_retro.config.retrieval import EmbedderConfig
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.tokenizers import build_tokenizer
 from megatron_retro.retrieval.chunk_encoding import ChunkEncoder, as_bfloat16
+from megatron_retro.retrieval.chunk_vectors import EmbeddedChunks
 from megatron_retro.retrieval.embedders import HashedEmbedder, build_embedder
 from megatron_retro.retrieval.faiss_index import (
     InvertedParts,
@@ -169,22 +170,18 @@ def quantized_figures(
 
 
 class StoredVectors:
-    """A database and an embedder in one whose chunks are rows of a matrix."""
+    """Chunks whose vectors are rows of a matrix."""
 
-    chunk_length = 1
+    fingerprint = "stored"
 
     def __init__(self, vectors: Vectors) -> None:
         self.vectors = vectors
         self.num_chunks, self.dimension = vectors.shape
 
-    def gather(self, ids: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """The ids stand for the tokens."""
-        return ids[:, None], np.ones((len(ids), 1), np.bool_)
-
-    def embed(self, tokens: NDArray[np.int64], present: NDArray[np.bool_], advance: Advance = unseen) -> Vectors:
+    def of(self, ids: NDArray[np.int64], advance: Advance = unseen) -> Vectors:
         """The rows."""
-        advance(len(tokens))
-        return self.vectors[tokens[:, 0]]
+        advance(len(ids))
+        return self.vectors[ids]
 
 
 def building_figures(vectors: Vectors, lists: int, rounds: int) -> Iterator[Figure]:
@@ -218,8 +215,8 @@ def build_in_blocks(folder: Path, index: Any, vectors: Vectors) -> None:
 
     for part in ("codes", "marks", "work", "merged"):
         shutil.rmtree(folder / part, ignore_errors=True)
-    stored: Any = StoredVectors(vectors)
-    encoder = ChunkEncoder(stored, stored, index, {})
+    stored = StoredVectors(vectors)
+    encoder = ChunkEncoder(stored, index, {})
     paths = []
     for span in cut_blocks(stored.num_chunks, 100_000):
         paths.append(folder / "codes" / span.name)
@@ -289,10 +286,11 @@ def library_figures(quick: bool, lists: int, rounds: int) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as name:
         vectors, recall = build_standard_library(Path(name), 60 if quick else None, 2000 if quick else 10_000)
         yield Figure(f"automatic index, {len(vectors)} chunks of the quickstart: recall@2", recall, "share", 0.95)
-        database, embedder = ChunkDatabase.open(Path(name) / "project/database"), HashedEmbedder(vectors.shape[1])
+        database = ChunkDatabase.open(Path(name) / "project/database")
+        embedded = EmbeddedChunks(database, HashedEmbedder(vectors.shape[1]))
 
         def anew(found: SearchResult, queries: Vectors) -> SearchResult:
-            return refine_by_embedding(found, queries, database, embedder, 1e9)
+            return refine_by_embedding(found, queries, embedded, 1e9)
 
         queries = vectors[:: max(1, len(vectors) // (2000 if quick else 50_000))]
         yield from search_figures("hashed text", vectors, queries, lists, rounds, anew)

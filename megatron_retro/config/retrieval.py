@@ -53,6 +53,12 @@ class RetrievalConfig:
         choices=DUPLICATES,
         ours=True,
     )
+    retro_passage_vectors: tuple[str, ...] | None = option(
+        None,
+        ".npy files of a published datastore: one vector for each document of the database's token files, in order, "
+        "made by the embedder; they are taken for the chunks, which are not embedded",
+        ours=True,
+    )
     retro_query_corpus: tuple[str, ...] | None = option(
         None,
         "token file prefixes to find neighbours for, as PREFIX or NAME=PREFIX; the database's when not set",

@@ -77,7 +77,7 @@ def estimate_build(project: Project) -> BuildEstimate:
     chunks = sum(block.size for block in project.blocks)
     rows = {corpus.name: _rows(project, corpus) for corpus in project.query_corpora}
     width = parts.dimension if parts else project.embedder.dimension
-    speeds = measure_operations(project.database, project.embedder, width)
+    speeds = measure_operations(project, width)
     choice = project.choice
     device = choose_device(project, index, _nprobe(project), sum(rows.values()), speeds.score)
     facts = {
@@ -216,7 +216,7 @@ def _costs(
     points = sample if is_clustered_in_parts(lists, sample) else min(sample, _KMEANS_POINTS * lists)
     assign = _assign_seconds(project.choice.index_str, lists, width, speeds)
     quantize = 256 * width * speeds.multiply_add if "PQ" in project.choice.index_str else 0.0
-    train = sample * speeds.embed_chunk + ROUNDS * points * lists * width * speeds.multiply_add
+    train = sample * speeds.chunk_vector + ROUNDS * points * lists * width * speeds.multiply_add
     written = chunks * (code + 8) / _WRITE_BYTES_PER_SECOND
     score = device.speeds.score if device.on_gpus and device.speeds else speeds.score
     per_query = speeds.embed_chunk + assign + min(_nprobe(project), lists) * chunks / lists * score
@@ -224,14 +224,14 @@ def _costs(
     if project.config.retro_refine and project.kept_vectors is None:
         # As if no two queries of a batch shared a candidate; the database is the most that a batch can need.
         candidates = min(project.config.retro_query_num_neighbors_query, chunks / BATCH_ROWS)
-        per_query += candidates * speeds.embed_chunk
+        per_query += candidates * speeds.chunk_vector
     queried, checked = sum(rows.values()), min(project.config.retro_verify_queries, max(rows.values())) * len(rows)
-    verify = len(rows) * chunks * speeds.embed_chunk + checked * (chunks * speeds.score + 8 * per_query)
+    verify = len(rows) * chunks * speeds.chunk_vector + checked * (chunks * speeds.score + 8 * per_query)
     block = project.config.retro_block_size
     learning = training_bytes(lists, sample, width) + (TRANSFORM_CHUNKS * dimension * 8 if width < dimension else 0)
     return (
         StageCost("train", train, learning),
-        StageCost("encode", chunks * (speeds.embed_chunk + assign + quantize) + written, block * (2 * code + 48)),
+        StageCost("encode", chunks * (speeds.chunk_vector + assign + quantize) + written, block * (2 * code + 48)),
         StageCost("merge", 2 * written, min(SEGMENT_BYTES, project.memory_bytes / 4) * 2),
         StageCost(
             "query",

@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from megatron_retro.artifacts.block_checksums import checksum_of
 from megatron_retro.artifacts.files import make_folder, named_disk_errors, write_file
-from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.errors import ArtifactError
-from megatron_retro.retrieval.embedders import Embedder
+from megatron_retro.retrieval.chunk_vectors import ChunkVectors
 from megatron_retro.retrieval.faiss_index import InvertedParts, inverted_parts
 from megatron_retro.retrieval.work_blocks import WorkBlock
 from megatron_retro.runtime.console import Advance, unseen
@@ -35,14 +34,14 @@ BATCH_CHUNKS = 8192
 class ChunkEncoder:
     """Encodes chunks of a database as codes of a trained index."""
 
-    database: ChunkDatabase
-    embedder: Embedder
+    chunk_vectors: ChunkVectors
     trained: Any
     facts: dict[str, Any]
 
     def vectors(self, block: WorkBlock, advance: Advance = unseen) -> Iterator[NDArray[np.float32]]:
         """Vectors of a block's chunks, a batch at a time."""
-        return database_vectors(self.database, self.embedder, block, advance)
+        for first in range(block.first, block.last, BATCH_CHUNKS):
+            yield self.chunk_vectors.of(np.arange(first, min(first + BATCH_CHUNKS, block.last)), advance)
 
     def write_block(self, block: WorkBlock, path: Path, kept: KeptVectors | None, advance: Advance = unseen) -> None:
         """Encode a block; its codes are written last, so that their presence means all of it is there."""
@@ -59,15 +58,6 @@ class ChunkEncoder:
         if kept is not None:
             facts = {**facts, "first": block.first, "last": block.last, "vectors_crc32": checksum}
         write_arrays(path, _by_list(joined, block) if parts else joined, facts)
-
-
-def database_vectors(
-    database: ChunkDatabase, embedder: Embedder, block: WorkBlock, advance: Advance = unseen
-) -> Iterator[NDArray[np.float32]]:
-    """Vectors of the chunks of a block, a batch at a time."""
-    for first in range(block.first, block.last, BATCH_CHUNKS):
-        ids = np.arange(first, min(first + BATCH_CHUNKS, block.last))
-        yield embedder.embed(*database.gather(ids, database.chunk_length), advance)
 
 
 @dataclass(frozen=True)

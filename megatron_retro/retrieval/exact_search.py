@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_retro.retrieval.chunk_encoding import BATCH_CHUNKS, database_vectors, from_bfloat16
+from megatron_retro.retrieval.chunk_encoding import BATCH_CHUNKS, from_bfloat16
 from megatron_retro.retrieval.index_search import ExcludedIds, SearchResult
 from megatron_retro.retrieval.project import Project
-from megatron_retro.retrieval.work_blocks import WorkBlock
 from megatron_retro.runtime.console import Progress
 
 
@@ -42,15 +41,8 @@ def exact_neighbors(project: Project, vectors: NDArray[np.float32], excluded: Ex
 def _all_vectors(project: Project) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """First id and vectors of batches of chunks: the kept ones, or embedded again."""
     for block in project.blocks:
-        if project.kept_vectors is not None:
-            kept = project.kept_vectors.mapped()
-            for first in range(block.first, block.last, BATCH_CHUNKS):
-                yield first, from_bfloat16(kept[first : min(first + BATCH_CHUNKS, block.last)])
-            continue
-        first = block.first
-        for vectors in database_vectors(project.database, project.embedder, WorkBlock(block.first, block.last)):
-            yield first, vectors
-            first += len(vectors)
+        for first in range(block.first, block.last, BATCH_CHUNKS):
+            yield first, _vectors_of(project, np.arange(first, min(first + BATCH_CHUNKS, block.last)))
 
 
 def _merge_nearest(best: SearchResult, distances: torch.Tensor, first: int, excluded: ExcludedIds) -> SearchResult:
@@ -82,4 +74,4 @@ def distances_to(project: Project, vectors: NDArray[np.float32], ids: NDArray[np
 def _vectors_of(project: Project, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     if project.kept_vectors is not None:
         return from_bfloat16(project.kept_vectors.mapped()[ids])
-    return project.embedder.embed(*project.database.gather(ids, project.database.chunk_length))
+    return project.chunk_vectors.of(ids)

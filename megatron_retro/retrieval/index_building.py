@@ -229,7 +229,7 @@ def _publish(
 def encode(project: Project) -> None:
     """Encode the blocks that no worker has encoded yet."""
     layout, trained = project.layout, open_trained(project)
-    encoder = ChunkEncoder(project.database, project.embedder, trained, block_facts(project))
+    encoder = ChunkEncoder(project.chunk_vectors, trained, block_facts(project))
     named = {block.name: block for block in project.blocks}
     kept = project.kept_vectors
     remove_leftovers(layout.codes)
@@ -311,7 +311,8 @@ def block_facts(project: Project) -> dict[str, Any]:
 
 def _merged_inputs(project: Project) -> dict[str, str]:
     return {
-        **{name: project.index_spec[name] for name in ("database", "embedder")},
+        "database": project.database.fingerprint,
+        "embedder": project.embedder.fingerprint,
         "trained": trained_fingerprint(project),
     }
 

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import new_directory
 from megatron_retro.artifacts.manifest import read_manifest, require_same, write_manifest
-from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.errors import ConfigError
 from megatron_retro.retrieval.chunk_encoding import BATCH_CHUNKS
-from megatron_retro.retrieval.embedders import Embedder
+from megatron_retro.retrieval.chunk_vectors import ChunkVectors
 from megatron_retro.retrieval.faiss_index import (
     InvertedParts,
     faiss_module,
@@ -85,24 +84,23 @@ def trained_fingerprint(project: Project) -> str:
 
 
 def sampled_vectors(
-    database: ChunkDatabase, embedder: Embedder, sample: NDArray[np.int64], transform_for: InvertedParts | None = None
+    chunk_vectors: ChunkVectors, sample: NDArray[np.int64], transform_for: InvertedParts | None = None
 ) -> NDArray[np.float32]:
     """Vectors of chosen chunks, transformed as in the lists of an index when one is given."""
     with Progress("vectors of a sample", len(sample), "chunks") as progress:
-        return _vectors(database, embedder, sample, transform_for, progress.advance)
+        return _vectors(chunk_vectors, sample, transform_for, progress.advance)
 
 
 def _vectors(
-    database: ChunkDatabase,
-    embedder: Embedder,
+    chunk_vectors: ChunkVectors,
     sample: NDArray[np.int64],
     transform_for: InvertedParts | None,
     advance: Advance,
 ) -> NDArray[np.float32]:
-    vectors = np.empty((len(sample), transform_for.dimension if transform_for else embedder.dimension), np.float32)
+    vectors = np.empty((len(sample), transform_for.dimension if transform_for else chunk_vectors.dimension), np.float32)
     for first in range(0, len(sample), BATCH_CHUNKS):
         ids = sample[first : first + BATCH_CHUNKS]
-        batch = embedder.embed(*database.gather(ids, database.chunk_length), advance)
+        batch = chunk_vectors.of(ids, advance)
         vectors[first : first + len(ids)] = transform_for.transformed(batch) if transform_for else batch
     return vectors
 
@@ -124,17 +122,17 @@ def _train_alone(index: Any, project: Project, sample: NDArray[np.int64]) -> Non
     """Train on vectors in memory; where there are transforms, the whole sample is held after their reduction only."""
     parts = inverted_parts(index)
     if parts is None or parts.index is parts.inverted:
-        index.train(sampled_vectors(project.database, project.embedder, sample))
+        index.train(sampled_vectors(project.chunk_vectors, sample))
         return
     _train_transforms(index, project, sample)
-    parts.inverted.train(sampled_vectors(project.database, project.embedder, sample, parts))
+    parts.inverted.train(sampled_vectors(project.chunk_vectors, sample, parts))
     index.is_trained = True
 
 
 def _train_transforms(index: Any, project: Project, sample: NDArray[np.int64]) -> None:
     """Train the transforms before the lists, on a part of the sample."""
     step = max(1, len(sample) // TRANSFORM_CHUNKS)
-    seen = sampled_vectors(project.database, project.embedder, sample[::step])
+    seen = sampled_vectors(project.chunk_vectors, sample[::step])
     for number in range(index.chain.size()):
         transform = faiss_module().downcast_VectorTransform(index.chain.at(number))
         transform.train(seen)
@@ -158,9 +156,7 @@ def _train_in_parts(project: Project, sample: NDArray[np.int64], num_lists: int)
         partial(_claimed, project),
     )
     clustering.write_vectors(
-        lambda part, advance: _vectors(
-            project.database, project.embedder, sample[part.first : part.last], parts, advance
-        )
+        lambda part, advance: _vectors(project.chunk_vectors, sample[part.first : part.last], parts, advance)
     )
     clustering.run()
     for _ in _claimed(project, ["train"], lambda _: False):

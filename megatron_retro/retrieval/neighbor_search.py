@@ -126,7 +126,7 @@ class NeighborSearch(QueryTexts):
         project = self.project
         if project.kept_vectors is not None:
             return refine_with_kept(found, vectors, project.kept_vectors.mapped())
-        return refine_by_embedding(found, vectors, project.database, project.embedder, project.memory_bytes / 4)
+        return refine_by_embedding(found, vectors, project.chunk_vectors, project.memory_bytes / 4)
 
 
 def query(project: Project) -> None:

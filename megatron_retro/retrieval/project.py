@@ -22,6 +22,7 @@ from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer, require_t
 from megatron_retro.errors import ConfigError
 from megatron_retro.retrieval.bm25_search import Bm25Search
 from megatron_retro.retrieval.chunk_encoding import KeptVectors
+from megatron_retro.retrieval.chunk_vectors import ChunkVectors, EmbeddedChunks, open_passage_vectors
 from megatron_retro.retrieval.document_spans import DocumentSpans
 from megatron_retro.retrieval.duplicate_report import documents_to_drop
 from megatron_retro.retrieval.embedders import Embedder, build_embedder
@@ -70,6 +71,14 @@ class Project:
     def embedder(self) -> Embedder:
         """The embedder of chunks."""
         return build_embedder(self.settings[EmbedderConfig], self.tokenizer)
+
+    @cached_property
+    def chunk_vectors(self) -> ChunkVectors:
+        """The vectors of the database's chunks."""
+        paths = self.config.retro_passage_vectors
+        if paths is None:
+            return EmbeddedChunks(self.database, self.embedder)
+        return open_passage_vectors(paths, self.database, self.embedder)
 
     @property
     def memory_bytes(self) -> float:
@@ -210,7 +219,7 @@ class Project:
         """Everything that the index depends on; the first run fixes it, a later one that differs is refused."""
         return {
             "database": self.database.fingerprint,
-            "embedder": self.embedder.fingerprint,
+            "embedder": self.chunk_vectors.fingerprint,
             "index_str": self.choice.index_str,
             "train_chunks": round(self.choice.train_chunks * self.config.retro_index_train_load_fraction),
             "block_size": self.config.retro_block_size,

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from megatron_retro.config.retrieval import EmbedderConfig
 from megatron_retro.data.neighbor_table import NeighborTable
 from megatron_retro.reporting.quality_page import Audit, Closeness, Effort, Histogram, ListBalance, Recall
+from megatron_retro.retrieval.chunk_vectors import EmbeddedChunks
 from megatron_retro.retrieval.embedders import Embedder, build_embedder
 from megatron_retro.retrieval.exact_search import ExactNeighbors, distances_to, exact_neighbors
 from megatron_retro.retrieval.index_search import SearchResult
@@ -222,7 +223,7 @@ def compare_embedders(search: NeighborSearch, kinds: tuple[str, ...]) -> list[di
         config = replace(project.settings[EmbedderConfig], retro_embedder=kind)
         embedder = build_embedder(config, project.tokenizer)
         start = time.perf_counter()
-        chunks = sampled_vectors(project.database, embedder, pool)
+        chunks = sampled_vectors(EmbeddedChunks(project.database, embedder), pool)
         rate = len(pool) / (time.perf_counter() - start)
         nearest = _nearest(search, embedder, numbers, pool, chunks)
         rows.append({"embedder": kind, **_shared(search, numbers, nearest), "chunks per second": rate})

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.retrieval.chunk_encoding import BATCH_CHUNKS, as_bfloat16
-from megatron_retro.retrieval.embedders import Embedder
+from megatron_retro.retrieval.chunk_vectors import ChunkVectors
 from megatron_retro.retrieval.index_search import SearchResult
 from megatron_retro.retrieval.native import bm25_scores, candidate_distances, longest_common_runs, token_overlaps
 
@@ -62,10 +62,10 @@ def refine_with_kept(found: SearchResult, queries: NDArray[np.float32], vectors:
 
 
 def refine_by_embedding(
-    found: SearchResult, queries: NDArray[np.float32], database: ChunkDatabase, embedder: Embedder, memory_bytes: float
+    found: SearchResult, queries: NDArray[np.float32], chunk_vectors: ChunkVectors, memory_bytes: float
 ) -> SearchResult:
     """The same where no vectors were kept: the candidates of a group of queries are embedded again, each once."""
-    step = max(1, int(memory_bytes / (found.ids_QK.shape[1] * embedder.dimension * _HALF_BYTES)))
+    step = max(1, int(memory_bytes / (found.ids_QK.shape[1] * chunk_vectors.dimension * _HALF_BYTES)))
     parts = []
     for start in range(0, max(len(queries), 1), step):
         ids = found.ids_QK[start : start + step]
@@ -73,7 +73,7 @@ def refine_by_embedding(
         distances = candidate_distances(
             queries[start : start + step],
             np.where(ids >= 0, places.reshape(ids.shape), -1),
-            _half_vectors(wanted, database, embedder),
+            _half_vectors(wanted, chunk_vectors),
         )
         parts.append(SearchResult(distances, ids).sorted_by(distances))
     return SearchResult(
@@ -81,12 +81,12 @@ def refine_by_embedding(
     )
 
 
-def _half_vectors(chunks: NDArray[np.int64], database: ChunkDatabase, embedder: Embedder) -> NDArray[np.uint16]:
+def _half_vectors(chunks: NDArray[np.int64], chunk_vectors: ChunkVectors) -> NDArray[np.uint16]:
     """Vectors of chunks in bfloat16, as they would have been kept."""
-    vectors = np.empty((len(chunks), embedder.dimension), np.uint16)
+    vectors = np.empty((len(chunks), chunk_vectors.dimension), np.uint16)
     for start in range(0, len(chunks), BATCH_CHUNKS):
         part = chunks[start : start + BATCH_CHUNKS]
-        vectors[start : start + len(part)] = as_bfloat16(embedder.embed(*database.gather(part, database.chunk_length)))
+        vectors[start : start + len(part)] = as_bfloat16(chunk_vectors.of(part))
     return vectors
 
 

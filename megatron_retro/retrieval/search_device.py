@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.errors import EnvironmentProblem
-from megatron_retro.retrieval.embedders import Embedder
+from megatron_retro.retrieval.chunk_vectors import EmbeddedChunks
 from megatron_retro.retrieval.faiss_index import faiss_module, inverted_parts
 from megatron_retro.retrieval.gpu_index import copy_bytes, copy_to_gpus, lack_of_memory, not_supported_reasons, num_gpus
 from megatron_retro.retrieval.index_search import ExcludedIds, Searcher, can_search_by_lists
@@ -33,6 +32,7 @@ class OperationSeconds:
     """Seconds that one operation of each kind takes on the CPU."""
 
     embed_chunk: float
+    chunk_vector: float
     multiply_add: float
     hnsw_assign: float
     score: float
@@ -46,13 +46,16 @@ class GpuOperationSeconds:
     score: float
 
 
-def measure_operations(database: ChunkDatabase, embedder: Embedder, dimension: int) -> OperationSeconds:
+def measure_operations(project: Project, dimension: int) -> OperationSeconds:
     """Measure the operations on this machine; `dimension` is that of the vectors in the lists."""
-    size = min(database.num_chunks, 256)
-    ids = np.linspace(0, database.num_chunks - 1, size).astype(np.int64)
-    embed = _seconds(lambda: embedder.embed(*database.gather(ids, database.chunk_length))) / size
+    size = min(project.database.num_chunks, 256)
+    ids = np.linspace(0, project.database.num_chunks - 1, size).astype(np.int64)
+    embedded = EmbeddedChunks(project.database, project.embedder)
+    embed = found = _seconds(lambda: embedded.of(ids)) / size
+    if project.config.retro_passage_vectors is not None:
+        found = _seconds(lambda: project.chunk_vectors.of(ids)) / size
     product = _product_seconds(dimension)
-    return OperationSeconds(embed, product, _hnsw_seconds(dimension), score_seconds(dimension))
+    return OperationSeconds(embed, found, product, _hnsw_seconds(dimension), score_seconds(dimension))
 
 
 def _product_seconds(dimension: int) -> float:
