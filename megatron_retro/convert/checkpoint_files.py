@@ -45,7 +45,7 @@ from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import PeftConfig
-from megatron_retro.convert.progress import Progress
+from megatron_retro.convert.begun_run import BegunRun
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.model.retro import Retro
 from megatron_retro.peft.merging import merged, require_mergeable
@@ -71,7 +71,7 @@ def write_checkpoint(
     load: Callable[[str], Tensor],
     inputs: Mapping[str, str],
     dtype: torch.dtype = torch.float32,
-    progress: Progress | None = None,
+    progress: BegunRun | None = None,
 ) -> Path:
     """Step 0 of a run, weights only, or the step of `progress`. `load` gives each tensor when it is its turn."""
     tensors = {MODEL + name: _Unwritten(shape, dtype, partial(load, name)) for name, shape in shapes.items()}

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megatron_retro.checkpoint.live_state import MOMENTS
 from megatron_retro.checkpoint.training_state import TrainingState
+from megatron_retro.convert.begun_run import BegunRun
 from megatron_retro.convert.distributed_checkpoint import DistributedTensors, layer_names
-from megatron_retro.convert.progress import Progress
 
 MASTER = "fp32_param"  # what a model of 16 bits updates
 KINDS = (*MOMENTS, MASTER)
@@ -131,7 +131,7 @@ def _decays(group: Mapping[str, Any]) -> bool:
     return float(group.get("wd_mult", group.get("weight_decay"))) != 0.0
 
 
-def progress_of(adam: StoredAdam, arguments: Mapping[str, Any]) -> Progress | str:
+def progress_of(adam: StoredAdam, arguments: Mapping[str, Any]) -> BegunRun | str:
     """Where the run stood, or why it cannot be told. Its moments come as they are stored."""
     if adam.problem:
         return adam.problem
@@ -147,7 +147,7 @@ def progress_of(adam: StoredAdam, arguments: Mapping[str, Any]) -> Progress | st
         return "the run's iteration or consumed_train_samples is not told"
     tokens = samples * int(arguments.get("seq_length") or 0)
     training = TrainingState(step=iteration, samples=samples, tokens=tokens)
-    return Progress(training, steps.pop(), lambda name, moment: adam.tensors[moment][name](), _loss_scale(adam.content))
+    return BegunRun(training, steps.pop(), lambda name, moment: adam.tensors[moment][name](), _loss_scale(adam.content))
 
 
 def _steps(tree: Any) -> Iterator[int]:

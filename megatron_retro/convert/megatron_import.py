@@ -12,13 +12,13 @@ from torch import Tensor
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.settings import Settings
+from megatron_retro.convert.begun_run import BegunRun
 from megatron_retro.convert.checkpoint_files import VOCABULARY_ROWS, parameter_shapes, write_checkpoint
 from megatron_retro.convert.megatron_adam import MASTER, NONE, progress_of
 from megatron_retro.convert.megatron_checkpoint import legacy_model
 from megatron_retro.convert.megatron_core import core_model, is_core, read_distributed, read_shards
 from megatron_retro.convert.megatron_files import is_distributed, iteration_folder, read_megatron
 from megatron_retro.convert.megatron_model import MegatronModel
-from megatron_retro.convert.progress import Progress
 from megatron_retro.data.model_text import FILE_SETTINGS, keep_text_files
 from megatron_retro.errors import ArtifactError
 
@@ -71,13 +71,13 @@ def import_megatron(
         return tensor[: model.vocab_size] if name in VOCABULARY_ROWS else tensor
 
     progress = _progress(theirs, optimizer, dtype, fitted)
-    masters = theirs.adam.tensors.get(MASTER, {}) if isinstance(progress, Progress) else {}
+    masters = theirs.adam.tensors.get(MASTER, {}) if isinstance(progress, BegunRun) else {}
 
     def load(name: str) -> Tensor:
         return fitted(name, masters[name]() if name in masters else theirs.read(name))
 
     settings = Settings([model, retro, keep_text_files(tokenizer, run)])
-    goes_on = progress if isinstance(progress, Progress) else None
+    goes_on = progress if isinstance(progress, BegunRun) else None
     written = write_checkpoint(run, settings, shapes, load, theirs.fingerprint, dtype, goes_on)
     skipped = [name for name in theirs.skipped if goes_on is None or name not in _COME_ALONG]
     merged = f"; merged: {theirs.tensor_ranks} tensor ranks" if theirs.tensor_ranks > 1 else ""
@@ -92,14 +92,14 @@ def import_megatron(
 
 def _progress(
     theirs: MegatronModel, wanted: str, dtype: torch.dtype, fitted: Callable[[str, Tensor], Tensor]
-) -> Progress | str:
+) -> BegunRun | str:
     """Where the run stood, with its moments in our shapes; or why they stay behind."""
     if wanted == "none":
         return "--convert-optimizer none"
     found = progress_of(theirs.adam, theirs.arguments)
     if dtype != torch.float32:
         found = "it goes with weights in float32 alone: leave out --convert-dtype"
-    if isinstance(found, Progress):
+    if isinstance(found, BegunRun):
         return replace(found, moment=lambda name, moment: fitted(name, theirs.adam.tensors[moment][name]()))
     if wanted == "required":
         raise ArtifactError(
@@ -110,7 +110,7 @@ def _progress(
     return found
 
 
-def _said_of(progress: Progress | str, theirs: MegatronModel) -> str:
+def _said_of(progress: BegunRun | str, theirs: MegatronModel) -> str:
     """One line on the optimizer's state: whether it came, and how to go on."""
     if isinstance(progress, str):
         return f"the optimizer's state stays behind: {progress}; go on with --finetune, or retrofit, which begin afresh"

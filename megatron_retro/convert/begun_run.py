@@ -15,8 +15,8 @@ from megatron_retro.checkpoint.training_state import TrainingState
 
 
 @dataclass(frozen=True)
-class Progress:
-    """`moment` gives a moment (`exp_avg`, `exp_avg_sq`) of a parameter, in its shape."""
+class BegunRun:
+    """Its counters; `moment` gives a moment (`exp_avg`, `exp_avg_sq`) of a parameter, in its shape."""
 
     training: TrainingState
     adam_step: int
