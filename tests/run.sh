@@ -39,5 +39,5 @@ if "$whole"; then
   echo "== the tests"
 fi
 # Many tests wait for others, so that two cores are busy with three of them.
-exec python -m pytest -q -rs --numprocesses "${MEGATRON_RETRO_TEST_PROCESSES:-$(($(nproc) + 1))}" --dist worksteal \
+exec python -m pytest -q -rs --numprocesses "${MEGATRON_RETRO_TEST_PROCESSES:-$(($(env -u OMP_NUM_THREADS nproc) + 1))}" --dist worksteal \
   "${arguments[@]}"
