@@ -38,6 +38,4 @@ if "$whole"; then
   OMP_NUM_THREADS=2 ./examples/quickstart.sh --output "$(mktemp -d)/quickstart"
   echo "== the tests"
 fi
-# Many tests wait for others, so that two cores are busy with three of them.
-exec python -m pytest -q -rs --numprocesses "${MEGATRON_RETRO_TEST_PROCESSES:-$(($(env -u OMP_NUM_THREADS nproc) + 1))}" --dist worksteal \
-  "${arguments[@]}"
+exec python -m pytest -q -rs --numprocesses "${MEGATRON_RETRO_TEST_PROCESSES:-2}" --dist worksteal "${arguments[@]}"
