@@ -81,4 +81,4 @@ def main(kind: str, model: str, source: str, prefix: str, workers: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:5], int(sys.argv[5]))  # type: ignore[misc, arg-type, call-arg]
+    main(*sys.argv[1:5], int(sys.argv[5]))  # type: ignore[misc, arg-type, call-arg]  # words of unknown number

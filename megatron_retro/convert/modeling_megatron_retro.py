@@ -39,6 +39,7 @@ class MegatronRetroConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
         super().__init__(**others)
 
 
+# transformers leaves the metaclass call of its layers untyped
 class RecomputedLayer(GradientCheckpointingLayer, DecoderLayer):  # type: ignore[no-untyped-call]
     """A layer whose inside transformers may compute again in the backward pass."""
 

@@ -103,7 +103,7 @@ class _CountOnce(torch.autograd.Function):
 
 
 def _applied(function: type[torch.autograd.Function], tensor: Tensor, *more: Any) -> Tensor:
-    result: Tensor = function.apply(tensor, *more)  # type: ignore[no-untyped-call]
+    result: Tensor = function.apply(tensor, *more)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return result
 
 

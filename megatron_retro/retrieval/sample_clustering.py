@@ -132,7 +132,8 @@ class SampleClustering:
             for part in parts:
                 total += part["sums"][rows]
             centroids[rows] = total / np.maximum(counts[rows], 1)[:, None]
-        reassign_centroids(counts, centroids, np.random.RandomState(_SEED + number))  # type: ignore[no-untyped-call]
+        dice = np.random.RandomState(_SEED + number)
+        reassign_centroids(counts, centroids, dice)  # type: ignore[no-untyped-call]  # faiss leaves it untyped
         return centroids
 
     def _claimed(self, what: str, is_done: Callable[[WorkBlock], bool], progress: Progress) -> Iterator[WorkBlock]:
