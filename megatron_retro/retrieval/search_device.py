@@ -134,13 +134,13 @@ def choose_device(project: Project, index: Any, nprobe: int, rows: int, score: f
     """The device to search `rows` queries on; `score` is the seconds of one score on the CPU, if known."""
     if project.config.retro_faiss_device == "cpu":
         return DeviceChoice(False, "--retro-faiss-device cpu")
-    reasons = check_device(project, index, nprobe)
+    reasons = check_device(project, index)
     return DeviceChoice(False, "; ".join(reasons)) if reasons else _cheaper_device(project, index, nprobe, rows, score)
 
 
-def check_device(project: Project, index: Any, nprobe: int) -> tuple[str, ...]:
+def check_device(project: Project, index: Any) -> tuple[str, ...]:
     """The reasons why the GPUs cannot search an index; an error where --retro-faiss-device gpu asks for them."""
-    reasons = _gpu_reasons(project, index, nprobe)
+    reasons = _gpu_reasons(project, index)
     if reasons and project.config.retro_faiss_device == "gpu":
         raise EnvironmentProblem(
             f"{project.choice.index_str} cannot be searched on GPUs",
@@ -150,10 +150,10 @@ def check_device(project: Project, index: Any, nprobe: int) -> tuple[str, ...]:
     return reasons
 
 
-def _gpu_reasons(project: Project, index: Any, nprobe: int) -> tuple[str, ...]:
+def _gpu_reasons(project: Project, index: Any) -> tuple[str, ...]:
     config = project.config
     keep = max(config.retro_query_num_neighbors_query, config.retro_query_num_neighbors_save)
-    reasons = not_supported_reasons(index, nprobe, keep)
+    reasons = not_supported_reasons(index, keep)
     if reasons:
         return reasons
     lack = lack_of_memory(copy_bytes(index, _chunks(project)), project.memory_bytes)

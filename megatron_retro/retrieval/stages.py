@@ -85,4 +85,4 @@ def check_settings(project: Project) -> None:
         )
     if config.retro_faiss_device == "gpu":
         index = new_index(project.choice.index_str, project.embedder.dimension)
-        check_device(project, index, config.retro_query_nprobe or 1)
+        check_device(project, index)

@@ -21,7 +21,6 @@ from megatron_retro.reporting.quality_page import (
     read_quality,
 )
 from megatron_retro.retrieval.faiss_index import inverted_parts
-from megatron_retro.retrieval.gpu_index import MOST_SELECTED
 from megatron_retro.retrieval.index_building import KIND, VERSION
 from megatron_retro.retrieval.neighbor_search import (
     NeighborSearch,
@@ -171,8 +170,9 @@ def _efforts(search: NeighborSearch) -> list[int]:
         return []
     around = search.searcher.nprobe
     wanted = {1, 2, 4, around // 4, around // 2, around, 2 * around, 4 * around, 8 * around}
-    most = MOST_SELECTED if search.searcher.gpus is not None else parts.num_lists
-    return sorted(value for value in wanted if 1 <= value <= min(most, parts.num_lists))
+    gpus = search.searcher.gpus
+    most = gpus.most_lists if gpus is not None else parts.num_lists
+    return sorted(value for value in wanted if 1 <= value <= most)
 
 
 def _index_figures(project: Project, search: NeighborSearch) -> IndexFigures:

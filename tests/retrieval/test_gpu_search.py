@@ -20,6 +20,7 @@ from megatron_retro.retrieval.build_estimate import estimate_build
 from megatron_retro.retrieval.faiss_index import faiss_module, inverted_parts, new_index
 from megatron_retro.retrieval.gpu_index import (
     MOST_SELECTED,
+    GpuIndex,
     copy_bytes,
     copy_to_gpus,
     lack_of_memory,
@@ -41,12 +42,17 @@ NOBODY = np.zeros(100, np.int64)
 class StandInIndex:
     """A copy made as faiss makes one: with the list finder and the lists that the index has at that moment."""
 
-    def __init__(self, index: Any) -> None:
+    def __init__(self, index: Any, options: Any) -> None:
         faiss = faiss_module()
         searched = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
         finder = faiss.downcast_index(searched.quantizer)
         if not isinstance(finder, faiss.IndexFlat):
             raise RuntimeError("Error in clone: This index type is not implemented on GPU.")
+        if searched.nprobe > gpu_index.MOST_SELECTED:
+            raise RuntimeError("Error: 'nprobe <= getMaxKSelection()' failed: GPU index only supports nprobe <= 2048")
+        if options.use_cuvs and isinstance(searched, faiss.IndexIVFScalarQuantizer):
+            raise RuntimeError("Error: this type of index is not implemented for cuVS")
+        self.options = options
         self.finder, self.index, self.searched, self.nprobe = (
             faiss.clone_index(finder),
             index,
@@ -56,15 +62,30 @@ class StandInIndex:
         self.asked: list[int] = []
 
     def search(self, vectors: np.ndarray, keep: int) -> tuple[np.ndarray, np.ndarray]:
-        if not 0 < keep <= MOST_SELECTED or not 0 < self.nprobe <= MOST_SELECTED:
-            raise RuntimeError("Error: 'k <= getMaxKSelection()' failed: GPU index only supports k <= 2048")
-        self.asked.append(keep)
+        self.check(keep)
         kept = self.searched.nprobe, self.searched.quantizer
         self.searched.nprobe, self.searched.quantizer = self.nprobe, self.finder
         try:
             return self.index.search(vectors, keep)
         finally:
             self.searched.nprobe, self.searched.quantizer = kept
+
+    def search_preassigned(
+        self, vectors: np.ndarray, keep: int, lists: np.ndarray, distances: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        self.check(keep)
+        if self.options.use_cuvs:
+            raise RuntimeError("Error: searchPreassigned is not implemented for cuVS index")
+        kept, self.searched.nprobe = self.searched.nprobe, self.nprobe
+        try:
+            return self.searched.search_preassigned(vectors, keep, lists, distances)
+        finally:
+            self.searched.nprobe = kept
+
+    def check(self, keep: int) -> None:
+        if not 0 < keep <= MOST_SELECTED or not 0 < self.nprobe <= gpu_index.MOST_SELECTED:
+            raise RuntimeError("Error: 'k <= getMaxKSelection()' failed: GPU index only supports k <= 2048")
+        self.asked.append(keep)
 
 
 @pytest.fixture
@@ -74,8 +95,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[StandInIndex]:
 
     def to_gpus(resources: Sequence[Any], index: Any, options: Any) -> StandInIndex:
         assert len(resources) == 2
-        copies.append(StandInIndex(index))
-        copies[-1].options = options
+        copies.append(StandInIndex(index, options))
         return copies[-1]
 
     def set_parameter(index: StandInIndex, name: str, value: int) -> None:
@@ -104,32 +124,31 @@ def filled(index_str: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("index_str", "nprobe", "keep", "reason"),
+    ("index_str", "keep", "reason"),
     [
-        ("IVF8,Flat", 4, 200, None),
-        ("PCA32,Flat", 1, 200, None),
-        ("IVF8,SQ8", 4, 200, None),
-        ("IVF8,SQfp16", 4, 200, None),
-        ("OPQ8_32,IVF8_HNSW32,PQ8", 4, 200, None),
-        ("IVF8,SQbf16", 4, 200, "scalar quantizer"),
-        ("IVF8,PQ8x4", 4, 200, "4 bits"),
-        ("OPQ10_60,IVF8,PQ10", 4, 200, "10 codes"),
-        ("HNSW32", 4, 200, "IndexHNSWFlat"),
-        ("IVF8,RaBitQ", 4, 200, "IndexIVFRaBitQ"),
-        ("IVF8,Flat", 2049, 200, "2049 lists"),
-        ("IVF8,Flat", 4, 2049, "2049 candidates"),
+        ("IVF8,Flat", 200, None),
+        ("PCA32,Flat", 200, None),
+        ("IVF8,SQ8", 200, None),
+        ("IVF8,SQfp16", 200, None),
+        ("OPQ8_32,IVF8_HNSW32,PQ8", 200, None),
+        ("IVF8,SQbf16", 200, "scalar quantizer"),
+        ("IVF8,PQ8x4", 200, "4 bits"),
+        ("OPQ10_60,IVF8,PQ10", 200, "10 codes"),
+        ("HNSW32", 200, "IndexHNSWFlat"),
+        ("IVF8,RaBitQ", 200, "IndexIVFRaBitQ"),
+        ("IVF8,Flat", 2049, "2049 candidates"),
     ],
 )
 def test_what_faiss_cannot_search_on_gpus_is_known_beforehand(
-    two_gpus: list[StandInIndex], index_str: str, nprobe: int, keep: int, reason: str | None
+    two_gpus: list[StandInIndex], index_str: str, keep: int, reason: str | None
 ) -> None:
-    found = not_supported_reasons(new_index(index_str, 64), nprobe, keep)
+    found = not_supported_reasons(new_index(index_str, 64), keep)
     assert found == () if reason is None else len(found) == 1 and reason in found[0]
 
 
 def test_without_gpus_that_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(faiss_module(), "get_num_gpus", lambda: 0)
-    assert not_supported_reasons(new_index("IVF8,Flat", 64), 4, 200) == ("faiss sees no GPU",)
+    assert not_supported_reasons(new_index("IVF8,Flat", 64), 200) == ("faiss sees no GPU",)
 
 
 def test_memory_decides_between_copies_parts_and_none(two_gpus: list[StandInIndex]) -> None:
@@ -163,14 +182,48 @@ def test_a_real_gpu_finds_what_the_index_finds(index_str: str) -> None:
     check_copy(index_str)
 
 
-def check_copy(index_str: str) -> None:
+def check_copy(index_str: str, nprobe: int = 4) -> GpuIndex:
     """Equal distances from both places; a graph over the lists may miss one, an exhaustive finder does not."""
     index, queries, nobody = filled(index_str), VECTORS[:100] + 0.1, ExcludedIds(NOBODY, NOBODY)
-    here = Searcher(index, 4, 64, False, 1e9)
-    there = Searcher(index, 4, 64, False, 1e9, copy_to_gpus(index, len(VECTORS)))
+    here = Searcher(index, nprobe, 64, False, 1e9)
+    copy = copy_to_gpus(index, len(VECTORS))
+    there = Searcher(index, nprobe, 64, False, 1e9, copy)
     left, right = here.search(queries, 20, nobody, 20), there.search(queries, 20, nobody, 20)
     assert np.allclose(left.distances_QK, right.distances_QK, rtol=1e-3, atol=1e-3)
     assert (left.ids_QK == right.ids_QK).mean() > 0.99
+    return copy
+
+
+@pytest.mark.parametrize("index_str", STRINGS)
+def test_more_lists_than_a_gpu_takes_are_searched_in_parts(
+    two_gpus: list[StandInIndex], monkeypatch: pytest.MonkeyPatch, index_str: str
+) -> None:
+    monkeypatch.setattr(gpu_index, "MOST_SELECTED", 3)
+    check_copy(index_str, nprobe=7)
+    assert two_gpus[0].nprobe == 1 and len(two_gpus[0].asked) == 3
+
+
+@pytest.mark.parametrize("index_str", STRINGS)
+def test_a_real_gpu_searches_more_lists_in_parts(monkeypatch: pytest.MonkeyPatch, index_str: str) -> None:
+    if faiss_module().get_num_gpus() == 0:
+        pytest.skip("faiss sees no GPU")
+    monkeypatch.setattr(gpu_index, "MOST_SELECTED", 3)
+    check_copy(index_str, nprobe=7)
+
+
+@pytest.mark.parametrize(
+    ("index_str", "nprobe", "taken"),
+    [("IVF8,Flat", 3, True), ("IVF8_HNSW32,PQ8", 3, True), ("IVF8,SQ8", 3, False), ("IVF8,Flat", 7, False)],
+)
+def test_cuvs_searches_what_it_can(
+    two_gpus: list[StandInIndex], monkeypatch: pytest.MonkeyPatch, index_str: str, nprobe: int, taken: bool
+) -> None:
+    """Built with it, faiss takes it unless told otherwise, and refuses what it has not."""
+    monkeypatch.setattr(gpu_index, "MOST_SELECTED", 3)
+    monkeypatch.setattr(faiss_module(), "GpuMultipleClonerOptions", lambda: SimpleNamespace(use_cuvs=True))
+    there = check_copy(index_str, nprobe)
+    assert two_gpus[0].options.use_cuvs is taken
+    assert there.most_lists == (3 if taken else 8)
 
 
 def test_the_list_finder_comes_back_after_copying(two_gpus: list[StandInIndex]) -> None:
@@ -263,4 +316,4 @@ def test_faiss_with_gpus_has_the_names_that_the_stand_in_answers_to() -> None:
         pytest.skip("this faiss is built without GPUs")
     assert all(hasattr(faiss, name) for name in (*GPU_NAMES, "index_cpu_to_all_gpus"))
     options = faiss.GpuMultipleClonerOptions()
-    assert all(hasattr(options, name) for name in ("shard", "useFloat16"))
+    assert all(hasattr(options, name) for name in ("shard", "useFloat16", "use_cuvs"))
