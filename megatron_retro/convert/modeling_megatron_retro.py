@@ -23,7 +23,7 @@ from megatron_retro.model.layers import DecoderLayer
 from megatron_retro.model.retro import Retro
 
 
-class MegatronRetroConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
+class MegatronRetroConfig(PretrainedConfig):
     """`retro_model` and `retro_retrieval` are the sections of a checkpoint of ours."""
 
     model_type = "megatron_retro"
@@ -39,12 +39,11 @@ class MegatronRetroConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
         super().__init__(**others)
 
 
-# transformers leaves the metaclass call of its layers untyped
-class RecomputedLayer(GradientCheckpointingLayer, DecoderLayer):  # type: ignore[no-untyped-call]
+class RecomputedLayer(GradientCheckpointingLayer, DecoderLayer):
     """A layer whose inside transformers may compute again in the backward pass."""
 
 
-class MegatronRetroForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+class MegatronRetroForCausalLM(PreTrainedModel, GenerationMixin):
     """Logits of the next token, with or without neighbours."""
 
     config_class = MegatronRetroConfig
@@ -56,7 +55,7 @@ class MegatronRetroForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignor
         self.retro = Retro(_section(ModelConfig, config.retro_model), _section(RetroConfig, config.retro_retrieval))
         for layer in self.retro.layers.values():
             layer.__class__ = RecomputedLayer
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
     def get_input_embeddings(self) -> Any:
         """The module whose `weight` is the table."""
@@ -131,7 +130,7 @@ class MegatronRetroForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignor
             loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         return CausalLMOutput(loss=loss, logits=logits)
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
