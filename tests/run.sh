@@ -26,6 +26,10 @@ for word in "$@"; do
   esac
 done
 
+# Tests ask nvcc for one architecture and PTX: each further one takes a minute and a half of a core.
+if ! command -v nvidia-smi >/dev/null; then
+  export MEGATRON_RETRO_CUDA_ARCHITECTURES="${MEGATRON_RETRO_CUDA_ARCHITECTURES:-90}"
+fi
 setup_environment dev
 if "$setup_only"; then
   exit 0
@@ -33,9 +37,19 @@ fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Tests fork their ranks, which a process that has met a GPU cannot; benchmarks/first_hour.sh runs a GPU's tests.
 export CUDA_VISIBLE_DEVICES=
-if "$whole"; then
-  echo "== the quickstart"
-  OMP_NUM_THREADS=2 ./examples/quickstart.sh --output "$(mktemp -d)/quickstart"
-  echo "== the tests"
+how=(-q -rs --numprocesses "${MEGATRON_RETRO_TEST_PROCESSES:-2}" --dist worksteal "${arguments[@]}")
+if ! "$whole"; then
+  exec python -m pytest "${how[@]}"
 fi
-exec python -m pytest -q -rs --numprocesses "${MEGATRON_RETRO_TEST_PROCESSES:-2}" --dist worksteal "${arguments[@]}"
+# The quickstart runs beside the tests, which wait for one another half of the time.
+seen="$(mktemp -d)"
+setsid ./examples/quickstart.sh --output "$seen/quickstart" >"$seen/quickstart.log" 2>&1 &
+quickstart=$!
+trap 'kill -- "-$quickstart" 2>/dev/null || true' EXIT
+echo "== the quickstart begins, beside the tests: $seen/quickstart.log"
+code=0
+python -m pytest "${how[@]}" || code=$?
+wait "$quickstart" || code=$?
+echo "== the quickstart"
+cat "$seen/quickstart.log"
+exit "$code"

@@ -29,6 +29,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+import torch.distributed.pipelining  # all three: once here, and not again in every fork
 from torch._C._distributed_c10d import FileStore
 
 from megatron_retro.errors import MegatronRetroError
