@@ -5,6 +5,7 @@ Tests that need a torch with CUDA (`./tests/run.sh --cuda-build`) are recorded t
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -49,6 +50,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.user_properties.append(("count", 1))
         if not config.getoption("--full"):
             item.add_marker(pytest.mark.skip(reason="runs under ./tests/run.sh --full"))
+
+
+def pytest_collection_finish() -> None:
+    """What imports and collection have made stays: no later collection of garbage, one before every fork, walks it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
