@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from megatron_retro.checkpoint.loading import describe_checkpoint, resolved_from, stored_instructions
@@ -13,11 +14,13 @@ from megatron_retro.data.instructions.templates import (
     INSTRUCT_RETRO,
     InstructRetroTemplate,
     Template,
+    Tools,
     build_template,
     prompt_of,
     split_passages,
 )
 from megatron_retro.data.model_text import FOLDER
+from megatron_retro.inference.tool_calls import CallForm, form_of
 
 _STOP_STRINGS = ("\n\nUser:", "\n\nSystem:")
 
@@ -34,10 +37,17 @@ class ChatFormat:
         """Where an answer ends, besides the end-of-document token: a model may go on as another speaker."""
         return _STOP_STRINGS if isinstance(self.template, InstructRetroTemplate) else ()
 
-    def write(self, turns: Sequence[Turn], passages: Sequence[str] = ()) -> tuple[str, tuple[str, ...]]:
+    @cached_property
+    def calls(self) -> CallForm | None:
+        """How the model writes a call of a tool; None where that is not known."""
+        return form_of(self.template)
+
+    def write(
+        self, turns: Sequence[Turn], passages: Sequence[str] = (), tools: Tools = ()
+    ) -> tuple[str, tuple[str, ...]]:
         """The prompt, and the passages that the neighbour encoder reads."""
         in_prompt, to_encoder = split_passages([Passage("", text) for text in passages], self.place)
-        return prompt_of(turns, self.template, in_prompt), tuple(passage.text for passage in to_encoder)
+        return prompt_of(turns, self.template, in_prompt, tools), tuple(passage.text for passage in to_encoder)
 
 
 def load_chat_format(checkpoint: Path, template: str | None = None) -> ChatFormat:

@@ -214,7 +214,7 @@ class TextStream:
         if ends:
             self.stopped, self._held = True, ""
             return self._emit(text[: min(ends)])
-        kept = 0 if final else max((_shared_end(text, stop) for stop in self._stop_strings), default=0)
+        kept = 0 if final else max((shared_end(text, stop) for stop in self._stop_strings), default=0)
         self._held = text[len(text) - kept :]
         return self._emit(text[: len(text) - kept])
 
@@ -223,7 +223,7 @@ class TextStream:
         return text
 
 
-def _shared_end(text: str, stop: str) -> int:
+def shared_end(text: str, stop: str) -> int:
     """How many last characters of the text are the beginning of the stop string."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

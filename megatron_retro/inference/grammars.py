@@ -1,4 +1,6 @@
-"""Answers that are JSON, whatever the model would like to write: llguidance says which tokens may come next."""
+"""Answers that are JSON or call a tool, whatever the model would like to write: llguidance says which tokens may come
+next.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ class Constraint:
         """Take the token that was sampled."""
         if not self._matcher.consume_token(token):
             raise DataError(
-                "the answer cannot be held to its response_format",
+                "the answer cannot be held to what was asked for",
                 got=self._matcher.get_error() or f"token {token}",
                 fix="ask for a simpler schema",
             )
@@ -53,6 +55,7 @@ class Grammars:
         except ImportError:
             raise ConfigError("response_format needs llguidance", fix="pip install 'megatron-retro[serve]'") from None
         self._matcher: Any = llguidance.LLMatcher
+        self._encode = tokenizer.encode
         self._compiled = lru_cache(_KEPT_GRAMMARS)(self._compile)
         ends, backend = sorted(end_tokens(tokenizer)), getattr(tokenizer, "backend", None)
         given = backend.to_str() if backend is not None else llguidance.TokenizerWrapper(_described(tokenizer))
@@ -71,8 +74,22 @@ class Grammars:
             grammar: str = self._matcher.grammar_from_json_schema(dict(schema), overrides=_COMPACT)
         except ValueError as error:
             raise ConfigError("response_format holds no JSON schema", got=error) from None
-        self._compiled(grammar)
+        return self.require_grammar(grammar, "response_format")
+
+    def require_grammar(self, grammar: str, field: str) -> str:
+        """A grammar of llguidance that a field of a request led to, refused in words as well."""
+        if len(grammar) > 2 * _LARGEST_SCHEMA:
+            raise ConfigError(f"{field} is too large", got=f"{len(grammar):,} characters")
+        try:
+            self._compiled(grammar)
+        except ValueError as error:
+            raise ConfigError(f"{field} has a schema that is not followed here", got=error) from None
         return grammar
+
+    def token_of(self, text: str) -> int | None:
+        """The token that is this text."""
+        ids = self._encode(text)
+        return ids[0] if len(ids) == 1 else None
 
     def begin(self, grammar: str) -> Constraint:
         """Follow a new answer."""
@@ -81,7 +98,7 @@ class Grammars:
     def _compile(self, grammar: str) -> Any:
         matcher = self._matcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise ConfigError("response_format has a schema that is not followed here", got=matcher.get_error())
+            raise ValueError(matcher.get_error())
         return matcher
 
 

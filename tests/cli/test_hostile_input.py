@@ -38,14 +38,14 @@ def test_a_template_is_bounded(text: str, message: str, tmp_path: Path, monkeypa
     path = tmp_path / "a.jinja"
     path.write_text(text)
     with pytest.raises(DataError, match=message):
-        build_template(str(path)).segments([Turn("user", "hello")], [])
+        build_template(str(path)).prompt([Turn("user", "hello")], [])
 
 
 def test_a_bounded_template_writes_what_jinja_writes(tmp_path: Path) -> None:
     path = tmp_path / "a.jinja"
     path.write_text("{% for m in messages %}{{ '<' ~ m.role ~ '>' + m.content * 2 ~ 7 }}\n{% endfor %}")
-    (segment,) = build_template(str(path)).segments([Turn("user", "hi")], [])
-    assert segment.text == "<user>hihi7\n"
+    written = build_template(str(path)).prompt([Turn("user", "hi")], [])
+    assert written == "<user>hihi7\n"
 
 
 def test_json_of_any_depth(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ The sandbox keeps a template from the machine, not from looping or from doubling
 from __future__ import annotations
 
 import ctypes
+import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, NoReturn
@@ -39,6 +40,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
+        self.reply_mark = secrets.token_hex(16)  # nobody's text holds it
         self.filters |= {"_bounded": bounded, "tojson": _as_json}
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
 
@@ -59,14 +61,20 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _GenerationTag(Extension):
-    """`{% generation %} ... {% endgeneration %}` marks what an assistant writes; here it is written as it stands."""
+    """`{% generation %} ... {% endgeneration %}` holds what an assistant writes: it gets a mark on either side."""
 
     tags = {"generation"}  # noqa: RUF012  # as the library declares it
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """The nodes between the tags."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        """A call that is given what stands between the tags."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("marked"), [], [], body).set_lineno(line)
+
+    def marked(self, caller: Callable[[], str]) -> str:
+        """The reply between its marks."""
+        mark: str = self.environment.reply_mark  # type: ignore[attr-defined]  # of `BoundedEnvironment`
+        return f"{mark}{caller()}{mark}"
 
 
 def _as_json(

@@ -1,5 +1,5 @@
 """Reading conversations, one to a record, as people have them: messages, prompts with completions, questions with
-answers, ShareGPT's and Alpaca's records; lines, an array or columns, plain or compressed.
+answers, ShareGPT's and Alpaca's records, tools and their calls; lines, an array or columns, plain or compressed.
 
 All faults of a file are reported together, each with its line number.
 """
@@ -16,17 +16,43 @@ from megatron_retro.data.preprocessing.records import BROKEN, COMPRESSED, opened
 from megatron_retro.data.preprocessing.tables import whole_table
 from megatron_retro.errors import DataError
 
-ROLES = ("system", "user", "assistant")
-_OTHER_NAMES = {"human": "user", "gpt": "assistant", "developer": "system"}
+ROLES = ("system", "user", "assistant", "tool")
+_CALLING = "function_call"
+_OTHER_NAMES = {
+    "human": "user", "gpt": "assistant", "developer": "system", _CALLING: "assistant",
+    "observation": "tool", "function": "tool", "ipython": "tool",
+}  # fmt: skip
 REPORTED_FAULTS = 20
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A tool that an assistant calls."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    id: str | None = None
+
+    def message(self) -> dict[str, Any]:
+        """As messages hold it."""
+        named = {} if self.id is None else {"id": self.id}
+        return {**named, "type": "function", "function": {"name": self.name, "arguments": dict(self.arguments)}}
+
+
+@dataclass(frozen=True)
 class Turn:
-    """What one side says."""
+    """What one side says. An assistant may call tools; what a tool returns is a turn of its own."""
 
     role: str
     text: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+
+    def message(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        calls = {"tool_calls": [call.message() for call in self.tool_calls]} if self.tool_calls else {}
+        answered = {} if self.tool_call_id is None else {"tool_call_id": self.tool_call_id}
+        return {"role": self.role, "content": self.text, **calls, **answered}
 
 
 @dataclass(frozen=True)
@@ -43,11 +69,12 @@ class Passage:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns that end with the assistant's, and the passages that were retrieved for them."""
+    """Turns that end with the assistant's, the passages that were retrieved for them, and the tools on offer."""
 
     turns: tuple[Turn, ...]
     passages: tuple[Passage, ...] = ()
     origin: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 class _Fault(ValueError):
@@ -126,7 +153,7 @@ def parse_record(record: object, origin: str) -> Conversation:
         raise _Fault(f"expected an object, got {type(record).__name__}")
     turns = _turns(record)
     _check(turns)
-    return Conversation(turns, _passages(record), origin)
+    return Conversation(turns, _passages(record), origin, _tools(record))
 
 
 def _turns(record: Mapping[str, Any]) -> tuple[Turn, ...]:
@@ -166,8 +193,40 @@ def _messages(messages: object, role: str, content: str) -> tuple[Turn, ...]:
         name = _text(message, role)
         if name not in ROLES and name not in _OTHER_NAMES:
             raise _Fault(f"unknown role {name!r}, expected one of {', '.join(ROLES)}")
-        turns.append(Turn(_OTHER_NAMES.get(name, name), _content(message, content)))
+        speaker, calls = _OTHER_NAMES.get(name, name), message.get("tool_calls") or ()
+        if name == _CALLING:
+            turns.append(Turn(speaker, "", _calls(_from_json(_text(message, content)))))
+            continue
+        text = "" if calls and message.get(content) is None else _content(message, content)
+        turns.append(Turn(speaker, text, _calls(calls), message.get("tool_call_id")))
     return tuple(turns)
+
+
+def _calls(calls: object) -> tuple[ToolCall, ...]:
+    """Calls in OpenAI's form, in that of ShareGPT's files (name and arguments), or one alone."""
+    found = []
+    for call in calls if isinstance(calls, list | tuple) else [calls]:
+        outer = call if isinstance(call, dict) else {}
+        function = outer.get("function", outer)
+        inner = function if isinstance(function, dict) else {}
+        name, arguments = inner.get("name"), _from_json(inner.get("arguments") or {})
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            raise _Fault(f"a call of a tool must have a name and arguments (an object, or its JSON), got {call!r:.80}")
+        found.append(ToolCall(name, arguments, outer.get("id")))
+    return tuple(found)
+
+
+def _tools(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """The tools of a record: a list of objects, or its JSON."""
+    tools = _from_json(record.get("tools") or [])
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise _Fault("tools must be a list of objects, or its JSON")
+    return tuple(tools)
+
+
+def _from_json(value: object) -> Any:
+    """A value that may be given as its JSON, as in the columns of a table."""
+    return _parsed(value) if isinstance(value, str) else value
 
 
 def _content(message: Mapping[str, Any], key: str) -> str:
@@ -197,7 +256,9 @@ def _check(turns: tuple[Turn, ...]) -> None:
         raise _Fault(f"the last turn is the {roles[-1]}'s, expected the assistant's")
     if "system" in roles[1:]:
         raise _Fault("a system turn may only come first")
-    if not turns[-1].text.strip():
+    if any(turn.tool_calls for turn in turns if turn.role != "assistant"):
+        raise _Fault("only an assistant has tool_calls")
+    if not turns[-1].text.strip() and not turns[-1].tool_calls:
         raise _Fault("the last assistant turn is empty")
 
 

@@ -7,9 +7,9 @@ prompt of a generation is the same segments without the last.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from megatron_retro.errors import DataError
 from megatron_retro.runtime.environment import require
 
 INSTRUCT_RETRO, AUTO = "instruct-retro", "auto"
+Tools = Sequence[Mapping[str, Any]]
 
 INSTRUCT_RETRO_SYSTEM = (
     "This is a chat between a user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -54,16 +55,31 @@ class Segment:
 class Template(Protocol):
     """Writes a conversation as text."""
 
-    def segments(self, turns: Sequence[Turn], passages: Sequence[Passage]) -> list[Segment]:
-        """The written form; `passages` are those that stand in the prompt."""
+    def prompt(self, turns: Sequence[Turn], passages: Sequence[Passage], tools: Tools = ()) -> str:
+        """The written form up to where the assistant goes on; `passages` are those that stand in the prompt, `tools`
+        are in OpenAI's form."""
+        ...
+
+    def segments(
+        self, turns: Sequence[Turn], passages: Sequence[Passage], tools: Tools = (), *, all_replies: bool = True
+    ) -> list[Segment]:
+        """The written form of a conversation that ends with a reply, cut at all replies or at the last one."""
         ...
 
 
 class InstructRetroTemplate:
     """`System: ...`, passages, then `User: ...` and `Assistant: ...` by turns, blank lines between."""
 
-    def segments(self, turns: Sequence[Turn], passages: Sequence[Passage]) -> list[Segment]:
+    def prompt(self, turns: Sequence[Turn], passages: Sequence[Passage], tools: Tools = ()) -> str:
+        """The written form up to where the assistant goes on."""
+        return "".join(segment.text for segment in self.segments(turns, passages, tools))
+
+    def segments(
+        self, turns: Sequence[Turn], passages: Sequence[Passage], tools: Tools = (), *, all_replies: bool = True
+    ) -> list[Segment]:
         """The written form."""
+        if tools or any(turn.tool_calls or turn.role == "tool" for turn in turns):
+            raise DataError(f"{INSTRUCT_RETRO} has no words for tools", fix="use a model's own chat template")
         system = turns[0].text if turns and turns[0].role == "system" else INSTRUCT_RETRO_SYSTEM
         head = [f"System: {system}", *(passage.rendered() for passage in passages)]
         prompt = "\n\n".join(head)
@@ -83,8 +99,8 @@ class JinjaTemplate:
     """A chat template with the variables that transformers gives it, and `passages`.
 
     `documents` are the passages too; a template that reads neither finds them before the first question. A reply is
-    found by writing the conversation with and without it, so the template must write a conversation's beginning the
-    same however it goes on.
+    what stands in `{% generation %}`. A template without it is asked for the conversation with and without a reply:
+    what it writes before a reply that is learned must not depend on it.
     """
 
     def __init__(self, text: str, name: str, tokens: Mapping[str, str] | None = None) -> None:
@@ -106,28 +122,60 @@ class JinjaTemplate:
             MemoryError,
         )
         try:
-            self._template = BoundedEnvironment().from_string(text)
+            environment = BoundedEnvironment()
+            self._mark, self._template = environment.reply_mark, environment.from_string(text)
         except (TemplateError, RecursionError) as error:
             raise DataError(f"cannot use the template {name}", got=error) from None
 
-    def segments(self, turns: Sequence[Turn], passages: Sequence[Passage]) -> list[Segment]:
+    def prompt(self, turns: Sequence[Turn], passages: Sequence[Passage], tools: Tools = ()) -> str:
+        """The written form up to where the assistant goes on."""
+        self._require_written(turns, tools)
+        asks = bool(turns) and turns[-1].role != "assistant"
+        return self._render(turns, passages, tools, ask=asks).replace(self._mark, "")
+
+    def segments(
+        self, turns: Sequence[Turn], passages: Sequence[Passage], tools: Tools = (), *, all_replies: bool = True
+    ) -> list[Segment]:
         """The written form."""
+        self._require_written(turns, tools)
+        marked = self._render(turns, passages, tools)
+        if self._mark in marked:
+            return _marked_segments(marked.split(self._mark))
+        replies = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
         segments: list[Segment] = []
         written = ""
-        for number, turn in enumerate(turns):
-            if turn.role == "assistant":
-                prompt = self._render(turns[:number], passages, add_generation_prompt=True)
-                whole = self._render(turns[: number + 1], passages, add_generation_prompt=False)
-                segments.append(Segment(self._continuation(written, prompt), False))
-                segments.append(Segment(self._continuation(prompt, whole), True))
-                written = whole
-        if turns and turns[-1].role != "assistant":
-            prompt = self._render(turns, passages, add_generation_prompt=True)
+        for number in replies if all_replies else replies[-1:]:
+            prompt = self._render(turns[:number], passages, tools, ask=True)
+            whole = self._render(turns[: number + 1], passages, tools)
             segments.append(Segment(self._continuation(written, prompt), False))
+            segments.append(Segment(self._continuation(prompt, whole), True))
+            written = whole
         return segments
 
-    def _render(self, turns: Sequence[Turn], passages: Sequence[Passage], *, add_generation_prompt: bool) -> str:
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    def _require_written(self, turns: Sequence[Turn], tools: Tools) -> None:
+        """Refuse what the template would pass over in silence: what is written without it then is the same."""
+        if not tools and not any(turn.tool_calls or turn.role == "tool" for turn in turns):
+            return
+        renamed = [
+            replace(turn, tool_calls=tuple(replace(call, name=call.name + "_") for call in turn.tool_calls))
+            for turn in turns
+        ]
+        returned = [replace(turn, text=turn.text + ".") if turn.role == "tool" else turn for turn in turns]
+        other: dict[str, tuple[Sequence[Turn], Tools]] = {"tools": (turns, ())} if tools else {}
+        other |= {"calls of tools": (renamed, tools)} if renamed != [*turns] else {}
+        other |= {"results of tools": (returned, tools)} if returned != [*turns] else {}
+        written = self._render(turns, (), tools)
+        for what, changed in other.items():
+            if self._render(changed[0], (), changed[1]) == written:
+                raise DataError(
+                    f"the template {self._name} writes no {what}", fix="leave them out, or use a model that knows tools"
+                )
+
+    def _render(
+        self, turns: Sequence[Turn], passages: Sequence[Passage], tools: Tools = (), *, ask: bool = False
+    ) -> str:
+        """The written text, replies between marks where the template says which they are."""
+        messages = [turn.message() for turn in turns]
         if passages and not self._reads_passages:
             asked = next((message for message in messages if message["role"] == "user"), messages[0])
             asked["content"] = "\n\n".join([*(passage.rendered() for passage in passages), asked["content"]])
@@ -135,10 +183,10 @@ class JinjaTemplate:
         variables = {
             **self._tokens,
             "messages": messages,
-            "tools": None,
+            "tools": list(tools) or None,
             "documents": shown or None,
             "passages": shown,
-            "add_generation_prompt": add_generation_prompt,
+            "add_generation_prompt": ask,
         }
         try:
             return self._rendered(self._template, variables)
@@ -175,9 +223,15 @@ def build_template(name: str, folder: Path | None = None) -> Template:
     return JinjaTemplate(text, name, {} if folder is None else special_tokens(folder))
 
 
-def prompt_of(turns: Sequence[Turn], template: Template, passages: Sequence[Passage] = ()) -> str:
+def _marked_segments(parts: Sequence[str]) -> list[Segment]:
+    """Every other part is a reply; a line's end behind the last one is layout."""
+    found = [Segment(text, bool(place % 2)) for place, text in enumerate(parts) if text]
+    return found if found[-1].text.strip() else found[:-1]
+
+
+def prompt_of(turns: Sequence[Turn], template: Template, passages: Sequence[Passage] = (), tools: Tools = ()) -> str:
     """The written form of the turns so far: the prompt of a generation."""
-    return "".join(segment.text for segment in template.segments(turns, passages))
+    return template.prompt(turns, passages, tools)
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,11 +262,13 @@ class ConversationTokenizer:
     def encode(self, conversation: Conversation) -> TokenizedConversation:
         """The tokens of a conversation, and which of them are learned."""
         in_prompt, to_encoder = self.place(conversation.passages)
-        segments = self.template.segments(conversation.turns, in_prompt)
+        segments = self.template.segments(
+            conversation.turns, in_prompt, conversation.tools, all_replies=self.loss_on_all_replies
+        )
         parts = [self.tokenizer.encode(segment.text) for segment in segments]
         parts[0] = [*self.virtual_tokens, *begin_tokens(self.tokenizer, parts[0]), *parts[0]]
         parts[-1] = self._ended(parts[-1])
-        last = len(parts) - 1
+        last = max(number for number, segment in enumerate(segments) if segment.is_reply)
         learned = [
             np.full(len(part), segment.is_reply and (self.loss_on_all_replies or number == last))
             for number, (part, segment) in enumerate(zip(parts, segments, strict=True))
@@ -220,7 +276,7 @@ class ConversationTokenizer:
         return TokenizedConversation(
             tokens=np.concatenate([np.asarray(part, dtype=np.int32) for part in parts]),
             learned=np.concatenate(learned),
-            prompt_length=sum(len(part) for part in parts[:-1]),
+            prompt_length=sum(len(part) for part in parts[:last]),
             passages=self.encode_passages(to_encoder),
             origin=conversation.origin,
         )

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
 
-from megatron_retro.data.instructions.conversations import Turn
+from megatron_retro.data.instructions.conversations import ToolCall
 from megatron_retro.inference.chat_format import ChatFormat
 from megatron_retro.inference.generation import Generation, GenerationRequest, TextStream, TokenLogprob
 from megatron_retro.inference.sampling import Sampling
 from megatron_retro.inference.serving import schema
 from megatron_retro.inference.serving.engine_thread import EngineThread, RequestHandle, RequestRefused
+from megatron_retro.inference.serving.messages import sent_calls
 from megatron_retro.inference.text_generator import TextGenerator
+from megatron_retro.inference.tool_calls import CallReader
 
 DEFAULT_CHAT_TOKENS = 128
 
@@ -79,12 +81,26 @@ class Service:
 
     async def grammar_of(self, body: schema.CompletionRequest | schema.ChatRequest) -> str | None:
         """What the answers are held to. One schema at a time is compiled, in a thread, for a large one takes long."""
-        wanted = body.response_format if isinstance(body, schema.ChatRequest) else None
-        content = wanted.schema_of_answer() if wanted is not None else None
-        if content is None:
+        if not isinstance(body, schema.ChatRequest):
             return None
+        wanted, tools, form = body.response_format, body.must_call, self.chat_format.calls if body.must_call else None
+        content = wanted.schema_of_answer() if wanted is not None else None
+        if content is None and (tools is None or form is None):
+            return None
+
+        def compiled() -> str:
+            grammars = self.generator.engine.grammars
+            if tools is None or form is None:
+                return grammars.require(content or {})
+            offered = [tool.function.model_dump() for tool in tools]
+            return grammars.require_grammar(form.grammar(offered, grammars.token_of), "tools")
+
         async with self._compiling:
-            return await asyncio.to_thread(lambda: self.generator.engine.grammars.require(content))
+            return await asyncio.to_thread(compiled)
+
+    def call_reader(self, body: schema.ChatRequest) -> CallReader:
+        """Reads the calls of one answer; without tools everything is text."""
+        return CallReader(self.chat_format.calls if body.offered else None)
 
     def _mode(self, mode: schema.RetrievalMode | None) -> str:
         modes = self.retrieval_modes
@@ -98,9 +114,14 @@ class Service:
         """Prompts as tokens, and the passages that the neighbour encoder reads."""
         passages = body.passages or ()
         if isinstance(body, schema.ChatRequest):
-            roles = {"developer": "system"}
-            turns = [Turn(roles.get(one.role, one.role), one.text()) for one in body.messages]
-            text, to_encoder = self.chat_format.write(turns, passages)
+            if body.offered and self.chat_format.calls is None:
+                raise RequestRefused(
+                    "tools need a chat template that writes calls in a form that is known here",
+                    400,
+                    "leave tools out, or serve a model that was taught them (docs/generation.md names the forms)",
+                )
+            tools = [tool.model_dump(exclude_unset=True) for tool in body.offered]
+            text, to_encoder = self.chat_format.write([one.turn() for one in body.messages], passages, tools)
             return [self.generator.tokens_of(text)], to_encoder
         return token_lists(body.prompt, self.generator.tokens_of), passages
 
@@ -115,6 +136,16 @@ class Service:
         """The prompt, if it is to be echoed."""
         echo = isinstance(body, schema.CompletionRequest) and body.echo
         return self.generator.tokenizer.decode(generation.request.prompt) if echo else ""
+
+    def message(self, body: schema.ChatRequest, generation: Generation) -> tuple[schema.ChatMessage, str | None]:
+        """The assistant's turn, and why it ends."""
+        reader = self.call_reader(body)
+        text = reader.feed(generation.text)
+        left, calls = reader.finish()
+        text = (text + left).strip()
+        found = sent_calls(calls if body.parallel_tool_calls else calls[:1])
+        message = schema.ChatMessage(content=text or (None if found else ""), tool_calls=found or None)
+        return message, ended_by(generation.finish_reason, bool(found))
 
     def logprobs(self, body: schema.CompletionRequest, generation: Generation) -> schema.Logprobs | None:
         """The log-probabilities of the answer's tokens, the prompt's before them if it is echoed."""
@@ -216,6 +247,17 @@ def _alternatives(body: schema.CompletionRequest | schema.ChatRequest) -> int | 
     if isinstance(body, schema.CompletionRequest):
         return body.logprobs
     return body.top_logprobs or 0 if body.logprobs else None
+
+
+def call_deltas(calls: Sequence[ToolCall]) -> list[schema.CallDelta]:
+    """Calls as events of a stream hold them."""
+    numbered = enumerate(sent_calls(calls))
+    return [schema.CallDelta(index=number, id=call.id, function=call.function) for number, call in numbered]
+
+
+def ended_by(reason: str | None, calls: bool) -> str | None:
+    """OpenAI's reason: an answer that calls tools and was not cut ends by that."""
+    return "tool_calls" if calls and reason == "stop" else reason
 
 
 async def whole_answers(service: Service, handles: Sequence[RequestHandle], client: Connection) -> list[Generation]:

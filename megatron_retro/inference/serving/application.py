@@ -159,7 +159,8 @@ async def _submit(
     service: answering.Service, metrics: Metrics, body: schema.CompletionRequest | schema.ChatRequest
 ) -> list[RequestHandle]:
     metrics.count("megatron_retro_requests_total", kind=type(body).__name__)
-    requests, grammar = service.requests_of(body), await service.grammar_of(body)
+    requests = await asyncio.to_thread(service.requests_of, body)  # a long prompt holds up nobody
+    grammar = await service.grammar_of(body)
     held = [replace(one, grammar=grammar) for one in requests]
     return service.engine.submit(held, asyncio.get_running_loop())
 
@@ -216,15 +217,16 @@ def _add_chat(application: FastAPI, service: answering.Service, metrics: Metrics
             head = schema.ChatCompletionChunk(id=name, created=created, model=service.model_name, choices=[])
             return _event_stream(_chat_events(service, body, handles, head))
         generations = await answering.whole_answers(service, handles, request)
+        messages = [service.message(body, one) for one in generations]
         choices = [
             schema.ChatChoice(
                 index=index,
-                message=schema.ChatMessage(content=one.text.strip()),
-                finish_reason=one.finish_reason,
+                message=message,
+                finish_reason=reason,
                 logprobs=service.chat_logprobs(body, one),
                 retrieval=service.chunks(one) if body.retrieval else None,
             )
-            for index, one in enumerate(generations)
+            for index, (one, (message, reason)) in enumerate(zip(generations, messages, strict=True))
         ]
         usage = answering.usage_of(generations, body.n)
         return _json(
@@ -236,16 +238,21 @@ async def _chat_events(
     service: answering.Service, body: schema.ChatRequest, handles: list[RequestHandle], head: schema.ChatCompletionChunk
 ) -> AsyncIterator[schema.ChatCompletionChunk]:
     begun: set[int] = set()
+    readers = [service.call_reader(body) for _ in handles]
     async for new in answering.text_deltas(service, handles):
+        text = readers[new.index].feed(new.text)
+        left, calls = readers[new.index].finish() if new.finish_reason is not None else ("", [])
+        text += left
         first = new.index not in begun
-        text = new.text.lstrip() if first else new.text
+        text = text.lstrip() if first else text
         if text or not first:
             begun.add(new.index)
-        delta = schema.ChatDelta(role="assistant" if first else None, content=text)
+        found = answering.call_deltas(calls if body.parallel_tool_calls else calls[:1])
+        delta = schema.ChatDelta(role="assistant" if first else None, content=text, tool_calls=found or None)
         choice = schema.ChatChunkChoice(
             index=new.index,
             delta=delta,
-            finish_reason=new.finish_reason,
+            finish_reason=answering.ended_by(new.finish_reason, bool(found)),
             retrieval=new.chunks if body.retrieval else None,
         )
         yield head.model_copy(update={"choices": [choice]})

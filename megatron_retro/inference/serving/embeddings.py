@@ -15,8 +15,8 @@ from pydantic import BaseModel, Field
 
 from megatron_retro.inference.serving.answering import Service, token_lists
 from megatron_retro.inference.serving.engine_thread import RequestRefused
+from megatron_retro.inference.serving.fields import StrictModel, Text, TokenList
 from megatron_retro.inference.serving.metrics import Metrics
-from megatron_retro.inference.serving.schema import StrictModel, Text, TokenList
 
 _MAX_TEXTS = 2048
 _MAX_TOKENS = 1 << 16

@@ -7,26 +7,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, Field, StringConstraints, model_validator
+
+from megatron_retro.inference.serving.fields import StrictModel, Text, TokenList
+from megatron_retro.inference.serving.messages import Message, MessageCall, NamedTool, Tool
 
 MAX_TEXTS = 16
-Text = Annotated[str, StringConstraints(max_length=1 << 20)]
-TokenList = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]
 TokenName = Annotated[str, StringConstraints(pattern=r"^\d{1,9}$")]
 Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
 RetrievalMode = Literal["live", "none", "random"]
-
-
-class StrictModel(BaseModel):
-    """Refuses what it does not know."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, body: object) -> object:
-        """As in OpenAI's service, to which clients send null for what they do not set."""
-        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
 
 
 class StreamOptions(StrictModel):
@@ -52,7 +41,7 @@ class SharedRequest(StrictModel):
     store: bool = Field(False, description="taken; nothing is kept")
     frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
-    logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=1024)] = {}
+    logit_bias: dict[TokenName, Bias] = Field({}, max_length=1024)
     top_k: int = Field(0, ge=0, le=1 << 20)
     repetition_penalty: float = Field(1.0, ge=0.01, le=100.0)
     retrieval: bool = Field(False, description="send the neighbours that each chunk read with the answer")
@@ -82,25 +71,6 @@ class CompletionRequest(SharedRequest):
         if self.stream and self.logprobs is not None:
             raise ValueError("logprobs come with whole answers: leave stream out")
         return self
-
-
-class TextPart(StrictModel):
-    """A part of a message."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class Message(StrictModel):
-    """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
-    name: str | None = None
-
-    def text(self) -> str:
-        """The content as one text."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class JsonSchema(StrictModel):
@@ -140,13 +110,9 @@ class ChatRequest(SharedRequest):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _tools_are_refused_in_words(cls, body: object) -> object:
-        if isinstance(body, dict) and (body.get("tools") or body.get("functions")):
-            raise ValueError("no functions are called here: put what tools return into the messages, or into passages")
-        return body
+    tools: list[Tool] = Field([], max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _whole(self) -> ChatRequest:
@@ -154,7 +120,24 @@ class ChatRequest(SharedRequest):
             raise ValueError("logprobs come with whole answers: leave stream out")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs")
+        if self.must_call == []:
+            names = ", ".join(tool.function.name for tool in self.tools) or "none"
+            raise ValueError(f"tool_choice asks for a function that is not among the tools: {names}")
+        if self.offered and self.response_format is not None and self.response_format.schema_of_answer() is not None:
+            raise ValueError("an answer is held to response_format or free to call tools: leave one of them out")
         return self
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools
+
+    @property
+    def must_call(self) -> list[Tool] | None:
+        """The tools of which one has to be called; None where none has to be."""
+        if isinstance(self.tool_choice, NamedTool):
+            return [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
+        return self.tools if self.tool_choice == "required" else None
 
 
 class Neighbor(BaseModel):
@@ -220,7 +203,8 @@ class ChatMessage(BaseModel):
     """The assistant's turn."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    tool_calls: list[MessageCall] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -263,11 +247,18 @@ class ChatCompletion(BaseModel):
     usage: Usage | None = None
 
 
+class CallDelta(MessageCall):
+    """A call in a stream, whole."""
+
+    index: int
+
+
 class ChatDelta(BaseModel):
     """What is new in an event of a chat's stream."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[CallDelta] | None = None
 
 
 class ChatChunkChoice(BaseModel):

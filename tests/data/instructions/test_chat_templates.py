@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_retro.data.instructions.conversations import Conversation, Passage, Turn
+from megatron_retro.data.instructions.conversations import Conversation, Passage, ToolCall, Turn
 from megatron_retro.data.instructions.templates import (
     AUTO,
     INSTRUCT_RETRO,
@@ -20,7 +20,7 @@ from megatron_retro.data.instructions.templates import (
 from megatron_retro.data.tokenizers import HuggingFaceTokenizer
 from megatron_retro.errors import DataError
 from tests.data.byte_level import SPECIAL, save_byte_level
-from tests.data.instructions.chat_templates import CHAT_TEMPLATES, CHATML, GRANITE
+from tests.data.instructions.chat_templates import CHAT_TEMPLATES, CHATML, GRANITE, PUBLISHED
 
 QUESTION, REPLY, MORE = Turn("user", " What's ü? "), Turn("assistant", "A <letter> & more."), Turn("user", "And ä?")
 CONVERSATIONS = {
@@ -29,6 +29,20 @@ CONVERSATIONS = {
     "dialogue": (QUESTION, REPLY, MORE),
     "whole": (QUESTION, REPLY),
 }
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Says the weather.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "where"}}},
+    },
+}
+CALLING = (
+    Turn("user", "Does it rain?"),
+    Turn("assistant", "", (ToolCall("get_weather", {"city": "Köln"}, "a1b2c3d4e"),)),
+    Turn("tool", "It pours.", (), "a1b2c3d4e"),
+)
+SIGNS = {"tools": "Says the weather", "calls of tools": "Köln", "results of tools": "It pours."}
 
 
 @pytest.fixture(scope="module")
@@ -49,25 +63,52 @@ def theirs(folder: Path) -> Any:
     )
 
 
-@pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
-def test_a_template_writes_what_transformers_writes(
-    name: str, turns: tuple[Turn, ...], folder: Path, theirs: Any, tmp_path: Path
-) -> None:
+def test_a_template_writes_what_transformers_writes(name: str, folder: Path, theirs: Any, tmp_path: Path) -> None:
     path = tmp_path / "chat.jinja"
     path.write_text(CHAT_TEMPLATES[name])
-    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-    asks = turns[-1].role == "user"
-    try:
-        expected = theirs.apply_chat_template(
-            messages, chat_template=CHAT_TEMPLATES[name], tokenize=False, add_generation_prompt=asks
-        )
-    except Exception as refusal:  # Jinja's, whose class transformers passes on
-        with pytest.raises(DataError, match="fails on a conversation") as ours:
-            prompt_of(turns, build_template(str(path), folder))
-        assert str(refusal) in str(ours.value)
-        return
-    assert prompt_of(turns, build_template(str(path), folder)) == expected
+    template = build_template(str(path), folder)
+    for turns, tools in [*((turns, None) for turns in CONVERSATIONS.values()), (CALLING, [TOOL])]:
+        messages = [turn.message() for turn in turns]
+        asks = turns[-1].role != "assistant"
+        try:
+            expected = theirs.apply_chat_template(
+                messages, tools, chat_template=CHAT_TEMPLATES[name], tokenize=False, add_generation_prompt=asks
+            )
+        except Exception as refusal:  # Jinja's, whose class transformers passes on
+            with pytest.raises(DataError, match="fails on a conversation") as ours:
+                prompt_of(turns, template, tools=tools or ())
+            assert str(refusal) in str(ours.value)
+            continue
+        passed_over = [what for what, sign in SIGNS.items() if tools and sign not in expected]
+        if passed_over:
+            with pytest.raises(DataError, match=f"writes no {passed_over[0]}"):
+                prompt_of(turns, template, tools=tools or ())
+        else:
+            assert prompt_of(turns, template, tools=tools or ()) == expected
+
+
+def test_twenty_published_families_are_among_them() -> None:
+    assert len([name for name in PUBLISHED if not name.endswith("_training")]) > 20
+
+
+@pytest.mark.parametrize("name", [name for name, text in CHAT_TEMPLATES.items() if "generation %}" in text])
+def test_replies_are_what_transformers_masks(name: str, folder: Path, theirs: Any, tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text(CHAT_TEMPLATES[name])
+    template = build_template(str(tmp_path / "chat.jinja"), folder)
+    encoder = ConversationTokenizer(HuggingFaceTokenizer(folder), template, loss_on_all_replies=True)
+    turns = (QUESTION, REPLY, MORE, REPLY)
+    found = encoder.encode(Conversation(turns))
+    expected = theirs.apply_chat_template(
+        [turn.message() for turn in turns],
+        chat_template=CHAT_TEMPLATES[name],
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    length = len(found.tokens) - (found.tokens[-1] == encoder.tokenizer.eod)  # an end that the template leaves out
+    assert length > len(expected["input_ids"]) - 3  # and layout behind the last end
+    assert found.tokens[:length].tolist() == expected["input_ids"][:length]
+    assert found.learned[:length].tolist() == [bool(one) for one in expected["assistant_masks"]][:length]
 
 
 def test_a_model_s_own_template_is_found_wherever_it_is_kept(folder: Path, tmp_path: Path) -> None:

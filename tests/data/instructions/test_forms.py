@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_retro.data.instructions.conversations import Turn, read_conversations
+from megatron_retro.data.instructions.conversations import ToolCall, Turn, read_conversations
 from megatron_retro.errors import DataError
 
 ASKED, ANSWERED = Turn("user", "Q ü"), Turn("assistant", "A")
@@ -65,4 +65,60 @@ def test_a_system_prompt_and_an_input_stand_where_they_belong(tmp_path: Path) ->
     assert second.turns[0].text == "Q\n\nI"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "image"}]}]}) + "\n")
     with pytest.raises(DataError, match="line 1: a part of content is of type 'image'"):
+        read_conversations(path)
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"name": "f", "arguments": {"x": 1}}
+WITH_TOOLS = {
+    "OpenAI": [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": CALL}]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "A"},
+    ],
+    "arguments as JSON": [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]},
+        {"role": "function", "content": [{"type": "text", "text": "2"}]},
+        {"role": "assistant", "content": "A"},
+    ],
+    "ShareGPT": [
+        {"from": "human", "value": "Q"},
+        {"from": "function_call", "value": json.dumps(CALL)},
+        {"from": "observation", "value": "2"},
+        {"from": "gpt", "value": "A"},
+    ],
+}
+
+
+@pytest.mark.parametrize("form", WITH_TOOLS)
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])], ids=["tools", "tools as JSON"])
+def test_tools_their_calls_and_results_are_read(form: str, tools: object, tmp_path: Path) -> None:
+    path, key = tmp_path / "a.jsonl", "conversations" if form == "ShareGPT" else "messages"
+    path.write_text(json.dumps({key: WITH_TOOLS[form], "tools": tools}) + "\n")
+    (found,) = read_conversations(path)
+    called = Turn("assistant", "", (ToolCall("f", {"x": 1}),))
+    assert found.turns == (Turn("user", "Q"), called, Turn("tool", "2"), Turn("assistant", "A"))
+    assert found.tools == (TOOL,)
+
+
+@pytest.mark.parametrize(
+    ("message", "tools", "words"),
+    [
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]},
+            [],
+            "name and arguments",
+        ),
+        ({"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]}, [], "name and arguments"),
+        ({"role": "assistant", "content": "A"}, "f", "tools must be a list"),
+        ({"role": "user", "content": "Q", "tool_calls": [{"function": CALL}]}, [], "only an assistant"),
+    ],
+)
+def test_calls_that_are_none_are_refused(message: object, tools: object, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    messages = [{"role": "user", "content": "Q"}, message, {"role": "assistant", "content": "A"}]
+    path.write_text(json.dumps({"messages": messages, "tools": tools}) + "\n")
+    with pytest.raises(DataError, match=words):
         read_conversations(path)

@@ -105,12 +105,12 @@ class Running:
 
 
 def start(
-    generator: TextGenerator, config: ServeConfig, api_keys: Sequence[str] = ()
+    generator: TextGenerator, config: ServeConfig, api_keys: Sequence[str] = (), chat_format: ChatFormat = FORM
 ) -> tuple[Running, threading.Thread]:
     """Serve on a free port in a thread."""
     fresh = TextGenerator(generator.forward, generator.tokenizer, generator.limits, generator.index)
     listener = listening_socket(config)
-    server = build_service(fresh, config, "small", FORM, api_keys, finishing_seconds=0.05)
+    server = build_service(fresh, config, "small", chat_format, api_keys, finishing_seconds=0.05)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     deadline = time.monotonic() + 20

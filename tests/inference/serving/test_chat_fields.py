@@ -28,7 +28,9 @@ def test_openai_client_chat_logprobs_and_biases(service: Any) -> None:
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "no functions are called here"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools need a chat template"),
+        ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, "tools.0.function.name"),
+        ({"tool_choice": "required"}, "not among the tools"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "json_schema belongs to the type"),
         ({"logprobs": True, "stream": True}, "leave stream out"),

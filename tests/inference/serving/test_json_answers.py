@@ -1,4 +1,6 @@
-"""Answers that are held to JSON: a model of random weights writes what the schema says, alone and beside others."""
+"""Answers that are held to JSON: a model of random weights writes what the schema says, alone and beside others; and
+long work on a request, which holds up nobody.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ import openai
 import pytest
 
 from megatron_retro.config.inference import ServeConfig
+from megatron_retro.data.tokenizers import ByteTokenizer
 from megatron_retro.inference.engine import EngineLimits
 from megatron_retro.inference.forward import LocalForward
 from megatron_retro.inference.grammars import Grammars
@@ -91,3 +94,32 @@ def test_large_schemas_hold_nobody_up(url: str, monkeypatch: pytest.MonkeyPatch)
         assert answer.result().status_code == 200
     refused = asked_for(url, {"enum": [f"{number:>9}" for number in range(12_000)]})
     assert refused.status_code == 400 and "too large" in refused.json()["error"]["message"]
+
+
+class _WaitingTokenizer(ByteTokenizer):
+    """Takes its time with the prompt."""
+
+    def __init__(self) -> None:
+        self.begun, self.answered = threading.Event(), threading.Event()
+
+    def encode(self, text: str) -> list[int]:
+        self.begun.set()
+        assert self.answered.wait(30), "the service waits for the tokens"
+        return super().encode(text)
+
+
+def test_long_prompts_hold_nobody_up() -> None:
+    """Others are answered while a prompt is tokenized."""
+    tokenizer = _WaitingTokenizer()
+    running, thread = start(
+        TextGenerator(LocalForward(random_model()), tokenizer, EngineLimits(4, 512, 64)), ServeConfig(port=0)
+    )
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(chat, running.url)
+        assert tokenizer.begun.wait(30)
+        assert httpx.get(running.url + "/health", timeout=20).json()["status"] == "ok"
+        assert not answer.done()
+        tokenizer.answered.set()
+        assert answer.result().choices
+    running.server.should_exit = True
+    thread.join(timeout=20)
