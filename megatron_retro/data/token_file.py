@@ -43,8 +43,8 @@ _CODE_OF_DTYPE = {np.dtype(dtype): code for code, dtype in _DTYPE_OF_CODE.items(
 _SMALL_VOCABULARY = 65500
 KIND = "tokens"
 MANIFEST_VERSION = 1
-_SAMPLED_WINDOWS = 256
-_WINDOW_BYTES = 4096
+_SAMPLED_WINDOWS, _WINDOW_BYTES = 256, 4096
+_FEW_OFFSETS = 1024  # of more, NumPy finds the documents faster: it waits for memory once for all of them
 _STORES, _MOUNT = ("s3", "gs", "http", "https"), "mount the store and give the path there: docs/corpus.md says how"
 _REPLACED = (
     "put back what was written or write it again; if you replaced it, describe what is there now: "
@@ -183,7 +183,7 @@ class TokenFile:
         """The document that each token of the stream lies in."""
         wanted = np.ascontiguousarray(offsets, np.int64)
         native = extension()
-        if native is None or self.dtype.itemsize not in (2, 4):
+        if native is None or self.dtype.itemsize not in (2, 4) or wanted.size > _FEW_OFFSETS:
             return last_at_or_before(self.document_starts, self.num_documents, wanted)
         with named_damage():
             found: NDArray[np.int64] = native.token_documents(*self.native_arrays, wanted.reshape(-1))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,13 +23,15 @@ from megatron_retro.data.preprocessing import job as preprocessing
 from megatron_retro.runtime import environment
 from megatron_retro.testing.corpora import random_text, write_json_lines
 from megatron_retro.testing.preprocessing_runs import SCRIPT, files, start
+from megatron_retro.testing.retrieval_projects import CHUNK, echoing_documents, write_corpus
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="no Ray; pip install ray")
 
 
-@pytest.fixture
-def cluster() -> Iterator[Any]:
-    """A head without CPUs, and two nodes."""
+@contextmanager
+def started_cluster() -> Iterator[Any]:
+    """A head without CPUs, and two nodes, whose workers are not put behind all else that this machine does."""
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray spells it so
     import ray
     from ray.cluster_utils import Cluster
 
@@ -40,6 +43,13 @@ def cluster() -> Iterator[Any]:
     finally:
         ray.shutdown()
         started.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """One of all tests; the last of them kills a node."""
+    with started_cluster() as started:
+        yield started
 
 
 @pytest.fixture
@@ -69,6 +79,27 @@ def preprocess(source: Path, prefix: Path, address: str) -> int:
 
 
 @needs_ray
+def test_an_index_and_a_table_are_built(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(job, "POLL_SECONDS", 0.3)
+    corpus = write_corpus(tmp_path / "corpus", echoing_documents(3, 80))
+    words = ["build-retrieval", "--retro-database-corpus", corpus, "--retro-index-str", "IVF8,Flat"]
+    words += ["--retro-chunk-length", str(CHUNK), "--retro-embedder-dimension", "64", "--retro-block-size", "60"]
+    words += ["--retro-tasks", "plan", "train", "encode", "merge", "query"]
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert main([*words, "--retro-project-dir", str(here)]) == 0, capfd.readouterr().err
+    on_ray = ["--executor", "ray", "--ray-address", cluster.address]
+    assert main([*words, "--retro-project-dir", str(there), *on_ray]) == 0, capfd.readouterr().err
+    assert "started 2 workers" in capfd.readouterr().err
+    for made in ("index/merged", "neighbors/corpus"):
+        names = sorted(path.name for path in (here / made).iterdir())
+        assert names == sorted(path.name for path in (there / made).iterdir())
+        names.remove("manifest.json")  # it says when it was written
+        assert all((here / made / name).read_bytes() == (there / made / name).read_bytes() for name in names)
+
+
+@needs_ray
 def test_a_worker_and_a_node_are_killed(
     cluster: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,8 +123,13 @@ def test_a_worker_and_a_node_are_killed(
 
 @needs_ray
 @pytest.mark.full
-def test_the_head_is_killed(cluster: Any, source: Path, tmp_path: Path) -> None:
+def test_the_head_is_killed(source: Path, tmp_path: Path) -> None:
     """With all nodes and whoever watched; the same command goes on without Ray."""
+    with started_cluster() as cluster:
+        check_killed_head(cluster, source, tmp_path)
+
+
+def check_killed_head(cluster: Any, source: Path, tmp_path: Path) -> None:
     words = ["--executor", "ray", "--ray-address", cluster.address]
     run = start(tmp_path / "o", source, *words)
     while not list(tmp_path.glob("o.unfinished/joined/*")):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 
 from megatron_retro.cli.main import main
 from megatron_retro.data.preprocessing import job as job_module
+from megatron_retro.data.preprocessing import run
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 from megatron_retro.testing.corpora import (
@@ -110,6 +113,27 @@ def test_shards_cut_the_documents_and_join_again(tmp_path: Path) -> None:
     parts = [TokenFile(f"{tmp_path}/cut_{n:05d}-of-00003_text_document") for n in range(3)]
     assert [part.num_documents for part in parts] == [16, 17, 17]
     assert np.concatenate([part.stream for part in parts]).tolist() == whole.stream.tolist()
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_shards_are_joined_by_several_workers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_json_lines(tmp_path / "a.jsonl", records(4, 50))
+    flags = ("--shards", "3", "--shuffle-documents", "1")
+    assert preprocess(tmp_path / "one", [source], *flags) == 0
+    (tmp_path / "begun").mkdir()
+    join_target = run.join_target
+
+    def after_another_began(*words: Any) -> None:
+        (tmp_path / "begun" / f"{words[-1]}-{os.getpid()}").touch()
+        while len(list((tmp_path / "begun").iterdir())) < 2:
+            time.sleep(0.01)
+        join_target(*words)
+
+    monkeypatch.setattr(run, "join_target", after_another_began)
+    assert preprocess(tmp_path / "two", [source], *flags, "--workers", "2") == 0
+    begun = [path.name.split("-") for path in (tmp_path / "begun").iterdir()]
+    assert sorted(number for number, _ in begun) == ["0", "1", "2"] and len({process for _, process in begun}) == 2
+    assert all(files(tmp_path / f"one_{n:05d}-of-00003") == files(tmp_path / f"two_{n:05d}-of-00003") for n in range(3))
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -1,8 +1,8 @@
 """Part files of all blocks joined to token files, in the order of the input or shuffled.
 
 One token file in the order of the input grows while blocks are made (`appending.py`); shards and a shuffled order want
-to know how many documents there are, so they are joined in one pass at the end. Only the manifest, written last, makes
-a target finished.
+to know how many documents there are, so they are joined in one pass at the end, each target by a worker that claims it.
+Only the manifest, written last, makes a target finished.
 """
 
 from __future__ import annotations
@@ -99,30 +99,59 @@ def append_blocks(job: PreprocessingJob, directory: Path, output: Output) -> Joi
     return append_finished(job, directory, [target for _, _, target in output.targets(job)])
 
 
+def unwritten_targets(job: PreprocessingJob, output: Output) -> list[int]:
+    """The numbers of the targets that are not finished."""
+    found = enumerate(output.targets(job))
+    return [
+        number for number, (key, shard, target) in found if not _is_written(target, output.config_of(job, key, shard))
+    ]
+
+
+def join_target(job: PreprocessingJob, directory: Path, output: Output, number: int) -> None:
+    """Write one target of an output that does not grow; all blocks are finished."""
+    _write_target(job, directory, output, number, *_counted(job, directory, output))
+
+
 def join_blocks(job: PreprocessingJob, directory: Path, output: Output) -> Joined:
     """Write the refused records, and every target: the last manifest says that all is there. Returns the counts."""
-    numbers = range(len(job.blocks))
+    joined, documents = _counted(job, directory, output)
+    blocks = range(len(job.blocks))
+    for suffix, part in ((".refused.jsonl", refused_path), (".refused.txt", reasons_path)):
+        _concatenate(Path(output.prefix + suffix), [part(directory, block) for block in blocks])
+    for number in unwritten_targets(job, output):
+        _write_target(job, directory, output, number, joined, documents)
+    return joined
+
+
+def _counted(job: PreprocessingJob, directory: Path, output: Output) -> tuple[Joined, NDArray[np.int64]]:
+    """The counts of all blocks, and how many documents there are before each that was not appended yet."""
     joined = append_blocks(job, directory, output) if output.grows else Joined()
     documents = [0]
-    for block in numbers[joined.blocks :]:
+    for block in range(joined.blocks, len(job.blocks)):
         joined = joined.with_block(require_counts(job, directory, block))
         documents.append(joined.documents)
     if joined.documents == 0:
         raise DataError(f"the input holds no documents ({len(job.files)} files, {job.num_bytes} bytes)")
     if joined.documents < output.shards:
         raise DataError("fewer documents than --shards", got=joined.documents, expected=f"{output.shards} or more")
-    for suffix, part in ((".refused.jsonl", refused_path), (".refused.txt", reasons_path)):
-        _concatenate(Path(output.prefix + suffix), [part(directory, block) for block in numbers])
-    for key, shard, target in output.targets(job):
+    return joined, np.array(documents)
+
+
+def _write_target(
+    job: PreprocessingJob,
+    directory: Path,
+    output: Output,
+    number: int,
+    joined: Joined,
+    documents: NDArray[np.int64],
+) -> None:
+    key, shard, target = output.targets(job)[number]
+    place = (directory, joined.extents[key]) if output.grows else ()
+    with TokenFileWriter(target, job.dtype, *place) as writer:
+        if not output.grows:
+            _append_shard(writer, directory, key, documents, shard, output)
         config = output.config_of(job, key, shard)
-        if _is_written(target, config):
-            continue
-        place = (directory, joined.extents[key]) if output.grows else ()
-        with TokenFileWriter(target, job.dtype, *place) as writer:
-            if not output.grows:
-                _append_shard(writer, directory, key, np.array(documents), shard, output)
-            writer.finalize(inputs={"text": job.fingerprint, "tokenizer": job.tokenizer}, config=config)
-    return joined
+        writer.finalize(inputs={"text": job.fingerprint, "tokenizer": job.tokenizer}, config=config)
 
 
 def _append_shard(

@@ -25,7 +25,14 @@ from megatron_retro.config.training import ObservabilityConfig
 from megatron_retro.data.preprocessing.appending import Joined, are_ready, blocks_at_a_time, count_joined
 from megatron_retro.data.preprocessing.blocks import BlockTokenizer, read_counts
 from megatron_retro.data.preprocessing.job import PreprocessingJob, ReadOptions, find_inputs
-from megatron_retro.data.preprocessing.joining import Output, append_blocks, is_finished, join_blocks
+from megatron_retro.data.preprocessing.joining import (
+    Output,
+    append_blocks,
+    is_finished,
+    join_blocks,
+    join_target,
+    unwritten_targets,
+)
 from megatron_retro.data.preprocessing.pool import Send, WorkerPool
 from megatron_retro.data.preprocessing.tokenization import build_encoder
 from megatron_retro.data.token_file import bin_path, idx_path, token_dtype
@@ -94,6 +101,16 @@ class Run:
                 if late is not None:
                     yield from map(int, self._claimed([f"{late:06d}"], self.is_done, wait=False))
 
+    def join_targets(self, *, wait: bool) -> None:
+        """Write the shards and shuffled files that no other worker has claimed, once all blocks are finished."""
+        numbers = {f"target-{number:05d}": number for number in unwritten_targets(self.job, self.output)}
+        for name in self._claimed(list(numbers), lambda name: self._is_written(numbers[name]), wait=wait):
+            with self._overtaken(partial(self._is_written, numbers[name])):
+                join_target(self.job, self.directory, self.output, numbers[name])
+
+    def _is_written(self, number: int) -> bool:
+        return number not in unwritten_targets(self.job, self.output)
+
     def finish_claim(self) -> Iterator[str]:
         """One claim, for the worker that joins the last blocks; the others wait for it."""
         return self._claimed([_JOIN], lambda _: is_finished(self.job, self.output), wait=True)
@@ -159,8 +176,9 @@ def preprocess(settings: Settings) -> None:
     log_interval = settings[ObservabilityConfig].log_interval if asked_to_log else None
     _open_work_directory(run)
     try:
-        _tokenize_blocks(run, config.workers or len(os.sched_getaffinity(0)), log_interval)
-        summary = _finish(run)
+        workers = config.workers or len(os.sched_getaffinity(0))
+        _tokenize_blocks(run, workers, log_interval)
+        summary = _finish(run, workers)
     except BaseException:
         _remove_empty_work_directory(run)
         raise
@@ -291,9 +309,14 @@ def _tokenize_here(run: Run, log: _Log) -> None:
         run.tokenize(blocks, block, lambda *facts: log(facts))
 
 
-def _finish(run: Run) -> Joined | None:
-    """Join the last blocks in one worker; the others wait for it. None where another worker did it."""
+def _finish(run: Run, workers: int) -> Joined | None:
+    """Join what is left, targets shared by all workers; one of them ends it. None where another worker did."""
     joined = None
+    if not run.output.grows:
+        workers = min(workers, len(unwritten_targets(run.job, run.output)))
+        if workers > 1:
+            WorkerPool(workers, lambda *_: run.join_targets(wait=False), lambda _: None, run.job.describe).run()
+        run.join_targets(wait=True)
     for _ in run.finish_claim():
         joined = join_blocks(run.job, run.directory, run.output)
     shutil.rmtree(run.directory, ignore_errors=True)
