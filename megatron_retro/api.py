@@ -134,7 +134,8 @@ class Model:
         """The log-probability of a continuation, in nats, and whether it is what the model would write."""
         pair = (self.generator.tokens_of(context), self.tokenizer.encode(continuation))
         source = self._source(retrieval, passages)
-        return score_continuations(self.module, [pair], source, max_length=self.generator.limits.max_sequence_length)[0]
+        longest = self.generator.limits.max_sequence_length
+        return score_continuations(self.generator.forward, [pair], source, max_length=longest)[0]
 
     @torch.inference_mode()
     def encode_neighbors(

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from megatron_retro import __version__
 from megatron_retro.artifacts.files import disk_problem
-from megatron_retro.cli.verbs import VERBS, Verb, other_name
+from megatron_retro.cli.other_names import other_name
+from megatron_retro.cli.verbs import VERBS, Verb
 from megatron_retro.config.command_line import parse_settings
 from megatron_retro.config.data import LOCAL, ExecutorConfig, require_tokenizer_type
 from megatron_retro.config.sections import ALL_SECTIONS

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_retro.config.command_line import Positional, Reads
-from megatron_retro.config.conversion import ConvertConfig
+from megatron_retro.config.conversion import ConvertConfig, PushConfig
 from megatron_retro.config.data import (
     CollectConfig,
     ContextsConfig,
@@ -225,6 +225,18 @@ no model is ever whole in memory.""",
         reads={TokenizerConfig: ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")},
     ),
     Verb(
+        "push",
+        "an exported folder to the Hugging Face hub, private unless told otherwise",
+        (PushConfig,),
+        "convert.push:push",
+        """Upload FOLDER, as `convert --convert-to huggingface`, remote-code or peft made it, to the model NAME
+(owner/model, or owner/model@branch) of the hub, model card and all. The model is made if it is not there, private
+without --push-public. After a failure the same command goes on; what arrived is not sent again.
+
+The token is that of `hf auth login` or HF_TOKEN; HF_ENDPOINT names another hub.""",
+        Positional("paths", "*", "FOLDER NAME"),
+    ),
+    Verb(
         "convert-project",
         "what of a Retro project of Megatron core serves here, and the commands for the rest",
         (),
@@ -327,24 +339,3 @@ that should be seen on it: what was measured, and whether it was seen.""",
         "absence.",
     ),
 )
-
-# What others call it, Megatron-LM's scripts among them; dashes and underlines are the same.
-_OTHER_NAMES = {
-    "preprocess": ("preprocess-data", "tokenize"),
-    "preprocess --merge-token-files": ("merge-datasets",),
-    "build-retrieval": ("preprocess-retro", "retro-preprocess", "build-db", "build-index", "build-neighbors", "query"),
-    "find-duplicates": ("dedup", "deduplicate", "fuzzy-dedup", "minhash", "decontaminate"),
-    "pretrain": ("train", "pretrain-gpt", "pretrain-retro"),
-    "finetune": ("sft", "instruct"),
-    "generate": ("text-generation", "generate-samples-gpt"),
-    "serve": ("run-text-generation-server", "text-generation-server"),
-    "evaluate": ("eval", "perplexity"),
-    "convert": ("import", "export", "checkpoint-convert", "checkpoint-util"),
-    "--version": ("version", "-v"),
-}
-
-
-def other_name(name: str) -> str:
-    """` (did you mean VERB?)` where a name is known from elsewhere, or nothing."""
-    plain = name.rsplit("/")[-1].removesuffix(".py").lower().replace("_", "-")
-    return next((f" (did you mean {verb}?)" for verb, names in _OTHER_NAMES.items() if plain in names), "")

@@ -43,3 +43,11 @@ class ConvertConfig:
     convert_decoder_only: bool = option(
         False, "export the decoder of a model that reads neighbours, as it computes with the gate shut", ours=True
     )
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """Where an export goes on a hub"""
+
+    push_public: bool = option(False, "a model that is made now may be seen by everybody", ours=True)
+    push_message: str = option("Upload from megatron_retro", "the first line of the hub's commit", ours=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from megatron_retro.config.conversion import ConvertConfig
+from megatron_retro.config.conversion import ConvertConfig, PushConfig
 from megatron_retro.config.data import (
     CollectConfig,
     ContextsConfig,
@@ -66,6 +66,7 @@ ALL_SECTIONS: tuple[type, ...] = (
     PeftConfig,
     CheckpointConfig,
     ConvertConfig,
+    PushConfig,
     ObservabilityConfig,
     EmbedderConfig,
     RetrievalConfig,

@@ -19,6 +19,8 @@ from megatron_retro.convert.exported_text import export_text_files
 from megatron_retro.convert.families import GPT2, Family
 from megatron_retro.convert.hugging_face_config import family_of, model_from_hugging_face
 from megatron_retro.convert.hugging_face_settings import first_family, hugging_face_from_model
+from megatron_retro.convert.model_card import CARD, model_card
+from megatron_retro.convert.origin import ORIGIN
 from megatron_retro.convert.safetensors_folder import SafetensorsFolder, read_json, write_folder
 from megatron_retro.convert.tensor_rules import Rule
 from megatron_retro.data.model_text import TOKENIZER_JSON, keep_text_files
@@ -28,9 +30,6 @@ from megatron_retro.runtime.strict_json import json_text
 CONFIG = "config.json"
 # tensors that some versions store and that follow from the configuration
 _DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
-
-
-ORIGIN = "hugging_face"  # of a checkpoint's inputs: which model it is, as peft would name it
 
 
 def import_hugging_face(
@@ -179,4 +178,5 @@ def export_hugging_face(
         write_folder(partial, tensors(), shard_bytes)
         write_file(partial / CONFIG, json_text(config, indent=2) + "\n")
         export_text_files(stored.path, stored.settings[TokenizerConfig], partial)
+        write_file(partial / CARD, model_card(stored.path, destination.name, "huggingface"))
     return destination

@@ -31,8 +31,9 @@ from megatron_retro.config.training import PeftConfig
 from megatron_retro.convert.checkpoint_files import parameter_names, read_parameter
 from megatron_retro.convert.exported_text import export_text_files
 from megatron_retro.convert.families import GPT2, Family
-from megatron_retro.convert.hugging_face import ORIGIN
 from megatron_retro.convert.hugging_face_settings import hugging_face_from_model
+from megatron_retro.convert.model_card import CARD, model_card
+from megatron_retro.convert.origin import ORIGIN
 from megatron_retro.convert.tensor_rules import Rule
 from megatron_retro.data.hub import name_and_revision
 from megatron_retro.errors import ArtifactError, ConfigError
@@ -118,6 +119,7 @@ def export_peft(
         save_file(stored, partial / ADAPTER_TENSORS, metadata={"format": "pt"})
         write_file(partial / ADAPTER_CONFIG, json_text(config, indent=2) + "\n")
         export_text_files(checkpoint.path, settings[TokenizerConfig], partial)
+        write_file(partial / CARD, model_card(checkpoint.path, destination.name, "peft"))
     return destination
 
 

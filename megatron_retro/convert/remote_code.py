@@ -15,6 +15,7 @@ from megatron_retro.config.settings import Settings, build_settings, specs_by_na
 from megatron_retro.convert.checkpoint_files import open_stored, parameter_shapes, write_checkpoint
 from megatron_retro.convert.exported_text import export_text_files
 from megatron_retro.convert.hugging_face import CONFIG, imported_tokenizer
+from megatron_retro.convert.model_card import CARD, model_card
 from megatron_retro.convert.safetensors_folder import SafetensorsFolder, read_json, write_folder
 from megatron_retro.data.model_text import keep_text_files
 from megatron_retro.errors import ArtifactError
@@ -57,6 +58,7 @@ def export_remote_code(
         write_file(partial / CONFIG, json_text(config, indent=2) + "\n")
         write_file(partial / f"{_REMOTE_CODE}.py", Path(__file__).with_name(f"{_REMOTE_CODE}.py").read_bytes())
         export_text_files(stored.path, stored.settings[TokenizerConfig], partial)
+        write_file(partial / CARD, model_card(stored.path, destination.name, "remote-code"))
     return destination
 
 

@@ -9,7 +9,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from megatron_retro.errors import ArtifactError
+from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.runtime.console import say
 
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
@@ -29,6 +29,14 @@ def name_and_revision(name: str) -> tuple[str, str | None]:
     """`owner/model@revision` in its two parts; anything else, a folder's path too, is all name."""
     match = _NAME.fullmatch(name)
     return (name, None) if match is None or Path(name).exists() else (match[1], match[2])
+
+
+def hub_name(name: str) -> tuple[str, str | None]:
+    """`owner/model` or `owner/model@revision` in its two parts, whatever lies here under that name."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ConfigError(f"{name} is no name on the hub", expected="owner/model or owner/model@branch")
+    return match[1], match[2]
 
 
 def lasting_name(name: str, folder: Path) -> str:

@@ -70,6 +70,10 @@ class Forward(ABC):
         neighbors = self._stacked([[] if one is None else [one] for one in found])
         return self._logits(torch.tensor(tokens_B, device=self.device)[:, None], neighbors, cache)[:, -1]
 
+    @abstractmethod
+    def text_logits(self, tokens_BS: Tensor, neighbors: Neighbors[Tensor] | None) -> Tensor:
+        """The logits of all tokens of whole texts, without a cache that outlives the call; on every rank."""
+
     def reading(self, tokens_S: Sequence[int], found: Mapping[int, RetrievedNeighbors]) -> list[ChunkReading]:
         """Of each chunk in `found`: what its neighbours get, and are worth, when the text is read again."""
         raise NotImplementedError
@@ -103,6 +107,10 @@ class LocalForward(Forward):
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """A cache of all layers."""
         return self.model.new_cache(batch_size, max_length)
+
+    def text_logits(self, tokens_BS: Tensor, neighbors: Neighbors[Tensor] | None) -> Tensor:
+        logits_BSV: Tensor = self.model(tokens_BS, neighbors)
+        return logits_BSV
 
     def reading(self, tokens_S: Sequence[int], found: Mapping[int, RetrievedNeighbors]) -> list[ChunkReading]:
         empty = [np.zeros(one.mask_KR.shape, np.float32) for one in found.values()]
@@ -149,6 +157,9 @@ class StagedForward(Forward):
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """A cache of this stage's layers."""
         return self.stage.model.new_cache(batch_size, max_length)
+
+    def text_logits(self, tokens_BS: Tensor, neighbors: Neighbors[Tensor] | None) -> Tensor:
+        return self._logits(tokens_BS, neighbors, self.new_cache(*tokens_BS.shape))
 
     def _logits(self, tokens_BS: Tensor, neighbors: Neighbors[Tensor] | None, cache: Cache) -> Tensor:
         hidden_BSH = self._hidden(tokens_BS, neighbors, cache)

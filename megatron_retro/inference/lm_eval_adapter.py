@@ -6,27 +6,33 @@ lm-eval finds models by a table of its own, so the program is started through th
         --model_args load=RUN,retro_index=PROJECT,retrieval=live --tasks hellaswag
 
 `model_args`: load (checkpoint or run), retro_index, retrieval (live, none, random), max_length, batch_size,
-max_gen_toks, device, dtype, allow_tokenizer_mismatch, add_bos.
+max_gen_toks, device, dtype, allow_tokenizer_mismatch, add_bos, tensor_model_parallel_size,
+pipeline_model_parallel_size. Under a launcher (torchrun, srun, mpirun) replicas share the requests.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_retro.assembly.loading import load_model
-from megatron_retro.config.inference import EngineConfig, LiveRetrievalConfig
+import torch
+from torch import Tensor
+
+from megatron_retro.config.inference import EngineConfig
+from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.data.instructions.conversations import Turn
 from megatron_retro.data.tokenizers import begin_tokens
 from megatron_retro.errors import ConfigError
 from megatron_retro.inference.chat_format import ChatFormat, load_chat_format
+from megatron_retro.inference.lockstep import open_in_step
 from megatron_retro.inference.sampling import Sampling
 from megatron_retro.inference.scoring import rolling_windows, score_continuations
-from megatron_retro.inference.text_generator import build_text_generator
 from megatron_retro.runtime.console import say
 from megatron_retro.runtime.environment import require
+from megatron_retro.runtime.launch import find_launch
 
 require("lm_eval", "the lm-eval adapter")
 from lm_eval.api.model import TemplateLM  # noqa: E402
@@ -58,6 +64,8 @@ class MegatronRetroLM(TemplateLM):  # type: ignore[misc]
         dtype: str = "auto",
         allow_tokenizer_mismatch: bool = False,
         add_bos: bool = True,
+        tensor_model_parallel_size: int = 1,
+        pipeline_model_parallel_size: int = 1,
         **unknown: object,
     ) -> None:
         super().__init__()
@@ -73,13 +81,34 @@ class MegatronRetroLM(TemplateLM):  # type: ignore[misc]
             add_bos=add_bos,
         )
         self.checkpoint = Path(load)
-        loaded = load_model(self.checkpoint, device=engine.device, dtype=dtype)
-        self.module = loaded.module
-        live, allowed = LiveRetrievalConfig(retro_index=retro_index), bool(allow_tokenizer_mismatch)
-        self.generator = build_text_generator(loaded, engine, live, allow_tokenizer_mismatch=allowed)
-        self.source = self.generator.source("none" if retro_index is None else retrieval)
+        parallel = ParallelConfig(
+            tensor_model_parallel_size=int(tensor_model_parallel_size),
+            pipeline_model_parallel_size=int(pipeline_model_parallel_size),
+        )
+        allowed = bool(allow_tokenizer_mismatch)
+        opened = open_in_step(
+            self.checkpoint, engine, retro_index, retrieval, parallel, allow_tokenizer_mismatch=allowed
+        )
+        self.generator, self.source, self.replicas = opened.generator, opened.source, opened.replicas
+        self._rank, self._world_size = self.replicas.index, self.replicas.count
+        self._device = self.generator.forward.device
+        if (launch := find_launch()).world_size > 1:  # where both are 0, lm-eval writes results
+            os.environ["LOCAL_RANK"] = str(launch.rank)
         self.max_length, self.max_gen_toks = int(max_length), int(max_gen_toks)
         self.chats = False
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all replicas in one."""
+        return torch.stack(self.replicas.gather(tensor.cpu())).reshape(-1)
+
+    def gather_object(self, obj: object, dst: int = 0) -> list[Any] | None:
+        """The objects of all replicas, on one of them."""
+        found = self.replicas.gather(obj)
+        return found if self._rank == dst else None
+
+    def barrier(self) -> None:
+        """Until all replicas are here."""
+        self.replicas.gather(None)
 
     @property
     def eot_token_id(self) -> int:
@@ -124,7 +153,7 @@ class MegatronRetroLM(TemplateLM):  # type: ignore[misc]
         for start in range(0, len(order), self.batch_size):
             numbers = order[start : start + self.batch_size]
             pairs = [(requests[number][1], requests[number][2]) for number in numbers]
-            scored = score_continuations(self.module, pairs, self.source, max_length=self.max_length)
+            scored = score_continuations(self.generator.forward, pairs, self.source, max_length=self.max_length)
             for number, one in zip(numbers, scored, strict=True):
                 answers[number] = (one.logprob, one.is_greedy)
                 if requests[number][0] is not None:
@@ -187,8 +216,6 @@ def _by_options(requests: list[Instance]) -> Iterator[tuple[dict[str, Any], list
 
 def _device(wish: str | None) -> str:
     """lm-eval asks for cuda:0 when its user asked for nothing, so that wish is not binding."""
-    import torch
-
     if wish is not None and wish.startswith("cuda") and not torch.cuda.is_available():
         say(f"no GPU here: the model runs on the CPU, not on {wish}")
         return "cpu"

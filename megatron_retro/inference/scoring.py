@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_retro.inference.forward import stack_neighbors
+from megatron_retro.inference.forward import Forward, stack_neighbors
 from megatron_retro.inference.neighbor_sources import NeighborSource
-from megatron_retro.model.retro import Retro
-from megatron_retro.peft.prompts import virtual_tokens_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class ScoredContinuation:
 
 @torch.inference_mode()
 def score_continuations(
-    model: Retro,
+    forward: Forward,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     source: NeighborSource | None,
     *,
@@ -34,23 +32,21 @@ def score_continuations(
 
     A context must hold a token, since the first of the continuation is predicted too. Virtual tokens precede every row.
     """
-    virtual_tokens = virtual_tokens_of(model.embedding)
-    rows = [[*virtual_tokens, *kept_tokens(context, continuation, max_length)] for context, continuation in pairs]
-    device = next(model.parameters()).device
+    lead = forward.virtual_tokens
+    rows = [[*lead, *kept_tokens(context, continuation, max_length)] for context, continuation in pairs]
     longest = max(len(row) for row in rows)
-    tokens_BS = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
+    tokens_BS = torch.zeros(len(rows), longest, dtype=torch.long, device=forward.device)
     for number, row in enumerate(rows):
         tokens_BS[number, : len(row)] = torch.tensor(row)
-    size = model.retro.retro_chunk_length
+    size = forward.chunk_length
     found = [
-        source.find(whole_chunks(row, size, len(virtual_tokens)))
-        if source is not None and model.retro.reads_neighbors() and len(row) >= size
+        source.find(whole_chunks(row, size, len(lead)))
+        if source is not None and forward.reads_neighbors and len(row) >= size
         else []
         for row in rows
     ]
-    shape = (max(1, model.retro.retro_num_neighbors), model.retro.retrieved_length())
-    neighbors = stack_neighbors(found, shape, device, at_least=longest // size)
-    logits_BSV = model(tokens_BS, neighbors)
+    neighbors = stack_neighbors(found, forward.neighbor_shape, forward.device, at_least=longest // size)
+    logits_BSV = forward.text_logits(tokens_BS, neighbors)
     return [
         _scored(logits_BSV[number], row, len(continuation))
         for number, (row, (_, continuation)) in enumerate(zip(rows, pairs, strict=True))

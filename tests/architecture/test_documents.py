@@ -26,7 +26,7 @@ NO_SETTINGS = {
     *("--full", "--setup-only", "--json", "--inplace"),  # tests/run.sh, benchmarks, setup.py
     *("--nproc-per-node", "--standalone", "--max-restarts", "--master-port"),  # torchrun
     *("--signal", "--batch", "--exclude", "--mpi", "--task-prolog", "--nv"),  # scancel, sbatch, srun and apptainer
-    *("--model", "--model_args", "--tasks"),  # lm-eval
+    *("--model", "--model_args", "--tasks", "--model-path"),  # lm-eval, SGLang
     "--megatron-defaults",
     *("--read-only", "--vfs-cache-mode", "--vfs-cache-max-size", "--vfs-read-chunk-size", "--cache-dir"),  # rclone
     *("--no-build-isolation", "--config-settings", "--build-option", "--cpp_ext", "--cuda_ext"),  # pip

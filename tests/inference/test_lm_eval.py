@@ -12,6 +12,7 @@ import torch
 
 from megatron_retro.cli.main import main
 from megatron_retro.errors import ConfigError
+from megatron_retro.testing.processes import run_ranks
 from tests.data.byte_level import save_byte_level
 from tests.data.instructions.chat_templates import CHATML
 
@@ -109,6 +110,30 @@ def test_it_hears_what_it_hears_from_transformers(folder: Path, tasks: Any, chat
     for name in ("here_choose", "here_begin", "here_read"):
         for mine, other in zip(found[name], expected[name], strict=True):
             assert numbers(mine) == pytest.approx(numbers(other), abs=1e-4), name
+
+
+def test_two_processes_answer_as_one_does(room: Path, tasks: Any) -> None:
+    """A Retro with its index: two replicas share the questions, or two processes share the model."""
+    from megatron_retro.inference.lm_eval_adapter import MegatronRetroLM
+
+    given = {"load": str(room / "retro"), "retro_index": str(room / "project"), "max_length": 64, "device": "cpu"}
+    asked = {"tasks": [f"here_{name}" for name in TASKS], "task_manager": tasks, "log_samples": True}
+
+    def answered(tensor: int = 1, pipeline: int = 1) -> dict[str, Any]:
+        cut = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
+        return lm_eval.simple_evaluate(MegatronRetroLM(**given, **cut), **asked)
+
+    alone = answered()
+    expected = answers_of(alone)
+    for layout in ((1, 1), (2, 1), (1, 2)):
+        found, nothing = run_ranks(answered, 2, *layout, initialize=False)
+        assert nothing is None, "one process writes"
+        mine = answers_of(found)
+        assert mine.keys() == expected.keys() and mine["here_write"] == expected["here_write"]
+        for name in ("here_choose", "here_begin", "here_read"):
+            for one, other in zip(mine[name], expected[name], strict=True):
+                assert numbers(one) == pytest.approx(numbers(other), abs=1e-3), (layout, name)
+        assert found["results"]["here_choose"]["acc,none"] == alone["results"]["here_choose"]["acc,none"]
 
 
 def numbers(answer: Any) -> list[float]:

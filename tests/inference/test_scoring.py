@@ -38,12 +38,12 @@ def test_scores(small_model: Callable[..., Retro], hashed: Any, reads: bool) -> 
     ]
     greedy = model(torch.tensor([pairs[1][0]])).argmax(-1)[0, -1].item()
     pairs.append((pairs[1][0], [int(greedy)]))
-    scored = score_continuations(model, pairs, source, max_length=100)
+    scored = score_continuations(LocalForward(model), pairs, source, max_length=100)
     for (context, continuation), one in zip(pairs, scored, strict=True):
         value, is_greedy = plain(model, [*context, *continuation], len(continuation), source)
         assert one.logprob == pytest.approx(value, abs=1e-3) and one.is_greedy == is_greedy
     assert scored[-1].is_greedy
-    (cut,) = score_continuations(model, [pairs[2]], source, max_length=16)
+    (cut,) = score_continuations(LocalForward(model), [pairs[2]], source, max_length=16)
     assert cut.logprob == pytest.approx(plain(model, [*pairs[2][0], *pairs[2][1]][-17:], 9, source)[0], abs=1e-3)
 
 

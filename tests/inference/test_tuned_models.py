@@ -132,7 +132,7 @@ def test_virtual_tokens_lead_what_is_scored_and_are_no_text(
     )
     assert "".join(chunk.query for chunk in generator.report(generation)).startswith("the prompt of")
     context, answer = list(generation.request.prompt), generation.new_tokens
-    (scored,) = score_continuations(loaded, [(context, answer)], hashed, max_length=64)
+    (scored,) = score_continuations(LocalForward(loaded), [(context, answer)], hashed, max_length=64)
     assert scored.logprob == pytest.approx(sum(generation.logprobs), abs=1e-3)
 
 
