@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,8 +16,8 @@ from megatron_retro.config.command_line import parse_settings
 from megatron_retro.config.data import LOCAL, ExecutorConfig, require_tokenizer_type
 from megatron_retro.config.sections import ALL_SECTIONS
 from megatron_retro.config.toml_files import nearest, render_toml
-from megatron_retro.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, ConfigError, MegatronRetroError
-from megatron_retro.runtime.console import show_error, warn
+from megatron_retro.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_REQUEUE, ConfigError, MegatronRetroError
+from megatron_retro.runtime.console import say, show_error, warn
 from megatron_retro.runtime.endings import end_on_signals, write_ending
 
 
@@ -34,7 +35,7 @@ def _outcome(words: list[str]) -> tuple[int, str]:
         end_on_signals()
         return run_words(words), ""
     except MegatronRetroError as error:
-        show_error(error)
+        _show(error, words)
         return error.exit_code, str(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -45,11 +46,18 @@ def _outcome(words: list[str]) -> tuple[int, str]:
     except Exception as error:
         problem = disk_problem(error)
         if problem:
-            show_error(problem)
+            _show(problem, words)
             return problem.exit_code, str(problem)
         traceback.print_exc()
         print("this is a fault of megatron_retro, not of your input; please report the lines above", file=sys.stderr)
         return EXIT_INTERNAL, f"a fault of megatron_retro: {type(error).__name__}: {error}"
+
+
+def _show(error: MegatronRetroError, words: Sequence[str]) -> None:
+    """Show a named error; where its advice is to run the command again, the whole of it."""
+    show_error(error)
+    if error.exit_code != EXIT_REQUEUE and "same command again" in str(error):
+        say(f"  command:  megatron-retro {shlex.join(words)}")
 
 
 def run_verb(name: str) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -231,7 +232,8 @@ def test_a_full_disk_is_named_and_the_build_goes_on_afterwards(corpus: str, tmp_
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     failed = subprocess.run(command, preexec_fn=limited, capture_output=True, text=True)
-    assert failed.returncode != 0
+    assert failed.returncode == 2
+    assert f"megatron-retro {shlex.join(command[3:])}" in failed.stderr, "the advice holds the whole command"
     assert not (tmp_path / "project" / "neighbors" / "corpus").exists()
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert table_bytes(tmp_path / "project")
