@@ -141,6 +141,8 @@ class ParallelModel:
             set_gate_budgets(stage.model, self.settings[RetroConfig], step, budget_share)
             if stage.streams is not None:
                 stage.streams.step = step
+            if stage.gradient_sums is not None:
+                stage.gradient_sums.sums_microbatches = len(microbatches) > 1 and not self._reduces_every_microbatch
         numbers = torch.arange(len(microbatches)) + self.data_rank * len(microbatches)
         if self._pipelined:
             self._runs.train(microbatches, numbers)
@@ -196,6 +198,10 @@ class ParallelModel:
     @property
     def _pipelined(self) -> bool:
         return self.mesh.size(PIPELINE) > 1
+
+    @property
+    def _reduces_every_microbatch(self) -> bool:
+        return self._sharding in ("gradients", "full") and not self._pipelined
 
     def _begin(self, *, training: bool) -> None:
         if self._shared is not None:

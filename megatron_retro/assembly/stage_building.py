@@ -29,9 +29,11 @@ from megatron_retro.optim.groups import part_of
 from megatron_retro.parallel.collectives import TensorAxis
 from megatron_retro.parallel.cuts import CUTS, Cut
 from megatron_retro.parallel.data_parallel import accumulate_in_reduce_dtype, fsdp_units, mixed_precision, shard_unit
+from megatron_retro.parallel.gradient_sums import GradientSums
 from megatron_retro.parallel.layer_transforms import (
     DeferredWeightGradients,
     compile_layers,
+    layers_of,
     multiply_in_fp8,
     recompute_layers,
 )
@@ -72,7 +74,8 @@ def build_stage(settings: Settings, part: StagePart, mesh: ParallelMesh, cuts: S
         _multiply_in_fp8,  # this and the next change how matrices are multiplied: the settings allow one of them
         _defer_weight_gradients,
         _draw_from_streams,  # outside of recomputation, which brings the streams' states back
-        _shard,  # last: FSDP2 takes over the parameters, and its hooks go around all others
+        _shard,  # FSDP2 takes over the parameters, and its hooks go around all others
+        _sum_gradients,  # into FSDP2's sums; around what is compiled, inside of recomputation
         _allocate,
     )
     for transform in transformations:
@@ -154,6 +157,12 @@ def _shard(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
         policy = mixed_precision(compute_dtype(settings[OptimizerConfig]), torch.float32)
         for unit in (*fsdp_units(stage.model), stage):
             shard_unit(unit, mesh.devices[DATA], settings[ParallelConfig].sharding(), policy)
+
+
+def _sum_gradients(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
+    if needs_fsdp(settings, mesh):
+        stage.gradient_sums = GradientSums(torch.float32)
+        stage.gradient_sums.attach(stage, layers_of(stage.model), stage.deferred_gradients)
 
 
 def compute_dtype(config: OptimizerConfig) -> torch.dtype:

@@ -6,10 +6,10 @@ these, rounded once, is the same number or a better one.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
+
+_CAPABILITY = torch.backends.cpu.get_cpu_capability()  # a constant where a compiler traces this code
 
 
 def is_slow(operand: Tensor) -> bool:
@@ -17,10 +17,9 @@ def is_slow(operand: Tensor) -> bool:
     return operand.dtype == torch.bfloat16 and operand.device.type == "cpu" and not _has_instructions()
 
 
-@cache
 def _has_instructions() -> bool:
     """PyTorch's library multiplies bfloat16 fast from AVX-512 on; of other architectures nothing is assumed."""
-    return torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")
+    return _CAPABILITY not in ("AVX2", "NO AVX")
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

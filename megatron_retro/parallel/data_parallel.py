@@ -68,13 +68,15 @@ def accumulate_in_reduce_dtype(root: nn.Module) -> None:
     """
     for module in root.modules():
         if isinstance(module, FSDPModule):
-            for group in _parameter_groups(module._get_fsdp_state()):
+            for group in parameter_groups(module):
                 for parameter in group.fsdp_params:
                     parameter.accumulate_unsharded_grad_if_needed()
                     parameter.to_accumulated_grad_if_needed()
 
 
-def _parameter_groups(state: Any) -> Sequence[Any]:
+def parameter_groups(module: FSDPModule) -> Sequence[Any]:
+    """What FSDP2 gathers and reduces together, of one unit."""
+    state: Any = module._get_fsdp_state()
     if hasattr(state, "_fsdp_param_groups"):
         return tuple(state._fsdp_param_groups)
     return () if state._fsdp_param_group is None else (state._fsdp_param_group,)  # torch 2.11

@@ -34,6 +34,7 @@ from megatron_retro.ops.backends import backend_of
 from megatron_retro.ops.compilation import LayerCompiler
 from megatron_retro.ops.cpu_products import linear_product, product
 from megatron_retro.ops.linear import fp8_linear
+from megatron_retro.ops.weight_gradients import add_product
 from megatron_retro.parallel.randomness import has_dropout
 
 
@@ -45,12 +46,25 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
 def compile_layers(model: Retro) -> None:
     """Let every layer of decoder and encoder run as it is compiled."""
     compiler = LayerCompiler()
-    for layer in model.layers.values():
-        assert isinstance(layer, DecoderLayer)
-        for part in (layer.whole, layer.before_encoding, layer.behind_encoding):
-            vars(layer)[part.__name__] = compiler.compiled(part)
-    for layer in () if model.encoder is None else model.encoder.layers.values():
-        replace_forward(layer, compiler.compiled(layer.forward))
+    for layer in layers_of(model):
+        for name, part in parts_of(layer):
+            replace_part(layer, name, compiler.compiled(part))
+
+
+def layers_of(model: Retro) -> list[nn.Module]:
+    """Of decoder and encoder."""
+    return [*model.layers.values(), *(() if model.encoder is None else model.encoder.layers.values())]
+
+
+def parts_of(layer: nn.Module) -> list[tuple[str, Callable[..., Any]]]:
+    """The functions that a layer's call consists of: where it calls the encoder, what stands before and behind it."""
+    names = ("whole", "before_encoding", "behind_encoding") if isinstance(layer, DecoderLayer) else ("forward",)
+    return [(name, getattr(layer, name)) for name in names]
+
+
+def replace_part(layer: nn.Module, name: str, function: Callable[..., Any]) -> None:
+    """Compute one of them by another function, inside of recomputation and of the layer's hooks."""
+    vars(layer)[name] = function
 
 
 def recompute_layers(model: Retro, granularity: str) -> None:
@@ -85,7 +99,7 @@ class DeferredWeightGradients:
     """
 
     def __init__(self, after: Callable[[], None]) -> None:
-        self._deferred: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._deferred: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
         self._after = after
 
     def attach(self, module: nn.Module) -> None:
@@ -94,23 +108,26 @@ class DeferredWeightGradients:
             if isinstance(part, Linear):
                 part.multiply = self.multiply
 
-    def multiply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`functional.linear`, whose backward defers the weight's gradient."""
+    def multiply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, sums: Tensor | None = None) -> Tensor:
+        """`functional.linear`, whose backward defers the weight's gradient: autograd's, or added to `sums`."""
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return linear_product(hidden, weight, bias)
-        result: Tensor = _Product.apply(hidden, weight, self)  # type: ignore[no-untyped-call]  # torch has no type for it
+        result: Tensor = _Product.apply(hidden, weight, sums, self)  # type: ignore[no-untyped-call]
         return result if bias is None else result + bias
 
-    def defer(self, weight: Tensor, hidden: Tensor, gradient: Tensor) -> None:
+    def defer(self, weight: Tensor, sums: Tensor | None, hidden: Tensor, gradient: Tensor) -> None:
         """Keep what one weight's gradient is computed from."""
-        self._deferred.append((weight, hidden, gradient))
+        self._deferred.append((weight, sums, hidden, gradient))
 
     def pop(self) -> Callable[[], None]:
         """All that is deferred now, as one call that computes it and adds it to the weights' gradients."""
         deferred, self._deferred = self._deferred, []
 
         def compute() -> None:
-            for weight, hidden, gradient in deferred:
+            for weight, sums, hidden, gradient in deferred:
+                if sums is not None:
+                    add_product(sums, gradient, hidden)
+                    continue
                 weight_gradient = product(gradient.flatten(0, -2).T, hidden.flatten(0, -2))
                 torch.autograd.backward(weight, weight_gradient.to(weight.dtype))
             deferred.clear()
@@ -121,13 +138,15 @@ class DeferredWeightGradients:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, hidden: Tensor, weight: Tensor, owner: DeferredWeightGradients) -> Tensor:
+    def forward(
+        context: Any, hidden: Tensor, weight: Tensor, sums: Tensor | None, owner: DeferredWeightGradients
+    ) -> Tensor:
         context.save_for_backward(hidden)
-        context.weight, context.owner = weight, owner
+        context.weight, context.sums, context.owner = weight, sums, owner
         return linear_product(hidden, weight)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
         (hidden,) = context.saved_tensors
-        context.owner.defer(context.weight, hidden, gradient)
-        return product(gradient, context.weight) if context.needs_input_grad[0] else None, None, None
+        context.owner.defer(context.weight, context.sums, hidden, gradient)
+        return product(gradient, context.weight) if context.needs_input_grad[0] else None, None, None, None

@@ -19,6 +19,7 @@ from megatron_retro.microbatch import Microbatch
 from megatron_retro.model.context import SequenceContext
 from megatron_retro.model.retro import Retro
 from megatron_retro.parallel.collectives import TensorAxis
+from megatron_retro.parallel.gradient_sums import GradientSums
 from megatron_retro.parallel.layer_transforms import DeferredWeightGradients
 from megatron_retro.parallel.partition import StagePart
 from megatron_retro.parallel.randomness import RandomStreams
@@ -33,6 +34,7 @@ class Stage(nn.Module):
         self.part = part
         self.axis = axis
         self.deferred_gradients: DeferredWeightGradients | None = None
+        self.gradient_sums: GradientSums | None = None
         self.streams: RandomStreams | None = None
         self.loss_factor: Tensor | float = 1.0
         self.loss_sum = torch.zeros((), dtype=torch.float64)
