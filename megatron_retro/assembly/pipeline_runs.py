@@ -12,6 +12,7 @@ from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.microbatch import Microbatch
+from megatron_retro.parallel.data_parallel import wait_for_reductions
 from megatron_retro.parallel.mesh import PIPELINE, TENSOR, ParallelMesh
 from megatron_retro.parallel.stages import Stage
 
@@ -34,6 +35,8 @@ class PipelineRuns:
         schedule = self._schedule(microbatches, training=True)
         target = torch.zeros(len(microbatches), device=self._mesh.device)
         schedule.step(target=target, return_outputs=False, number=numbers, batch=_joined(microbatches))
+        for stage in self._stages:
+            wait_for_reductions(stage)
 
     def evaluate(self, microbatches: Sequence[Microbatch[Tensor]]) -> list[Tensor] | None:
         """Losses of every token on the ranks that hold the last stage; memory does not grow with the microbatches."""

@@ -28,7 +28,13 @@ from megatron_retro.ops.local_tensors import local
 from megatron_retro.optim.groups import part_of
 from megatron_retro.parallel.collectives import TensorAxis
 from megatron_retro.parallel.cuts import CUTS, Cut
-from megatron_retro.parallel.data_parallel import accumulate_in_reduce_dtype, fsdp_units, mixed_precision, shard_unit
+from megatron_retro.parallel.data_parallel import (
+    accumulate_in_reduce_dtype,
+    fsdp_units,
+    gather_ahead,
+    mixed_precision,
+    shard_unit,
+)
 from megatron_retro.parallel.gradient_sums import GradientSums
 from megatron_retro.parallel.layer_transforms import (
     DeferredWeightGradients,
@@ -157,6 +163,8 @@ def _shard(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
         policy = mixed_precision(compute_dtype(settings[OptimizerConfig]), torch.float32)
         for unit in (*fsdp_units(stage.model), stage):
             shard_unit(unit, mesh.devices[DATA], settings[ParallelConfig].sharding(), policy)
+        if settings[ParallelConfig].sharding() != "none":
+            gather_ahead(list(stage.model.layers.values()))
 
 
 def _sum_gradients(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:

@@ -12,7 +12,8 @@ Sums over data ranks are sums, not means: the loss is already divided by the tok
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -59,6 +60,35 @@ def set_gradient_sync(root: nn.Module, sharding: str, *, last: bool) -> None:
     root.set_requires_gradient_sync(every or last)
     root.set_is_last_backward(last)
     root.set_reshard_after_backward(sharding == "full" or last)
+
+
+def reduce_in_backward(root: FSDPModule) -> None:
+    """Let the backward that follows, the last of a step, reduce each unit's gradients; nothing waits for them yet."""
+    root.set_requires_gradient_sync(True)
+    root.set_reshard_after_backward(True)
+    root.set_is_last_backward(False)
+
+
+def reduce_what_is_left(root: FSDPModule) -> None:
+    """Reduce gradients that came outside of a backward, or of units whose end autograd did not meet."""
+    for module in cast(nn.Module, root).modules():
+        if isinstance(module, FSDPModule):
+            for group in parameter_groups(module):
+                group.post_backward()
+
+
+def wait_for_reductions(root: nn.Module) -> None:
+    """Let what follows see the reduced gradients."""
+    if isinstance(root, FSDPModule):
+        root.set_is_last_backward(True)
+        cast(Any, root._get_fsdp_state())._root_post_backward_final_callback()
+
+
+def gather_ahead(units: Sequence[nn.Module]) -> None:
+    """Begin to gather each unit's parameters before the one in front of it computes; the units in their order."""
+    for unit, following in pairwise(units):
+        assert isinstance(unit, FSDPModule) and isinstance(following, FSDPModule)
+        unit.set_modules_to_forward_prefetch([following])
 
 
 def accumulate_in_reduce_dtype(root: nn.Module) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -28,6 +29,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
 )
 from torch.distributed.pipelining import schedules as torch_schedules
+from torch.distributed.pipelining._backward import stage_backward
 from torch.distributed.pipelining.schedules import (
     _Action,
     _add_send_recv,
@@ -36,6 +38,7 @@ from torch.distributed.pipelining.schedules import (
     _PipelineScheduleRuntime,
 )
 
+from megatron_retro.parallel.data_parallel import reduce_in_backward, reduce_what_is_left
 from megatron_retro.parallel.stages import Stage
 
 
@@ -147,6 +150,25 @@ class BoundedStage(PipelineStage):
         super().backward_one_chunk(bwd_chunk_id, *arguments, **keywords)
         self._release(self.args_recv_info[bwd_chunk_id])
         self._release(self.grad_recv_info.get(bwd_chunk_id, ()))
+
+    def backward_maybe_with_nosync(
+        self, backward_type: Any, bwd_kwargs: dict[str, Any], last_backward: bool = False
+    ) -> Any:
+        """In the last backward of a step each layer's gradients are reduced as they come, beside the products of others.
+
+        torch reduces them all behind it. Deferred gradients come later than a layer's backward ends, so they wait.
+        """
+        if not (last_backward and isinstance(self.submod, FSDPModule)) or self.dw_builder is not None:
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        reduce_in_backward(self.submod)
+        received = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"], bwd_kwargs["input_values"]
+        return stage_backward(*received), None
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        """Reduce what is left, and wait for nothing: who runs the schedule does, when all stages are done."""
+        if isinstance(self.submod, FSDPModule):
+            reduce_in_backward(self.submod)
+            reduce_what_is_left(self.submod)
 
     def _allocate(self, infos: Iterable[Any]) -> None:
         for info in infos:
