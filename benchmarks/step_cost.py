@@ -118,6 +118,7 @@ def compiled_figures(name: str, counts: CompiledCounts, least: float, length: in
         ("over the least possible, compiled", counts.moved_bytes / least, "x"),
         ("kept for the backward, compiled", counts.kept_bytes / length / 1e3, "kB/token"),
         ("collectives, compiled", counts.collectives, ""),
+        ("collectives beside products, compiled", counts.beside, ""),
     ):
         yield Figure(f"{name}: {what}", float(value), unit, better=LOWER)
 

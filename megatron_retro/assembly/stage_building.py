@@ -33,6 +33,7 @@ from megatron_retro.parallel.data_parallel import (
     fsdp_units,
     gather_ahead,
     mixed_precision,
+    reduce_without_stalls,
     shard_unit,
 )
 from megatron_retro.parallel.gradient_sums import GradientSums
@@ -51,6 +52,7 @@ from megatron_retro.parallel.tensor_parallel import cut_model, cut_prompt
 from megatron_retro.peft.attach import attach, connect, initial_value, is_added
 from megatron_retro.runtime.console import warn
 
+_REDUCED_AT_ONCE = 2  # units, where gradients are reduced with every microbatch
 Transformation = Callable[[Stage, Settings, ParallelMesh], None]
 
 
@@ -161,10 +163,13 @@ def _allocate(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
 def _shard(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
     if needs_fsdp(settings, mesh):
         policy = mixed_precision(compute_dtype(settings[OptimizerConfig]), torch.float32)
-        for unit in (*fsdp_units(stage.model), stage):
-            shard_unit(unit, mesh.devices[DATA], settings[ParallelConfig].sharding(), policy)
-        if settings[ParallelConfig].sharding() != "none":
+        sharding, units = settings[ParallelConfig].sharding(), [*fsdp_units(stage.model), stage]
+        for unit in units:
+            shard_unit(unit, mesh.devices[DATA], sharding, policy)
+        if sharding != "none":
             gather_ahead(list(stage.model.layers.values()))
+        often = sharding in ("gradients", "full") and stage.part.num_stages == 1
+        reduce_without_stalls(stage, _REDUCED_AT_ONCE if often else len(units))
 
 
 def _sum_gradients(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:

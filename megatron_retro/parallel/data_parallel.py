@@ -91,6 +91,17 @@ def gather_ahead(units: Sequence[nn.Module]) -> None:
         unit.set_modules_to_forward_prefetch([following])
 
 
+def reduce_without_stalls(stage: nn.Module, units: int) -> None:
+    """Let so many units' gradients be on their way at once, where torch can (2.13).
+
+    With one, the default, the backward of a layer waits for the reduction of the layer before it. A buffer takes the
+    place of the sums that are copied into it, so nothing is added where gradients of microbatches are summed.
+    """
+    allow = getattr(stage, "set_reduce_scatter_max_input_buffers", None)
+    if callable(allow):
+        allow(units)
+
+
 def accumulate_in_reduce_dtype(root: nn.Module) -> None:
     """Move gradients that arose outside of a unit's own backward to its sums, which are in the type of reductions.
 

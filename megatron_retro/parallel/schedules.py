@@ -154,7 +154,7 @@ class BoundedStage(PipelineStage):
     def backward_maybe_with_nosync(
         self, backward_type: Any, bwd_kwargs: dict[str, Any], last_backward: bool = False
     ) -> Any:
-        """In the last backward of a step each layer's gradients are reduced as they come, beside the products of others.
+        """In a step's last backward each layer's gradients are reduced as they come, beside the products of others.
 
         torch reduces them all behind it. Deferred gradients come later than a layer's backward ends, so they wait.
         """

@@ -17,6 +17,7 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.errors import MegatronRetroError
 from megatron_retro.ops.local_tensors import local
 from megatron_retro.parallel.partition import StagePart, stage_parts
+from megatron_retro.planning.compiled_layers import as_a_gpu_runs
 from megatron_retro.planning.fake_device import GPU, fake_rank
 from megatron_retro.planning.memory import Memory, rank_memory
 from megatron_retro.planning.ranks import RankCosts, rank_costs
@@ -97,7 +98,8 @@ def make_plan(
     """Work everything out; `traces` saves the tracing where it is known."""
     work, layout = workload_of(settings), layout_of(settings)
     stages = stage_parts(settings, work.seq_length)
-    ranks = rank_costs(settings, traces or trace_stages(settings, device), stages)
+    traces = as_a_gpu_runs(traces or trace_stages(settings, device), settings)
+    ranks = rank_costs(settings, traces, stages)
     return Plan(
         settings=settings,
         work=work,

@@ -39,6 +39,7 @@ class PartTrace:
     saved_bytes: float = 0.0  # held from the forward to the backward
     working_bytes: float = 0.0  # the most that the backward holds beside
     sent_bytes: float = 0.0  # to tensor ranks, forward and backward
+    beside_bytes: float = 0.0  # of these, while a product runs that does not need them
     host_waits: int = 0  # values that the host reads of the device
 
     def __add__(self, other: PartTrace) -> PartTrace:

@@ -34,7 +34,7 @@ class Action(NamedTuple):
 
 
 _ONE_STAGE = ("1f1b", "gpipe")
-_ROUNDS = 6  # that are simulated
+MOST_SIMULATED = 6  # microbatches for each rank
 Orders = tuple[tuple[Action, ...], ...]
 
 
@@ -170,7 +170,7 @@ NO_TIME = StageSeconds(0.0, 0.0)
 
 def pipeline_seconds(layout: Layout, microbatches: int, seconds: Sequence[StageSeconds]) -> float:
     """All microbatches of a step, simulated; many are some, and then what each further round adds."""
-    few, more = (_ROUNDS - 2) * layout.pipeline, _ROUNDS * layout.pipeline
+    few, more = (MOST_SIMULATED - 2) * layout.pipeline, MOST_SIMULATED * layout.pipeline
     if layout.pipeline == 1:
         return microbatches * (seconds[0].forward + seconds[0].backward)
     if microbatches <= more:

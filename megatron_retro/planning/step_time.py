@@ -6,11 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_retro.config.hardware import Accelerator
+from megatron_retro.planning.data_axis import StageTransfers, exposed_seconds
 from megatron_retro.planning.ranks import RankCosts, in_order
 from megatron_retro.planning.recorder import PartTrace
-from megatron_retro.planning.schedule import StageSeconds, gathers_per_step, pipeline_seconds
+from megatron_retro.planning.schedule import (
+    MOST_SIMULATED,
+    StageSeconds,
+    gathers_per_step,
+    orders_of,
+    pipeline_seconds,
+)
 from megatron_retro.planning.workload import Layout, Workload
 
+_ALWAYS_EXPOSED = 0.1  # of the data axis: the first layer's parameters, the last one's gradients, stragglers
+_SUM_BYTES = 10  # a gradient of a microbatch read, its sum read and written: of what is no matrix of a layer
 _OPTIMIZER_BYTES = 28  # weights, gradients and two moments read, three of them written, in float32
 
 
@@ -64,8 +73,6 @@ def step_time(ranks: Sequence[RankCosts], work: Workload, layout: Layout, machin
     slowest = max(ranks, key=lambda rank: _busy(rank.total, layout, machine).total)
     busy, volume = _busy(slowest.total, layout, machine), communication_volume(slowest, work, layout)
     data = volume.data / _data_rate(layout, machine)
-    often = layout.sharding == "full" or (layout.sharding == "gradients" and layout.pipeline == 1)
-    hides = 1.0 if often else 1 / microbatches  # of all that is computed, what the communication runs beside
     planned = {
         "compute": microbatches * busy.compute,
         "memory": microbatches * busy.memory,
@@ -73,10 +80,31 @@ def step_time(ranks: Sequence[RankCosts], work: Workload, layout: Layout, machin
         "pipeline": 0.5 * volume.pipeline / (machine.network_gb_per_s * 1e9),  # receives do not overlap, sends do
         "bubble": pipeline_seconds(layout, microbatches, stage_seconds(ranks, layout, machine))
         - microbatches * busy.total,
-        "data": max(data * 0.1, data - microbatches * busy.total * hides * 2 / 3),
+        "data": max(data * _ALWAYS_EXPOSED, _exposed_data(ranks, slowest, work, layout, machine)),
         "optimizer": _optimizer_seconds(slowest, layout, machine),
     }
     return StepTime(**planned, unplanned=sum(planned.values()) * (1 / machine.sustained - 1))
+
+
+def _exposed_data(
+    ranks: Sequence[RankCosts], rank: RankCosts, work: Workload, layout: Layout, machine: Accelerator
+) -> float:
+    """Of one rank; what is sent with every microbatch runs beside two thirds of it."""
+    microbatches, rate = layout.microbatches(work.global_batch), _data_rate(layout, machine)
+    if layout.sharding == "full" or (layout.sharding == "gradients" and layout.pipeline == 1):
+        beside = microbatches * _busy(rank.total, layout, machine).total * 2 / 3
+        return communication_volume(rank, work, layout).data / rate - beside
+    ring, whole = (layout.data - 1) / layout.data, layout.sharding == "none"
+    transfers = {
+        stage.part.index: StageTransfers(
+            stage.total.trained_parameters * 4 * ring * (2 if whole else 1) / rate,
+            0.0 if whole else stage.total.parameters * work.value_bytes * ring / rate,
+            len(stage.part.layers),
+        )
+        for stage in rank.stages
+    }
+    order = orders_of(layout, min(microbatches, MOST_SIMULATED * layout.pipeline))[rank.rank]
+    return exposed_seconds(order, stage_seconds(ranks, layout, machine), transfers)
 
 
 def stage_seconds(ranks: Sequence[RankCosts], layout: Layout, machine: Accelerator) -> list[StageSeconds]:
@@ -93,7 +121,7 @@ def part_seconds(total: PartTrace, layout: Layout, machine: Accelerator) -> Stag
 
 @dataclass(frozen=True)
 class _Busy:
-    """Seconds of one microbatch, nothing of which overlaps."""
+    """Seconds of one microbatch; `tensor` is what has no product beside it."""
 
     compute: float
     memory: float
@@ -108,10 +136,13 @@ class _Busy:
 def _busy(total: PartTrace, layout: Layout, machine: Accelerator) -> _Busy:
     inside = layout.tensor <= layout.gpus_per_node
     link = (machine.node_gb_per_s if inside else machine.network_gb_per_s) * 1e9
+    compute = (total.forward_flops + total.backward_flops) / (machine.matmul_tflops * 1e12)
+    sums = _SUM_BYTES * min(total.loose_parameters, total.trained_parameters)
+    beside = min(total.beside_bytes / link, compute / 3)  # products of weights' gradients are a third of all
     return _Busy(
-        compute=(total.forward_flops + total.backward_flops) / (machine.matmul_tflops * 1e12),
-        memory=total.moved_bytes / (machine.memory_tb_per_s * 1e12),
-        tensor=total.sent_bytes / link,
+        compute=compute,
+        memory=(total.moved_bytes + sums) / (machine.memory_tb_per_s * 1e12),
+        tensor=total.sent_bytes / link - beside,
     )
 
 

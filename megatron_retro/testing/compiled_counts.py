@@ -40,7 +40,7 @@ from megatron_retro.planning.recorder import size
 from megatron_retro.planning.trace import ENCODER, LAYER, RETRIEVAL, full_neighbors, hold_plainly, local_shapes
 
 _KERNELS = ("SchedulerNode", "FusedSchedulerNode", "ExternKernelOut", "FallbackKernel")
-_COLLECTIVE = "_CollectiveKernel"
+_COLLECTIVE, _WAIT, _PRODUCT = "_CollectiveKernel", "_WaitKernel", "ExternKernelOut"
 
 
 @dataclass
@@ -49,6 +49,7 @@ class CompiledCounts:
 
     kernels: int = 0
     collectives: int = 0
+    beside: int = 0  # of these, with a product between their beginning and the wait for them
     moved_bytes: float = 0.0  # that kernels read and write
     kept_bytes: float = 0.0  # that the forward makes for the backward
 
@@ -123,10 +124,13 @@ def _count(counts: CompiledCounts, graph: Any, inputs: Sequence[Any], **more: An
         with V.set_graph_handler(lowered):
             lowered.run(*inputs)
             lowered._update_scheduler()
+            under_way = False
             for node in lowered.scheduler.nodes:
                 kind = type(node).__name__
                 kind = type(node.node).__name__ if kind == "ExternKernelSchedulerNode" else kind
                 counts.collectives += kind == _COLLECTIVE
+                counts.beside += under_way and kind == _PRODUCT
+                under_way = kind == _COLLECTIVE or (under_way and kind not in (_WAIT, _PRODUCT))
                 counts.kernels += kind in _KERNELS
                 counts.moved_bytes += node.get_read_write_buffers_sizes() if kind in _KERNELS else 0
 

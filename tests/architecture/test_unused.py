@@ -33,6 +33,7 @@ CALLED_BY_LIBRARIES = {
     "RawIOBase",
     "Unpickler",
     "NodeTransformer",
+    "PipelineStage",
 }
 
 
