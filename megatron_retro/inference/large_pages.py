@@ -23,12 +23,19 @@ LARGE_PAGE = 2 << 20
 
 @torch.no_grad()
 def store_for_decoding(model: Retro) -> Retro:
-    """Lay out the matrices of a model that only generates; embedding tables, which are read by rows, stay."""
+    """Lay out the matrices of a model that only generates; embedding tables, which are read by rows, stay.
+
+    A table that is the output's matrix too is read whole for every token, so it moves where rows stay rows.
+    """
     parts: list[nn.Module | None] = [*model.layers.values(), model.encoder, model.output]
     for part in parts:
         weights = [] if part is None else list(_matrices(part))
         if weights:
             _store(weights)
+    if model.output is not None and model.output.weight is None and model.embedding is not None and has_gemv():
+        table = model.embedding.word.weight
+        if table.device.type == "cpu":
+            _store([table])
     return model
 
 

@@ -159,20 +159,28 @@ def test_company_changes_nothing(small_model: Callable[..., Retro], hashed: Any)
     assert [one.tokens for one in together] == alone
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("kernels", "large_page"), [("reference", 2 << 20), ("auto", 2 << 20), ("auto", 4096)])
 def test_the_layout_for_decoding(
-    small_model: Callable[..., Retro], hashed: Any, monkeypatch: pytest.MonkeyPatch, kernels: str, large_page: int
+    small_model: Callable[..., Retro],
+    hashed: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    kernels: str,
+    large_page: int,
+    tied: bool,
 ) -> None:
     """It changes no name, no shape and no result beyond rounding, and PyTorch's product gets matrices by inputs."""
     monkeypatch.setenv(VARIABLE, f"small_batch_gemv={kernels}")
     monkeypatch.setattr(large_pages, "LARGE_PAGE", large_page)
     by_outputs = choice("small_batch_gemv", "cpu").backend == NATIVE
-    model = small_model(untie_embeddings_and_output_weights=True)
-    tokens = prompts(8)[7]
+    model = small_model(untie_embeddings_and_output_weights=not tied)
+    tokens, table = prompts(8)[7], model.embedding.word.weight
+    place = table.data_ptr()
     before, shapes = teacher_forced(model, tokens, hashed), {name: one.shape for name, one in model.named_parameters()}
     stored = store_for_decoding(model)
     assert {name: one.shape for name, one in stored.named_parameters()} == shapes
     assert stored.layers["0"].mlp.down.weight.is_contiguous() == by_outputs
+    assert (table.data_ptr() != place) == (tied and by_outputs), "a table that is read whole for every token"
     torch.testing.assert_close(teacher_forced(stored, tokens, hashed), before, atol=1e-4, rtol=1e-4)
 
 
