@@ -179,6 +179,9 @@ class PreprocessConfig:
 
     output_prefix: str | None = option(None, "writes PREFIX_KEY_document.bin and .idx")
     append_eod: bool = option(False, "end every document with the end-of-document id")
+    tokenizer_hf_include_special_tokens: bool = option(
+        False, "HuggingFaceTokenizer: begin every document as the tokenizer's own rules say"
+    )
     workers: int | None = option(None, "processes; the cores that this process may use when not set", minimum=1)
     partitions: int = option(1, "Megatron's flag; work is always cut into byte ranges, order never changes", minimum=1)
     shards: int = option(1, "cut the output into this many token files", minimum=1, ours=True)

@@ -118,7 +118,7 @@ class HuggingFaceTokenizer:
         self.vocab_size: int = _highest_id(self.backend) + 1
         self.eod: int = _hugging_face_eod(self.backend, path)
         self.ends = frozenset({self.eod, *end_ids(path.parent)})
-        self.begins = _put_before(self.backend)
+        self.begins, self.puts_behind = _put_around(self.backend)
         self.beginning = self._id_of(special_tokens(path.parent).get("bos_token"))
         self.fingerprint = hashlib.sha256(b"HuggingFace" + content).hexdigest()
 
@@ -133,7 +133,8 @@ class HuggingFaceTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self.backend.decode([int(token) for token in ids if token != self.eod], skip_special_tokens=False)
+        hidden = {self.eod, *self.begins}
+        text: str = self.backend.decode([int(token) for token in ids if token not in hidden], skip_special_tokens=False)
         return text
 
 
@@ -315,12 +316,13 @@ def _require_dense_ids(path: Path, content: bytes) -> None:
         raise ArtifactError(f"{path} has a token of an impossible id", got=largest, expected=f"at most {_LARGEST_ID}")
 
 
-def _put_before(backend: Any) -> tuple[int, ...]:
-    """The special tokens that the post-processor puts before every text."""
+def _put_around(backend: Any) -> tuple[tuple[int, ...], bool]:
+    """The special tokens that the post-processor puts before every text, and whether it puts any behind it."""
     plain = backend.encode("a", add_special_tokens=False).ids
     whole = backend.encode("a", add_special_tokens=True).ids
     places = (start for start in range(len(whole)) if whole[start : start + len(plain)] == plain)
-    return tuple(whole[: next(places, 0)])
+    start = next(places, 0)
+    return tuple(whole[:start]), len(whole) > start + len(plain)
 
 
 def _forget_lengths(backend: Any) -> None:

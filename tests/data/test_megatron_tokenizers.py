@@ -15,11 +15,13 @@ import pytest
 
 from megatron_retro.cli.main import main
 from megatron_retro.config.data import TokenizerConfig
+from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.preprocessing.tokenization import build_encoder
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.data.tokenizers import Tokenizer, begin_tokens, build_tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.testing.corpora import random_text, small_sentencepiece
+from tests.data.byte_level import save_byte_level
 from tests.peer_core import require_core, run_beside_core
 
 MERGES = ("th", "he", "the", " the", "aa", "aaa", " a", "in", "ing", "  ", "\n\n", "é", "ER", "Er", "er", "111", "//")
@@ -41,6 +43,46 @@ def test_llama2_begins_every_document_as_megatron_lm_does(tmp_path: Path) -> Non
     file = TokenFile(tmp_path / "corpus_text_document")
     documents = [file.document(number).tolist() for number in range(file.num_documents)]
     assert documents == [[begin, *plain.encode(text), plain.eod] for text in ("the cat", "", "sat on")]
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_documents_begin_as_the_rules_of_a_tokenizer_say(flag: bool, tmp_path: Path) -> None:
+    processors = pytest.importorskip("tokenizers.processors")
+    transformers = pytest.importorskip("transformers")
+    backend = save_byte_level(tmp_path)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    texts = ("the cat", "<s> sat\u00fc", "on")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    words = ["--input", str(tmp_path / "text.jsonl"), "--output-prefix", str(tmp_path / "corpus"), "--append-eod"]
+    words += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path), "--workers", "1"]
+    assert main(["preprocess", *words, *["--tokenizer-hf-include-special-tokens"] * flag]) == 0
+    file = TokenFile(tmp_path / "corpus_text_document")
+    documents = [file.document(number).tolist() for number in range(file.num_documents)]
+    assert documents == [[*theirs(text, add_special_tokens=flag).input_ids, 257] for text in texts]
+    tokenizer = build_tokenizer(TokenizerConfig("HuggingFaceTokenizer", tokenizer_model=str(tmp_path)))
+    assert tokenizer.decode(documents[0]) == "the cat"
+    assert begin_tokens(tokenizer, documents[2]) == (() if flag else (256,))
+    database = ChunkDatabase.create(tmp_path / "chunks", [tmp_path / "corpus_text_document"], 4, eod=257)
+    tokens, _ = database.gather(np.arange(database.num_chunks), 4)
+    assert int((tokens == 256).sum()) == (4 if flag else 1)  # of three documents, and the one that is written
+
+
+def test_rules_that_end_a_text_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    processors = pytest.importorskip("tokenizers.processors")
+    backend = save_byte_level(tmp_path)
+    ends = [("<s>", 256), ("</s>", 257)]
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.jsonl").write_text('{"text": "the cat"}\n')
+    words = ["--input", str(tmp_path / "text.jsonl"), "--output-prefix", str(tmp_path / "corpus")]
+    flag = ["--tokenizer-hf-include-special-tokens"]
+    named = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path)]
+    assert main(["preprocess", *words, *named, *flag]) == 2
+    assert "behind a text" in capsys.readouterr().err
+    assert main(["preprocess", *words, *flag]) == 2
+    assert "is for HuggingFaceTokenizer" in capsys.readouterr().err
 
 
 def test_llama2_needs_what_begins_a_document(tmp_path: Path) -> None:

@@ -91,12 +91,15 @@ class PreprocessingJob:
     append_eod: bool
     tokenizer: str
     dtype: str
+    begins: tuple[int, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
         """Of the content, not of where it lies."""
         facts = asdict(self)
         del facts["reading"]["on_error"]  # blocks that are finished held no fault, or set it aside
+        if not self.begins:
+            del facts["begins"]
         for file in facts["files"]:
             file["path"] = Path(file["path"]).name
             if not file["cuts"]:

@@ -70,6 +70,7 @@ class Output:
             "plan": job.fingerprint,
             "json_key": job.reading.json_keys[key],
             "append_eod": job.append_eod,
+            **({"begins": list(job.begins)} if job.begins else {}),
             "shard": [shard, self.shards],
             "shuffle_documents": self.shuffle_seed,
         }

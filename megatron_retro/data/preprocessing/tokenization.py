@@ -65,14 +65,15 @@ class PlainEncoder:
 
 @dataclass(frozen=True)
 class BeginningEncoder:
-    """Another encoder's tokens, each text behind an id that begins it."""
+    """Another encoder's tokens, each text behind the ids that begin it."""
 
     encoder: TextEncoder
-    begin: int
+    begins: tuple[int, ...]
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         tokens, lengths = self.encoder.encode(texts)
-        return np.insert(tokens, np.cumsum(lengths) - lengths, self.begin), lengths + 1
+        places = np.repeat(np.cumsum(lengths) - lengths, len(self.begins))
+        return np.insert(tokens, places, np.tile(self.begins, len(lengths))), lengths + len(self.begins)
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,13 @@ class GigatokenEncoder:
         self._limit = _resident_bytes() + CACHE_BYTES
 
 
-def build_encoder(tokenizer: Tokenizer, dtype: np.dtype[Any]) -> TextEncoder:
-    """The fastest encoder that gives exactly the tokenizer's ids."""
+def build_encoder(tokenizer: Tokenizer, dtype: np.dtype[Any], begins: tuple[int, ...] = ()) -> TextEncoder:
+    """The fastest encoder that gives exactly the tokenizer's ids, behind `begins`."""
     if isinstance(tokenizer, ByteTokenizer):
         return ByteEncoder(dtype)
     encoder = _without_begin(tokenizer, dtype)
-    return BeginningEncoder(encoder, tokenizer.begins[0]) if isinstance(tokenizer, Llama2Tokenizer) else encoder
+    begins = tokenizer.begins if isinstance(tokenizer, Llama2Tokenizer) else begins
+    return BeginningEncoder(encoder, begins) if begins else encoder
 
 
 def _without_begin(tokenizer: Tokenizer, dtype: np.dtype[Any]) -> TextEncoder:

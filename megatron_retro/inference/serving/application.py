@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -22,6 +23,7 @@ from megatron_retro.inference.serving.embeddings import add_embeddings
 from megatron_retro.inference.serving.engine_thread import RequestHandle, RequestRefused
 from megatron_retro.inference.serving.guards import Guards
 from megatron_retro.inference.serving.metrics import Metrics
+from megatron_retro.inference.serving.responses import add_responses
 from megatron_retro.runtime.strict_json import json_text
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -61,6 +63,7 @@ def build_application(
     _add_completions(application, service, metrics)
     _add_chat(application, service, metrics)
     add_embeddings(application, service, metrics)
+    add_responses(application, service, partial(_submit, service, metrics))
     return Guards(application, config, api_keys)
 
 

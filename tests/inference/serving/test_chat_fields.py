@@ -25,6 +25,23 @@ def test_openai_client_chat_logprobs_and_biases(service: Any) -> None:
     assert forced == "a" * 8
 
 
+def test_openai_client_responses(service: Any) -> None:
+    client = openai.OpenAI(base_url=service.url + "/v1", api_key="none", max_retries=0)
+    asked: Any = {"model": "small", "temperature": 0, "max_output_tokens": 8}
+    answer = client.responses.create(**asked, input="Hi", instructions="Be brief.", store=False)
+    messages: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    chat = client.chat.completions.create(model="small", temperature=0, max_tokens=8, messages=messages)
+    assert answer.output_text == chat.choices[0].message.content
+    assert answer.status == "incomplete" and answer.incomplete_details is not None
+    assert answer.usage is not None and chat.usage is not None
+    assert answer.usage.input_tokens == chat.usage.prompt_tokens and answer.usage.output_tokens == 8
+    history: Any = [{"role": "user", "content": "Hi"}, *answer.output, {"role": "user", "content": "More"}]
+    assert client.responses.create(**asked, input=history).output_text
+    for more in ({"store": True}, {"previous_response_id": "resp_1"}, {"stream": True}):
+        with pytest.raises(openai.BadRequestError, match="send the conversation in input"):
+            client.responses.create(**asked, input="Hi", **more)
+
+
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
