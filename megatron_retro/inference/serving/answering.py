@@ -278,6 +278,7 @@ async def whole_answers(service: Service, handles: Sequence[RequestHandle], clie
         work.cancel()
         for handle in handles:
             service.engine.cancel(handle)
+        await asyncio.gather(work, return_exceptions=True)  # or its end is logged as one that nobody heard of
     return [handle.generation for handle in handles if handle.generation is not None]
 
 

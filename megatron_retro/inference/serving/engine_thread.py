@@ -8,6 +8,7 @@ with a reason.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 import traceback
@@ -20,6 +21,8 @@ from megatron_retro.inference.engine import Engine, check_request
 from megatron_retro.inference.generation import Generation, GenerationRequest
 from megatron_retro.inference.serving.metrics import Metrics
 from megatron_retro.runtime.console import say
+
+_LOG = logging.getLogger("uvicorn.error")  # whose lines are bounded
 
 
 class RequestRefused(MegatronRetroError):
@@ -178,6 +181,7 @@ class EngineThread:
             if handle.cancelled and not generation.finished:
                 self._engine.cancel(generation)
                 self._metrics.count("megatron_retro_cancelled_total")
+                _LOG.warning("a client left: %d tokens were written for it", len(generation.new_tokens))
             if handle.waiting and not generation.finished and now - handle.asked_at > self._queue_seconds:
                 self._engine.cancel(generation)
                 self._metrics.count("megatron_retro_refused_total", reason="waited too long")

@@ -32,7 +32,6 @@ def ask(browser: Browser, prompt: str, tokens: int) -> None:
 def test_type_stream_compare_open(service: Any, browser: Browser, room: Path) -> None:
     browser.open(service.url)
     browser.wait_for("document.getElementById('model').textContent === 'small'")
-    browser.click("#compare option[value=none]")
     browser.click("#attention")
     browser.run(
         "window.lengths = []; new MutationObserver(() => window.lengths.push("
@@ -78,6 +77,24 @@ def test_random_neighbors_and_stop(service: Any, browser: Browser) -> None:
     browser.wait_for("document.getElementById('status').textContent === 'stopped'")
     assert browser.run("return document.querySelector('#answer-0 .new').textContent.length") < 400
     assert browser.text("#answer-0 h2") == "Random neighbors"
+
+
+def test_chat_with_passages_and_sampling(service: Any, browser: Browser) -> None:
+    browser.open(service.url)
+    browser.wait_for("document.getElementById('model').textContent === 'small'")
+    browser.click("#chat")
+    browser.click("form details summary")
+    browser.type("#passages", "A fox that is given.\n\nAnother one.")
+    browser.type("input[name=top_k]", "1")
+    browser.type("#stop-text", "zzz")
+    ask(browser, "What is a fox?", 30)
+    browser.wait_for("document.getElementById('status').textContent === 'done'")
+    assert browser.text("#answer-0 h2") == "Neighbors on" and browser.text("#answer-1 h2") == "Neighbors off"
+    assert all(browser.run(f"return document.querySelector('#answer-{n} .new').textContent") for n in (0, 1))
+    browser.click("#answer-0 details.chunk summary")
+    shown = browser.text("#answer-0 details.chunk")
+    assert "given passage" in shown and "A fox that is given." in shown and "Another one." in shown
+    assert browser.run("return document.querySelectorAll('#answer-1 details.chunk').length") == 0
 
 
 def test_text_is_never_markup(service: Any, browser: Browser) -> None:

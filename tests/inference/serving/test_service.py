@@ -263,7 +263,9 @@ def test_full_queue_and_waiting(service_with: Callable[..., Any]) -> None:
     assert 'megatron_retro_refused_total{reason="queue full"}' in metrics
 
 
-def test_leaving_clients_free_their_place(service_with: Callable[..., Any]) -> None:
+def test_leaving_clients_free_their_place_and_log_a_line(
+    service_with: Callable[..., Any], caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     service = service_with()
     with httpx.stream(
         "POST", service.url + "/v1/completions", json={"prompt": "x", "max_tokens": 500, "stream": True}, timeout=60
@@ -282,6 +284,8 @@ def test_leaving_clients_free_their_place(service_with: Callable[..., Any]) -> N
         time.sleep(0.05)
     assert health["active"] == health["waiting"] == 0
     assert "megatron_retro_cancelled_total 2" in httpx.get(service.url + "/metrics").text
+    written = "\n".join((caplog.text, *capfd.readouterr()))
+    assert written.count("a client left") == 2 and "never retrieved" not in written
 
 
 def test_slow_reader_does_not_hold_up_others(service_with: Callable[..., Any]) -> None:

@@ -1,6 +1,6 @@
 "use strict";
-// Asks /v1/completions for a stream with neighbors and shows, for every chunk, what it read. All text goes into the
-// page as text nodes, never as markup.
+// Asks /v1/completions, or for a chat /v1/chat/completions, for a stream with neighbors and shows, for every chunk,
+// what it read. All text goes into the page as text nodes, never as markup.
 
 const RUN = 3; // shared words in a row that count as overlap
 const SHADES = 4; // of attention
@@ -18,6 +18,7 @@ async function describeModel() {
     choice.disabled = choice.value !== "" && !model.retrieval_modes.includes(choice.value);
   }
   const chosen = document.querySelector("input[name=mode]:checked");
+  if (element("compare").selectedOptions[0].disabled || model.retrieval_modes.length < 2) element("compare").value = "";
   if (chosen.disabled) document.querySelector(`input[name=mode][value=${model.retrieval_modes[0]}]`).checked = true;
 }
 
@@ -29,7 +30,8 @@ function keyHeader() {
 async function generate(event) {
   event.preventDefault();
   const modes = [document.querySelector("input[name=mode]:checked").value];
-  if (element("compare").value) modes.push(element("compare").value);
+  const other = element("compare").value;
+  if (other && other !== modes[0]) modes.push(other);
   element("answers").replaceChildren();
   controller = new AbortController();
   running(true, "generating…");
@@ -52,13 +54,12 @@ function running(active, words, failed = false) {
 
 async function answer(mode, number, signal) {
   const prompt = element("prompt").value;
-  const view = newView(mode, number, prompt);
-  const body = {
-    prompt, stream: true, retrieval: true, retrieval_mode: mode,
-    max_tokens: Number(element("tokens").value), temperature: Number(element("temperature").value), seed: 0,
-    attention: element("attention").checked,
-  };
-  const response = await fetch("/v1/completions", {
+  const chat = element("chat").checked;
+  const view = newView(mode, number, prompt, chat);
+  const attention = element("attention").checked;
+  const asked = chat ? { messages: [{ role: "user", content: prompt }] } : { prompt, attention };
+  const body = { ...asked, ...settings(mode), stream: true, retrieval: true, retrieval_mode: mode };
+  const response = await fetch(chat ? "/v1/chat/completions" : "/v1/completions", {
     method: "POST", signal, body: JSON.stringify(body), headers: { "Content-Type": "application/json", ...keyHeader() },
   });
   if (response.status === 401) element("key-label").hidden = false;
@@ -67,6 +68,18 @@ async function answer(mode, number, signal) {
     if (event.error) throw new Error(event.error.message);
     for (const choice of event.choices) view.add(choice);
   }
+}
+
+// What the fields say; the service has its own values for those that are empty.
+function settings(mode) {
+  const body = { max_tokens: Number(element("tokens").value), temperature: Number(element("temperature").value) };
+  for (const field of document.querySelectorAll("details input[name]")) {
+    if (field.value !== "") body[field.name] = Number(field.value);
+  }
+  const passages = element("passages").value.split(/\n\s*\n/).map((one) => one.trim()).filter(Boolean);
+  if (passages.length && mode !== "none") body.passages = passages;
+  if (element("stop-text").value) body.stop = element("stop-text").value;
+  return body;
 }
 
 async function errorText(response) {
@@ -90,7 +103,7 @@ async function* events(stream) {
   }
 }
 
-function newView(mode, number, prompt) {
+function newView(mode, number, prompt, chat) {
   const section = element("answer-template").content.cloneNode(true).firstElementChild;
   section.id = `answer-${number}`;
   const heading = section.querySelector("h2");
@@ -98,14 +111,14 @@ function newView(mode, number, prompt) {
   heading.id = `answer-${number}-name`;
   section.setAttribute("aria-labelledby", heading.id);
   section.querySelector(".text").setAttribute("aria-labelledby", heading.id);
-  section.querySelector(".prompt").textContent = prompt;
+  section.querySelector(".prompt").textContent = chat ? `${prompt}\n\n` : prompt;
   element("answers").append(section);
   const text = section.querySelector(".new");
   const chunks = [];
   const boxes = [];
   return {
     add(choice) {
-      text.append(choice.text);
+      text.append(choice.text ?? choice.delta.content ?? "");
       const found = choice.retrieval || [];
       // with attention all of them come once more, at the end
       const again = found.some((chunk) => chunk.neighbors.some((neighbor) => neighbor.attention));
@@ -114,7 +127,9 @@ function newView(mode, number, prompt) {
         chunks.push(chunk);
         boxes.push(newChunk(section, chunk));
       }
-      const whole = prompt + text.textContent;
+      // of a chat's prompt, which its template writes, only the chunks are known
+      const before = chat ? chunks.map((chunk) => chunk.query).join("") : prompt;
+      const whole = before + text.textContent;
       boxes.forEach((box, place) => {
         const last = place >= boxes.length - 2;
         if (last || choice.finish_reason) box.show(textAfter(chunks, place, whole));
