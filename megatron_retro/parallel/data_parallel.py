@@ -11,6 +11,7 @@ Sums over data ranks are sums, not means: the loss is already divided by the tok
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, cast
@@ -48,6 +49,8 @@ def shard_unit(module: nn.Module, mesh: DeviceMesh, sharding: str, policy: Mixed
     else:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=sharding == "full")
     assert isinstance(module, FSDPModule)
+    # layers hand encoded neighbours on as they are: a view, which nothing changes in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)
 

@@ -147,3 +147,19 @@ def test_tables_of_tokens_are_set_and_resized(theirs: Any, tmp_path: Path) -> No
         again.set_input_embeddings(torch.nn.Embedding(3, other.weight.shape[1]))
     with pytest.raises(ValueError, match="has no bias"):
         again.set_output_embeddings(torch.nn.Linear(*other.weight.shape))
+
+
+def test_peft_tunes_it_by_parameters(theirs: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = theirs()
+    tokens, neighbors = random_tokens(2, 16), random_neighbors(2, 4)
+    read = {"neighbor_tokens": neighbors.tokens_BCKR, "neighbor_mask": neighbors.mask_BCKR}
+    before = model(tokens, **read).logits
+    places = [f"{place}.weight" for place in ("attention.query_key_value", "cross_attention.key_value", "mlp.down")]
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=[], target_parameters=places)
+    tuned = peft.get_peft_model(model, config)
+    assert torch.equal(tuned(input_ids=tokens, **read).logits, before)
+    tuned(input_ids=tokens, **read).logits.sum().backward()
+    moved = {name for name, parameter in tuned.named_parameters() if parameter.grad is not None}
+    assert all("lora_" in name for name in moved)
+    assert all(any(part in name for name in moved) for part in ("encoder", "cross_attention.key_value", "mlp.down"))

@@ -34,10 +34,10 @@ from megatron_retro.data.preprocessing.joining import (
     unwritten_targets,
 )
 from megatron_retro.data.preprocessing.pool import Send, WorkerPool
-from megatron_retro.data.preprocessing.tokenization import build_encoder
+from megatron_retro.data.preprocessing.tokenization import beginning_of, build_encoder
 from megatron_retro.data.token_file import bin_path, idx_path, token_dtype
 from megatron_retro.data.token_writer import describe_token_file, merge_token_files, verify_token_file
-from megatron_retro.data.tokenizers import HuggingFaceTokenizer, Tokenizer, build_tokenizer
+from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError, EnvironmentProblem
 from megatron_retro.runtime.console import Progress, readable_bytes, say, warn
 from megatron_retro.runtime.launch import Worker, this_worker
@@ -212,10 +212,8 @@ def plan_run(inputs: InputConfig, config: PreprocessConfig, tokenizer_config: To
         raise ConfigError("--json-keys names a key twice", got=" ".join(inputs.json_keys))
     tokenizer = build_tokenizer(tokenizer_config)
     reading = ReadOptions(inputs.json_keys, inputs.text_documents, inputs.max_document_bytes, inputs.on_error)
-    dtype = token_dtype(tokenizer.vocab_size)
-    begins = _beginning(tokenizer) if config.tokenizer_hf_include_special_tokens else ()
-    files, name = find_inputs(inputs.input), tokenizer.fingerprint
-    job = PreprocessingJob(files, reading, config.append_eod, name, str(dtype), begins)
+    dtype, begins = str(token_dtype(tokenizer.vocab_size)), beginning_of(tokenizer, config)
+    job = PreprocessingJob(find_inputs(inputs.input), reading, config.append_eod, tokenizer.fingerprint, dtype, begins)
     facts: dict[str, Any] = {
         "tokenizer_type": tokenizer_config.tokenizer_type,
         "vocab_size": tokenizer.vocab_size,
@@ -223,18 +221,6 @@ def plan_run(inputs: InputConfig, config: PreprocessConfig, tokenizer_config: To
     }
     output = Output(config.output_prefix, config.shards, config.shuffle_documents, facts)
     return Run(job, output, tokenizer, worker)
-
-
-def _beginning(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What the rules of a `tokenizer.json` put before every text; rules that put something behind it are refused."""
-    flag = "--tokenizer-hf-include-special-tokens"
-    if not isinstance(tokenizer, HuggingFaceTokenizer):
-        raise ConfigError(f"{flag} is for HuggingFaceTokenizer", got=type(tokenizer).__name__, fix="leave it out")
-    if tokenizer.puts_behind:
-        raise ConfigError(f"{flag}: this tokenizer puts tokens behind a text, too", fix="use --append-eod alone")
-    if not tokenizer.begins:
-        warn(f"{flag}: this tokenizer's rules put nothing before a text")
-    return tokenizer.begins
 
 
 def _open_work_directory(run: Run) -> None:

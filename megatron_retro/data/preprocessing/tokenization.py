@@ -16,8 +16,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_retro.config.data import PreprocessConfig
 from megatron_retro.data.megatron_tokenizer import Llama2Tokenizer
-from megatron_retro.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, Tokenizer, utf8
+from megatron_retro.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, utf8
+from megatron_retro.errors import ConfigError
+from megatron_retro.runtime.console import warn
 
 CACHE_BYTES = 256 << 20
 
@@ -114,6 +117,20 @@ class GigatokenEncoder:
         self._engine: Any = None  # its memory is free before the next one is built
         self._engine = _engine(self._plain.tokenizer)
         self._limit = _resident_bytes() + CACHE_BYTES
+
+
+def beginning_of(tokenizer: Tokenizer, config: PreprocessConfig) -> tuple[int, ...]:
+    """If that is asked for, what the rules of a `tokenizer.json` put before every text; none may stand behind it."""
+    if not config.tokenizer_hf_include_special_tokens:
+        return ()
+    flag = "--tokenizer-hf-include-special-tokens"
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise ConfigError(f"{flag} is for HuggingFaceTokenizer", got=type(tokenizer).__name__, fix="leave it out")
+    if tokenizer.puts_behind:
+        raise ConfigError(f"{flag}: this tokenizer puts tokens behind a text, too", fix="use --append-eod alone")
+    if not tokenizer.begins:
+        warn(f"{flag}: this tokenizer's rules put nothing before a text")
+    return tokenizer.begins
 
 
 def build_encoder(tokenizer: Tokenizer, dtype: np.dtype[Any], begins: tuple[int, ...] = ()) -> TextEncoder:
