@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import new_directory
 from megatron_retro.artifacts.manifest import Manifest, require_same, write_manifest
+from megatron_retro.artifacts.mapped_files import map_file
 from megatron_retro.artifacts.verified import open_artifact
 from megatron_retro.data.native import REMEDY, extension, named_damage
-from megatron_retro.data.token_file import TokenFile, last_at_or_before, map_file
+from megatron_retro.data.token_file import TokenFile
+from megatron_retro.data.token_index import last_at_or_before
 from megatron_retro.errors import ArtifactError, ConfigError, DamagedArtifact, DataError
 from megatron_retro.runtime.console import warn
 from megatron_retro.runtime.strict_json import json_text
@@ -198,9 +200,7 @@ class ChunkDatabase:
         tokens = np.zeros(mask.shape, self.token_dtype)
         for number, file in enumerate(self.files):
             chosen = np.flatnonzero((corpus == number) & (length > 0))
-            offsets = start[chosen, None] + np.arange(retrieved_length)
-            found = file.stream[np.minimum(offsets, file.num_tokens - 1)] if len(chosen) else 0
-            tokens[chosen] = np.where(mask[chosen], found, 0)
+            tokens[chosen] = np.where(mask[chosen], file.rows(start[chosen], retrieved_length), 0)
         return tokens, mask
 
     def token_ranges(
@@ -248,7 +248,7 @@ def document_text(
     """Where the documents start and end in the stream, a trailing eod left out."""
     start, stop = file.document_starts(documents), file.document_starts(documents + 1)
     if eod is not None and file.num_tokens:
-        stop = stop - ((stop > start) & (file.stream[np.maximum(stop - 1, 0)] == eod))
+        stop = stop - ((stop > start) & (file.at(np.maximum(stop - 1, 0)) == eod))
     return start, stop
 
 

@@ -140,8 +140,7 @@ class Dataset:
         samples = source.samples
         chunks = samples.first_chunks(draws)
         starts = chunks * samples.chunk_length
-        stream = samples.file.stream
-        tokens = np.stack([stream[start : start + self.seq_length + 1] for start in map(int, starts)])
+        tokens = samples.file.rows(starts, self.seq_length + 1)
         require_known_tokens(samples.file, starts, tokens, self.vocab_size)
         documents = None
         if self.boundaries.reset_position_ids or self.boundaries.reset_attention_mask:

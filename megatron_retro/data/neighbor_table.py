@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from megatron_retro.artifacts.block_checksums import CheckedContent, ChecksumList, RunningBlocks
 from megatron_retro.artifacts.files import flush_directory, publish_directory, write_file
 from megatron_retro.artifacts.manifest import Manifest, read_manifest, write_manifest
+from megatron_retro.artifacts.mapped_files import expect_random_reads, map_file
 from megatron_retro.artifacts.verified import require_recorded, require_whole
-from megatron_retro.data.token_file import expect_random_reads, map_file
 from megatron_retro.errors import ArtifactError, DamagedArtifact, DataError
 
 KIND = "neighbor-table"

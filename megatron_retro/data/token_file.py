@@ -8,44 +8,29 @@ and, of what is large, sizes, ends and a few blocks; `token_verification.py` ver
 from __future__ import annotations
 
 import hashlib
-import mmap
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from megatron_retro.artifacts.block_checksums import CheckedContent, ChecksumList
 from megatron_retro.artifacts.manifest import Manifest, manifest_path
+from megatron_retro.artifacts.mapped_files import expect_random_reads, map_file
 from megatron_retro.artifacts.verified import open_artifact, unread
 from megatron_retro.data.native import REMEDY, extension, named_damage
+from megatron_retro.data.token_index import HEADER_BYTES, TokenIndex, last_at_or_before, read_index
+from megatron_retro.data.token_stream import MappedTokens, TokenStream
 from megatron_retro.errors import ArtifactError, DamagedArtifact, DataError
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_INDEX_VERSION = 1
-_HEADER_BYTES = 34
-_HEADER = struct.Struct("<QBQQ")
-_DTYPE_OF_CODE = {
-    1: np.uint8,
-    2: np.int8,
-    3: np.int16,
-    4: np.int32,
-    5: np.int64,
-    6: np.float64,
-    7: np.float32,
-    8: np.uint16,
-}
-_CODE_OF_DTYPE = {np.dtype(dtype): code for code, dtype in _DTYPE_OF_CODE.items()}
 _SMALL_VOCABULARY = 65500
 KIND = "tokens"
 MANIFEST_VERSION = 1
 _SAMPLED_WINDOWS, _WINDOW_BYTES = 256, 4096
 _FEW_OFFSETS = 1024  # of more, NumPy finds the documents faster: it waits for memory once for all of them
-_STORES, _MOUNT = ("s3", "gs", "http", "https"), "mount the store and give the path there: docs/corpus.md says how"
 _REPLACED = (
     "put back what was written or write it again; if you replaced it, describe what is there now: "
     "`megatron-retro preprocess --checksum-token-files PREFIX`"
@@ -82,10 +67,10 @@ class TokenFile:
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
         self.manifest = _opened_manifest(Path(prefix))
-        self.index: TokenIndex = _read_index(idx_path(prefix))
+        self.index: TokenIndex = read_index(idx_path(prefix))
         self._bytes = map_file(bin_path(prefix))
         self._check_ends()
-        self.stream: NDArray[Any] = self._bytes.view(self.index.dtype)
+        self._tokens: TokenStream = MappedTokens(self._bytes.view(self.index.dtype))
         if self.manifest is not None and bin_path(prefix).name in unread(self.manifest):
             self._check_some_blocks()
 
@@ -124,6 +109,15 @@ class TokenFile:
                 fix="write the file again",
             )
 
+    @property
+    def stream(self) -> NDArray[Any]:
+        """All tokens as one array, which only a file on a disk has."""
+        if not isinstance(self._tokens, MappedTokens):
+            raise DataError(
+                f"{self.prefix} is not mapped", fix="read its `tokens`, `rows` or `at`, or copy it to a disk"
+            )
+        return self._tokens.array
+
     def expect_random_reads(self) -> None:
         """Say that few tokens at a time will be read, here and there, as neighbours are."""
         expect_random_reads(self._bytes)
@@ -136,7 +130,7 @@ class TokenFile:
     @property
     def num_tokens(self) -> int:
         """Tokens of the stream."""
-        return len(self.stream)
+        return self._tokens.count
 
     @property
     def num_documents(self) -> int:
@@ -177,7 +171,19 @@ class TokenFile:
             raise DataError(
                 f"{self.prefix} has no tokens {start} to {stop}", expected=f"a range within 0 to {self.num_tokens}"
             )
-        return self.stream[start:stop]
+        return self._tokens.span(start, stop)
+
+    def spans(self, length: int) -> Iterator[NDArray[Any]]:
+        """The whole stream, so many tokens at a time."""
+        return (self.tokens(start, min(start + length, self.num_tokens)) for start in range(0, self.num_tokens, length))
+
+    def rows(self, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
+        """Tokens [N, length] from each place of the stream on; what lies behind its end is 0."""
+        return self._tokens.rows(starts, length)
+
+    def at(self, offsets: NDArray[np.int64]) -> NDArray[Any]:
+        """The token at each place of the stream."""
+        return self._tokens.at(offsets)
 
     def documents_of(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         """The document that each token of the stream lies in."""
@@ -219,7 +225,7 @@ class TokenFile:
         for content in map(map_file, (idx_path(self.prefix), bin_path(self.prefix))):
             expect_random_reads(content)  # else each window reads megabytes around it
             digest.update(len(content).to_bytes(8, "little"))
-            digest.update(content[:_HEADER_BYTES].tobytes())
+            digest.update(content[:HEADER_BYTES].tobytes())
             for window in _windows(len(content)):
                 digest.update(content[window].tobytes())
         return digest.hexdigest()
@@ -243,108 +249,3 @@ def _windows(size: int) -> Sequence[slice]:
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The type that Megatron stores tokens of such a vocabulary in."""
     return np.dtype(np.uint16 if vocab_size < _SMALL_VOCABULARY else np.int32)
-
-
-@dataclass(frozen=True)
-class TokenIndex:
-    """The arrays of an `.idx`; views of the mapped file, at odd addresses as the format has them."""
-
-    dtype: np.dtype[Any]
-    lengths: NDArray[np.int32]
-    pointers: NDArray[np.int64]
-    documents: NDArray[np.int64]
-    modes: NDArray[np.int8] | None
-
-    @property
-    def num_sequences(self) -> int:
-        """Stored sequences; a document is one or more (or, when empty, none) of them."""
-        return len(self.lengths)
-
-
-def map_file(path: Path) -> NDArray[np.uint8]:
-    """Map a file into memory as bytes."""
-    try:
-        with path.open("rb") as stream:
-            size = stream.seek(0, 2)
-            if size == 0:
-                return np.zeros(0, np.uint8)
-            return np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    except FileNotFoundError:
-        raise ArtifactError(
-            f"there is no file {path}",
-            fix=_MOUNT
-            if str(path).partition(":/")[0] in _STORES
-            else "give the prefix without .bin and .idx, or make the file with `megatron-retro preprocess`",
-        ) from None
-
-
-def expect_random_reads(content: NDArray[Any]) -> None:
-    """Tell the system that a mapped file is read at random: a fault then reads its pages, not those behind them."""
-    base: object = content
-    while base is not None and not isinstance(base, mmap.mmap):
-        base = base.obj if isinstance(base, memoryview) else getattr(base, "base", None)
-    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
-        base.madvise(mmap.MADV_RANDOM)
-
-
-def _read_index(path: Path) -> TokenIndex:
-    """Map an `.idx`; its size must be exactly what its header says."""
-    content = map_file(path)
-    if len(content) < _HEADER_BYTES or content[: len(_MAGIC)].tobytes() != _MAGIC:
-        raise ArtifactError(f"{path} is no token file index", expected="a file that starts with MMIDIDX")
-    version, code, sequences, boundaries = _HEADER.unpack(content[len(_MAGIC) : _HEADER_BYTES].tobytes())
-    if version != _INDEX_VERSION or code not in _DTYPE_OF_CODE:
-        raise ArtifactError(
-            f"{path} is of another format", got=f"version {version}, type {code}", expected="version 1, type 1 to 8"
-        )
-    plain = _HEADER_BYTES + 12 * sequences + 8 * boundaries
-    if len(content) not in (plain, plain + sequences):
-        raise ArtifactError(
-            f"{path} does not have the size that its header says",
-            got=f"{len(content)} bytes",
-            expected=f"{plain} for {sequences} sequences and {boundaries} document boundaries",
-            fix="the file is cut or foreign: write it again",
-        )
-    return _views(content, np.dtype(_DTYPE_OF_CODE[code]), sequences, boundaries, has_modes=len(content) != plain)
-
-
-def _views(
-    content: NDArray[np.uint8], dtype: np.dtype[Any], sequences: int, boundaries: int, *, has_modes: bool
-) -> TokenIndex:
-    def view(kind: DTypeLike, start: int, count: int) -> NDArray[Any]:
-        if not count:
-            return np.zeros(0, kind)
-        return np.frombuffer(content.data, kind, count, start)
-
-    pointers_at = _HEADER_BYTES + 4 * sequences
-    documents_at = pointers_at + 8 * sequences
-    modes_at = documents_at + 8 * boundaries
-    return TokenIndex(
-        dtype=dtype,
-        lengths=view("<i4", _HEADER_BYTES, sequences),
-        pointers=view("<i8", pointers_at, sequences),
-        documents=view("<i8", documents_at, boundaries),
-        modes=view(np.int8, modes_at, sequences) if has_modes else None,
-    )
-
-
-def header(dtype: DTypeLike, sequences: int, boundaries: int) -> bytes:
-    """The first 34 bytes of an `.idx`."""
-    kind = np.dtype(dtype)
-    if kind not in _CODE_OF_DTYPE:
-        raise DataError(f"tokens of type {kind} cannot be stored", expected="uint16 or int32")
-    return _MAGIC + _HEADER.pack(_INDEX_VERSION, _CODE_OF_DTYPE[kind], sequences, boundaries)
-
-
-def last_at_or_before(
-    read: Callable[[NDArray[np.int64]], NDArray[np.int64]], count: int, values: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """For each value the last i in [0, count) with read(i) <= value; `read` must not fall, and read(0) <= all."""
-    low = np.zeros(values.shape, np.int64)
-    high = np.full(values.shape, count, np.int64)
-    for _ in range(max(count, 1).bit_length()):
-        middle = (low + high) >> 1
-        right = (high - low > 1) & (read(middle) <= values)
-        high = np.where(right | (high - low <= 1), high, middle)
-        low = np.where(right, middle, low)
-    return low

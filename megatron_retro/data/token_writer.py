@@ -46,9 +46,9 @@ from megatron_retro.data.token_file import (
     TokenFile,
     bin_path,
     checksums_path,
-    header,
     idx_path,
 )
+from megatron_retro.data.token_index import header
 from megatron_retro.data.unfinished_files import HashedFile, Spool, UnfinishedFile
 from megatron_retro.errors import ArtifactError, DataError
 
@@ -147,8 +147,8 @@ class TokenFileWriter:
         if other.dtype != self.dtype:
             raise DataError(f"{prefix} holds another type of tokens", got=other.dtype, expected=self.dtype)
         with named_disk_errors(self._path):
-            for start in range(0, other.num_tokens, _SPAN):
-                self._add_bytes(other.stream[start : start + _SPAN].tobytes())
+            for tokens in other.spans(_SPAN):
+                self._add_bytes(tokens.tobytes())
             before = self._lengths.count
             for start in range(0, other.index.num_sequences, _SPAN):
                 self._lengths.extend(other.index.lengths[start : start + _SPAN])
@@ -303,7 +303,7 @@ def verify_token_file(prefix: str | Path, vocab_size: int | None = None) -> list
         return [str(error)]
     problems = _structure_problems(file.index.lengths, file.index.pointers, file.index.documents, file.dtype.itemsize)
     if vocab_size is not None and file.num_tokens:
-        highest = max(int(file.stream[start : start + _SPAN].max()) for start in range(0, file.num_tokens, _SPAN))
+        highest = max(int(tokens.max()) for tokens in file.spans(_SPAN))
         if highest >= vocab_size:
             problems.append(f"token {highest} is beyond the vocabulary of {vocab_size}")
     if manifest_path(Path(prefix)).exists():

@@ -218,7 +218,7 @@ def _require_ends(file: TokenFile, tokenizer: Tokenizer, allowed: bool) -> None:
         return
     chosen = np.unique(np.linspace(0, file.num_documents - 1, _SAMPLED_ENDS).astype(np.int64))
     starts, stops = file.document_starts(chosen), file.document_starts(chosen + 1)
-    ends = {int(token) for token in file.stream[stops[stops > starts] - 1]}
+    ends = {int(token) for token in file.at(stops[stops > starts] - 1)}
     if len(ends) != 1 or ends == {tokenizer.eod} or tokenizer.encode("\n") == [*ends]:
         return
     what = f"the documents of {file.prefix} end with another id than this tokenizer's end of a document"

@@ -35,7 +35,7 @@ def shared_shares(source: Source, chunks: NDArray[np.int64], num_neighbors: int)
     for start in range(0, len(chunks), _BLOCK):
         some = chunks[start : start + _BLOCK]
         candidates, there = reader.read(some, 1)
-        texts = source.samples.file.stream[some[:, None] * length + np.arange(length)]
+        texts = source.samples.file.rows(some * length, length)
         runs = longest_common_runs(texts, np.ones(texts.shape, np.bool_), candidates[:, 0], there[:, 0])
         shares.append(runs.max(axis=1, initial=0) / length)
     return np.concatenate(shares) if shares else np.zeros(0)
@@ -98,9 +98,9 @@ def _chunk_nats(measured: Measured, source: int, chunks: NDArray[np.int64], leng
 
 def _chunk_bytes(source: Source, chunks: NDArray[np.int64], tokenizer: Tokenizer) -> NDArray[np.int64]:
     length = source.samples.chunk_length
-    stream = source.samples.file.stream
+    file = source.samples.file
     return np.array(
-        [text_bytes(tokenizer, stream[chunk * length : (chunk + 1) * length]) for chunk in chunks], np.int64
+        [text_bytes(tokenizer, file.tokens(chunk * length, (chunk + 1) * length)) for chunk in chunks], np.int64
     )
 
 

@@ -103,7 +103,7 @@ def read_windows(dataset: Dataset, windows: Sequence[Window]) -> Microbatch[Arra
     source = dataset.sources[windows[0].source]
     starts = np.array([window.start for window in windows], np.int64)
     positions = starts[:, None] + np.arange(windows[0].length + 1)
-    tokens = source.samples.file.stream[positions]
+    tokens = source.samples.file.rows(starts, windows[0].length + 1)
     require_known_tokens(source.samples.file, starts, tokens, dataset.vocab_size)
     scored = positions[:, 1:] >= np.array([window.first_scored for window in windows])[:, None]
     neighbors = _neighbors(source, starts, dataset.vocab_size)

@@ -233,8 +233,8 @@ def _window_sums(dataset: Dataset, real: Measured, documents: NDArray[np.int64])
     sums = np.bincount(real.windows, weights=real.losses)[numbers]
     texts = []
     for first, count in zip(firsts, counts, strict=True):
-        stream = dataset.sources[real.sources[first]].samples.file.stream
-        texts.append(label_checksum(stream[real.offsets[first : first + count]]))
+        file = dataset.sources[real.sources[first]].samples.file
+        texts.append(label_checksum(file.at(real.offsets[first : first + count])))
     return HeldOutSamples([round(float(one), 4) for one in sums], counts.tolist(), texts, documents.tolist())
 
 
@@ -246,7 +246,7 @@ def _scored_bytes(dataset: Dataset, model: Loaded, measured: Measured) -> int:
         breaks = np.flatnonzero(np.diff(offsets) != 1) + 1
         for stretch in np.split(offsets, breaks):
             if len(stretch):
-                size += text_bytes(model.tokenizer, source.samples.file.stream[stretch[0] : stretch[-1] + 1])
+                size += text_bytes(model.tokenizer, source.samples.file.tokens(int(stretch[0]), int(stretch[-1]) + 1))
     return size
 
 

@@ -50,7 +50,7 @@ def stands_elsewhere(
     if not len(starts):
         return result
     file = source.samples.file
-    texts = file.stream[starts[:, None] + np.arange(length)]
+    texts = file.rows(starts, length)
     documents = file.documents_of(starts)
     first, last = database.map_documents(file.fingerprint, documents, documents + 1)
     hashes = np.concatenate([window_hashes(text, length) for text in texts])
@@ -61,7 +61,7 @@ def stands_elsewhere(
     with Progress("verbatim elsewhere", _looked_at(database, most), "tokens") as progress:
         for number, start, stop in _spans(database, most):
             other = database.files[number]
-            stream = other.stream[start : min(stop + length - 1, other.num_tokens)]
+            stream = other.tokens(start, min(stop + length - 1, other.num_tokens))
             windows = window_hashes(stream, length)
             places = np.flatnonzero(may_be[windows >> np.uint64(64 - _FILTER_BITS)])
             low, high = (np.searchsorted(known, windows[places], side=side) for side in ("left", "right"))

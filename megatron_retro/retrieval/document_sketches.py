@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import write_file
-from megatron_retro.data.token_file import map_file
+from megatron_retro.artifacts.mapped_files import map_file
 from megatron_retro.data.window_hashes import window_hashes
 from megatron_retro.retrieval.document_spans import DocumentSpans
 from megatron_retro.retrieval.work_blocks import WorkBlock

@@ -71,7 +71,7 @@ class DocumentSpans:
         """The tokens of a document."""
         file, local = self.place(number)
         start, stop = document_text(file, np.array([local]), self.eod)
-        return file.stream[int(start[0]) : int(stop[0])]
+        return file.tokens(int(start[0]), int(stop[0]))
 
     def pieces(self, first: int, last: int) -> Iterator[tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]]:
         """The documents [first, last), some at a time: a stretch of tokens, and where each document lies in it."""
@@ -83,5 +83,5 @@ class DocumentSpans:
             while at < len(locals_):
                 upto = max(int(np.searchsorted(stops, starts[at] + _MOST_TOKENS, side="right")), at + 1)
                 base = int(starts[at])
-                yield file.stream[base : int(stops[upto - 1])], starts[at:upto] - base, stops[at:upto] - base
+                yield file.tokens(base, int(stops[upto - 1])), starts[at:upto] - base, stops[at:upto] - base
                 at = upto

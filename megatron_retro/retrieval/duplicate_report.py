@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import new_directory
 from megatron_retro.artifacts.manifest import Manifest, require_same, write_manifest
+from megatron_retro.artifacts.mapped_files import map_file
 from megatron_retro.artifacts.verified import open_artifact
-from megatron_retro.data.token_file import map_file
 from megatron_retro.errors import ConfigError
 from megatron_retro.reporting.duplicates_page import duplicates_page
 from megatron_retro.reporting.neighbors import QueryText, RetrievedText

@@ -30,8 +30,8 @@ from megatron_retro.artifacts.files import (
     write_file,
 )
 from megatron_retro.artifacts.manifest import file_records, read_manifest, require_same, write_manifest
+from megatron_retro.artifacts.mapped_files import map_file
 from megatron_retro.artifacts.verified import open_artifact, unread, whole_file_check
-from megatron_retro.data.token_file import map_file
 from megatron_retro.errors import ArtifactError
 from megatron_retro.retrieval.chunk_encoding import ChunkEncoder, facts_of, map_arrays, verify_arrays
 from megatron_retro.retrieval.faiss_index import InvertedParts, faiss_module, inverted_parts, read_index, write_index

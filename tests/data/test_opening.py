@@ -22,9 +22,9 @@ from megatron_retro.data.token_file import (
     TokenFile,
     bin_path,
     checksums_path,
-    header,
     idx_path,
 )
+from megatron_retro.data.token_index import header
 from tests.faults.injection import ROOT, commit
 
 TOKENS, DOCUMENTS = 1_200_000_000_000, 1_200_000_000

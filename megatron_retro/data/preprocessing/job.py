@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_retro.artifacts.mapped_files import map_file
 from megatron_retro.data.preprocessing.frames import bgzf_members, cuts_of, zstd_frames
 from megatron_retro.data.preprocessing.tables import num_batches, num_row_groups
-from megatron_retro.data.token_file import map_file
 from megatron_retro.errors import ConfigError, DataError
 from megatron_retro.runtime.console import say
 from megatron_retro.runtime.strict_json import json_text
