@@ -8,6 +8,7 @@ installed it is skipped by name (see `benchmarks/peers/peer_packages.py`).
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -15,8 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 
+from megatron_retro.artifacts.object_cache import use_cache
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.settings import Settings
@@ -63,12 +66,11 @@ def write_table(path: Path, file: TokenFile, database: ChunkDatabase) -> None:
     finish_table(work, path, layout, inputs=inputs, config={})
 
 
-def settings(folder: Path, retro: bool) -> Settings:
-    """A run over the corpus in `folder`."""
-    neighbors: dict[str, Any] = (
-        {"neighbor_path": (str(folder / "table"),), "database_path": str(folder / "db")} if retro else {}
-    )
-    data = DataConfig(data_path=(str(folder / "corpus"),), split="1", seq_length=LENGTH, num_workers=0, **neighbors)
+def settings(folder: Path | str, retro: bool) -> Settings:
+    """A run over the corpus in `folder`, or below a URL."""
+    neighbors: dict[str, Any] = {"neighbor_path": (f"{folder}/table",), "database_path": f"{folder}/db"}
+    files = {"data_path": (f"{folder}/corpus",), **(neighbors if retro else {})}
+    data = DataConfig(**files, split="1", seq_length=LENGTH, num_workers=0)
     return Settings([data, RetroConfig(retro_add_retriever=retro), TrainingConfig()])
 
 
@@ -154,6 +156,24 @@ def cold(folder: Path, retro: bool, batches: int) -> list[Figure]:
     ]
 
 
+def stored(folder: Path, retro: bool, batches: int) -> list[Figure]:
+    """The same from an object store in this process's memory, by the clock: what the way through the cache costs."""
+    fsspec.filesystem("memory").put(f"{folder}/", "/benchmark/", recursive=True)
+    use_cache(str(folder / "cache"), 1.0)
+    kind = "with 2 neighbours" if retro else "without neighbours"
+    figures = []
+    for cache in ("empty", "warm"):
+        dataset = build_dataset(settings("memory://benchmark", retro), "train", eod=EOD)
+        began = time.perf_counter()
+        for number in range(batches):
+            dataset.read(range(number * BATCH, (number + 1) * BATCH))
+        rate = batches * BATCH / (time.perf_counter() - began)
+        figures.append(Figure(f"object store, {cache} cache: samples {kind}", rate, "samples/s"))
+    say(f"{kind}: {dataset.traffic}")
+    shutil.rmtree(folder / "cache")
+    return figures
+
+
 def throughput(folder: Path, quick: bool) -> list[Figure]:
     """Rates with and without neighbours, in turn."""
     file = write_corpus(folder / "corpus", 20_000 if quick else 200_000, 500)
@@ -180,6 +200,8 @@ def throughput(folder: Path, quick: bool) -> list[Figure]:
         Figure("tokens without neighbours", statistics.median(without) / 1e6, "M decoder tokens/CPU-s"),
         Figure("first batch with neighbours", 1e3 * first_sample(folder, True), "ms", 200.0, LOWER),
         Figure("first batch without", 1e3 * first_sample(folder, False), "ms", 200.0, LOWER),
+        *stored(folder, True, batches),
+        *stored(folder, False, batches),
         *cold(folder, True, batches),
         *cold(folder, False, batches),
     ]

@@ -19,7 +19,7 @@ import torch
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.neighbor_table import NeighborTable
 from megatron_retro.data.neighbors import NeighborReader
-from megatron_retro.data.token_file import last_at_or_before
+from megatron_retro.data.token_index import last_at_or_before
 from megatron_retro.retrieval import native, reference
 from megatron_retro.testing.benchmarking import Figure, benchmark_main, interleave, median_ratio
 

@@ -38,13 +38,22 @@ struct OwnedDatabase {
     py::list owners;
 };
 
-TokenFile make_file(std::string prefix, const py::array& stream, const py::array& pointers,
+// The stream is an array, or (number of tokens, bytes of one) where it is not mapped.
+TokenFile make_file(std::string prefix, const py::object& stream, const py::array& pointers,
                     const py::array& documents) {
-    require(stream.itemsize() == 2 || stream.itemsize() == 4, "tokens of 2 or 4 bytes");
+    const uint8_t* tokens = nullptr;
+    int64_t num_tokens, item_bytes;
+    if (py::isinstance<py::array>(stream)) {
+        const py::array array = py::cast<py::array>(stream);
+        num_tokens = array.size(), item_bytes = array.itemsize();
+        tokens = bytes_of(array, item_bytes);
+    } else {
+        std::tie(num_tokens, item_bytes) = py::cast<std::pair<int64_t, int64_t>>(stream);
+    }
+    require(item_bytes == 2 || item_bytes == 4, "tokens of 2 or 4 bytes");
     require(documents.size() > 0, "document boundaries begin with a zero");
-    return {std::move(prefix),          bytes_of(stream, stream.itemsize()), int64_t(stream.size()),
-            int64_t(stream.itemsize()), bytes_of(pointers, 8),               int64_t(pointers.size()),
-            bytes_of(documents, 8),     int64_t(documents.size()) - 1};
+    return {std::move(prefix),      tokens, num_tokens, item_bytes, bytes_of(pointers, 8), int64_t(pointers.size()),
+            bytes_of(documents, 8), int64_t(documents.size()) - 1};
 }
 
 // A corpus is (prefix, stream, pointers, documents, first document, documents before it in the database).
@@ -59,10 +68,10 @@ OwnedDatabase make_database(std::string path, const py::list& corpora, const py:
     int64_t before = 0;
     for (const py::handle& item : corpora) {
         auto [prefix, stream, pointers, documents, first_document, documents_before] =
-            py::cast<std::tuple<std::string, py::array, py::array, py::array, int64_t, int64_t>>(item);
+            py::cast<std::tuple<std::string, py::object, py::array, py::array, int64_t, int64_t>>(item);
         const bool is_first = owned.database.corpora.empty();
         require(is_first ? documents_before == 0 : documents_before >= before, "corpora are not in order");
-        for (const py::array& array : {stream, pointers, documents}) owned.owners.append(array);
+        for (const py::object& array : {stream, py::object(pointers), py::object(documents)}) owned.owners.append(array);
         TokenFile file = make_file(prefix, stream, pointers, documents);
         require(first_document >= 0 && first_document <= file.num_documents, "a corpus begins outside its file");
         require(documents_before <= owned.database.num_documents, "a corpus begins outside the database");
@@ -97,6 +106,7 @@ py::tuple gather_as(const ChunkDatabase& database, const Ids& ids, int64_t lengt
 
 py::tuple gather(const OwnedDatabase& owned, const Ids& ids, int64_t length, int64_t item_bytes, int threads) {
     require(length >= 0, "a negative length");
+    for (const Corpus& corpus : owned.database.corpora) require(corpus.file.tokens, "tokens that are not mapped");
     return item_bytes == 2 ? gather_as<uint16_t>(owned.database, ids, length, threads)
                            : gather_as<int32_t>(owned.database, ids, length, threads);
 }
@@ -137,7 +147,7 @@ Ids chunk_documents(const OwnedDatabase& owned, const Ids& ids) {
     return found;
 }
 
-Ids token_documents(const std::string& prefix, const py::array& stream, const py::array& pointers,
+Ids token_documents(const std::string& prefix, const py::object& stream, const py::array& pointers,
                     const py::array& documents, const Ids& offsets) {
     const TokenFile file = make_file(prefix, stream, pointers, documents);
     Ids found(offsets.size());

@@ -24,7 +24,7 @@ inline int64_t load64(const uint8_t* base, int64_t index) {
 
 struct TokenFile {
     std::string prefix;
-    const uint8_t* tokens;
+    const uint8_t* tokens;  // nullptr: not mapped; then `token` and `copy` are not for it
     int64_t num_tokens;
     int64_t item_bytes;  // 2 (uint16) or 4 (int32)
     const uint8_t* pointers;

@@ -129,6 +129,11 @@ class CheckedContent:
         """Blocks that have a checksum."""
         return len(self._checksums)
 
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """The bytes [start, stop), verified, as a view."""
+        self.require(start, stop)
+        return self.content[start:stop]
+
     def require(self, start: int, stop: int) -> None:
         """Refuse bytes that have changed since they were written."""
         first = start // self.block_bytes

@@ -96,6 +96,8 @@ def require_room(folder: Path, needed: int) -> None:
 
 def make_folder(path: Path) -> None:
     """Make a folder and those above it, or say why there can be none."""
+    if path.parts and path.parts[0].endswith(":"):  # what `Path` leaves of a URL
+        raise EnvironmentProblem(f"{path} lies in an object store, which is only read", fix="give a path on a disk")
     with named_disk_errors(path):
         try:
             path.mkdir(parents=True, exist_ok=True)

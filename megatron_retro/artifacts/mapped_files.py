@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 
 from megatron_retro.errors import ArtifactError
 
-_STORES, _MOUNT = ("s3", "gs", "http", "https"), "mount the store and give the path there: docs/corpus.md says how"
-
 
 def map_file(path: Path) -> NDArray[np.uint8]:
     """Map a file into memory as bytes."""
@@ -25,9 +23,7 @@ def map_file(path: Path) -> NDArray[np.uint8]:
     except FileNotFoundError:
         raise ArtifactError(
             f"there is no file {path}",
-            fix=_MOUNT
-            if str(path).partition(":/")[0] in _STORES
-            else "give the prefix without .bin and .idx, or make the file with `megatron-retro preprocess`",
+            fix="give the prefix without .bin and .idx, or make the file with `megatron-retro preprocess`",
         ) from None
 
 

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 from megatron_retro import __version__
 from megatron_retro.artifacts.files import disk_problem
+from megatron_retro.artifacts.object_cache import use_cache
 from megatron_retro.cli.other_names import other_name
 from megatron_retro.cli.verbs import VERBS, Verb
 from megatron_retro.config.command_line import parse_settings
-from megatron_retro.config.data import LOCAL, ExecutorConfig, require_tokenizer_type
+from megatron_retro.config.data import LOCAL, ExecutorConfig, ObjectStorageConfig, require_tokenizer_type
 from megatron_retro.config.sections import ALL_SECTIONS
 from megatron_retro.config.toml_files import nearest, render_toml
 from megatron_retro.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_REQUEUE, ConfigError, MegatronRetroError
@@ -89,6 +90,8 @@ def run_words(words: Sequence[str]) -> int:
         print(render_toml(settings))
         return 0
     require_tokenizer_type(settings)
+    if ObjectStorageConfig in verb.sections:
+        use_cache(**vars(settings[ObjectStorageConfig]))
     if ExecutorConfig in verb.sections and settings[ExecutorConfig].executor != LOCAL:
         from megatron_retro.cli.executors.job import run_elsewhere
 

@@ -14,9 +14,8 @@ from megatron_retro.config.conversion import ConvertConfig, PushConfig
 from megatron_retro.config.data import (
     CollectConfig,
     ContextsConfig,
-    ExecutorConfig,
     InputConfig,
-    PreprocessConfig,
+    ObjectStorageConfig,
     TokenizerConfig,
     TrainTokenizerConfig,
     WorkersConfig,
@@ -38,6 +37,7 @@ from megatron_retro.config.sections import (
     EVALUATION_SECTIONS,
     FINETUNING_SECTIONS,
     INDEX_SECTIONS,
+    PREPROCESSING_SECTIONS,
     STUDY_SECTIONS,
     TRAINING_SECTIONS,
 )
@@ -94,7 +94,7 @@ about the same files with answers and passages, made from their docstrings, to t
     Verb(
         "preprocess",
         "text files -> token files (.bin/.idx), resumable, by any number of workers",
-        (InputConfig, PreprocessConfig, TokenizerConfig, WorkersConfig, ExecutorConfig, ObservabilityConfig),
+        PREPROCESSING_SECTIONS,
         "data.preprocessing.run:preprocess",
         "Tokenize text into Megatron's .bin/.idx files. Workers of one machine (--workers) and of many (--shard i/N, "
         "mpirun, --executor) share the work; the bytes are the same. The same command goes on after a kill.",
@@ -121,7 +121,7 @@ SLURM array or under mpirun), and can be stopped and run again at any moment."""
     Verb(
         "find-duplicates",
         "documents of a database that come back, in it or in evaluation sets",
-        (RetrievalConfig, DuplicatesConfig, TokenizerConfig, WorkersConfig),
+        (RetrievalConfig, DuplicatesConfig, ObjectStorageConfig, TokenizerConfig, WorkersConfig),
         "retrieval.duplicates:find_duplicates",
         """Name every document near an earlier one, or near one of --duplicates-held-out, before a database is made.
 
@@ -148,7 +148,7 @@ thousands of chunks a second without a forward pass.""",
     Verb(
         "inspect-neighbors",
         "a page of chunks, their neighbours and what they share",
-        (RetrievalConfig, InspectorConfig, TokenizerConfig),
+        (RetrievalConfig, InspectorConfig, ObjectStorageConfig, TokenizerConfig),
         "inference.inspection:inspect_neighbors",
         """Write a page of query chunks with their neighbours, continuations, distances and documents.
 
@@ -171,7 +171,7 @@ exit code 75 means: saved before the end, run me again.""",
     Verb(
         "retrieve-contexts",
         "passages of an index, written into conversations to train on",
-        (ContextsConfig, LiveRetrievalConfig, TokenizerConfig),
+        (ContextsConfig, LiveRetrievalConfig, ObjectStorageConfig, TokenizerConfig),
         "retrieval.conversation_contexts:retrieve_contexts",
         """Copy SOURCE, a file of conversations or questions (JSON lines), to TARGET with passages filled in.
 
@@ -251,7 +251,7 @@ into OLD nor elsewhere. It needs h5py: pip install 'megatron-retro[projects]'.""
         "generate",
         "text from a checkpoint, with the neighbours that each chunk read",
         (
-            *(GenerateConfig, ChatConfig, SamplingConfig, LiveRetrievalConfig),
+            *(GenerateConfig, ChatConfig, SamplingConfig, LiveRetrievalConfig, ObjectStorageConfig),
             *(EngineConfig, CheckpointConfig, TokenizerConfig, ParallelConfig),
         ),
         "inference.program:generate",
@@ -299,7 +299,7 @@ that should be seen on it: what was measured, and whether it was seen.""",
         "serve",
         "OpenAI-compatible endpoint, and a page that shows what each chunk read",
         (
-            *(ServeConfig, ChatConfig, EngineConfig, LiveRetrievalConfig),
+            *(ServeConfig, ChatConfig, EngineConfig, LiveRetrievalConfig, ObjectStorageConfig),
             *(CheckpointConfig, TokenizerConfig, ParallelConfig),
         ),
         "inference.program:serve",

@@ -115,6 +115,14 @@ def degraded_shares_fit(settings: Settings, world_size: int) -> Iterator[Violati
 
 
 @dataclass(frozen=True)
+class ObjectStorageConfig:
+    """Token files, tables and databases behind URLs (s3://, gs://, http://)"""
+
+    object_storage_cache_path: str | None = option(None, "folder on a local disk that keeps what was read of them")
+    object_storage_cache_gb: float = option(64.0, "GB that it may hold", minimum=0.0, ours=True)
+
+
+@dataclass(frozen=True)
 class InstructionConfig:
     """Instruction tuning: conversations, template, masks, packing"""
 

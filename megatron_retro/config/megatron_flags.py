@@ -39,7 +39,6 @@ _INSTEAD = {
     "--retro-gpt-tokenizer-type": "--tokenizer-type",
     "--retro-gpt-tokenizer-model": "--tokenizer-model",
     "--calculate-per-token-loss": "losses are always averaged over the tokens that count, leave it out",
-    "--object-storage-cache-path": "a mount of the store (rclone, gcsfuse, ..) keeps the cache, leave it out",
     "--manual-gc": "garbage is always collected every --manual-gc-interval steps, leave it out",
     "--empty-unused-memory-level": "PYTORCH_CUDA_ALLOC_CONF sets up the allocator, leave it out",
     "--decoupled-lr": "there is one rate for a decoder; --lr-scale-decoder is its factor in a Retro",

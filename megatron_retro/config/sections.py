@@ -12,6 +12,7 @@ from megatron_retro.config.data import (
     ExecutorConfig,
     InputConfig,
     InstructionConfig,
+    ObjectStorageConfig,
     PreprocessConfig,
     TokenizerConfig,
     TrainTokenizerConfig,
@@ -61,6 +62,7 @@ ALL_SECTIONS: tuple[type, ...] = (
     TrainingConfig,
     TokenizerConfig,
     DataConfig,
+    ObjectStorageConfig,
     InstructionConfig,
     ContextsConfig,
     PeftConfig,
@@ -91,6 +93,7 @@ TRAINING_SECTIONS: tuple[type, ...] = (
     ModelConfig,
     RetroConfig,
     DataConfig,
+    ObjectStorageConfig,
     TokenizerConfig,
     TrainingConfig,
     OptimizerConfig,
@@ -102,6 +105,7 @@ FINETUNING_SECTIONS = (InstructionConfig, PeftConfig, *TRAINING_SECTIONS)
 EVALUATION_SECTIONS: tuple[type, ...] = (
     CheckpointConfig,
     DataConfig,
+    ObjectStorageConfig,
     TokenizerConfig,
     TrainingConfig,
     PerplexityConfig,
@@ -110,11 +114,21 @@ EVALUATION_SECTIONS: tuple[type, ...] = (
     WorkersConfig,
     ParallelConfig,
 )
+PREPROCESSING_SECTIONS: tuple[type, ...] = (
+    InputConfig,
+    PreprocessConfig,
+    ObjectStorageConfig,
+    TokenizerConfig,
+    WorkersConfig,
+    ExecutorConfig,
+    ObservabilityConfig,
+)
 INDEX_SECTIONS: tuple[type, ...] = (
     TokenizerConfig,
     RetroConfig,
     EmbedderConfig,
     RetrievalConfig,
+    ObjectStorageConfig,
     WorkersConfig,
     ExecutorConfig,
 )

@@ -19,8 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_retro.artifacts.files import new_directory
-from megatron_retro.artifacts.manifest import Manifest, require_same, write_manifest
+from megatron_retro.artifacts.manifest import Manifest, read_manifest, require_same, write_manifest
 from megatron_retro.artifacts.mapped_files import map_file
+from megatron_retro.artifacts.object_store import is_url
+from megatron_retro.artifacts.stored_artifact import StoredArtifact
 from megatron_retro.artifacts.verified import open_artifact
 from megatron_retro.data.native import REMEDY, extension, named_damage
 from megatron_retro.data.token_file import TokenFile
@@ -53,13 +55,14 @@ class Corpus:
 class ChunkDatabase:
     """An open database. Documents are numbered globally, corpus after corpus."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, url: str = "") -> None:
+        """`url`: where the database is stored, if it was copied to `path`."""
         self.path, self.manifest = path, manifest
         self.chunk_length: int = manifest.config["chunk_length"]
         self.eod: int | None = manifest.config["eod"]
         self.left_out: str | None = manifest.config.get("left_out")
         self.corpora = tuple(Corpus(**corpus) for corpus in manifest.config["corpora"])
-        self.files = tuple(_open_corpus(path, corpus) for corpus in self.corpora)
+        self.files = tuple(_open_corpus(url if is_url(url) else str(path), corpus) for corpus in self.corpora)
         self.chunks_before: NDArray[np.int64] = map_file(path / COUNTS_FILE).view("<i8")
         self.documents_before = np.cumsum([0, *(corpus.num_documents for corpus in self.corpora)], dtype=np.int64)
         if len(self.chunks_before) != self.documents_before[-1] + 1:
@@ -73,7 +76,11 @@ class ChunkDatabase:
     def open(cls, path: str | Path) -> ChunkDatabase:
         """Open a finished database; its token files must be the ones it was made from."""
         where = Path(path)
-        return cls(where, open_artifact(where, kind=KIND, version=VERSION, fix=REMEDY))
+        if is_url(path):
+            stored = StoredArtifact(str(path))
+            where = stored.copy
+            stored.copied(COUNTS_FILE, read_manifest(where, kind=KIND, version=VERSION).files.get(COUNTS_FILE))
+        return cls(where, open_artifact(where, kind=KIND, version=VERSION, fix=REMEDY), str(path))
 
     @classmethod
     def create(
@@ -97,7 +104,7 @@ class ChunkDatabase:
         _check_creation(files, ranges, chunk_length, eod)
         with new_directory(where, replace=replace) as directory:
             corpora = [
-                Corpus(os.path.relpath(file.prefix, where), file.fingerprint, first, last)
+                Corpus(_relative(file.prefix, where), file.fingerprint, first, last)
                 for file, (first, last) in zip(files, ranges, strict=True)
             ]
             chunks = _write_counts(directory / COUNTS_FILE, files, ranges, chunk_length, eod, left_out)
@@ -172,7 +179,7 @@ class ChunkDatabase:
         ids = np.ascontiguousarray(chunk_ids, np.int64)
         self._require(ids, lowest=-1)
         shape = (*ids.shape, retrieved_length)
-        if self.native is None:
+        if self.native is None or not all(file.is_mapped for file in self.files):
             tokens, mask = self.gather_plainly(ids.reshape(-1), retrieved_length)
         else:
             with named_damage():
@@ -257,10 +264,17 @@ def digest_of(documents: NDArray[np.int64]) -> str:
     return hashlib.sha256(documents.astype("<i8").tobytes()).hexdigest()
 
 
-def _open_corpus(path: Path, corpus: Corpus) -> TokenFile:
-    file = TokenFile(os.path.normpath(path / corpus.prefix))
+def _relative(prefix: str, database: Path) -> str:
+    return prefix if is_url(prefix) else os.path.relpath(prefix, database)
+
+
+def _open_corpus(database: str, corpus: Corpus) -> TokenFile:
+    """`database`: its folder or URL, to which the prefix of a corpus is relative if it is no URL itself."""
+    scheme, separator, folder = database.rpartition("://")
+    prefix = f"{scheme}{separator}{os.path.normpath(os.path.join(folder, corpus.prefix))}"
+    file = TokenFile(corpus.prefix if is_url(corpus.prefix) else prefix)
     require_same(
-        path,
+        Path(database),
         f"the token file {file.prefix}",
         file.fingerprint,
         corpus.fingerprint,

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_retro.artifacts.stored_artifact import Traffic
 from megatron_retro.data.blends import Blend
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.data.neighbor_transforms import TransformSettings
@@ -93,6 +94,13 @@ class Dataset:
         """The files that tokens of samples and of neighbours are read from."""
         files = [source.samples.file for source in self.sources]
         return files + [file for source in self.sources if source.neighbors for file in source.neighbors.database.files]
+
+    @property
+    def traffic(self) -> Traffic:
+        """What was read from object stores."""
+        of_files = {id(file): file.traffic for file in self.token_files}
+        of_tables = [source.neighbors.table.traffic for source in self.sources if source.neighbors]
+        return sum((*of_files.values(), *of_tables), Traffic())
 
     @property
     def databases(self) -> list[ChunkDatabase]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_retro.artifacts.files import TEMPORARY_MARK
 from megatron_retro.artifacts.manifest import MANIFEST_NAME, Manifest, damage, load_manifest, manifest_path
+from megatron_retro.artifacts.object_store import is_url
 from megatron_retro.data.token_file import TokenFile, checksums_path
 from megatron_retro.data.token_writer import verify_token_file
 from megatron_retro.errors import ArtifactError
@@ -27,6 +28,9 @@ _NEVER_ALONE = ("chunks-before-document.i64", "checksums.blocks", "index.faiss",
 def inspect(paths: Sequence[str]) -> None:
     """Explain each path; fail if anything is damaged."""
     faults: list[str] = []
+    if stored := [path for path in paths if is_url(path)]:
+        verified = "copy it to a disk; what a run reads of it is verified as it is read"
+        raise ArtifactError(f"{stored[0]} lies in an object store, and `inspect` reads all of a file", fix=verified)
     for path in map(Path, paths):
         if (told := _last_failure(path)) is not None:
             print(told)

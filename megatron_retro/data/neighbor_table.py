@@ -21,6 +21,8 @@ from megatron_retro.artifacts.block_checksums import CheckedContent, ChecksumLis
 from megatron_retro.artifacts.files import flush_directory, publish_directory, write_file
 from megatron_retro.artifacts.manifest import Manifest, read_manifest, write_manifest
 from megatron_retro.artifacts.mapped_files import expect_random_reads, map_file
+from megatron_retro.artifacts.object_store import is_url
+from megatron_retro.artifacts.stored_artifact import StoredArtifact, StoredBlocks, Traffic
 from megatron_retro.artifacts.verified import require_recorded, require_whole
 from megatron_retro.errors import ArtifactError, DamagedArtifact, DataError
 
@@ -32,6 +34,7 @@ NONE_BITS = (1 << 8 * ID_BYTES) - 1
 MAX_ID = NONE_BITS - 1
 CHECKSUMS_FILE = "checksums.blocks"
 PAGE_BYTES = 1 << 14
+_STORED_BLOCK_BYTES = 1 << 20  # a row is 100 bytes: what is fetched around it should not be much
 _REMEDY = "run the query stage again"
 
 
@@ -179,20 +182,24 @@ def _page_checksums(directory: Path, layout: TableLayout) -> ChecksumList:
 
 
 class NeighborTable:
-    """A mapped table; blocks are opened when their rows are first read, and their pages verified."""
+    """A mapped table, or one behind a URL; files are opened when their rows are first read, and pages verified."""
 
-    def __init__(self, path: Path, manifest: Manifest, layout: TableLayout) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, layout: TableLayout, stored: StoredArtifact | None = None
+    ) -> None:
         self.path, self.manifest, self.layout = path, manifest, layout
         self._firsts = np.array([block.first for block in layout.blocks], np.int64)
-        self._maps: dict[int, CheckedContent] = {}
+        self._files: dict[int, CheckedContent | StoredBlocks] = {}
+        self._stored = stored
         self._random = False
         self._pages_before = np.cumsum([0, *(_pages(layout, block) for block in layout.blocks)], dtype=np.int64)
         self._checksums = self._opened_checksums()
 
     @classmethod
     def open(cls, path: str | Path) -> NeighborTable:
-        """Map a finished table; every file must have its size."""
-        where = Path(path)
+        """Map a finished table, or open one behind a URL; every file must have its size."""
+        stored = StoredArtifact(str(path)) if is_url(path) else None
+        where = Path(path) if stored is None else stored.copy
         manifest = read_manifest(where, kind=KIND, version=VERSION)
         config = manifest.config
         layout = TableLayout(
@@ -201,8 +208,11 @@ class NeighborTable:
         names = {block.name for block in layout.blocks}
         if not names <= set(manifest.files):
             raise ArtifactError(f"{where} lacks blocks", got=sorted(names - set(manifest.files))[0], fix=_REMEDY)
-        require_recorded(where, manifest, fix=_REMEDY, read_in_parts=names)
-        return cls(where, manifest, layout)
+        if stored is not None and CHECKSUMS_FILE in manifest.files:
+            stored.copied(CHECKSUMS_FILE, manifest.files[CHECKSUMS_FILE])
+        elsewhere = names if stored is not None else ()
+        require_recorded(where, manifest, fix=_REMEDY, read_in_parts=names, optional=elsewhere)
+        return cls(where, manifest, layout, stored)
 
     def _opened_checksums(self) -> NDArray[np.uint32] | None:
         """The checksums of all pages; None of a table that was written without."""
@@ -217,6 +227,11 @@ class NeighborTable:
     def expect_random_reads(self) -> None:
         """Say before the first read that rows will be read here and there, as shuffled samples read them."""
         self._random = True
+
+    @property
+    def traffic(self) -> Traffic:
+        """What was read from an object store."""
+        return sum((file.traffic for file in self._files.values() if isinstance(file, StoredBlocks)), Traffic())
 
     @property
     def num_saved(self) -> int:
@@ -250,12 +265,12 @@ class NeighborTable:
 
     def packed_rows(self, first: int, last: int) -> NDArray[np.uint8]:
         """The stored bytes [last - first, saved * 5] of rows; a view when they lie in one block."""
-        parts = [content[start:stop] for content, start, stop in self._parts(first, last)]
+        parts = list(self._parts(first, last))
         if len(parts) == 1:
             return parts[0]
         return np.concatenate(parts) if parts else np.zeros((0, self.num_saved * ID_BYTES), np.uint8)
 
-    def _parts(self, first: int, last: int) -> Iterator[tuple[NDArray[np.uint8], int, int]]:
+    def _parts(self, first: int, last: int) -> Iterator[NDArray[np.uint8]]:
         row = first
         while row < last:
             number = int(np.searchsorted(self._firsts, row, side="right")) - 1
@@ -266,24 +281,31 @@ class NeighborTable:
                 )
             width = self.num_saved * ID_BYTES
             start, stop = row - block.first, min(last, block.last) - block.first
-            opened = self._opened(number)
-            opened.require(start * width, stop * width)
-            yield opened.content.reshape(-1, width), start, stop
+            yield self._opened(number).read(start * width, stop * width).reshape(-1, width)
             row = block.first + stop
 
-    def _opened(self, number: int) -> CheckedContent:
-        if number not in self._maps:
-            name = self.layout.blocks[number].name
-            content = map_file(self.path / name)
-            if self._random:
-                expect_random_reads(content)
-            checksums = np.zeros(0, np.uint32)
-            if self._checksums is None:
-                require_whole(self.path, self.manifest, name, fix=_REMEDY)
-            else:
+    def _opened(self, number: int) -> CheckedContent | StoredBlocks:
+        if number not in self._files:
+            name, checksums = self.layout.blocks[number].name, None
+            if self._checksums is not None:
                 checksums = self._checksums[self._pages_before[number] : self._pages_before[number + 1]]
-            self._maps[number] = CheckedContent(self.path / name, content, checksums, PAGE_BYTES)
-        return self._maps[number]
+            self._files[number] = (
+                self._mapped(name, checksums)
+                if self._stored is None
+                else StoredBlocks(
+                    self._stored, name, self.manifest.files[name].bytes, checksums, PAGE_BYTES, _STORED_BLOCK_BYTES
+                )
+            )
+        return self._files[number]
+
+    def _mapped(self, name: str, checksums: NDArray[np.uint32] | None) -> CheckedContent:
+        content = map_file(self.path / name)
+        if self._random:
+            expect_random_reads(content)
+        if checksums is None:
+            require_whole(self.path, self.manifest, name, fix=_REMEDY)
+            checksums = np.zeros(0, np.uint32)
+        return CheckedContent(self.path / name, content, checksums, PAGE_BYTES)
 
 
 def _block_bytes(layout: TableLayout, block: TableBlock) -> int:

@@ -2,7 +2,8 @@
 
 Byte for byte Megatron's format (`MMIDIDX`, version 1), so files go both ways. Ours have a manifest beside them, and the
 checksums of the `.bin`'s blocks; files made by others are read without. Opening maps the files, verifies what is small
-and, of what is large, sizes, ends and a few blocks; `token_verification.py` verifies the rest while a run reads.
+and, of what is large, sizes, ends and a few blocks; `token_verification.py` verifies the rest while a run reads. Behind
+a URL only the index is copied; tokens are fetched and verified in blocks as they are read (`stored_artifact.py`).
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_retro.artifacts.block_checksums import CheckedContent, ChecksumList
-from megatron_retro.artifacts.manifest import Manifest, manifest_path
+from megatron_retro.artifacts.files import write_file
+from megatron_retro.artifacts.manifest import Manifest, manifest_path, read_manifest
 from megatron_retro.artifacts.mapped_files import expect_random_reads, map_file
+from megatron_retro.artifacts.object_store import is_url
+from megatron_retro.artifacts.stored_artifact import StoredArtifact, StoredBlocks, Traffic
 from megatron_retro.artifacts.verified import open_artifact, unread
 from megatron_retro.data.native import REMEDY, extension, named_damage
 from megatron_retro.data.token_index import HEADER_BYTES, TokenIndex, last_at_or_before, read_index
-from megatron_retro.data.token_stream import MappedTokens, TokenStream
+from megatron_retro.data.token_stream import MappedTokens, StoredTokens, TokenStream
 from megatron_retro.errors import ArtifactError, DamagedArtifact, DataError
 
 _SMALL_VOCABULARY = 65500
@@ -62,26 +66,56 @@ def checksums_path(prefix: str | Path) -> Path:
 
 
 class TokenFile:
-    """A mapped token file. Offsets count tokens from the start of the stream; nothing is inserted into it."""
+    """A token file, mapped or behind a URL. Offsets count tokens of the stream; nothing is inserted into it."""
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
-        self.manifest = _opened_manifest(Path(prefix))
-        self.index: TokenIndex = read_index(idx_path(prefix))
-        self._bytes = map_file(bin_path(prefix))
-        self._check_ends()
-        self._tokens: TokenStream = MappedTokens(self._bytes.view(self.index.dtype))
+        self._stored = StoredArtifact(self.prefix, endings=(".idx", ".bin")) if is_url(prefix) else None
+        self._place = Path(prefix) if self._stored is None else self._stored.copy
+        self.manifest = _opened_manifest(self._place, self._stored)
+        self.index: TokenIndex = read_index(idx_path(self._place))
+        self._bytes = map_file(bin_path(prefix)) if self._stored is None else np.zeros(0, np.uint8)
+        if self._stored is not None:
+            blocks = self._opened_blocks(self._stored)
+            self._check_ends(blocks.num_bytes)
+            self._tokens: TokenStream = StoredTokens(blocks, self.index.dtype)
+            return
+        self._check_ends(len(self._bytes))
+        self._tokens = MappedTokens(self._bytes.view(self.index.dtype))
         if self.manifest is not None and bin_path(prefix).name in unread(self.manifest):
             self._check_some_blocks()
 
+    def _opened_blocks(self, stored: StoredArtifact) -> StoredBlocks:
+        name, sums = bin_path(self._place).name, self._checksums
+        if sums is not None and self.manifest is not None:
+            pieces = sums.block_bytes
+            return StoredBlocks(stored, name, self.manifest.files[name].bytes, sums.checksums, pieces, pieces)
+        return StoredBlocks(stored, name, stored.state(name)[0])
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether all of the stream can be had as one array."""
+        return self._stored is None
+
+    @property
+    def traffic(self) -> Traffic:
+        """What was read from an object store."""
+        return self._tokens.blocks.traffic if isinstance(self._tokens, StoredTokens) else Traffic()
+
     @cached_property
     def checked(self) -> CheckedContent | None:
-        """The tokens with the checksums of their blocks; None where nobody wrote these."""
-        path = checksums_path(self.prefix)
+        """The mapped tokens with the checksums of their blocks; None where nobody wrote these."""
+        sums = self._checksums
+        if sums is None:
+            return None
+        return CheckedContent(bin_path(self.prefix), self._bytes, sums.checksums, sums.block_bytes)
+
+    @property
+    def _checksums(self) -> ChecksumList | None:
+        path = checksums_path(self._place)
         if self.manifest is None or path.name not in self.manifest.files or not path.exists():
             return None
-        sums = ChecksumList.parse(map_file(path), path)
-        return CheckedContent(bin_path(self.prefix), self._bytes, sums.checksums, sums.block_bytes)
+        return ChecksumList.parse(map_file(path), path)
 
     def _check_some_blocks(self) -> None:
         """Notice another `.bin` of the same size in the place of a large one: it differs in nearly every block."""
@@ -89,14 +123,14 @@ class TokenFile:
             for number in {0, self.checked.num_blocks // 2, self.checked.num_blocks - 1}:
                 self.checked.require_block(number)
 
-    def _check_ends(self) -> None:
+    def _check_ends(self, num_bytes: int) -> None:
         """What can be checked without touching every document."""
         index, itemsize = self.index, self.index.dtype.itemsize
         end = int(index.pointers[-1]) + int(index.lengths[-1]) * itemsize if index.num_sequences else 0
-        if end != len(self._bytes) or end % itemsize or (index.num_sequences and index.pointers[0] != 0):
+        if end != num_bytes or end % itemsize or (index.num_sequences and index.pointers[0] != 0):
             raise ArtifactError(
                 f"{self.prefix}.idx does not belong to {self.prefix}.bin",
-                got=f"a .bin of {len(self._bytes)} bytes",
+                got=f"a .bin of {num_bytes} bytes",
                 expected=f"{end} bytes, which is where the .idx ends",
                 fix="one of the two is cut or from another corpus: write both again",
             )
@@ -196,9 +230,13 @@ class TokenFile:
         return found.reshape(wanted.shape)
 
     @property
-    def native_arrays(self) -> tuple[str, NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
-        """The prefix, the stream, byte offsets of sequences and document boundaries, as `csrc/host` reads them."""
-        return self.prefix, self.stream, self.index.pointers, self.index.documents
+    def native_arrays(self) -> tuple[str, NDArray[Any] | tuple[int, int], NDArray[np.int64], NDArray[np.int64]]:
+        """The prefix, the stream, byte offsets of sequences and document boundaries, as `csrc/host` reads them.
+
+        Of a stream that is not mapped `csrc/host` knows the number of tokens and the bytes of one.
+        """
+        stream = self.stream if self.is_mapped else (self.num_tokens, self.dtype.itemsize)
+        return self.prefix, stream, self.index.pointers, self.index.documents
 
     @cached_property
     def tokenizer(self) -> StoredTokenizer | None:
@@ -221,29 +259,52 @@ class TokenFile:
         The same tokens have the same fingerprint whoever wrote them. It tells corpora apart in milliseconds;
         that no byte changed is what the manifest's checksums and `verify_token_file` are for.
         """
-        digest = hashlib.sha256(b"token file 1")
-        for content in map(map_file, (idx_path(self.prefix), bin_path(self.prefix))):
-            expect_random_reads(content)  # else each window reads megabytes around it
-            digest.update(len(content).to_bytes(8, "little"))
-            digest.update(content[:HEADER_BYTES].tobytes())
-            for window in _windows(len(content)):
-                digest.update(content[window].tobytes())
-        return digest.hexdigest()
+        if self._stored is None:
+            return _fingerprint(_mapped_windows(idx_path(self.prefix)), _mapped_windows(bin_path(self.prefix)))
+        known = self._place.with_name(f"{self._place.name}.fingerprint")
+        if not known.exists():
+            size = self.num_tokens * self.dtype.itemsize
+            windows = self._stored.store.read_ranges(self._stored.url_of(bin_path(self._place).name), _windows(size))
+            write_file(known, _fingerprint(_mapped_windows(idx_path(self._place)), (size, windows)))
+        return known.read_text()
 
 
-def _opened_manifest(prefix: Path) -> Manifest | None:
-    if not manifest_path(prefix).exists():
-        return None
+def _opened_manifest(prefix: Path, stored: StoredArtifact | None) -> Manifest | None:
     # Whoever copies .bin, .idx and manifest alone loses nothing but the place of a damage.
-    optional = (checksums_path(prefix).name,)
+    optional = [checksums_path(prefix).name]
+    has_manifest = manifest_path(prefix).exists()
+    if stored is not None:
+        files = read_manifest(prefix, kind=KIND, version=MANIFEST_VERSION).files if has_manifest else {}
+        stored.copied(idx_path(prefix).name, files.get(idx_path(prefix).name))
+        if optional[0] in files:
+            stored.copied(optional[0], files[optional[0]])
+        optional.append(bin_path(prefix).name)  # stays where it is
+    if not has_manifest:
+        return None
     return open_artifact(prefix, kind=KIND, version=MANIFEST_VERSION, fix=_REPLACED, optional=optional)
 
 
+def _mapped_windows(path: Path) -> tuple[int, list[bytes]]:
+    content = map_file(path)
+    expect_random_reads(content)  # else each window reads megabytes around it
+    return len(content), [content[window].tobytes() for window in _windows(len(content))]
+
+
+def _fingerprint(*files: tuple[int, list[bytes]]) -> str:
+    digest = hashlib.sha256(b"token file 1")
+    for size, windows in files:
+        digest.update(size.to_bytes(8, "little"))
+        for window in windows:
+            digest.update(window)
+    return digest.hexdigest()
+
+
 def _windows(size: int) -> Sequence[slice]:
+    header = slice(0, min(size, HEADER_BYTES))
     if size <= _SAMPLED_WINDOWS * _WINDOW_BYTES:
-        return [slice(0, size)]
+        return [header, slice(0, size)]
     starts = [(size - _WINDOW_BYTES) * number // (_SAMPLED_WINDOWS - 1) for number in range(_SAMPLED_WINDOWS)]
-    return [slice(start, start + _WINDOW_BYTES) for start in starts]
+    return [header, *(slice(start, start + _WINDOW_BYTES) for start in starts)]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

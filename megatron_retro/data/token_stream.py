@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_retro.artifacts.stored_artifact import StoredBlocks
+
 
 class TokenStream(Protocol):
     """Tokens by their offsets, which must lie in the stream."""
@@ -48,3 +50,22 @@ class MappedTokens:
     def at(self, offsets: NDArray[np.int64]) -> NDArray[Any]:
         found: NDArray[Any] = self.array[offsets]
         return found
+
+
+class StoredTokens:
+    """The stream of a file in an object store; there is no array."""
+
+    def __init__(self, blocks: StoredBlocks, dtype: np.dtype[Any]) -> None:
+        self.blocks, self.count = blocks, blocks.num_bytes // dtype.itemsize
+        self._dtype = dtype
+
+    def span(self, start: int, stop: int) -> NDArray[Any]:
+        size = self._dtype.itemsize
+        return self.blocks.read(start * size, stop * size).view(self._dtype)
+
+    def rows(self, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
+        size = self._dtype.itemsize
+        return self.blocks.rows(starts * size, length * size).view(self._dtype)
+
+    def at(self, offsets: NDArray[np.int64]) -> NDArray[Any]:
+        return self.blocks.at(offsets, self._dtype)

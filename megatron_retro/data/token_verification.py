@@ -30,7 +30,7 @@ class Unverified:
         """Pieces of work for one of `size` ranks, each a call that raises if something is damaged."""
         place = 0
         for file in {file.prefix: file for file in self.files}.values():
-            if file.manifest is None:
+            if file.manifest is None or not file.is_mapped:  # blocks from a store are verified as they come
                 continue
             for name in unread(file.manifest):
                 if name == bin_path(file.prefix).name and file.checked is not None:

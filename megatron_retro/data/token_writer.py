@@ -235,6 +235,7 @@ def describe_token_file(prefix: str | Path) -> Manifest:
 
     What an earlier manifest says of its tokenizer is said of other tokens, so it is not kept.
     """
+    make_folder(Path(prefix).parent)
     manifest_path(Path(prefix)).unlink(missing_ok=True)
     file = TokenFile(prefix)
     checksums = _write_checksums(Path(prefix), checksums_of(bin_path(prefix)))

@@ -31,6 +31,7 @@ from megatron_retro.config.sections import require_legal
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.toml_files import render_toml
 from megatron_retro.config.training import CheckpointConfig, ObservabilityConfig, TrainingConfig
+from megatron_retro.data.dataset import Dataset
 from megatron_retro.data.model_text import keep_text_files
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_retro.errors import ConfigError, Requeue
@@ -63,7 +64,7 @@ from megatron_retro.training.observers import (
     RankLines,
 )
 from megatron_retro.training.trackers import build_trackers
-from megatron_retro.training.watches import FallingThroughput, PaceOfRank, SlowRanks
+from megatron_retro.training.watches import FallingThroughput, PaceOfRank, SlowRanks, StoreReads
 
 
 def pretrain(settings: Settings) -> None:
@@ -230,6 +231,8 @@ def build_observers(parts: RunParts, launch: Launch, heartbeat: Heartbeat | None
         observers.append(PaceOfRank(heartbeat))
     if parts.model.is_reporter:
         observers.append(FallingThroughput(tell))
+        if isinstance(dataset := parts.loader.dataset, Dataset):
+            observers.append(StoreReads(lambda: dataset.traffic, config.log_interval, tell))
         if heartbeat is not None:
             stages = parts.settings[ParallelConfig].pipeline_model_parallel_size
             observers.append(SlowRanks(heartbeat, launch.world_size // stages, tell))

@@ -1,4 +1,4 @@
-"""What a run is watched for while it goes on: a rank that all others wait for, and throughput that falls."""
+"""What a run is watched for: a rank that all others wait for, throughput that falls, reads from object stores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from megatron_retro.runtime.console import readable_count
+from megatron_retro.artifacts.stored_artifact import Traffic
+from megatron_retro.runtime.console import readable_bytes, readable_count
 from megatron_retro.runtime.heartbeat import Beat, Heartbeat, Pace
 from megatron_retro.runtime.run_records import RunFacts, StepRecord
 from megatron_retro.training.console_lines import Throughput
@@ -41,6 +42,24 @@ class PaceOfRank(BlankObserver):
             computing = statistics.fmean(step.computing_seconds for step in self._steps)
             waiting = statistics.fmean(step.waiting_seconds for step in self._steps)
             self._heartbeat.tell_pace(Pace(computing, waiting))
+
+
+class StoreReads(BlankObserver):
+    """Tells every `interval` steps, and at the end, what this rank has fetched from object stores since its start."""
+
+    def __init__(self, traffic: Callable[[], Traffic], interval: int, tell: Tell) -> None:
+        self._traffic, self._interval, self._tell = traffic, interval, tell
+        self._told = 0
+
+    def stepped(self, record: StepRecord) -> None:
+        if record.step % self._interval == 0:
+            self.ended()
+
+    def ended(self) -> None:
+        now = self._traffic()
+        if now.asked > self._told:
+            self._told = now.asked
+            self._tell("object stores", {"fetched": readable_bytes(now.fetched_bytes), "from the cache": now.share_had})
 
 
 class SlowRanks(BlankObserver):

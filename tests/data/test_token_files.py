@@ -121,11 +121,6 @@ def test_an_index_that_lies_is_refused(tmp_path: Path, damage: Callable[[Path], 
     assert verify_token_file(tmp_path / "a")
 
 
-def test_a_store_is_to_be_mounted() -> None:
-    with pytest.raises(ArtifactError, match="mount the store"):
-        TokenFile("s3://bucket/corpus_text_document")
-
-
 def test_verify_finds_what_opening_does_not_look_at(tmp_path: Path) -> None:
     write(tmp_path / "a", [[[1, 2, 3]], [[4, 5]], [[6]]], "uint16")
     corrupt(tmp_path / "a.idx", 34, struct.pack("<i", 2))
