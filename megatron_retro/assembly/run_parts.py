@@ -184,6 +184,7 @@ def conversation_encoder(settings: Settings, tokenizer: Tokenizer) -> Conversati
         config.num_contexts,
         config.loss_on_all_replies,
         configured_virtual_tokens(settings[PeftConfig]) if uses_peft(settings) else (),
+        config.instruction_bos,
     )
 
 

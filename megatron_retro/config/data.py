@@ -136,6 +136,9 @@ class InstructionConfig:
         "instruct-retro",
         ours=True,
     )
+    instruction_bos: bool = option(
+        True, "begin a conversation as the tokenizer's own rules say, where its template does not", ours=True
+    )
     loss_on_all_replies: bool = option(False, "train on every reply instead of the last", ours=True)
     context_place: str = option(
         "prompt", "where passages go; split: the top one in the prompt, the rest to the encoder",

@@ -258,6 +258,7 @@ class ConversationTokenizer:
     num_contexts: int = 5
     loss_on_all_replies: bool = False
     virtual_tokens: tuple[int, ...] = ()
+    add_bos: bool = True
 
     def encode(self, conversation: Conversation) -> TokenizedConversation:
         """The tokens of a conversation, and which of them are learned."""
@@ -266,7 +267,8 @@ class ConversationTokenizer:
             conversation.turns, in_prompt, conversation.tools, all_replies=self.loss_on_all_replies
         )
         parts = [self.tokenizer.encode(segment.text) for segment in segments]
-        parts[0] = [*self.virtual_tokens, *begin_tokens(self.tokenizer, parts[0]), *parts[0]]
+        begins = begin_tokens(self.tokenizer, parts[0]) if self.add_bos else ()
+        parts[0] = [*self.virtual_tokens, *begins, *parts[0]]
         parts[-1] = self._ended(parts[-1])
         last = max(number for number, segment in enumerate(segments) if segment.is_reply)
         learned = [

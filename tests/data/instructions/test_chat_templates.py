@@ -20,7 +20,7 @@ from megatron_retro.data.instructions.templates import (
 from megatron_retro.data.tokenizers import HuggingFaceTokenizer
 from megatron_retro.errors import DataError
 from tests.data.byte_level import SPECIAL, save_byte_level
-from tests.data.instructions.chat_templates import CHAT_TEMPLATES, CHATML, GRANITE, PUBLISHED
+from tests.data.instructions.chat_templates import CHAT_TEMPLATES, CHATML, GRANITE, LLAMA_2, PUBLISHED
 
 QUESTION, REPLY, MORE = Turn("user", " What's ü? "), Turn("assistant", "A <letter> & more."), Turn("user", "And ä?")
 CONVERSATIONS = {
@@ -155,6 +155,22 @@ def test_passages_reach_every_template(folder: Path, tmp_path: Path) -> None:
     text = prompt_of((QUESTION,), build_template(AUTO, tmp_path), passages)
     assert "document 2<|end_of_role|>Second." in text
     assert text.count("Second.") == 1
+
+
+def test_a_conversation_begins_as_the_tokenizer_says_unless_told_otherwise(tmp_path: Path) -> None:
+    processors = pytest.importorskip("tokenizers.processors")
+    backend = save_byte_level(tmp_path)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    for text, written in ((CHATML, False), (LLAMA_2, True)):
+        (tmp_path / "a.jinja").write_text(text)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+        template, tokenizer = build_template(str(tmp_path / "a.jinja"), tmp_path), HuggingFaceTokenizer(tmp_path)
+        begun, bare = (
+            ConversationTokenizer(tokenizer, template, add_bos=add_bos).encode(Conversation((QUESTION, REPLY))).tokens
+            for add_bos in (True, False)
+        )
+        assert (begun == 256).sum() == 1 and begun[0] == 256 and (bare == 256).sum() == written
 
 
 @pytest.mark.parametrize(("name", "last"), [(AUTO, "<|im_end|>"), (INSTRUCT_RETRO, "</s>")])
