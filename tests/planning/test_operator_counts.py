@@ -81,4 +81,5 @@ def test_compiled_parts_launch_no_more_than_they_did(tensor: int, monkeypatch: p
     counts = compiled_counts(recipe(tensor_model_parallel_size=tensor, sequence_parallel=tensor > 1))
     most = {LAYER: 29, RETRIEVAL: 56, ENCODER: 89}
     assert all(0 < counts[name].kernels <= most[name] for name in most), counts
-    assert counts[LAYER].collectives == (0 if tensor == 1 else 8)
+    for name, collectives, beside in ((LAYER, 8, 3), (RETRIEVAL, 12, 5), (ENCODER, 20, 8)):
+        assert (counts[name].collectives, counts[name].beside) == ((collectives, beside) if tensor > 1 else (0, 0))
