@@ -1,7 +1,8 @@
 """Continuous batching: texts join and leave a running batch, and each step feeds one token of every text.
 
-A prompt's tokens but the last are prefilled into a cache of their own, some at a time between the decoding steps; then
-its row moves into the batch's cache, whose number of rows doubles and halves with the need. The newest token of a text
+A prompt's tokens but the last are prefilled into a cache of their own, some at a time between the decoding steps, and
+short prompts together; then its row moves into the batch's cache, whose number of rows doubles and halves with the
+need. The newest token of a text
 is fed in the same way whether it is of the prompt or sampled: if it ends a chunk, the neighbours of that chunk are
 retrieved first, because this token is the first that may read them.
 """
@@ -36,11 +37,18 @@ class EngineLimits:
 
 @dataclass
 class _Prefill:
-    """A prompt that is partly in its cache."""
+    """Prompts of which equally many tokens are in a cache, row by row, and the neighbours of their chunks."""
 
-    generation: Generation
+    generations: list[Generation]
     cache: Cache
-    found: list[RetrievedNeighbors]
+    found: list[list[RetrievedNeighbors]]
+
+    def keep(self, rows: Sequence[int], device: torch.device) -> None:
+        """Let go of all other rows."""
+        if len(rows) < len(self.generations):
+            self.generations = [self.generations[row] for row in rows]
+            self.found = [self.found[row] for row in rows]
+            self.cache.select_rows(torch.tensor(rows, dtype=torch.long, device=device))
 
 
 class Engine:
@@ -62,7 +70,11 @@ class Engine:
     @property
     def num_active(self) -> int:
         """Texts in the batch or being prefilled."""
-        return sum(row is not None for row in self._rows) + (self._prefill is not None)
+        return sum(row is not None for row in self._rows) + len(self._prefilled)
+
+    @property
+    def _prefilled(self) -> list[Generation]:
+        return [] if self._prefill is None else self._prefill.generations
 
     @property
     def num_waiting(self) -> int:
@@ -90,7 +102,7 @@ class Engine:
 
     def reset(self) -> None:
         """Cancel every text and drop the caches, after a step that failed."""
-        for generation in (*self._waiting, *self._rows, self._prefill.generation if self._prefill else None):
+        for generation in (*self._waiting, *self._rows, *self._prefilled):
             if generation is not None:
                 generation.finish("cancelled")
         self._waiting, self._rows = deque(), []
@@ -106,24 +118,32 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Prefill part of one prompt and decode one token of every text; False when there was nothing to do."""
+        """Prefill part of a prompt, or short ones, and decode one token of every text; False with nothing to do."""
         self._waiting = deque(one for one in self._waiting if not one.finished)
         self._drop_finished()
         if self._prefill is None and self._waiting and self.num_active < self.limits.max_batch_size:
-            self._start_prefill(self._waiting.popleft())
+            self._start_prefill()
         if self._prefill is not None:
             self._advance_prefill(self._prefill)
         if any(row is not None for row in self._rows):
             self._decode()
         return bool(self.num_active or self._waiting)
 
-    def _start_prefill(self, generation: Generation) -> None:
-        generation.started = True
-        length = generation.num_given + generation.request.max_new_tokens
+    def _start_prefill(self) -> None:
+        """Take the first prompt, and with it as many as are read together within `prefill_tokens`."""
+        together = max(1, self.limits.prefill_tokens // max(1, self._waiting[0].num_given - 1))
+        together = min(together, self.limits.max_batch_size - self.num_active, len(self._waiting))
+        generations = [self._waiting.popleft() for _ in range(together)]
+        for generation in generations:
+            generation.started = True
+        length = max(one.num_given + one.request.max_new_tokens for one in generations)
+        self._prefill = _Prefill(generations, self.forward.new_cache(together, length), [])
+        self._prefill.found = [self._retrieve(one, self._whole_chunks(one)) for one in generations]
+
+    def _whole_chunks(self, generation: Generation) -> list[tuple[int, int]]:
+        """Spans of the chunks that are prefilled."""
         size = self.forward.chunk_length
-        whole = (generation.num_given - 1) // size
-        spans = [(number * size, (number + 1) * size) for number in range(whole)]
-        self._prefill = _Prefill(generation, self.forward.new_cache(1, length), self._retrieve(generation, spans))
+        return [(number * size, (number + 1) * size) for number in range((generation.num_given - 1) // size)]
 
     def _retrieve(self, generation: Generation, spans: Sequence[tuple[int, int]]) -> list[RetrievedNeighbors]:
         """Neighbours of these spans of a text, recorded in it; empty for a text that reads none."""
@@ -136,25 +156,39 @@ class Engine:
         return found
 
     def _advance_prefill(self, prefill: _Prefill) -> None:
-        generation, cache = prefill.generation, prefill.cache
-        if generation.finished:
-            self._prefill = None
-            return
-        start, end = cache.lengths[0], generation.num_given - 1
-        if start < end:
-            stop = min(start + self.limits.prefill_tokens, end)
-            size = self.forward.chunk_length
-            given, found = [generation.tokens[start:stop]], [prefill.found[start // size : stop // size]]
-            if generation.request.score_prompt:
-                limit = min(self.forward.vocab_size, self.tokenizer.vocab_size)
-                generation.score_prompt_tokens(self.forward.all_logits(given, found, cache)[0, :, :limit], start)
+        device = self.forward.device
+        prefill.keep([row for row, one in enumerate(prefill.generations) if not one.finished], device)
+        rows = prefill.generations
+        if rows:
+            start = prefill.cache.lengths[0]
+            end = min(one.num_given for one in rows) - 1
+            self._feed(prefill, start, min(end, start + max(1, self.limits.prefill_tokens // len(rows))))
+        left = []
+        for row, generation in enumerate(rows):
+            if prefill.cache.lengths[row] == generation.num_given - 1:
+                self._join(generation, prefill.cache, row)
             else:
-                self.forward.prefill(given, found, cache)
-        if cache.lengths[0] == end:
-            self._join(generation, cache)
+                left.append(row)
+        prefill.keep(left, device)
+        if not left:
             self._prefill = None
 
-    def _join(self, generation: Generation, cache: Cache) -> None:
+    def _feed(self, prefill: _Prefill, start: int, stop: int) -> None:
+        if start == stop:
+            return
+        size = self.forward.chunk_length
+        given = [one.tokens[start:stop] for one in prefill.generations]
+        found = [one[start // size : stop // size] for one in prefill.found]
+        if any(one.request.score_prompt for one in prefill.generations):
+            limit = min(self.forward.vocab_size, self.tokenizer.vocab_size)
+            logits_BSV = self.forward.all_logits(given, found, prefill.cache)[..., :limit]
+            for generation, logits_SV in zip(prefill.generations, logits_BSV, strict=True):
+                if generation.request.score_prompt:
+                    generation.score_prompt_tokens(logits_SV, start)
+        else:
+            self.forward.prefill(given, found, prefill.cache)
+
+    def _join(self, generation: Generation, cache: Cache, filled: int) -> None:
         """Move a filled row into the batch."""
         need = generation.num_given + generation.request.max_new_tokens
         if self._cache is None:
@@ -164,7 +198,7 @@ class Engine:
             self._resize(min(size, self.limits.max_batch_size), max(need, self._cache.capacity))
         row = self._rows.index(None)
         self._rows[row] = generation
-        self._cache.insert(row, cache)
+        self._cache.insert(row, cache, filled)
 
     def _resize(self, size: int, capacity: int) -> None:
         if self._cache is None:

@@ -165,18 +165,18 @@ class LayerCache:
             current[name][kept] = old[sources]
         self._capacity, self._buffers, self._current = capacity, buffers, current
 
-    def insert(self, row: int, other: LayerCache, used: int, num_rows: int) -> None:
-        """Row `row` becomes the only row of another cache."""
+    def insert(self, row: int, other: LayerCache, source: int, used: int, num_rows: int) -> None:
+        """Row `row` becomes what row `source` of another cache is."""
         for name, theirs in other._buffers.items():
             if name not in self._buffers:
                 self._buffers[name] = theirs.new_zeros(num_rows, self._capacity, *theirs.shape[2:])
-            self._buffers[name][row, :used] = theirs[0, :used]
+            self._buffers[name][row, :used] = theirs[source, :used]
         for ours in self._current.values():
             ours[row] = 0
         for name, theirs in other._current.items():
             if name not in self._current:
                 self._current[name] = theirs.new_zeros(num_rows, *theirs.shape[1:])
-            self._current[name][row] = theirs[0]
+            self._current[name][row] = theirs[source]
 
 
 class Cache:
@@ -255,16 +255,17 @@ class Cache:
         self.lengths = [0 if source is None else self.lengths[source] for source in rows]
         self.offsets = [0 if source is None else self.offsets[source] for source in rows]
 
-    def insert(self, row: int, other: Cache) -> None:
-        """Row `row` becomes the only row of another cache that has passed the same layers."""
-        if len(other.lengths) != 1 or other.lengths[0] > self.capacity or other._real_BT is not None:
-            raise ValueError("only a single row without padding that fits can be inserted")
+    def insert(self, row: int, other: Cache, source: int = 0) -> None:
+        """Row `row` becomes what row `source` of another cache is that has passed the same layers."""
+        used = other.lengths[source]
+        if used > self.capacity or other._real_BT is not None:
+            raise ValueError("only a row without padding that fits can be inserted")
         if other.neighbor_shape is not None:
             self.require_neighbor_shape(other.neighbor_shape)
-        self.neighbors.insert(row, other.neighbors, other.lengths[0], len(self.lengths))
+        self.neighbors.insert(row, other.neighbors, source, used, len(self.lengths))
         for index, theirs in other._layers.items():
-            self.layer(index).insert(row, theirs, other.lengths[0], len(self.lengths))
-        self.lengths[row], self.offsets[row] = other.lengths[0], other.offsets[0]
+            self.layer(index).insert(row, theirs, source, used, len(self.lengths))
+        self.lengths[row], self.offsets[row] = used, other.offsets[source]
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep, drop or repeat rows: row i becomes what row rows[i] was."""

@@ -214,6 +214,27 @@ def test_cancelling_frees_the_place(small_model: Callable[..., Retro]) -> None:
     assert engine.num_active == engine.num_waiting == 0
 
 
+def test_short_prompts_are_read_together(small_model: Callable[..., Retro], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within `prefill_tokens`, and as each one's end comes; one that is cancelled meanwhile holds up nobody."""
+    model, widths = small_model(), list[tuple[int, int]]()
+    forward = LocalForward(model)
+    prefill = forward.prefill
+    monkeypatch.setattr(
+        forward, "prefill", lambda given, *rest: (widths.append((len(given), len(given[0]))), prefill(given, *rest))
+    )
+    engine = Engine(forward, NeverEnds(), EngineLimits(4, 128, 40))
+    requests = [GenerationRequest(tuple(range(1, 1 + length)), 3) for length in (9, 6, 9, 13, 30)]
+    scored = GenerationRequest(tuple(range(40)), 3, score_prompt=True)
+    begun = [engine.submit(request) for request in requests]
+    engine.step()
+    begun[2].finish("cancelled")
+    generations = engine.generate([scored])
+    assert widths == [(4, 5), (2, 3), (1, 4), (1, 29)]
+    for generation in (*begun[:2], *begun[3:], *generations):
+        compare(generation, teacher_forced(model, generation.tokens[:-1], None))
+    assert len(generations[0].token_logprobs) == len(scored.prompt) - 1
+
+
 def test_refused_requests(small_model: Callable[..., Retro]) -> None:
     engine = Engine(LocalForward(small_model()), NeverEnds(), EngineLimits(2, 32))
     with pytest.raises(DataError, match="too long"):
