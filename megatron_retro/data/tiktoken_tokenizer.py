@@ -1,6 +1,7 @@
 """Megatron-LM's `TikTokenizer`: special tokens first, then the ranks of a vocabulary in JSON, shifted behind them.
 
-The vocabulary is a list of `{"rank", "token_bytes" (base64), "token_str"}`; the first 256 ranks are the bytes.
+The vocabulary is a list of `{"rank", "token_bytes" (base64), "token_str"}` whose first 256 ranks are the bytes, or a
+file of tiktoken's own: lines of base64 and a rank.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from megatron_retro.runtime.strict_json import json_text
 
 _SPECIALS = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
 _MOST_IDS = 1 << 17  # Megatron's size where no --vocab-size is given
-_FORM = 'a list of {"rank": 0, "token_bytes": "AA==", "token_str": ""}, ranks rising from 0, the 256 bytes first'
+_FORM = (
+    'a list of {"rank": 0, "token_bytes": "AA==", "token_str": ""} or lines as `AA== 0`, ranks rising from 0, '
+    "the 256 bytes first"
+)
 _WORD = r"[^\r\n\p{L}\p{N}]?"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _SPACES = r"\s+(?!\S)|\s+"
@@ -83,12 +87,19 @@ def _special_names(config: TokenizerConfig) -> list[str]:
 def _ranks(path: Path, content: bytes, shift: int) -> dict[bytes, int]:
     """The id of each string of bytes; what is beyond Megatron's number of ids is cut off."""
     try:
-        rows = json.loads(content)[: _MOST_IDS - shift]
-        merges = {base64.b64decode(row["token_bytes"]): shift + number for number, row in enumerate(rows)}
-        ranks = [row["rank"] for row in rows]
+        rows = _rows(content)[: _MOST_IDS - shift]
+        merges = {base64.b64decode(row, validate=True): shift + number for number, (row, _) in enumerate(rows)}
+        ranks = [rank for _, rank in rows]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path} is no tiktoken vocabulary", got=error, expected=_FORM) from None
-    in_order = ranks == [*range(len(rows))] and [*merges][:256] == [bytes([one]) for one in range(256)]
+    in_order = ranks == [*range(len(rows))] and {*[*merges][:256]} == {bytes([one]) for one in range(256)}
     if not in_order or len(merges) != len(rows):
         raise ArtifactError(f"{path} is no tiktoken vocabulary", got="ranks or bytes out of order", expected=_FORM)
     return merges
+
+
+def _rows(content: bytes) -> list[tuple[str | bytes, int]]:
+    """Base64 and rank of every entry."""
+    if content.lstrip()[:1] in (b"[", b"{"):
+        return [(row["token_bytes"], row["rank"]) for row in json.loads(content)]
+    return [(token, int(rank)) for token, rank in (line.split() for line in content.splitlines() if line)]

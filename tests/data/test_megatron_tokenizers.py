@@ -153,7 +153,25 @@ def test_special_tokens_of_tiktoken(tmp_path: Path) -> None:
         tiktoken(tmp_path, tiktoken_special_tokens=("<unk>", "<mask>", "<pad>", "<cls>", "<sep>"))
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[1]", '[{"rank": 1, "token_bytes": "AA=="}]'])
+def test_tiktokens_own_files_hold_the_same(tmp_path: Path) -> None:
+    from tiktoken.load import dump_tiktoken_bpe, load_tiktoken_bpe
+
+    path, shown = tmp_path / "small.tiktoken", [*range(33, 127), *range(33), *range(127, 256)]  # printable ones first
+    rows = [bytes([one]) for one in shown] + [merge.encode() for merge in MERGES]
+    dump_tiktoken_bpe({row: rank for rank, row in enumerate(rows)}, str(path))
+    tokenizer = build_tokenizer(TokenizerConfig("TikTokenizer", tokenizer_model=str(path)))
+    ranks = load_tiktoken_bpe(str(path))
+    assert tokenizer.vocab_size == 1000 + len(ranks) and tokenizer.encode("!") == [1000 + ranks[b"!"]]
+    text = "the thing aaaaa"
+    in_json = tiktoken(tmp_path)
+    assert [in_json.decode([one]) for one in in_json.encode(text)] == [
+        tokenizer.decode([one]) for one in tokenizer.encode(text)
+    ]
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "{}", "[1]", '[{"rank": 1, "token_bytes": "AA=="}]', "AA== 1", "AA==", "x y z"]
+)
 def test_what_is_no_tiktoken_vocabulary_is_named(content: str, tmp_path: Path) -> None:
     path = vocabulary(tmp_path)
     path.write_text(content)
