@@ -15,9 +15,9 @@ namespace INSTRUCTION_SET {
 #if defined(__AVX512F__)
 constexpr int tile_rows = 6, tile_vectors = 4;
 #elif defined(__AVX2__)
-constexpr int tile_rows = 6, tile_vectors = 1;
+constexpr int tile_rows = 6, tile_vectors = 2;
 #else
-constexpr int tile_rows = 2, tile_vectors = 1;
+constexpr int tile_rows = 2, tile_vectors = 4;
 #endif
 
 template <typename Scalar>

@@ -19,7 +19,7 @@ constexpr int forward_rows = 1;
 template <typename Element>
 inline auto as_stored(Vector<compute_t<Element>> value) {
   constexpr Element* type = nullptr;
-  if constexpr (sizeof(Element) == 2) return widen<64>(narrow(value, type), type);
+  if constexpr (sizeof(Element) == 2) return widen(narrow(value, type), type);
   else return value;
 }
 

@@ -10,40 +10,16 @@ namespace megatron_retro {
 namespace INSTRUCTION_SET {
 namespace {
 
-// Bytes of a register, rows of a tile, and sums that fit the registers beside what is multiplied. Vectors are as wide as
-// registers here: tiles of wider ones are kept in memory by the compiler.
-#if defined(__AVX512F__)
-constexpr int width = 64, most_rows = 8, most_sums = 24;
-#elif defined(__AVX2__)
-constexpr int width = 32, most_rows = 8, most_sums = 12;
-#else
-constexpr int width = 16, most_rows = 8, most_sums = 12;
-#endif
+// Rows of a tile, and sums that fit the registers beside what is multiplied.
+constexpr int most_rows = 8, most_sums = vector_bytes == 64 ? 24 : 12;
 constexpr int most_outputs = 8;        // of a tile
 constexpr int64_t group_outputs = 16;  // whose sums are kept
 constexpr int64_t block_columns = 256;
 constexpr int64_t bytes_ahead = 4096;
 
-template <typename Scalar>
-using Register = typename VectorOf<Scalar, width>::type;
-template <typename Scalar>
-constexpr int64_t register_lanes = width / sizeof(Scalar);
-
-// Lanes i and i + half together, then the halves of that.
-template <typename Element, int bytes>
-inline Element sum_of_halves(typename VectorOf<Element, bytes>::type value) {
-  if constexpr (bytes == 2 * sizeof(Element)) {
-    return value[0] + value[1];
-  } else {
-    typename VectorOf<Element, bytes / 2>::type halves[2];
-    std::memcpy(halves, &value, sizeof(value));
-    return sum_of_halves<Element, bytes / 2>(halves[0] + halves[1]);
-  }
-}
-
 template <typename Element>
-inline void finish(const SmallBatchGemv& call, int64_t row, int64_t output, Register<compute_t<Element>> sums) {
-  auto value = sum_of_halves<compute_t<Element>, width>(sums);
+inline void finish(const SmallBatchGemv& call, int64_t row, int64_t output, Vector<compute_t<Element>> sums) {
+  auto value = sum_of_lanes(sums);
   if (call.bias) value += load_one(static_cast<const Element*>(call.bias) + output);
   store_one(static_cast<Element*>(call.output) + row * call.outputs + output, value);
 }
@@ -51,24 +27,24 @@ inline void finish(const SmallBatchGemv& call, int64_t row, int64_t output, Regi
 template <typename Element>
 void one_row(const SmallBatchGemv& call, int64_t first, int64_t last) {
   using Scalar = compute_t<Element>;
-  constexpr int64_t step = register_lanes<Scalar>;
+  constexpr int64_t step = lanes<Scalar>;
   constexpr int chains = 4;  // of additions, side by side
   const Scalar* input = static_cast<const Scalar*>(call.input);
   for (int64_t output = first; output < last; ++output) {
     const Element* weight = static_cast<const Element*>(call.weight) + output * call.depth;
-    Register<Scalar> sums[chains] = {};
+    Vector<Scalar> sums[chains] = {};
     int64_t column = 0;
     for (; column + chains * step <= call.depth; column += chains * step) {
 #pragma GCC unroll 4
       for (int chain = 0; chain < chains; ++chain) {
         const int64_t at = column + chain * step;
         __builtin_prefetch(reinterpret_cast<const char*>(weight + at) + bytes_ahead);
-        sums[chain] += load<width>(input + at) * load<width>(weight + at);
+        sums[chain] += load(input + at) * load(weight + at);
       }
     }
     for (; column < call.depth; column += step) {
       const int64_t count = call.depth - column;
-      sums[0] += load<width>(input + column, count) * load<width>(weight + column, count);
+      sums[0] += load(input + column, count) * load(weight + column, count);
     }
     finish<Element>(call, 0, output, (sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
@@ -78,20 +54,20 @@ void one_row(const SmallBatchGemv& call, int64_t first, int64_t last) {
 template <typename Element, int rows, int outputs>
 inline void add_tile(
     const compute_t<Element>* input, const Element* weight, int64_t depth, int64_t count, int64_t ahead,
-    Register<compute_t<Element>> (*kept)[most_rows]) {
-  using Wide = Register<compute_t<Element>>;
-  constexpr int64_t step = register_lanes<compute_t<Element>>;
+    Vector<compute_t<Element>> (*kept)[most_rows]) {
+  using Wide = Vector<compute_t<Element>>;
+  constexpr int64_t step = lanes<compute_t<Element>>;
   Wide sums[outputs][rows];
   const auto add = [&](int64_t column, auto size) __attribute__((always_inline)) {
     Wide factors[outputs];
 #pragma GCC unroll 8
     for (int output = 0; output < outputs; ++output) {
-      factors[output] = load<width>(weight + output * depth + column, size);
+      factors[output] = load(weight + output * depth + column, size);
       __builtin_prefetch(weight + output * depth + column + ahead);
     }
 #pragma GCC unroll 8
     for (int row = 0; row < rows; ++row) {
-      const Wide value = load<width>(input + row * depth + column, size);
+      const Wide value = load(input + row * depth + column, size);
 #pragma GCC unroll 8
       for (int output = 0; output < outputs; ++output) sums[output][row] += value * factors[output];
     }
@@ -116,7 +92,7 @@ void some_rows(const SmallBatchGemv& call, int64_t first_row, int64_t first, int
   constexpr int outputs = std::min(most_outputs, most_sums / rows);
   const Scalar* input = static_cast<const Scalar*>(call.input) + first_row * call.depth;
   const Element* weight = static_cast<const Element*>(call.weight) + first * call.depth;
-  Register<Scalar> kept[group_outputs][most_rows] = {};
+  Vector<Scalar> kept[group_outputs][most_rows] = {};
   for (int64_t column = 0; column < call.depth; column += block_columns) {
     const int64_t next = column + block_columns, count = std::min(next, call.depth) - column;
     const int64_t ahead = next < call.depth ? block_columns : group_outputs * call.depth - column;

@@ -1,4 +1,5 @@
-// Vectors of 64 bytes, written once for every instruction set: the compiler splits them where registers are narrower.
+// Vectors as wide as the registers, written once for every instruction set. A compiler computes wider ones lane by lane
+// where it compares them, and keeps tiles of them in memory.
 //
 // Every kernel file under cpu/ is compiled several times, each time with another INSTRUCTION_SET as the name of its
 // namespace, so nothing here may have external linkage outside of it.
@@ -16,6 +17,14 @@
 
 namespace megatron_retro {
 namespace INSTRUCTION_SET {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
 
 struct BFloat16 {
   uint16_t bits;
@@ -42,13 +51,13 @@ template <typename Stored>
 using compute_t = typename Compute<Stored>::type;
 
 template <typename Scalar>
-constexpr int64_t lanes = 64 / sizeof(Scalar);
+constexpr int64_t lanes = vector_bytes / sizeof(Scalar);
 template <typename Scalar>
-using Vector = typename VectorOf<Scalar, 64>::type;
+using Vector = typename VectorOf<Scalar, vector_bytes>::type;
 
-using IntVector = typename VectorOf<int32_t, 64>::type;
-using BitVector = typename VectorOf<uint32_t, 64>::type;
-using ShortVector = typename VectorOf<uint16_t, 32>::type;
+using IntVector = typename VectorOf<int32_t, vector_bytes>::type;
+using BitVector = typename VectorOf<uint32_t, vector_bytes>::type;
+using ShortVector = typename VectorOf<uint16_t, vector_bytes / 2>::type;
 
 template <typename To, typename From>
 inline To bits_as(const From& from) {
@@ -65,10 +74,8 @@ inline Vector<Scalar> splat(Scalar value) {
 
 // ---- loads and stores -------------------------------------------------------------------------
 
-template <int bytes>
-inline typename VectorOf<float, bytes>::type widen(typename VectorOf<uint16_t, bytes / 2>::type stored, const BFloat16*) {
-  using Bits = typename VectorOf<uint32_t, bytes>::type;
-  return bits_as<typename VectorOf<float, bytes>::type>(__builtin_convertvector(stored, Bits) << 16);
+inline Vector<float> widen(ShortVector stored, const BFloat16*) {
+  return bits_as<Vector<float>>(__builtin_convertvector(stored, BitVector) << 16);
 }
 
 inline ShortVector narrow(Vector<float> value, const BFloat16*) {
@@ -78,29 +85,27 @@ inline ShortVector narrow(Vector<float> value, const BFloat16*) {
   return __builtin_convertvector(chosen, ShortVector);
 }
 
-template <int bytes>
-inline typename VectorOf<float, bytes>::type widen(typename VectorOf<uint16_t, bytes / 2>::type stored, const Half*) {
-  typename VectorOf<float, bytes>::type value;
-  for (int lane = 0; lane < bytes / 4; ++lane)
+inline Vector<float> widen(ShortVector stored, const Half*) {
+  Vector<float> value;
+  for (int lane = 0; lane < lanes<float>; ++lane)
     value[lane] = static_cast<float>(bits_as<_Float16>(uint16_t(stored[lane])));
   return value;
 }
 
 inline ShortVector narrow(Vector<float> value, const Half*) {
   ShortVector stored;
-  for (int lane = 0; lane < 16; ++lane) stored[lane] = bits_as<uint16_t>(static_cast<_Float16>(value[lane]));
+  for (int lane = 0; lane < lanes<float>; ++lane) stored[lane] = bits_as<uint16_t>(static_cast<_Float16>(value[lane]));
   return stored;
 }
 
-// A vector of 64 bytes, or of as many as are asked for.
-template <int bytes = 64, typename Stored>
-inline typename VectorOf<compute_t<Stored>, bytes>::type load(const Stored* from) {
+template <typename Stored>
+inline Vector<compute_t<Stored>> load(const Stored* from) {
   if constexpr (sizeof(Stored) == 2) {
-    typename VectorOf<uint16_t, bytes / 2>::type stored;
+    ShortVector stored;
     std::memcpy(&stored, from, sizeof(stored));
-    return widen<bytes>(stored, from);
+    return widen(stored, from);
   } else {
-    typename VectorOf<Stored, bytes>::type value;
+    Vector<Stored> value;
     std::memcpy(&value, from, sizeof(value));
     return value;
   }
@@ -117,13 +122,13 @@ inline void store(Stored* to, Vector<compute_t<Stored>> value) {
 }
 
 // The first `count` lanes only; the others read as zero.
-template <int bytes = 64, typename Stored>
-inline typename VectorOf<compute_t<Stored>, bytes>::type load(const Stored* from, int64_t count) {
-  constexpr int64_t width = bytes / sizeof(compute_t<Stored>);
-  if (count >= width) return load<bytes>(from);
+template <typename Stored>
+inline Vector<compute_t<Stored>> load(const Stored* from, int64_t count) {
+  constexpr int64_t width = lanes<compute_t<Stored>>;
+  if (count >= width) return load(from);
   Stored padded[width] = {};
   std::memcpy(padded, from, count * sizeof(Stored));
-  return load<bytes>(padded);
+  return load(padded);
 }
 
 template <typename Stored>
@@ -147,15 +152,17 @@ inline void store_one(Stored* to, compute_t<Stored> value) {
 
 // ---- reductions -------------------------------------------------------------------------------
 
+// Lanes i and i + half together, then the halves of that.
 template <typename Wide>
 inline auto sum_of_lanes(Wide value) {
-  constexpr int count = sizeof(Wide) / sizeof(value[0]);
-  typename VectorOf<std::decay_t<decltype(value[0])>, 32>::type halves[2];
-  std::memcpy(halves, &value, sizeof(value));
-  const auto half = halves[0] + halves[1];
-  auto total = half[0];
-  for (int lane = 1; lane < count / 2; ++lane) total += half[lane];
-  return total;
+  using Scalar = std::decay_t<decltype(value[0])>;
+  if constexpr (sizeof(Wide) == 2 * sizeof(Scalar)) {
+    return value[0] + value[1];
+  } else {
+    typename VectorOf<Scalar, sizeof(Wide) / 2>::type halves[2];
+    std::memcpy(halves, &value, sizeof(value));
+    return sum_of_lanes(halves[0] + halves[1]);
+  }
 }
 
 template <typename Wide>
@@ -203,7 +210,7 @@ inline Vector<float> exponential(Vector<float> x) {
 }
 
 inline Vector<double> exponential(Vector<double> x) {
-  for (int lane = 0; lane < 8; ++lane) x[lane] = std::exp(x[lane]);
+  for (int lane = 0; lane < lanes<double>; ++lane) x[lane] = std::exp(x[lane]);
   return x;
 }
 
@@ -230,7 +237,7 @@ inline Vector<float> error_function(Vector<float> x) {
 }
 
 inline Vector<double> error_function(Vector<double> x) {
-  for (int lane = 0; lane < 8; ++lane) x[lane] = std::erf(x[lane]);
+  for (int lane = 0; lane < lanes<double>; ++lane) x[lane] = std::erf(x[lane]);
   return x;
 }
 
