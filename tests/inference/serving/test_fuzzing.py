@@ -22,7 +22,7 @@ def test_no_request_breaks_the_service(service: Any, count: Callable[[int, int],
     schema = schemathesis.openapi.from_url(service.url + "/openapi.json")
     operations = [found.ok() for found in schema.get_all_operations()]
     posts = [operation.as_strategy(generation_mode=mode) for operation in operations if operation.method == "post"]
-    assert len(posts) == 3
+    assert len(posts) == 4
 
     @settings(
         max_examples=count(12 if mode is GenerationMode.POSITIVE else 50, 600),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,12 @@ def test_type_stream_compare_open(service: Any, browser: Browser, room: Path) ->
     assert [entry for entry in browser.log() if entry["level"] == "SEVERE"] == []
 
 
-def test_random_neighbors_and_stop(service: Any, browser: Browser) -> None:
+def test_random_neighbors_and_stop(
+    service: Any, generator: Any, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token takes so long that no answer ends before a slow browser stops it."""
+    next_logits = generator.forward.next_logits
+    monkeypatch.setattr(generator.forward, "next_logits", lambda *given: time.sleep(0.05) or next_logits(*given))
     browser.open(service.url)
     browser.wait_for("document.getElementById('model').textContent === 'small'")
     browser.click("input[value=random]")
