@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ def against_transformers(run: Path, batches: Sequence[int], rounds: int) -> Iter
             raise SystemExit(f"the answers of {batch} texts differ")
         candidates: dict[str, Callable[[], object]] = {}
         for length, word in ((1, "short"), (13, "long")):
-            candidates[f"ours {word}"] = lambda batch=batch, length=length: mine(batch, length)  # type: ignore[misc]
-            candidates[f"theirs {word}"] = lambda batch=batch, length=length: theirs(batch, length)  # type: ignore[misc]
+            candidates[f"ours {word}"] = partial(mine, batch, length)
+            candidates[f"theirs {word}"] = partial(theirs, batch, length)
         times = interleave(candidates, rounds, warm_up=1)
         tokens = median_ratio(per_token(times, "theirs"), per_token(times, "ours"))
         prompts = median_ratio(times["theirs short"].cpu, times["ours short"].cpu)

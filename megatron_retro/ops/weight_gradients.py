@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_retro.ops.cpu_products import is_slow, linear_product, product
 
+# torch leaves it untyped
 _OPERATORS: Any = torch.library.Library("megatron_retro", "FRAGMENT")  # type: ignore[no-untyped-call]
 _OPERATORS.define("add_product(Tensor(a!) sums, Tensor left, Tensor right) -> ()")
 
@@ -38,7 +39,8 @@ def add_product(sums_YX: Tensor, gradient: Tensor, hidden: Tensor) -> None:
 
 def adding_linear(hidden: Tensor, weight_YX: Tensor, bias_Y: Tensor | None, sums_YX: Tensor) -> Tensor:
     """[..., X] -> [..., Y]; autograd finds no gradient of the weight, which is added to `sums`."""
-    result: Tensor = _AddingLinear.apply(hidden, weight_YX, bias_Y, sums_YX)  # type: ignore[no-untyped-call]
+    given = hidden, weight_YX, bias_Y, sums_YX
+    result: Tensor = _AddingLinear.apply(*given)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return result
 
 

@@ -112,7 +112,8 @@ class DeferredWeightGradients:
         """`functional.linear`, whose backward defers the weight's gradient: autograd's, or added to `sums`."""
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return linear_product(hidden, weight, bias)
-        result: Tensor = _Product.apply(hidden, weight, sums, self)  # type: ignore[no-untyped-call]
+        given = hidden, weight, sums, self
+        result: Tensor = _Product.apply(*given)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return result if bias is None else result + bias
 
     def defer(self, weight: Tensor, sums: Tensor | None, hidden: Tensor, gradient: Tensor) -> None:
