@@ -16,7 +16,7 @@ from megatron_retro.ops.linear import linear
 from megatron_retro.ops.linear_cross_entropy import linear_cross_entropy
 from megatron_retro.ops.local_tensors import local
 from megatron_retro.ops.norm import layer_norm, norm_of_sum, residual_norm, rms_norm
-from megatron_retro.ops.recomputation import recomputed
+from megatron_retro.ops.recomputation import as_offered, offered
 
 
 class Linear(nn.Module):
@@ -36,8 +36,11 @@ class Linear(nn.Module):
         """[..., columns] -> [..., *output_shape]."""
         weight = local(self.weight)
         bias = None if self.bias is None else local(self.bias)
-        output = self.multiply(hidden, weight.flatten(0, -2), None if bias is None else bias.flatten())
-        return output if weight.dim() == 2 else torch.unflatten(output, -1, weight.shape[:-1])
+        with as_offered(hidden):
+            if weight.dim() == 2:
+                return self.multiply(hidden, weight, bias)
+            output = self.multiply(hidden, weight.flatten(0, -2), None if bias is None else bias.flatten())
+        return torch.unflatten(output, -1, weight.shape[:-1])
 
 
 class HeadsToHidden(Linear):
@@ -79,7 +82,7 @@ class Norm(nn.Module):
         return layer_norm(hidden, weight, bias, epsilon=self.epsilon, weight_plus_one=self.weight_plus_one)
 
     def recomputed(self, normed: Tensor, hidden: Tensor) -> AbstractContextManager[Any]:
-        """In this block `normed` is not kept for the backward pass; it follows from `hidden`, which the norm keeps."""
+        """In this block no product keeps `normed` for the backward; it follows from `hidden`, which the norm keeps."""
         return self._recomputed(normed, hidden, lambda: self.forward(hidden.detach()))
 
     def recomputed_from_sum(self, normed: Tensor, summed: Tensor) -> AbstractContextManager[Any]:
@@ -89,7 +92,7 @@ class Norm(nn.Module):
     def _recomputed(self, normed: Tensor, hidden: Tensor, compute: Callable[[], Any]) -> AbstractContextManager[Any]:
         if normed.numel() != hidden.numel():  # gathered for a cut region: no longer what the norm gave
             return nullcontext()
-        return recomputed(normed, compute)
+        return offered(normed, compute)
 
     def _of_sum(self, summed: Tensor) -> Tensor:
         weight, bias = self._here()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 _Packed = Tensor | Callable[[], Tensor]
+_Recipe = tuple[Tensor, Callable[[], Tensor]]
+_NOTHING: AbstractContextManager[Any] = nullcontext()
+_offer: ContextVar[_Recipe | None] = ContextVar("offer", default=None)
 
 
 def recomputed(tensor: Tensor, compute: Callable[[], Tensor]) -> AbstractContextManager[Any]:
@@ -22,12 +26,34 @@ def recomputed(tensor: Tensor, compute: Callable[[], Tensor]) -> AbstractContext
     chooses what it keeps.
     """
     if torch.compiler.is_compiling():
-        return nullcontext()
+        return _NOTHING
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     foreign_hooks = hooks is not None and not isinstance(hooks[0], _Pack)
     if foreign_hooks or not tensor.requires_grad or not torch.is_grad_enabled():
-        return nullcontext()
+        return _NOTHING
     return saved_tensors_hooks(_Pack(tensor, compute), _unpack)
+
+
+def offered(tensor: Tensor, compute: Callable[[], Tensor]) -> AbstractContextManager[Any]:
+    """The same for the linear layers of a block alone: what else is saved there is not looked at, which takes time."""
+    return _NOTHING if torch.compiler.is_compiling() else _Offer(tensor, compute)
+
+
+def as_offered(hidden: Tensor) -> AbstractContextManager[Any]:
+    """For a product that reads `hidden`: `recomputed`, where that is the tensor of the block around it."""
+    recipe = None if torch.compiler.is_compiling() else _offer.get()
+    return _NOTHING if recipe is None or _place(recipe[0]) != _place(hidden) else recomputed(*recipe)
+
+
+class _Offer:
+    def __init__(self, *recipe: Any) -> None:
+        self._recipe = recipe
+
+    def __enter__(self) -> None:
+        self._token = _offer.set(self._recipe)
+
+    def __exit__(self, *_: object) -> None:
+        _offer.reset(self._token)
 
 
 class _Pack:
