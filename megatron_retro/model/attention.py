@@ -19,7 +19,7 @@ from megatron_retro.model.leaves import AttendingBias, HeadsToHidden, Linear, Re
 from megatron_retro.ops.attention import AttentionPattern, attention
 from megatron_retro.ops.chunked_cross_attention import chunked_cross_attention
 from megatron_retro.ops.chunking import attending_spans, spread_over_queries
-from megatron_retro.ops.rotary import RotaryTable, apply_rotary
+from megatron_retro.ops.rotary import RotaryTable, apply_rotary, rotate_both, split_heads
 
 
 class SelfAttention(nn.Module):
@@ -59,16 +59,14 @@ class SelfAttention(nn.Module):
 
     def _heads(self, hidden_BSH: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
         projected = torch.unflatten(self.query_key_value(hidden_BSH), -1, (-1, self.head_size))
-        query, key, value = torch.split(projected, [projected.shape[-2] - 2, 1, 1], -2)
-        query, key, value = query.flatten(2, 3), key.squeeze(-2), value.squeeze(-2)
+        norms = self.query_norm is not None and self.key_norm is not None
+        query, key, value = split_heads(projected, None if norms else rotary, interleaved=self.interleaved)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        if rotary is not None:
-            query, key = (
-                apply_rotary(each, rotary, interleaved=self.interleaved, may_overwrite=True) for each in (query, key)
-            )
-            if value.requires_grad:
-                value = value.contiguous()  # else it would keep what queries and keys were rotated from
+            if rotary is not None:
+                query, key = rotate_both(query, key, rotary, interleaved=self.interleaved)
+        if rotary is not None and value.requires_grad:
+            value = value.contiguous()  # else it would keep what queries and keys were rotated from
         return query, key, value
 
     @staticmethod

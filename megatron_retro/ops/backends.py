@@ -67,6 +67,7 @@ FASTEST: Mapping[str, str] = {
 FASTEST_FLOAT32: Mapping[str, str] = {"layer_norm": REFERENCE, "residual_layer_norm": REFERENCE}
 
 _NORMS = ("layer_norm", "rms_norm", "residual_layer_norm", "residual_rms_norm")
+_PRECISIONS: Mapping[torch.dtype | None, str] = {torch.float32: FLOAT32, torch.float64: FLOAT64}
 _POINTWISE = ("rotary", "gated_activation", "gelu", "gelu_tanh", "squared_relu")
 
 
@@ -89,13 +90,13 @@ def constant_when_compiled(function: Formula) -> Formula:
 @constant_when_compiled
 def uses_native(operator: str, device: str, dtype: torch.dtype | None = None) -> bool:
     """Whether our compiled kernel serves `operator` on tensors of this type of device."""
-    return choice(operator, device, _precision(dtype)).backend == NATIVE
+    return choice(operator, device, _PRECISIONS.get(dtype, HALF)).backend == NATIVE
 
 
 @constant_when_compiled
 def backend_of(operator: str, device: str, dtype: torch.dtype | None = None) -> str:
     """The name of what serves; an error with all reasons where nothing does."""
-    found = choice(operator, device, _precision(dtype))
+    found = choice(operator, device, _PRECISIONS.get(dtype, HALF))
     if found.backend == NONE:
         raise EnvironmentProblem(
             f"nothing here serves {operator} on {device}",
@@ -204,10 +205,6 @@ def _fp8(device: str) -> Choice:
     if not reasons:
         return Choice("fp8_linear", device, TORCH, "torch's scaled product; used only where FP8 is switched on")
     return Choice("fp8_linear", device, NONE, "; ".join(reasons))
-
-
-def _precision(dtype: torch.dtype | None) -> str:
-    return {torch.float32: FLOAT32, torch.float64: FLOAT64}.get(dtype or torch.bfloat16, HALF)
 
 
 def _traces() -> bool:

@@ -96,7 +96,7 @@ def apply_rotary(
 
     `may_overwrite` says that nobody else needs `heads`: where no gradient is recorded they are rotated in place.
     """
-    backend = backend_of("rotary", heads_BSND.device.type, heads_BSND.dtype)
+    backend = _serving(heads_BSND)
     if backend == NATIVE:
         heads_BSND = heads_BSND if heads_BSND.stride(-1) == 1 else heads_BSND.contiguous()
         tables = table.cosine.contiguous(), table.sine.contiguous()
@@ -108,13 +108,48 @@ def apply_rotary(
     return formula_of(backend, _reference)(heads_BSND, table.cosine, table.sine, interleaved)
 
 
+def rotate_both(
+    query_BSND: Tensor, key_BSGD: Tensor, table: RotaryTable, *, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys that nobody else needs."""
+    query, key = (
+        apply_rotary(each, table, interleaved=interleaved, may_overwrite=True) for each in (query_BSND, key_BSGD)
+    )
+    return query, key
+
+
+def split_heads(
+    projected_BSGND: Tensor, table: RotaryTable | None, *, interleaved: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B, S, G * (N - 2), D], keys and values [B, S, G, D] of groups that hold them in this order.
+
+    Queries and keys are rotated: at once, where a formula does it and both are then views of what it gives.
+    """
+    groups, heads = projected_BSGND.shape[2], projected_BSGND.shape[3] - 2
+    at_once = table is not None and 1 in (groups, heads) and _serving(projected_BSGND) != NATIVE
+    if table is not None and at_once:
+        both, value = torch.split(projected_BSGND, [heads + 1, 1], -2)
+        query, key = torch.split(apply_rotary(both, table, interleaved=interleaved), [heads, 1], -2)
+    else:
+        query, key, value = torch.split(projected_BSGND, [heads, 1, 1], -2)
+    query, key, value = query.flatten(2, 3), key.squeeze(-2), value.squeeze(-2)
+    if table is not None and not at_once:
+        query, key = rotate_both(query, key, table, interleaved=interleaved)
+    return query, key, value
+
+
+def _serving(heads: Tensor) -> str:
+    return backend_of("rotary", heads.device.type, heads.dtype)
+
+
 def _reference(heads_BSND: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
-    rotated = 2 * cosine.shape[-1]
-    rotating, passing = heads_BSND[..., :rotated], heads_BSND[..., rotated:]
-    cosine, sine = (table[..., None, :].to(heads_BSND.dtype) for table in (cosine, sine))
+    rotated, width = 2 * cosine.shape[-1], heads_BSND.shape[-1]
+    rotating, *passing = torch.split(heads_BSND, [rotated, width - rotated], -1) if rotated < width else [heads_BSND]
+    of_heads = (*cosine.shape[:2], *(1 for _ in heads_BSND.shape[2:-1]), rotated // 2)
+    cosine, sine = (table.reshape(of_heads).to(heads_BSND.dtype) for table in (cosine, sine))
+    first, second = (rotating[..., 0::2], rotating[..., 1::2]) if interleaved else rotating.chunk(2, -1)
+    turned = (first * cosine - second * sine, second * cosine + first * sine)
     if interleaved:
-        first, second = rotating[..., 0::2], rotating[..., 1::2]
-        pairs = torch.stack((first * cosine - second * sine, second * cosine + first * sine), -1)
-        return torch.cat((pairs.flatten(-2), passing), -1)
-    first, second = rotating.chunk(2, -1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine, passing), -1)
+        turned = (torch.stack(turned, -1).flatten(-2),)
+        return torch.cat((*turned, *passing), -1) if passing else turned[0]
+    return torch.cat((*turned, *passing), -1)
