@@ -59,14 +59,19 @@ class LayerCompiler:
         self._told = False
 
     def compiled(self, plain: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, which runs as one graph in training."""
-        graph = torch.compile(plain, backend=BACKEND, fullgraph=True, dynamic=False)
+        """The same function of tensors, the first of which tells all shapes; in training it runs as one graph.
 
-        def run(*arguments: Any) -> Any:
-            if not torch.is_grad_enabled() or not self._has_graph(arguments):
-                return plain(*arguments)
+        Before each call a graph's guards ask whether it still serves: about modules, contexts and tensors, but not
+        about names of modules of code, which no run binds anew.
+        """
+        options = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
+        graph = torch.compile(plain, backend=BACKEND, fullgraph=True, dynamic=False, options=options)
+
+        def run(first: Tensor, *others: Any) -> Any:
+            if not torch.is_grad_enabled() or not self._has_graph(first.shape):
+                return plain(first, *others)
             try:
-                return graph(*arguments)
+                return graph(first, *others)
             except self._failures as error:
                 raise EnvironmentProblem(
                     "a layer cannot be compiled as one graph",
@@ -76,15 +81,17 @@ class LayerCompiler:
 
         return run
 
-    def _has_graph(self, arguments: Sequence[Any]) -> bool:
-        """Whether there is, or may still be made, a graph for such a first tensor: all others follow from it."""
-        first = next(each for each in arguments if isinstance(each, Tensor))
-        if first.shape not in self._shapes and len(self._shapes) < MOST_SHAPES:
-            self._shapes.add(first.shape)
-        elif first.shape not in self._shapes and not self._told:
+    def _has_graph(self, shape: torch.Size) -> bool:
+        """Whether there is, or may still be made, a graph for a first tensor of this shape."""
+        if shape in self._shapes:
+            return True
+        if len(self._shapes) < MOST_SHAPES:
+            self._shapes.add(shape)
+            return True
+        if not self._told:
             self._told = True
             warn(f"layers were compiled for {len(self._shapes)} shapes of microbatches; those of others run eagerly")
-        return first.shape in self._shapes
+        return False
 
 
 def _first_lines(error: BaseException) -> str:
