@@ -158,8 +158,11 @@ def host_times(rounds: int) -> Iterator[Figure]:
         candidates["compiled GPT layer"] = ours(layers=1, compiled=True)
         candidates["compiled GPT layers"] = ours(layers=1 + DEEP, compiled=True)
         device, dtype = torch.device("cpu"), torch.float32
-        layer, call = opened.enter_context(hugging_face_layer(SMALL, device, dtype))
-        candidates |= one_and_many(HUGGING_FACE, layer, call, (1, SMALL.length, SMALL.hidden))
+        for name in (HUGGING_FACE, f"compiled {HUGGING_FACE}"):
+            layer, call = opened.enter_context(hugging_face_layer(SMALL, device, dtype))
+            if name != HUGGING_FACE:
+                layer.compile(fullgraph=True, dynamic=False)
+            candidates |= one_and_many(name, layer, call, (1, SMALL.length, SMALL.hidden))
         if peer_packages.is_here("megatron-core"):
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
             opened.callback(dist.destroy_process_group)

@@ -68,10 +68,11 @@ def megatron_core_layer(
     A process group is open. Its functions that a compiler fuses run as they are. The local norms refuse sequence
     parallelism.
     """
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.spec_utils import build_module
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    with mock.patch.object(torch, "compile", lambda function, **_: function):  # as core decorates with it
+        from megatron.core import parallel_state
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+        from megatron.core.transformer.spec_utils import build_module
+        from megatron.core.transformer.transformer_config import TransformerConfig
 
     config = TransformerConfig(
         num_layers=1,
@@ -92,7 +93,7 @@ def megatron_core_layer(
         gradient_accumulation_fusion=False,
     )
     parallel_state.initialize_model_parallel(tensor_ranks, create_gloo_process_groups=False)
-    with mock.patch.object(torch.cuda, "current_device", lambda: device), _without_random_states(), _eagerly():
+    with mock.patch.object(torch.cuda, "current_device", lambda: device), _without_random_states():
         with device:
             default = torch.get_default_dtype()
             torch.set_default_dtype(dtype)
@@ -117,10 +118,4 @@ def _without_random_states() -> Iterator[None]:
         for path, module in list(sys.modules.items()):
             if path.startswith("megatron.core") and hasattr(module, name):
                 patches.enter_context(mock.patch.object(module, name, lambda *_, **__: NoTracker()))
-        yield
-
-
-@contextlib.contextmanager
-def _eagerly() -> Iterator[None]:
-    with torch.compiler.set_stance("force_eager"):
         yield
