@@ -64,7 +64,7 @@ class LayerCompiler:
         Before each call a graph's guards ask whether it still serves: about modules, contexts and tensors, but not
         about names of modules of code, which no run binds anew.
         """
-        options = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
+        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
         graph = torch.compile(plain, backend=BACKEND, fullgraph=True, dynamic=False, options=options)
 
         def run(first: Tensor, *others: Any) -> Any:

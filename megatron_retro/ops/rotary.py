@@ -148,8 +148,6 @@ def _reference(heads_BSND: Tensor, cosine: Tensor, sine: Tensor, interleaved: bo
     of_heads = (*cosine.shape[:2], *(1 for _ in heads_BSND.shape[2:-1]), rotated // 2)
     cosine, sine = (table.reshape(of_heads).to(heads_BSND.dtype) for table in (cosine, sine))
     first, second = (rotating[..., 0::2], rotating[..., 1::2]) if interleaved else rotating.chunk(2, -1)
-    turned = (first * cosine - second * sine, second * cosine + first * sine)
-    if interleaved:
-        turned = (torch.stack(turned, -1).flatten(-2),)
-        return torch.cat((*turned, *passing), -1) if passing else turned[0]
-    return torch.cat((*turned, *passing), -1)
+    turned, other = first * cosine - second * sine, second * cosine + first * sine
+    parts = [torch.stack((turned, other), -1).flatten(-2)] if interleaved else [turned, other]
+    return torch.cat((*parts, *passing), -1) if len(parts) + len(passing) > 1 else parts[0]
