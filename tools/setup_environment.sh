@@ -8,6 +8,8 @@
 
 setup_environment() {
   local extras="$1" root stamp wanted
+  # pip leaves compiling to the first import. Where that may not write, every start would compile torch again.
+  unset PYTHONDONTWRITEBYTECODE
   root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
   _activate_environment "$root" || return
   stamp="$(python -c 'import sys; print(sys.prefix)')/megatron_retro.setup"
