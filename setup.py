@@ -36,6 +36,11 @@ EXTENSIONS: dict[str, tuple[str, Callable[[Path], None]]] = {
 class BuildNative(build_ext):
     """Calls one function per extension instead of distutils' compiler."""
 
+    def initialize_options(self) -> None:
+        """The extensions side by side: each ends with a file that takes longest."""
+        super().initialize_options()
+        self.parallel = len(EXTENSIONS)
+
     def get_ext_filename(self, ext_name: str) -> str:
         """Where the library goes, relative to the package root."""
         full_name = next((name for name in EXTENSIONS if name.endswith(ext_name)), ext_name)

@@ -22,6 +22,7 @@ from build_toolchain import (
     link,
     run,
     say,
+    switched_off,
 )
 
 SOURCES = Path(__file__).resolve().parent / "operators"
@@ -45,14 +46,17 @@ def build_operators(target: Path) -> None:
     compiler = host_compiler()
     nvcc = matching_nvcc()
     say(f"operators with {compiler}" + (f" and {nvcc}" if nvcc else "; no nvcc, so without CUDA kernels"))
-    flags = (*_host_flags(torch_home), *(_facts(nvcc) if nvcc else ()))
-    units = [Unit(source, (compiler, *flags)) for source in sorted(SOURCES.glob("*.cpp"))]
-    units += _kernel_units(compiler)
-    if nvcc:
-        units += _cuda_units(nvcc, compiler, torch_home)
     # nvcc links where there is one: it knows its static runtime, with which the file needs no CUDA to be loaded.
     linker = (nvcc, "-ccbin", compiler) if nvcc else (compiler,)
-    link(linker, compile_all(units), target, _libraries(torch_home))
+    link(linker, operator_objects(torch_home, compiler, nvcc), target, _libraries(torch_home))
+
+
+def operator_objects(torch_home: Path, compiler: str, nvcc: str | None) -> list[Path]:
+    """Every object file of the library; those that take longest begin first."""
+    flags = (*_host_flags(torch_home), *(_facts(nvcc) if nvcc else ()))
+    units = _cuda_units(nvcc, compiler, torch_home) if nvcc else []
+    units += _kernel_units(compiler)
+    return compile_all([*units, *(Unit(source, (compiler, *flags)) for source in sorted(SOURCES.glob("*.cpp")))])
 
 
 def matching_nvcc() -> str | None:
@@ -192,3 +196,8 @@ def _cuda_units(nvcc: str, compiler: str, torch_home: Path) -> list[Unit]:
 
 def _libraries(torch_home: Path) -> tuple[str, ...]:
     return (f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-lc10")
+
+
+if __name__ == "__main__":  # ahead of an installation, which then finds the object files
+    if not switched_off("MEGATRON_RETRO_NATIVE"):
+        operator_objects(_torch_home(), host_compiler(), matching_nvcc())

@@ -68,6 +68,13 @@ _install() {
   if ! python -c 'import torch' 2>/dev/null; then
     _install_torch "${pip[@]}" "${pins[@]}" || return
   fi
+  # Without a GPU the kernels only wait for one: two architectures, and PTX for later ones, take half as long as all.
+  if ! command -v nvidia-smi >/dev/null; then
+    export MEGATRON_RETRO_CUDA_ARCHITECTURES="${MEGATRON_RETRO_CUDA_ARCHITECTURES:-80;90}"
+  fi
+  # Compilers work beside pip, which is one process; what they refuse is told below, when their objects are missing.
+  python "$root/csrc/build_operators.py" >/dev/null 2>&1 &
+  local compiling=$!
   echo "  packages"
   # Of Pythons that the lock knows, nothing is installed whose hash it does not hold, but torch, which is there by now.
   if [ -f "$lock" ] && python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))'; then
@@ -76,10 +83,7 @@ _install() {
   else
     "${pip[@]}" "${pins[@]}" 'setuptools>=77,<82' wheel pybind11 || return  # torch 2.11 refuses later ones
   fi
-  # Without a GPU the kernels only wait for one: two architectures, and PTX for later ones, take half as long as all.
-  if ! command -v nvidia-smi >/dev/null; then
-    export MEGATRON_RETRO_CUDA_ARCHITECTURES="${MEGATRON_RETRO_CUDA_ARCHITECTURES:-80;90}"
-  fi
+  wait "$compiling" || true
   (cd "$root" && "${pip[@]}" "${pins[@]}" "${locked[@]}" --no-build-isolation --editable ".[$extras]") || return
 }
 
