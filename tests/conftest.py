@@ -40,6 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)  # nothing long is left for the end
     for item in items:
         if config.getoption("--full") and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(LONGEST_SECONDS))

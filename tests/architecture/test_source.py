@@ -61,6 +61,7 @@ def test_ruff() -> None:
     run([sys.executable, "-m", "ruff", "format", "--check", "."])
 
 
+@pytest.mark.long
 def test_mypy_strict() -> None:
     """torch gains types with every version: with another than the locked one an `ignore` may have nothing to ignore."""
     locked = f"torch=={version('torch').split('+')[0]}" in (ROOT / ".ci/constraints.txt").read_text().splitlines()

@@ -30,6 +30,8 @@ from megatron_retro.retrieval.stages import build_retrieval
 from megatron_retro.testing.corpora import write_documents
 from megatron_retro.testing.retrieval_projects import CHUNK, echoing_documents, project_settings, write_corpus
 
+pytestmark = pytest.mark.long
+
 FLAGS = ["--retro-chunk-length", str(CHUNK), "--retro-embedder-dimension", "64", "--retro-block-size", "97"]
 INDEX = ["--retro-index-str", "IVF8,Flat", "--retro-query-nprobe", "4", "--retro-query-num-neighbors-save", "5"]
 TASKS = ["--retro-tasks", "train", "encode", "merge", "query"]

@@ -36,6 +36,8 @@ from megatron_retro.runtime.run_log import CULPRITS, FLIGHT
 from megatron_retro.runtime.store_channel import open_channel
 from megatron_retro.testing.processes import RankFailure, fork, run_ranks, wait
 
+pytestmark = pytest.mark.long
+
 
 def beat(rank: int, count: int, step: int, phase: str = "forward_backward") -> Beat:
     return Beat(rank, count, step, phase, f"node{rank // 2}", 100 + rank)

@@ -11,6 +11,8 @@ import pytest
 
 from megatron_retro.testing.slurm import Cluster
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[3]
 STAGES = ["corpus", "corpus-finish", "index", "index-finish", "pretrain", "retrofit", "instruct", "evaluate", "report"]
 STEPS = 18

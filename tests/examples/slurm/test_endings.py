@@ -12,6 +12,8 @@ import pytest
 
 from megatron_retro.testing.slurm import Cluster
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCH = ROOT / "examples/slurm/launch.sh"
 

@@ -20,6 +20,8 @@ from megatron_retro.testing.corpora import random_text, write_json_lines
 from megatron_retro.testing.preprocessing_runs import SCRIPT, files, start
 from megatron_retro.testing.slurm import Cluster
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def here(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -14,6 +14,8 @@ import pytest
 from megatron_retro import __version__
 from megatron_retro.testing.slurm import Cluster
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCH = ROOT / "examples/slurm/launch.sh"
 

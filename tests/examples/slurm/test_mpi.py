@@ -17,6 +17,8 @@ from megatron_retro.config.toml_files import render_toml
 from megatron_retro.testing.slurm import Cluster
 from megatron_retro.testing.tiny_corpus import write_tiny_corpus
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCH = ROOT / "examples/slurm/launch.sh"
 needs_mpirun = pytest.mark.skipif(
