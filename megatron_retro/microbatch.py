@@ -52,11 +52,13 @@ def document_bounds(ids_BS: Array) -> Array | None:
 class Neighbors(Generic[ArrayT]):
     """What was retrieved for the chunks of a batch; the mask is True where a token exists.
 
-    An absent neighbour is all False; its tokens are never read.
+    An absent neighbour is all False; its tokens are never read. Where this is a part of each sequence in P spans,
+    `mask_before_BPKR` is the mask of the chunk before each, absent before the first chunk of all.
     """
 
     tokens_BCKR: ArrayT
     mask_BCKR: ArrayT
+    mask_before_BPKR: ArrayT | None = None
 
     @property
     def num_chunks(self) -> int:
@@ -72,13 +74,23 @@ class Neighbors(Generic[ArrayT]):
         """The entries of the first `count` chunks."""
         if self.num_chunks < count:
             raise ValueError(f"{count} chunks are complete, but neighbours are given for {self.num_chunks}")
-        return Neighbors(self.tokens_BCKR[:, :count], self.mask_BCKR[:, :count])
+        return Neighbors(self.tokens_BCKR[:, :count], self.mask_BCKR[:, :count], self.mask_before_BPKR)
+
+    def mask_of_spans(self: Neighbors[Tensor]) -> Tensor:
+        """[B * P, 1 + C / P, K, R]: the masks of each span behind the one before it."""
+        import torch
+
+        if self.mask_before_BPKR is None:
+            raise ValueError("these neighbours are of whole sequences")
+        spans = torch.unflatten(self.mask_BCKR, 1, (self.mask_before_BPKR.shape[1], -1))
+        return torch.cat((self.mask_before_BPKR[:, :, None], spans), 2).flatten(0, 1)
 
 
 @dataclass(frozen=True)
 class Microbatch(Generic[ArrayT]):
     """Tokens, what they predict, and what was retrieved for them; None for what a run does without.
 
+    Where ranks share sequences, a rank's has its part of each, and of documents the ids of the whole sequence.
     `document_ids_BS` counts the documents of a sample from 0; on a GPU `document_bounds_BD` says where each begins.
     `sample_ids_B`, numbers of the global order, stay on the host.
     """
@@ -108,6 +120,7 @@ class Microbatch(Generic[ArrayT]):
             _BOUNDS: self.document_bounds_BD,
             "neighbor_tokens_BCKR": None if self.neighbors is None else self.neighbors.tokens_BCKR,
             "neighbor_mask_BCKR": None if self.neighbors is None else self.neighbors.mask_BCKR,
+            "neighbor_mask_before_BPKR": None if self.neighbors is None else self.neighbors.mask_before_BPKR,
         }
         return {name: array for name, array in found.items() if array is not None}
 
@@ -119,7 +132,8 @@ class Microbatch(Generic[ArrayT]):
         plain = {name: array for name, array in arrays.items() if not name.startswith("neighbor_")}
         neighbors = None
         if "neighbor_tokens_BCKR" in arrays:
-            neighbors = Neighbors(arrays["neighbor_tokens_BCKR"], arrays["neighbor_mask_BCKR"])
+            before = arrays.get("neighbor_mask_before_BPKR")
+            neighbors = Neighbors(arrays["neighbor_tokens_BCKR"], arrays["neighbor_mask_BCKR"], before)
         ids = np.empty(0, np.int64) if sample_ids_B is None else sample_ids_B
         return cls(**plain, neighbors=neighbors, sample_ids_B=ids)
 

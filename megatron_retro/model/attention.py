@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.model.cache import CacheSlice, LayerCache
 from megatron_retro.model.context import NeighborContext
-from megatron_retro.model.gates import AdaptiveGate, HeadGate, ScalarGate
+from megatron_retro.model.gates import AdaptiveGate, HeadGate, ScalarGate, gate_of
 from megatron_retro.model.leaves import AttendingBias, HeadsToHidden, Linear, RelativePositions, norm_of_heads
+from megatron_retro.model.sequence_share import SequenceShare
 from megatron_retro.ops.attention import AttentionPattern, attention
 from megatron_retro.ops.chunked_cross_attention import chunked_cross_attention
 from megatron_retro.ops.chunking import attending_spans, spread_over_queries
@@ -46,9 +47,12 @@ class SelfAttention(nn.Module):
         rotary: RotaryTable | None,
         cache_slice: CacheSlice | None = None,
         cache: LayerCache | None = None,
+        share: SequenceShare | None = None,
     ) -> Tensor:
-        """[B, S, H]. With a cache the keys are all that it holds, these included."""
+        """[B, S, H]. With a cache the keys are all that it holds, these included; with a share, those of all ranks."""
         query, key, value = self._heads(hidden_BSH, rotary)
+        if share is not None:
+            key, value = torch.split(share.whole(torch.cat((key, value), -1)), self.head_size, -1)
         if cache is not None and cache_slice is not None:
             key, value = cache.append("key", key, cache_slice), cache.append("value", value, cache_slice)
         if self.relative is not None:
@@ -124,7 +128,7 @@ class ChunkedCrossAttention(CrossAttention):
         self.attending = AttendingBias(config.hidden_size) if retro.biased_cross_attention(config) else None
         self.chunk_length = retro.retro_chunk_length
         self.fixed_gate = retro.retro_attention_gate if retro.retro_gate_type == "fixed" else 1.0
-        self.gate = _build_gate(config, retro)
+        self.gate = gate_of(config, retro)
 
     def forward(
         self,
@@ -144,7 +148,7 @@ class ChunkedCrossAttention(CrossAttention):
             key, value = self._chunk_keys_values(encoded_BCKRH, None)
             assert key is not None and value is not None
             attended = self._attend(
-                query_BSND,
+                retrieval.by_span(query_BSND),
                 key,
                 value,
                 retrieval,
@@ -152,7 +156,7 @@ class ChunkedCrossAttention(CrossAttention):
                 retrieval.first_position,
                 tables=(retrieval.query_rotary, retrieval.key_rotary),
             )
-            attended = self._gated(attended, normed_BSH, key.shape[1], retrieval.first_position)
+            attended = self._gated(retrieval.joined(attended), normed_BSH, key.shape[1], retrieval.first_position)
         output: Tensor = self.output(attended)
         if self.attending is not None:
             share = query_BSND.shape[2] / self.num_heads  # of the heads, where ranks add up what they give
@@ -336,13 +340,3 @@ class EncoderCrossAttention(CrossAttention):
         )
         output: Tensor = self.output(attended)
         return torch.unflatten(output, 1, (num_neighbors, retrieved_length))
-
-
-def _build_gate(config: ModelConfig, retro: RetroConfig) -> AdaptiveGate | HeadGate | ScalarGate | None:
-    if retro.retro_gate_type == "scalar":
-        return ScalarGate()
-    if retro.retro_gate_type == "heads":
-        return HeadGate(config.num_attention_heads)
-    if retro.retro_gate_type == "adaptive":
-        return AdaptiveGate(config.hidden_size, retro)
-    return None

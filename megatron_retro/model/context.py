@@ -15,6 +15,7 @@ from megatron_retro.config.model import GLOBAL, LOCAL, ModelConfig, RetroConfig
 from megatron_retro.errors import DataError
 from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.cache import Cache, CacheSlice
+from megatron_retro.model.sequence_share import SequenceShare, sequence_pattern
 from megatron_retro.ops.attention import AttentionPattern, Documents
 from megatron_retro.ops.chunking import num_complete_chunks, query_positions
 from megatron_retro.ops.rotary import RotaryFrequencies, RotaryTable, rotary_table
@@ -29,7 +30,8 @@ class NeighborContext:
     """The neighbour side: chunk u of the model's grid is attended from grid position (u+1)*m - 1 on.
 
     `neighbors` are to be encoded in this forward (None: nothing new); with a cache, one row per completed chunk.
-    `first_position` is the grid position of the sequence's first token: 0, or more where the first chunk is short.
+    `first_position` is the grid position of the sequence's first token: 0, or more where the first chunk is short, or
+    where the grid begins with the chunk before a span.
     """
 
     neighbors: Neighbors[Tensor] | None
@@ -42,6 +44,24 @@ class NeighborContext:
     first_position: int
     query_rotary: RotaryTable | None
     key_rotary: RotaryTable | None
+    num_spans: int = 1
+
+    @property
+    def encoded_shape(self) -> tuple[int, int, int, int]:
+        """[B, C, K, R] of the encoded neighbours that layers read."""
+        assert self.mask_BCE is not None
+        size, num_chunks, num_tokens = self.mask_BCE.shape
+        return size, num_chunks, num_tokens // self.retrieved_length, self.retrieved_length
+
+    def by_span(self, queries_BSX: Tensor) -> Tensor:
+        """[B * spans, S / spans, ...]: as rows of `mask_BCE`."""
+        if self.num_spans == 1:
+            return queries_BSX
+        return torch.unflatten(queries_BSX, 1, (self.num_spans, -1)).flatten(0, 1)
+
+    def joined(self, rows_BSX: Tensor) -> Tensor:
+        """The inverse."""
+        return rows_BSX if self.num_spans == 1 else torch.unflatten(rows_BSX, 0, (-1, self.num_spans)).flatten(1, 2)
 
     def of_layer(self, rotation: str | None) -> NeighborContext:
         """With the rotary tables of one layer."""
@@ -64,6 +84,7 @@ class SequenceContext:
     position_ids_BS: Tensor
     retrieval: NeighborContext | None
     cache_slice: CacheSlice | None
+    share: SequenceShare | None = None
 
 
 def frequencies_by_rotation(config: ModelConfig, there: bool) -> Frequencies:
@@ -100,16 +121,6 @@ def rotary_tables(positions_BS: Tensor, frequencies: Frequencies) -> RotaryTable
     return {rotation: rotary_table(positions_BS, each) for rotation, each in frequencies.items()}
 
 
-def sequence_pattern(
-    window: int | None, documents: Documents | None, padding_mask_BS: Tensor | None
-) -> AttentionPattern:
-    """Who sees whom in a whole sequence: the past, inside the window, the own document, real tokens."""
-    real_BST: Tensor | None = None
-    if padding_mask_BS is not None:
-        real_BST = padding_mask_BS[:, None, :].expand(-1, padding_mask_BS.shape[1], -1)
-    return AttentionPattern(causal=True, window=window, allowed_BST=real_BST, documents=documents)
-
-
 @dataclass(frozen=True)
 class EncoderContext:
     """What every layer of the neighbour encoder needs to know; X = chunks, their neighbours' masks flattened."""
@@ -122,12 +133,13 @@ class EncoderContext:
 
 
 class ContextBuilder:
-    """Builds the context of a forward; holds configuration only."""
+    """Builds the context of a forward; holds configuration only, and how ranks share sequences, where they do."""
 
     def __init__(self, model: ModelConfig, retro: RetroConfig) -> None:
         self.config, self.retro = model, retro
         self.chunk_length = retro.retro_chunk_length
         self.reads = retro.reads_neighbors()
+        self.share: SequenceShare | None = None
         self.windows = model.windows()
         self.frequencies = frequencies_by_rotation(model, model.position_embedding_type == "rope")
         self.neighbor_frequencies = frequencies_by_rotation(model, retro.rotates_neighbors())
@@ -141,18 +153,21 @@ class ContextBuilder:
         neighbors: Neighbors[Tensor] | None,
         documents: Documents | None,
     ) -> SequenceContext:
-        """The context of sequences that are given whole."""
+        """The context of sequences that are given whole, or in this rank's spans."""
+        spans = () if self.share is None else self.share.spans(length)
         if position_ids_BS is None:
-            position_ids_BS = torch.arange(length, device=device)[None]
+            ranges = [torch.arange(span.start, span.stop, device=device) for span in spans or (range(length),)]
+            position_ids_BS = torch.cat(ranges)[None]
             if padding_mask_BS is not None:
                 position_ids_BS = (padding_mask_BS.long().cumsum(1) - 1).clamp(min=0)
-        self._require_room(position_ids_BS, length)
+        self._require_room(position_ids_BS, max([length, *(span.stop for span in spans)]))
         return SequenceContext(
-            {window: sequence_pattern(window, documents, padding_mask_BS) for window in self.windows},
+            {window: sequence_pattern(window, documents, padding_mask_BS, spans) for window in self.windows},
             rotary_tables(position_ids_BS, self.frequencies),
             position_ids_BS,
-            self._retrieval(length, device, neighbors, padding_mask_BS),
+            self._retrieval(length, device, neighbors, padding_mask_BS, len(spans)),
             None,
+            self.share,
         )
 
     def _require_room(self, position_ids_BS: Tensor, longest: int) -> None:
@@ -182,7 +197,12 @@ class ContextBuilder:
         return -length % self.chunk_length if self.retro.computes_as_megatron() else 0
 
     def _retrieval(
-        self, length: int, device: torch.device, neighbors: Neighbors[Tensor] | None, padding_mask_BS: Tensor | None
+        self,
+        length: int,
+        device: torch.device,
+        neighbors: Neighbors[Tensor] | None,
+        padding_mask_BS: Tensor | None,
+        num_spans: int,
     ) -> NeighborContext | None:
         first_position = self._first_position(length)
         num_chunks = num_complete_chunks(length + first_position, self.chunk_length)
@@ -192,15 +212,14 @@ class ContextBuilder:
         chunk_mask_XM = None
         if padding_mask_BS is not None and not self.retro.computes_as_megatron():
             chunk_mask_XM = self.chunks(padding_mask_BS, num_chunks).flatten(0, 1)
+        mask_BCE = neighbors.mask_BCKR.flatten(2)
+        if num_spans:
+            first_position, length = self.chunk_length, length // num_spans
+            mask_BCE = neighbors.mask_of_spans().flatten(2)
         positions_BS = query_positions(length, first_position, self.chunk_length, device)[None]
-        return self._neighbor_context(
-            neighbors,
-            neighbors.tokens_BCKR.shape[2:],
-            neighbors.mask_BCKR.flatten(2),
-            chunk_mask_XM,
-            positions_BS,
-            first_position,
-        )
+        shape = neighbors.tokens_BCKR.shape[2:]
+        context = self._neighbor_context(neighbors, shape, mask_BCE, chunk_mask_XM, positions_BS, first_position)
+        return replace(context, num_spans=num_spans or 1)
 
     def _neighbor_context(
         self,

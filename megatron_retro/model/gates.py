@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_retro.config.model import RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
 from megatron_retro.ops.local_tensors import local
 
 
@@ -65,6 +65,15 @@ class AdaptiveGate(nn.Module):
 
     def _record(self, loss: Tensor) -> None:
         self.budget_loss = self.budget_loss + loss
+
+
+def gate_of(config: ModelConfig, retro: RetroConfig) -> AdaptiveGate | HeadGate | ScalarGate | None:
+    """The configured one; None for a fixed number."""
+    if retro.retro_gate_type == "scalar":
+        return ScalarGate()
+    if retro.retro_gate_type == "heads":
+        return HeadGate(config.num_attention_heads)
+    return AdaptiveGate(config.hidden_size, retro) if retro.retro_gate_type == "adaptive" else None
 
 
 def set_gate_budgets(module: nn.Module, retro: RetroConfig, step: int, factor: float) -> None:

@@ -105,7 +105,7 @@ class DecoderLayer(nn.Module):
         normed_BSH = self.input_norm(hidden_BSH)
         with self.input_norm.recomputed(normed_BSH, hidden_BSH):
             pattern, rotary = context.patterns[self.window], context.rotary.get(self.rotation)
-            attended = self.attention(normed_BSH, pattern, rotary, context.cache_slice, layer_cache)
+            attended = self.attention(normed_BSH, pattern, rotary, context.cache_slice, layer_cache, context.share)
         return self._dropped(self.post_attention_norm(attended))
 
     def _end(self, hidden_BSH: Tensor, added: Tensor) -> Tensor:

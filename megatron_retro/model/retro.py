@@ -195,9 +195,10 @@ class Retro(nn.Module):
         self.kept_encodings = KeptEncodings((DEFAULT_MEGABYTES if megabytes is None else megabytes) * MEGABYTE)
 
     def encode(self, neighbors: Neighbors[Tensor], chunks_BCMH: Tensor, chunk_mask_XM: Tensor | None) -> Tensor:
-        """[B, C, K, R, H]; for the stage that holds the encoder."""
+        """[B, C, K, R, H], where sequences are shared with the chunk before each span; for the encoder's stage."""
         if self.kept_encodings is None or torch.is_grad_enabled():
-            return self._encode(neighbors, chunks_BCMH, chunk_mask_XM)
+            encoded, share = self._encode(neighbors, chunks_BCMH, chunk_mask_XM), self.contexts.share
+            return encoded if share is None else share.behind_chunk_before(encoded)
 
         def alone(some: Neighbors[Tensor]) -> Tensor:
             return self._encode(some, chunks_BCMH[:1, :1].expand(len(some.tokens_BCKR), -1, -1, -1), None)

@@ -19,48 +19,69 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_retro.ops.backends import constant_when_compiled
 from megatron_retro.ops.cpu_products import is_slow
 
 _VARIABLE_LENGTH = "torch.nn.attention.varlen"
 _FLASH_CAPABILITY = (8, 0)
 _WIDEST_HEAD = 256
+_HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Documents:
     """Who belongs together: an id for each token, one run of tokens for each id; where they begin, if that is known.
 
-    Every row has the same number of bounds, the last ones at its end: documents that are empty.
+    Every row has the same number of bounds, the last ones at its end: documents that are empty. Queries are the tokens
+    from `first_query` on, keys are all.
     """
 
     ids_BS: Tensor
     bounds_BD: Tensor | None = None
+    first_query: int = 0
+
+    def part(self, first: int, first_query: int, stop: int) -> Documents:
+        """With keys from `first` on and queries from `first_query` on, both before `stop`."""
+        bounds_BD = None if self.bounds_BD is None else (self.bounds_BD - first).clamp(0, stop - first)
+        return Documents(self.ids_BS[:, first:stop], bounds_BD, first_query - first)
 
     @cached_property
     def same_BST(self) -> Tensor:
         """Whether query and key are of one document."""
-        return self.ids_BS[:, :, None] == self.ids_BS[:, None, :]
+        return self.ids_BS[:, self.first_query :, None] == self.ids_BS[:, None, :]
 
     @cached_property
-    def starts_N(self) -> Tensor | None:
+    def key_starts_N(self) -> Tensor | None:
         """Where documents begin, counted through all rows, and at last the number of tokens; int32."""
+        return self._starts_N(0)
+
+    @cached_property
+    def query_starts_N(self) -> Tensor | None:
+        """The same, counting queries alone."""
+        return self._starts_N(self.first_query) if self.first_query else self.key_starts_N
+
+    def _starts_N(self, first: int) -> Tensor | None:
         if self.bounds_BD is None:
             return None
         num_rows, length = self.ids_BS.shape
-        first_B1 = torch.arange(num_rows, device=self.ids_BS.device)[:, None] * length
-        ends_N = (self.bounds_BD[:, 1:] + first_B1).flatten()
+        first_B1 = torch.arange(num_rows, device=self.ids_BS.device)[:, None] * (length - first)
+        ends_N = ((self.bounds_BD[:, 1:] - first).clamp(min=0) + first_B1).flatten()
         return functional.pad(ends_N, (1, 0)).to(torch.int32)
 
 
 @dataclass(frozen=True)
 class AttentionPattern:
-    """Which key a query may see. The last query stands at the last key's position when it is causal."""
+    """Which key a query may see. The last query stands at the last key's position when it is causal.
+
+    Where there are spans, they say it instead.
+    """
 
     causal: bool = False
     window: int | None = None
     allowed_BST: Tensor | None = None
     bias_BNST: Tensor | None = None
     documents: Documents | None = None
+    spans: tuple[QuerySpan, ...] = ()
 
     def mask(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
         """[B or 1, S, T] of bool, or None when every query sees every key."""
@@ -81,6 +102,16 @@ class AttentionPattern:
         return same_BST if self.allowed_BST is None else same_BST & self.allowed_BST
 
 
+@dataclass(frozen=True)
+class QuerySpan:
+    """So many queries, behind those of the spans before; keys `first_key` to `stop` are the only ones they can see."""
+
+    num_queries: int
+    first_key: int
+    stop: int
+    pattern: AttentionPattern
+
+
 def attention(
     query_BSND: Tensor,
     key_BTGD: Tensor,
@@ -90,6 +121,8 @@ def attention(
     dropout: float = 0.0,
 ) -> Tensor:
     """[B, S, N, D]: softmax(QK / sqrt(D)) V; N query heads share G key/value heads in order."""
+    if pattern.spans:
+        return _attention_of_spans(query_BSND, key_BTGD, value_BTGD, pattern.spans, dropout)
     kernel = _kernel_of_documents(query_BSND, key_BTGD, pattern, dropout)
     if kernel is not None:
         return kernel(query_BSND, key_BTGD, value_BTGD)
@@ -108,6 +141,10 @@ def attention(
             query, key, value, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
         )
         return out_BNSD.transpose(1, 2)
+    if plain and not windowed and _has_flash(query):
+        # torch's own function takes `is_causal` for the upper left there, its flash kernel for the lower right
+        attended: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout, True)[0]
+        return attended.transpose(1, 2)
     mask_BST = pattern.mask(num_queries, num_keys, query_BSND.device)
     if mask_BST is None:
         out_BNSD = functional.scaled_dot_product_attention(
@@ -128,6 +165,29 @@ def attention(
     return torch.where(sees_any_BS[:, :, None, None], out_BSND, 0.0)
 
 
+def _attention_of_spans(
+    query_BSND: Tensor, key_BTGD: Tensor, value_BTGD: Tensor, spans: tuple[QuerySpan, ...], dropout: float
+) -> Tensor:
+    queries = torch.split(query_BSND, [span.num_queries for span in spans], 1)
+    attended = []
+    for span, query in zip(spans, queries, strict=True):
+        key, value = (each[:, span.first_key : span.stop] for each in (key_BTGD, value_BTGD))
+        attended.append(attention(query, key, value, span.pattern, dropout=dropout))
+    return torch.cat(attended, 1)
+
+
+def _has_flash(heads: Tensor) -> bool:
+    """Whether torch's flash attention takes such heads on their device; a plan's device stands for a GPU."""
+    if heads.dtype not in _HALF or heads.shape[-1] % 8 or heads.shape[-1] > _WIDEST_HEAD:
+        return False
+    return heads.device.type == "meta" or (heads.device.type == "cuda" and _gpu_has_flash(heads.device.index))
+
+
+@constant_when_compiled
+def _gpu_has_flash(index: int | None) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= _FLASH_CAPABILITY
+
+
 def _may_train() -> bool:
     return torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()
 
@@ -137,24 +197,24 @@ def _kernel_of_documents(
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
     """Attention within documents, each by itself; None where a mask has to say which are."""
     documents = pattern.documents
-    starts_N = None if documents is None else documents.starts_N
     others = pattern.allowed_BST is not None or pattern.bias_BNST is not None or dropout > 0.0
-    if starts_N is None or others or not pattern.causal or query_BSND.shape[:2] != key_BTGD.shape[:2]:
+    if documents is None or documents.bounds_BD is None or others or not pattern.causal:
         return None
-    if query_BSND.dtype not in (torch.bfloat16, torch.float16) or query_BSND.shape[-1] > _WIDEST_HEAD:
+    num_queries, num_keys = query_BSND.shape[1], key_BTGD.shape[1]
+    if documents.ids_BS.shape[1] != num_keys or num_keys - documents.first_query != num_queries:
+        return None
+    if query_BSND.dtype not in _HALF or query_BSND.shape[-1] > _WIDEST_HEAD:
         return None
     kernel = variable_length_attention(query_BSND.device)
     if kernel is None:
         return None
-    length = query_BSND.shape[1]
+    lengths = documents.query_starts_N, documents.key_starts_N, num_queries, num_keys
     before = -1 if pattern.window is None else pattern.window - 1
     grouped = query_BSND.shape[2] != key_BTGD.shape[2]
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         rows = (each.flatten(0, 1) for each in (query, key, value))
-        attended_TND: Tensor = kernel(
-            *rows, starts_N, starts_N, length, length, window_size=(before, 0), enable_gqa=grouped
-        )
+        attended_TND: Tensor = kernel(*rows, *lengths, window_size=(before, 0), enable_gqa=grouped)
         return torch.unflatten(attended_TND, 0, query.shape[:2])
 
     return attend
