@@ -103,11 +103,12 @@ def load_stage(
     allow_mismatch: bool = False,
 ) -> LoadedStage:
     """The stage of this rank in evaluation mode. Every rank calls it; each data rank holds a replica of its own."""
-    if parallel.sequence_parallel or parallel.num_layers_per_virtual_pipeline_stage:
+    shares = parallel.sequence_parallel or parallel.context_parallel_size > 1
+    if shares or parallel.num_layers_per_virtual_pipeline_stage:
         raise ConfigError(
             "a model that is only used is cut over tensor and pipeline ranks",
-            got="--sequence-parallel or --num-layers-per-virtual-pipeline-stage",
-            expected="no sequence parallelism, no virtual stages",
+            got="--sequence-parallel, --context-parallel-size or --num-layers-per-virtual-pipeline-stage",
+            expected="whole sequences on every rank, no virtual stages",
         )
     channel = open_channel("loading")
 

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from megatron_retro.assembly.pipeline_runs import PipelineRuns
-from megatron_retro.assembly.stage_building import build_stage, compute_dtype, draw_first_values, tensor_axis
+from megatron_retro.assembly.stage_building import (
+    build_stage,
+    compute_dtype,
+    context_axis,
+    draw_first_values,
+    tensor_axis,
+)
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.parallel import ParallelConfig
@@ -26,8 +32,9 @@ from megatron_retro.model.gates import budget_losses, set_gate_budgets
 from megatron_retro.optim.clipping import squared_norm
 from megatron_retro.parallel.cuts import CUTS, Cut
 from megatron_retro.parallel.data_parallel import set_gradient_sync
-from megatron_retro.parallel.mesh import DATA, PIPELINE, TENSOR, ParallelMesh, build_mesh
+from megatron_retro.parallel.mesh import CONTEXT, DATA, PIPELINE, TENSOR, ParallelMesh, build_mesh
 from megatron_retro.parallel.partition import StagePart, describe_stages, stage_parts
+from megatron_retro.parallel.sequence_parts import ArrayT, part_of
 from megatron_retro.parallel.shared_parameters import require_equal, share_embedding
 from megatron_retro.parallel.tensor_parallel import sum_partial_gradients
 from megatron_retro.runtime.console import say, warn
@@ -59,7 +66,7 @@ def build_parallel_model(settings: Settings, device: torch.device, *, draw: bool
     model = ParallelModel(settings, mesh, parts, draw=draw)
     if mesh.size(PIPELINE) > 1 and model.is_reporter:
         say(describe_stages(settings, settings[DataConfig].seq_length))
-        if settings[ParallelConfig].sharding() == "full" and model.data_size > 1:
+        if settings[ParallelConfig].sharding() == "full" and mesh.size(DATA) > 1:
             warn("--data-parallel-sharding full gathers every stage again for each microbatch of the pipeline")
     return model
 
@@ -79,7 +86,7 @@ class ParallelModel:
         self.settings, self.mesh, self._cuts = settings, mesh, cuts
         own = [part for part in parts if part.index % mesh.size(PIPELINE) == mesh.rank(PIPELINE)]
         self.stages = [build_stage(settings, part, mesh, cuts) for part in own]
-        self._axis = tensor_axis(settings, mesh)
+        self._axis, self._context = tensor_axis(settings, mesh), context_axis(mesh)
         self._shared = share_embedding(mesh, parts, [(stage.part, stage.model) for stage in self.stages])
         self._module = _merged([stage.model for stage in self.stages])
         self._runs = PipelineRuns(settings, mesh, self.stages, compute_dtype(settings[OptimizerConfig]))
@@ -103,13 +110,17 @@ class ParallelModel:
 
     @property
     def data_rank(self) -> int:
-        """Which share of each global batch this rank reads."""
-        return self.mesh.rank(DATA)
+        """Which share of each global batch this rank reads, as others do that share its sequences."""
+        return self.mesh.rank(DATA) // self.mesh.size(CONTEXT)
 
     @property
     def data_size(self) -> int:
         """Into how many shares a global batch is cut."""
-        return self.mesh.size(DATA)
+        return self.mesh.size(DATA) // self.mesh.size(CONTEXT)
+
+    def own_part(self, batch: Microbatch[ArrayT]) -> Microbatch[ArrayT]:
+        """What of a microbatch this rank computes on: all of it, or its spans of every sequence."""
+        return part_of(batch, self.mesh.rank(CONTEXT), self.mesh.size(CONTEXT))
 
     @property
     def is_reporter(self) -> bool:
@@ -119,7 +130,8 @@ class ParallelModel:
     def train_step(
         self, microbatches: Sequence[Microbatch[Tensor]], *, loss_scale: float = 1.0, step: int = 0
     ) -> StepResult:
-        """Gradients of the mean loss over all unmasked tokens of the global batch, times `loss_scale`.
+        """Gradients of the mean loss over all unmasked tokens of the global batch, times `loss_scale`, from this rank's
+        own parts of microbatches.
 
         `step` steps are done; an error names this one as the log does, counted from 1.
         """
@@ -167,7 +179,8 @@ class ParallelModel:
         return float(charged)
 
     def evaluate(self, microbatches: Sequence[Microbatch[Tensor]]) -> list[Tensor] | None:
-        """Loss of every token, [B, S] float32 on the device, one per microbatch; None without the model's end."""
+        """Loss of every token of whole sequences, [B, S] float32 on the device, one for each own part of a microbatch;
+        None without the model's end."""
         was_training = self._module.training
         self._begin(training=False)
         with torch.no_grad():
@@ -180,7 +193,10 @@ class ParallelModel:
                 if isinstance(module, FSDPModule):
                     module.reshard()
         self._begin(training=was_training)
-        return None if losses is None else [loss.float() for loss in losses]
+        if losses is None:
+            return None
+        with torch.no_grad():
+            return [loss.float() if self._context is None else self._context.whole(loss.float()) for loss in losses]
 
     def squared_gradient_norm(self) -> Tensor:
         """Sum of squares of all gradients of the uncut model, each parameter counted once."""

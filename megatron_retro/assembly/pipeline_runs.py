@@ -75,7 +75,7 @@ class PipelineRuns:
         neighbors = None
         context = self._stages[0].context(batch)
         if context.retrieval is not None and context.retrieval.neighbors is not None:
-            *leading, retrieved_length = context.retrieval.neighbors.tokens_BCKR.shape
+            *leading, retrieved_length = context.retrieval.encoded_shape
             neighbors = (*leading, retrieved_length // cut, retro.encoded_width(model))
         return Boundary((size, length // cut, model.hidden_size), neighbors, (size, length), self._dtype)
 

@@ -141,6 +141,7 @@ def open_loader(
         data_size=model.data_size,
         global_batch_size=global_batch_size,
         device=model.device,
+        own_part=model.own_part,
     )
     if isinstance(loader.dataset, Dataset):
         allowed = settings[TokenizerConfig].allow_tokenizer_mismatch
@@ -169,9 +170,11 @@ def instruction_dataset(settings: Settings, split: str, tokenizer: Tokenizer) ->
 def row_buckets(settings: Settings) -> Buckets:
     """Lengths that chunks and ranks of a cut sequence divide."""
     parallel, retro = settings[ParallelConfig], settings[RetroConfig]
-    ranks = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    ranks = context * (tensor if parallel.sequence_parallel else 1)
     chunk = retro.retro_chunk_length if retro.reads_neighbors() else 1
-    return Buckets(settings[TrainingConfig].global_batch_size, math.lcm(8, ranks, chunk))
+    spans = chunk if context == 1 else 2 * context * chunk
+    return Buckets(settings[TrainingConfig].global_batch_size, math.lcm(8, ranks, spans))
 
 
 def conversation_encoder(settings: Settings, tokenizer: Tokenizer) -> ConversationTokenizer:

@@ -44,9 +44,10 @@ from megatron_retro.parallel.layer_transforms import (
     multiply_in_fp8,
     recompute_layers,
 )
-from megatron_retro.parallel.mesh import DATA, TENSOR, ParallelMesh
+from megatron_retro.parallel.mesh import CONTEXT, DATA, TENSOR, ParallelMesh
 from megatron_retro.parallel.partition import StagePart
 from megatron_retro.parallel.randomness import RandomStreams, has_dropout
+from megatron_retro.parallel.sequence_parts import ContextAxis
 from megatron_retro.parallel.stages import Stage
 from megatron_retro.parallel.tensor_parallel import cut_model, cut_prompt
 from megatron_retro.peft.attach import attach, connect, initial_value, is_added
@@ -67,6 +68,7 @@ def stage_on_meta(settings: Settings, part: StagePart, mesh: ParallelMesh, cuts:
         partial(_cut, cuts=cuts),
         _connect_peft,  # after the cut: adapters act on what a region has reduced
         _freeze,  # after the cut, which makes new parameters
+        _share_sequences,
         _recompute,  # around the regions' hooks, so collectives are repeated; the layers' own hooks stay outside
     )
     for transform in transformations:
@@ -119,6 +121,10 @@ def _freeze(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
     freeze(stage.model, trained_parts(settings))
 
 
+def _share_sequences(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
+    stage.model.contexts.share = context_axis(mesh)
+
+
 def _compile(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
     if compiles(settings, mesh.device):
         compile_layers(stage.model)
@@ -152,7 +158,7 @@ def _defer_weight_gradients(stage: Stage, settings: Settings, mesh: ParallelMesh
 
 def _draw_from_streams(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
     if has_dropout(stage.model, settings[ModelConfig], settings[RetroConfig]):
-        stage.streams = RandomStreams(settings[TrainingConfig].seed, stage.axis)
+        stage.streams = RandomStreams(settings[TrainingConfig].seed, stage.axis, mesh.rank(CONTEXT))
         stage.streams.attach(stage.model)
 
 
@@ -197,6 +203,11 @@ def tensor_axis(settings: Settings, mesh: ParallelMesh) -> TensorAxis | None:
     if mesh.size(TENSOR) == 1:
         return None
     return TensorAxis(mesh.group(TENSOR), settings[ParallelConfig].sequence_parallel)
+
+
+def context_axis(mesh: ParallelMesh) -> ContextAxis | None:
+    """The ranks that share sequences; None where each has its own."""
+    return None if mesh.size(CONTEXT) == 1 else ContextAxis(mesh.group(CONTEXT))
 
 
 def uses_peft(settings: Settings) -> bool:

@@ -255,17 +255,6 @@ def microbatches_fill_the_pipeline(settings: Settings, world_size: int) -> Itera
         )
 
 
-def no_context_parallelism(settings: Settings, world_size: int) -> Iterator[Violation]:
-    """Sequences are shared over tensor ranks only; docs/decisions.md says what failed."""
-    if ParallelConfig in settings and settings[ParallelConfig].context_parallel_size > 1:
-        yield Violation(
-            "context_parallel_size",
-            settings[ParallelConfig].context_parallel_size,
-            "1",
-            "share long sequences with --tensor-model-parallel-size and --sequence-parallel",
-        )
-
-
 def positions_stay_with_their_readers(settings: Settings, world_size: int) -> Iterator[Violation]:
     """The encoder of Megatron core's Retro reads the learned positions, which the first stage holds."""
     if not settings.has(ParallelConfig, ModelConfig, RetroConfig):
@@ -331,7 +320,6 @@ PARALLEL_RULES = (
     layout_fits,
     batch_divides,
     microbatches_fill_the_pipeline,
-    no_context_parallelism,
     positions_stay_with_their_readers,
     fp8_gradients_are_not_deferred,
     layers_can_be_compiled,

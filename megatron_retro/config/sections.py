@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from megatron_retro.config.context_rules import CONTEXT_RULES
 from megatron_retro.config.conversion import ConvertConfig, PushConfig
 from megatron_retro.config.data import (
     CollectConfig,
@@ -162,4 +163,4 @@ def require_legal(settings: Settings, world_size: int) -> None:
 
 
 # Whoever adds a feature that cannot be combined with another adds a rule beside the section that it speaks of.
-RULES: tuple[Rule, ...] = (*PARALLEL_RULES, model_is_possible, *TRAINING_RULES, degraded_shares_fit)
+RULES: tuple[Rule, ...] = (*PARALLEL_RULES, *CONTEXT_RULES, model_is_possible, *TRAINING_RULES, degraded_shares_fit)

@@ -22,6 +22,7 @@ from megatron_retro.data.samples import SPLITS, CorpusSamples, check_lengths, pa
 from megatron_retro.data.token_file import TokenFile
 from megatron_retro.data.token_verification import Unverified, start_verification
 from megatron_retro.errors import ConfigError, DataError
+from megatron_retro.microbatch import Array, Microbatch
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,7 @@ def build_loader(
     data_size: int = 1,
     global_batch_size: int | Callable[[int], int] | None = None,
     device: torch.device | None = None,
+    own_part: Callable[[Microbatch[Array]], Microbatch[Array]] | None = None,
 ) -> Loader:
     """The loader of a split (`train`, `valid`, `test`), or of other samples, for one data-parallel rank."""
     training = settings[TrainingConfig]
@@ -56,6 +58,7 @@ def build_loader(
         num_threads=settings[DataConfig].num_workers,
         verification=verification,
         device=device,
+        own_part=own_part,
     )
 
 

@@ -52,7 +52,8 @@ class Samples(Protocol):
 class Loader:
     """Iterates over steps; each is the list of this rank's micro-batches.
 
-    Threads read ahead, and begin the copies to a GPU, if that is the `device`.
+    Threads read ahead, and begin the copies to a GPU, if that is the `device`. Where ranks share sequences, `own_part`
+    is this rank's of a micro-batch.
     """
 
     def __init__(
@@ -66,11 +67,13 @@ class Loader:
         num_threads: int = 0,
         verification: Verification | None = None,
         device: torch.device | None = None,
+        own_part: Callable[[Microbatch[Array]], Microbatch[Array]] | None = None,
     ) -> None:
         self.dataset, self.micro_batch_size = dataset, micro_batch_size
         self.data_rank, self.data_size = data_rank, data_size
         self._batch_size = global_batch_size
         self._num_threads, self._verification, self._device = num_threads, verification, device
+        self._own_part = own_part
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="loader") if num_threads else None
         self._ahead: deque[tuple[int, Future[list[Microbatch[Array]]]]] = deque()
         self.consumed_samples = 0
@@ -96,7 +99,7 @@ class Loader:
             self._verification.require_sound()
         size = self.global_batch_size(self.consumed_samples)
         with self._bounded(f"samples {self.consumed_samples} to {self.consumed_samples + size - 1}"):
-            step = self._next_prepared() if self._pool else self._read_step(self.consumed_samples, size)
+            step = self._next_prepared() if self._pool else self._read_own(self.consumed_samples, size)
         self.consumed_samples += size
         return step
 
@@ -115,11 +118,15 @@ class Loader:
         return self._pool
 
     def _read_ahead(self, position: int, size: int) -> list[Microbatch[Array]]:
-        step = self._read_step(position, size)
+        step = self._read_own(position, size)
         if self._device is not None:
             for batch in step:
                 batch.copy_ahead(self._device)
         return step
+
+    def _read_own(self, position: int, size: int) -> list[Microbatch[Array]]:
+        step = self._read_step(position, size)
+        return step if self._own_part is None else [self._own_part(batch) for batch in step]
 
     def _read_step(self, position: int, size: int) -> list[Microbatch[Array]]:
         share = size // self.data_size
@@ -130,7 +137,8 @@ class Loader:
         ]
 
     def first(self, steps: int) -> list[Microbatch[Array]]:
-        """This rank's micro-batches of the first steps of the order, whatever was read; its place there stays."""
+        """The micro-batches of the first steps of the order, in whole sequences, whatever was read; its place there
+        stays."""
         starts = [0]
         while len(starts) < steps:
             starts.append(starts[-1] + self.global_batch_size(starts[-1]))

@@ -1,9 +1,9 @@
-"""Collectives of the tensor axis that gradients pass through. The group is an argument; every rank of it must call.
+"""Collectives that gradients pass through. The group is an argument; every rank of it must call.
 
-A tensor in the RESIDUAL form is the same on all tensor ranks, or under sequence parallelism sharded along its sequence
-dimension (the last but one; neighbours along their chunks, where these divide). Inside attention, cross-attention, MLP,
-encoder and output a tensor is GATHERED: whole, and its gradient is this rank's part of a sum. `gather` and `reduce`
-cross that border, and each is the other's transpose.
+On the tensor axis a tensor in the RESIDUAL form is the same on all ranks, or under sequence parallelism sharded along
+its sequence dimension (the last but one; neighbours along their chunks, where these divide). Inside attention,
+cross-attention, MLP, encoder and output a tensor is GATHERED: whole, and its gradient is this rank's part of a sum.
+`gather` and `reduce` cross that border, and each is the other's transpose.
 """
 
 from __future__ import annotations
@@ -107,6 +107,11 @@ def _applied(function: type[torch.autograd.Function], tensor: Tensor, *more: Any
     return result
 
 
+def gathered(part: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    """The group's parts joined along `dim`; each gets the sum of the gradients that its part has on all ranks."""
+    return _applied(_Gather, part, group, dim)
+
+
 @dataclass
 class StreamCut:
     """Along which dimension a residual tensor is cut under sequence parallelism."""
@@ -132,7 +137,7 @@ class TensorAxis:
     def gather(self, residual: Tensor, dim: int = SEQUENCE_DIM) -> Tensor:
         """Residual -> gathered (all-gather / reduce-scatter, or identity / all-reduce)."""
         if self.sequence_parallel:
-            return _applied(_Gather, residual, self.group, dim)
+            return gathered(residual, self.group, dim)
         return _applied(_Copy, residual, self.group)
 
     def reduce(self, partial: Tensor, dim: int = SEQUENCE_DIM) -> Tensor:

@@ -6,14 +6,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_retro.parallel.mesh import DATA, PIPELINE, TENSOR, ParallelMesh
+from megatron_retro.parallel.mesh import CONTEXT, DATA, PIPELINE, TENSOR, ParallelMesh
 
 
 def gather_to_first(row: Tensor | None, length: int, mesh: ParallelMesh) -> Tensor | None:
-    """[data ranks, length] int64 on the first rank, None on others; every rank calls it.
+    """[shares of the data, length] int64 on the first rank, None on others; every rank calls it.
 
     One tensor rank of the last stage gathers along the data axis; the first data rank passes the rows on to the first
-    stage. `row` is None on ranks without the model's end.
+    stage. `row` is None on ranks without the model's end, and the same on ranks that share sequences.
     """
     if mesh.rank(TENSOR) != 0:
         return None
@@ -28,7 +28,7 @@ def gather_to_first(row: Tensor | None, length: int, mesh: ParallelMesh) -> Tens
         return None
     if mesh.size(PIPELINE) > 1:
         dist.broadcast(rows, group=mesh.group(PIPELINE), group_src=mesh.size(PIPELINE) - 1)
-    return rows if mesh.rank(PIPELINE) == 0 else None
+    return rows[:: mesh.size(CONTEXT)] if mesh.rank(PIPELINE) == 0 else None
 
 
 def sum_on_first(values: Tensor) -> Tensor | None:

@@ -2,10 +2,11 @@
 
 Each layer starts its own stream for each microbatch; nothing is carried from step to step, so a resumed run needs no
 state. Ranks that cut the residual stream (sequence parallelism) draw differently, and so do tensor ranks inside a
-region, where each has its own heads; elsewhere tensor ranks draw the same. Masks of the model therefore depend on the
-tensor size, on sequence parallelism and on the microbatch size, and on nothing else of the layout. What is tuned beside
-it (`Dropout`, LoRA's) drops the same elements on any layout: every rank draws the whole mask and takes its part.
-A model without dropout draws nothing and is not touched.
+region, where each has its own heads; elsewhere tensor ranks draw the same. Ranks that share sequences (context
+parallelism) draw differently everywhere. Masks of the model therefore depend on the tensor and context sizes, on
+sequence parallelism and on the microbatch size, and on nothing else of the layout. What is tuned beside it (`Dropout`,
+LoRA's) drops the same elements for any other layout: every rank draws the whole mask and takes its part. A model
+without dropout draws nothing and is not touched.
 
 The seed of a stream says where it belongs: the layer's part, the same on all tensor ranks, then the region's, then the
 rank's. It comes back with the generator's state when a layer is recomputed, whatever the step has gone on to since.
@@ -31,8 +32,8 @@ _REGION_BITS, _RANK_BITS = 12, 8
 class RandomStreams:
     """Where a rank stands: the step and the number of the microbatch in the global batch."""
 
-    def __init__(self, seed: int, axis: TensorAxis | None) -> None:
-        self._seed = seed
+    def __init__(self, seed: int, axis: TensorAxis | None, context_rank: int = 0) -> None:
+        self._seed = derived_seed(seed, "context", context_rank) if context_rank else seed
         self._axis = axis
         self._cut_stream = axis.rank if axis is not None and axis.sequence_parallel else 0
         self.step = 0

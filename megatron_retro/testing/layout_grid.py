@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Iterator
@@ -79,7 +80,7 @@ class Case:
 
     @property
     def has_data_ranks(self) -> bool:
-        """Whether more than one rank reads data."""
+        """Whether gradients are summed over several ranks: they read other data, or share sequences."""
         return self.world_size > math.prod(int(self.mesh.get(name, 1)) for name in _SIZES)
 
 
@@ -102,10 +103,33 @@ def meshes(largest_world: int = 8) -> Iterator[tuple[int, dict[str, Any]]]:
                                 yield world, {**mesh, "data_parallel_sharding": sharding}
 
 
+def context_meshes(largest_world: int = 8) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Meshes whose ranks share sequences, alone and with every other axis and schedule; shardings take turns."""
+    shardings = itertools.cycle(_SHARDINGS)
+    cuts = ((1, False), (2, False), (2, True))
+    for context, (tensor, sequence), data, pipeline in itertools.product((2, 4), cuts, (1, 2), (1, 2)):
+        world = context * tensor * data * pipeline
+        for schedule in _SCHEDULES[pipeline] if world <= largest_world else ():
+            for sharding in _SHARDINGS if world == context else (next(shardings),):
+                yield (
+                    world,
+                    {
+                        "context_parallel_size": context,
+                        "tensor_model_parallel_size": tensor,
+                        "sequence_parallel": sequence,
+                        "pipeline_model_parallel_size": pipeline,
+                        **schedule,
+                        "data_parallel_sharding": sharding,
+                        "seq_length": 16 * context,  # a chunk for each span
+                    },
+                )
+
+
 def whole_grid(seed: int) -> list[Case]:
     """Every mesh with a variant drawn for it."""
     draw = random.Random(seed)
-    return [Case(world, mesh, _variant(draw)) for world, mesh in meshes()]
+    plain = [Case(world, mesh, _variant(draw)) for world, mesh in meshes()]
+    return plain + [Case(world, mesh, _shareable(_variant(draw))) for world, mesh in context_meshes()]
 
 
 def drawn_part(seed: int) -> list[Case]:
@@ -125,6 +149,11 @@ def _variant(draw: random.Random) -> dict[str, Any]:
     if variant["freeze_decoder"] or variant["freeze_encoder"]:  # then something must be left to train, or to freeze
         variant.update(neighbors="some absent", retro_attention_gate=1.0)
     return variant
+
+
+def _shareable(variant: dict[str, Any]) -> dict[str, Any]:
+    """What of a variant is refused where ranks share sequences, in another way."""
+    return {**variant, "retro_gate_type": "scalar"} if variant["retro_gate_type"] == "adaptive" else variant
 
 
 def worst_of_case(case: Case) -> dict[str, float]:

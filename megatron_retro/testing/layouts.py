@@ -153,7 +153,8 @@ def layout_outcome(
     mesh = build_mesh(settings[ParallelConfig], torch.device("cpu"))
     trainable = ParallelModel(settings, mesh, stage_parts(settings, settings[DataConfig].seq_length), cuts)
     share = len(batches) // trainable.data_size
-    return _outcome(trainable, batches[trainable.data_rank * share : (trainable.data_rank + 1) * share], steps)
+    mine = batches[trainable.data_rank * share : (trainable.data_rank + 1) * share]
+    return _outcome(trainable, [trainable.own_part(batch) for batch in mine], steps)
 
 
 def _outcome(trainable: Any, batches: Sequence[Microbatch[Tensor]], steps: int) -> StepOutcome:

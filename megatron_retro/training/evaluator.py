@@ -71,7 +71,7 @@ class Evaluator:
 
     def _losses(self, batches: Sequence[Microbatch[Array]]) -> list[Tensor] | None:
         model = self._parts.model
-        return model.evaluate([batch.to(model.device) for batch in batches])
+        return model.evaluate([model.own_part(batch).to(model.device) for batch in batches])
 
     def _gathered(
         self, batches: Sequence[Microbatch[Array]], losses: Mapping[str, Sequence[Tensor] | None]

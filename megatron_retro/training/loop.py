@@ -23,6 +23,7 @@ from megatron_retro.config.training import CheckpointConfig, TrainingConfig
 from megatron_retro.errors import DataError, DistributedError
 from megatron_retro.microbatch import Array, Microbatch
 from megatron_retro.optim.optimizer import Update
+from megatron_retro.parallel.mesh import DATA
 from megatron_retro.runtime.heartbeat import Heartbeat
 from megatron_retro.runtime.process_group import explain_failure
 from megatron_retro.runtime.run_records import RunFacts, StepRecord
@@ -179,7 +180,7 @@ class Trainer:
             samples=state.samples,
             tokens=state.tokens,
             batch_size=batch_size,
-            positions=sum(batch.tokens_BS.size for batch in batches) * parts.model.data_size,
+            positions=sum(batch.tokens_BS.size for batch in batches) * parts.model.mesh.size(DATA),
             loss=verdict.loss,
             gradient_norm=update.gradient_norm,
             learning_rate=update.learning_rate,

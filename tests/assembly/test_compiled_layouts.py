@@ -27,6 +27,12 @@ SEVERAL = (
     Case(2, _PIPELINE, {"freeze_decoder": True, "retro_neighbor_positions": "relative"}),
     Case(2, {"data_parallel_sharding": "optimizer"}, {"bf16": True}),
     Case(2, {"tensor_model_parallel_size": 2}, {"neighbors": "none"}),
+    Case(
+        4,
+        {**_CUT, "context_parallel_size": 2},
+        {**LIKE_GEMMA3, "recompute_granularity": "full", "global_batch_size": 1},
+    ),
+    Case(4, {"context_parallel_size": 2, "data_parallel_sharding": "full"}, {"retro_gate_type": "scalar"}),
 )
 
 

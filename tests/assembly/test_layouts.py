@@ -56,7 +56,18 @@ FAMILIES = (
 )
 
 
-@pytest.mark.parametrize("case", [TRAP, *CORES, *FAMILIES, *drawn_part(SEED)], ids=str)
+_SHARED = {"context_parallel_size": 2}
+SHARED = (
+    Case(4, {**_SHARED, "tensor_model_parallel_size": 2, "sequence_parallel": True}, LIKE_GEMMA3),
+    Case(
+        4,
+        {**_SHARED, "pipeline_model_parallel_size": 2, "data_parallel_sharding": "full"},
+        {"retro_encoder_reads": "same-depth", "recompute_granularity": "full"},
+    ),
+)
+
+
+@pytest.mark.parametrize("case", [TRAP, *CORES, *FAMILIES, *SHARED, *drawn_part(SEED)], ids=str)
 def test_layout_equals_one_process(case: Case) -> None:
     worst = worst_of_case(case)
     assert {name: error for name, error in worst.items() if not error < tolerance(case)} == {}

@@ -45,7 +45,16 @@ def with_virtual_tokens(batch: Microbatch[Tensor]) -> Microbatch[Tensor]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("method", METHODS)
 def test_tuning_equals_one_process(method: str, layout: str) -> None:
-    settings = tiny_settings(swiglu=True, global_batch_size=4, **METHODS[method], **LAYOUTS[layout])
+    assert_equal_to_one_process(method, LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("method", ["lora", *(pytest.param(name, marks=pytest.mark.full) for name in [*METHODS][1:])])
+def test_tuning_equals_one_process_where_sequences_are_shared(method: str) -> None:
+    assert_equal_to_one_process(method, {"context_parallel_size": 2})
+
+
+def assert_equal_to_one_process(method: str, layout: dict[str, Any]) -> None:
+    settings = tiny_settings(swiglu=True, global_batch_size=4, **METHODS[method], **layout)
     batches = random_batches(settings)
     if method == "p-tuning":
         batches = [with_virtual_tokens(batch) for batch in batches]

@@ -10,7 +10,7 @@ from megatron_retro.config.parallel import parse_layout
 from megatron_retro.config.sections import RULES, require_legal, violations
 from megatron_retro.config.settings import Settings
 from megatron_retro.errors import ConfigError
-from megatron_retro.testing.layout_grid import meshes
+from megatron_retro.testing.layout_grid import context_meshes, meshes
 from megatron_retro.testing.layouts import tiny_settings
 
 WRONG: list[tuple[str, int, dict[str, Any], str]] = [
@@ -99,7 +99,33 @@ WRONG: list[tuple[str, int, dict[str, Any], str]] = [
         {"pipeline_model_parallel_size": 4, "pipeline_schedule": "zero-bubble", "global_batch_size": 9},
         "global_batch_size",
     ),
-    ("no_context_parallelism", 2, {"context_parallel_size": 2}, "context_parallel_size"),
+    ("sequences_are_shared_evenly", 2, {"context_parallel_size": 2, "seq_length": 40}, "seq_length"),
+    (
+        "sequences_are_shared_evenly",
+        2,
+        {"context_parallel_size": 2, "retro_add_retriever": False, "seq_length": 34},
+        "seq_length",
+    ),
+    (
+        "sequences_are_shared_evenly",
+        12,
+        {
+            "context_parallel_size": 4,
+            "tensor_model_parallel_size": 3,
+            "sequence_parallel": True,
+            "seq_length": 64,
+        },
+        "seq_length",
+    ),
+    *(
+        ("model_can_share_sequences", 2, {"context_parallel_size": 2, **changes}, next(iter(changes)))
+        for changes in (
+            {"position_embedding_type": "relative"},
+            {"retro_gate_type": "adaptive"},
+            {"retro_core_checkpoint": True},
+            {"retro_legacy_checkpoint": True},
+        )
+    ),
     ("schedule_fits", 1, {"train_iters": 3, "train_samples": 24}, "train_iters"),
     ("model_is_possible", 1, {"retro_add_retriever": True, "retro_layers": (0,)}, "retro_layers"),
     (
@@ -157,13 +183,14 @@ def test_each_rule_names_its_field_and_what_would_be_legal(
 
 def test_every_rule_of_parallelism_is_tested() -> None:
     tested = {rule for rule, *_ in WRONG}
-    own = {rule.__name__ for rule in RULES if rule.__module__ == "megatron_retro.config.parallel"}
+    homes = ("megatron_retro.config.parallel", "megatron_retro.config.context_rules")
+    own = {rule.__name__ for rule in RULES if rule.__module__ in homes}
     assert own - tested == set()
 
 
 def test_all_broken_rules_are_reported_at_once() -> None:
     settings = tiny_settings(
-        tensor_model_parallel_size=3, pipeline_model_parallel_size=8, context_parallel_size=2, global_batch_size=7
+        tensor_model_parallel_size=3, pipeline_model_parallel_size=8, context_parallel_size=3, global_batch_size=7
     )
     with pytest.raises(ConfigError) as caught:
         require_legal(settings, 5)
@@ -172,14 +199,14 @@ def test_all_broken_rules_are_reported_at_once() -> None:
         "--tensor-model-parallel-size",
         "--num-attention-heads",
         "--ffn-hidden-size",
-        "--context-parallel-size",
+        "--seq-length",
     ):
         assert flag in message
     assert "the configuration has 5 problems" in message
 
 
 def test_every_layout_of_the_grid_is_legal() -> None:
-    for world_size, mesh in meshes():
+    for world_size, mesh in (*meshes(), *context_meshes()):
         require_legal(tiny_settings(global_batch_size=8, **mesh), world_size)
 
 

@@ -163,11 +163,15 @@ def test_a_driver_that_fails_alone_says_so(checkpoint: Path) -> None:
 
 
 def test_layouts_of_training_alone_are_refused(checkpoint: Path) -> None:
-    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    layouts = (
+        ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+        ParallelConfig(context_parallel_size=2),
+    )
 
     def rank() -> None:
-        mesh = build_mesh(parallel, torch.device("cpu"))
-        with pytest.raises(ConfigError, match="only used is cut over tensor and pipeline ranks"):
-            load_stage(checkpoint, parallel, mesh)
+        for parallel in layouts:
+            mesh = build_mesh(parallel, torch.device("cpu"))
+            with pytest.raises(ConfigError, match="only used is cut over tensor and pipeline ranks"):
+                load_stage(checkpoint, parallel, mesh)
 
     run_ranks(rank, 2)

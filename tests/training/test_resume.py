@@ -214,11 +214,16 @@ def test_load_without_the_optimizer_goes_on_in_place_with_fresh_moments(corpus: 
     assert differences(tmp_path / "whole", tmp_path / "broken") == []
 
 
-def test_another_layout_goes_on_with_the_same_losses(corpus: TinyCorpus, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", ["pipeline_model_parallel_size", "context_parallel_size"])
+def test_another_layout_goes_on_with_the_same_losses(corpus: TinyCorpus, tmp_path: Path, size: str) -> None:
+    """One process, two ranks, and one process again."""
     more = {"train_iters": 6, "global_batch_size": 8, "eval_iters": 0}
     run(corpus.settings(save=str(tmp_path / "whole"), **more))
-    start = corpus.settings(save=str(tmp_path / "moved"), exit_interval=3, **more)
+    moved = {"save": str(tmp_path / "moved"), **more}
+    start, end = corpus.settings(exit_interval=2, **moved), corpus.settings(**moved)
     assert exit_code_of(lambda: pretrain(start)) == 75
-    moved = corpus.settings(save=str(tmp_path / "moved"), pipeline_model_parallel_size=2, **more)
-    run_ranks(lambda: pretrain(moved), 2, initialize=False, timeout=100)
+    between = corpus.settings(exit_interval=4, data_parallel_sharding="optimizer", **{size: 2}, **moved)
+    assert run_ranks(lambda: exit_code_of(lambda: pretrain(between)), 2, initialize=False, timeout=100) == [75, 75]
+    run(end)
+    assert read_run_log(tmp_path / "moved").starts == [0, 2, 4]
     assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)

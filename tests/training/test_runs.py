@@ -142,10 +142,15 @@ def bytes_sent(call: Callable[[], Any]) -> tuple[Any, int]:
 
 
 @pytest.mark.parametrize(
-    "layout", [{}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}], ids=str
+    "layout",
+    [{}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {"context_parallel_size": 2}],
+    ids=str,
 )
 def test_every_layout_measures_the_same_health(corpus: TinyCorpus, layout: dict[str, Any]) -> None:
-    """Two data ranks read half of the samples each, random neighbours included; sums of samples travel, no tokens."""
+    """Two data ranks read half of the samples each, random neighbours included; sums of samples travel, no tokens.
+
+    Ranks that share sequences give each other the losses of their tokens, and both the sums of the same samples.
+    """
     global_batch, eval_iters, variants = 8, 2, 4
 
     def health(**more: Any) -> tuple[Any, int]:
