@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from megatron_retro.config.data import DataConfig
 from megatron_retro.config.model import ModelConfig, RetroConfig
@@ -72,8 +73,8 @@ def counted(size: str, settings: Settings) -> Iterator[Figure]:
     model, tensor_ranks = settings[ModelConfig], settings[ParallelConfig].tensor_model_parallel_size
     made: list[OperatorCounter] = []
 
-    def make(ranks: int, given: Iterable[Tensor]) -> OperatorCounter:
-        made.append(OperatorCounter(ranks, given))
+    def make(given: Iterable[Tensor], context: ProcessGroup | None) -> OperatorCounter:
+        made.append(OperatorCounter(given, context))
         return made[-1]
 
     trace, length = trace_parts(settings, make_recorder=make), settings[DataConfig].seq_length
@@ -142,7 +143,7 @@ def trace_layer(
     """Forward and backward of a layer whose input gets a gradient, as every layer's but the first one's does."""
     hidden = torch.empty(shape, dtype=torch.bfloat16, device=GPU, requires_grad=True)
     gradient = torch.empty_like(hidden)
-    recorder = OperatorCounter(tensor_ranks, [*layer.parameters(), *layer.buffers(), hidden, gradient])
+    recorder = OperatorCounter([*layer.parameters(), *layer.buffers(), hidden, gradient])
     recorder.turn_to(LAYER)
     with recorder:
         output = call(hidden)

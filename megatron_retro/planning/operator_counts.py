@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_retro.planning.recorder import WITHOUT_KERNEL, Recorder, size
 
@@ -32,8 +33,8 @@ class OperatorCounts:
 class OperatorCounter(Recorder):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """A recorder that also counts operators, for each part."""
 
-    def __init__(self, tensor_ranks: int, given: Iterable[Tensor]) -> None:
-        super().__init__(tensor_ranks, given)
+    def __init__(self, given: Iterable[Tensor], context: ProcessGroup | None = None) -> None:
+        super().__init__(given, context)
         self.counts: dict[str, OperatorCounts] = defaultdict(OperatorCounts)
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:

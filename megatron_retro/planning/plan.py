@@ -76,7 +76,8 @@ class Plan:
     @property
     def bubble(self) -> float:
         """Idle share of the pipeline, in units of the busy time."""
-        return self.time.bubble / (self.time.compute + self.time.memory + self.time.tensor)
+        time = self.time
+        return time.bubble / (time.compute + time.memory + time.tensor + time.context)
 
     @property
     def peak_memory(self) -> float:

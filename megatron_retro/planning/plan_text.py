@@ -82,7 +82,7 @@ def plan_lines(plan: Plan, planning: PlanningConfig, num_shards: int, reach: Rea
     yield f"{planning.plan_for} on {planning.plan_nodes} x {planning.plan_gpus_per_node} {plan.machine.name}"
     yield f"  layout       {layout.describe()}, {layout.schedule}, recompute {layout.recompute}"
     yield (
-        f"  batch        {work.global_batch} = {layout.data} replicas x {plan.microbatches} microbatches "
+        f"  batch        {work.global_batch} = {layout.replicas} replicas x {plan.microbatches} microbatches "
         f"of {layout.micro_batch}, sequence {work.seq_length}"
     )
     yield f"  parameters   {readable_count(work.parameters)}{_trained(plan)}{_built(num_shards, layout.world_size)}"
@@ -160,8 +160,8 @@ def _time_table(plan: Plan) -> str:
 
 
 def _volume_lines(plan: Plan) -> Iterator[str]:
-    most = {axis: max(getattr(volume, axis) for volume in plan.volume) for axis in ("tensor", "pipeline", "data")}
-    sent = ", ".join(f"{axis} {readable_bytes(size)}" for axis, size in most.items())
+    most = {axis: max(getattr(volume, axis) for volume in plan.volume) for axis in vars(plan.volume[0])}
+    sent = ", ".join(f"{axis} {readable_bytes(size)}" for axis, size in most.items() if size or axis != "context")
     yield f"sent          {sent} per rank and step"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -27,7 +28,7 @@ _CROSS_ATTENTION = "megatron_retro::chunked_cross_attention"
 
 @dataclass
 class PartTrace:
-    """One part of the model, for one microbatch on one tensor rank."""
+    """One part of the model, for one microbatch on one rank."""
 
     parameters: int = 0
     trained_parameters: int = 0
@@ -39,6 +40,7 @@ class PartTrace:
     saved_bytes: float = 0.0  # held from the forward to the backward
     working_bytes: float = 0.0  # the most that the backward holds beside
     sent_bytes: float = 0.0  # to tensor ranks, forward and backward
+    context_bytes: float = 0.0  # to ranks that share sequences, forward and backward
     beside_bytes: float = 0.0  # of these, while a product runs that does not need them
     host_waits: int = 0  # values that the host reads of the device
 
@@ -71,14 +73,14 @@ class _Held:
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Counts what runs, what is sent and what stays alive, for the part that runs; a storage counts once."""
 
-    def __init__(self, tensor_ranks: int, given: Iterable[Tensor]) -> None:
+    def __init__(self, given: Iterable[Tensor], context: ProcessGroup | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.parts: dict[str, PartTrace] = {}
         self.forward = True
         self.stack: list[str] = []
         self.turned_to = STAGE
         self._fresh = 0
-        self._ring = (tensor_ranks - 1) / tensor_ranks
+        self._context = None if context is None else context.group_name
         self._given = {tensor.untyped_storage()._cdata for tensor in given}
         self._held: dict[int, _Held] = {}
         self._known: dict[Any, _Form | None] = {}
@@ -121,7 +123,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         if function.namespace == "prim":
             return result
         if function.namespace == "c10d":
-            part.sent_bytes += self._sent(function.__name__, arguments)
+            self._count_sent(part, function.__name__, arguments)
             return result
         flops = _flops(function, arguments, keywords, result)
         if self.forward:
@@ -162,9 +164,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         held = self._held.pop(address)
         self._fresh -= held.size if held.fresh else 0
 
-    def _sent(self, name: str, arguments: Any) -> float:
+    def _count_sent(self, part: PartTrace, name: str, arguments: Any) -> None:
         """Bytes that a rank sends in a ring: the whole once around, twice for a sum that all get."""
-        return max(map(size, arguments[:2])) * self._ring * (2 if name.startswith("allreduce") else 1)
+        group = next(ProcessGroup.unbox(each) for each in arguments if isinstance(each, torch.ScriptObject))
+        sent = max(map(size, arguments[:2])) * (group.size() - 1) / group.size()
+        sent *= 2 if name.startswith("allreduce") else 1
+        if group.group_name == self._context:
+            part.context_bytes += sent
+        else:
+            part.sent_bytes += sent
 
 
 @dataclass(frozen=True)
@@ -207,7 +215,7 @@ def size(argument: Any) -> int:
 
 
 def _flops(function: Any, arguments: Any, keywords: Any, result: Any) -> float:
-    """Of a product or an attention; a causal one does half of the square."""
+    """Of a product or an attention; a causal one, whose last query sees every key, does half of a square less."""
     if function.name().startswith(_CROSS_ATTENTION):
         query, key = arguments[:2] if function.name() == _CROSS_ATTENTION else arguments[1:3]
         products = 4.0 * float(query.numel() * key.shape[2])
@@ -219,9 +227,11 @@ def _flops(function: Any, arguments: Any, keywords: Any, result: Any) -> float:
     if formula is None:
         return 0.0
     whole = float(formula(*arguments, **keywords, out_val=result))
-    names = [argument.name for argument in function._schema.arguments]
-    causal = "is_causal" in names and dict(zip(names, arguments, strict=False)).get("is_causal", False)
-    return whole / 2 if causal else whole
+    given = dict(zip([argument.name for argument in function._schema.arguments], arguments, strict=False))
+    if not given.get("is_causal", False):
+        return whole
+    num_queries, num_keys = (int(given[name].shape[-2]) for name in ("query", "key"))
+    return whole * (1 - num_queries / num_keys / 2)
 
 
 def _moved(function: Any, arguments: Any, result: Any) -> float:

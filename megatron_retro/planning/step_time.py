@@ -30,6 +30,7 @@ class StepTime:
     compute: float
     memory: float
     tensor: float
+    context: float
     pipeline: float
     bubble: float
     data: float
@@ -47,6 +48,7 @@ class CommunicationVolume:
     """Bytes that one rank sends in a step, on each axis."""
 
     tensor: float
+    context: float
     pipeline: float
     data: float
 
@@ -64,7 +66,12 @@ def communication_volume(rank: RankCosts, work: Workload, layout: Layout) -> Com
         "gradients": gradients * reductions + copies,
         "full": gradients * reductions + copies,
     }[layout.sharding]
-    return CommunicationVolume(rank.total.sent_bytes * microbatches, rank.border_bytes * microbatches, data)
+    return CommunicationVolume(
+        rank.total.sent_bytes * microbatches,
+        rank.total.context_bytes * microbatches,
+        rank.border_bytes * microbatches,
+        data,
+    )
 
 
 def step_time(ranks: Sequence[RankCosts], work: Workload, layout: Layout, machine: Accelerator) -> StepTime:
@@ -77,6 +84,7 @@ def step_time(ranks: Sequence[RankCosts], work: Workload, layout: Layout, machin
         "compute": microbatches * busy.compute,
         "memory": microbatches * busy.memory,
         "tensor": microbatches * busy.tensor,
+        "context": microbatches * busy.context,
         "pipeline": 0.5 * volume.pipeline / (machine.network_gb_per_s * 1e9),  # receives do not overlap, sends do
         "bubble": pipeline_seconds(layout, microbatches, stage_seconds(ranks, layout, machine))
         - microbatches * busy.total,
@@ -121,21 +129,21 @@ def part_seconds(total: PartTrace, layout: Layout, machine: Accelerator) -> Stag
 
 @dataclass(frozen=True)
 class _Busy:
-    """Seconds of one microbatch; `tensor` is what has no product beside it."""
+    """Seconds of one microbatch; `tensor` is what has no product beside it, and `context` has none."""
 
     compute: float
     memory: float
     tensor: float
+    context: float
 
     @property
     def total(self) -> float:
-        """All three."""
-        return self.compute + self.memory + self.tensor
+        """All four."""
+        return self.compute + self.memory + self.tensor + self.context
 
 
 def _busy(total: PartTrace, layout: Layout, machine: Accelerator) -> _Busy:
-    inside = layout.tensor <= layout.gpus_per_node
-    link = (machine.node_gb_per_s if inside else machine.network_gb_per_s) * 1e9
+    link, between = (_rate(ranks, layout, machine) for ranks in (layout.tensor, layout.tensor * layout.context))
     compute = (total.forward_flops + total.backward_flops) / (machine.matmul_tflops * 1e12)
     sums = _SUM_BYTES * min(total.loose_parameters, total.trained_parameters)
     beside = min(total.beside_bytes / link, compute / 3)  # products of weights' gradients are a third of all
@@ -143,6 +151,7 @@ def _busy(total: PartTrace, layout: Layout, machine: Accelerator) -> _Busy:
         compute=compute,
         memory=(total.moved_bytes + sums) / (machine.memory_tb_per_s * 1e12),
         tensor=total.sent_bytes / link - beside,
+        context=total.context_bytes / between,
     )
 
 
@@ -152,5 +161,9 @@ def _optimizer_seconds(rank: RankCosts, layout: Layout, machine: Accelerator) ->
 
 
 def _data_rate(layout: Layout, machine: Accelerator) -> float:
-    inside = layout.world_size <= layout.gpus_per_node
-    return (machine.node_gb_per_s if inside else machine.network_gb_per_s) * 1e9
+    return _rate(layout.world_size, layout, machine)
+
+
+def _rate(ranks: int, layout: Layout, machine: Accelerator) -> float:
+    """Bytes a second between so many neighbours: inside a node where they fit in it."""
+    return (machine.node_gb_per_s if ranks <= layout.gpus_per_node else machine.network_gb_per_s) * 1e9

@@ -18,6 +18,7 @@ from megatron_retro.config.evaluation import PlanningConfig
 from megatron_retro.config.fields import FieldSpec, field_specs
 from megatron_retro.config.hardware import Accelerator
 from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.sections import violations
 from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import TrainingConfig
@@ -186,7 +187,7 @@ class _Traces:
     def exact(self, settings: Settings, layout: Layout) -> StageTraces:
         """For a recipe in this layout."""
         border = self._frozen and layout.pipeline > 1
-        key = (layout.tensor, layout.sequence_parallel, layout.recompute, layout.micro_batch, border)
+        key = (layout.tensor, layout.sequence_parallel, layout.context, layout.recompute, layout.micro_batch, border)
         if key not in self._known:
             self._known[key] = trace_stages(settings)
         return self._known[key]
@@ -200,6 +201,7 @@ class _Traces:
 def _layouts(settings: Settings) -> Iterator[list[Layout]]:
     """Layouts that differ in what they recompute, least first."""
     planning, batch = settings[PlanningConfig], settings[TrainingConfig].global_batch_size
+    context = settings[ParallelConfig].context_parallel_size
     choices = product(_TENSOR_SIZES, _PIPELINE_SIZES, _STAGES_PER_RANK, _MICRO_BATCHES, ("optimizer", "full"))
     for tensor, pipeline, stages_per_rank, micro_batch, sharding in choices:
         if (pipeline == 1 and stages_per_rank > 1) or (pipeline > 1 and sharding == "full"):
@@ -209,13 +211,14 @@ def _layouts(settings: Settings) -> Iterator[list[Layout]]:
             gpus_per_node=planning.plan_gpus_per_node,
             tensor=tensor,
             sequence_parallel=tensor > 1,
+            context=context,
             pipeline=pipeline,
             stages_per_rank=stages_per_rank,
             schedule="interleaved" if stages_per_rank > 1 else "1f1b",
             sharding=sharding,
             micro_batch=micro_batch,
         )
-        divides = tensor <= layout.gpus_per_node and layout.world_size % (tensor * pipeline) == 0
+        divides = tensor <= layout.gpus_per_node and layout.world_size % (tensor * context * pipeline) == 0
         if divides and layout.microbatches(batch) >= pipeline:
             yield [replace(layout, recompute=granularity) for granularity in _RECOMPUTE]
 

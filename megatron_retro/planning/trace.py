@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from megatron_retro.assembly.stage_building import compute_dtype, stage_on_meta, trained_parts
 from megatron_retro.config.data import DataConfig
@@ -27,6 +28,7 @@ from megatron_retro.model.retro import Retro
 from megatron_retro.ops.local_tensors import local
 from megatron_retro.parallel.data_parallel import fsdp_units
 from megatron_retro.parallel.partition import StagePart, stage_parts
+from megatron_retro.parallel.sequence_parts import NUM_SPANS
 from megatron_retro.planning.fake_device import GPU, fake_rank, without_memory
 from megatron_retro.planning.recorder import PartTrace, Recorder, size
 
@@ -42,6 +44,7 @@ EMBEDDING, POSITIONS, LAYER, FIRST, AFTER, RETRIEVAL, ENCODER, NEIGHBORS, HEAD =
     "head",
 )
 LAYERS = (LAYER, FIRST, AFTER, RETRIEVAL)
+MakeRecorder = Callable[[Iterable[Tensor], ProcessGroup | None], Recorder]
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,10 @@ def trace_parts(
     *,
     behind_border: bool = False,
     evaluating: bool = False,
-    make_recorder: Callable[[int, Iterable[Tensor]], Recorder] = Recorder,
+    make_recorder: MakeRecorder = Recorder,
 ) -> Trace:
-    """Forward and backward of the model that stands in for the whole, on tensor rank 0.
+    """Forward and backward of the model that stands in for the whole, on the first of the ranks that share a sequence
+    and its layers; the others do as much.
 
     With `behind_border` the input of its layers gets a gradient, whatever trains. With `evaluating` there is a forward
     alone, and the working bytes of a part are all that is there beside the weights.
@@ -116,7 +120,8 @@ def trace_parts(
         pipeline_layout=None,
     )
     parallel = settings[ParallelConfig]
-    with fake_rank(0, parallel.tensor_model_parallel_size, parallel) as mesh:
+    ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    with fake_rank(0, ranks, parallel) as mesh:
         (part,) = stage_parts(settings, settings[DataConfig].seq_length)
         model = stage_on_meta(settings, part, mesh).model
         shapes = local_shapes(model)
@@ -124,7 +129,7 @@ def trace_parts(
             hold_plainly(model, shapes, device, compute_dtype(settings[OptimizerConfig]))
             if behind_border and model.embedding is not None:
                 model.embedding.register_forward_hook(lambda module, arguments, hidden: hidden.requires_grad_())
-            found = _run(model, settings, device, evaluating, make_recorder)
+            found = _run(model, settings, device, evaluating, make_recorder, mesh.context)
     return replace(found, encoded_bytes=found.encoded_bytes * states / _states_read(settings)) if retrieves else found
 
 
@@ -151,13 +156,13 @@ def _run(
     settings: Settings,
     device: torch.device,
     evaluating: bool,
-    make_recorder: Callable[[int, Iterable[Tensor]], Recorder],
+    make_recorder: MakeRecorder,
+    context: ProcessGroup | None,
 ) -> Trace:
-    parallel, training = settings[ParallelConfig], settings[TrainingConfig]
-    shape = (training.micro_batch_size, settings[DataConfig].seq_length)
+    shape = (settings[TrainingConfig].micro_batch_size, own_length(settings))
     tokens_BS = torch.zeros(shape, dtype=torch.long, device=device)
     neighbors = full_neighbors(settings, device)
-    recorder = make_recorder(parallel.tensor_model_parallel_size, model.parameters())
+    recorder = make_recorder(model.parameters(), context)
     passed: dict[str, int] = {}
     watch(model, recorder, passed)
     recorder.forward = not evaluating
@@ -170,15 +175,25 @@ def _run(
     return Trace(recorder.parts, passed[LAYER], passed.get(ENCODER, 0))
 
 
+def own_length(settings: Settings) -> int:
+    """Tokens of a sequence on a rank."""
+    return settings[DataConfig].seq_length // settings[ParallelConfig].context_parallel_size
+
+
 def full_neighbors(settings: Settings, device: torch.device) -> Neighbors[Tensor] | None:
-    """All neighbours of a microbatch, none absent."""
+    """All neighbours of a rank's part of a microbatch, none absent."""
     retro = settings[RetroConfig]
     if not retro.retro_add_retriever:
         return None
-    chunks = settings[DataConfig].seq_length // retro.retro_chunk_length
+    chunks, shared = (
+        own_length(settings) // retro.retro_chunk_length,
+        settings[ParallelConfig].context_parallel_size > 1,
+    )
     shape = (settings[TrainingConfig].micro_batch_size, chunks, retro.retro_num_neighbors, retro.retrieved_length())
     mask = torch.ones(shape, dtype=torch.bool, device=device)
-    return Neighbors(torch.zeros(shape, dtype=torch.int32, device=device), mask)
+    return Neighbors(
+        torch.zeros(shape, dtype=torch.int32, device=device), mask, mask[:, :NUM_SPANS] if shared else None
+    )
 
 
 def watch(model: Retro, recorder: Recorder, passed: dict[str, int]) -> None:
@@ -186,6 +201,7 @@ def watch(model: Retro, recorder: Recorder, passed: dict[str, int]) -> None:
     for name, module in _parts(model):
         module.register_forward_pre_hook(partial(_enter, recorder, name))
         module.register_forward_hook(partial(_leave, recorder, passed, name))
+    vars(model)["encode"] = partial(_encode, recorder, passed, model.encode)
     trained: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:  # gradients are counted by themselves
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
@@ -205,8 +221,13 @@ def _leave(
     first: Tensor = output[0] if isinstance(output, tuple) else output
     passed[name] = size(first)
     _when_its_gradient_comes(first, partial(recorder.turn_to, name))
-    if name == ENCODER:
-        recorder.credit(first, NEIGHBORS)
+
+
+def _encode(recorder: Recorder, passed: dict[str, int], plain: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    encoded = plain(*arguments)
+    passed[ENCODER] = size(encoded)
+    recorder.credit(encoded, NEIGHBORS)
+    return encoded
 
 
 def _when_its_gradient_comes(tensor: Any, act: Callable[[], None]) -> None:

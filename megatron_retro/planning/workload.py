@@ -75,6 +75,7 @@ class Layout:
     gpus_per_node: int = 8
     tensor: int = 1
     sequence_parallel: bool = False
+    context: int = 1
     pipeline: int = 1
     stages_per_rank: int = 1
     schedule: str = "1f1b"
@@ -85,12 +86,17 @@ class Layout:
 
     @property
     def data(self) -> int:
-        """Replicas."""
+        """Ranks over which gradients are summed: those that read other data, and those that share sequences."""
         return max(1, self.world_size // (self.tensor * self.pipeline))
+
+    @property
+    def replicas(self) -> int:
+        """Shares of a global batch."""
+        return max(1, self.data // self.context)
 
     def microbatches(self, global_batch: int) -> int:
         """Microbatches of one step on one replica."""
-        return max(1, global_batch // (self.data * self.micro_batch))
+        return max(1, global_batch // (self.replicas * self.micro_batch))
 
     def applied_to(self, settings: Settings) -> Settings:
         """The same recipe in this layout (or in a similar one, where stages cannot have equally many layers)."""
@@ -98,6 +104,7 @@ class Layout:
         return settings.replace(
             tensor_model_parallel_size=self.tensor,
             sequence_parallel=self.sequence_parallel,
+            context_parallel_size=self.context,
             pipeline_model_parallel_size=self.pipeline,
             num_layers_per_virtual_pipeline_stage=None if self.stages_per_rank == 1 else -(-layers // stages),
             pipeline_schedule=self.schedule,
@@ -112,7 +119,8 @@ class Layout:
         """Short text for a table."""
         stages = f" x {self.stages_per_rank}" if self.stages_per_rank > 1 else ""
         tensor = f"tensor {self.tensor}{'+sequence' if self.sequence_parallel else ''}"
-        return f"{tensor}, pipeline {self.pipeline}{stages}, data {self.data} ({self.sharding})"
+        context = f"context {self.context}, " if self.context > 1 else ""
+        return f"{tensor}, {context}pipeline {self.pipeline}{stages}, data {self.replicas} ({self.sharding})"
 
 
 def layout_of(settings: Settings) -> Layout:
@@ -123,6 +131,7 @@ def layout_of(settings: Settings) -> Layout:
         gpus_per_node=planning.plan_gpus_per_node,
         tensor=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+        context=parallel.context_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
         stages_per_rank=virtual_stages(settings) if parallel.pipeline_model_parallel_size > 1 else 1,
         schedule=parallel.pipeline_schedule,

@@ -73,6 +73,28 @@ def test_a_later_stage_that_reads_neighbours_gathers_them_once_more(sequence_par
     assert sum(rank.total.sent_bytes for rank in ranks) == pytest.approx(formula, rel=1e-12)
 
 
+@pytest.mark.parametrize("changes", [{}, GPT, {"group_query_attention": True, "num_query_groups": 4}])
+@pytest.mark.parametrize("size", [2, 4])
+def test_context_axis(size: int, changes: dict[str, Any]) -> None:
+    """r (2 L A + 4 C M), and on the tensor axis a rank's part of what a whole sequence would send."""
+    cut = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "plan_gpus_per_node": 2 * size}
+    settings = small(**cut, context_parallel_size=size, micro_batch_size=2, **changes)
+    found = plan(settings)
+    model, retro, tokens = settings[ModelConfig], settings[RetroConfig], 2 * workload_of(settings).seq_length
+    keys_values = 2 * tokens * model.num_key_value_heads() // 2 * model.head_size() * 2
+    neighbors = 2 * retro.retro_num_neighbors * retro.retrieved_length() if retro.reads_neighbors() else 0
+    formula = (size - 1) / size * (2 * model.num_layers * keys_values + 4 * size * neighbors * model.hidden_size * 2)
+    assert found.ranks[0].total.context_bytes == pytest.approx(formula, rel=1e-12)
+    assert found.volume[0].context == pytest.approx(formula * 4, rel=1e-12), "8 samples are 4 microbatches of one share"
+    alone = plan(small(**{**cut, "plan_gpus_per_node": 2}, micro_batch_size=2, **changes))
+    assert found.ranks[0].total.sent_bytes * size == pytest.approx(alone.ranks[0].total.sent_bytes, rel=1e-12)
+    assert alone.ranks[0].total.context_bytes == alone.volume[0].context == 0
+    if changes == GPT:  # a Retro makes keys and values of the chunk before each span twice
+        shared, whole = found.ranks[0].total, alone.ranks[0].total
+        assert shared.forward_flops * size == pytest.approx(whole.forward_flops, rel=1e-12)
+        assert shared.backward_flops * size == pytest.approx(whole.backward_flops, rel=1e-12)
+
+
 def test_borders() -> None:
     """Per border and microbatch 2 (X + E) / (tensor ranks, if sequence parallel), both ranks' sending together."""
     cut = {"tensor_model_parallel_size": 4, "plan_gpus_per_node": 8, "pipeline_model_parallel_size": 2}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from megatron_retro.ops.backend_names import REFERENCE
@@ -24,8 +25,8 @@ WIDTH, ROWS, VALUE = 64, 32, 2
 def counted(**changes: Any) -> dict[str, OperatorCounts]:
     made: list[OperatorCounter] = []
 
-    def make(ranks: int, given: Iterable[Tensor]) -> OperatorCounter:
-        made.append(OperatorCounter(ranks, given))
+    def make(given: Iterable[Tensor], context: ProcessGroup | None) -> OperatorCounter:
+        made.append(OperatorCounter(given, context))
         return made[-1]
 
     trace_parts(recipe(**changes), make_recorder=make)
@@ -35,7 +36,7 @@ def counted(**changes: Any) -> dict[str, OperatorCounts]:
 def test_a_product_is_its_operands_and_its_result_and_views_are_nothing() -> None:
     rows = torch.empty(1, ROWS, WIDTH, dtype=torch.bfloat16, device=GPU)
     weight = torch.empty(WIDTH, WIDTH, dtype=torch.bfloat16, device=GPU)
-    with without_memory(GPU), OperatorCounter(1, [rows, weight]) as counter:
+    with without_memory(GPU), OperatorCounter([rows, weight]) as counter:
         hidden = functional.linear(rows, weight).unflatten(-1, (4, -1)).transpose(1, 2)
         torch.mul(hidden, hidden, out=torch.empty_like(hidden)).neg_()
         hidden.gather(1, torch.zeros(1, 1, 1, 1, dtype=torch.long, device=GPU))
@@ -63,8 +64,8 @@ def test_the_loss_reads_and_writes_twenty_blocks_of_logits() -> None:
     vocabulary, tokens = recipe().replace(vocab_size=2**16), 512
     made: list[OperatorCounter] = []
 
-    def make(ranks: int, given: Iterable[Tensor]) -> OperatorCounter:
-        made.append(OperatorCounter(ranks, given))
+    def make(given: Iterable[Tensor], context: ProcessGroup | None) -> OperatorCounter:
+        made.append(OperatorCounter(given, context))
         return made[-1]
 
     traced = trace_parts(vocabulary, make_recorder=make).part(HEAD)

@@ -20,7 +20,7 @@ from megatron_retro.planning.fake_device import GPU, fake_rank, without_memory
 from megatron_retro.planning.plan import make_plan
 from megatron_retro.planning.ranks import in_order
 from megatron_retro.planning.recorder import PartTrace, Recorder
-from megatron_retro.planning.trace import full_neighbors, hold_plainly, local_shapes
+from megatron_retro.planning.trace import full_neighbors, hold_plainly, local_shapes, own_length
 from tests.planning.recipes import recipe
 
 PIPELINED = {"pipeline_model_parallel_size": 4, "plan_gpus_per_node": 4}
@@ -32,6 +32,14 @@ CASES: dict[str, dict[str, Any]] = {
         "tensor_model_parallel_size": 2,
         "sequence_parallel": True,
         "plan_gpus_per_node": 8,
+    },
+    "context": {
+        **PIPELINED,
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "context_parallel_size": 2,
+        "micro_batch_size": 2,
+        "plan_gpus_per_node": 16,
     },
     "gpt": {**PIPELINED, "retro_add_retriever": False, "retro_layers": None},
     "tied": {**PIPELINED, "untie_embeddings_and_output_weights": False},
@@ -59,14 +67,14 @@ def traced_stage(settings: Settings, part: StagePart) -> PartTrace:
     """A whole stage, as the trainer builds it, with what comes over its borders."""
     parallel = settings[ParallelConfig]
     tensor, ranks = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    shared = tensor if parallel.sequence_parallel else 1
-    with fake_rank(part.index % ranks * tensor, tensor * ranks, parallel) as mesh:
+    shared, apart = tensor if parallel.sequence_parallel else 1, tensor * parallel.context_parallel_size
+    with fake_rank(part.index % ranks * apart, apart * ranks, parallel) as mesh:
         stage = stage_on_meta(settings, part, mesh)
         shapes = local_shapes(stage.model)
         with without_memory(GPU):
             dtype = compute_dtype(settings[OptimizerConfig])
             hold_plainly(stage.model, shapes, GPU, dtype)
-            shape = (settings[TrainingConfig].micro_batch_size, settings[DataConfig].seq_length)
+            shape = (settings[TrainingConfig].micro_batch_size, own_length(settings))
             tokens, neighbors = torch.zeros(shape, dtype=torch.long, device=GPU), full_neighbors(settings, GPU)
             batch = Microbatch(tokens, tokens, torch.ones(shape, device=GPU), neighbors=neighbors)
             received = []
@@ -74,10 +82,11 @@ def traced_stage(settings: Settings, part: StagePart) -> PartTrace:
                 width = settings[ModelConfig].hidden_size
                 received.append(torch.zeros(shape[0], shape[1] // shared, width, dtype=dtype, device=GPU))
             if neighbors is not None and part.receives_neighbors:
-                *leading, length = neighbors.tokens_BCKR.shape
+                mask = neighbors.mask_BCKR if mesh.context is None else neighbors.mask_of_spans()
+                *leading, length = mask.shape
                 width = settings[RetroConfig].encoder_model(settings[ModelConfig]).hidden_size
                 received.append(torch.zeros(*leading, length // shared, width, dtype=dtype, device=GPU))
-            recorder = Recorder(tensor, [*stage.parameters(), *received, *batch.arrays().values()])
+            recorder = Recorder([*stage.parameters(), *received, *batch.arrays().values()], mesh.context)
             with recorder:
                 result = stage(*(each.requires_grad_() for each in received), batch=batch)
                 results = result if isinstance(result, tuple) else (result,)
@@ -103,5 +112,6 @@ def test_a_planned_stage_is_the_whole_stage(case: str) -> None:
         assert planned.forward_flops == pytest.approx(whole.forward_flops, rel=1e-9)
         assert planned.backward_flops == pytest.approx(whole.backward_flops, rel=0.1 if tuned_first else 1e-9)
         assert planned.sent_bytes == pytest.approx(whole.sent_bytes, rel=0.1 if tuned_first else 1e-9)
+        assert planned.context_bytes == pytest.approx(whole.context_bytes, rel=1e-9)
         assert planned.saved_bytes == pytest.approx(whole.saved_bytes, rel=0.2 if tuned_first else 0.02, abs=20_000)
         assert planned.moved_bytes == pytest.approx(whole.moved_bytes, rel=0.1)
