@@ -25,8 +25,6 @@ from megatron_retro.testing.corpora import random_text, write_json_lines
 from megatron_retro.testing.preprocessing_runs import SCRIPT, files, start
 from megatron_retro.testing.retrieval_projects import CHUNK, echoing_documents, write_corpus
 
-pytestmark = pytest.mark.long
-
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="no Ray; pip install ray")
 
 

@@ -25,8 +25,6 @@ from megatron_retro.testing.corpora import random_text, write_json_lines
 from megatron_retro.testing.preprocessing_runs import files
 from tests.faults.injection import ROOT, commit, seconds_since
 
-pytestmark = pytest.mark.long
-
 SEED, KILLS, RESULTS = 20, 100, ROOT / "tests/results/ray_kills.json"
 LONGEST_WAIT = 15.0  # before a kill: longer than an undisturbed run
 VICTIMS = {"worker": 6, "raylet": 3, "head": 1}  # how many of ten kills

@@ -11,8 +11,6 @@ from megatron_retro.checkpoint.loading import describe_checkpoint
 from tests.convert.local_hub import COMMIT, LocalHub, serving, told
 from tests.data.byte_level import save_byte_level
 
-pytestmark = pytest.mark.long
-
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
