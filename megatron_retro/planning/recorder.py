@@ -243,5 +243,5 @@ def _moved(function: Any, arguments: Any, result: Any) -> float:
         return 2.0 * size(result)
     if name in ("scatter_", "scatter_add_"):  # touches what the indices name
         return float(3 * arguments[2].numel() * result.element_size())
-    given = "out" in function._overloadname.split("_")  # among the arguments, and the result
+    given = {"out", "grad"} & set(function._overloadname.split("_"))  # among the arguments, and the result
     return float(size(arguments) + (0 if given else size(result)))
