@@ -24,20 +24,26 @@ class CompiledShare:
 
 
 COMPILED = {
-    LAYER: CompiledShare(0.62, 3 / 8),
-    AFTER: CompiledShare(0.62, 3 / 8),
-    FIRST: CompiledShare(0.50, 4 / 12),
-    RETRIEVAL: CompiledShare(0.50, 5 / 12),
-    ENCODER: CompiledShare(0.60, 8 / 20),
+    LAYER: CompiledShare(0.70, 3 / 8),
+    AFTER: CompiledShare(0.70, 3 / 8),
+    FIRST: CompiledShare(0.53, 4 / 12),
+    RETRIEVAL: CompiledShare(0.57, 5 / 12),
+    ENCODER: CompiledShare(0.68, 8 / 20),
 }
+
+
+def compiles_on_a_gpu(settings: Settings) -> bool:
+    """Whether layers are compiled there."""
+    return settings[ParallelConfig].compile is not False and not any(against_compiling(settings))
 
 
 def as_a_gpu_runs(traces: StageTraces, settings: Settings) -> StageTraces:
     """Compiled layers, where nothing speaks against compiling them."""
-    parallel = settings[ParallelConfig]
-    if parallel.compile is False or any(against_compiling(settings)):
+    if not compiles_on_a_gpu(settings):
         return traces
-    again = parallel.recompute_granularity == "full"  # then half as much again is sent, by the forward alone
+    again = (
+        settings[ParallelConfig].recompute_granularity == "full"
+    )  # then half as much again is sent, by the forward alone
     first = _compiled(traces.first, again)
     return StageTraces(first, first if traces.later is traces.first else _compiled(traces.later, again))
 

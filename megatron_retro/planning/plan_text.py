@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,10 +15,12 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import CheckpointConfig, OptimizerConfig
 from megatron_retro.errors import ConfigError, Violation
 from megatron_retro.model.costs import ENCODER
+from megatron_retro.planning.compiled_layers import compiles_on_a_gpu
 from megatron_retro.planning.data_side import data_faults, data_lines
 from megatron_retro.planning.inference import inference_report
 from megatron_retro.planning.plan import Plan, build_shards, make_plan, write_figures
 from megatron_retro.planning.reach import Reach, reach_of
+from megatron_retro.planning.step_time import layer_seconds
 from megatron_retro.planning.suggestions import (
     better_partition,
     flags_between,
@@ -28,6 +31,8 @@ from megatron_retro.planning.suggestions import (
 from megatron_retro.planning.workload import Workload, with_model_shape
 from megatron_retro.runtime.console import readable_bytes, readable_count, readable_seconds, render_table
 
+# Of a layer, forward and backward, compiled and eager: host times of benchmarks/step_cost.py
+HOST_MS, HOST_CPU = {True: 0.7, False: 1.3}, "an AMD EPYC"
 TRAINING_VERBS = ("pretrain", "retrofit", "finetune")
 
 
@@ -97,6 +102,7 @@ def plan_lines(plan: Plan, planning: PlanningConfig, num_shards: int, reach: Rea
     yield ""
     yield _time_table(plan)
     yield ""
+    yield from host_lines(plan)
     yield from _volume_lines(plan)
     yield from _reach_lines(reach)
     yield ""
@@ -157,6 +163,18 @@ def _time_table(plan: Plan) -> str:
     parts = vars(plan.time).items()
     rows = [(name, f"{seconds:.3f}", f"{seconds / plan.time.total:.1%}") for name, seconds in parts]
     return render_table(("step", "seconds", "share"), [*rows, ("all", f"{plan.time.total:.3f}", "")])
+
+
+def host_lines(plan: Plan) -> Iterator[str]:
+    """Where launching a layer takes longer than computing it."""
+    computed = 1e3 * layer_seconds(plan.ranks, plan.layout, plan.machine)
+    launched = HOST_MS[compiles_on_a_gpu(plan.settings)]
+    if 0 < computed < launched:
+        enough = math.ceil(plan.layout.micro_batch * launched / computed)
+        yield (
+            f"host          sets the pace: a layer takes the GPU {computed:.2f} ms, and a core of {HOST_CPU} "
+            f"{launched} ms to launch; --micro-batch-size {enough} is about as long"
+        )
 
 
 def _volume_lines(plan: Plan) -> Iterator[str]:

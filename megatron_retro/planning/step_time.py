@@ -16,6 +16,7 @@ from megatron_retro.planning.schedule import (
     orders_of,
     pipeline_seconds,
 )
+from megatron_retro.planning.trace import AFTER, LAYER
 from megatron_retro.planning.workload import Layout, Workload
 
 _ALWAYS_EXPOSED = 0.1  # of the data axis: the first layer's parameters, the last one's gradients, stragglers
@@ -125,6 +126,12 @@ def part_seconds(total: PartTrace, layout: Layout, machine: Accelerator) -> Stag
     whole = _busy(total, layout, machine).total
     forward = whole * total.forward_flops / max(total.forward_flops + total.backward_flops, 1.0)
     return StageSeconds(forward, whole - forward)
+
+
+def layer_seconds(ranks: Sequence[RankCosts], layout: Layout, machine: Accelerator) -> float:
+    """Of one microbatch through a plain layer, which has the least to do; 0 without one."""
+    plain = (part for rank in ranks for stage in rank.stages for name, part in stage.parts if name in (LAYER, AFTER))
+    return min((_busy(part, layout, machine).total for part in plain), default=0.0)
 
 
 @dataclass(frozen=True)
