@@ -90,6 +90,18 @@ def test_a_run_that_was_stopped_ends_where_the_unbroken_one_ends(
     assert differences(tmp_path / "whole", tmp_path / "parts") == []
 
 
+@pytest.mark.parametrize("rows", ["pack_examples", pytest.param("bucket_by_length", marks=pytest.mark.full)])
+def test_ranks_that_share_rows_learn_what_one_learns(
+    base: Path, conversations: Path, tmp_path: Path, rows: str
+) -> None:
+    """Conversations begin and end anywhere in a row, each with passages of its own; shared rows may be longer."""
+    more = {"seq_length": 128, "train_iters": 3, rows: True}
+    finetune(settings(base, conversations, tmp_path / "one", **more))
+    shared = settings(base, conversations, tmp_path / "shared", context_parallel_size=2, **more)
+    run_ranks(lambda: finetune(shared), 2, initialize=False, timeout=100)
+    assert losses(tmp_path / "shared") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "whole"])
 def test_checkpoints_hold_what_was_added_and_the_base_keeps_its_bits(
     base: Path, conversations: Path, tmp_path: Path, method: str
