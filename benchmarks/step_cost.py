@@ -6,7 +6,7 @@ sequence parallelism, forward and backward of one sequence in bfloat16, on torch
 proved itself on a device. Beside the plain layer Hugging Face's Llama layer and megatron-core's GPT layer of the same
 widths, counted by the same rules; what is left of our own parts when they are compiled, by `testing.compiled_counts`.
 "Least" is every operand of our products read once and every result written once, and one pass over the residual stream
-(read and written, forward and backward).
+(read and written, forward and backward); products that go in pieces beside collectives read a weight again for each.
 
 Host time is CPU-seconds of one thread for layers so small that nothing but dispatch is left, interleaved, the least of
 all rounds: of nine layers less one, forward and backward, divided by eight.
@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,7 @@ from megatron_retro.config.settings import Settings, build_settings
 from megatron_retro.config.toml_files import preset_path, read_recipe
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.retro import Retro
+from megatron_retro.parallel import overlap
 from megatron_retro.parallel.layer_transforms import compile_layers
 from megatron_retro.planning.fake_device import GPU, fake_rank, without_memory
 from megatron_retro.planning.operator_counts import OperatorCounter, OperatorCounts
@@ -77,18 +79,20 @@ def counted(size: str, settings: Settings) -> Iterator[Figure]:
         made.append(OperatorCounter(given, context))
         return made[-1]
 
+    with mock.patch.object(overlap, "MOST_PIECES", 1):
+        trace_parts(settings, make_recorder=make)
     trace, length = trace_parts(settings, make_recorder=make), settings[DataConfig].seq_length
-    counts = made[-1].counts
+    whole, counts = made[0].counts, made[1].counts
     compiled = compiled_counts(settings)
     stream, prefix = 4.0 * trace.hidden_bytes, f"{size}, tensor {tensor_ranks}"
     encoders = 4.0 * trace.encoded_bytes / tensor_ranks * settings[RetroConfig].retro_encoder_layers
     for name in PARTS:
-        least = counts[name].product_bytes + (encoders if name == ENCODER else stream)
+        least = whole[name].product_bytes + (encoders if name == ENCODER else stream)
         yield from figures(f"{prefix}: {name}", trace.part(name), counts[name], least, length)
         if name in compiled:
             yield from compiled_figures(f"{prefix}: {name}", compiled[name], least, length)
     shape = LayerShape(model.hidden_size, model.num_attention_heads, model.ffn_width(), length)
-    least = counts[LAYER].product_bytes + stream
+    least = whole[LAYER].product_bytes + stream
     for name, (traced, count) in peers(shape, settings).items():
         yield from figures(f"{prefix}: {name}", traced, count, least, length)
 
@@ -105,6 +109,7 @@ def figures(name: str, traced: PartTrace, counts: OperatorCounts, least: float, 
         ("kept for the backward", traced.saved_bytes / length / 1e3, "kB/token"),
         ("collectives", counts.collectives, ""),
         ("sent", traced.sent_bytes / length / 1e3, "kB/token"),
+        ("sent with no product beside it", (traced.sent_bytes - traced.beside_bytes) / length / 1e3, "kB/token"),
         ("waits for the device", traced.host_waits, ""),
     ):
         yield Figure(f"{name}: {what}", float(value), unit, better=LOWER)
@@ -119,7 +124,6 @@ def compiled_figures(name: str, counts: CompiledCounts, least: float, length: in
         ("over the least possible, compiled", counts.moved_bytes / least, "x"),
         ("kept for the backward, compiled", counts.kept_bytes / length / 1e3, "kB/token"),
         ("collectives, compiled", counts.collectives, ""),
-        ("collectives beside products, compiled", counts.beside, ""),
     ):
         yield Figure(f"{name}: {what}", float(value), unit, better=LOWER)
 

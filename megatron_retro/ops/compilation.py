@@ -17,7 +17,6 @@ from torch import Tensor
 
 from megatron_retro.errors import EnvironmentProblem
 from megatron_retro.ops.backend_names import CUDA
-from megatron_retro.ops.overlap import products_beside_collectives
 from megatron_retro.runtime.console import warn
 
 BACKEND = "inductor"
@@ -46,14 +45,11 @@ class LayerCompiler:
     def __init__(self) -> None:
         import torch._dynamo as dynamo
         from torch._functorch import config as partition
-        from torch._inductor import config as inductor
 
         dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _MOST_GRAPHS)
         # nonlinearities and norms are computed again, as eager layers do: else a third more is kept
         partition.ban_recompute_materialized_backward = False
         partition.force_non_lazy_backward_lowering = True  # so that its failures are met, and named, here too
-        inductor.reorder_for_compute_comm_overlap = True
-        inductor.reorder_for_compute_comm_overlap_passes = [products_beside_collectives]
         self._failures = (dynamo.exc.TorchDynamoException, dynamo.exc.FailOnRecompileLimitHit)
         self._shapes: set[torch.Size] = set()
         self._told = False

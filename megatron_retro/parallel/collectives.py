@@ -46,6 +46,24 @@ def reduce_scatter(tensor: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor
     return part.movedim(0, dim)
 
 
+def begin_all_gather(place: Tensor, part: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """The group's parts joined along the first dimension into `place`; all contiguous. Wait before it is read."""
+    work: dist.Work = _all_gather(place, part, group=group, async_op=True)
+    return work
+
+
+def begin_reduce_scatter(place: Tensor, whole: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """This rank's part, along the first dimension, of the sum into `place`. Wait before it is read."""
+    work: dist.Work = _reduce_scatter(place, whole, group=group, async_op=True)
+    return work
+
+
+def begin_all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """The sum over the group in the place of each rank's tensor. Wait before it is read."""
+    work: dist.Work = dist.all_reduce(tensor, group=group, async_op=True)
+    return work
+
+
 class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -88,15 +88,20 @@ CUTS: tuple[Cut, ...] = (
 
 @dataclass(frozen=True)
 class Region:
-    """A module whose first argument is gathered and whose result is reduced; `closing` is its row-parallel leaf."""
+    """A module whose first argument is gathered and whose result is reduced.
+
+    `opening` and `closing` are the leaves that multiply what is gathered, and give what is reduced.
+    """
 
     pattern: str
+    opening: str
     closing: str
 
 
 REGIONS: tuple[Region, ...] = (
-    Region(_ATTENTION, "output"),
-    Region(_LAYER + ".mlp", "down"),
+    Region(_LAYER + ".attention", "query_key_value", "output"),
+    Region(_LAYER + ".cross_attention", "query", "output"),
+    Region(_LAYER + ".mlp", "up", "down"),
 )
 
 

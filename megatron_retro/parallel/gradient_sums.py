@@ -25,6 +25,7 @@ from megatron_retro.ops.local_tensors import local
 from megatron_retro.ops.weight_gradients import adding_linear
 from megatron_retro.parallel.data_parallel import parameter_groups
 from megatron_retro.parallel.layer_transforms import DeferredWeightGradients, parts_of, replace_part
+from megatron_retro.parallel.region_products import RegionProduct
 
 
 class GradientSums:
@@ -40,8 +41,10 @@ class GradientSums:
         for layer in layers:
             leaves = []
             for leaf in layer.modules():
-                if isinstance(leaf, Linear) and leaf.weight.requires_grad and _is_plain(leaf, deferred):
-                    adds = adding_linear if deferred is None else deferred.multiply
+                if not (isinstance(leaf, Linear) and leaf.weight.requires_grad):
+                    continue
+                adds = _adding(leaf, deferred)
+                if adds is not None:
                     leaves.append(_LeafSum(leaf, held[leaf, "weight"], adds))
             for name, part in parts_of(layer) if leaves else ():
                 replace_part(layer, name, self._lending(part, leaves))
@@ -110,6 +113,10 @@ def _held_by_fsdp(stage: nn.Module) -> Iterator[Any]:
                 yield from group.fsdp_params
 
 
-def _is_plain(leaf: Linear, deferred: DeferredWeightGradients | None) -> bool:
-    """Whether a leaf's product is the one that `adds` stands for: FP8 multiplies its own way."""
-    return leaf.multiply == (linear if deferred is None else deferred.multiply)
+def _adding(leaf: Linear, deferred: DeferredWeightGradients | None) -> Callable[..., Tensor] | None:
+    """A leaf's product, as it adds to sums; None where there is no such one: FP8 multiplies its own way."""
+    if isinstance(leaf.multiply, RegionProduct):
+        return leaf.multiply
+    if deferred is not None:
+        return deferred.multiply if leaf.multiply == deferred.multiply else None
+    return adding_linear if leaf.multiply == linear else None

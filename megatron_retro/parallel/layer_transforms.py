@@ -36,6 +36,7 @@ from megatron_retro.ops.cpu_products import linear_product, product
 from megatron_retro.ops.linear import fp8_linear
 from megatron_retro.ops.weight_gradients import add_product
 from megatron_retro.parallel.randomness import has_dropout
+from megatron_retro.parallel.region_products import RegionProduct
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -105,7 +106,9 @@ class DeferredWeightGradients:
     def attach(self, module: nn.Module) -> None:
         """Let every linear layer of a module defer its weight's gradient."""
         for part in module.modules():
-            if isinstance(part, Linear):
+            if isinstance(part, Linear) and isinstance(part.multiply, RegionProduct):
+                part.multiply.defer = self.defer
+            elif isinstance(part, Linear):
                 part.multiply = self.multiply
 
     def multiply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, sums: Tensor | None = None) -> Tensor:

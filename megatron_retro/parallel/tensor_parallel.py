@@ -22,6 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.nn import functional
 
+from megatron_retro.model.attention import EncoderCrossAttention
+from megatron_retro.model.gates import AdaptiveGate
 from megatron_retro.model.leaves import Embedding, HeadsNorm, HeadsToHidden, Linear, Output
 from megatron_retro.model.retro import Retro
 from megatron_retro.ops.linear import linear
@@ -30,16 +32,22 @@ from megatron_retro.ops.local_tensors import local
 from megatron_retro.parallel.collectives import SEQUENCE_DIM, StreamCut, TensorAxis, all_gather
 from megatron_retro.parallel.cuts import CUTS, Cut, Region, cut_of, regions_of
 from megatron_retro.parallel.layer_transforms import replace_forward
+from megatron_retro.parallel.region_products import GatheredProduct, ReducedProduct
 
 
-def cut_model(model: Retro, mesh: DeviceMesh, axis: TensorAxis, cuts: Sequence[Cut] = CUTS) -> None:
-    """Cut every parameter and every exchange of a model, or of the part of it that a stage holds."""
+def cut_model(
+    model: Retro, mesh: DeviceMesh, axis: TensorAxis, cuts: Sequence[Cut] = CUTS, *, overlaps: bool = True
+) -> None:
+    """Cut every parameter and every exchange of a model, or of the part of it that a stage holds.
+
+    `overlaps`: products that border on a region go together with its collectives (`region_products`).
+    """
     for name, parameter in list(model.named_parameters()):
         _replace_parameter(model, name, _as_dtensor(parameter, placement_of(cut_of(name, cuts), parameter.dim()), mesh))
     modules = dict(model.named_modules())
     stream, neighbors = StreamCut(), StreamCut()
     for path, region in regions_of(modules).items():
-        _open_region(modules[path], region, axis, neighbors if path.startswith("encoder.") else stream)
+        _open_region(modules[path], region, axis, neighbors if path.startswith("encoder.") else stream, overlaps)
     for table in (model.embedding, model.encoder.embedding if model.encoder is not None else None):
         if table is not None:
             _cut_embedding(table.word, axis, neighbors)
@@ -101,18 +109,36 @@ def _replace_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> 
     setattr(model.get_submodule(path), leaf, parameter)
 
 
-def _open_region(module: nn.Module, region: Region, axis: TensorAxis, cut: StreamCut) -> None:
+def _open_region(module: nn.Module, region: Region, axis: TensorAxis, cut: StreamCut, overlaps: bool) -> None:
     """Gather the first argument; reduce the result, and add the closing bias once, after the sum."""
-    closing = module.get_submodule(region.closing)
-    assert isinstance(closing, Linear)
+    opening, closing = module.get_submodule(region.opening), module.get_submodule(region.closing)
+    assert isinstance(opening, Linear) and isinstance(closing, Linear)
     replace_forward(closing, partial(_product, closing))
-    module.register_forward_pre_hook(lambda _, arguments: (axis.gather(arguments[0], cut.dim), *arguments[1:]))
+    products = None
+    if overlaps and _meets_nothing_else(module, opening, closing):
+        by_chunks = isinstance(module, EncoderCrossAttention)
+        products = GatheredProduct(axis, cut, by_chunks=by_chunks)
+        opening.multiply, closing.multiply = products, ReducedProduct(axis, cut, by_chunks=by_chunks)
+
+    def gather(_: nn.Module, arguments: Any) -> Any:
+        if products is not None and products.acts():
+            return arguments
+        return axis.gather(arguments[0], cut.dim), *arguments[1:]
 
     def reduce(_: nn.Module, arguments: Any, result: Tensor) -> Tensor:
-        residual = axis.reduce(result, cut.dim)
+        acted = products is not None and products.acts()
+        residual = result if acted else axis.reduce(result, cut.dim)
         return residual if closing.bias is None else residual + local(closing.bias)
 
+    module.register_forward_pre_hook(gather)
     module.register_forward_hook(reduce)
+
+
+def _meets_nothing_else(module: nn.Module, opening: Linear, closing: Linear) -> bool:
+    """Whether two products alone see a region's borders: no gate that reads tokens, and nothing tuned beside them."""
+    gate, attending = getattr(module, "gate", None), getattr(module, "attending", None)
+    beside = [*opening.children(), *closing.children()]
+    return not beside and attending is None and not isinstance(gate, AdaptiveGate)
 
 
 def _product(linear: Linear, hidden: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -24,6 +25,7 @@ _ATTENTION_OF_A_CPU = (
 WITHOUT_KERNEL = ("empty", "new_empty", "_unsafe_view", "_reshape_alias", "alias", "detach", "lift_fresh")
 _READS_WHAT_IT_GIVES = ("embedding", "gather", "index", "index_select")
 _CROSS_ATTENTION = "megatron_retro::chunked_cross_attention"
+_ASYNCHRONOUS = ("async_op", "asyncOp")  # of a collective; torch has renamed it
 
 
 @dataclass
@@ -40,8 +42,9 @@ class PartTrace:
     saved_bytes: float = 0.0  # held from the forward to the backward
     working_bytes: float = 0.0  # the most that the backward holds beside
     sent_bytes: float = 0.0  # to tensor ranks, forward and backward
-    context_bytes: float = 0.0  # to ranks that share sequences, forward and backward
     beside_bytes: float = 0.0  # of these, while a product runs that does not need them
+    beside_flops: float = 0.0  # of such products
+    context_bytes: float = 0.0  # to ranks that share sequences, forward and backward
     host_waits: int = 0  # values that the host reads of the device
 
     def __add__(self, other: PartTrace) -> PartTrace:
@@ -58,6 +61,17 @@ class PartTrace:
         """With so many times the samples in a microbatch; parameters stay."""
         factors = {each.name: 1 if each.name in _PARAMETERS else number for each in fields(self)}
         return PartTrace(**{name: getattr(self, name) * factor for name, factor in factors.items()})
+
+
+@dataclass
+class _UnderWay:
+    """A collective that has begun and whose result nothing has read: where it comes to, and if a product ran since."""
+
+    part: PartTrace
+    sent_bytes: float
+    place: tuple[int, int, int]
+    storage: weakref.ref[torch.UntypedStorage]
+    beside: bool = False
 
 
 @dataclass
@@ -84,6 +98,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         self._given = {tensor.untyped_storage()._cdata for tensor in given}
         self._held: dict[int, _Held] = {}
         self._known: dict[Any, _Form | None] = {}
+        self._under_way: list[_UnderWay] = []
 
     @property
     def running(self) -> str:
@@ -123,9 +138,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         if function.namespace == "prim":
             return result
         if function.namespace == "c10d":
-            self._count_sent(part, function.__name__, arguments)
+            self._send(function, arguments, part)
             return result
         flops = _flops(function, arguments, keywords, result)
+        if self._under_way and not function.is_view:
+            self._run_beside(arguments, flops, part)
         if self.forward:
             part.forward_flops += flops
         else:
@@ -164,15 +181,53 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         held = self._held.pop(address)
         self._fresh -= held.size if held.fresh else 0
 
-    def _count_sent(self, part: PartTrace, name: str, arguments: Any) -> None:
+    def _send(self, function: Any, arguments: Any, part: PartTrace) -> None:
         """Bytes that a rank sends in a ring: the whole once around, twice for a sum that all get."""
         group = next(ProcessGroup.unbox(each) for each in arguments if isinstance(each, torch.ScriptObject))
         sent = max(map(size, arguments[:2])) * (group.size() - 1) / group.size()
-        sent *= 2 if name.startswith("allreduce") else 1
+        sent *= 2 if function.__name__.startswith("allreduce") else 1
         if group.group_name == self._context:
             part.context_bytes += sent
-        else:
-            part.sent_bytes += sent
+            return
+        part.sent_bytes += sent
+        names = [argument.name for argument in function._schema.arguments]
+        waits = [not given for name, given in zip(names, arguments, strict=False) if name in _ASYNCHRONOUS]
+        if not any(waits):
+            for tensor in _tensors(arguments[0]):
+                self._under_way.append(_UnderWay(part, sent, _place(tensor), weakref.ref(tensor.untyped_storage())))
+
+    def _run_beside(self, arguments: Any, flops: float, part: PartTrace) -> None:
+        """An operator ends what it reads; a product stands beside all else that is under way."""
+        read = [_place(tensor) for tensor in _tensors(arguments)]
+        left = []
+        for other in self._under_way:
+            if other.storage() is None or any(_overlap(other.place, place) for place in read):
+                other.part.beside_bytes += other.sent_bytes if other.beside else 0.0
+            else:
+                other.beside |= bool(flops)
+                left.append(other)
+        self._under_way = left
+        part.beside_flops += flops if left else 0.0
+
+
+def _place(tensor: Tensor) -> tuple[int, int, int]:
+    """The storage that a tensor lies in, and from where to where."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    first, extent = int(tensor.storage_offset()), 1 + sum((length - 1) * stride for length, stride in pairs)
+    return tensor.untyped_storage()._cdata, first, first + extent
+
+
+def _overlap(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
+    return one[0] == other[0] and one[1] < other[2] and other[1] < one[2]
+
+
+def _tensors(argument: Any) -> Iterator[Tensor]:
+    """All tensors of an argument."""
+    if isinstance(argument, Tensor):
+        yield argument
+    elif isinstance(argument, (list, tuple)):
+        for each in argument:
+            yield from _tensors(each)
 
 
 @dataclass(frozen=True)
@@ -208,10 +263,13 @@ def _description(argument: Any) -> Any:
 
 
 def size(argument: Any) -> int:
-    """Bytes of a tensor, or of all tensors of a list."""
+    """Bytes of a tensor, or of all tensors of a list; what is only repeated counts once."""
     if isinstance(argument, (list, tuple)):
         return sum(map(size, argument))
-    return argument.numel() * argument.element_size() if isinstance(argument, Tensor) else 0
+    if not isinstance(argument, Tensor):
+        return 0
+    lengths = (length for length, stride in zip(argument.shape, argument.stride(), strict=True) if stride)
+    return math.prod(lengths) * argument.element_size()
 
 
 def _flops(function: Any, arguments: Any, keywords: Any, result: Any) -> float:

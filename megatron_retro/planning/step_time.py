@@ -153,7 +153,7 @@ def _busy(total: PartTrace, layout: Layout, machine: Accelerator) -> _Busy:
     link, between = (_rate(ranks, layout, machine) for ranks in (layout.tensor, layout.tensor * layout.context))
     compute = (total.forward_flops + total.backward_flops) / (machine.matmul_tflops * 1e12)
     sums = _SUM_BYTES * min(total.loose_parameters, total.trained_parameters)
-    beside = min(total.beside_bytes / link, compute / 3)  # products of weights' gradients are a third of all
+    beside = min(total.beside_bytes / link, total.beside_flops / (machine.matmul_tflops * 1e12))
     return _Busy(
         compute=compute,
         memory=(total.moved_bytes + sums) / (machine.memory_tb_per_s * 1e12),

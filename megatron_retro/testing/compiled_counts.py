@@ -2,7 +2,8 @@
 
 Every graph of `compile_layers` is lowered and scheduled as for a GPU, on tensors without memory; then its schedule is
 counted, and the graph runs as it stands, so that the next layer is reached. Kernels are products, attentions and what
-inductor fuses between them (concatenations as a GPU's, part of the kernel that reads them).
+inductor fuses between them (concatenations as a GPU's, part of the kernel that reads them). What runs within an
+operator that goes with a collective (`parallel.overlap`) is counted by running it on tensors without memory.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch._functorch import config as graph_config
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import (
@@ -25,6 +27,7 @@ from torch._inductor.compile_fx import (
 from torch._inductor.debug import DebugContext
 from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
+from torch.utils._pytree import tree_map
 
 from megatron_retro.assembly.stage_building import compute_dtype, stage_on_meta
 from megatron_retro.config.data import DataConfig
@@ -34,13 +37,15 @@ from megatron_retro.config.training import OptimizerConfig
 from megatron_retro.model.retro import Retro
 from megatron_retro.ops import compilation, cpu_products
 from megatron_retro.parallel.layer_transforms import compile_layers
+from megatron_retro.parallel.overlap import OPERATORS
 from megatron_retro.parallel.partition import stage_parts
-from megatron_retro.planning.fake_device import CPU, fake_rank, without_memory
-from megatron_retro.planning.recorder import size
+from megatron_retro.planning.fake_device import CPU, GPU, fake_rank, without_memory
+from megatron_retro.planning.operator_counts import OperatorCounter
+from megatron_retro.planning.recorder import STAGE, size
 from megatron_retro.planning.trace import ENCODER, LAYER, RETRIEVAL, full_neighbors, hold_plainly, local_shapes
 
 _KERNELS = ("SchedulerNode", "FusedSchedulerNode", "ExternKernelOut", "FallbackKernel")
-_COLLECTIVE, _WAIT, _PRODUCT = "_CollectiveKernel", "_WaitKernel", "ExternKernelOut"
+_COLLECTIVE = "_CollectiveKernel"
 
 
 @dataclass
@@ -49,7 +54,6 @@ class CompiledCounts:
 
     kernels: int = 0
     collectives: int = 0
-    beside: int = 0  # of these, with a product between their beginning and the wait for them
     moved_bytes: float = 0.0  # that kernels read and write
     kept_bytes: float = 0.0  # that the forward makes for the backward
 
@@ -124,21 +128,42 @@ def _count(counts: CompiledCounts, graph: Any, inputs: Sequence[Any], **more: An
         with V.set_graph_handler(lowered):
             lowered.run(*inputs)
             lowered._update_scheduler()
-            under_way = False
             for node in lowered.scheduler.nodes:
                 kind = type(node).__name__
                 kind = type(node.node).__name__ if kind == "ExternKernelSchedulerNode" else kind
                 counts.collectives += kind == _COLLECTIVE
-                counts.beside += under_way and kind == _PRODUCT
-                under_way = kind == _COLLECTIVE or (under_way and kind not in (_WAIT, _PRODUCT))
-                counts.kernels += kind in _KERNELS
-                counts.moved_bytes += node.get_read_write_buffers_sizes() if kind in _KERNELS else 0
+                if kind in _KERNELS and getattr(node.node, "op_overload", None) not in OPERATORS:
+                    counts.kernels += 1
+                    counts.moved_bytes += node.get_read_write_buffers_sizes()
+    for node in graph.graph.nodes:
+        if node.target in OPERATORS:
+            _count_within(counts, OPERATORS[node.target], node.args)
 
     def run(arguments: Any) -> Any:
         return graph(*arguments)
 
     vars(run)["_boxed_call"] = True
     return run
+
+
+def _count_within(counts: CompiledCounts, function: Callable[..., Any], arguments: Any) -> None:
+    """Of one operator that goes with a collective: what its own code runs."""
+    given = tree_map(_alike, arguments)
+    counter = OperatorCounter([each for each in given if isinstance(each, Tensor)])
+    with V.set_fake_mode(None), without_memory(GPU), counter:
+        function(*given)
+    within = counter.counts[STAGE]
+    counts.kernels += within.kernels
+    counts.collectives += within.collectives
+    counts.moved_bytes += within.product_bytes + counter.part(STAGE).moved_bytes
+
+
+def _alike(argument: Any) -> Any:
+    """A tensor without memory in the place of a graph's node."""
+    if not isinstance(argument, torch.fx.Node):
+        return argument
+    like = argument.meta["val"]
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=GPU)
 
 
 def _is_new(node: Any) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_retro.parallel import overlap
 from megatron_retro.parallel.cuts import CUTS, Cut, Style
 from megatron_retro.testing.layout_grid import Case, drawn_part, tolerance, whole_grid, worst_of_case
 from megatron_retro.testing.layouts import (
@@ -65,6 +66,13 @@ SHARED = (
         {"retro_encoder_reads": "same-depth", "recompute_granularity": "full"},
     ),
 )
+
+
+@pytest.fixture(autouse=True)
+def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tensor ranks exchange goes in pieces, as it does for large models."""
+    monkeypatch.setattr(overlap, "LEAST_BYTES", 1)
+    monkeypatch.setattr(overlap, "LEAST_RESULTS", 1)
 
 
 @pytest.mark.parametrize("case", [TRAP, *CORES, *FAMILIES, *SHARED, *drawn_part(SEED)], ids=str)

