@@ -123,10 +123,12 @@ def split_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries [B, S, G * (N - 2), D], keys and values [B, S, G, D] of groups that hold them in this order.
 
-    Queries and keys are rotated: at once, where a formula does it and both are then views of what it gives.
+    Queries and keys are rotated: at once, where a formula does it and both are then views of what it gives. A compiler
+    fuses either way, and better what stays apart.
     """
     groups, heads = projected_BSGND.shape[2], projected_BSGND.shape[3] - 2
-    at_once = table is not None and 1 in (groups, heads) and _serving(projected_BSGND) != NATIVE
+    views = 1 in (groups, heads) and not torch.compiler.is_compiling()
+    at_once = table is not None and views and _serving(projected_BSGND) != NATIVE
     if table is not None and at_once:
         both, value = torch.split(projected_BSGND, [heads + 1, 1], -2)
         query, key = torch.split(apply_rotary(both, table, interleaved=interleaved), [heads, 1], -2)
