@@ -59,7 +59,10 @@ FAMILIES = (
 
 _SHARED = {"context_parallel_size": 2}
 SHARED = (
-    Case(4, {**_SHARED, "tensor_model_parallel_size": 2, "sequence_parallel": True}, LIKE_GEMMA3),
+    pytest.param(
+        Case(4, {**_SHARED, "tensor_model_parallel_size": 2, "sequence_parallel": True}, LIKE_GEMMA3),
+        marks=pytest.mark.full,
+    ),
     Case(
         4,
         {**_SHARED, "pipeline_model_parallel_size": 2, "data_parallel_sharding": "full"},

@@ -44,14 +44,18 @@ def in_documents(batch: Microbatch[Tensor], number: int) -> Microbatch[Tensor]:
     return replace(batch, document_ids_BS=ids, position_ids_BS=positions)
 
 
-@pytest.mark.parametrize("model", [{}, LIKE_GEMMA3], ids=["all earlier tokens", "windows"])
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param({}, marks=pytest.mark.full, id="all earlier tokens"), pytest.param(LIKE_GEMMA3, id="windows")],
+)
 def test_documents_stay_apart(model: dict[str, Any]) -> None:
     settings = tiny_settings(**SHARED, **model, global_batch_size=2)
     batches = [in_documents(batch, number) for number, batch in enumerate(random_batches(settings))]
-    worst = worst_differences(reference_outcome(settings, batches), run_layout(settings, 2, batches))
+    reference = reference_outcome(settings, batches)
+    worst = worst_differences(reference, run_layout(settings, 2, batches))
     assert {name: error for name, error in worst.items() if not error < TOLERANCE} == {}
     plain = [replace(batch, document_ids_BS=None, position_ids_BS=None) for batch in batches]
-    assert worst_differences(reference_outcome(settings, plain), run_layout(settings, 2, batches))["loss"] > 1e-4
+    assert abs(reference_outcome(settings, plain).loss - reference.loss) > 1e-4 * reference.loss
 
 
 def test_neighbors_of_a_chunk_change_no_earlier_bit_on_any_rank() -> None:
@@ -94,7 +98,8 @@ def test_ranks_drop_other_elements_and_the_same_ones_again() -> None:
         model.stages[0].model.embedding.register_forward_hook(lambda *found: seen.append(found[-1].detach()))
         return [model.train_step([model.own_part(same)], step=step).loss for step in (0, 0, 1)], seen[0]
 
-    (first, embedded), (second, other) = run_ranks(lambda: steps("none"), 2)
+    found = run_ranks(lambda: [steps("none"), steps("full")], 2)
+    ((first, embedded), (again, _)), ((second, other), _) = found
     assert first == second and first[0] == first[1] != first[2]
     assert ((embedded == 0) != (other == 0)).float().mean() > 0.1, "one embedding, two masks"
-    assert run_ranks(lambda: steps("full"), 2)[0][0] == first
+    assert again == first
