@@ -64,11 +64,12 @@ class DecoderLayer(nn.Module):
     def whole(
         self, hidden_BSH: Tensor, encoded_neighbors: Tensor | None, context: SequenceContext, cache: Cache | None
     ) -> Tensor:
-        """[B, S, H], of a layer that encodes nothing."""
+        """[B, S, H], of a layer that encodes nothing. One part: what an instance has for the others is not its."""
         if self.cross_attention is None or context.retrieval is None:
             return self._end(hidden_BSH, self._attended(hidden_BSH, context, cache))
-        normed_BSH, summed_BSH, added = self.before_encoding(hidden_BSH, context, cache)
-        return self.behind_encoding(hidden_BSH, normed_BSH, summed_BSH, added, encoded_neighbors, context, cache)
+        normed_BSH, summed_BSH, added = DecoderLayer.before_encoding(self, hidden_BSH, context, cache)
+        states = (hidden_BSH, normed_BSH, summed_BSH, added)
+        return DecoderLayer.behind_encoding(self, *states, encoded_neighbors, context, cache)
 
     def before_encoding(
         self, hidden_BSH: Tensor, context: SequenceContext, cache: Cache | None

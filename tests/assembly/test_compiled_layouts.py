@@ -50,10 +50,20 @@ def test_compiled_kernels_give_eager_numbers(monkeypatch: pytest.MonkeyPatch) ->
     assert any(worst.values()), "a compiler that changed no bit compiled nothing"
 
 
-def test_collectives_inside_a_graph_give_eager_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("mesh", "variant"),
+    [
+        (_CUT, {**LIKE_LLAMA, **_RETRO}),
+        ({}, {**_RETRO, "num_layers": 2, "retro_layers": (1, 2)}),  # gradients of microbatches are summed in it
+    ],
+    ids=["tensor", "data"],
+)
+def test_collectives_inside_a_graph_give_eager_numbers(
+    mesh: dict[str, Any], variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(overlap, "LEAST_BYTES", 1)
     monkeypatch.setattr(overlap, "LEAST_RESULTS", 1)
-    worst = worst_of(Case(2, _CUT, {**LIKE_LLAMA, **_RETRO}), monkeypatch, "aot_eager")
+    worst = worst_of(Case(2, mesh, variant), monkeypatch, "aot_eager")
     assert {name: error for name, error in worst.items() if error >= TOLERANCE} == {}
 
 
