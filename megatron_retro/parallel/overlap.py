@@ -110,7 +110,7 @@ def reduced_product_gradients(
     places = torch.empty_like(hidden)
     _multiply_as_they_come(gathered, works, weight_YX, None, _by_piece(places, len(works), ranks.size()))
     weight_gradient = weight_YX.new_empty(0)
-    if wanted[1]:  # in the order of the pieces: of the two, the hidden rows are those that a rank has a part of
+    if wanted[1]:  # in the order of pieces: a rank's columns are less to reorder than whole rows of the gradient
         rows = torch.stack(_by_piece(hidden, len(works), ranks.size())) if len(works) > 1 else hidden
         weight_gradient = weight_gradient_of(gathered, rows, sums_YX, put_off)
     return places.movedim(0, dim), weight_gradient
