@@ -107,7 +107,8 @@ def _attach_peft(stage: Stage, settings: Settings, mesh: ParallelMesh) -> None:
 
 def _cut(stage: Stage, settings: Settings, mesh: ParallelMesh, cuts: Sequence[Cut]) -> None:
     if stage.axis is not None:
-        overlaps = settings[OptimizerConfig].fp8_format == "none"  # FP8 multiplies its own way
+        # FP8 multiplies its own way
+        overlaps = OptimizerConfig not in settings or settings[OptimizerConfig].fp8_format == "none"
         cut_model(stage.model, mesh.devices[TENSOR], stage.axis, cuts, overlaps=overlaps)
 
 
