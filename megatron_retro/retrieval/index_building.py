@@ -219,7 +219,7 @@ def _publish(
 ) -> None:
     for file in directory.iterdir():
         if file.name not in names:
-            file.unlink()
+            file.unlink(missing_ok=True)  # a late worker's may go by itself
     files = file_records(directory, names)
     write_manifest(directory, kind=KIND, version=VERSION, inputs=inputs, config=config, counts=counts, files=files)
     flush_directory(directory)

@@ -106,11 +106,13 @@ def recompute(what: str, files: Sequence[Path], share: float, write: Callable[[i
         Progress(f"{what}: computing again", len(chosen), "blocks") as progress,
     ):
         for number in chosen.tolist():
-            if not files[number].exists():
+            try:
+                finished = files[number].read_bytes()
+            except FileNotFoundError:
                 continue  # published by another worker, who computed a share again before
             path = folder / files[number].name
             write(number, path)
-            if path.read_bytes() != files[number].read_bytes():
+            if path.read_bytes() != finished:
                 raise ArtifactError(
                     f"{files[number]} is not what its inputs give",
                     fix="remove it and run the same command again; if it happens again, a machine computes wrongly",

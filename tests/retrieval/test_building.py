@@ -18,6 +18,7 @@ from megatron_retro.retrieval import index_choice, index_search
 from megatron_retro.retrieval.embedders import HashedEmbedder
 from megatron_retro.retrieval.index_building import open_merged
 from megatron_retro.retrieval.stages import build_retrieval
+from megatron_retro.retrieval.work_blocks import recompute
 from megatron_retro.testing.retrieval_projects import (
     CHUNK,
     EOD,
@@ -294,3 +295,20 @@ def test_several_corpora_make_one_database(tmp_path: Path) -> None:
         for row in range(len(ids)):
             mine = set(owners[row * CHUNK : (row + 2) * CHUNK].tolist())
             assert not mine & {chunks[one][0] for one in ids[row] if one >= 0}
+
+
+def test_blocks_may_be_published_while_they_are_computed_again(tmp_path: Path) -> None:
+    files = [tmp_path / "stage" / "blocks" / str(number) for number in range(4)]
+    files[0].parent.mkdir(parents=True)
+    for file in files:
+        file.write_text(file.name)
+    written = []
+
+    def write(number: int, path: Path) -> None:
+        path.write_text(str(number))
+        written.append(number)
+        for file in files:  # by another worker
+            file.unlink(missing_ok=True)
+
+    recompute("encode", files, 1.0, write)
+    assert len(written) == 1
