@@ -138,11 +138,10 @@ class StreamCut:
 
 
 @dataclass(frozen=True)
-class TensorAxis:
-    """The tensor ranks, and whether the residual stream is cut along its sequence between them."""
+class Axis:
+    """Ranks that share something, and this one's place among them."""
 
     group: dist.ProcessGroup
-    sequence_parallel: bool
 
     @property
     def rank(self) -> int:
@@ -151,6 +150,13 @@ class TensorAxis:
     @property
     def size(self) -> int:
         return dist.get_world_size(self.group)
+
+
+@dataclass(frozen=True)
+class TensorAxis(Axis):
+    """The tensor ranks, and whether the residual stream is cut along its sequence between them."""
+
+    sequence_parallel: bool
 
     def gather(self, residual: Tensor, dim: int = SEQUENCE_DIM) -> Tensor:
         """Residual -> gathered (all-gather / reduce-scatter, or identity / all-reduce)."""

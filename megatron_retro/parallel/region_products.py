@@ -99,9 +99,8 @@ class _Gathered(torch.autograd.Function):
         group, dim, sequence_parallel = border
         if not sequence_parallel:
             return linear_product(residual, weight_YX, bias_Y)
-        compute = as_one_operator(gathered_product)
-        product: Tensor = compute(residual, weight_YX, bias_Y, group, dim)
-        return product
+        gathered: Tensor = as_one_operator(gathered_product)(residual, weight_YX, bias_Y, group, dim)
+        return gathered
 
     @staticmethod
     @once_differentiable

@@ -13,11 +13,10 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_retro.microbatch import Array, Microbatch, Neighbors
-from megatron_retro.parallel.collectives import gathered
+from megatron_retro.parallel.collectives import Axis, gathered
 
 ArrayT = TypeVar("ArrayT", Array, Tensor)
 NUM_SPANS = 2
@@ -58,18 +57,8 @@ def _part_of_neighbors(neighbors: Neighbors[ArrayT], rank: int, size: int) -> Ne
 
 
 @dataclass(frozen=True)
-class ContextAxis:
+class ContextAxis(Axis):
     """The ranks that share every sequence; all of them must call what gathers."""
-
-    group: dist.ProcessGroup
-
-    @property
-    def rank(self) -> int:
-        return dist.get_rank(self.group)
-
-    @property
-    def size(self) -> int:
-        return dist.get_world_size(self.group)
 
     def spans(self, length: int) -> tuple[range, ...]:
         """Where `length` tokens here stand in the sequence."""
