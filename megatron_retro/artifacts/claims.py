@@ -19,7 +19,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,6 +120,7 @@ class _Waiter:
             self._now()
             names = os.listdir(self.directory)
         except FileNotFoundError:  # who did the last block may remove the directory
+            make_folder(self.directory)  # or somebody else did, and there is work left
             return set()
         claims = sorted(name for name in names if name.endswith(_CLAIM))
         waiters = max(sum(name.startswith(_WAITER) for name in names), 1)
@@ -148,9 +149,9 @@ class _Waiter:
             return True
         try:
             renewed = path.stat().st_mtime  # as the server has it: the content was read just now
+            return self._now() - renewed > self.lease_seconds
         except FileNotFoundError:
             return False
-        return self._now() - renewed > self.lease_seconds
 
     def _now(self) -> float:
         """The file system's clock."""
@@ -167,11 +168,14 @@ class _Waiter:
 
 
 def _create_exclusively(path: Path, content: str) -> bool:
-    """Create `path` unless it exists. A worker killed before the content is in holds it until the lease ends."""
+    """Create `path` unless it exists, or its directory is gone, which whoever waits makes again.
+
+    A worker killed before the content is in holds it until the lease ends.
+    """
     with named_disk_errors(path):
         try:
             claim = path.open("x")
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):
             return False
         try:
             with claim:
@@ -184,10 +188,8 @@ def _create_exclusively(path: Path, content: str) -> bool:
 
 def _restore(stale: Path, path: Path) -> None:
     """Put back a fresh claim that was renamed by mistake, unless a newer one stands there."""
-    try:
+    with suppress(FileExistsError, FileNotFoundError):
         os.link(stale, path)
-    except FileExistsError:
-        return
 
 
 def _content(path: Path) -> str | None:

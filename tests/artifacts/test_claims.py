@@ -72,6 +72,20 @@ def test_a_directory_may_go_when_all_is_done(tmp_path: Path, monkeypatch: pytest
     assert list(BlockClaims(claims, ["a"], done.__contains__)) == []
 
 
+@pytest.mark.parametrize("done_by_others", [True, False])
+def test_a_directory_may_go_while_a_block_is_claimed(tmp_path: Path, done_by_others: bool) -> None:
+    """Between a look at the block and the claim; removed by whoever did the last block, or while there is work left."""
+    claims, looks = tmp_path / "claims", list[bool]()
+
+    def is_done(_: str) -> bool:
+        looks.append(done_by_others and len(looks) > 0)
+        if len(looks) == 1:
+            shutil.rmtree(claims)
+        return looks[-1]
+
+    assert list(BlockClaims(claims, ["a"], is_done)) == ([] if done_by_others else ["a"])
+
+
 def test_no_clock_but_the_file_system_s_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A node whose clock is ahead takes no block from a living worker, one that is behind keeps none of a dead one."""
     clock = time.time
