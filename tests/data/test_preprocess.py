@@ -220,6 +220,18 @@ def test_a_record_is_corrected_and_the_same_command_runs(tmp_path: Path) -> None
     assert preprocess(tmp_path / "o", [path]) == 0
 
 
+def test_a_worker_that_fails_leaves_the_folder_in_which_others_work(tmp_path: Path) -> None:
+    """What they find there besides the job is theirs; without any, a run of other settings or input takes it."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(BAD["null"][0])
+    for shard in ("0/2", "1/2"):
+        assert preprocess(tmp_path / "o", [path], "--shard", shard) == 2
+        assert sorted(name for name in os.listdir(tmp_path / "o.unfinished") if name != "claims") == ["plan.json"]
+    path.write_bytes(GOOD)
+    assert preprocess(tmp_path / "o", [path], "--append-eod") == 0
+    assert not (tmp_path / "o.unfinished").exists()
+
+
 def test_after_hours_of_work_a_bad_record_is_set_aside_and_the_rest_is_kept(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

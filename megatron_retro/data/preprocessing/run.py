@@ -44,6 +44,7 @@ from megatron_retro.runtime.launch import Worker, this_worker
 from megatron_retro.runtime.signals import until_stopped
 
 _JOIN = "join"
+_PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,8 @@ def preprocess(settings: Settings) -> None:
         _tokenize_blocks(run, workers, log_interval)
         summary = _finish(run, workers)
     except BaseException:
-        _remove_empty_work_directory(run)
+        if run.worker.count == 1 and not _holds_work(run.directory):  # others may be about to claim a block
+            shutil.rmtree(run.directory, ignore_errors=True)
         raise
     if config.verify:
         verify(run)
@@ -225,8 +227,8 @@ def plan_run(inputs: InputConfig, config: PreprocessConfig, tokenizer_config: To
 
 def _open_work_directory(run: Run) -> None:
     """Open the work directory, to begin or to go on; that of another job is refused, and so are files of others."""
-    plan_file = run.directory / "plan.json"
-    is_ours = plan_file.exists()
+    plan_file = run.directory / _PLAN
+    is_ours = plan_file.exists() and _holds_work(run.directory)
     if is_ours:
         fields = {"fingerprint", *asdict(run.job)}
         stored = read_sealed_json(plan_file, fields, fix=f"remove {run.directory} and run the same command again")
@@ -242,11 +244,9 @@ def _open_work_directory(run: Run) -> None:
     write_sealed_json(plan_file, {"fingerprint": run.job.fingerprint, **asdict(run.job)})
 
 
-def _remove_empty_work_directory(run: Run) -> None:
-    """Remove the work directory of a run that failed before its first block."""
-    claimed = any((run.directory / "claims").glob("*"))
-    if not claimed and len(run.remaining()) == len(run.job.blocks):
-        shutil.rmtree(run.directory, ignore_errors=True)
+def _holds_work(directory: Path) -> bool:
+    """Whether a work directory has more in it than the job: a run that failed before its first block left none."""
+    return any(name != _PLAN for _, _, names in os.walk(directory) for name in names)
 
 
 def _require_free(target: str, config: dict[str, Any], may_be_unfinished: bool) -> None:
