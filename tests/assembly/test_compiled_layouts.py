@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -41,7 +42,14 @@ def worst_of(case: Case, monkeypatch: pytest.MonkeyPatch, backend: str) -> dict[
     """Ranks are forked, so they compile with what is set here."""
     monkeypatch.setattr(compilation, "BACKEND", backend)
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    import_compiler()
     return worst_of_case(Case(case.world_size, {**case.mesh, "compile": True}, case.variant))
+
+
+@cache
+def import_compiler() -> None:
+    """Here, and not again in every rank."""
+    torch.compile(torch.sin, backend="aot_eager")(torch.ones(1, requires_grad=True))
 
 
 def test_compiled_kernels_give_eager_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
