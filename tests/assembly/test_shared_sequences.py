@@ -14,6 +14,7 @@ from megatron_retro.config.data import DataConfig
 from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.microbatch import Microbatch, Neighbors
+from megatron_retro.ops import compilation
 from megatron_retro.parallel.mesh import build_mesh
 from megatron_retro.parallel.partition import stage_parts
 from megatron_retro.testing.layout_grid import TOLERANCE
@@ -46,9 +47,14 @@ def in_documents(batch: Microbatch[Tensor], number: int) -> Microbatch[Tensor]:
 
 @pytest.mark.parametrize(
     "model",
-    [pytest.param({}, marks=pytest.mark.full, id="all earlier tokens"), pytest.param(LIKE_GEMMA3, id="windows")],
+    [
+        pytest.param({}, marks=pytest.mark.full, id="all earlier tokens"),
+        pytest.param(LIKE_GEMMA3, id="windows"),
+        pytest.param({**LIKE_GEMMA3, "compile": True}, marks=pytest.mark.full, id="compiled"),
+    ],
 )
-def test_documents_stay_apart(model: dict[str, Any]) -> None:
+def test_documents_stay_apart(model: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     settings = tiny_settings(**SHARED, **model, global_batch_size=2)
     batches = [in_documents(batch, number) for number, batch in enumerate(random_batches(settings))]
     reference = reference_outcome(settings, batches)

@@ -96,14 +96,34 @@ def document_by_document(
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_documents_of_spans_go_to_the_kernel_of_documents(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = heads(torch.bfloat16)
-    expected = by_mask(*inputs, window, documents())
+@pytest.mark.parametrize(("window", "in_documents"), [(None, True), (3, True), (3, False)])
+def test_documents_and_windows_of_spans_go_to_the_kernel_of_documents(
+    window: int | None, in_documents: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, own = heads(torch.bfloat16), documents() if in_documents else None
+    expected = by_mask(*inputs, window, own)
     calls = served(monkeypatch, document_by_document)
-    found = of_all_ranks(inputs, window, documents())
+    found = of_all_ranks(inputs, window, own)
     assert len(calls) == 2 * RANKS
     assert (found.double() - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_grouped_heads_under_a_mask_go_to_a_kernel_on_a_gpu(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch would write all scores out: its kernel for masks and float32 takes no grouped heads."""
+    asked: list[bool] = []
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
+        asked.append(how["enable_gqa"] or len({each.shape[1] for each in (query, key, value)}) > 1)
+        return torch.empty_like(query)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", kernel)
+    query, key = (torch.empty(1, 16, count, 64, dtype=dtype, device="meta") for count in (4, 2))
+    for pattern in (AttentionPattern(causal=True), AttentionPattern(causal=True, window=4)):
+        attention(query, key, key, pattern)
+    assert asked == [dtype == torch.bfloat16, False]
 
 
 class Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -135,7 +155,7 @@ def test_a_gpu_gets_no_mask_for_the_last_queries_of_many_keys(dtype: torch.dtype
 
 def test_flash_attention_is_asked_only_for_what_it_takes() -> None:
     takes = [
-        under_test._has_flash(torch.empty(1, 1, 1, size, dtype=dtype, device=device))
+        under_test._flash_takes(torch.empty(1, 1, 1, size, dtype=dtype, device=device), 0.0)
         for size, dtype, device in (
             (64, torch.bfloat16, "meta"),
             (60, torch.bfloat16, "meta"),
@@ -145,3 +165,23 @@ def test_flash_attention_is_asked_only_for_what_it_takes() -> None:
         )
     ]
     assert takes == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_size", "drops", "takes"),
+    [
+        ((7, 5), 64, False, False),
+        ((8, 6), 192, True, True),
+        ((8, 9), 200, False, False),
+        ((12, 0), 256, False, True),
+        ((8, 6), 256, True, False),
+        ((9, 0), 224, True, True),
+    ],
+)
+def test_wide_heads_go_where_they_have_a_backward(
+    capability: tuple[int, int], head_size: int, drops: bool, takes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limits of torch's flash kernels, which its own choice of kernels knows (`can_use_flash_attention`)."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert under_test._gpu_has_flash(0, head_size, drops) is takes

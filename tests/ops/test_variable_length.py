@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import varlen
 
 from megatron_retro.microbatch import Microbatch, document_bounds
 from megatron_retro.ops import attention as under_test
@@ -65,22 +66,27 @@ def served(monkeypatch: pytest.MonkeyPatch, kernel: Kernel | None) -> list[int]:
         calls.append(len(arguments[3]))
         return kernel(*arguments, **keywords)
 
-    monkeypatch.setattr(under_test, "variable_length_attention", lambda device: counted if kernel else None)
+    monkeypatch.setattr(under_test, "has_variable_length_attention", lambda heads: kernel is not None)
+    monkeypatch.setattr(varlen, "varlen_attn", counted)
     return calls
 
 
-@pytest.mark.parametrize("window", [None, 2, 64])
+@pytest.mark.parametrize(
+    ("changes", "documents"),
+    [({}, 2 * 64), ({"window": 2}, 2 * 64), ({"window": 64}, 2 * 64), ({"window": 2, "documents": None}, 2)],
+    ids=["documents", "windows in documents", "a wide window", "windows of whole rows"],
+)
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_documents_by_themselves_are_what_the_mask_says(
-    window: int | None, groups: int, monkeypatch: pytest.MonkeyPatch
+def test_documents_and_windows_by_themselves_are_what_the_mask_says(
+    changes: dict[str, Any], documents: int, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = []
     for kernel in (one_by_one, None):
         calls = served(monkeypatch, kernel)
         inputs = heads(torch.bfloat16, groups)
-        found = attention(*inputs, pattern(window=window))
+        found = attention(*inputs, pattern(**changes))
         found.float().square().sum().backward()
-        assert len(calls) == (kernel is not None) and set(calls) <= {2 * 64 + 1}
+        assert len(calls) == (kernel is not None) and set(calls) <= {documents + 1}
         results.append([found, *(each.grad for each in inputs)])
     for got, expected in zip(*results, strict=True):
         assert (got - expected).norm() < 0.01 * expected.norm()
@@ -89,14 +95,15 @@ def test_documents_by_themselves_are_what_the_mask_says(
 @pytest.mark.parametrize(
     ("changes", "dtype", "dropout"),
     [
-        ({}, torch.float32, 0.0),
         ({}, torch.bfloat16, 0.5),
+        ({"documents": None}, torch.bfloat16, 0.0),
+        ({"documents": None, "window": 10}, torch.bfloat16, 0.0),
         ({"causal": False}, torch.bfloat16, 0.0),
         ({"bias_BNST": torch.zeros(2, 4, 10, 10, dtype=torch.bfloat16)}, torch.bfloat16, 0.0),
         ({"allowed_BST": torch.ones(2, 1, 10, dtype=torch.bool)}, torch.bfloat16, 0.0),
         ({"documents": Documents(torch.from_numpy(IDS))}, torch.bfloat16, 0.0),
     ],
-    ids=["float32", "dropout", "both ways", "bias", "padding", "too many documents"],
+    ids=["dropout", "no documents", "all in a window", "both ways", "bias", "padding", "too many documents"],
 )
 def test_a_mask_serves_what_the_kernel_cannot(
     changes: dict[str, Any], dtype: torch.dtype, dropout: float, monkeypatch: pytest.MonkeyPatch
@@ -106,14 +113,31 @@ def test_a_mask_serves_what_the_kernel_cannot(
     assert calls == []
 
 
-def test_torchs_own_takes_what_it_is_given() -> None:
-    kernel = torchs_variable_length_attention()
-    if kernel is None:
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("in_documents", [False, True])
+def test_torchs_own_takes_what_it_is_given_in_one_graph(
+    in_documents: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torchs_variable_length_attention() is None:
         pytest.skip("this torch has no variable-length attention with windows and grouped heads")
-    query, key = (torch.empty(20, count, 8, dtype=torch.bfloat16, device="meta") for count in (4, 2))
-    starts = torch.empty(129, dtype=torch.int32, device="meta")
-    found = kernel(query, key, key, starts, starts, 10, 10, window_size=(-1, 0), enable_gqa=True)
+    monkeypatch.setattr(under_test, "has_variable_length_attention", lambda heads: True)
+    query, key = (torch.empty(2, 10, count, 8, dtype=torch.bfloat16, device="meta") for count in (4, 2))
+    ids, bounds = (torch.empty(2, size, dtype=torch.int64, device="meta") for size in (10, 65))
+    documents = Documents(ids, bounds) if in_documents else None
+    graph = torch.compile(attention, backend="eager", fullgraph=True)
+    found = graph(query, key, key, AttentionPattern(causal=True, window=window, documents=documents))
     assert found.shape == query.shape
+
+
+def test_whether_torch_has_its_own_can_be_asked_in_a_graph() -> None:
+    """As a compiled layer on a GPU asks, and whether that has flash attention."""
+
+    def asks(heads: Tensor) -> Tensor:
+        has = under_test._torch_has_variable_length_attention()
+        return heads + has + under_test._gpu_has_flash(heads.device.index, heads.shape[-1], False)
+
+    expected = torchs_variable_length_attention() is not None
+    assert torch.compile(asks, backend="eager", fullgraph=True)(torch.zeros(1)).item() == expected
 
 
 def test_bounds_say_where_runs_of_ids_begin() -> None:

@@ -94,6 +94,8 @@ def test_a_graph_serves_only_what_it_was_made_of(monkeypatch: pytest.MonkeyPatch
     compile_layers(models[1])
     steps: list[tuple[Callable[[Retro], Any], int, dict[str, Any]]] = [(Retro.train, 8, {}), (Retro.train, 6, {})]
     steps += [(Retro.train, 8, {"padding_mask_BS": torch.arange(8)[None].expand(2, -1) < torch.tensor([[8], [5]])})]
+    documents = {"document_ids_BS": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2], [0] * 8])}
+    steps += [(Retro.train, 8, documents)]
     steps += [(change, 8, {}) for change in CHANGES]
     before: list[Tensor | None] = []
     for number, (change, length, inputs) in enumerate(steps, 1):
