@@ -31,7 +31,7 @@ from megatron_retro.config.toml_files import preset_path, read_recipe
 from megatron_retro.microbatch import Neighbors
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.retro import Retro
-from megatron_retro.parallel.collectives import TensorAxis
+from megatron_retro.parallel.collectives import TensorAxis, begin_all_gather, begin_all_reduce, begin_reduce_scatter
 from megatron_retro.parallel.mesh import TENSOR, build_mesh
 from megatron_retro.parallel.partition import stage_parts
 from megatron_retro.parallel.tensor_parallel import cut_model
@@ -76,11 +76,11 @@ def _replay(calls: list[tuple[str, tuple[int, ...]]], group: dist.ProcessGroup) 
     def run() -> None:
         for name, out in buffers:
             if name.startswith("allreduce"):
-                dist.all_reduce(out, group=group)
+                begin_all_reduce(out, group).wait()
             elif name.startswith("_allgather"):
-                dist.all_gather_into_tensor(out, out.new_empty((out.shape[0] // size, *out.shape[1:])), group=group)
+                begin_all_gather(out, out.new_empty((out.shape[0] // size, *out.shape[1:])), group).wait()
             elif name.startswith("_reduce_scatter"):
-                dist.reduce_scatter_tensor(out, out.new_empty((out.shape[0] * size, *out.shape[1:])), group=group)
+                begin_reduce_scatter(out, out.new_empty((out.shape[0] * size, *out.shape[1:])), group).wait()
 
     return run
 

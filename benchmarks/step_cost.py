@@ -34,7 +34,10 @@ from megatron_retro.config.toml_files import preset_path, read_recipe
 from megatron_retro.model.initialization import initialize
 from megatron_retro.model.retro import Retro
 from megatron_retro.parallel import overlap
+from megatron_retro.parallel.collectives import TensorAxis
 from megatron_retro.parallel.layer_transforms import compile_layers
+from megatron_retro.parallel.mesh import TENSOR, ParallelMesh
+from megatron_retro.parallel.tensor_parallel import cut_model
 from megatron_retro.planning.fake_device import GPU, fake_rank, without_memory
 from megatron_retro.planning.operator_counts import OperatorCounter, OperatorCounts
 from megatron_retro.planning.recorder import PartTrace
@@ -62,6 +65,7 @@ def run(quick: bool) -> Iterator[Figure]:
         for tensor_ranks in (1, 8):
             yield from counted(size, settings_of(preset, tensor_ranks))
     yield from host_times(rounds=3 if quick else 15)
+    yield from host_times_of_a_cut_layer(rounds=3 if quick else 15)
 
 
 def settings_of(preset: str, tensor_ranks: int) -> Settings:
@@ -173,18 +177,38 @@ def host_times(rounds: int) -> Iterator[Figure]:
             opened.callback(dist.destroy_process_group)
             layer, call = opened.enter_context(megatron_core_layer(SMALL, device, dtype, 1))
             candidates |= one_and_many(MEGATRON_CORE, layer, call, (SMALL.length, 1, SMALL.hidden))
-        times = interleave(candidates, rounds, warm_up=2)
-    for name in [name for name in candidates if f"{name}s" in candidates]:
-        cost = (min(times[f"{name}s"].cpu) - min(times[name].cpu)) / DEEP
+        costs = costs_of_a_layer(candidates, rounds)
+    for name, cost in costs.items():
         yield Figure(f"host: {name}", cost * 1e6, "CPU us", better=LOWER)
 
 
-def ours(layers: int, *, compiled: bool = False) -> Callable[[], object]:
+def host_times_of_a_cut_layer(rounds: int) -> Iterator[Figure]:
+    """Of a layer on one of 8 tensor ranks, whose products go in pieces, over the uncut one; collectives do nothing."""
+    parallel = ParallelConfig(tensor_model_parallel_size=8, sequence_parallel=True)
+    with fake_rank(0, 8, parallel) as mesh, mock.patch.multiple(overlap, LEAST_BYTES=1, LEAST_RESULTS=1):
+        for compiled, name in ((False, "GPT layer"), (True, "compiled GPT layer")):
+            candidates = {
+                f"{which} layer{several}": ours(layers, compiled=compiled, mesh=cut)
+                for which, cut in (("uncut", None), ("cut", mesh))
+                for several, layers in (("", 1), ("s", 1 + DEEP))
+            }
+            uncut, cut_over_8 = costs_of_a_layer(candidates, rounds).values()
+            yield Figure(f"host: {name}, tensor 8 over uncut", cut_over_8 / uncut, "x", better=LOWER)
+
+
+def costs_of_a_layer(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """CPU-seconds of one layer for each name that is there once more in the plural."""
+    times = interleave(candidates, rounds, warm_up=2)
+    names = [name for name in candidates if f"{name}s" in candidates]
+    return {name: (min(times[f"{name}s"].cpu) - min(times[name].cpu)) / DEEP for name in names}
+
+
+def ours(layers: int, *, compiled: bool = False, mesh: ParallelMesh | None = None) -> Callable[[], object]:
     """A GPT of so many layers, by the references, as on a GPU on which nothing has proved itself."""
     model = ModelConfig(
         num_layers=layers,
         hidden_size=SMALL.hidden,
-        num_attention_heads=SMALL.heads,
+        num_attention_heads=SMALL.heads if mesh is None else mesh.size(TENSOR),
         ffn_hidden_size=SMALL.ffn,
         vocab_size=16,
         swiglu=True,
@@ -192,6 +216,8 @@ def ours(layers: int, *, compiled: bool = False) -> Callable[[], object]:
     )
     gpt = Retro(model, RetroConfig())
     initialize(gpt, model, RetroConfig(), seed=0)
+    if mesh is not None:
+        cut_model(gpt, mesh.devices[TENSOR], TensorAxis(mesh.group(TENSOR), True))
     if compiled:
         compile_layers(gpt)
     tokens = torch.zeros(1, SMALL.length, dtype=torch.long)

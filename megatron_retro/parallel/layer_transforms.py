@@ -1,6 +1,6 @@
 """What training does to the layers of a plain model, apart from cutting and sharding them; none changes their names.
 
-**Recomputation**: what a layer's backward computes again instead of keeping. As it is, a layer keeps what collectives,
+**Recomputation**: what a layer's backward computes again instead of keeping. As it is, a layer keeps what reductions,
 matrix products and attention gave, and norms and nonlinearities compute theirs again (`ops.recomputation`). `full`
 keeps a layer's inputs only: cross-attention is covered, and the neighbour encoder as part of the first retrieval layer,
 whose call encodes; a layer's collectives of the tensor axis are repeated.

@@ -31,8 +31,10 @@ from megatron_retro.planning.suggestions import (
 from megatron_retro.planning.workload import Workload, with_model_shape
 from megatron_retro.runtime.console import readable_bytes, readable_count, readable_seconds, render_table
 
-# Of a layer, forward and backward, compiled and eager: host times of benchmarks/step_cost.py
+# Of a layer, forward and backward, compiled and eager: host times of benchmarks/step_cost.py; and how many times that
+# with tensor ranks, all products in pieces, without what a GPU's collectives take to begin.
 HOST_MS, HOST_CPU = {True: 0.7, False: 1.3}, "an AMD EPYC"
+TIMES_WHEN_CUT = {True: 3.9, False: 3.2}
 TRAINING_VERBS = ("pretrain", "retrofit", "finetune")
 
 
@@ -168,12 +170,13 @@ def _time_table(plan: Plan) -> str:
 def host_lines(plan: Plan) -> Iterator[str]:
     """Where launching a layer takes longer than computing it."""
     computed = 1e3 * layer_seconds(plan.ranks, plan.layout, plan.machine)
-    launched = HOST_MS[compiles_on_a_gpu(plan.settings)]
+    compiled = compiles_on_a_gpu(plan.settings)
+    launched = HOST_MS[compiled] * (TIMES_WHEN_CUT[compiled] if plan.layout.tensor > 1 else 1.0)
     if 0 < computed < launched:
         enough = math.ceil(plan.layout.micro_batch * launched / computed)
         yield (
             f"host          sets the pace: a layer takes the GPU {computed:.2f} ms, and a core of {HOST_CPU} "
-            f"{launched} ms to launch; --micro-batch-size {enough} is about as long"
+            f"{launched:.1f} ms to launch; --micro-batch-size {enough} is about as long"
         )
 
 

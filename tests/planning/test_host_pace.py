@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from megatron_retro.config.hardware import accelerator
 from megatron_retro.config.settings import Settings
@@ -26,8 +27,8 @@ def test_the_microbatch_that_is_named_is_about_enough() -> None:
         assert (said(recipe(**GPT, micro_batch_size=size, global_batch_size=8 * size)) == "") is is_enough
 
 
-def test_eager_layers_need_more_of_the_gpu_than_compiled_ones() -> None:
-    sizes = [re.search(r"size (\d+) ", said(recipe(**GPT, compile=compiled))) for compiled in (True, False)]
-    assert all(sizes)
-    compiled, eager = (int(found[1]) for found in sizes if found is not None)
-    assert compiled < eager
+def test_eager_layers_and_those_of_tensor_ranks_need_more_of_the_gpu() -> None:
+    changes: tuple[dict[str, Any], ...] = ({}, {"compile": False}, {"tensor_model_parallel_size": 2})
+    found = [re.search(r"size (\d+) ", said(recipe(**GPT, **change))) for change in changes]
+    compiled, eager, cut = (int(each[1]) for each in found if each is not None)
+    assert compiled < eager and 2 * compiled < cut
