@@ -50,10 +50,10 @@ class RegionProduct:
         self.defer: Defer | None = None
 
     def acts(self) -> bool:
-        """Else the region gathers and reduces by itself: where text is generated, and along R of a chunk's neighbours,
+        """Else the region gathers and reduces by itself: where text is generated, and where neighbours are cut along R,
         which a region that joins them needs in another order."""
         generates = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-        return not generates and (self._cut.dim == 0 or not self._by_chunks)
+        return not generates and (self._cut.dim == 0 or not self._by_chunks or not self._sequence_parallel)
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, sums: Tensor | None = None) -> Tensor:
         """The product; with `sums` its backward adds the weight's gradient to them."""

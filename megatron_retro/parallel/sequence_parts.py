@@ -67,7 +67,8 @@ class ContextAxis(Axis):
     def whole(self, part_BSX: Tensor) -> Tensor:
         """[B, S, ...] in the order of the sequence, from all parts [B, S / C, ...] (all-gather / reduce-scatter)."""
         halves = torch.unflatten(gathered(part_BSX, self.group, 1), 1, (self.size, NUM_SPANS, -1))
-        return torch.cat((halves[:, :, 0], halves[:, :, 1].flip(1)), 1).flatten(1, 2)
+        ranks = range(self.size)
+        return torch.cat([halves[:, rank, 0] for rank in ranks] + [halves[:, rank, 1] for rank in reversed(ranks)], 1)
 
     def behind_chunk_before(self, part_BCX: Tensor) -> Tensor:
         """[B * 2, 1 + C / 2, ...]: each span's chunks behind the last of the span before; zeros before the first."""
