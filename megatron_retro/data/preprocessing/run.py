@@ -126,13 +126,7 @@ class Run:
                 append_blocks(self.job, self.directory, self.output)
 
     def _claimed(self, blocks: Sequence[str], is_done: Callable[[str], bool], *, wait: bool) -> Iterator[str]:
-        claims = BlockClaims(self.directory / "claims", blocks, is_done, wait=wait)
-        try:
-            yield from claims
-        except FileNotFoundError:
-            # Another worker finished everything and removed the directory under us.
-            if not is_finished(self.job, self.output):
-                raise
+        return iter(BlockClaims(self.directory / "claims", blocks, is_done, wait=wait))
 
     @contextmanager
     def _overtaken(self, is_done: Callable[[], bool] = lambda: False) -> Iterator[None]:
