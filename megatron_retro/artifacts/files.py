@@ -26,6 +26,7 @@ from megatron_retro.errors import ArtifactError, EnvironmentProblem, MegatronRet
 TEMPORARY_MARK = ".partial-"
 RETIRED_MARK = ".retired-"
 _ABANDONED_SECONDS = 24 * 3600.0
+_ATTEMPTS = 10  # at a folder that others make and remove meanwhile
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _AGAIN = "and run the same command again"
@@ -99,14 +100,17 @@ def make_folder(path: Path) -> None:
     if path.parts and path.parts[0].endswith(":"):  # what `Path` leaves of a URL
         raise EnvironmentProblem(f"{path} lies in an object store, which is only read", fix="give a path on a disk")
     with named_disk_errors(path):
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
-            raise EnvironmentProblem(
-                f"no folder can be made at {path}",
-                got=error.strerror,
-                fix="give a path below a folder, not below a file",
-            ) from error
+        for left in reversed(range(_ATTEMPTS)):
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                return
+            except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+                if left == 0:
+                    raise EnvironmentProblem(
+                        f"no folder can be made at {path}",
+                        got=error.strerror,
+                        fix="give a path below a folder, not below a file",
+                    ) from error
 
 
 def write_file(path: Path, content: bytes | str) -> None:

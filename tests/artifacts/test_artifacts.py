@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -207,6 +208,27 @@ def test_a_file_where_a_folder_should_be_is_one_sentence(tmp_path: Path) -> None
             write()
         assert refused.value.exit_code == 2
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_folder_that_another_process_removes_meanwhile_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is gone when one looks what was in the way, and the folder above it when it was just made."""
+    folder, make, calls = tmp_path / "claims/blocks", os.mkdir, list[Path]()
+    folder.mkdir(parents=True)
+
+    def make_and_lose(path: Path, *arguments: int) -> None:
+        calls.append(path)
+        try:
+            make(path, *arguments)
+        finally:
+            if len(calls) in (1, 3):
+                shutil.rmtree(folder.parent)
+
+    monkeypatch.setattr(os, "mkdir", make_and_lose)
+    files.make_folder(folder)
+    assert folder.is_dir()
+    assert calls == [folder, folder, folder.parent, folder, folder, folder.parent, folder]
 
 
 def test_a_run_that_finds_no_room_for_a_checkpoint_does_not_begin(tmp_path: Path) -> None:
