@@ -249,12 +249,12 @@ def figures(sizes: dict[str, int], times: dict[str, Times]) -> list[Figure]:
     over_gpt = speedup(times, "gpt", "retro") / (counted[0] / counted[1])
     result = [
         *rates(sizes, times),
-        Figure("retro, share of the matrix-product bound", speedup(times, "retro", "bound"), "", 0.88),
+        Figure("retro, share of the matrix-product bound", speedup(times, "retro", "bound"), "", 0.95),
         Figure("retro over GPT: time ratio / ratio of counted FLOPs", over_gpt, "", 1.05, LOWER),
         Figure("gate 0 over GPT: time", speedup(times, "gpt", "gate 0"), "", 1.01, LOWER),
     ]
     if "retro-pytorch" in times:
-        result.append(Figure("speed over retro-pytorch", speedup(times, "retro", "retro-pytorch"), "x", 1.45))
+        result.append(Figure("speed over retro-pytorch", speedup(times, "retro", "retro-pytorch"), "x", 1.40))
         bound = speedup(times, "bound", "retro-pytorch")
         result.append(Figure("the matrix-product bound over retro-pytorch", bound, "x"))
     if CORE in times:
