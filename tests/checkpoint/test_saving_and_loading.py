@@ -19,10 +19,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from megatron_retro.artifacts.manifest import damage
 from megatron_retro.checkpoint.dcp import TrimmingSavePlanner
 from megatron_retro.checkpoint.directory import LATEST_NAME, complete_checkpoints, run_lock
+from megatron_retro.checkpoint.live_state import as_staged
 from megatron_retro.checkpoint.loading import load_tensors, open_checkpoint, require_same_model, stored_settings
 from megatron_retro.checkpoint.saver import Saver, Snapshot
 from megatron_retro.checkpoint.share import share_out
@@ -311,6 +314,20 @@ def test_a_background_save_waits_for_the_device_that_it_copies_from(monkeypatch:
         live = {"model.a": torch.zeros(2, device="cuda:3"), "optimizer.step": torch.zeros(2)}
         Saver(Path("never written"))._stage(live)
     assert waited == [torch.device("cuda", 3)]
+
+
+def test_what_is_staged_stays_on_the_cpu_whatever_the_mesh_is_of() -> None:
+    """It would be on the first GPU of each rank's machine, taken before the copy from the rank's own has arrived."""
+    mesh = DeviceMesh("meta", torch.arange(2), _init_backend=False, _rank=1)
+    shape, placements = torch.Size((4, 3)), (Shard(0),)
+    live = DTensor.from_local(
+        torch.empty(2, 3, device="meta"), mesh, placements, run_check=False, shape=shape, stride=(3, 1)
+    )
+    room = torch.ones(2, 3)
+    staged = as_staged(live, room)
+    assert isinstance(staged, DTensor)
+    assert staged.to_local().data_ptr() == room.data_ptr()
+    assert (staged.shape, staged.placements, staged.device_mesh) == (shape, placements, mesh)
 
 
 def test_a_setting_that_moved_to_another_section_is_no_longer_the_models() -> None:
