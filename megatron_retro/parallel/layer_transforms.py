@@ -120,8 +120,8 @@ class DeferredWeightGradients:
         return result if bias is None else result + bias
 
     def defer(self, weight: Tensor, sums: Tensor | None, hidden: Tensor, gradient: Tensor) -> None:
-        """Keep what one weight's gradient is computed from."""
-        self._deferred.append((weight, sums, hidden, gradient))
+        """Keep what one weight's gradient is computed from, without how that was computed: a schedule records."""
+        self._deferred.append((weight, sums, hidden.detach(), gradient.detach()))
 
     def pop(self) -> Callable[[], None]:
         """All that is deferred now, as one call that computes it and adds it to the weights' gradients."""

@@ -15,6 +15,7 @@ from megatron_retro.config.parallel import ParallelConfig
 from megatron_retro.config.settings import Settings
 from megatron_retro.ops import compilation
 from megatron_retro.ops.weight_gradients import adding_linear
+from megatron_retro.parallel.layer_transforms import DeferredWeightGradients
 from megatron_retro.testing.layouts import random_batches, tiny_settings, whole_gradients
 from megatron_retro.testing.processes import run_ranks
 
@@ -84,6 +85,25 @@ def test_without_a_second_microbatch_nothing_is_summed() -> None:
     ((gradients, _),) = run_ranks(gradients_of_equal_microbatches, 1, tiny_settings(**LAYER), 1)
     up = gradients["layers.0.mlp.up.weight"]
     assert torch.equal(up, up.bfloat16().float())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_waited_for_a_schedule_is_added_without_a_record_of_it(device: str) -> None:
+    """A schedule calls with gradients enabled: a product into a sum would be refused, or the sum would keep all of it.
+
+    Where there is no GPU, what such a product refuses shows on tensors without data.
+    """
+    deferred = DeferredWeightGradients(lambda: None)
+    hidden, weight = (
+        torch.ones(shape, dtype=torch.bfloat16, device=device, requires_grad=True)
+        for shape in ((3, WIDTH), (FFN, WIDTH))
+    )
+    sums = torch.zeros(FFN, WIDTH, device=device)
+    for _ in range(2):
+        deferred.multiply(hidden * 2, weight, None, sums).sum().backward()
+    deferred.pop()()
+    assert not sums.requires_grad
+    assert device == "meta" or bool((sums == 12).all())
 
 
 def test_gradients_are_those_of_a_linear_layer() -> None:
