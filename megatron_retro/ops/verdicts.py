@@ -103,9 +103,10 @@ def verdict_of(device: str) -> Verdict:
     kept = read_verdict(path, machine)
     if kept is not None:
         return kept
+    began = time.time()
     with _alone(path.with_suffix(".lock")):
-        kept = read_verdict(path, machine)
-        return kept if kept is not None else _found_now(machine, path)
+        kept = read_verdict(path, machine) or _found_meanwhile(machine, path, began)
+        return kept or _found_now(machine, path)
 
 
 def machine_of(device: str) -> Machine:
@@ -219,12 +220,24 @@ def _found_now(machine: Machine, path: Path) -> Verdict:
     verdict = Verdict(machine, findings)
     for sentence in verdict.warnings():
         warn(sentence)
-    if lasting:
-        try:
-            write_verdict(path, verdict)
-        except (EnvironmentProblem, OSError) as error:
-            say(f"the verdict on kernels is not kept, so every process proves them again: {error}")
+    try:
+        write_verdict(path if lasting else _passing(path), verdict)
+    except (EnvironmentProblem, OSError) as error:
+        say(f"the verdict on kernels is not kept, so every process proves them again: {error}")
     return verdict
+
+
+def _found_meanwhile(machine: Machine, path: Path, began: float) -> Verdict | None:
+    """What a process found that this one waited for, though another try may find more; all would take too long."""
+    try:
+        fresh = _passing(path).stat().st_mtime >= began
+    except FileNotFoundError:
+        return None
+    return read_verdict(_passing(path), machine) if fresh else None
+
+
+def _passing(path: Path) -> Path:
+    return path.with_suffix(".passing")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,24 @@ def test_it_is_proven_once_and_again_where_damaged(
     verdicts.verdict_of.cache_clear()
     assert verdicts.verdict_of("cpu").findings == all_serve(NATIVE)
     assert "is not kept" in capsys.readouterr().err
+
+
+def test_who_waited_for_a_proof_that_does_not_last_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks of a host want it at once, one after the other; who comes later tries again."""
+    proofs = []
+
+    def prove(device: str) -> tuple[Any, bool]:
+        proofs.append(device)
+        time.sleep(0.3)
+        return all_serve(REFERENCE), False
+
+    monkeypatch.setattr(verdicts, "prove", prove)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(verdicts.verdict_of.__wrapped__, ["cpu"] * 4))
+    assert [each.findings for each in found] == [all_serve(REFERENCE)] * 4
+    assert len(proofs) == 1
+    verdicts.verdict_of.__wrapped__("cpu")
+    assert len(proofs) == 2
 
 
 def refuse(path: Path, content: str) -> None:
