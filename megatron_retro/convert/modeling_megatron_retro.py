@@ -110,9 +110,13 @@ class MegatronRetroForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **others: Any,
     ) -> CausalLMOutput:
-        """`neighbor_tokens` and `neighbor_mask` are [B, chunks, K, R]; with them, rows are padded at the end alone."""
+        """`neighbor_tokens` and `neighbor_mask` are [B, chunks, K, R]; with them, rows are padded at the end alone.
+
+        The loss is the mean over labels, or their sum over `num_items_in_batch`: Trainer's count for a whole step.
+        """
         leads = attention_mask is not None and not bool(attention_mask[:, 0].all())
         if leads and neighbor_tokens is not None:
             raise ValueError(
@@ -127,7 +131,12 @@ class MegatronRetroForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.retro(input_ids, neighbors, position_ids_BS=position_ids, padding_mask_BS=real)
         loss = None
         if labels is not None:
-            loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            reduction = "mean" if num_items_in_batch is None else "sum"
+            loss = functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction=reduction
+            )
+            if num_items_in_batch is not None:
+                loss = loss / num_items_in_batch
         return CausalLMOutput(loss=loss, logits=logits)
 
     def prepare_inputs_for_generation(

@@ -123,6 +123,41 @@ def test_recomputed_layers_give_the_same_gradients(theirs: Any, reentrant: bool)
     assert not model.is_gradient_checkpointing
 
 
+def test_a_trainer_that_accumulates_takes_the_gradient_of_the_whole_batch(theirs: Any, tmp_path: Path) -> None:
+    """Rows with unequal numbers of labels: a step of 4 rows and one of 1 x 4 move the weights alike."""
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    tokens = random_tokens(4, 12)
+    rows = [
+        {"input_ids": row, "labels": torch.where(torch.arange(12) < cut, -100, row)}
+        for row, cut in zip(tokens, (0, 2, 6, 10), strict=True)
+    ]
+    model = theirs()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def moved(batch: int) -> dict[str, torch.Tensor]:
+        model.load_state_dict(start)
+        asked = TrainingArguments(
+            str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=4 // batch,
+            learning_rate=1.0,
+            max_grad_norm=0.0,
+            optim="sgd",
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        Trainer(model, asked, train_dataset=rows).train()
+        return {name: value - start[name] for name, value in model.state_dict().items()}
+
+    whole = moved(4)
+    assert any(bool(change.any()) for change in whole.values())
+    torch.testing.assert_close(moved(1), whole, atol=1e-5, rtol=1e-4)
+
+
 def test_tables_of_tokens_are_set_and_resized(theirs: Any, tmp_path: Path) -> None:
     model, tokens = theirs(retro_encoder_own_embedding=True), random_tokens(2, 16)
     given = (tokens, random_neighbors(2, 4).tokens_BCKR)
