@@ -10,6 +10,7 @@ does the default here. Of several gold summaries the one with the best value cou
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
@@ -20,7 +21,7 @@ from typing import Any
 from megatron_retro.runtime.environment import require
 
 Metric = Callable[[str, str], float]
-ROUGE_NAMES = ("rouge1", "rouge2", "rougeL")
+ROUGE_NAMES, ROUGE_MEAN = ("rouge1", "rouge2", "rougeL"), "rouge_geometric_mean"
 _ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -67,8 +68,12 @@ def rouge_values(prediction: str, golds: Sequence[str], *, stemming: bool = True
     scorer = _scorer(stemming)
     scored = [scorer.score(gold, prediction) for gold in golds]
     values = {name: max(float(one[name].fmeasure) for one in scored) for name in ROUGE_NAMES}
-    product = values["rouge1"] * values["rouge2"] * values["rougeL"]
-    return {**values, "rouge_geometric_mean": product ** (1 / 3)}
+    return {**values, ROUGE_MEAN: geometric_mean(list(values.values()))}
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """0 where one of them is."""
+    return math.prod(values) ** (1 / len(values))
 
 
 @lru_cache(maxsize=2)

@@ -11,8 +11,11 @@ from megatron_retro.errors import ConfigError
 from megatron_retro.evaluation import answer_sets, document_sets
 from megatron_retro.evaluation.examples import Example
 from megatron_retro.evaluation.metrics import (
+    ROUGE_MEAN,
+    ROUGE_NAMES,
     best_over_golds,
     exact_match,
+    geometric_mean,
     normalize_answer,
     overlap_f1,
     rouge_values,
@@ -21,7 +24,8 @@ from megatron_retro.evaluation.metrics import (
 )
 from megatron_retro.evaluation.prompts import Form, option_letters
 
-_LETTER = re.compile(r"^\s*\(?([A-Z])\)?(?=$|[\s.,:)])")
+# Alone on its line, or marked off from what follows: "A strange feeling" is no letter.
+_LETTER = re.compile(r"\s*\(?([A-Z])(?=\s*$|[,:)]|\.(?!\w))", re.MULTILINE)
 # What a model says instead of an answer. SQuAD 2.0's program knows only the empty answer, so these become one.
 _ABSTENTIONS = re.compile(
     r"\b(unanswerable|no answer|cannot answer|(cannot|can not|could not|can't|not) be (found|answered|determined)"
@@ -99,14 +103,13 @@ def score_truth(prediction: str, example: Example, scoring: Scoring) -> dict[str
 
 
 def score_choice(prediction: str, example: Example, scoring: Scoring) -> dict[str, float]:
-    """Exact match of the option's text, or of its letter where one leads the answer."""
+    """Exact match of the option's text; where the answer is no option's text, its letter if one leads the answer."""
+    said, gold = normalize_answer(prediction), example.answers[0]
     letter = _LETTER.match(prediction)
     letters = option_letters(len(example.options))
-    if letter and letter[1] in letters:
-        chosen = example.options[letters.index(letter[1])]
-        if chosen == example.answers[0]:
-            return {"em": 1.0}
-    return {"em": exact_match(prediction, example.answers[0])}
+    if letter and letter[1] in letters and not (said and said in map(normalize_answer, example.options)):
+        return {"em": float(example.options[letters.index(letter[1])] == gold)}
+    return {"em": exact_match(prediction, gold)}
 
 
 def score_summary(prediction: str, example: Example, scoring: Scoring) -> dict[str, float]:
@@ -115,7 +118,7 @@ def score_summary(prediction: str, example: Example, scoring: Scoring) -> dict[s
     return rouge_values(prediction, golds, stemming=scoring.stemming)
 
 
-_ROUGE = ("rouge_geometric_mean", "rouge1", "rouge2", "rougeL")
+_ROUGE = (ROUGE_MEAN, *ROUGE_NAMES)
 _EM_FIRST, _F1_FIRST = ("em", "f1"), ("f1", "em")
 _SQUAD2 = ("f1", "em", "has_answer_f1", "has_answer_em", "no_answer_f1", "no_answer_em")
 
@@ -148,10 +151,15 @@ def find_task(name: str) -> Task:
 
 
 def average(values: Sequence[dict[str, float]], metrics: Sequence[str]) -> dict[str, float]:
-    """Means times 100, over the examples that have the metric; a metric that none has is left out."""
+    """Means times 100, over the examples that have the metric; a metric that none has is left out.
+
+    The geometric mean of ROUGE is that of the set's three means, as SCROLLS' program aggregates.
+    """
     found: dict[str, float] = {}
     for name in metrics:
         given = [one[name] for one in values if name in one]
         if given:
             found[name] = 100.0 * sum(given) / len(given)
+    if ROUGE_MEAN in found:
+        found[ROUGE_MEAN] = geometric_mean([found[name] for name in ROUGE_NAMES])
     return found

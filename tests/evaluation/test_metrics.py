@@ -71,11 +71,21 @@ def test_unanswerable() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prediction", "right"), [("B", 1), ("(B) second", 1), ("second", 1), ("The Second.", 1), ("A", 0), ("Bad", 0)]
+    ("prediction", "right"),
+    [
+        *(("B", 1), ("(B) second", 1), ("B. second", 1), ("B) it is", 1), ("B\nsecond", 1), ("second", 1)),
+        *(("The Second.", 1), ("A", 0), ("Bad", 0), ("B.C. it was", 0), ("A strange feeling", 0), ("(C) second", 0)),
+    ],
 )
 def test_choices(prediction: str, right: int) -> None:
-    asked = example("second", options=("first", "second", "third", "fourth"))
+    asked = example("second", options=("first", "second", "A strange feeling", "fourth"))
     assert find_task("quality").score(prediction, asked, Scoring()) == {"em": float(right)}
+
+
+@pytest.mark.parametrize("prediction", ["A strange feeling", "A strange feeling, he said", "A, B and C"])
+def test_an_article_is_no_letter_and_another_options_text_is_wrong(prediction: str) -> None:
+    asked = example("He was afraid", options=("He was afraid", "nothing", "A strange feeling", "A, B and C"))
+    assert find_task("quality").score(prediction, asked, Scoring()) == {"em": 0.0}
 
 
 @pytest.mark.parametrize(("prediction", "right"), [("True", 1), ("yes, it is", 1), ("False", 0), ("maybe", 0), ("", 0)])
@@ -95,6 +105,16 @@ def test_rouge() -> None:
         product = found["rouge1"] * found["rouge2"] * found["rougeL"]
         assert found["rouge_geometric_mean"] ** 3 == pytest.approx(product)
     assert rouge_values(said, [gold], stemming=True)["rouge1"] > rouge_values(said, [gold], stemming=False)["rouge1"]
+
+
+def test_a_sets_rouge_is_averaged_before_its_geometric_mean() -> None:
+    scored = [
+        dict(zip(("rouge1", "rouge2", "rougeL", "rouge_geometric_mean"), values, strict=True))
+        for values in ((1.0, 1.0, 1.0, 1.0), (0.3, 0.0, 0.3, 0.0))
+    ]
+    found = average(scored, find_task("qmsum").metrics)
+    assert found["rouge1"] == pytest.approx(65.0) and found["rouge2"] == pytest.approx(50.0)
+    assert found["rouge_geometric_mean"] == pytest.approx((65.0 * 50.0 * 65.0) ** (1 / 3))
 
 
 def test_every_set_that_the_command_line_names_is_there() -> None:
