@@ -20,7 +20,7 @@ from megatron_retro.convert.families import GPT2, Family
 from megatron_retro.convert.hugging_face_config import family_of, model_from_hugging_face
 from megatron_retro.convert.hugging_face_settings import first_family, hugging_face_from_model
 from megatron_retro.convert.model_card import CARD, model_card
-from megatron_retro.convert.origin import ORIGIN
+from megatron_retro.convert.origin import FOLDED, ORIGIN
 from megatron_retro.convert.safetensors_folder import SafetensorsFolder, read_json, write_folder
 from megatron_retro.convert.tensor_rules import Rule
 from megatron_retro.data.model_text import TOKENIZER_JSON, keep_text_files
@@ -62,6 +62,8 @@ def import_hugging_face(
     inputs = {CONFIG: file_record(source / CONFIG).sha256}
     # An export of another family (Granite's becomes Llama) has other names and weights than its origin.
     first = first_family(model)
+    if family.multipliers:
+        inputs[FOLDED] = family.model_type
     if origin is not None and first is not None and first.model_type == family.model_type:
         inputs[ORIGIN] = origin
     return write_checkpoint(run, settings, shapes, load, inputs, dtype)

@@ -29,6 +29,7 @@ from megatron_retro.convert.hugging_face_peft import (
     learned_positions,
     linear_names,
 )
+from megatron_retro.convert.origin import FOLDED, first_input
 from megatron_retro.convert.safetensors_folder import opened, read_json
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.peft.methods import IA3, LORA
@@ -49,6 +50,8 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None, []),
     "use_qalora": (False,),
     "num_transformer_submodules": (None, 1),
+    # The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) begin by taking their part out of the base's weights.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
 }
 
 
@@ -67,6 +70,13 @@ def import_peft(source: Path, base: Path, run: Path) -> Path:
     ]
     if changed:
         raise ConfigError(f"{source / ADAPTER_CONFIG} asks for what has no counterpart here", got="; ".join(changed))
+    folded = first_input(checkpoint, FOLDED)
+    if folded is not None and kind != "IA3":  # factors of rows and columns commute with a multiplier
+        raise ConfigError(
+            f"{source} would have another scale over {checkpoint.path}",
+            got=f"an adapter of type {kind}, and weights that hold the multipliers of {folded}",
+            fix="export the base (--convert-to huggingface), tune that, and import it as the adapter's base",
+        )
     with opened(source / ADAPTER_TENSORS) as file:
         tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     if kind in ("PROMPT_TUNING", "P_TUNING"):

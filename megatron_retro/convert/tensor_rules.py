@@ -1,4 +1,7 @@
-"""Rules that join one of our tensors from the tensors of another program, and split it into them."""
+"""Rules that join one of our tensors from the tensors of another program, and split it into them.
+
+Where numbers change, they do so in float32: what is stored in fewer bits is rounded once, as it is written.
+"""
 
 from __future__ import annotations
 
@@ -53,10 +56,10 @@ def norm_weight(ours: str, theirs: str) -> Rule:
     """A norm whose weight the other program stores as it is applied; ours may be stored less one."""
 
     def join(parts: Sequence[Tensor], config: ModelConfig) -> Tensor:
-        return parts[0] - 1 if config.apply_layernorm_1p else parts[0]
+        return parts[0].float() - 1 if config.apply_layernorm_1p else parts[0]
 
     def split(whole: Tensor, config: ModelConfig) -> list[Tensor]:
-        return [whole + 1 if config.apply_layernorm_1p else whole]
+        return [whole.float() + 1 if config.apply_layernorm_1p else whole]
 
     return Rule(ours, (theirs,), join, split)
 
@@ -73,11 +76,11 @@ def scaled(rule: Rule, factor: float, part: int | None = None) -> Rule:
         return [factor if part in (None, number) else 1.0 for number in range(len(parts))]
 
     def join(parts: Sequence[Tensor], config: ModelConfig) -> Tensor:
-        return rule.join([one * by for one, by in zip(parts, factors(parts), strict=True)], config)
+        return rule.join([one.float() * by for one, by in zip(parts, factors(parts), strict=True)], config)
 
     def split(whole: Tensor, config: ModelConfig) -> list[Tensor]:
         parts = rule.split(whole, config)
-        return [one / by for one, by in zip(parts, factors(parts), strict=True)]
+        return [one.float() / by for one, by in zip(parts, factors(parts), strict=True)]
 
     return Rule(rule.ours, rule.theirs, join, split)
 
@@ -87,8 +90,8 @@ def scaled_plus_one(rule: Rule, factor: float) -> Rule:
     return Rule(
         rule.ours,
         rule.theirs,
-        lambda parts, config: rule.join([(one + 1) * factor - 1 for one in parts], config),
-        lambda whole, config: [(one + 1) / factor - 1 for one in rule.split(whole, config)],
+        lambda parts, config: rule.join([(one.float() + 1) * factor - 1 for one in parts], config),
+        lambda whole, config: [(one.float() + 1) / factor - 1 for one in rule.split(whole, config)],
     )
 
 

@@ -100,6 +100,24 @@ def test_what_is_multiplied_comes_in_and_goes_out_as_llama(transformers: Any, ki
         assert torch.allclose(again(tokens).logits, expected, atol=5e-5, rtol=5e-5)
 
 
+@pytest.mark.parametrize("kind", ["granite", "gemma3, 27b", "stablelm"])
+def test_weights_of_few_bits_are_not_rounded_again(transformers: Any, kind: str, tmp_path: Path) -> None:
+    """Stored in bfloat16 and imported as float32, what is folded or stored less one keeps float32's precision."""
+    model = made(transformers, kind, tmp_path / "first")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(0.2 if "norm" in name else 1.0)  # less one, they have more bits than bfloat16
+    model.bfloat16().save_pretrained(tmp_path / "theirs")
+    original = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "theirs", dtype=torch.float32, attn_implementation="eager"
+    )
+    import_hugging_face(tmp_path / "theirs", tmp_path / "run", TokenizerConfig())
+    tokens = random_tokens(2, 21)
+    with torch.no_grad():
+        expected = original(tokens).logits
+        assert (loaded(tmp_path / "run")(tokens) - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
 def test_another_scale_of_scores_goes_into_the_norm_of_queries(transformers: Any, tmp_path: Path) -> None:
     original = made(transformers, "gemma3, 27b", tmp_path / "theirs")
     import_hugging_face(tmp_path / "theirs", tmp_path / "run", TokenizerConfig())

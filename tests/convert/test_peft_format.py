@@ -24,6 +24,7 @@ from megatron_retro.peft.attach import added_parameters, attach, connect, part_m
 from megatron_retro.peft.merging import merge
 from megatron_retro.peft.prompts import virtual_tokens_of
 from megatron_retro.testing.tiny_models import random_model, random_neighbors, random_tokens, tiny_model, tiny_retro
+from tests.convert.foreign_decoders import made
 
 LLAMA = {"normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -160,7 +161,12 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora of all, rank-stabilized": ("LoraConfig", {"r": 3, "use_rslora": True, "target_modules": "all-linear"}),
     "lora of some layers": (
         "LoraConfig",
-        {"r": 2, "target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1, 4]},
+        {
+            "r": 2,
+            "target_modules": ["q_proj", "up_proj"],
+            "layers_to_transform": [1, 4],
+            "init_lora_weights": "gaussian",
+        },
     ),
     "ia3": ("IA3Config", {}),
     "prompt tuning": ("PromptTuningConfig", {"num_virtual_tokens": 4}),
@@ -199,6 +205,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "use_dora = True"),
     "biases": ({"bias": "all"}, "bias = 'all'"),
     "whole modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save = ['lm_head']"),
+    "a beginning that is cut out of the base": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa"),
     "ranks": ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
 }
 
@@ -212,6 +219,42 @@ def test_what_has_no_counterpart_is_named(tmp_path: Path, kind: str, capsys: pyt
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     assert main(["convert", str(path.parent), str(tmp_path / "run"), "--convert-base", str(tmp_path / "base")]) == 2
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("LoraConfig", {"target_modules": ["q_proj", "o_proj"]}),
+        ("PromptTuningConfig", {"num_virtual_tokens": 4}),
+        ("IA3Config", {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    ],
+)
+def test_an_adapter_over_multipliers_that_went_into_the_weights(
+    peft: Any, tmp_path: Path, kind: str, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its scale would be another, also over a run that went on from the import; factors are right as they are."""
+    import transformers
+
+    model = made(transformers, "granite", tmp_path / "theirs")
+    import_hugging_face(tmp_path / "theirs", tmp_path / "imported", TokenizerConfig())
+    tuned = peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", **arguments)).eval()
+    with torch.no_grad():
+        for parameter in (one for one in tuned.parameters() if one.requires_grad):
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    tuned.save_pretrained(tmp_path / "adapter")
+    base = load_model(tmp_path / "imported", device="cpu")
+    saved(base.module, tmp_path / "base", CheckpointConfig(load=str(tmp_path / "imported")))
+    for number, path in enumerate((tmp_path / "imported", tmp_path / "base")):
+        words = ["convert", str(tmp_path / "adapter"), str(tmp_path / f"run {number}"), "--convert-base", str(path)]
+        if kind != "IA3Config":
+            assert main(words) == 2
+            assert "multipliers of granite" in capsys.readouterr().err
+            continue
+        assert main(words) == 0
+        tokens = random_tokens(2, 11)
+        with torch.no_grad():
+            expected = tuned(input_ids=tokens).logits
+        require_close(logits_of(load_model(tmp_path / f"run {number}", device="cpu").module, tokens), expected)
 
 
 def test_tensors_of_other_layers_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
