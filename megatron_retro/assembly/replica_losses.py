@@ -88,7 +88,13 @@ def losses_of_model(loaded: LoadedModel) -> Losses:
 
     @torch.no_grad()
     def losses(batch: Microbatch[Tensor]) -> NDArray[np.float32]:
-        found = module(batch.tokens_BS, batch.neighbors, labels_BS=batch.labels_BS)
+        found = module(
+            batch.tokens_BS,
+            batch.neighbors,
+            labels_BS=batch.labels_BS,
+            position_ids_BS=batch.position_ids_BS,
+            document_ids_BS=batch.document_ids_BS,
+        )
         return _on_host(found)
 
     return losses

@@ -150,20 +150,29 @@ class Dataset:
         starts = chunks * samples.chunk_length
         tokens = samples.file.rows(starts, self.seq_length + 1)
         require_known_tokens(samples.file, starts, tokens, self.vocab_size)
-        documents = None
-        if self.boundaries.reset_position_ids or self.boundaries.reset_attention_mask:
-            documents = _document_ids(samples, starts)
+        positions, documents = self.borders(samples, starts)
         return Microbatch(
             tokens_BS=tokens[:, :-1],
             labels_BS=tokens[:, 1:],
-            loss_mask_BS=self._loss_mask(tokens[:, :-1]),
-            position_ids_BS=_restarting_positions(documents) if self.boundaries.reset_position_ids else None,
-            document_ids_BS=documents if self.boundaries.reset_attention_mask else None,
+            loss_mask_BS=self.loss_mask(tokens[:, :-1]),
+            position_ids_BS=positions,
+            document_ids_BS=documents,
             neighbors=self._read_neighbors(source, ids, chunks),
             sample_ids_B=ids,
         )
 
-    def _loss_mask(self, tokens: NDArray[Any]) -> NDArray[np.bool_]:
+    def borders(
+        self, samples: CorpusSamples, starts: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int32] | None, NDArray[np.int32] | None]:
+        """Position and document ids of the tokens from `starts` on, where the flags ask for them."""
+        flags = self.boundaries
+        if not (flags.reset_position_ids or flags.reset_attention_mask):
+            return None, None
+        documents = _document_ids(samples, starts)
+        positions = _restarting_positions(documents) if flags.reset_position_ids else None
+        return positions, documents if flags.reset_attention_mask else None
+
+    def loss_mask(self, tokens: NDArray[Any]) -> NDArray[np.bool_]:
         """As in Megatron, the prediction made AT an end-of-document token is the one left out."""
         if self.boundaries.eod_mask_loss and self.boundaries.eod is not None:
             return np.asarray(tokens != self.boundaries.eod)
@@ -234,9 +243,7 @@ def _document_ids(samples: CorpusSamples, starts: NDArray[np.int64]) -> NDArray[
     return np.cumsum(steps, axis=1, dtype=np.int32)
 
 
-def _restarting_positions(documents: NDArray[np.int32] | None) -> NDArray[np.int32]:
-    if documents is None:
-        raise DataError("positions restart at documents, which were not read")
+def _restarting_positions(documents: NDArray[np.int32]) -> NDArray[np.int32]:
     places = np.arange(documents.shape[1], dtype=np.int32)
     starts = np.diff(documents, axis=1, prepend=-1) > 0
     restart: NDArray[np.int32] = np.maximum.accumulate(np.where(starts, places, 0), axis=1)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_retro.data.dataset import Dataset, Source
+from megatron_retro.data.token_file import TokenFile
 from megatron_retro.data.tokenizers import Tokenizer
 from megatron_retro.evaluation.perplexity import Measured
 from megatron_retro.reporting.perplexity_page import LeakageCurve
@@ -22,6 +23,7 @@ from megatron_retro.runtime.statistics import Interval, bootstrap_ratio
 
 ALPHAS = tuple(number / 8 for number in range(1, 9))
 _BLOCK = 4096
+_BEFORE = 8  # tokens: a character may have four, and ends of documents may stand among them
 
 
 def shared_shares(source: Source, chunks: NDArray[np.int64], num_neighbors: int) -> NDArray[np.float64]:
@@ -97,11 +99,16 @@ def _chunk_nats(measured: Measured, source: int, chunks: NDArray[np.int64], leng
 
 
 def _chunk_bytes(source: Source, chunks: NDArray[np.int64], tokenizer: Tokenizer) -> NDArray[np.int64]:
-    length = source.samples.chunk_length
-    file = source.samples.file
-    return np.array(
-        [text_bytes(tokenizer, file.tokens(chunk * length, (chunk + 1) * length)) for chunk in chunks], np.int64
-    )
+    length, file = source.samples.chunk_length, source.samples.file
+    spans = [(int(chunk) * length, (int(chunk) + 1) * length) for chunk in chunks]
+    return np.array([span_bytes(tokenizer, file, *span) for span in spans], np.int64)
+
+
+def span_bytes(tokenizer: Tokenizer, file: TokenFile, start: int, stop: int) -> int:
+    """Bytes that a span adds to the text before it: alone, sentencepiece would drop the space that it begins with."""
+    before = min(start, _BEFORE)
+    tokens = file.tokens(start - before, stop)
+    return text_bytes(tokenizer, tokens) - text_bytes(tokenizer, tokens[:before])
 
 
 def text_bytes(tokenizer: Tokenizer, tokens: NDArray[Any]) -> int:

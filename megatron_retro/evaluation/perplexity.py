@@ -99,7 +99,7 @@ def spread(windows: Sequence[Window], most: int | None) -> list[Window]:
 
 
 def read_windows(dataset: Dataset, windows: Sequence[Window]) -> Microbatch[Array]:
-    """Windows of one source as a batch."""
+    """Windows of one source as a batch, with the borders of documents that training has."""
     source = dataset.sources[windows[0].source]
     starts = np.array([window.start for window in windows], np.int64)
     positions = starts[:, None] + np.arange(windows[0].length + 1)
@@ -107,7 +107,8 @@ def read_windows(dataset: Dataset, windows: Sequence[Window]) -> Microbatch[Arra
     require_known_tokens(source.samples.file, starts, tokens, dataset.vocab_size)
     scored = positions[:, 1:] >= np.array([window.first_scored for window in windows])[:, None]
     neighbors = _neighbors(source, starts, dataset.vocab_size)
-    return Microbatch(tokens[:, :-1], tokens[:, 1:], scored, neighbors=neighbors, sample_ids_B=starts)
+    ids = dataset.borders(source.samples, starts)
+    return Microbatch(tokens[:, :-1], tokens[:, 1:], scored, *ids, neighbors=neighbors, sample_ids_B=starts)
 
 
 def _neighbors(source: Source, starts: NDArray[np.int64], vocab_size: int | None) -> Neighbors[Array] | None:
@@ -192,9 +193,9 @@ def losses_of_group(
 
 
 def measured(
-    groups: Sequence[Group], losses: Sequence[NDArray[np.float32]], variants: Sequence[str]
+    dataset: Dataset, groups: Sequence[Group], losses: Sequence[NDArray[np.float32]], variants: Sequence[str]
 ) -> dict[str, Measured]:
-    """All scored tokens of each variant, with where they stand."""
+    """All scored tokens of each variant that training counts, with where they stand."""
     sources, offsets, numbers = [], [], []
     for group in groups:
         for number, window in enumerate(group.windows):
@@ -202,9 +203,21 @@ def measured(
             offsets.append(places)
             sources.append(np.full(len(places), window.source, np.int64))
             numbers.append(np.full(len(places), group.first + number, np.int64))
-    places_of = (np.concatenate(sources), np.concatenate(offsets), np.concatenate(numbers))
-    joined = np.concatenate(losses, axis=1)
+    places_of, joined = [np.concatenate(one) for one in (sources, offsets, numbers)], np.concatenate(losses, axis=1)
+    if dataset.boundaries.eod_mask_loss:
+        kept = _counted(dataset, *places_of[:2])
+        places_of, joined = [one[kept] for one in places_of], joined[:, kept]
+        places_of[2] = np.unique(places_of[2], return_inverse=True)[1]  # a window may have lost every token
     return {variant: Measured(joined[row], *places_of) for row, variant in enumerate(variants)}
+
+
+def _counted(dataset: Dataset, sources: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether training has a loss for each token, which the one before it predicts."""
+    kept = np.empty(len(offsets), np.bool_)
+    for number, source in enumerate(dataset.sources):
+        mine = sources == number
+        kept[mine] = dataset.loss_mask(source.samples.file.at(offsets[mine] - 1))
+    return kept
 
 
 def measure(
@@ -220,7 +233,7 @@ def measure(
     """Losses of all scored tokens under each variant of neighbours, by one process that has them all."""
     groups = grouped(windows, batch_size)
     found = [losses_of_group(losses, dataset, group, variants, device, lead=lead) for group in groups]
-    return measured(groups, [one for one in found if one is not None], variants)
+    return measured(dataset, groups, [one for one in found if one is not None], variants)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from megatron_retro.data.dataset import Dataset, short_rows
 from megatron_retro.data.neighbor_transforms import VARIANTS
 from megatron_retro.data.tokenizers import require_tokenizer
 from megatron_retro.errors import ConfigError, Requeue
-from megatron_retro.evaluation.leakage import leakage_curve, text_bytes
+from megatron_retro.evaluation.leakage import leakage_curve, span_bytes
 from megatron_retro.evaluation.perplexity import (
     Group,
     Measured,
@@ -86,7 +86,7 @@ def run_perplexity(settings: Settings) -> PerplexityResult | None:
         settings,
         replica.loaded,
         dataset,
-        measured(parts.groups, found, _variants(settings, replica.loaded, dataset)),
+        measured(dataset, parts.groups, found, _variants(settings, replica.loaded, dataset)),
         protocol,
     )
 
@@ -99,6 +99,12 @@ def _lead(model: Loaded) -> tuple[int, ...]:
 def _require_room_for_lead(model: Loaded, dataset: Dataset) -> None:
     """Virtual tokens may move windows by whole chunks only: a chunk's neighbours come from a table, found for it."""
     count, room = len(_lead(model)), model.settings[ModelConfig].position_limit()
+    if count and (dataset.boundaries.reset_attention_mask or dataset.boundaries.reset_position_ids):
+        raise ConfigError(
+            f"the virtual tokens of {model.path} stand in front of a window, not of each document in it",
+            got="--reset-attention-mask or --reset-position-ids",
+            fix="give --no-reset-attention-mask --no-reset-position-ids",
+        )
     reads = model.retro.reads_neighbors() and any(source.neighbors for source in dataset.sources)
     if reads and count % model.retro.retro_chunk_length:
         raise ConfigError(
@@ -246,7 +252,7 @@ def _scored_bytes(dataset: Dataset, model: Loaded, measured: Measured) -> int:
         breaks = np.flatnonzero(np.diff(offsets) != 1) + 1
         for stretch in np.split(offsets, breaks):
             if len(stretch):
-                size += text_bytes(model.tokenizer, source.samples.file.tokens(int(stretch[0]), int(stretch[-1]) + 1))
+                size += span_bytes(model.tokenizer, source.samples.file, int(stretch[0]), int(stretch[-1]) + 1)
     return size
 
 

@@ -1,11 +1,11 @@
-"""Perplexity against a token-by-token computation, and the leakage curve against brute force."""
+"""Perplexity against a token-by-token computation."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ from megatron_retro.config.settings import Settings
 from megatron_retro.config.training import PeftConfig
 from megatron_retro.convert.checkpoint_files import write_checkpoint
 from megatron_retro.data.builders import build_dataset
-from megatron_retro.data.dataset import Dataset
+from megatron_retro.data.dataset import Boundaries, Dataset
 from megatron_retro.data.neighbor_transforms import VARIANTS
 from megatron_retro.errors import ConfigError, DamagedArtifact
-from megatron_retro.evaluation.leakage import ALPHAS, shared_shares, text_bytes
+from megatron_retro.evaluation.leakage import ALPHAS
 from megatron_retro.evaluation.perplexity import (
     Measured,
     Window,
@@ -47,7 +47,7 @@ from megatron_retro.peft.prompts import virtual_token_ids
 from megatron_retro.reporting.perplexity_page import read_perplexity
 from megatron_retro.runtime.strict_json import json_text, to_plain
 from megatron_retro.testing.processes import run_ranks
-from megatron_retro.testing.tiny_corpus import CHUNK, TinyCorpus, write_tiny_corpus
+from megatron_retro.testing.tiny_corpus import CHUNK, EOD, TinyCorpus, write_tiny_corpus
 from megatron_retro.training.program import pretrain
 
 
@@ -123,6 +123,27 @@ def test_losses_are_those_of_a_forward_per_token(setting: Setting, variant: str)
         assert measured.losses[number] == pytest.approx(expected, abs=2e-5)
 
 
+def test_documents_of_a_window_are_as_apart_as_in_training(setting: Setting) -> None:
+    """With the flags, the losses of its second document are those of that document alone; ends predict nothing."""
+    file = setting.dataset.sources[0].samples.file
+    for window in sliding_windows(setting.dataset, CHUNK):
+        begin = file.document_bounds(file.document_of(window.start + window.length - 1))[0]
+        if window.start < begin - CHUNK:
+            break
+    whole = [replace(window, first_scored=window.start + 1)]
+    flags = Boundaries(EOD, reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True)
+    apart = replace(setting, dataset=replace(setting.dataset, boundaries=flags))
+    found = of_model(apart, whole, "none", 1)
+    assert found.offsets.tolist() == [place for place in range(window.start + 1, window.stop) if place != begin]
+    text = torch.from_numpy(file.stream[begin : window.stop].astype(np.int64))
+    with torch.no_grad():
+        alone = functional.cross_entropy(setting.model.module(text[None, :-1])[0], text[1:], reduction="none")
+    assert found.losses[found.offsets > begin] == pytest.approx(alone.numpy(), abs=2e-5)
+    together = of_model(setting, whole, "none", 1)
+    assert together.offsets.tolist() == list(range(window.start + 1, window.stop))
+    assert np.abs(together.losses[together.offsets > begin] - alone.numpy()).max() > 1e-4
+
+
 @pytest.mark.parametrize("variant", ["random", "shuffled"])
 def test_other_neighbors_do_not_depend_on_who_shares_the_forward(setting: Setting, variant: str) -> None:
     """In groups of one too, where a window has no company to take neighbors from."""
@@ -142,24 +163,6 @@ def test_other_neighbors_do_not_depend_on_who_shares_the_forward(setting: Settin
     alone = of(variant, 1)
     assert np.array_equal(alone, of(variant, 4)) and np.array_equal(alone, of(variant, 9))
     assert np.mean(alone != of("real", 9)) > 0.8
-
-
-def test_shared_runs_are_those_of_brute_force(setting: Setting) -> None:
-    source = setting.dataset.sources[0]
-    assert source.neighbors is not None
-    chunks = np.arange(*source.samples.chunk_ranges[0])[:6]
-    found = shared_shares(source, chunks, 2)
-    for chunk, share in zip(chunks, found, strict=True):
-        text = bytes(source.samples.file.stream[chunk * CHUNK : (chunk + 1) * CHUNK].astype(np.uint8))
-        tokens, mask = source.neighbors.read(np.array([chunk]), 1)
-        best = 0
-        for row in range(2):
-            other = bytes(tokens[0, 0, row][mask[0, 0, row]].astype(np.uint8))
-            for start in range(CHUNK):
-                for stop in range(start + best + 1, CHUNK + 1):
-                    if text[start:stop] in other:
-                        best = stop - start
-        assert share == pytest.approx(best / CHUNK)
 
 
 def evaluated(setting: Setting, output: Path, **changes: Any) -> dict[str, Any] | None:
@@ -242,6 +245,25 @@ def test_virtual_tokens_stand_in_front_of_each_window(setting: Setting, tmp_path
     assert np.abs(np.subtract(plain["samples"]["losses"], sums)).max() > 2e-3
 
 
+def test_the_verb_takes_the_run_s_borders_of_documents(setting: Setting, tmp_path: Path) -> None:
+    """On one process and cut; windows count what training counts."""
+    flags = {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}
+    plain, apart = evaluated(setting, tmp_path / "plain"), evaluated(setting, tmp_path / "apart", **flags)
+    assert plain is not None and apart is not None
+    ends = plain["tokens"] - apart["tokens"]
+    file = setting.dataset.sources[0].samples.file
+    scored = of_model(setting, sliding_windows(setting.dataset, CHUNK), "none", 4).offsets
+    assert ends == int((file.at(scored - 1) == EOD).sum()) > 0
+    run_ranks(
+        lambda: evaluated(setting, tmp_path / "cut", pipeline_model_parallel_size=2, **flags), 2, initialize=False
+    )
+    cut = json.loads((tmp_path / "cut/perplexity.json").read_text())
+    assert cut["samples"]["losses"] == pytest.approx(apart["samples"]["losses"], abs=2e-3)
+    tuned = p_tuned(setting, tmp_path / "tuned", CHUNK)
+    with pytest.raises(ConfigError, match="not of each document"):
+        evaluated(setting, tmp_path / "out", load=str(tuned), **flags)
+
+
 def test_virtual_tokens_that_move_the_grid_of_neighbors_are_refused(setting: Setting, tmp_path: Path) -> None:
     tuned = p_tuned(setting, tmp_path / "tuned", CHUNK + 1)
     with pytest.raises(ConfigError, match="off the grid of chunks"):
@@ -306,9 +328,3 @@ def test_processes_give_the_result_of_one(
         assert np.allclose(ours, theirs, atol=1e-4, rtol=0)
     for variant, facts in whole["variants"].items():
         assert found["variants"][variant]["loss"] == pytest.approx(facts["loss"], abs=1e-5)
-
-
-def test_bytes_of_text_survive_characters_cut_at_the_edges(setting: Setting) -> None:
-    text = "é日本".encode()
-    for stop in range(len(text) + 1):
-        assert abs(text_bytes(setting.model.tokenizer, np.frombuffer(text[:stop], np.uint8)) - stop) <= 2
