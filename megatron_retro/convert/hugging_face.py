@@ -23,7 +23,14 @@ from megatron_retro.convert.model_card import CARD, model_card
 from megatron_retro.convert.origin import FOLDED, ORIGIN
 from megatron_retro.convert.safetensors_folder import SafetensorsFolder, read_json, write_folder
 from megatron_retro.convert.tensor_rules import Rule
-from megatron_retro.data.model_text import TOKENIZER_JSON, keep_text_files
+from megatron_retro.data.model_text import (
+    TOKENIZER_JSON,
+    TOKENIZER_SETTINGS,
+    keep_text_files,
+    read_settings,
+    special_tokens,
+)
+from megatron_retro.data.tokenizers import SentencePieceTokenizer
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.runtime.strict_json import json_text
 
@@ -77,7 +84,7 @@ def imported_tokenizer(source: Path) -> TokenizerConfig:
     if fast.is_file():
         return TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(fast))
     if pieces.is_file():
-        return TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(pieces))
+        return _sentencepiece(pieces)
     if vocabulary.is_file() and merges.is_file():
         return TokenizerConfig(tokenizer_type="GPT2BPETokenizer", vocab_file=str(vocabulary), merge_file=str(merges))
     raise ArtifactError(
@@ -85,6 +92,32 @@ def imported_tokenizer(source: Path) -> TokenizerConfig:
         expected=f"{TOKENIZER_JSON}, tokenizer.model, or vocab.json with merges.txt",
         fix="put it there, or name it: --tokenizer-type, --tokenizer-model (ByteTokenizer for a model of bytes)",
     )
+
+
+def _sentencepiece(pieces: Path) -> TokenizerConfig:
+    """The model alone, or behind a begin where its class adds one; refused where the folder has more tokens."""
+    folder, settings = pieces.parent, read_settings(pieces.parent / TOKENIZER_SETTINGS)
+    added = read_settings(folder / "added_tokens.json")
+    numbered = settings.get("added_tokens_decoder")
+    for number, token in numbered.items() if isinstance(numbered, dict) else ():
+        if number.isdecimal() and isinstance(token, dict):
+            added[str(token.get("content"))] = int(number)
+    end = special_tokens(folder).get("eos_token")
+    if added or end is not None:
+        known = SentencePieceTokenizer(pieces)
+        lost = [name for name, number in added.items() if type(number) is int and number >= known.vocab_size]
+        if end is not None and known.processor.piece_to_id(end) != known.eod:
+            lost.append(f"{end}, which ends a text")
+        if lost:
+            raise ArtifactError(
+                f"{folder} has tokens that its {pieces.name} does not have",
+                got=", ".join(dict.fromkeys(lost[:5])),
+                fix="save it with a fast tokenizer (AutoTokenizer.from_pretrained(...).save_pretrained(...) writes a "
+                f"{TOKENIZER_JSON}), or name what to use: --tokenizer-type, --tokenizer-model",
+            )
+    begins = settings.get("add_bos_token", str(settings.get("tokenizer_class")).startswith("LlamaTokenizer"))
+    kind = "Llama2Tokenizer" if begins else "SentencePieceTokenizer"
+    return TokenizerConfig(tokenizer_type=kind, tokenizer_model=str(pieces))
 
 
 def _stored_names(folder: SafetensorsFolder, family: Family) -> dict[str, str]:

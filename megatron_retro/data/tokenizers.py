@@ -80,6 +80,7 @@ class SentencePieceTokenizer:
             raise ArtifactError(f"{model} is no sentencepiece model", got=error) from None
         self.vocab_size: int = self.processor.vocab_size()
         self.eod: int = self._end_of_document(model) if needs_end else -1
+        self.ends = frozenset({self.eod, *end_ids(model.parent)})
         self.fingerprint = hashlib.sha256(b"SentencePiece" + content).hexdigest()
 
     def _end_of_document(self, model: Path) -> int:
@@ -158,6 +159,7 @@ class GPT2BPETokenizer:
         if END_OF_DOCUMENT_NAMES[0] not in ids:
             raise ArtifactError(f"{vocab_file} has no {END_OF_DOCUMENT_NAMES[0]}")
         self.eod: int = ids[END_OF_DOCUMENT_NAMES[0]]
+        self.ends = frozenset({self.eod, *end_ids(vocab_file.parent)})
         self.fingerprint = hashlib.sha256(b"GPT2BPE" + vocabulary + merges).hexdigest()
 
     def encode(self, text: str) -> list[int]:

@@ -10,7 +10,9 @@ import pytest
 
 from megatron_retro.config.data import TokenizerConfig
 from megatron_retro.convert.hugging_face import import_hugging_face, imported_tokenizer
+from megatron_retro.data.tokenizers import build_tokenizer, end_tokens
 from megatron_retro.errors import ArtifactError, ConfigError
+from megatron_retro.testing.corpora import small_sentencepiece
 from tests.convert.foreign_decoders import made
 
 
@@ -74,6 +76,37 @@ def test_the_tokenizer_of_a_folder_is_found(files: tuple[str, ...], kind: str, t
     for name in files:
         (tmp_path / name).write_text("{}")
     assert imported_tokenizer(tmp_path).tokenizer_type == kind
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}, "Llama2Tokenizer"),
+        ({"tokenizer_class": "GemmaTokenizer", "add_bos_token": True}, "Llama2Tokenizer"),
+        ({"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}, "SentencePieceTokenizer"),
+        ({"added_tokens_decoder": {"2": {"content": "</s>"}}}, "SentencePieceTokenizer"),
+        ({"added_tokens_decoder": {"5000": {"content": "<|im_end|>"}}}, "<|im_end|>"),
+        ({"eos_token": {"content": "<|im_end|>"}}, "<|im_end|>, which ends a text"),
+    ],
+)
+def test_a_sentencepiece_model_begins_and_ends_as_its_folder_says(
+    tmp_path: Path, settings: dict[str, Any], kind: str
+) -> None:
+    """Or it is refused, where the folder has tokens that the model has not; ends besides are those of answers."""
+    small_sentencepiece(tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    if not kind.endswith("Tokenizer"):
+        with pytest.raises(ArtifactError) as caught:
+            imported_tokenizer(tmp_path)
+        assert kind in str(caught.value) and "fast tokenizer" in str(caught.value)
+        return
+    config = imported_tokenizer(tmp_path)
+    assert config.tokenizer_type == kind
+    assert end_tokens(build_tokenizer(config)) == {2, 7}
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"[PAD]": 5000, "<s>": 1}))
+    with pytest.raises(ArtifactError, match=r"\[PAD\]"):
+        imported_tokenizer(tmp_path)
 
 
 def test_damaged_and_foreign_folders_are_refused(transformers: Any, tmp_path: Path) -> None:
