@@ -64,9 +64,38 @@ def test_newsqa(tmp_path: Path) -> None:
     ]
     (found,) = load("newsqa", tmp_path / "n.json", {"version": "1", "data": stories})
     assert found.answers == ("Tingle", "Tingle made")
-    row = {"story_id": "a", "question": "Who?", "answer_char_ranges": "0:6|None|0:6,12:21", "is_question_bad": "0.0"}
-    (from_csv,) = load("newsqa", tmp_path / "n.csv", [{**row, "story_text": text}])
-    assert from_csv.answers == ("Tingle", "the words")
+
+
+@pytest.mark.parametrize(
+    ("ranges", "validated", "consensus"),
+    [
+        ("0:6|None|0:6,12:21", "", (0, 6)),
+        ("0:6|12:21|None", '{"12:21":2,"none":1}', (12, 21)),
+        ("0:6|12:21|None", '{"12:21":1,"none":2}', None),
+        ("0:6|12:21|None", '{"bad_question":2,"0:6":1}', None),
+        ("0:6|12:21|12:15", '{"0:6":1,"12:21":1,"none":1}', None),
+        ("None|None|0:6", "", None),
+    ],
+)
+def test_newsqa_has_the_same_questions_as_json_and_as_csv(
+    ranges: str, validated: str, consensus: tuple[int, int] | None, tmp_path: Path
+) -> None:
+    """The JSON's consensus is what the set's program derives; in all cases some workers call the question bad."""
+    text = "Tingle made the words."
+    workers = [
+        [{"noAnswer": True} if one == "None" else dict(zip("se", map(int, one.split(":")), strict=True))]
+        for one in ranges.replace(",", "|").split("|")
+    ]
+    question = {
+        "q": "Who?",
+        "consensus": {"noAnswer": True} if consensus is None else dict(zip("se", consensus, strict=True)),
+        "answers": [{"sourcerAnswers": spans} for spans in workers],
+    }
+    story = {"storyId": "a", "type": "test", "text": text, "questions": [question]}
+    row = {"story_id": "a", "question": "Who?", "answer_char_ranges": ranges, "validated_answers": validated}
+    in_csv = load("newsqa", tmp_path / "n.csv", [{**row, "is_question_bad": "0.25", "story_text": text}])
+    assert in_csv == load("newsqa", tmp_path / "n.json", {"version": "1", "data": [story]})
+    assert len(in_csv) == (consensus is not None)
 
 
 def test_drop(tmp_path: Path) -> None:
