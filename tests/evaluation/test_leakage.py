@@ -40,9 +40,11 @@ def test_bytes_of_text_survive_characters_cut_at_the_edges() -> None:
         assert abs(text_bytes(ByteTokenizer(), np.frombuffer(text[:stop], np.uint8)) - stop) <= 2
 
 
-def test_bytes_of_spans_add_up_to_those_of_the_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
+def test_bytes_of_spans_add_up_to_those_of_the_text(tmp_path: Path, kind: str) -> None:
     """Wherever it is cut: at the spaces that sentencepiece begins words with, and inside characters."""
-    tokenizer = small_sentencepiece(tmp_path / "pieces.model", byte_fallback=True)
+    pieces = small_sentencepiece(tmp_path / "pieces.model", byte_fallback=True)
+    tokenizer = pieces if kind == "sentencepiece" else ByteTokenizer()
     text = "the old tree 🌳🌴 stands at 日本 and the sea " * 6
     file = tmp_path / "tokens"
     write_documents(file, [[*tokenizer.encode(text.strip()), tokenizer.eod]])
