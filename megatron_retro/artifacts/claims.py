@@ -91,6 +91,8 @@ class BlockClaims:
                 os.utime(path)
             except FileNotFoundError:
                 return
+            except OSError:  # of the server for now: without renewing, a living worker would lose its block
+                continue
 
 
 @dataclass

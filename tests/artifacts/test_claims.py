@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -56,6 +57,25 @@ def test_a_silent_worker_of_another_host_loses_its_lease(tmp_path: Path) -> None
         files.write_file(tmp_path / block, "done")
     assert time.monotonic() - start > 0.3
     assert (tmp_path / "only").exists()
+
+
+def test_a_failure_of_the_file_server_ends_no_renewing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The claim is renewed when the server is back, not left to who takes its silent worker for dead."""
+    renew, calls = os.utime, list[int]()
+
+    def fail_once(path: Path) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        renew(path)
+
+    monkeypatch.setattr(claims_module.os, "utime", fail_once)
+    deadline = time.monotonic() + 20
+    for _ in BlockClaims(tmp_path, ["a"], lambda _: len(calls) > 0, 0.1):
+        before = (tmp_path / "a.claim").stat().st_mtime_ns
+        while (tmp_path / "a.claim").stat().st_mtime_ns == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert (tmp_path / "a.claim").stat().st_mtime_ns > before
 
 
 def test_a_directory_may_go_when_all_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
