@@ -165,9 +165,12 @@ class TokenFileWriter:
         }
         with named_disk_errors(idx_path(self.prefix)):
             index = self._written_index()
-            manifest_path(self.prefix).unlink(missing_ok=True)
-            self._bin.publish(self._path)
-            index.publish(idx_path(self.prefix))
+            try:
+                self._bin.publish(self._path)  # fails where another has, whose manifest then stays
+                manifest_path(self.prefix).unlink(missing_ok=True)
+                index.publish(idx_path(self.prefix))
+            finally:
+                index.discard()
             flush_directory(self._path.parent)
             checksums = _write_checksums(self.prefix, ChecksumList.of(self._blocks))
         tokens = FileRecord(self._bin.size, blocks_digest(self._blocks.checksums()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from megatron_retro.artifacts.manifest import damage, load_manifest
 from megatron_retro.data.preprocessing import appending
 from megatron_retro.data.preprocessing.blocks import BlockTokenizer
+from megatron_retro.data.token_writer import TokenFileWriter
 from megatron_retro.testing.corpora import write_json_lines
 from megatron_retro.testing.preprocessing_runs import files, preprocess, records
 
@@ -103,6 +106,35 @@ def test_who_was_taken_for_dead_does_no_harm(tmp_path: Path, source: Path, monke
     assert preprocess(tmp_path / "o", [source], *KEYS) == 0
     assert sealed[:2] == ["000002.json", "000002.json"]
     assert both(tmp_path / "o") == both(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("flags", [(), ("--shards", "2"), ("--shuffle-documents", "1")])
+def test_who_is_overtaken_at_the_end_leaves_the_finished_files(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    """Another takes the claim while the first one writes its index, finishes, and removes the work directory."""
+    source.write_text(source.read_text() + "no record\n")
+    write_index, overtaken = TokenFileWriter._written_index, list[int]()
+
+    def late(self: TokenFileWriter) -> Any:
+        index = write_index(self)
+        if not overtaken:
+            overtaken.append(1)
+            shutil.rmtree(tmp_path / "o.unfinished/claims")
+            assert preprocess(tmp_path / "o", [source], *KEYS, *flags, "--on-error", "skip") == 0
+        return index
+
+    def made(prefix: str) -> dict[str, bytes]:
+        found = {path.name[1:]: path.read_bytes() for path in tmp_path.glob(f"{prefix}[._]*")}
+        return {name: content for name, content in found.items() if not name.endswith("manifest.json")}
+
+    assert preprocess(tmp_path / "w", [source], *KEYS, *flags, "--on-error", "skip") == 0
+    monkeypatch.setattr(TokenFileWriter, "_written_index", late)
+    assert preprocess(tmp_path / "o", [source], *KEYS, *flags, "--on-error", "skip") == 0
+    assert overtaken and made("o") == made("w") and b"no record" in made("o")[".refused.jsonl"]
+    for index in tmp_path.glob("o_*.idx"):
+        prefix = index.with_suffix("")
+        assert damage(prefix, load_manifest(prefix)) == []
 
 
 def stopped_at(block: int, prefix: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -8,7 +8,7 @@ Only the manifest, written last, makes a target finished.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,14 +114,16 @@ def join_target(job: PreprocessingJob, directory: Path, output: Output, number: 
 
 
 def join_blocks(job: PreprocessingJob, directory: Path, output: Output) -> Joined:
-    """Write the refused records, and every target: the last manifest says that all is there. Returns the counts."""
+    """Append what is left, and write every target: the last manifest says that all is there. Returns the counts."""
     joined, documents = _counted(job, directory, output)
-    blocks = range(len(job.blocks))
-    for suffix, part in ((".refused.jsonl", refused_path), (".refused.txt", reasons_path)):
-        _concatenate(Path(output.prefix + suffix), [part(directory, block) for block in blocks])
     for number in unwritten_targets(job, output):
         _write_target(job, directory, output, number, joined, documents)
     return joined
+
+
+def count_blocks(job: PreprocessingJob, directory: Path, output: Output) -> Joined:
+    """The counts of an output that does not grow; all blocks are finished."""
+    return _counted(job, directory, output)[0]
 
 
 def _counted(job: PreprocessingJob, directory: Path, output: Output) -> tuple[Joined, NDArray[np.int64]]:
@@ -146,7 +148,12 @@ def _write_target(
     joined: Joined,
     documents: NDArray[np.int64],
 ) -> None:
+    """Write a target; before the first one, the refused records."""
     key, shard, target = output.targets(job)[number]
+    if number == 0:
+        for suffix, part in ((".refused.jsonl", refused_path), (".refused.txt", reasons_path)):
+            parts = [part(directory, block) for block in range(len(job.blocks))]
+            _concatenate(Path(output.prefix + suffix), parts, lambda: 0 not in unwritten_targets(job, output))
     place = (directory, joined.extents[key]) if output.grows else ()
     with TokenFileWriter(target, job.dtype, *place) as writer:
         if not output.grows:
@@ -243,12 +250,15 @@ def _documents(
             yield np.frombuffer(stream.read(amount * dtype.itemsize), dtype), lengths[low:high]
 
 
-def _concatenate(path: Path, parts: Sequence[Path]) -> None:
+def _concatenate(path: Path, parts: Sequence[Path], is_overtaken: Callable[[], bool]) -> None:
+    """Join part files that are there; once another worker has, they may be going and what it wrote stays."""
     present = [part for part in parts if part.exists()]
+    with new_file(path) as partial:
+        with partial.open("wb") as output:
+            for part in present:
+                with part.open("rb") as stream:
+                    shutil.copyfileobj(stream, output, _SPAN_BYTES)
+        if is_overtaken():
+            raise ArtifactError(f"{path} was written by another worker meanwhile")
     if not present:
-        path.unlink(missing_ok=True)
-        return
-    with new_file(path) as partial, partial.open("wb") as output:
-        for part in present:
-            with part.open("rb") as stream:
-                shutil.copyfileobj(stream, output, _SPAN_BYTES)
+        path.unlink()

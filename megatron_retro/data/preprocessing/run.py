@@ -28,6 +28,7 @@ from megatron_retro.data.preprocessing.job import PreprocessingJob, ReadOptions,
 from megatron_retro.data.preprocessing.joining import (
     Output,
     append_blocks,
+    count_blocks,
     is_finished,
     join_blocks,
     join_target,
@@ -106,7 +107,7 @@ class Run:
         """Write the shards and shuffled files that no other worker has claimed, once all blocks are finished."""
         numbers = {f"target-{number:05d}": number for number in unwritten_targets(self.job, self.output)}
         for name in self._claimed(list(numbers), lambda name: self._is_written(numbers[name]), wait=wait):
-            with self._overtaken(partial(self._is_written, numbers[name])):
+            with self.overtaken(partial(self._is_written, numbers[name])):
                 join_target(self.job, self.directory, self.output, numbers[name])
 
     def _is_written(self, number: int) -> bool:
@@ -122,14 +123,14 @@ class Run:
             return
         joined = count_joined(self.directory)
         for _ in self._claimed([_JOIN], lambda _: not are_ready(self.job, self.directory), wait=False):
-            with self._overtaken(lambda: count_joined(self.directory) > joined):
+            with self.overtaken(lambda: count_joined(self.directory) > joined):
                 append_blocks(self.job, self.directory, self.output)
 
     def _claimed(self, blocks: Sequence[str], is_done: Callable[[str], bool], *, wait: bool) -> Iterator[str]:
         return iter(BlockClaims(self.directory / "claims", blocks, is_done, wait=wait))
 
     @contextmanager
-    def _overtaken(self, is_done: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    def overtaken(self, is_done: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """Work that may fail in silence where another worker has done it, whose files are the same."""
         try:
             yield
@@ -139,7 +140,7 @@ class Run:
 
     def tokenize(self, blocks: BlockTokenizer, block: int, report: Callable[[int, int, int], None]) -> None:
         """Make one block, and append what is ready."""
-        with self._overtaken():
+        with self.overtaken():
             blocks.tokenize(block, report)
         self.append()
 
@@ -304,15 +305,19 @@ def _tokenize_here(run: Run, log: _Log) -> None:
 
 
 def _finish(run: Run, workers: int) -> Joined | None:
-    """Join what is left, targets shared by all workers; one of them ends it. None where another worker did."""
+    """Join what is left: by one worker, or targets shared by all. None where another worker did."""
     joined = None
-    if not run.output.grows:
+    if run.output.grows:
+        for _ in run.finish_claim():
+            with run.overtaken():
+                joined = join_blocks(run.job, run.directory, run.output)
+    else:
+        with run.overtaken():
+            joined = count_blocks(run.job, run.directory, run.output)
         workers = min(workers, len(unwritten_targets(run.job, run.output)))
         if workers > 1:
             WorkerPool(workers, lambda *_: run.join_targets(wait=False), lambda _: None, run.job.describe).run()
         run.join_targets(wait=True)
-    for _ in run.finish_claim():
-        joined = join_blocks(run.job, run.directory, run.output)
     shutil.rmtree(run.directory, ignore_errors=True)
     return joined
 
