@@ -69,6 +69,14 @@ def fresh_name(path: Path) -> Path:
     return temporary_name(path)
 
 
+def has_size(path: Path, size: int) -> bool:
+    """Whether a file is there and has its size; another worker may rename or remove it at this moment."""
+    try:
+        return path.stat().st_size == size
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def flush_file(path: Path) -> None:
     """Force a file's content to disk."""
     descriptor = os.open(path, os.O_RDONLY)

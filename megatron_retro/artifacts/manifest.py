@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_retro import __version__
 from megatron_retro.artifacts.block_checksums import PREFIX, blocks_digest, read_block_checksums
-from megatron_retro.artifacts.files import recover_directory, write_file
+from megatron_retro.artifacts.files import TEMPORARY_MARK, recover_directory, write_file
 from megatron_retro.errors import ArtifactError, DamagedArtifact
 
 MANIFEST_NAME = "manifest.json"
@@ -202,7 +202,8 @@ def damage(artifact: Path, manifest: Manifest) -> list[str]:
         elif not unchanged(path, record):
             problems.append(f"{name} has changed since it was written (checksum)")
     if artifact.is_dir():
-        present = {str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()}
+        files = (file for file in root.rglob("*") if file.is_file() and TEMPORARY_MARK not in file.name)
+        present = {str(file.relative_to(root)) for file in files}  # a late worker's temporary file does no harm
         problems += [f"{name} does not belong here" for name in sorted(present - set(manifest.files) - {MANIFEST_NAME})]
     return problems
 

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_retro.artifacts.block_checksums import CheckedContent, ChecksumList, RunningBlocks
-from megatron_retro.artifacts.files import flush_directory, publish_directory, write_file
-from megatron_retro.artifacts.manifest import Manifest, read_manifest, write_manifest
+from megatron_retro.artifacts.files import flush_directory, has_size, publish_directory, write_file
+from megatron_retro.artifacts.manifest import Manifest, file_records, read_manifest, write_manifest
 from megatron_retro.artifacts.mapped_files import expect_random_reads, map_file
 from megatron_retro.artifacts.object_store import is_url
 from megatron_retro.artifacts.stored_artifact import StoredArtifact, StoredBlocks, Traffic
@@ -120,8 +120,7 @@ def _list_path(directory: Path, block: TableBlock) -> Path:
 
 def block_is_done(directory: Path, layout: TableLayout, block: TableBlock) -> bool:
     """Whether the block's file is in place and whole."""
-    path = directory / block.name
-    return path.is_file() and path.stat().st_size == _block_bytes(layout, block)
+    return has_size(directory / block.name, _block_bytes(layout, block))
 
 
 def finish_table(
@@ -142,7 +141,7 @@ def finish_table(
     checksums, names = _page_checksums(directory, layout), {block.name for block in layout.blocks}
     for file in directory.iterdir():
         if file.name not in names:
-            file.unlink()
+            file.unlink(missing_ok=True)  # a late worker's may go by itself
     write_file(directory / CHECKSUMS_FILE, checksums.to_bytes())
     described = {
         **config,
@@ -157,6 +156,7 @@ def finish_table(
         inputs=inputs,
         config=described,
         counts={"rows": layout.num_rows},
+        files=file_records(directory, {CHECKSUMS_FILE, *names}),
     )
     flush_directory(directory)
     publish_directory(directory, path)

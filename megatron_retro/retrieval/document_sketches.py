@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_retro.artifacts.files import write_file
+from megatron_retro.artifacts.files import has_size, write_file
 from megatron_retro.artifacts.mapped_files import map_file
 from megatron_retro.data.window_hashes import window_hashes
 from megatron_retro.retrieval.document_spans import DocumentSpans
@@ -100,7 +100,7 @@ def write_sketches(path: Path, keys: NDArray[np.uint64]) -> None:
 
 def is_whole(path: Path, num_documents: int, bands: Bands) -> bool:
     """Whether the sketches of a block are there, all of them."""
-    return path.is_file() and path.stat().st_size == num_documents * (1 + bands.count) * _KEY_BYTES
+    return has_size(path, num_documents * (1 + bands.count) * _KEY_BYTES)
 
 
 @dataclass(frozen=True)

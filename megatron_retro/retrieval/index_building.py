@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from megatron_retro.artifacts.block_checksums import CheckedContent, ChecksumList, checksums_of
 from megatron_retro.artifacts.files import (
     flush_directory,
+    has_size,
     make_folder,
     named_disk_errors,
     publish_directory,
@@ -97,10 +98,7 @@ class ListMerge:
 
     def is_prepared(self) -> bool:
         """Whether the file has its full size; it may be published by another worker at this moment."""
-        try:
-            return bool((self.directory / LISTS_FILE).stat().st_size == self.offsets[-1])
-        except FileNotFoundError:
-            return False
+        return has_size(self.directory / LISTS_FILE, int(self.offsets[-1]))
 
     def prepare(self) -> None:
         """Make the file in its full size."""

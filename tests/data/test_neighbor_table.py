@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_retro.artifacts.manifest import damage
+from megatron_retro.data import neighbor_table
 from megatron_retro.data.neighbor_table import (
     MAX_ID,
     NONE,
@@ -88,6 +92,53 @@ def test_unfinished_tables_are_not_published(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="wrong shape"):
         write_block(tmp_path / "work", layout, layout.blocks[1], np.zeros((4, 3), np.int64))
     assert not (tmp_path / "t").exists()
+
+
+def test_a_table_may_be_published_while_a_worker_looks_at_its_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker's rename takes the folder between two looks."""
+    layout = TableLayout(2, ((0, 10),), 4)
+    write_block(tmp_path / "work", layout, layout.blocks[0], np.zeros((4, 2), np.int64))
+    look = os.stat
+
+    def late(path: Path, **how: Any) -> os.stat_result:
+        found = look(path, **how)
+        if str(path).endswith(".ids") and (tmp_path / "work").exists():
+            (tmp_path / "work").rename(tmp_path / "published")
+        return found
+
+    monkeypatch.setattr(os, "stat", late)
+    assert block_is_done(tmp_path / "work", layout, layout.blocks[0])
+    assert (tmp_path / "published").exists()
+    assert not block_is_done(tmp_path / "work", layout, layout.blocks[0])
+
+
+def test_a_late_worker_does_not_disturb_who_finishes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its temporary file goes by itself while the rest is cleared, and another one comes before the manifest."""
+    layout = TableLayout(2, ((0, 10),), 4)
+    rows, work = random_rows(layout), tmp_path / "work"
+    late, later = work / "rows.partial-elsewhere-1", work / "rows.partial-elsewhere-2"
+    listed, write = Path.iterdir, neighbor_table.write_file
+
+    def leaving(self: Path) -> Iterator[Path]:
+        if self == work:
+            late.touch()
+        for path in list(listed(self)):
+            late.unlink(missing_ok=True)
+            yield path
+
+    def coming(path: Path, content: bytes) -> None:
+        if path.name == neighbor_table.CHECKSUMS_FILE:
+            later.touch()
+        write(path, content)
+
+    monkeypatch.setattr(Path, "iterdir", leaving)
+    monkeypatch.setattr(neighbor_table, "write_file", coming)
+    table = make(tmp_path / "t", layout, rows)
+    names = {block.name for block in layout.blocks} | {neighbor_table.CHECKSUMS_FILE}
+    assert set(table.manifest.files) == names and damage(table.path, table.manifest) == []
+    assert (table.rows(0, 10) == np.array([rows[row] for row in range(10)])).all()
 
 
 @pytest.mark.parametrize("ranges", [((5, 3),), ((0, 4), (3, 6)), ((4, 6), (0, 2)), ((1, 1),)])

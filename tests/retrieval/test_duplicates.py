@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from megatron_retro.config.retrieval import DuplicatesConfig
 from megatron_retro.data.chunk_database import ChunkDatabase
 from megatron_retro.errors import ArtifactError, ConfigError
 from megatron_retro.retrieval import duplicates
-from megatron_retro.retrieval.document_sketches import Bands, Sketches, buckets, sketch, write_sketches
+from megatron_retro.retrieval.document_sketches import Bands, Sketches, buckets, is_whole, sketch, write_sketches
 from megatron_retro.retrieval.document_spans import DocumentSpans
 from megatron_retro.retrieval.duplicates import Search, find_copies
 from megatron_retro.retrieval.project import Project
@@ -42,6 +44,21 @@ def corpora() -> tuple[Documents, Documents]:
         database += [changed(random, family, edits) for edits in (0, 0, 1, 1, 2, 3, 4, 6, 9)]
     order = random.permutation(len(database))
     return held_out, [database[number] for number in order]
+
+
+def test_sketches_may_go_while_a_worker_looks_at_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has written the report removes them between two looks."""
+    bands, path, look = Bands.of(JACCARD), tmp_path / "a.keys", os.stat
+    write_sketches(path, np.zeros((3, 1 + bands.count), np.uint64))
+
+    def late(looked_at: Path, **how: Any) -> os.stat_result:
+        found = look(looked_at, **how)
+        if looked_at == path:
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(os, "stat", late)
+    assert is_whole(path, 3, bands) and not is_whole(path, 3, bands)
 
 
 def jaccard(one: list[int], other: list[int]) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_retro.artifacts.files import new_file
+from megatron_retro.artifacts.files import has_size, new_file
 from megatron_retro.artifacts.manifest import manifest_path, read_manifest
 from megatron_retro.data.order import key_of, permuted
 from megatron_retro.data.preprocessing.appending import Joined, append_finished
@@ -90,9 +90,7 @@ def _is_written(target: str, config: dict[str, Any]) -> bool:
         return False
     if manifest.config != config:
         return False
-    sizes = {name: record.bytes for name, record in manifest.files.items()}
-    paths = {name: Path(target).with_name(name) for name in sizes}
-    return all(path.is_file() and path.stat().st_size == sizes[name] for name, path in paths.items())
+    return all(has_size(Path(target).with_name(name), record.bytes) for name, record in manifest.files.items())
 
 
 def append_blocks(job: PreprocessingJob, directory: Path, output: Output) -> Joined:
