@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_retro.artifacts.claims import BlockClaims
 from megatron_retro.artifacts.files import fresh_name, make_folder
-from megatron_retro.errors import ArtifactError
+from megatron_retro.errors import ArtifactError, EnvironmentProblem
 from megatron_retro.retrieval.layout import ProjectLayout
 from megatron_retro.runtime.console import Progress
 from megatron_retro.runtime.launch import Worker
@@ -56,7 +56,7 @@ def ignore_failure_if_done(is_done: Callable[[], bool]) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ArtifactError):
+    except (OSError, ArtifactError, EnvironmentProblem):
         if not is_done():
             raise
 
