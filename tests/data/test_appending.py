@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from megatron_retro.artifacts import files as files_module
 from megatron_retro.artifacts.manifest import damage, load_manifest
-from megatron_retro.data.preprocessing import appending
+from megatron_retro.data.preprocessing import appending, run
 from megatron_retro.data.preprocessing.blocks import BlockTokenizer
 from megatron_retro.data.token_writer import TokenFileWriter
 from megatron_retro.testing.corpora import write_json_lines
@@ -150,6 +151,33 @@ def stopped_at(block: int, prefix: Path, source: Path, monkeypatch: pytest.Monke
         patch.setattr(BlockTokenizer, "tokenize", stopping)
         assert preprocess(prefix, [source], *KEYS) != 0
     return Path(f"{prefix}.unfinished")
+
+
+def test_a_worker_may_start_while_the_last_one_ends(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The work directory goes after it was seen, because all is finished; or before the job is in it."""
+    assert preprocess(tmp_path / "whole", [source], *KEYS) == 0
+    stopped_at(5, tmp_path / "o", source, monkeypatch)
+    look, flush = run._holds_work, files_module.flush_file
+
+    def late(directory: Path) -> bool:
+        monkeypatch.setattr(run, "_holds_work", look)
+        assert look(directory) and preprocess(tmp_path / "o", [source], *KEYS) == 0
+        return True
+
+    def removed(path: Path) -> None:
+        monkeypatch.setattr(files_module, "flush_file", flush)
+        shutil.rmtree(tmp_path / "p.unfinished")
+        flush(path)
+
+    monkeypatch.setattr(run, "_holds_work", late)
+    assert preprocess(tmp_path / "o", [source], *KEYS) == 0
+    assert "finished before" in capfd.readouterr().err
+    monkeypatch.setattr(files_module, "flush_file", removed)
+    assert preprocess(tmp_path / "p", [source], *KEYS) == 0
+    assert both(tmp_path / "o") == both(tmp_path / "p") == both(tmp_path / "whole")
+    assert not list(tmp_path.glob("*.unfinished"))
 
 
 def test_damage_to_the_unfinished_output_is_noticed(

@@ -35,9 +35,9 @@ from megatron_retro.data.preprocessing.joining import (
     unwritten_targets,
 )
 from megatron_retro.data.preprocessing.pool import Send, WorkerPool
+from megatron_retro.data.preprocessing.token_files import describe_token_files, join_token_files, verify_file
 from megatron_retro.data.preprocessing.tokenization import beginning_of, build_encoder
 from megatron_retro.data.token_file import bin_path, idx_path, token_dtype
-from megatron_retro.data.token_writer import describe_token_file, merge_token_files, verify_token_file
 from megatron_retro.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_retro.errors import ArtifactError, ConfigError, EnvironmentProblem
 from megatron_retro.runtime.console import Progress, readable_bytes, say, warn
@@ -46,6 +46,7 @@ from megatron_retro.runtime.signals import until_stopped
 
 _JOIN = "join"
 _PLAN = "plan.json"
+_ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
@@ -157,20 +158,16 @@ def preprocess(settings: Settings) -> None:
         join_token_files(inputs, config, settings[TokenizerConfig].allow_tokenizer_mismatch)
         return
     if config.checksum_token_files is not None:
-        for prefix in config.checksum_token_files:
-            counts = describe_token_file(prefix).counts
-            say(f"described {prefix}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+        describe_token_files(config.checksum_token_files)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     worker = this_worker(settings[WorkersConfig].shard)
     run = plan_run(inputs, config, settings[TokenizerConfig], worker)
-    if is_finished(run.job, run.output):
-        shutil.rmtree(run.directory, ignore_errors=True)  # a kill may have come between the last file and this
+    if _begin(run):
         say(f"{run.output.prefix}: finished before, nothing to do")
         return
     asked_to_log = settings.origin("log_interval") != DEFAULT_ORIGIN
     log_interval = settings[ObservabilityConfig].log_interval if asked_to_log else None
-    _open_work_directory(run)
     try:
         workers = config.workers or len(os.sched_getaffinity(0))
         _tokenize_blocks(run, workers, log_interval)
@@ -182,23 +179,6 @@ def preprocess(settings: Settings) -> None:
     if config.verify:
         verify(run)
     _print_summary(run, summary)
-
-
-def join_token_files(inputs: InputConfig, config: PreprocessConfig, allow_mismatch: bool) -> None:
-    """`--merge-token-files`: token files one after another in a new one."""
-    if inputs.input is not None or config.output_prefix is None:
-        raise ConfigError(
-            "--merge-token-files needs --output-prefix and reads no --input",
-            got=f"--output-prefix {config.output_prefix}, --input {inputs.input}",
-        )
-    target = config.output_prefix
-    existing = [path for path in (bin_path(target), idx_path(target)) if path.exists()]
-    if existing:
-        raise ArtifactError(f"{existing[0]} exists already", fix="remove it, or give another --output-prefix")
-    counts = merge_token_files(config.merge_token_files or (), target, allow_mismatch=allow_mismatch).counts
-    if config.verify:
-        _verify_file(target)
-    say(f"wrote {target}.bin and .idx: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 
 def plan_run(inputs: InputConfig, config: PreprocessConfig, tokenizer_config: TokenizerConfig, worker: Worker) -> Run:
@@ -218,6 +198,21 @@ def plan_run(inputs: InputConfig, config: PreprocessConfig, tokenizer_config: To
     }
     output = Output(config.output_prefix, config.shards, config.shuffle_documents, facts)
     return Run(job, output, tokenizer, worker)
+
+
+def _begin(run: Run) -> bool:
+    """Open the work directory, which a worker that ends may remove meanwhile; whether the run is finished instead."""
+    for left in reversed(range(_ATTEMPTS)):
+        if is_finished(run.job, run.output):
+            shutil.rmtree(run.directory, ignore_errors=True)  # a kill may have come between the last file and this
+            return True
+        try:
+            _open_work_directory(run)
+            break
+        except FileNotFoundError:
+            if left == 0:
+                raise
+    return False
 
 
 def _open_work_directory(run: Run) -> None:
@@ -325,14 +320,7 @@ def _finish(run: Run, workers: int) -> Joined | None:
 def verify(run: Run) -> None:
     """Read the finished files again; any fault is an error."""
     for _, _, target in run.output.targets(run.job):
-        _verify_file(target, run.tokenizer.vocab_size)
-
-
-def _verify_file(prefix: str, vocab_size: int | None = None) -> None:
-    problems = verify_token_file(prefix, vocab_size)
-    if problems:
-        raise ArtifactError(f"{prefix} is not what was written:\n  " + "\n  ".join(problems))
-    say(f"{prefix}: verified")
+        verify_file(target, run.tokenizer.vocab_size)
 
 
 def _print_summary(run: Run, summary: Joined | None) -> None:
