@@ -57,9 +57,9 @@ class WorkerPool:
             try:
                 while members:
                     members = self._after_messages(members)
-                    if stops.reason() is not None and not self._stopping:
+                    if stops.reason() is not None:
                         self._stopping = True
-                        for member in members:
+                        for member in members:  # every time: one that has just begun does not listen yet
                             member.process.terminate()
             finally:
                 for member in members:
@@ -108,11 +108,11 @@ class WorkerPool:
                 else:
                     self.on_progress(content)
         except EOFError:
-            return [self._replace(member)]
+            member.process.join()
+            return [] if self._stopping else [self._replace(member)]
         return [member]
 
     def _replace(self, member: _Member) -> _Member:
-        member.process.join()
         code = member.process.exitcode or 0
         how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
         deaths = self._deaths[member.block] = self._deaths.get(member.block, 0) + 1
