@@ -159,7 +159,9 @@ run_in_slurm() {
 
 # A signal to this script alone, or before its step is there.
 asked_to_stop() {
-  [ -e "$endings/stop" ] || echo "$1 $(hostname)" >"$endings/stop"
+  if [ ! -e "$endings/stop" ]; then
+    echo "$1 $(hostname)" >"$endings/stop.launch" && mv "$endings/stop.launch" "$endings/stop" || true
+  fi
   if [ -n "$step" ]; then
     scancel "--signal=$1" "$SLURM_JOB_ID.$steps" 2>/dev/null || true
   fi

@@ -40,10 +40,14 @@ settings="" # of a finishing job, its array was asked for the same
 nodes="$(awk '$1 == "plan_nodes" { print $3 }' <<<"$settings")"
 gpus="$(awk '$1 == "plan_gpus_per_node" { print $3 }' <<<"$settings")"
 with_gpus="--gpus-per-node=${GPU_TYPE:+$GPU_TYPE:}$gpus"
+whole_nodes=(--exclusive --mem=0)
+[ "$size" != tiny ] || whole_nodes=()
 
 case "${FINISH:+finish-}$stage-$size" in
-  finish-*) options+=(--nodes=1 --ntasks-per-node=1) ;;
-  corpus-* | index-*) options+=(--nodes=1 --ntasks-per-node=1 "--array=0-$((${WORKERS:-16} - 1))") ;;
+  finish-*) options+=(--nodes=1 --ntasks-per-node=1 "${whole_nodes[@]}") ;;
+  corpus-* | index-*)
+    options+=(--nodes=1 --ntasks-per-node=1 "--array=0-$((${WORKERS:-16} - 1))" "${whole_nodes[@]}")
+    ;;
   study-prose) options+=(--nodes=1 --ntasks-per-node=1) ;; # it makes its files first, which workers cannot share
   study-*)
     options+=(--nodes=1 --ntasks-per-node=1 "--array=0-$((${WORKERS:-4} - 1))")
@@ -51,7 +55,7 @@ case "${FINISH:+finish-}$stage-$size" in
     ;;
   report-* | evaluate-tiny) options+=(--nodes=1 --ntasks-per-node=1) ;;
   *-tiny) options+=("--nodes=$nodes" "--ntasks-per-node=$gpus") ;;
-  *) options+=("--nodes=$nodes" "--ntasks-per-node=$gpus" "$with_gpus" --exclusive --mem=0) ;;
+  *) options+=("--nodes=$nodes" "--ntasks-per-node=$gpus" "$with_gpus" "${whole_nodes[@]}") ;;
 esac
 read_sbatch_options
 options+=("${profile_options[@]}")

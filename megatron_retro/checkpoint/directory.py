@@ -27,7 +27,7 @@ from megatron_retro.artifacts.files import (
     write_file,
 )
 from megatron_retro.artifacts.manifest import MANIFEST_NAME
-from megatron_retro.errors import ArtifactError
+from megatron_retro.errors import ArtifactError, EnvironmentProblem
 from megatron_retro.runtime.strict_json import json_text
 
 KIND = "checkpoint"
@@ -81,7 +81,7 @@ def remove_checkpoint(path: Path) -> None:
     retired = path.with_name(f"{path.name}{RETIRED_MARK}{uuid.uuid4().hex[:8]}")
     os.rename(path, retired)
     flush_directory(path.parent)
-    shutil.rmtree(retired)
+    shutil.rmtree(retired, ignore_errors=True)  # somebody may read it; the next run on it removes what is left
 
 
 def keep_newest(run: Path, count: int) -> None:
@@ -125,6 +125,12 @@ def run_lock(run: Path) -> Iterator[None]:
             raise ArtifactError(
                 f"{run} belongs to a run that is going on", got=holder, fix="wait for it, or give another --save"
             ) from None
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"the file system of {run} cannot lock a file, so two runs could write there",
+                got=error.strerror,
+                fix="mount it with locks (Lustre: -o flock; NFS: with lockd), or give another --save",
+            ) from error
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield

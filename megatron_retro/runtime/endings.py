@@ -26,7 +26,7 @@ def early_stop() -> int | None:
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder is None:
         return None
-    with suppress(OSError, ValueError, KeyError):
+    with suppress(OSError, ValueError, LookupError):  # it may be empty: the disk was full
         return signal.Signals["SIG" + (Path(folder) / _STOP).read_text(encoding="utf-8").split()[0]]
     return None
 

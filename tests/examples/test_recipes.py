@@ -187,7 +187,7 @@ def submitted(directory: Path, *words: str, **variables: str) -> list[str]:
         (["retrofit", "9.5b"], ["--nodes=16", "--ntasks-per-node=8", "--gpus-per-node=8", "--exclusive", "--mem=0"]),
         (["pretrain", "48b"], ["--nodes=128", "--job-name=pretrain-48b"]),
         (["instruct", "tiny"], ["--nodes=2", "--ntasks-per-node=1"]),
-        (["index", "48b"], ["--nodes=1", "--array=0-15"]),
+        (["index", "48b"], ["--nodes=1", "--array=0-15", "--exclusive", "--mem=0"]),
         (["study", "peft_study_published"], ["--nodes=1", "--array=0-3", "--gpus-per-node=8"]),
     ],
 )
