@@ -77,7 +77,7 @@ def _rounded(count: int, share: Fraction) -> int:
 
 
 def parse_data_path(words: Sequence[str], flag: str = "--data-path") -> tuple[WeightedPath, ...]:
-    """`p`, `p1 p2` (equal weights) or `w1 p1 w2 p2`, as Megatron reads them; `flag` is what they stood behind."""
+    """`p`, `p1 p2` (equal weights, where Megatron takes lengths) or `w1 p1 w2 p2`; `flag` is what they stood behind."""
     if not words:
         raise ConfigError(f"{flag} is empty", fix="give paths, or weights and paths")
     first = _weight(words[0])

@@ -42,10 +42,10 @@ def part_of(name: str) -> str:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay is for this parameter."""
+    """Whether weight decay is for this parameter: factors of (IA)3 start from one, and would shrink what they scale."""
     words = name.split(".")
     is_norm = any(word.endswith("norm") for word in words)
-    return parameter.ndim >= 2 and words[-1] != "bias" and not is_norm and "gate" not in words
+    return parameter.ndim >= 2 and words[-1] != "bias" and not is_norm and not {"gate", "ia3"} & set(words)
 
 
 def group_key(name: str, parameter: nn.Parameter) -> GroupKey:

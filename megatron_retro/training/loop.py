@@ -166,7 +166,7 @@ class Trainer:
                 finite=verdict.finite,
                 acceptable=verdict.reason is None,
             )
-        if verdict.reason is not None and not self._is_overflow(verdict.loss, update):
+        if verdict.reason is not None and not _is_overflow(verdict, update):
             self._bad_step(batches, first_sample, verdict.reason)
             return None
         state.step += 1
@@ -218,10 +218,6 @@ class Trainer:
         elif any_spike:
             reason = spike_reason(numbers[0], recent, factor) or "another rank's loss is a spike"
         return _Verdict(numbers[0], numbers[1], numbers[2], not any_broken, reason)
-
-    def _is_overflow(self, loss: float, update: Update) -> bool:
-        """fp16 gradients that overflow at the present scale are the scale's fault, not the batch's."""
-        return math.isfinite(loss) and not update.applied and update.loss_scale > 1.0
 
     def _bad_step(self, batches: Sequence[Microbatch[Array]], first_sample: int, reason: str) -> None:
         """Name and keep the batch, then do what the policy says. Every rank comes here together."""
@@ -301,3 +297,8 @@ def _memory_bytes(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     with open("/proc/self/statm", encoding="ascii") as stream:
         return int(stream.read().split()[1]) * 4096
+
+
+def _is_overflow(verdict: _Verdict, update: Update) -> bool:
+    """fp16 gradients that overflow at the present scale are the scale's fault, not the batch's."""
+    return not verdict.finite and math.isfinite(verdict.loss) and update.loss_scale > 1.0

@@ -54,11 +54,15 @@ def retrieval_health(
     seed: int,
     documents: NDArray[np.int64] | None = None,
 ) -> RetrievalHealth:
-    """Compare the variants on the tokens that may see neighbours; samples without documents are drawn one by one."""
+    """Compare the variants on the tokens that may see neighbours; samples without documents are drawn by their text.
+
+    A small set of conversations is read more than once: the same row again is no further observation.
+    """
     tokens: NDArray[Any] = sums.reached_N.numpy()
+    units = sums.texts_N.numpy() if documents is None else documents
 
     def interval(values: Tensor) -> Interval:
-        return bootstrap_ratio(values.numpy(), tokens, seed=seed, units=documents)
+        return bootstrap_ratio(values.numpy(), tokens, seed=seed, units=units)
 
     places = sums.places_M.clamp(min=1.0)
     return RetrievalHealth(

@@ -93,7 +93,7 @@ def test_far_positions_are_answered_alone(shares: list[Fraction], position: int)
     assert all(abs(n - position * share / total) <= allowed for n, share in zip(before, shares, strict=True))
 
 
-def test_data_paths_are_read_as_megatron_reads_them() -> None:
+def test_data_paths_have_weights_or_equal_ones() -> None:
     assert [(p.path, p.weight) for p in parse_data_path(["a"])] == [("a", 1)]
     assert [(p.path, p.weight) for p in parse_data_path(["a", "b"])] == [("a", 1), ("b", 1)]
     assert [(p.path, p.weight) for p in parse_data_path(["0.3", "a", "7", "b"])] == [("a", Fraction("0.3")), ("b", 7)]

@@ -76,6 +76,8 @@ def test_updates_are_adamw_with_rates_and_decay_of_each_group() -> None:
         ("layers.3.cross_attention.gate.weight", (4, 4), "gate", False),
         ("encoder.layers.0.cross_attention.query.weight", (2, 8, 4), "encoder", True),
         ("output.weight", (9, 4), "decoder", True),
+        ("layers.3.attention.query_key_value.ia3.weight", (2, 8), "decoder", False),
+        ("layers.3.attention.query_key_value.lora.down.weight", (2, 8), "decoder", True),
     ],
 )
 def test_every_parameter_has_its_part_and_decay(name: str, shape: tuple[int, ...], part: str, expected: bool) -> None:

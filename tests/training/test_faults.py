@@ -97,8 +97,11 @@ def test_a_rollback_returns_and_passes_the_bad_step_over(corpus: TinyCorpus, tmp
     assert differences(tmp_path / "skip", tmp_path / "rollback") == []
 
 
-def test_a_spike_is_bad_too(corpus: TinyCorpus, tmp_path: Path) -> None:
-    settings = corpus.settings(save=str(tmp_path / "run"), train_iters=20, eval_iters=0, loss_spike_factor=3.0)
+@pytest.mark.parametrize("precision", [{}, {"fp16": True, "initial_loss_scale": 1024.0}])
+def test_a_spike_is_bad_too(corpus: TinyCorpus, tmp_path: Path, precision: dict[str, Any]) -> None:
+    """Also where a loss scale is at work: no scale makes a loss large."""
+    facts = {"train_iters": 20, "eval_iters": 0, "loss_spike_factor": 3.0, **precision}
+    settings = corpus.settings(save=str(tmp_path / "run"), **facts)
     assert exit_code_of(lambda: poisoned(settings, 0, sample=72, loss=50.0)) == 0
     bad = [event for event in read_run_log(tmp_path / "run").incidents if event["event"] == "bad step"]
     assert len(bad) == 1 and "over 3 times the recent median" in bad[0]["reason"]

@@ -174,6 +174,20 @@ def test_a_healthy_model_raises_no_alarm_and_has_its_excess() -> None:
     assert all(value == pytest.approx(0.05, abs=0.01) for value in found.excess_by_position["random"])
 
 
+def test_a_conversation_that_is_read_again_narrows_no_interval() -> None:
+    once = losses(0.05, noise=0.5, seed=1, samples=8)
+    again = replace(
+        once,
+        **{name: torch.cat([getattr(once, name)] * 8) for name in ("ids_N", "texts_N", "tokens_N", "reached_N")},
+        **{
+            name: {variant: torch.cat([values] * 8) for variant, values in getattr(once, name).items()}
+            for name in ("reached_losses", "excess")
+        },
+    )
+    wide, same = (health(sums).excess["random"] for sums in (once, again))
+    assert (wide.low, wide.high) == pytest.approx((same.low, same.high))
+
+
 def test_alarms_name_what_is_wrong() -> None:
     useless = alarms(health(losses(0.0, noise=0.01, seed=2)))
     assert (
