@@ -57,7 +57,7 @@ class GenerateConfig:
     chat: bool = option(False, "write each prompt as the user's turn of a conversation", ours=True)
     retrieval: str = option("live", "where neighbours come from", choices=RETRIEVAL_MODES, ours=True)
     retrieval_step: int | None = option(
-        None, "tokens between retrievals; the chunk length when not set", minimum=1, ours=True
+        None, "tokens between retrievals, from the prompt's end; else at each chunk's end", minimum=1, ours=True
     )
     passages: tuple[str, ...] | None = option(None, "texts to read as neighbours instead of searching", ours=True)
     show_neighbors: bool = option(True, "print the neighbours that each chunk read", ours=True)
