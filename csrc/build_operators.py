@@ -93,7 +93,7 @@ def gpus_here() -> set[str]:
     """The architectures of this machine's GPUs that torch sees."""
     import torch
 
-    count = torch.cuda.device_count() if torch.version.cuda else 0
+    count = torch.cuda.device_count() if torch.version.cuda and torch.cuda.is_available() else 0
     return {"".join(map(str, torch.cuda.get_device_capability(index))) for index in range(count)}
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
+import subprocess
 import sys
 import tempfile
 from datetime import datetime, timezone
@@ -21,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from outcomes import FAILED, OK, ROOT, TIMED_OUT, Outcome, run_steps
 from steps import STEPS
 
-from megatron_retro.runtime.console import render_table, say
+from megatron_retro.runtime.console import render_table, say, warn
 from megatron_retro.testing.benchmarking import hardware, versions
 
 SECONDS = 600.0
@@ -37,6 +39,12 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="a folder that does not exist yet, for runs and profiles")
     arguments = parser.parse_args()
     gpu = torch.cuda.is_available() and not arguments.cpu
+    if not gpu and not arguments.cpu and (named := gpus_of_the_driver()):
+        warn(
+            f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use {named}: install a torch of a CUDA that "
+            "the driver knows, or give --cpu"
+        )
+        return 2
     name = "first_hour.json" if gpu else "first_hour_cpu.json"
     result = arguments.json or ROOT / "benchmarks" / "results" / name
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if gpu else ""
@@ -54,6 +62,15 @@ def main() -> int:
     print(render_table(("step", "outcome", "time", ""), rows))
     say(f"wrote {result}")
     return int(any(each.outcome in (FAILED, TIMED_OUT) for each in outcomes))
+
+
+def gpus_of_the_driver() -> str:
+    """What nvidia-smi names, in one line; empty where it names nothing."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ""
+    said = subprocess.run([program, "--list-gpus"], capture_output=True, text=True, check=False)
+    return said.stdout.strip().replace("\n", ", ") if said.returncode == 0 else ""
 
 
 def about(gpu: bool) -> dict[str, object]:

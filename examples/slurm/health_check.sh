@@ -23,6 +23,7 @@ check_gpus() {
       faults+=("$found of $expected GPUs answer")
     fi
     while IFS=', ' read -r gpu ecc remapped; do
+      [[ "$gpu" =~ ^[0-9]+$ ]] || continue # an old driver's word that it does not know a field
       case "$ecc" in
         "" | 0 | *N/A*) ;;
         *) faults+=("GPU $gpu has $ecc uncorrected memory errors") ;;

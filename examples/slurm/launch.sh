@@ -82,7 +82,7 @@ main() {
   case "$(launcher "$verb")" in
     srun) run_in_slurm "$verb" ;;
     torchrun) run_with_torchrun "$verb" ;;
-    mpirun) exec mpirun -n "${PROCESSES:-$(devices)}" "${program[@]}" "$verb" "${words[@]}" ;;
+    mpirun) exec mpirun -n "$(processes "$verb")" "${program[@]}" "$verb" "${words[@]}" ;;
     none) exec "${program[@]}" "$verb" "${words[@]}" ;;
     *)
       echo "error: LAUNCHER=${LAUNCHER:-} is no launcher; srun, torchrun, mpirun or none" >&2
@@ -96,11 +96,19 @@ launcher() {
     echo "$LAUNCHER"
   elif [ -n "${SLURM_JOB_ID:-}" ]; then
     echo srun
-  elif [ "${NODES:-1}" -gt 1 ] || [ "${PROCESSES:-$(devices)}" -gt 1 ]; then
+  elif [ "${NODES:-1}" -gt 1 ] || [ "$(processes "$1")" -gt 1 ]; then
     echo torchrun
   else
     echo none
   fi
+}
+
+# Of this node: a rank for each GPU where ranks are what a verb is shared by.
+processes() {
+  case "$1" in
+    pretrain | retrofit | finetune | evaluate | reach) echo "${PROCESSES:-$(devices)}" ;;
+    *) echo "${PROCESSES:-1}" ;;
+  esac
 }
 
 devices() {
@@ -117,7 +125,7 @@ run_with_torchrun() {
     rdzv=(--nnodes "$NODES" --node-rank "${NODE_RANK:?}" --master-addr "${MASTER_ADDR:?}"
       --master-port "${MASTER_PORT:-29500}")
   fi
-  exec torchrun "${rdzv[@]}" --nproc-per-node "${PROCESSES:-$(devices)}" -m megatron_retro.cli.main "$1" "${words[@]}"
+  exec torchrun "${rdzv[@]}" --nproc-per-node "$(processes "$1")" -m megatron_retro.cli.main "$1" "${words[@]}"
 }
 
 run_in_slurm() {

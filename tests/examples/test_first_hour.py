@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -106,3 +107,15 @@ def test_on_a_cpu_it_runs_what_a_cpu_can(tmp_path: Path) -> None:
     assert figures["planned_bytes"] > 4 * 4 * figures["parameters"] and figures["tokens_per_second"] > 0
     assert all(5.0 < loss < 8.0 for loss in figures["losses"]) and figures["longest"] and figures["kernels"]
     assert {"date", "hardware", "versions"} <= set(content)
+
+
+def test_a_gpu_that_torch_cannot_use_is_no_cpu(tmp_path: Path) -> None:
+    """A driver that is older than torch's CUDA: the committed figures of a CPU would have been written over."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200'\n")
+    program.chmod(0o755)
+    command = [sys.executable, str(FOLDER / "program.py"), "--only", "build", "--json", str(tmp_path / "found.json")]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "cannot use GPU 0: NVIDIA H200" in done.stderr
+    assert not (tmp_path / "found.json").exists()

@@ -107,6 +107,16 @@ def test_nvcc_of_another_cuda_than_torchs_builds_no_kernels(
     assert "nvcc is of CUDA 13.0, this torch of CUDA 12.8" in capsys.readouterr().err
 
 
+def test_a_gpu_that_torch_cannot_use_asks_for_no_architecture(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver counts it, and CUDA does not begin: asked for its architecture, torch would raise."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert build.gpus_here() == set()
+
+
 def test_architectures_are_asked_for_or_those_that_nvcc_knows(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -259,6 +259,33 @@ def test_what_nvidia_smi_tells_of_gpus_is_named(tmp_path: Path) -> None:
         assert "GPU 0" not in text and "GPU 1" not in text
 
 
+def test_a_driver_that_does_not_know_a_field_condemns_no_node(tmp_path: Path) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        "#!/bin/sh\ncase $1 in --list-gpus) echo a;; nvlink) ;; *) "
+        "echo 'Field \"remapped_rows.pending\" is not a valid field to query.'; exit 2;; esac\n"
+    )
+    program.chmod(0o755)
+    text = health(tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}", EXPECTED_GPUS="1", MINIMUM_FREE_GB="0")
+    assert text.endswith(": fit\n"), text
+
+
+@pytest.mark.parametrize(("verb", "ranks"), [("pretrain", "8"), ("evaluate", "8"), ("preprocess", ""), ("report", "")])
+def test_a_node_without_slurm_starts_ranks_of_what_ranks_share(tmp_path: Path, verb: str, ranks: str) -> None:
+    """Data stages share by claims: eight of them would search on the same GPUs."""
+    programs = {"nvidia-smi": "seq 8", "torchrun": 'echo torchrun "$@"', "python": 'echo python "$@"'}
+    for name, said in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{said}\n")
+        (tmp_path / name).chmod(0o755)
+    left_out = ("SLURM_JOB_ID", "LAUNCHER", "PROCESSES", "NODES", "ENVIRONMENT")
+    environment = {name: value for name, value in os.environ.items() if name not in left_out}
+    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(["bash", str(LAUNCH), verb], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("torchrun" if ranks else "python"), done.stdout
+    assert (f"--nproc-per-node {ranks} " in done.stdout) == bool(ranks)
+
+
 def test_a_loopback_name_is_a_hint_where_nodes_do_not_meet(tmp_path: Path) -> None:
     for name, said in (("python", "exit 1"), ("getent", "echo 127.0.1.1 here")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{said}\n")
