@@ -78,5 +78,5 @@ def as_staged(tensor: Tensor, staged: Tensor) -> Tensor:
     """The staged local part with the layout of the live tensor."""
     if not isinstance(tensor, DTensor):
         return staged
-    # `from_local` would bring it back to the mesh's device
-    return DTensor(staged, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    # `from_local` would bring it back to the mesh's device. The ignore: torch leaves this constructor untyped.
+    return DTensor(staged, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]  # torch leaves it so

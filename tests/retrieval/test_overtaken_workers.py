@@ -12,6 +12,7 @@ import pytest
 from megatron_retro.artifacts.files import named_disk_errors
 from megatron_retro.errors import EnvironmentProblem
 from megatron_retro.retrieval import index_building
+from megatron_retro.retrieval.layout import ProjectLayout
 from megatron_retro.retrieval.stages import build_retrieval
 from megatron_retro.retrieval.work_blocks import ignore_failure_if_done
 from megatron_retro.testing.retrieval_projects import echoing_documents, project_settings, write_corpus
@@ -39,13 +40,13 @@ def test_a_mark_is_not_missed_by_who_is_overtaken(tmp_path: Path, monkeypatch: p
     corpus = write_corpus(tmp_path / "corpus", echoing_documents(11, 150))
     settings = project_settings(tmp_path / "project", [corpus], retro_tasks=["train", "encode"])
     build_retrieval(settings)
-    merging = settings.replace(retro_tasks=["merge"])
+    merging, claims = settings.replace(retro_tasks=["merge"]), ProjectLayout(tmp_path / "project").claims("")
     write, marked = index_building.write_file, list[Path]()
 
     def late(path: Path, content: bytes | str) -> None:
         if path.parent.name.startswith("checked-") and not marked:
             marked.append(path)
-            shutil.rmtree(tmp_path / "project/work/claims")
+            shutil.rmtree(claims)
             build_retrieval(merging)
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
         write(path, content)
